@@ -1,0 +1,17 @@
+/* cpu.h: what this processor can do, asked of the processor and of the operating system's saved state (XGETBV, HWCAP). */
+#pragma once
+
+#include <stdbool.h>
+
+typedef struct ds_cpu {
+    bool avx2;       /* AVX2 + FMA + F16C, with YMM state saved by the system */
+    bool avxvnni;    /* the VEX-coded VNNI of consumer processors */
+    bool avx512vnni; /* AVX-512 F, BW, DQ, VL, VNNI with ZMM state saved */
+    bool avx512bf16;
+    bool neon, dotprod, i8mm;
+} ds_cpu;
+
+const ds_cpu *ds_cpu_get(void);
+
+/* Cores that this process may use at full speed: physical cores within its affinity mask and cgroup quota; at least 1. */
+int ds_cpu_default_threads(void);
