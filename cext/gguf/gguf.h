@@ -1,0 +1,71 @@
+/* gguf.h: a read-only view of a GGUF file (v2 and v3, little-endian), mapped or borrowed from memory.
+ * Owns the mapping and the parsed directory. Refuses everything that it has not proved: each count, length, offset,
+ * shape and type is checked against the file's size before use, and nothing is read twice (the file may change). */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "quant/quant.h"
+
+typedef struct ds_gguf ds_gguf;
+
+/* Value types as numbered in the file. */
+typedef enum ds_gguf_type {
+    DS_GGUF_U8, DS_GGUF_I8, DS_GGUF_U16, DS_GGUF_I16, DS_GGUF_U32, DS_GGUF_I32, DS_GGUF_F32, DS_GGUF_BOOL,
+    DS_GGUF_STRING, DS_GGUF_ARRAY, DS_GGUF_U64, DS_GGUF_I64, DS_GGUF_F64,
+} ds_gguf_type;
+
+typedef struct ds_str {
+    const char *data; /* not NUL-terminated; may hold any bytes */
+    size_t size;
+} ds_str;
+
+/* One metadata entry. For an array, `type` is DS_GGUF_ARRAY, `item_type` its items' and n_items their number. */
+typedef struct ds_gguf_kv {
+    ds_str key;
+    ds_gguf_type type, item_type;
+    uint64_t n_items;    /* 1 for a scalar */
+    const void *data;    /* packed little-endian values in the file, unaligned; strings are u64 size + bytes, checked */
+} ds_gguf_kv;
+
+typedef struct ds_tensor {
+    const char *name;    /* NUL-terminated copy, owned by the view */
+    uint32_t gguf_type;
+    ds_format format;    /* DS_FORMAT_COUNT where the engine does not run gguf_type; n_bytes is then 0 if unknown too */
+    int n_dims;
+    int64_t ne[4];       /* ggml's order: ne[0] is the row; unused ones are 1 */
+    const void *data;    /* inside the mapping, n_bytes long */
+    size_t n_bytes;
+    uint64_t offset;     /* from the start of the file */
+} ds_tensor;
+
+/* Map the file at path. *out is set on success only; close unmaps. */
+ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err);
+/* Parse a buffer that the caller keeps alive and unchanged until close; label names it in errors. */
+ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf **out, ds_error *err);
+void ds_gguf_close(ds_gguf *gguf);
+
+const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
+size_t ds_gguf_size(const ds_gguf *gguf);       /* bytes of the file */
+
+size_t ds_gguf_n_kv(const ds_gguf *gguf);
+const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i);
+const ds_gguf_kv *ds_gguf_kv_find(const ds_gguf *gguf, const char *key); /* NULL where absent */
+
+size_t ds_gguf_n_tensors(const ds_gguf *gguf);
+const ds_tensor *ds_gguf_tensor_at(const ds_gguf *gguf, size_t i);
+const ds_tensor *ds_gguf_tensor_find(const ds_gguf *gguf, const char *name); /* NULL where absent; hashed */
+
+/* Typed scalar reads: true and *out set where the key is there and its value fits the type asked for without loss
+ * (any integer type that fits, f32 or f64 for a float). False and *out untouched where the key is absent. A key of
+ * another type or out of range fails: err is filled and *bad set. */
+bool ds_gguf_get_i64(const ds_gguf *gguf, const char *key, int64_t *out, bool *bad, ds_error *err);
+bool ds_gguf_get_f64(const ds_gguf *gguf, const char *key, double *out, bool *bad, ds_error *err);
+bool ds_gguf_get_bool(const ds_gguf *gguf, const char *key, bool *out, bool *bad, ds_error *err);
+bool ds_gguf_get_str(const ds_gguf *gguf, const char *key, ds_str *out, bool *bad, ds_error *err);
+
+/* Step over string items of an array: *cursor starts at kv->data; call n_items times. */
+ds_str ds_gguf_next_str(const void **cursor);
