@@ -1,0 +1,34 @@
+/* config.h: a deepseek2 model's shape, read from GGUF metadata and checked. Knows no tensors. */
+#pragma once
+
+#include <stdbool.h>
+
+#include "gguf/gguf.h"
+
+typedef enum ds_gating { DS_GATING_SOFTMAX = 1, DS_GATING_SIGMOID = 2 } ds_gating;
+
+enum { DS_MAX_NAME = 96 };
+
+typedef struct ds_config {
+    char arch[DS_MAX_NAME], name[DS_MAX_NAME];
+    int n_layer, n_ctx_train, n_embd, n_vocab, n_head;
+    int q_lora_rank;  /* 0: q comes straight from the hidden state */
+    int kv_lora_rank; /* width of the latent c_kv */
+    int nope_dim, rope_dim, v_dim; /* per head: q and k without and with position, and the value */
+    int n_ff_dense, n_layer_dense; /* the leading layers with one plain feed-forward */
+    int n_expert, n_expert_used, n_expert_shared, n_ff_expert;
+    int n_group, n_group_used; /* 1 and 1 where experts are not grouped */
+    float expert_scale;
+    bool expert_norm; /* renormalise the chosen experts' weights */
+    ds_gating gating;
+    float rms_eps;
+    float rope_base, rope_factor, rope_beta_fast, rope_beta_slow, rope_attn_factor;
+    int rope_orig_ctx;
+    float attn_scale; /* of q . k, YaRN's m*m included */
+} ds_config;
+
+/* Read and check every value the engine uses; errors name the key. */
+ds_status ds_config_read(const ds_gguf *gguf, ds_config *out, ds_error *err);
+
+static inline int ds_qk_dim(const ds_config *c) { return c->nope_dim + c->rope_dim; }
+static inline int ds_kv_width(const ds_config *c) { return c->kv_lora_rank + c->rope_dim; }
