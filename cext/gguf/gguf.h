@@ -1,6 +1,7 @@
 /* gguf.h: a read-only view of a GGUF file (v2 and v3, little-endian), mapped or borrowed from memory.
  * Owns the mapping and the parsed directory. Refuses everything that it has not proved: each count, length, offset,
- * shape and type is checked against the file's size before use, and nothing is read twice (the file may change). */
+ * shape and type is checked against the file's size before use. Values and weights are lent from the mapping, not
+ * copied: a file must not be rewritten in place or cut short while a view of it is open. */
 #pragma once
 
 #include <stdbool.h>
@@ -29,6 +30,7 @@ typedef struct ds_gguf_kv {
     ds_gguf_type type, item_type;
     uint64_t n_items;    /* 1 for a scalar */
     const void *data;    /* packed little-endian values in the file, unaligned; strings are u64 size + bytes, checked */
+    size_t n_bytes;      /* of all the values at data */
 } ds_gguf_kv;
 
 typedef struct ds_tensor {
@@ -44,7 +46,7 @@ typedef struct ds_tensor {
 
 /* Map the file at path. *out is set on success only; close unmaps. */
 ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err);
-/* Parse a buffer that the caller keeps alive and unchanged until close; label names it in errors. */
+/* Parse a buffer, aligned to 8 bytes, that the caller keeps alive and unchanged until close; label names it in errors. */
 ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf **out, ds_error *err);
 void ds_gguf_close(ds_gguf *gguf);
 
@@ -57,11 +59,12 @@ const ds_gguf_kv *ds_gguf_kv_find(const ds_gguf *gguf, const char *key); /* NULL
 
 size_t ds_gguf_n_tensors(const ds_gguf *gguf);
 const ds_tensor *ds_gguf_tensor_at(const ds_gguf *gguf, size_t i);
-const ds_tensor *ds_gguf_tensor_find(const ds_gguf *gguf, const char *name); /* NULL where absent; hashed */
+const ds_tensor *ds_gguf_tensor_find(const ds_gguf *gguf, const char *name); /* NULL where absent; a binary search */
 
 /* Typed scalar reads: true and *out set where the key is there and its value fits the type asked for without loss
- * (any integer type that fits, f32 or f64 for a float). False and *out untouched where the key is absent. A key of
- * another type or out of range fails: err is filled and *bad set. */
+ * (any integer type that fits, a finite f32 or f64 for a float). False and *out untouched where the key is absent. A key
+ * of another type or out of range fails: err is filled and *bad set. Where *bad is set already nothing is read, so that
+ * a run of reads ends in one check and tells the first fault. */
 bool ds_gguf_get_i64(const ds_gguf *gguf, const char *key, int64_t *out, bool *bad, ds_error *err);
 bool ds_gguf_get_f64(const ds_gguf *gguf, const char *key, double *out, bool *bad, ds_error *err);
 bool ds_gguf_get_bool(const ds_gguf *gguf, const char *key, bool *out, bool *bad, ds_error *err);

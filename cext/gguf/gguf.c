@@ -1,0 +1,159 @@
+/* gguf.c: the life of a view: map, parse, look up, unmap. */
+#include "gguf/gguf.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "gguf/internal.h"
+
+enum { SHOWN_BYTES = 200 };
+
+/* The end of a long path, begun at a whole UTF-8 character: the file's name is there. */
+static const char *label_end(const char *label) {
+    size_t n = strlen(label);
+    const char *p = n > SHOWN_BYTES ? label + (n - SHOWN_BYTES) : label;
+    while ((*p & 0xc0) == 0x80) {
+        p++;
+    }
+    return p;
+}
+
+static ds_status gguf_new(const char *label, ds_gguf **out, ds_error *err) {
+    ds_gguf *g = calloc(1, sizeof *g);
+    char *copy = strdup(label);
+    if (!g || !copy) {
+        free(g);
+        free(copy);
+        return ds_fail(err, DS_ENOMEM, "`%s`: no memory to open it", label_end(label));
+    }
+    g->label = copy;
+    g->shown = label_end(copy);
+    *out = g;
+    return DS_OK;
+}
+
+static ds_status fail_system(ds_gguf *g, ds_error *err, const char *verb) {
+    int code = errno;
+    DS_GGUF_FAIL(g, err, code == ENOMEM ? DS_ENOMEM : DS_EIO, "cannot %s: %s", verb, strerror(code));
+    return code == ENOENT ? ds_hint(err, "check the path, or fetch a model with dsv2 download") : err->status;
+}
+
+/* Map the whole file read-only. The descriptor is not needed after that. */
+static ds_status map_file(ds_gguf *g, ds_error *err) {
+    struct stat info;
+    ds_status st = DS_OK;
+    /* O_NONBLOCK: opening a named pipe must not wait for a writer; it is refused below. */
+    int fd = open(g->label, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) {
+        return fail_system(g, err, "open");
+    }
+    if (fstat(fd, &info) != 0) {
+        st = fail_system(g, err, "read its size");
+    } else if (!S_ISREG(info.st_mode)) {
+        st = DS_GGUF_FAIL(g, err, DS_EIO, "%s, not a file", S_ISDIR(info.st_mode) ? "a directory" : "a device or pipe");
+        if (S_ISDIR(info.st_mode)) {
+            st = ds_hint(err, "name the GGUF file inside it; a checkpoint folder goes through dsv2 quantize first");
+        }
+    } else if (info.st_size == 0) {
+        DS_GGUF_FAIL(g, err, DS_EFORMAT, "the file is empty");
+        st = ds_hint(err, "download or convert it again");
+    } else if ((uintmax_t)info.st_size > SIZE_MAX) {
+        st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address", (intmax_t)info.st_size);
+    } else {
+        void *base = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (base == MAP_FAILED) {
+            st = fail_system(g, err, "map");
+        } else {
+            g->base = base;
+            g->size = (size_t)info.st_size;
+            g->mapped = true;
+        }
+    }
+    close(fd);
+    return st;
+}
+
+ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err) {
+    ds_gguf *g = NULL;
+    ds_status st = gguf_new(path, &g, err);
+    if (st != DS_OK) {
+        return st;
+    }
+    if ((st = map_file(g, err)) != DS_OK || (st = ds_gguf_parse(g, err)) != DS_OK) {
+        ds_gguf_close(g);
+        return st;
+    }
+    *out = g;
+    return DS_OK;
+}
+
+ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf **out, ds_error *err) {
+    ds_gguf *g = NULL;
+    ds_status st = gguf_new(label, &g, err);
+    if (st != DS_OK) {
+        return st;
+    }
+    g->base = data;
+    g->size = size;
+    if ((st = ds_gguf_parse(g, err)) != DS_OK) {
+        ds_gguf_close(g);
+        return st;
+    }
+    *out = g;
+    return DS_OK;
+}
+
+void ds_gguf_close(ds_gguf *gguf) {
+    if (!gguf) {
+        return;
+    }
+    if (gguf->mapped) {
+        munmap((void *)gguf->base, gguf->size);
+    }
+    free(gguf->kv);
+    free(gguf->kv_names);
+    free(gguf->tensors);
+    free(gguf->tensor_names);
+    free(gguf->tensor_text);
+    free(gguf->label);
+    free(gguf);
+}
+
+const char *ds_gguf_label(const ds_gguf *gguf) {
+    return gguf->label;
+}
+
+size_t ds_gguf_size(const ds_gguf *gguf) {
+    return gguf->size;
+}
+
+size_t ds_gguf_n_kv(const ds_gguf *gguf) {
+    return gguf->n_kv;
+}
+
+const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i) {
+    return &gguf->kv[i];
+}
+
+const ds_gguf_kv *ds_gguf_kv_find(const ds_gguf *gguf, const char *key) {
+    const ds_gguf_name *hit = ds_gguf_name_find(gguf->kv_names, gguf->n_kv, (ds_str){key, strlen(key)});
+    return hit ? &gguf->kv[hit->index] : NULL;
+}
+
+size_t ds_gguf_n_tensors(const ds_gguf *gguf) {
+    return gguf->n_tensors;
+}
+
+const ds_tensor *ds_gguf_tensor_at(const ds_gguf *gguf, size_t i) {
+    return &gguf->tensors[i];
+}
+
+const ds_tensor *ds_gguf_tensor_find(const ds_gguf *gguf, const char *name) {
+    const ds_gguf_name *hit = ds_gguf_name_find(gguf->tensor_names, gguf->n_tensors, (ds_str){name, strlen(name)});
+    return hit ? &gguf->tensors[hit->index] : NULL;
+}
