@@ -166,7 +166,7 @@ static ds_status take_count(cursor *c, const char *what, size_t min_record_bytes
         return st;
     }
     if (n > DS_GGUF_MAX_ENTRIES || n > bytes_left(c) / min_record_bytes) {
-        FAIL(c, "%s is %" PRIu64 ", more than %zu bytes can hold or this reader takes (%d)", what, n, bytes_left(c),
+        FAIL(c, "%s is %" PRIu64 ", more than the %zu bytes left can hold or over the limit of %d", what, n, bytes_left(c),
              DS_GGUF_MAX_ENTRIES);
         return ds_hint(c->err, HINT_AGAIN);
     }

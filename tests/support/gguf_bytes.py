@@ -1,0 +1,184 @@
+"""Writes GGUF bytes field by field, so that a test can set any field to a value that no honest writer produces."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+_PACK = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
+
+TYPE_F32, TYPE_F16, TYPE_Q8_0 = 0, 1, 8
+_TENSOR_SIZES = {TYPE_F32: (1, 4), TYPE_F16: (1, 2), TYPE_Q8_0: (32, 34)}
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def u64(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def string(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
+    return u64(len(raw)) + raw
+
+
+def value(kind: int, item: object) -> bytes:
+    """One scalar or string, without its type."""
+    if kind == STRING:
+        assert isinstance(item, str | bytes)
+        return string(item)
+    return struct.pack("<" + _PACK[kind], item)
+
+
+def kv(key: str | bytes, kind: int, item: object) -> bytes:
+    """A scalar entry."""
+    return string(key) + u32(kind) + value(kind, item)
+
+
+def kv_array(key: str | bytes, kind: int, items: Sequence[object]) -> bytes:
+    return string(key) + u32(ARRAY) + u32(kind) + u64(len(items)) + b"".join(value(kind, item) for item in items)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One record of the directory. shape is in ggml's order; offset counts from the data section."""
+
+    name: str | bytes
+    shape: tuple[int, ...]
+    kind: int = TYPE_F32
+    offset: int = 0
+    n_dims: int | None = None  # as written; the length of shape unless set
+
+    def record(self) -> bytes:
+        n_dims = len(self.shape) if self.n_dims is None else self.n_dims
+        return string(self.name) + u32(n_dims) + b"".join(map(u64, self.shape)) + u32(self.kind) + u64(self.offset)
+
+    def nbytes(self) -> int:
+        elements, size = _TENSOR_SIZES[self.kind]
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count // elements * size
+
+
+def gguf(
+    kvs: Sequence[bytes] = (),
+    tensors: Sequence[Tensor] = (),
+    data: bytes = b"",
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    n_kv: int | None = None,
+    n_tensors: int | None = None,
+    alignment: int = 32,
+) -> bytes:
+    """A whole file. Counts are those of the lists unless given; the data section begins on a multiple of alignment."""
+    head = magic + u32(version)
+    head += u64(len(tensors) if n_tensors is None else n_tensors) + u64(len(kvs) if n_kv is None else n_kv)
+    head += b"".join(kvs) + b"".join(t.record() for t in tensors)
+    return head + b"\0" * (-len(head) % alignment) + data
+
+
+def place(tensors: Sequence[Tensor], alignment: int = 32) -> tuple[list[Tensor], int]:
+    """The same tensors one after the other, each on a multiple of alignment, and the bytes they take."""
+    placed, end = [], 0
+    for t in tensors:
+        begin = -(-end // alignment) * alignment
+        placed.append(Tensor(t.name, t.shape, t.kind, begin, t.n_dims))
+        end = begin + t.nbytes()
+    return placed, end
+
+
+def small_file(version: int = 3) -> bytes:
+    """A valid file of about 900 bytes with every kind of value and three tensors."""
+    kvs = [
+        kv("general.architecture", STRING, "none"),
+        kv("a.u8", U8, 200),
+        kv("a.i8", I8, -100),
+        kv("a.u16", U16, 60000),
+        kv("a.i16", I16, -30000),
+        kv("a.u32", U32, 4_000_000_000),
+        kv("a.i32", I32, -2_000_000_000),
+        kv("a.f32", F32, 0.5),
+        kv("a.yes", BOOL, True),
+        kv("a.u64", U64, 2**63 + 1),
+        kv("a.i64", I64, -(2**62)),
+        kv("a.f64", F64, 0.1),
+        kv("a.empty", STRING, ""),
+        kv_array("a.words", STRING, ["one", "", "drei ö"]),
+        kv_array("a.ints", I32, [1, -2, 3]),
+        kv_array("a.flags", BOOL, [True, False]),
+        kv_array("a.none", F32, []),
+    ]
+    tensors, end = place(
+        [Tensor("x.weight", (8, 2)), Tensor("y", (3,), TYPE_F16), Tensor("z", (64, 1, 2, 1), TYPE_Q8_0)]
+    )
+    return gguf(kvs, tensors, bytes(i % 120 for i in range(end)), version=version)
+
+
+def _block_tensors(il: int, dense: bool) -> list[Tensor]:
+    """Shapes of one block of ``tiny_model``: hidden 32, 2 heads of 4 + 2, latent 8, 2 experts of width 4."""
+    parts: list[tuple[str, tuple[int, ...]]] = [
+        ("attn_norm", (32,)),
+        ("attn_q", (32, 12)),
+        ("attn_kv_a_mqa", (32, 10)),
+        ("attn_kv_a_norm", (8,)),
+        ("attn_output", (8, 32)),
+        ("ffn_norm", (32,)),
+    ]
+    parts += [("attn_kv_b", (8, 16))] if dense else [("attn_k_b", (4, 8, 2)), ("attn_v_b", (8, 4, 2))]
+    if dense:
+        parts += [("ffn_gate", (32, 4)), ("ffn_up", (32, 4)), ("ffn_down", (4, 32))]
+    else:
+        parts += [("ffn_gate_inp", (32, 2)), ("ffn_gate_exps", (32, 4, 2)), ("ffn_up_exps", (32, 4, 2))]
+        parts += [("ffn_down_exps", (4, 32, 2))]
+        parts += [("ffn_gate_shexp", (32, 4)), ("ffn_up_shexp", (32, 4)), ("ffn_down_shexp", (4, 32))]
+    return [Tensor(f"blk.{il}.{name}.weight", shape) for name, shape in parts]
+
+
+def tiny_model() -> bytes:
+    """A valid deepseek2 file of about 15 KB: a dense block with the legacy attn_kv_b, a block of experts with the split."""
+    ints = {
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": 32,
+        "vocab_size": 8,
+        "feed_forward_length": 4,
+        "leading_dense_block_count": 1,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": 8,
+        "attention.key_length": 10,
+        "attention.value_length": 8,
+        "attention.key_length_mla": 6,
+        "attention.value_length_mla": 4,
+        "rope.dimension_count": 2,
+        "rope.scaling.original_context_length": 32,
+        "expert_count": 2,
+        "expert_used_count": 1,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": 4,
+        "expert_group_count": 1,
+        "expert_group_used_count": 1,
+        "expert_gating_func": 1,
+    }
+    floats = {
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10000.0,
+        "rope.scaling.factor": 2.0,
+        "rope.scaling.yarn_log_multiplier": 0.0707,
+        "expert_weights_scale": 1.0,
+    }
+    kvs = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.rope.scaling.type", STRING, "yarn")]
+    kvs += [kv(f"deepseek2.{key}", U32, n) for key, n in ints.items()]
+    kvs += [kv(f"deepseek2.{key}", F32, x) for key, x in floats.items()]
+    kvs += [kv("deepseek2.expert_weights_norm", BOOL, False)]
+    ends = [
+        Tensor("token_embd.weight", (32, 8), TYPE_Q8_0),
+        Tensor("output_norm.weight", (32,)),
+        Tensor("output.weight", (32, 8), TYPE_F16),
+    ]
+    tensors, end = place([*ends, *_block_tensors(0, dense=True), *_block_tensors(1, dense=False)])
+    return gguf(kvs, tensors, struct.pack("<e", 0.01) * (end // 2))
