@@ -1,0 +1,31 @@
+"""Shared fixtures. Helper modules live in tests/support and tests/ref: ``from support import tiny``."""
+
+from pathlib import Path
+
+import pytest
+from support.tiny import Spec, write_gguf
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models, texts and vocabularies beside the repository; the test is skipped where it is absent."""
+    folder = TESTS.parent.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the ../shared folder of models and texts")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory):
+    """``tiny_gguf(spec, legacy=False)``: the path of a spec's f32 GGUF, written once a session."""
+    folder = tmp_path_factory.mktemp("tiny")
+    written: dict[tuple[Spec, bool], Path] = {}
+
+    def path(spec: Spec, legacy: bool = False) -> Path:
+        if (spec, legacy) not in written:
+            written[spec, legacy] = write_gguf(folder / f"{spec.name}-{len(written)}.gguf", spec, legacy=legacy)
+        return written[spec, legacy]
+
+    return path
