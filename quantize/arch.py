@@ -1,0 +1,255 @@
+"""arch.py: config.json of the DeepSeek-V2 family -> a checked shape and the ``deepseek2.*`` keys of its GGUF.
+
+Owns what the keys mean. What GGUF cannot say (two different mscales, expert layers that skip) is refused here rather
+than written as something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.errors import CheckpointError, UnsupportedError
+
+ARCHITECTURE = "deepseek2"  # GGUF's name of the whole family
+
+# model_type -> the router's defaults, where config.json is silent
+FAMILIES: dict[str, dict[str, object]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+}
+GATING = {"softmax": 1, "sigmoid": 2}  # deepseek2.expert_gating_func
+
+# What deepseek2 GGUF has no key for: config key -> the only value that it stands for
+FIXED: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+}
+MAX_COUNT = 1 << 24  # above any width or count of the family; products of three stay below 2**72, which Python holds
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's context extension, as config.json gives it."""
+
+    factor: float
+    original_context: int
+    mscale_all_dim: float
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The shape of a model. Widths in values; 0 where a part is absent."""
+
+    family: str
+    n_layer: int
+    n_ctx: int
+    n_embd: int
+    n_vocab: int
+    n_head: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    nope: int
+    rope: int
+    v_dim: int
+    n_ff: int
+    n_layer_dense: int
+    n_expert: int
+    n_expert_used: int
+    n_expert_shared: int
+    n_ff_expert: int
+    n_group: int
+    n_group_used: int
+    expert_scale: float
+    expert_norm: bool
+    gating: str
+    has_router_bias: bool
+    rms_eps: float
+    rope_base: float
+    yarn: Yarn | None
+    tied: bool
+    n_nextn: int  # multi-token prediction layers at the end of the checkpoint, which GGUF leaves out
+
+    def is_dense(self, il: int) -> bool:
+        """Whether layer il has a plain feed-forward network instead of experts."""
+        return il < self.n_layer_dense
+
+    def keys(self) -> dict[str, int | float | bool | str]:
+        """The ``deepseek2.*`` metadata: int stands for GGUF's uint32, float for float32."""
+        head = self.kv_lora_rank + self.rope
+        keys: dict[str, int | float | bool | str] = {
+            "block_count": self.n_layer,
+            "context_length": self.n_ctx,
+            "embedding_length": self.n_embd,
+            "feed_forward_length": self.n_ff,
+            "vocab_size": self.n_vocab,
+            "attention.head_count": self.n_head,
+            "attention.head_count_kv": 1,  # MLA as one shared latent head
+            "attention.layer_norm_rms_epsilon": self.rms_eps,
+            "attention.kv_lora_rank": self.kv_lora_rank,
+            "attention.key_length": head,
+            "attention.value_length": self.kv_lora_rank,
+            "attention.key_length_mla": self.nope + self.rope,
+            "attention.value_length_mla": self.v_dim,
+            "rope.dimension_count": self.rope,
+            "rope.freq_base": self.rope_base,
+            "leading_dense_block_count": self.n_layer_dense,
+            "expert_count": self.n_expert,
+            "expert_used_count": self.n_expert_used,
+            "expert_shared_count": self.n_expert_shared,
+            "expert_feed_forward_length": self.n_ff_expert,
+            "expert_group_count": self.n_group,
+            "expert_group_used_count": self.n_group_used,
+            "expert_weights_scale": self.expert_scale,
+            "expert_weights_norm": self.expert_norm,
+            "expert_gating_func": GATING[self.gating],
+        }
+        if self.q_lora_rank:
+            keys["attention.q_lora_rank"] = self.q_lora_rank
+        if self.yarn is not None:
+            keys |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": self.yarn.factor,
+                "rope.scaling.original_context_length": self.yarn.original_context,
+                "rope.scaling.yarn_log_multiplier": 0.1 * self.yarn.mscale_all_dim,
+                "rope.scaling.yarn_beta_fast": self.yarn.beta_fast,
+                "rope.scaling.yarn_beta_slow": self.yarn.beta_slow,
+            }
+        return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}
+
+
+class _Config:
+    """config.json with typed, range-checked access; every failure names the key."""
+
+    def __init__(self, config: dict[str, Any], defaults: dict[str, object]) -> None:
+        self.values = {**defaults, **{k: v for k, v in config.items() if v is not None}}
+
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_COUNT:
+            raise CheckpointError(f"config.json: `{key}` is {value!r}, expected a count from {least} to {MAX_COUNT}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise CheckpointError(f"config.json: `{key}` is {value!r}, expected a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: `{key}` is {value!r}, expected true or false")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        value = self.values.get(key)
+        if value not in allowed:
+            raise UnsupportedError(f"config.json: `{key}` is {value!r}, expected one of {', '.join(allowed)}")
+        return str(value)
+
+
+def parse(config: dict[str, Any]) -> Arch:
+    """The shape that config.json describes. CheckpointError: bad values; UnsupportedError: not this family."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        named = config.get("architectures") or [family]
+        raise UnsupportedError(
+            f"config.json: architecture {named[0] if isinstance(named, list) and named else named!r} is not supported",
+            "supported: DeepSeek-V2, V2-Lite, V2.5, Coder-V2 and V3-style models (model_type deepseek_v2, deepseek_v3)",
+        )
+    c = _Config(config, FAMILIES[family])
+    for key, value in FIXED.items():
+        if c.values.get(key, value) != value:
+            raise UnsupportedError(
+                f"config.json: `{key}` is {c.values[key]!r}, and deepseek2 GGUF can only say {value!r}"
+            )
+    if family == "deepseek_v2" and c.flag("norm_topk_prob"):
+        # The published code drops the scaling factor then, transformers ignores the flag: no answer is the right one.
+        raise UnsupportedError("config.json: `norm_topk_prob` is true in a V2 model, where its meaning is not settled")
+    n_layer, n_head = c.count("num_hidden_layers"), c.count("num_attention_heads")
+    if c.count("num_key_value_heads", n_head) != n_head:
+        raise UnsupportedError("config.json: `num_key_value_heads` differs from `num_attention_heads`: not MLA")
+    n_expert, n_group, n_group_used = _experts(c)
+    return Arch(
+        family=family,
+        n_layer=n_layer,
+        n_ctx=c.count("max_position_embeddings"),
+        n_embd=c.count("hidden_size"),
+        n_vocab=c.count("vocab_size"),
+        n_head=n_head,
+        q_lora_rank=c.count("q_lora_rank", 0, least=0),
+        kv_lora_rank=c.count("kv_lora_rank"),
+        nope=c.count("qk_nope_head_dim"),
+        rope=c.count("qk_rope_head_dim"),
+        v_dim=c.count("v_head_dim"),
+        n_ff=c.count("intermediate_size"),
+        n_layer_dense=min(c.count("first_k_dense_replace", 0, least=0), n_layer),
+        n_expert=n_expert,
+        n_expert_used=c.count("num_experts_per_tok"),
+        n_expert_shared=c.count("n_shared_experts", 0, least=0),
+        n_ff_expert=c.count("moe_intermediate_size"),
+        n_group=n_group,
+        n_group_used=n_group_used,
+        expert_scale=c.number("routed_scaling_factor", 1.0),
+        expert_norm=c.flag("norm_topk_prob"),
+        gating=c.choice("scoring_func", tuple(GATING)),
+        has_router_bias=c.choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")) == "noaux_tc",
+        rms_eps=c.number("rms_norm_eps", 1e-6),
+        rope_base=_rope_base(c),
+        yarn=_yarn(c),
+        tied=c.flag("tie_word_embeddings"),
+        n_nextn=c.count("num_nextn_predict_layers", 0, least=0),
+    )
+
+
+def _experts(c: _Config) -> tuple[int, int, int]:
+    n_expert, n_used = c.count("n_routed_experts"), c.count("num_experts_per_tok")
+    # Greedy routing looks at all experts whatever n_group says: one group, so that no engine limits it.
+    grouped = c.choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")) != "greedy"
+    n_group, n_group_used = (c.count("n_group", 1), c.count("topk_group", 1)) if grouped else (1, 1)
+    if n_expert % n_group or n_group_used > n_group or n_used > n_expert // n_group * n_group_used:
+        raise CheckpointError(
+            f"config.json: {n_used} of {n_expert} experts from {n_group_used} of {n_group} groups cannot be chosen"
+        )
+    return n_expert, n_group, n_group_used
+
+
+def _rope(c: _Config) -> dict[str, Any]:
+    rope = c.values.get("rope_scaling") or c.values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json: `rope_scaling` is {rope!r}, expected an object")
+    return rope
+
+
+def _rope_base(c: _Config) -> float:
+    rope = _Config(_rope(c), {"rope_theta": c.values.get("rope_theta", 10000.0)})
+    return rope.number("rope_theta")
+
+
+def _yarn(c: _Config) -> Yarn | None:
+    rope = _rope(c)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise UnsupportedError(f"config.json: rope scaling {kind!r} is not supported", "V2-family models use yarn")
+    y = _Config(rope, {})
+    mscale, all_dim = y.values.get("mscale"), y.values.get("mscale_all_dim")
+    if all_dim is None or mscale != all_dim or "attention_factor" in y.values:
+        # GGUF keeps one multiplier: cos and sin unscaled, the softmax scale carrying m * m.
+        raise UnsupportedError(
+            f"config.json: rope_scaling has mscale {mscale} and mscale_all_dim {all_dim}; GGUF can only say equal ones"
+        )
+    return Yarn(
+        factor=y.number("factor"),
+        original_context=y.count("original_max_position_embeddings"),
+        mscale_all_dim=y.number("mscale_all_dim"),
+        beta_fast=y.number("beta_fast", 32),
+        beta_slow=y.number("beta_slow", 1),
+    )

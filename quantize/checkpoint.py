@@ -1,0 +1,282 @@
+"""checkpoint.py: a Hugging Face checkpoint folder, read lazily. Owns shards, dtypes, fp8 scales; knows no architecture.
+
+Weights are read with positioned reads straight into the array that keeps them: one copy, no mapped pages counted
+against this process, and a file that shrinks under us is an error instead of a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.errors import CheckpointError, UnsupportedError
+from quantize.safetensors import REPLACE_HINT, StoredTensor, read_header
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),
+}  # fmt: skip
+SCALE_SUFFIX = "_scale_inv"  # DeepSeek-V3's block scales: weight = stored * scale
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def _e4m3_values() -> NDArray[np.float32]:
+    """All 256 values of fp8 e4m3 (bias 7, no infinity, 0x7f and 0xff NaN), by code."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    values = np.where(code & 0x80, -magnitude, magnitude)
+    values[[0x7F, 0xFF]] = np.nan
+    return values.astype(np.float32)
+
+
+E4M3_VALUES = _e4m3_values()
+
+
+def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bit patterns to float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 to bfloat16 bits, round to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    quiet = (bits >> 16) | np.uint32(0x40)  # rounding could carry a NaN's mantissa into infinity
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+class Checkpoint:
+    """An open checkpoint folder: ``config``, and its tensors by name. A context manager; close() releases the files.
+
+    Raises CheckpointError where files are missing or malformed, UnsupportedError for weights stored in other ways.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            what = "is a file" if self.path.exists() else "does not exist"
+            raise CheckpointError(
+                f"`{self.path}` {what}", "give the folder that holds config.json and the .safetensors files"
+            )
+        self.config = read_json(self.path / "config.json")
+        self.tensors = _index(self.path)
+        self.scale_block = _scale_block(self.path, self.config)
+        self._fds: dict[Path, int] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the shards' file descriptors; reads after this open them again."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor lies. CheckpointError where there is none."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(
+                f"`{self.path}`: tensor `{name}` is missing",
+                "the download may be incomplete: fetch the checkpoint again",
+            )
+        return tensor
+
+    def read_stored(self, name: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A tensor as stored: float32, float16, uint16 (bfloat16 bits) or uint8 (fp8 codes), into out where given."""
+        tensor = self.find(name)
+        dtype = NUMPY_DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise UnsupportedError(
+                f"tensor `{name}` is {tensor.dtype}", "weights must be F32, F16, BF16 or F8_E4M3 with block scales"
+            )
+        if out is None:
+            out = np.empty(tensor.shape, dtype)
+        elif out.shape != tensor.shape or out.dtype != dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, `{name}` needs contiguous {dtype} {tensor.shape}")
+        self._read_into(tensor, out)
+        return out
+
+    def read_f32(self, name: str) -> NDArray[np.float32]:
+        """A tensor in float32, fp8 scales applied. CheckpointError names a tensor that holds NaN or infinity."""
+        return self._decode(name, self.read_stored(name))
+
+    def _decode(self, name: str, stored: NDArray[Any]) -> NDArray[np.float32]:
+        match self.find(name).dtype:
+            case "BF16":
+                values = bf16_to_f32(stored)
+            case "F8_E4M3":
+                values = self._apply_scales(name, E4M3_VALUES[stored])
+            case _:
+                values = stored.astype(np.float32, copy=False)
+        finite = np.isfinite(values)
+        if not finite.all():
+            worst = tuple(int(i) for i in np.argwhere(~finite)[0])
+            raise CheckpointError(
+                f"tensor `{name}` holds {np.count_nonzero(~finite)} values that are not finite, the first at {worst}",
+                "the shard is damaged or the training diverged: fetch it again, or use another revision",
+            )
+        return values
+
+    def read_half(self, name: str, out: NDArray[Any]) -> None:
+        """A tensor into out of its shape: as stored, except that fp8 becomes bfloat16 bits (uint16), which rounds.
+
+        out's dtype is ``half_dtype(name)``. Raises as read_f32 does.
+        """
+        stored = self.find(name)
+        if stored.dtype == "F8_E4M3":
+            out[...] = f32_to_bf16(self.read_f32(name))
+            return
+        self.read_stored(name, out)
+        bits, exponent = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}[
+            stored.dtype
+        ]
+        if np.any((out.view(bits) & exponent) == exponent):
+            self._decode(name, out)  # not finite: raises, with the place named
+
+    def half_dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype that read_half writes for this tensor."""
+        dtype = self.find(name).dtype
+        return np.dtype("<u2") if dtype == "F8_E4M3" else NUMPY_DTYPES.get(dtype, np.dtype("<f4"))
+
+    def _apply_scales(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        scale_name = name + SCALE_SUFFIX
+        if self.find(scale_name).dtype != "F32":
+            raise UnsupportedError(f"tensor `{scale_name}` is {self.find(scale_name).dtype}, expected F32")
+        rows, columns = self.scale_block
+        scales = self.read_stored(scale_name)
+        expected = (-(-values.shape[0] // rows), -(-values.shape[1] // columns))
+        if scales.shape != expected:
+            raise CheckpointError(
+                f"tensor `{scale_name}` is {scales.shape}, but {rows}x{columns} blocks of `{name}` take {expected}",
+                REPLACE_HINT,
+            )
+        for i in range(expected[0]):
+            band = values[i * rows : (i + 1) * rows]
+            band *= np.repeat(scales[i], columns)[: values.shape[1]]
+        return values
+
+    def _read_into(self, tensor: StoredTensor, out: NDArray[Any]) -> None:
+        if tensor.nbytes == 0:
+            return
+        view = out.reshape(-1).view(np.uint8).data
+        done = 0
+        try:
+            if tensor.shard not in self._fds:
+                self._fds[tensor.shard] = os.open(tensor.shard, os.O_RDONLY)
+            fd = self._fds[tensor.shard]
+            while done < tensor.nbytes:
+                n = os.preadv(fd, [view[done:]], tensor.offset + done)
+                if n == 0:
+                    raise CheckpointError(
+                        f"`{tensor.shard}`: the file ends inside tensor `{tensor.name}`", REPLACE_HINT
+                    )
+                done += n
+        except OSError as error:
+            raise CheckpointError(f"`{tensor.shard}`: tensor `{tensor.name}`: {error.strerror}") from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"`{path}`: {error.strerror}", "is this a complete Hugging Face checkpoint folder?"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}`: not valid JSON ({error})", "fetch the file again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. CheckpointError where it is missing or something else."""
+    with _naming(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}`: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder: through the index where there is one, from the shards themselves otherwise."""
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        return _index_sharded(folder, index_path)
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        hint = f"convert `{other[0]}` to safetensors first" if other else "is this a Hugging Face checkpoint folder?"
+        raise CheckpointError(f"`{folder}`: no model*.safetensors and no {INDEX_NAME}", hint)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, tensor in read_header(shard).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor `{name}` is in both `{tensors[name].shard}` and `{shard}`", REPLACE_HINT)
+            tensors[name] = tensor
+    return tensors
+
+
+def _index_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`{index_path}`: no weight_map", "fetch the file again")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, shard in weight_map.items():
+        # A shard is a plain name beside the index: a path would let an index read any file of the machine.
+        if not isinstance(shard, str) or shard != Path(shard).name:
+            raise CheckpointError(f"`{index_path}`: tensor `{name}` points at {shard!r}, not at a file of this folder")
+        if shard not in headers:
+            if not (folder / shard).exists():
+                raise CheckpointError(
+                    f"`{folder / shard}` is missing: {INDEX_NAME} names it", "fetch the missing shard"
+                )
+            headers[shard] = read_header(folder / shard)
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"`{folder / shard}`: tensor `{name}` is missing, {INDEX_NAME} puts it there", REPLACE_HINT
+            )
+        tensors[name] = headers[shard][name]
+    _check_index(headers, tensors)
+    return tensors
+
+
+def _check_index(headers: dict[str, dict[str, StoredTensor]], tensors: dict[str, StoredTensor]) -> None:
+    for shard, header in headers.items():
+        for name, tensor in header.items():
+            known = tensors.get(name)
+            if known is None:
+                raise CheckpointError(f"`{tensor.shard}`: tensor `{name}` is not in {INDEX_NAME}", REPLACE_HINT)
+            if known.shard.name != shard:
+                raise CheckpointError(f"tensor `{name}` is in both `{known.shard}` and `{tensor.shard}`", REPLACE_HINT)
+
+
+def _scale_block(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share one fp8 scale; (128, 128) where the config does not say."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return (128, 128)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
+        raise UnsupportedError(
+            f"`{folder}`: the weights are already quantised ({method!r})",
+            "start from the bf16, f16, f32 or fp8 e4m3 checkpoint",
+        )
+    block = quantization.get("weight_block_size", [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and 0 < n <= 65536 for n in block):
+        raise CheckpointError(f"`{folder / 'config.json'}`: weight_block_size {block!r} is not a pair of sizes")
+    return (block[0], block[1])

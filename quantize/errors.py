@@ -1,0 +1,27 @@
+"""What can go wrong when a checkpoint becomes a GGUF. Errors name the thing and the value; hints the remedy."""
+
+from __future__ import annotations
+
+
+class QuantizeError(Exception):
+    """Base of the family; str() is one line, and ``hint`` is what to do about it ("" where there is nothing to add)."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class CheckpointError(QuantizeError):
+    """The checkpoint is not what it claims to be: truncated, overlapping, missing a shard or a tensor, not finite."""
+
+
+class UnsupportedError(QuantizeError):
+    """The checkpoint is well formed, but deepseek2 GGUF (or this release) has no way to say it."""
+
+
+class CalibrationError(QuantizeError):
+    """The calibration text cannot be used: unreadable, malformed or too short."""
+
+
+class OutputError(QuantizeError):
+    """The GGUF cannot be written: disk full, no permission, another run at work on the same file."""

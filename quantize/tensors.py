@@ -1,0 +1,188 @@
+"""tensors.py: which tensors a GGUF of this architecture has, and which checkpoint tensors each is made of.
+
+Shapes are numpy's (ggml's reversed). Rotary rows stay in the checkpoint's order: V2 and V3 pair adjacent
+dimensions, and so does GGUF's deepseek2, so nothing is permuted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.arch import Arch
+from quantize.checkpoint import SCALE_SUFFIX, Checkpoint
+from quantize.errors import CheckpointError, UnsupportedError
+
+
+class Form(Enum):
+    """How checkpoint tensors become a GGUF tensor."""
+
+    WHOLE = "whole"  # one tensor, as it is
+    STACK = "stack"  # one tensor an expert, along a new first axis
+    K_B = "k_b"  # the K rows of kv_b_proj, per head and transposed: (n_head, kv_lora_rank, nope)
+    V_B = "v_b"  # the V rows of kv_b_proj, per head: (n_head, v_dim, kv_lora_rank)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the GGUF."""
+
+    name: str  # "blk.3.ffn_gate_exps.weight"
+    role: str  # "ffn_gate_exps": the name without its layer and suffix
+    il: int  # -1 outside the layers
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]  # checkpoint names; one an expert for a stack
+    form: Form
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape that each source must have; kv_b_proj's own is checked where the layer is listed."""
+        return self.shape[1:] if self.form is Form.STACK else self.shape
+
+
+def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
+    hf, d, h = f"model.layers.{il}.self_attn.", arch.n_embd, arch.n_head
+    qk, kv = arch.nope + arch.rope, arch.kv_lora_rank
+
+    def tensor(role: str, source: str, shape: tuple[int, ...], form: Form = Form.WHOLE) -> Tensor:
+        return Tensor(f"blk.{il}.{role}.weight", role, il, shape, (f"{hf}{source}.weight",), form)
+
+    yield Tensor(
+        f"blk.{il}.attn_norm.weight", "attn_norm", il, (d,), (f"model.layers.{il}.input_layernorm.weight",), Form.WHOLE
+    )
+    if arch.q_lora_rank:
+        yield tensor("attn_q_a", "q_a_proj", (arch.q_lora_rank, d))
+        yield tensor("attn_q_a_norm", "q_a_layernorm", (arch.q_lora_rank,))
+        yield tensor("attn_q_b", "q_b_proj", (h * qk, arch.q_lora_rank))
+    else:
+        yield tensor("attn_q", "q_proj", (h * qk, d))
+    yield tensor("attn_kv_a_mqa", "kv_a_proj_with_mqa", (kv + arch.rope, d))
+    yield tensor("attn_kv_a_norm", "kv_a_layernorm", (kv,))
+    yield tensor("attn_k_b", "kv_b_proj", (h, kv, arch.nope), Form.K_B)
+    yield tensor("attn_v_b", "kv_b_proj", (h, arch.v_dim, kv), Form.V_B)
+    yield tensor("attn_output", "o_proj", (d, h * arch.v_dim))
+
+
+def _ffn(arch: Arch, il: int) -> Iterator[Tensor]:
+    hf, d, f, e = f"model.layers.{il}.", arch.n_embd, arch.n_ff_expert, arch.n_expert
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+    def tensor(role: str, source: str, shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
+        return Tensor(f"blk.{il}.{role}.{suffix}", role, il, shape, (f"{hf}{source}",), Form.WHOLE)
+
+    def shape(kind: str, width: int) -> tuple[int, ...]:
+        return (d, width) if kind == "down" else (width, d)
+
+    yield tensor("ffn_norm", "post_attention_layernorm.weight", (d,))
+    if arch.is_dense(il):
+        for kind, source in names.items():
+            yield tensor(f"ffn_{kind}", f"mlp.{source}.weight", shape(kind, arch.n_ff))
+        return
+    yield tensor("ffn_gate_inp", "mlp.gate.weight", (e, d))
+    if arch.has_router_bias:
+        yield tensor("exp_probs_b", "mlp.gate.e_score_correction_bias", (e,), "bias")
+    for kind, source in names.items():
+        experts = tuple(f"{hf}mlp.experts.{i}.{source}.weight" for i in range(e))
+        role = f"ffn_{kind}_exps"
+        yield Tensor(f"blk.{il}.{role}.weight", role, il, (e, *shape(kind, f)), experts, Form.STACK)
+    if arch.n_expert_shared:
+        for kind, source in names.items():
+            yield tensor(
+                f"ffn_{kind}_shexp", f"mlp.shared_experts.{source}.weight", shape(kind, arch.n_expert_shared * f)
+            )
+
+
+def layer_tensors(arch: Arch, il: int) -> list[Tensor]:
+    """The tensors of one block, in the order of the file."""
+    return [*_attention(arch, il), *_ffn(arch, il)]
+
+
+def model_tensors(arch: Arch) -> list[Tensor]:
+    """Every tensor of the GGUF, in the order of the file: embeddings, blocks, final norm, head."""
+    v, d = arch.n_vocab, arch.n_embd
+    tensors = [Tensor("token_embd.weight", "token_embd", -1, (v, d), ("model.embed_tokens.weight",), Form.WHOLE)]
+    for il in range(arch.n_layer):
+        tensors += layer_tensors(arch, il)
+    tensors.append(Tensor("output_norm.weight", "output_norm", -1, (d,), ("model.norm.weight",), Form.WHOLE))
+    if not arch.tied:
+        tensors.append(Tensor("output.weight", "output", -1, (v, d), ("lm_head.weight",), Form.WHOLE))
+    return tensors
+
+
+def check(arch: Arch, checkpoint: Checkpoint, tensors: list[Tensor]) -> list[str]:
+    """Match the plan with the checkpoint before anything is written; returns the names left out (MTP layers, caches).
+
+    Raises CheckpointError for a missing tensor or a wrong shape, UnsupportedError for one that GGUF has no place for.
+    """
+    used: set[str] = set()
+    kv_b = (arch.n_head * (arch.nope + arch.v_dim), arch.kv_lora_rank)
+    for tensor in tensors:
+        expected = kv_b if tensor.form in (Form.K_B, Form.V_B) else tensor.source_shape
+        for source in tensor.sources:
+            shape = checkpoint.find(source).shape
+            if shape != expected:
+                raise CheckpointError(
+                    f"tensor `{source}` is {shape}, config.json makes it {expected}",
+                    "config.json and the weights are not of the same model",
+                )
+            used.add(source)
+    left_out = []
+    for name in checkpoint.tensors:
+        if name in used or (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in used):
+            continue
+        if not _may_leave_out(arch, name):
+            raise UnsupportedError(
+                f"tensor `{name}` has no place in a {arch.family} GGUF",
+                "an adapter or another architecture? Merge or remove it first: leaving it out would change the model",
+            )
+        left_out.append(name)
+    return left_out
+
+
+def _may_leave_out(arch: Arch, name: str) -> bool:
+    """Tensors that do not change what the main model computes."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and arch.n_layer <= int(layer[1]) < arch.n_layer + arch.n_nextn:
+        return True
+    return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
+
+
+def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.generic]:
+    """kv_b_proj (n_head * (nope + v_dim), kv_lora_rank) -> K_B (n_head, kv_lora_rank, nope) or V_B; contiguous."""
+    heads = kv_b.reshape(arch.n_head, arch.nope + arch.v_dim, arch.kv_lora_rank)
+    part = heads[:, : arch.nope].transpose(0, 2, 1) if form is Form.K_B else heads[:, arch.nope :]
+    return np.ascontiguousarray(part)
+
+
+def read(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.float32]:
+    """A whole GGUF tensor in float32, of tensor.shape. A stack reads one expert at a time with read_expert instead."""
+    if tensor.form is Form.STACK:
+        return np.stack([checkpoint.read_f32(source) for source in tensor.sources])
+    values = checkpoint.read_f32(tensor.sources[0])
+    return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form).astype(np.float32, copy=False)
+
+
+def read_half(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.generic]:
+    """A whole GGUF tensor as the engine takes it: float32, float16, or uint16 holding bfloat16 bits."""
+    dtype = checkpoint.half_dtype(tensor.sources[0])
+    if tensor.form is Form.STACK:
+        stack = np.empty(tensor.shape, dtype)
+        for part, source in zip(stack, tensor.sources, strict=True):
+            if checkpoint.half_dtype(source) != dtype:
+                raise UnsupportedError(f"tensor `{source}` is stored otherwise than `{tensor.sources[0]}`")
+            checkpoint.read_half(source, part)
+        return stack
+    values: NDArray[np.generic] = np.empty(checkpoint.find(tensor.sources[0]).shape, dtype)
+    checkpoint.read_half(tensor.sources[0], values)
+    return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form)
