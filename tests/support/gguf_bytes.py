@@ -63,22 +63,24 @@ class Tensor:
         return count // elements * size
 
 
-def gguf(
-    kvs: Sequence[bytes] = (),
-    tensors: Sequence[Tensor] = (),
-    data: bytes = b"",
-    *,
-    magic: bytes = b"GGUF",
-    version: int = 3,
-    n_kv: int | None = None,
-    n_tensors: int | None = None,
-    alignment: int = 32,
-) -> bytes:
-    """A whole file. Counts are those of the lists unless given; the data section begins on a multiple of alignment."""
-    head = magic + u32(version)
-    head += u64(len(tensors) if n_tensors is None else n_tensors) + u64(len(kvs) if n_kv is None else n_kv)
+@dataclass(frozen=True)
+class Header:
+    """What stands before the entries, and where the data section begins: on a multiple of alignment."""
+
+    version: int = 3
+    n_kv: int | None = None  # the length of the list unless set
+    n_tensors: int | None = None
+    alignment: int = 32
+
+
+def gguf(kvs: Sequence[bytes] = (), tensors: Sequence[Tensor] = (), data: bytes = b"", **header: int) -> bytes:
+    """A whole file; header takes the fields of ``Header``."""
+    h = Header(**header)
+    n_tensors = len(tensors) if h.n_tensors is None else h.n_tensors
+    n_kv = len(kvs) if h.n_kv is None else h.n_kv
+    head = b"GGUF" + u32(h.version) + u64(n_tensors) + u64(n_kv)
     head += b"".join(kvs) + b"".join(t.record() for t in tensors)
-    return head + b"\0" * (-len(head) % alignment) + data
+    return head + b"\0" * (-len(head) % h.alignment) + data
 
 
 def place(tensors: Sequence[Tensor], alignment: int = 32) -> tuple[list[Tensor], int]:
@@ -139,7 +141,7 @@ def _block_tensors(il: int, dense: bool) -> list[Tensor]:
 
 
 def tiny_model() -> bytes:
-    """A valid deepseek2 file of about 15 KB: a dense block with the legacy attn_kv_b, a block of experts with the split."""
+    """A valid deepseek2 file of about 15 KB: a dense block with the legacy attn_kv_b, then experts with split ones."""
     ints = {
         "block_count": 2,
         "context_length": 64,
