@@ -24,12 +24,17 @@ const char *ds_gguf_type_name(uint32_t type) {
     return type <= DS_GGUF_F64 ? TYPES[type].name : "unknown";
 }
 
-static bool fail_type(const ds_gguf *g, const ds_gguf_kv *kv, const char *expected, bool *bad, ds_error *err) {
-    DS_GGUF_FAIL(g, err, DS_EFORMAT, "key `%.*s` is of type %s%s, expected %s", (int)kv->key.size, kv->key.data,
-                 kv->type == DS_GGUF_ARRAY ? "array of " : "", ds_gguf_type_name(kv->item_type), expected);
+/* Close a refusal: the remedy is the same for all of them. */
+static bool refuse(bool *bad, ds_error *err) {
     ds_hint(err, "the file was written by a faulty converter: make or download it again");
     *bad = true;
     return false;
+}
+
+static bool fail_type(const ds_gguf *g, const ds_gguf_kv *kv, const char *expected, bool *bad, ds_error *err) {
+    DS_GGUF_FAIL(g, err, DS_EFORMAT, "key `%.*s` is of type %s%s, expected %s", (int)kv->key.size, kv->key.data,
+                 kv->type == DS_GGUF_ARRAY ? "array of " : "", ds_gguf_type_name(kv->item_type), expected);
+    return refuse(bad, err);
 }
 
 /* The key, unless an earlier read of this caller failed: its error is the one to tell. */
@@ -57,8 +62,7 @@ bool ds_gguf_get_i64(const ds_gguf *gguf, const char *key, int64_t *out, bool *b
         uint64_t wide = LOAD(uint64_t, kv->data);
         if (wide > INT64_MAX) {
             DS_GGUF_FAIL(gguf, err, DS_EFORMAT, "key `%s` is %" PRIu64 ", expected less than 2^63", key, wide);
-            *bad = true;
-            return false;
+            return refuse(bad, err);
         }
         value = (int64_t)wide;
         break;
@@ -80,8 +84,7 @@ bool ds_gguf_get_f64(const ds_gguf *gguf, const char *key, double *out, bool *ba
     double value = kv->type == DS_GGUF_F32 ? LOAD(float, kv->data) : LOAD(double, kv->data);
     if (!isfinite(value)) {
         DS_GGUF_FAIL(gguf, err, DS_EFORMAT, "key `%s` is %f, expected a finite number", key, value);
-        *bad = true;
-        return false;
+        return refuse(bad, err);
     }
     *out = value;
     return true;

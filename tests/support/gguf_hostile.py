@@ -45,7 +45,7 @@ def _counts() -> list[Hostile]:
         Hostile("key-count-huge", gguf(n_kv=U64_MAX), ("number of keys", str(U64_MAX))),
         Hostile("tensor-count-wraps", gguf(n_tensors=2**61), ("number of tensors", str(2**61))),
         Hostile("tensor-count-one-more", gguf(one, n_tensors=1, alignment=1), ("number of tensors is 1",)),
-        Hostile("key-count-one-more", gguf(one, n_kv=2), ("number of keys is 2",)),
+        Hostile("key-count-one-more", gguf(one, n_kv=2, alignment=1), ("number of keys is 2",)),
         Hostile("million-keys-of-zeros", gguf(n_kv=1 << 20) + b"\0" * (15 << 20), ("key 1 of", "0 bytes")),
     ]
 
