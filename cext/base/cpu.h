@@ -4,7 +4,7 @@
 #include <stdbool.h>
 
 typedef struct ds_cpu {
-    bool avx2;       /* AVX2 + FMA + F16C, with YMM state saved by the system */
+    bool avx2;       /* AVX2 + FMA + F16C + BMI2, with YMM state saved by the system */
     bool avxvnni;    /* the VEX-coded VNNI of consumer processors */
     bool avx512vnni; /* AVX-512 F, BW, DQ, VL, VNNI with ZMM state saved */
     bool avx512bf16;
@@ -12,6 +12,9 @@ typedef struct ds_cpu {
 } ds_cpu;
 
 const ds_cpu *ds_cpu_get(void);
+
+/* The kernel table asked for in the environment (DSV2_ISA), or NULL. */
+const char *ds_cpu_isa_override(void);
 
 /* Cores that this process may use at full speed: physical cores within its affinity mask and cgroup quota; at least 1. */
 int ds_cpu_default_threads(void);

@@ -63,9 +63,11 @@ typedef struct ds_kernels {
                         size_t ldb, float *c /* (m, ldc) */, size_t ldc);
 
     void (*attend_f16)(const ds_attend *job); /* kv rows are IEEE half */
+    void (*attend_f32)(const ds_attend *job); /* kv rows are float */
 
     /* y = x * weight / sqrt(mean(x^2) + eps); y may be x. */
     void (*rms_norm)(int n, const float *x, const float *weight /* (n) or NULL */, float eps, float *y);
+    float (*exp_sum)(int n, float max, float *x);                          /* x = exp(x - max) in place; returns their sum */
     void (*softmax)(int n, float *x);                                      /* in place, max subtracted */
     void (*silu_mul)(int n, const float *gate, const float *up, float *y); /* y = gate * sigmoid(gate) * up */
     void (*add_scaled)(int n, float scale, const float *x, float *y);      /* y += scale * x */

@@ -1,0 +1,47 @@
+/* mul_codes.h: products with any coded format, through its plain decoder: the reference for the fast paths, and what a format
+ * without a fast path runs on. */
+#pragma once
+
+#include "quant/codes.h"
+
+/* sum over 16 values of q * x */
+DS_INLINE int32_t dot16(const int8_t *q, const int8_t *x) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; i++) sum += q[i] * x[i];
+    return sum;
+}
+
+/* One block against one token: per 16 values, x's scale times (scale * integer product - min * integer sum). */
+DS_INLINE float dot_codes(const ds_codes *c, int n, const int8_t *q, const float *x_scale, const int16_t *sums) {
+    float y = 0.0f;
+    for (int i = 0; i < n / 16; i++) {
+        const int32_t product = dot16(c->q + 16 * i, q + 16 * i);
+        y += x_scale[i / 2] * (c->scale[i] * (float)product - c->min[i] * (float)sums[i]);
+    }
+    return y;
+}
+
+typedef void (*decode_fn)(const void *block, ds_codes *codes);
+
+DS_INLINE void mul_codes(const ds_mul *job, int block_elements, size_t block_bytes, decode_fn decode) {
+    const act_rows a = act_rows_at(job->act, job->n_tok, job->k);
+    for (int r = job->row_begin; r < job->row_end; r++) {
+        const char *block = (const char *)job->w + (size_t)r * job->row_bytes;
+        for (int t = 0; t < job->n_tok; t++) job->y[(size_t)t * job->ldy + (size_t)r] = 0.0f;
+        for (int i = 0; i < job->k; i += block_elements, block += block_bytes) {
+            ds_codes codes;
+            decode(block, &codes);
+            for (int t = 0; t < job->n_tok; t++)
+                job->y[(size_t)t * job->ldy + (size_t)r] +=
+                    dot_codes(&codes, block_elements, a.q + (size_t)t * a.q_stride + i, a.scale + (size_t)t * a.scale_stride + i / 32,
+                              a.sums + (size_t)t * a.sums_stride + i / 16);
+        }
+    }
+}
+
+#define MUL_CODES(id)                                                                                          \
+    DS_INLINE void decode_##id(const void *block, ds_codes *codes) { ds_codes_##id(block, codes); }            \
+    static void mul_codes_##id(const ds_mul *job) {                                                            \
+        mul_codes(job, (int)(DS_ELEMENTS_##id), sizeof(ds_block_##id), decode_##id);                           \
+    }
+DS_CODED_FORMATS(MUL_CODES)

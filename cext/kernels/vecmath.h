@@ -1,0 +1,22 @@
+/* vecmath.h: elementary functions on vectors of floats. */
+#pragma once
+
+/* e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln(2)/2, e^r by a minimax polynomial (3e-9), times 2^n.
+ * Under -104 the result is 0, over 89 infinity; NaN stays NaN. */
+DS_INLINE vf vf_exp(vf x) {
+    /* Written so that a NaN in x is returned by both clamps. */
+    x = vf_max(vf_set(-104.0f), x);
+    x = vf_min(vf_set(89.0f), x);
+    const vf n = vf_round(vf_mul(x, vf_set(0x1.715476p+0f))); /* 1 / ln 2 */
+    /* ln 2 in two parts, the first with enough zero bits at its end that n times it is exact. */
+    vf r = vf_fnma(n, vf_set(0x1.62ep-1f), x);
+    r = vf_fnma(n, vf_set(0x1.0bfbe8p-15f), r);
+    /* (e^r - 1 - r) / r^2 */
+    vf p = vf_set(0x1.6a2434p-10f);
+    p = vf_fma(p, r, vf_set(0x1.1239e2p-7f));
+    p = vf_fma(p, r, vf_set(0x1.5558f2p-5f));
+    p = vf_fma(p, r, vf_set(0x1.555492p-3f));
+    p = vf_fma(p, r, vf_set(0x1.fffffcp-2f));
+    const vf e = vf_add(vf_fma(vf_mul(r, r), p, r), vf_set(1.0f));
+    return vf_ldexp(e, n);
+}
