@@ -1,0 +1,180 @@
+"""encode.py: float32 rows -> the bytes of a GGUF tensor, and back. ggml's own block encoders, on every core.
+
+The encoders come from the libggml-base that llama-cpp-python bundles, called through ctypes, which releases the GIL:
+rows are independent, so threads take slices of them, and the bytes do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from quantize.checkpoint import bf16_to_f32, f32_to_bf16
+from quantize.errors import QuantizeError
+
+FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
+# ggml's decoders, by the name in the library. Q8_0 and the float types ignore importance weights.
+DECODERS = {
+    Type.Q4_0: "q4_0", Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_1: "q5_1", Type.Q8_0: "q8_0",
+    Type.Q2_K: "q2_K", Type.Q3_K: "q3_K", Type.Q4_K: "q4_K", Type.Q5_K: "q5_K", Type.Q6_K: "q6_K",
+    Type.IQ4_NL: "iq4_nl", Type.IQ4_XS: "iq4_xs",
+}  # fmt: skip
+IGNORES_IMPORTANCE = (*FLOAT_TYPES, Type.Q8_0)
+F16_MAX = 65504.0
+# A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
+IMPORTANCE_FLOOR = 1e-6
+
+
+def row_bytes(type_: Type, n: int) -> int:
+    """Bytes of a row of n values. ValueError unless whole blocks fit."""
+    block, size = GGML_QUANT_SIZES[type_]
+    if n % block:
+        raise ValueError(f"a row of {n} values is not a multiple of {type_.name}'s block of {block}")
+    return n // block * size
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    spec = find_spec("llama_cpp")
+    folders = [Path(p) / "lib" for p in (spec.submodule_search_locations or [])] if spec else []
+    for folder in folders:
+        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+            if (folder / name).exists():
+                lib = ctypes.CDLL(str(folder / name))
+                lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+                lib.ggml_quantize_chunk.argtypes = [
+                    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+                    ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+                ]  # fmt: skip
+                lib.ggml_validate_row_data.restype = ctypes.c_bool
+                lib.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+                return lib
+    raise QuantizeError(
+        "ggml's encoders are missing: llama-cpp-python is not installed", "pip install llama-cpp-python"
+    )
+
+
+def _address(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Encoder:
+    """Encodes and decodes rows on a pool of threads. A context manager; close() ends the threads."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
+        self.threads = threads or n_cores()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="encode")
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[slice], None], n_rows: int) -> None:
+        """Run work over slices of range(n_rows), a few for each thread; the first exception is raised."""
+        for _ in self._pool.map(work, _slices(n_rows, 4 * self.threads)):
+            pass
+
+    def encode(
+        self, values: NDArray[np.float32], type_: Type, importance: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
+        """values (..., n) float32 -> (..., row_bytes) uint8.
+
+        importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it. Raises
+        QuantizeError where the type cannot hold the values, ValueError where rows are not whole blocks.
+        """
+        n = values.shape[-1]
+        rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
+        out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
+        weights = None if importance is None or type_ in IGNORES_IMPORTANCE else _usable(importance, n)
+        if type_ in FLOAT_TYPES:
+            self.map(lambda part: _encode_float(rows[part], type_, out[part]), len(rows))
+        else:
+            self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), len(rows))
+        return out.reshape(*values.shape[:-1], out.shape[1])
+
+    def decode(self, data: NDArray[np.uint8], type_: Type, n: int) -> NDArray[np.float32]:
+        """(..., row_bytes) uint8 -> (..., n) float32: what an engine multiplies by."""
+        rows = np.ascontiguousarray(data).reshape(-1, row_bytes(type_, n))
+        if type_ == Type.F32:
+            return rows.view(np.float32).reshape(*data.shape[:-1], n)
+        if type_ == Type.F16:
+            return rows.view(np.float16).astype(np.float32).reshape(*data.shape[:-1], n)
+        if type_ == Type.BF16:
+            return bf16_to_f32(rows.view(np.uint16)).reshape(*data.shape[:-1], n)
+        out = np.empty((len(rows), n), np.float32)
+        function = getattr(_ggml(), f"dequantize_row_{DECODERS[type_]}")
+
+        def work(part: slice) -> None:
+            function(_address(rows[part]), _address(out[part]), ctypes.c_int64(out[part].size))
+
+        self.map(work, len(rows))
+        return out.reshape(*data.shape[:-1], n)
+
+
+def _slices(n_rows: int, n_parts: int) -> Iterator[slice]:
+    step = max(1, -(-n_rows // n_parts))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _usable(importance: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """Importance with no zeros, no NaN, and a mean near one: the encoders multiply it by squared weights in float32."""
+    if importance.shape != (n,):
+        raise ValueError(f"importance is {importance.shape}, expected ({n},)")
+    if not np.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError("importance holds values that are negative or not finite")
+    mean = float(importance.mean(dtype=np.float64))
+    if mean == 0:
+        return np.ones(n, np.float32)
+    usable: NDArray[np.float32] = np.maximum(importance / np.float32(mean), np.float32(IMPORTANCE_FLOOR))
+    return usable
+
+
+def _encode_float(rows: NDArray[np.float32], type_: Type, out: NDArray[np.uint8]) -> None:
+    if type_ == Type.F32:
+        out.view(np.float32)[...] = rows
+    elif type_ == Type.BF16:
+        out.view(np.uint16)[...] = f32_to_bf16(rows)
+    else:
+        worst = float(np.abs(rows).max(initial=0.0))
+        if worst > F16_MAX:
+            raise QuantizeError(
+                f"a weight of {worst:g} does not fit float16", "write bf16 or f32 instead (--type bf16)"
+            )
+        out.view(np.float16)[...] = rows
+
+
+def _encode_blocks(
+    rows: NDArray[np.float32], type_: Type, weights: NDArray[np.float32] | None, out: NDArray[np.uint8]
+) -> None:
+    lib = _ggml()
+    importance = None if weights is None else _address(weights)
+    lib.ggml_quantize_chunk(int(type_), _address(rows), _address(out), 0, rows.shape[0], rows.shape[1], importance)
+    if not lib.ggml_validate_row_data(int(type_), _address(out), out.nbytes):
+        raise QuantizeError(
+            f"encoding to {type_.name} gave scales that are not finite", "the weights are too large for this type"
+        )
