@@ -46,7 +46,7 @@ Rule = Callable[[Place], Type | None]
 
 
 def _heavy(place: Place) -> bool:
-    """The first and last eighth of the layers and every third between, where the mixes spend more on down projections."""
+    """The first and last eighth of the layers and every third between: the mixes spend more on downs there."""
     eighth = place.n_layer // 8
     return place.il < eighth or place.il >= 7 * place.n_layer // 8 or (place.il - eighth) % 3 == 2
 

@@ -1,0 +1,235 @@
+"""writer.py: a GGUF written in any order and seen whole or not at all.
+
+The layout follows from names, shapes and types before any weight is read: the header is written and the disk reserved
+first, then every tensor goes to its own offset of a `.part` file beside the target, and the last act is a rename. Owns
+the file format's byte layout; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSION, GGUFValueType
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from quantize.errors import OutputError
+
+# Python's and numpy's types -> GGUF's. A list of int is int32 (as token types are), a single int uint32 (as counts are).
+_SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}
+_ARRAYS = {"int32": GGUFValueType.INT32, "uint32": GGUFValueType.UINT32, "float32": GGUFValueType.FLOAT32}
+MAX_NAME_BYTES = 63  # ggml's own limit on tensor names
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place in the file."""
+
+    name: str
+    shape: tuple[int, ...]  # numpy's order
+    type: Type
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: object) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", GGUFValueType.STRING) + _string(value)
+    if isinstance(value, np.ndarray):
+        kind = _ARRAYS[value.dtype.name]
+        head = struct.pack("<IIQ", GGUFValueType.ARRAY, kind, value.size)
+        return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
+    if isinstance(value, list):
+        if value and isinstance(value[0], str):
+            head = struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(value))
+            return head + b"".join(_string(item) for item in value)
+        return _value(np.array(value, np.int32))
+    kind, layout = _SCALARS[type(value)]
+    return struct.pack("<I", kind) + struct.pack(layout, value)
+
+
+def _header(
+    metadata: Mapping[str, object], tensors: Sequence[tuple[str, tuple[int, ...], Type]]
+) -> tuple[bytes, list[int]]:
+    """The bytes before the tensor data, padded to its alignment, and each tensor's offset from the end of them."""
+    parts = [b"GGUF", struct.pack("<IQQ", GGUF_VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_string(key), _value(value)]
+    offsets, at = [], 0
+    for name, shape, type_ in tensors:
+        parts += [_string(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
+        parts.append(struct.pack("<IQ", type_, at))
+        offsets.append(at)
+        at += _padded(_nbytes(shape, type_))
+    offsets.append(at)
+    data = b"".join(parts)
+    return data + bytes(-len(data) % GGUF_DEFAULT_ALIGNMENT), offsets
+
+
+def _padded(n: int) -> int:
+    return n + -n % GGUF_DEFAULT_ALIGNMENT
+
+
+def _nbytes(shape: tuple[int, ...], type_: Type) -> int:
+    block, size = GGML_QUANT_SIZES[type_]
+    return math.prod(shape) // block * size
+
+
+def write_vocab_only(path: Path, metadata: Mapping[str, object]) -> None:
+    """A GGUF of metadata alone, which llama.cpp can tokenise with. Overwrites path."""
+    path.write_bytes(_header(metadata, ())[0])
+
+
+class Writer:
+    """An open GGUF in the making. As a context manager it removes the unfinished file unless commit() was reached.
+
+    tensors: (name, numpy shape, type) in the order of the file. Raises OutputError: no such folder, no permission, not
+    enough room, or another run at work on the same file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, object],
+        tensors: Sequence[tuple[str, tuple[int, ...], Type]],
+    ) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        for name, _, _ in tensors:
+            if len(name.encode()) > MAX_NAME_BYTES:
+                raise ValueError(f"tensor name `{name}` is longer than {MAX_NAME_BYTES} bytes")
+        self._infos = list(tensors)
+        header, offsets = _header(metadata, tensors)
+        self._n_header = len(header)
+        self.nbytes = len(header) + offsets[-1]
+        self.slots = {
+            name: Slot(name, shape, type_, len(header) + offset, _nbytes(shape, type_))
+            for (name, shape, type_), offset in zip(tensors, offsets, strict=False)
+        }
+        if len(self.slots) != len(tensors):
+            raise ValueError("two tensors have the same name")
+        self._written: dict[str, int] = dict.fromkeys(self.slots, 0)
+        self._fd = _open_locked(self.path, self.part)
+        try:
+            self._reserve()
+            self._pwrite(0, header)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.abandon()
+
+    def write(self, name: str, data: NDArray[Any], offset: int = 0) -> None:
+        """A tensor's bytes, or a run of them from offset on (an expert of a stack)."""
+        slot = self.slots[name]
+        if offset < 0 or data.nbytes > slot.nbytes - offset:
+            raise ValueError(f"`{name}` takes {slot.nbytes} bytes, not {data.nbytes} at {offset}")
+        self._pwrite(slot.offset + offset, np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self._written[name] += data.nbytes
+
+    def commit(self, metadata: Mapping[str, object] | None = None) -> None:
+        """Make the file appear under its name, on disk and whole. metadata replaces the first, at the same length.
+
+        Raises ValueError where tensors are missing or the header would move them.
+        """
+        missing = [name for name, n in self._written.items() if n != self.slots[name].nbytes]
+        if missing:
+            raise ValueError(f"{len(missing)} tensors are not written whole, the first `{missing[0]}`")
+        if metadata is not None:
+            header, _ = _header(metadata, self._infos)
+            if len(header) != self._n_header:
+                raise ValueError(f"the header grew from {self._n_header} to {len(header)} bytes")
+            self._pwrite(0, header)
+        try:
+            os.fsync(self._fd)
+            self.part.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._failed(error) from error
+        os.close(self._fd)
+        self._fd = -1
+
+    def abandon(self) -> None:
+        """Remove the unfinished file; nothing to do after commit()."""
+        if self._fd >= 0:
+            self.part.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _reserve(self) -> None:
+        """Claim the disk now: running out after hours of work is worse than before them."""
+        try:
+            os.ftruncate(self._fd, self.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot reserve
+                raise self._failed(error) from error
+
+    def _pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return OutputError(
+                f"`{self.path}`: {error.strerror}: it takes {self.nbytes / 1e9:.2f} GB, {_free(self.path.parent)}",
+                "free some space, choose another place with -o, or a smaller --type",
+            )
+        return OutputError(f"`{self.part}`: {error.strerror}")
+
+
+def _free(folder: Path) -> str:
+    stat = os.statvfs(folder)
+    return f"{stat.f_bavail * stat.f_frsize / 1e9:.2f} GB are free there"
+
+
+def _open_locked(path: Path, part: Path) -> int:
+    if path.is_dir():
+        raise OutputError(f"`{path}` is a folder", "name the file: -o model.gguf")
+    if not path.parent.is_dir():
+        raise OutputError(f"`{path.parent}`: no such folder", f"mkdir -p {path.parent}")
+    try:
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(f"`{part}`: {error.strerror}", "choose another place with -o") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one who held the lock may have renamed or removed the file between our open and our lock.
+        if not part.exists() or part.stat().st_ino != os.fstat(fd).st_ino:
+            raise BlockingIOError
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            raise OutputError(
+                f"`{part}`: another run is writing this file", "wait for it, or choose another -o"
+            ) from error
+        raise OutputError(f"`{part}`: {error.strerror}") from error
+    return fd
