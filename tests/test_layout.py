@@ -1,0 +1,224 @@
+"""The house plan, enforced: which room may import which, and what the library never does.
+
+Python rooms import one way, dsv2cli -> quantize -> cext. The engine's rooms include one way, the Python binding ->
+dsv2.h -> model -> {memory, backend} -> {kernels, quant, gguf} -> base; quant, being facts alone, also lies under gguf
+and kernels.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = ROOT / "cext"
+
+PYTHON_ROOMS = {"cext": {"cext"}, "quantize": {"quantize", "cext"}, "dsv2cli": {"dsv2cli", "quantize", "cext"}}
+
+BELOW = {
+    "base": set[str](),
+    "quant": {"base"},
+    "gguf": {"quant", "base"},
+    "kernels": {"quant", "base"},
+    "memory": {"kernels", "quant", "gguf", "base"},
+    "backend": {"kernels", "quant", "gguf", "base"},
+    "model": {"memory", "backend", "kernels", "quant", "gguf", "base"},
+}
+"""What a room of the engine may include beside itself."""
+
+MAX_LINES = 1000
+
+INTRINSICS = re.compile(r"\w*intrin\.h|arm_\w+\.h")
+ENDS_OR_PRINTS = re.compile(r"\b(?:_?exit|_Exit|quick_exit|abort|assert|v?f?printf|puts|fputs|putchar|perror)\s*\(")
+ALLOCATES_OR_THREADS = re.compile(
+    r"\b(?:malloc|calloc|realloc|aligned_alloc|free|pthread_\w+|ds_pool_\w+|ds_barrier)\s*\("
+)
+ISA_NAMES = re.compile(r"avx|sse\d|neon|i8mm|dotprod|_mm\d*_", re.IGNORECASE)
+
+
+def c_files(*rooms: str) -> list[Path]:
+    folders = [ENGINE / room for room in rooms] if rooms else [ENGINE]
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in {".c", ".h", ".def"})
+
+
+def library_files() -> list[Path]:
+    """The engine's files but for the Python binding."""
+    return [p for p in c_files() if room_of(p) != "module"]
+
+
+def python_files(room: str) -> list[Path]:
+    return sorted(p for p in (ROOT / room).rglob("*") if p.suffix in {".py", ".pyi"})
+
+
+def room_of(path: Path) -> str:
+    """The room of a C file: its folder, dsv2.h (the public interface), or module (the Python binding)."""
+    parts = path.relative_to(ENGINE).parts
+    if len(parts) == 1:
+        return parts[0] if parts[0] == "dsv2.h" else "module"
+    return parts[0] if parts[0] in BELOW else "module"
+
+
+NOT_CODE = re.compile(
+    r"""(?P<include>^[ \t]*\#[ \t]*include[^\n]*)
+    | /\*.*?\*/ | //[^\n]*
+    | (?P<quote>["'])(?:\\.|(?!(?P=quote))[^\\\n])*(?P=quote)""",
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+
+
+def strip_c(text: str) -> str:
+    """C source without comments and with empty strings; includes keep their names, lines their numbers."""
+    return NOT_CODE.sub(
+        lambda m: m["include"] or (m["quote"] * 2 if m["quote"] else "\n" * m[0].count("\n") or " "), text
+    )
+
+
+def includes(text: str) -> Iterator[tuple[str, bool]]:
+    """(name, quoted) of every #include."""
+    for m in re.finditer(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', strip_c(text), re.M):
+        yield m[2], m[1] == '"'
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Top-level names of the modules that a file imports; package is its own, for relative imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield package if node.level else (node.module or "").split(".")[0]
+
+
+def offences(pattern: re.Pattern[str], files: list[Path]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(strip_c(path.read_text(encoding="utf-8")).splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+@pytest.mark.parametrize("room", PYTHON_ROOMS)
+def test_python_imports_run_one_way(room: str) -> None:
+    files = python_files(room)
+    assert files
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")), room)
+        if name in (PYTHON_ROOMS.keys() | {"tests", "support", "ref"}) - PYTHON_ROOMS[room]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_c_includes_run_one_way(room: str) -> None:
+    files = c_files(room)
+    assert files
+    wrong = []
+    for path in files:
+        for name, quoted in includes(path.read_text(encoding="utf-8")):
+            if not quoted:
+                continue
+            target = ENGINE / name
+            assert target.is_file(), f"{path.relative_to(ROOT)} includes {name}: name it from cext/"
+            # model/*.c is where the public interface is implemented.
+            implements = room == "model" and path.suffix == ".c" and name == "dsv2.h"
+            if room_of(target) not in BELOW[room] | {room} and not implements:
+                wrong.append(f"{path.relative_to(ROOT)} includes {name}")
+    assert not wrong
+
+
+def test_only_the_binding_includes_python() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} includes {name}"
+        for path in library_files()
+        for name, quoted in includes(path.read_text(encoding="utf-8"))
+        if name == "Python.h" or (quoted and room_of(ENGINE / name) == "module")
+    ]
+    assert not wrong
+
+
+def test_intrinsics_stay_in_the_simd_headers() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in c_files()
+        for name, _ in includes(path.read_text(encoding="utf-8"))
+        if INTRINSICS.fullmatch(name) and not re.fullmatch(r"kernels/simd_\w+\.h", path.relative_to(ENGINE).as_posix())
+    ]
+    assert not wrong
+
+
+def test_the_library_never_exits_or_prints() -> None:
+    assert not offences(ENDS_OR_PRINTS, library_files())
+
+
+def test_only_base_reads_the_environment() -> None:
+    above = [path for path in c_files() if room_of(path) != "base"]
+    assert not offences(re.compile(r"\bgetenv\b|\benviron\b"), above)
+
+
+def test_kernels_neither_allocate_nor_thread() -> None:
+    assert not offences(ALLOCATES_OR_THREADS, c_files("kernels"))
+
+
+def test_the_model_names_no_isa() -> None:
+    assert not offences(ISA_NAMES, c_files("model", "memory"))
+
+
+@pytest.mark.parametrize("room", ["quantize", "cext"])
+def test_libraries_never_print(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in python_files(room)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong
+
+
+def test_files_stay_readable() -> None:
+    files = [*c_files(), *(path for room in (*PYTHON_ROOMS, "tests") for path in python_files(room))]
+    lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {path: n for path, n in lengths.items() if n > MAX_LINES}
+
+
+# The tools above see what they are for.
+
+
+CALLS = [
+    "    exit(1);",
+    "abort ();",
+    'printf("x");',
+    'fprintf(f, "x");',
+    "if (x) _exit(2);",
+    'puts("x");',
+    "assert(x);",
+]
+NO_CALLS = ["/* exit(1) */", "// abort()", '"printf(x)"', "snprintf(a, b, c);", "vsnprintf(a)", "static_assert(x);"]
+
+
+@pytest.mark.parametrize("source", CALLS)
+def test_calls_are_seen(source: str) -> None:
+    assert ENDS_OR_PRINTS.search(strip_c(source))
+
+
+@pytest.mark.parametrize("source", NO_CALLS)
+def test_others_are_not(source: str) -> None:
+    assert not ENDS_OR_PRINTS.search(strip_c(source))
+
+
+def test_lines_keep_their_numbers() -> None:
+    assert strip_c('/* a\n b */\nx = "/*";\ny = \'"\'; // "\nexit(1);').splitlines()[4] == "exit(1);"
+
+
+def test_includes_are_seen() -> None:
+    text = '#include <immintrin.h>\n # include "quant/quant.h" // why\n/* #include "no.h" */\nx = "#include <no.h>";\n'
+    assert list(includes(text)) == [("immintrin.h", False), ("quant/quant.h", True)]
+    assert all(INTRINSICS.fullmatch(name) for name in ("immintrin.h", "x86intrin.h", "arm_neon.h", "arm_sve.h"))
+
+
+def test_imports_are_seen() -> None:
+    tree = ast.parse("import os.path\nfrom quantize.arch import a\ndef f():\n    from . import b\n    import cext\n")
+    assert set(imported(tree, "dsv2cli")) == {"os", "quantize", "dsv2cli", "cext"}
