@@ -78,7 +78,13 @@ def from_metadata(metadata: Mapping[str, Any]) -> Hparams:
     yarn = None
     if key("rope.scaling.type", "none") == "yarn":
         log_multiplier = key("rope.scaling.yarn_log_multiplier", 0.0)
-        yarn = Yarn(key("rope.scaling.factor"), key("rope.scaling.original_context_length"), log_multiplier / 0.1)
+        yarn = Yarn(
+            factor=key("rope.scaling.factor"),
+            orig_ctx=key("rope.scaling.original_context_length"),
+            mscale_all_dim=log_multiplier / 0.1,
+            beta_fast=key("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=key("rope.scaling.yarn_beta_slow", 1.0),
+        )
     return Hparams(
         n_layer=key("block_count"),
         n_embd=key("embedding_length"),

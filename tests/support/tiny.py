@@ -114,7 +114,16 @@ SPECS = (
     Spec("v3_odd", seed=8, v3=True, **ODD, n_group=4, n_group_used=3, norm_topk=True, n_layer_dense=2),
     Spec("tied", seed=9, tied=True, n_head=1, n_used=1, n_shared=1, yarn=Yarn(4.0, 1024, 0.707)),
     Spec("whole_groups", seed=35, **(PRO | {"n_used": 8}), n_layer=2),
-    Spec("all_experts", seed=11, n_used=8, n_layer=2, n_head=8, nope=32, rope=64, yarn=Yarn(4.0, 32, 1.0)),
+    Spec(
+        "all_experts",
+        seed=11,
+        n_used=8,
+        n_layer=2,
+        n_head=8,
+        nope=32,
+        rope=64,
+        yarn=Yarn(4.0, 32, 1.0, beta_fast=8.0, beta_slow=0.5),
+    ),
     Spec("all_dense", seed=12, n_layer=2, n_layer_dense=2),
 )
 # What transformers does not do: V2 with normalised weights, and rows of odd width everywhere.
@@ -368,6 +377,9 @@ def gguf_metadata(s: Spec, legacy: bool = False) -> dict[str, Any]:
             "rope.scaling.original_context_length": s.yarn.orig_ctx,
             "rope.scaling.yarn_log_multiplier": 0.1 * s.yarn.mscale_all_dim,
         }
+        betas = {"fast": s.yarn.beta_fast, "slow": s.yarn.beta_slow}
+        if betas != {"fast": 32.0, "slow": 1.0}:
+            keys |= {f"rope.scaling.yarn_beta_{end}": value for end, value in betas.items()}
     return {"general.name": s.name} | {f"deepseek2.{key}": value for key, value in keys.items()}
 
 

@@ -1,0 +1,304 @@
+"""The engine on tiny f32 models: equal to transformers' golden logits and, point by point, to the numpy oracle."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ref.model import Model as Reference
+from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, gguf_tensors, spec_named, tokens, variant
+
+import cext
+
+GOLDEN = Path(__file__).parent / "golden"
+# The engine works in float32. A product of k terms errs by about sqrt(k) 2^-24 of its size; k is at most 128 here and
+# the longest path to a logit has 3 layers of 6 products: 18 sqrt(128) 2^-24 = 1.2e-5 of the logits' range.
+FLOAT32 = 1.2e-5
+ALL_SPECS = (*SPECS, *NUMPY_ONLY)
+LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
+
+
+def assert_close(got, expected, tolerance=FLOAT32):
+    """Within tolerance of the expected values' range; a failure names the worst place."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape
+    error = np.abs(got - expected) / np.ptp(expected)
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= tolerance, (
+        f"{error.max():.2e} of the range at {worst}: {got[worst]}, expected {expected[worst]}"
+    )
+
+
+def reference(spec, **options):
+    return Reference(spec.hparams, gguf_tensors(Checkpoint(spec)), **options)
+
+
+def forward_without_ties(ref, ids):
+    """The oracle's logits for a prompt in which no routing decision is so near that float32 may settle it otherwise."""
+    logits = ref.forward(ids)
+    assert np.min(ref.margins) > FLOAT32, "choose another seed"
+    return logits
+
+
+def in_pieces(session, ids, cuts):
+    """Logits of all tokens, evaluated in the pieces between the cuts."""
+    parts = [session.eval(ids[begin:end], "all") for begin, end in pairwise([0, *cuts, len(ids)])]
+    return np.concatenate(parts)
+
+
+@pytest.fixture
+def open_model(tiny_gguf):
+    """``open_model(spec, legacy=False, **options)``: a model that is closed when the test ends."""
+    opened = []
+
+    def open_(spec, legacy=False, **options):
+        opened.append(cext.Model(tiny_gguf(spec, legacy), **options))
+        return opened[-1]
+
+    yield open_
+    for model in opened:
+        model.close()
+
+
+@pytest.fixture(params=ALL_SPECS, ids=lambda s: s.name)
+def expected(request):
+    """(spec, ids, logits): transformers' where it runs the spec, the numpy oracle's where not."""
+    spec = request.param
+    if spec in NUMPY_ONLY:
+        ids = tokens(spec, 32)
+        return spec, ids, reference(spec).forward(ids)
+    golden = np.load(GOLDEN / f"{spec.name}.npz")
+    return spec, golden["ids"], golden["logits"]
+
+
+@pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
+def test_prefill(open_model, expected, legacy):
+    spec, ids, logits = expected
+    session = open_model(spec, legacy).session(len(ids), kv_type="f32")
+    assert_close(session.eval(ids, "all"), logits)
+    assert session.n_past == len(ids)
+
+
+@pytest.mark.parametrize("cuts", ([1], [16], [31], [3, 4, 20], range(1, 32)), ids=str)
+def test_any_split_of_the_prompt(open_model, expected, cuts):
+    spec, ids, logits = expected
+    assert_close(in_pieces(open_model(spec).session(len(ids), kv_type="f32"), ids, cuts), logits)
+
+
+def test_last_logits_are_the_last_row_of_all(open_model, expected):
+    spec, ids, logits = expected
+    model = open_model(spec)
+    assert_close(model.session(32, kv_type="f32").eval(ids), logits[-1])
+    assert_close(model.session(32, kv_type="f32").eval(ids.tolist(), logits="last"), logits[-1])
+
+
+@pytest.mark.parametrize("isa", cext.isas())
+def test_every_isa(open_model, expected, isa):
+    spec, ids, logits = expected
+    model = open_model(spec, isa=isa)
+    assert model.isa == isa
+    assert_close(in_pieces(model.session(32, kv_type="f32"), ids, [20, 21, 22]), logits)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_threads_do_not_change_a_bit(open_model, spec):
+    ids = tokens(spec, 150)
+    alone = in_pieces(open_model(spec, threads=1).session(200), ids, [128, 148, 149])
+    for threads in (2, 3):
+        model = open_model(spec, threads=threads)
+        assert model.threads == threads
+        np.testing.assert_array_equal(in_pieces(model.session(200), ids, [128, 148, 149]), alone)
+
+
+@pytest.mark.parametrize("spec", (LITE, PRO, V3, spec_named("all_odd")), ids=lambda s: s.name)
+@pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
+def test_longer_than_a_chunk(open_model, spec, legacy):
+    """Prompts over the chunk of 512 and over the switch from the absorbed to the expanded form, and decode at depth."""
+    ids, model = tokens(spec, 700), open_model(spec, legacy)
+    logits = forward_without_ties(reference(spec), ids)
+    for cuts in ([], [1], [127, 255], [128], [511, 512, 640], [600, *range(601, 620)]):
+        assert_close(in_pieces(model.session(700, kv_type="f32"), ids, cuts), logits)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_float16_cache(open_model, spec):
+    """The f16 cache costs what rounding the latent costs in the numpy oracle, and no more.
+
+    The oracle rounds float64 values, the engine float32 ones: a value within 2^-24 of a rounding boundary, one in
+    2^12, lands on the other side. So of the cache's whole effect on the logits (independent roundings: the effects
+    add as squares) about 2^-6 may differ; a handful of roundings are no average, hence a factor of 8.
+    """
+    ids, ref = tokens(spec, 32), reference(spec)
+    exact = ref.forward(ids)
+    rounded = reference(spec, cache_dtype=np.float16).forward(ids)
+    effect = np.abs(rounded - exact).max() / np.ptp(exact)
+    assert effect > 5 * FLOAT32  # or this would show nothing
+    tolerance = FLOAT32 + 8 * 2**-6 * effect
+    for cuts in ([], [16], range(1, 32)):
+        session = open_model(spec).session(32)
+        assert session.kv_type == "f16"
+        assert_close(in_pieces(session, ids, cuts), rounded, tolerance)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("cuts", ([], [20, 21, 22]), ids=("prefill", "decode"))
+def test_every_intermediate(open_model, spec, cuts):
+    """Each tap equals the oracle's value of that name; the first that deviates in the order of computation is named."""
+    ids, ref = tokens(spec, 32), reference(spec)
+    ref.forward(ids)
+    session = open_model(spec).session(32, kv_type="f32")
+    parts = []
+    for begin, end in pairwise([0, *cuts, len(ids)]):
+        tap = cext.Tap(dict.fromkeys(ref.taps))
+        session.eval(ids[begin:end], tap=tap)
+        parts.append(tap)
+    got = {name: np.concatenate([part[name] for part in parts]) for name in ref.taps}
+    for name, true in ref.taps.items():
+        expected = true
+        point, _, il = name.partition("-")
+        if point == "experts":
+            assert got[name].dtype == np.int32
+            np.testing.assert_array_equal(np.sort(got[name]), np.sort(expected), err_msg=name)
+            continue
+        assert got[name].dtype == np.float32, name
+        value = got[name].reshape(expected.shape)
+        if point in ("expert_weights", "expert_hidden"):  # in the order of the chosen experts, which is free
+            expected = by_expert(expected, ref.taps[f"experts-{il}"])
+            value = by_expert(value, got[f"experts-{il}"])
+        try:
+            assert_close(value, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def by_expert(values, experts):
+    """values (n, n_expert_used, ...) ordered by the expert's number."""
+    order = np.argsort(experts, axis=1)
+    return np.take_along_axis(values, order.reshape(*order.shape, *[1] * (values.ndim - 2)), axis=1)
+
+
+def test_tapping_changes_nothing(open_model):
+    model, ids = open_model(PRO), tokens(PRO, 20)
+    plain = model.session(32).eval(ids)
+    np.testing.assert_array_equal(model.session(32).eval(ids, tap=cext.Tap({"l_out-1": None})), plain)
+
+
+@pytest.mark.parametrize("spec", (LITE, PRO, V3), ids=lambda s: s.name)
+@pytest.mark.parametrize("keep", (0, 1, 7, 19, 20))
+def test_rewind_forgets(open_model, spec, keep):
+    model, ids, others = open_model(spec), tokens(spec, 30), tokens(spec, 20, seed=1)
+    straight, rewound = model.session(40), model.session(40)
+    for session in (straight, rewound):
+        if keep:
+            session.eval(ids[:keep])
+    rewound.eval(others)
+    rewound.rewind(keep)
+    assert rewound.n_past == keep
+    np.testing.assert_array_equal(rewound.eval(ids[keep:], "all"), straight.eval(ids[keep:], "all"))
+
+
+@pytest.mark.parametrize("spec", (LITE, PRO, V3), ids=lambda s: s.name)
+def test_sessions_do_not_see_each_other(open_model, spec):
+    model = open_model(spec)
+    prompts = [tokens(spec, 24, seed=i) for i in range(3)]
+    cuts = ([5, 6, 20], [1, 12, 13], [8, 9, 10])
+    alone = [in_pieces(model.session(24), ids, cut) for ids, cut in zip(prompts, cuts, strict=True)]
+    sessions = [model.session(24) for _ in prompts]
+    together = [[] for _ in prompts]
+    for step in range(4):
+        for i, (ids, cut) in enumerate(zip(prompts, cuts, strict=True)):
+            begin, end = [0, *cut, len(ids)][step : step + 2]
+            together[i].append(sessions[i].eval(ids[begin:end], "all"))
+    for got, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(np.concatenate(got), expected)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_batch_of_sessions(open_model, spec):
+    """One step over sessions of unequal depth and unequal numbers of new tokens, twice."""
+    model, ref = open_model(spec), reference(spec)
+    sequences = [tokens(spec, 32, seed=i) for i in range(4)]
+    sessions = [model.session(32, kv_type="f32") for _ in sequences]
+    cuts = ((1, 2, 3), (9, 10, 11), (0, 31, 32), (4, 12, 20))
+    for sequence, session, (first, _, _) in zip(sequences, sessions, cuts, strict=True):
+        if first:
+            session.eval(sequence[:first])
+    for step in (0, 1):
+        batch = [
+            (session, sequence[cut[step] : cut[step + 1]])
+            for sequence, session, cut in zip(sequences, sessions, cuts, strict=True)
+        ]
+        got = cext.eval_batch(batch)
+        assert [s.n_past for s in sessions] == [cut[step + 1] for cut in cuts]
+        for row, sequence, cut in zip(got, sequences, cuts, strict=True):
+            assert_close(row, forward_without_ties(ref, sequence[: cut[step + 1]])[-1])
+
+
+def test_batches_at_depth(open_model):
+    """Steps of many sessions with long caches: attention by parts, beside a session that has none."""
+    model, ref = open_model(PRO), reference(PRO)
+    sequences = [tokens(PRO, n, seed) for n, seed in ((400, 0), (130, 1), (2, 2), (260, 4))]
+    sessions = [model.session(512, kv_type="f32") for _ in sequences]
+    for session, sequence in zip(sessions, sequences, strict=True):
+        session.eval(sequence[:-1])
+    got = cext.eval_batch([(s, ids[-1:]) for s, ids in zip(sessions, sequences, strict=True)])
+    for row, sequence in zip(got, sequences, strict=True):
+        assert_close(row, forward_without_ties(ref, sequence)[-1])
+
+
+@pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_hparams(open_model, spec, legacy):
+    hp, moe = open_model(spec, legacy).hparams, spec.n_layer_dense < spec.n_layer
+    assert hp == {
+        "arch": "deepseek2",
+        "name": spec.name,
+        "n_layer": spec.n_layer,
+        "n_ctx_train": spec.n_ctx,
+        "n_embd": spec.n_embd,
+        "n_vocab": spec.n_vocab,
+        "n_head": spec.n_head,
+        "q_lora_rank": spec.q_lora_rank,
+        "kv_lora_rank": spec.kv_lora_rank,
+        "qk_nope_head_dim": spec.nope,
+        "qk_rope_head_dim": spec.rope,
+        "v_head_dim": spec.v,
+        "n_ff_dense": spec.n_ff_dense,
+        "n_layer_dense": spec.n_layer_dense,
+        "n_expert": spec.n_expert * moe,
+        "n_expert_used": spec.n_used * moe,
+        "n_expert_shared": spec.n_shared * moe,
+        "n_ff_expert": spec.n_ff_expert * moe,
+        "n_expert_group": spec.n_group,
+        "n_expert_group_used": spec.n_group_used,
+        "expert_weights_scale": pytest.approx(spec.scale, rel=1e-7),
+        "expert_weights_norm": spec.norm_topk,
+        "expert_gating": "sigmoid" if spec.v3 else "softmax",
+        "rms_norm_eps": pytest.approx(spec.eps, rel=1e-7),
+        "rope_freq_base": spec.rope_base,
+        "rope_scaling_factor": spec.yarn.factor if spec.yarn else 1.0,
+        "rope_orig_ctx": spec.yarn.orig_ctx if spec.yarn else spec.n_ctx,
+        "attention_scale": pytest.approx(spec.hparams.attention_scale, rel=1e-6),
+    }
+
+
+def test_cache_size(open_model):
+    """Latent and rotated key only: 2 bytes a value, a layer, a token."""
+    session = open_model(LITE).session(100)
+    assert session.kv_bytes == 100 * LITE.n_layer * (LITE.kv_lora_rank + LITE.rope) * 2
+
+
+def test_same_input_same_bits(open_model):
+    ids = tokens(PRO, 40)
+    first, second = (in_pieces(open_model(PRO).session(64), ids, [38, 39]) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_no_group_keys_means_no_groups(open_model):
+    """The same weights with the group keys left out route over all experts."""
+    spec = variant(PRO, name="pro_ungrouped", n_group=1, n_group_used=1)
+    ids = tokens(spec, 32)
+    expected = reference(spec).forward(ids)
+    assert_close(open_model(spec).session(32, kv_type="f32").eval(ids, "all"), expected)
+    grouped = open_model(PRO).session(32, kv_type="f32").eval(ids, "all")
+    assert np.abs(grouped - expected).max() > 0.01 * np.ptp(expected)
