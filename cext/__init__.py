@@ -1,32 +1,38 @@
-"""The engine's Python face: GGUF files, models, sessions, sampling.
+"""The engine's Python face: GGUF files, models, sessions, single layers, sampling."""
 
-The work is done in the C extension ``cext._engine``; this package gives it types and names.
-"""
-
-from cext._engine import (
+from cext._engine import formats, isas
+from cext.errors import (
+    ArgumentError,
+    BusyError,
     ContextFullError,
     EngineError,
+    FileError,
     FormatError,
-    Gguf,
-    Layer,
-    Model,
-    Sampler,
-    Session,
+    OutOfMemoryError,
     UnsupportedError,
-    eval_batch,
-    formats,
-    isas,
 )
+from cext.gguf import Gguf, Metadata, TensorInfo
+from cext.layer import Layer
+from cext.model import Hparams, Model, Session, Tap, eval_batch
+from cext.sampler import Sampler
 
 __all__ = [
+    "ArgumentError",
+    "BusyError",
     "ContextFullError",
     "EngineError",
+    "FileError",
     "FormatError",
     "Gguf",
+    "Hparams",
     "Layer",
+    "Metadata",
     "Model",
+    "OutOfMemoryError",
     "Sampler",
     "Session",
+    "Tap",
+    "TensorInfo",
     "UnsupportedError",
     "eval_batch",
     "formats",

@@ -1,9 +1,58 @@
-/* dsv2.h: the engine's public C interface: open a model, keep sessions, evaluate tokens, sample.
- * Everything else in cext is private to the library. Functions that can fail return a ds_status and fill err. */
+/* dsv2.h: the engine's public C interface: open a model, keep sessions, evaluate tokens; run single blocks for
+ * calibration. Everything else in cext is private to the library. Functions that can fail return a ds_status, fill err
+ * and set their out pointers on success only. */
 #pragma once
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "gguf/gguf.h"
+#include "model/config.h"
+#include "model/sample.h"
+#include "model/tap.h"
 
-#include "base/status.h"
+typedef struct ds_model ds_model;
+typedef struct ds_session ds_session;
+typedef struct ds_block ds_block;
+
+enum { DS_MAX_STEP = 512 /* most tokens in one ds_eval */ };
+
+/* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
+ * Weights are mapped, not copied. Close its sessions first. */
+ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err);
+/* The same over a file's bytes, which the caller keeps alive and unchanged until close; label names it in errors. */
+ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa, ds_model **out, ds_error *err);
+void ds_model_close(ds_model *model);
+const ds_config *ds_model_config(const ds_model *model);
+const ds_gguf *ds_model_gguf(const ds_model *model);
+int ds_model_threads(const ds_model *model);
+const char *ds_model_isa(const ds_model *model);
+
+/* A sequence with room for n_ctx tokens of latent cache in kv_type ("f16" or "f32"). The model outlives it. */
+ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err);
+void ds_session_destroy(ds_session *session);
+int ds_session_n_past(const ds_session *session);
+int ds_session_n_ctx(const ds_session *session);
+size_t ds_session_bytes(const ds_session *session); /* of the cache, full */
+const char *ds_session_kv_type(const ds_session *session);
+/* Forget all but the first n tokens (0 <= n <= n_past). */
+ds_status ds_session_rewind(ds_session *session, int n, ds_error *err);
+
+/* One sequence's share of a step: n >= 1 tokens appended to it. */
+typedef struct ds_input {
+    ds_session *session;
+    const int32_t *ids; /* (n) */
+    int n;
+} ds_input;
+
+typedef enum ds_logits { DS_LOGITS_NONE, DS_LOGITS_LAST, DS_LOGITS_ALL } ds_logits;
+
+/* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits takes a row
+ * (n_vocab) per input (LAST) or per token (ALL). tap may be NULL; its entries' rows move on by the step's tokens.
+ * Nothing changes on failure. One step runs at a time per model: a second caller waits. */
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap, ds_error *err);
+
+/* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
+ * tensors); both stay alive until close. */
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_block **out, ds_error *err);
+void ds_block_close(ds_block *block);
+const ds_config *ds_block_config(const ds_block *block);
+/* y (n_seq * n_tok, n_embd) = the block applied to x: n_seq windows of n_tok tokens, each from position 0. */
+ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap, ds_error *err);

@@ -1,0 +1,40 @@
+"""What the engine raises. Each carries ``hint``: what to do about it, or "" where there is nothing to add."""
+
+
+class EngineError(Exception):
+    """The engine refused."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class FormatError(EngineError):
+    """A file is not what it claims: truncated, overlapping, overflowing, a tensor of the wrong shape or type."""
+
+
+class UnsupportedError(EngineError):
+    """The file is well formed, but this build does not run it."""
+
+
+class ContextFullError(EngineError):
+    """More tokens than the session's context holds; nothing was evaluated."""
+
+
+class ArgumentError(EngineError, ValueError):
+    """An argument out of its range."""
+
+
+class FileError(EngineError, OSError):
+    """A file could not be opened, mapped or read."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OutOfMemoryError(EngineError, MemoryError):
+    """The system refused memory."""
+
+
+class BusyError(EngineError):
+    """Two threads in one session."""

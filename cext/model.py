@@ -1,0 +1,209 @@
+"""Models and sessions: tokens in, logits out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from os import PathLike, fspath
+from typing import Any, Literal, TypedDict, cast
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cext import _engine
+from cext.errors import BusyError, ContextFullError
+
+KvType = Literal["f16", "f32"]
+
+
+class Hparams(TypedDict):
+    """A deepseek2 model's shape. Widths in values; 0 where a part is absent."""
+
+    arch: str
+    name: str
+    n_layer: int
+    n_ctx_train: int
+    n_embd: int
+    n_vocab: int
+    n_head: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_ff_dense: int
+    n_layer_dense: int
+    n_expert: int
+    n_expert_used: int
+    n_expert_shared: int
+    n_ff_expert: int
+    n_expert_group: int
+    n_expert_group_used: int
+    expert_weights_scale: float
+    expert_weights_norm: bool
+    expert_gating: Literal["softmax", "sigmoid"]
+    rms_norm_eps: float
+    rope_freq_base: float
+    rope_scaling_factor: float  # 1.0 without YaRN
+    rope_orig_ctx: int
+    attention_scale: float
+
+
+class Tap(dict[str, Any]):
+    """Names of intermediates to record: ``Tap({"l_out-3": None})``; eval replaces the values with arrays.
+
+    Names are llama.cpp's: "inp_embd", and per layer il "attn_norm-il", "q_a_norm-il" (n, q_lora_rank), "kv_a_norm-il"
+    (n, kv_lora_rank), "attn_heads-il" (n, n_head * v_head_dim: the input of the output projection), "attn_out-il",
+    "ffn_inp-il" (the residual stream after attention), "ffn_norm-il" (n, n_embd), "router_logits-il" (n, n_expert),
+    "experts-il" (n, n_expert_used) int32, "expert_weights-il" (n, n_expert_used), "expert_hidden-il"
+    (n, n_expert_used, n_ff_expert: the input of each chosen expert's down projection), "shared_hidden-il"
+    (n, n_expert_shared * n_ff_expert), "dense_hidden-il" (n, n_ff_dense), "l_out-il" (n, n_embd), and "result_norm".
+    All are float32 but "experts".
+    """
+
+
+def tap_array(name: str, shape: tuple[int, bool], n: int, hparams: Hparams) -> NDArray[Any]:
+    """Room for n rows of an intermediate of that (width, is int32)."""
+    width, is_int = shape
+    rows = (n, hparams["n_expert_used"], hparams["n_ff_expert"]) if name.startswith("expert_hidden") else (n, width)
+    return np.empty(rows, np.int32 if is_int else np.float32)
+
+
+class Model:
+    """A model ready to run: weights mapped from the GGUF, not copied.
+
+    threads: workers in the pool; None takes the fastest number for this machine. isa: a name from ``isas()``; None
+    takes DSV2_ISA or the best. Raises FileError, FormatError, UnsupportedError, ArgumentError.
+    """
+
+    def __init__(self, path: str | PathLike[str], threads: int | None = None, isa: str | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
+        self.path = fspath(path)
+        self._handle = _engine.model_open(path, threads or 0, isa)
+        hparams, self.threads, self.isa, self.nbytes = _engine.model_info(self._handle)
+        self.hparams = cast(Hparams, hparams)
+        self._sessions: WeakSet[Session] = WeakSet()
+
+    def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
+        """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError."""
+        session = Session(self, n_ctx, kv_type)
+        self._sessions.add(session)
+        return session
+
+    def close(self) -> None:
+        """Release the file and the threads; its sessions raise from then on. BusyError while one evaluates."""
+        with ExitStack() as held:
+            sessions = list(self._sessions)
+            for session in sessions:
+                held.enter_context(session._alone())
+            for session in sessions:
+                _engine.session_close(session._handle)
+            _engine.model_close(self._handle)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Alone:
+    """Holds a session for one thread, or raises BusyError."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("the session is in use by another thread", "give each thread a session of its own")
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+def token_ids(ids: ArrayLike) -> NDArray[np.int32]:
+    """Token ids as contiguous int32 (n,); ValueError where they are not integers that fit."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise ValueError("no tokens to evaluate")
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"token ids are {array.dtype} of {array.ndim} dimensions, expected one dimension of integers")
+    bounds = np.iinfo(np.int32)
+    if array.min() < 0 or array.max() > bounds.max:
+        raise ValueError(f"token ids run from {array.min()} to {array.max()}, expected 0 to n_vocab - 1")
+    return np.ascontiguousarray(array, np.int32)
+
+
+class Session:
+    """One sequence: its latent cache and position. Made by ``Model.session``; two threads in one raise BusyError."""
+
+    def __init__(self, model: Model, n_ctx: int, kv_type: KvType) -> None:
+        self.model = model
+        self._handle = _engine.session_open(model._handle, n_ctx, kv_type)
+        self._lock = threading.Lock()
+        self.n_ctx, _, self.kv_bytes, self.kv_type = _engine.session_info(self._handle)
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the cache."""
+        return _engine.session_info(self._handle)[1]
+
+    def _alone(self) -> _Alone:
+        return _Alone(self._lock)
+
+    def eval(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], logits: Literal["last", "all"] = "last", *, tap: Tap | None = None
+    ) -> NDArray[np.float32]:
+        """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
+
+        Runs in chunks of at most 512 tokens with the GIL released, and answers Ctrl-C between chunks (the chunks before
+        it stay evaluated: see n_past). ValueError for an id out of range or no ids; ContextFullError past n_ctx.
+        """
+        array = token_ids(ids)
+        hparams = self.model.hparams
+        if array.max() >= hparams["n_vocab"]:
+            raise ValueError(f"token id {array.max()} is not in the vocabulary of {hparams['n_vocab']}")
+        with self._alone():
+            room = self.n_ctx - self.n_past
+            if len(array) > room:
+                raise ContextFullError(
+                    f"{len(array)} tokens do not fit: the context holds {self.n_ctx} and {self.n_ctx - room} are used",
+                    "open the session with a larger n_ctx, or rewind it",
+                )
+            out = np.empty((len(array) if logits == "all" else 1, hparams["n_vocab"]), np.float32)
+            for name in tap or ():
+                tap[name] = tap_array(name, _engine.tap_shape(self.model._handle, name), len(array), hparams)  # type: ignore[index]
+            self._eval_chunks(array, logits == "all", out, list((tap or {}).items()))
+        return out if logits == "all" else out[0]
+
+    def _eval_chunks(self, ids: NDArray[np.int32], every: bool, out: NDArray[np.float32], taps: list[tuple[str, Any]]) -> None:
+        for start in range(0, len(ids), _engine.MAX_STEP):
+            chunk = ids[start : start + _engine.MAX_STEP]
+            last = start + len(chunk) == len(ids)
+            which, rows = (2, out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
+            _engine.eval(self.model._handle, [(self._handle, chunk)], which, rows, taps, start)
+
+    def rewind(self, n: int) -> None:
+        """Forget all but the first n tokens; ArgumentError unless 0 <= n <= n_past."""
+        with self._alone():
+            _engine.session_rewind(self._handle, n)
+
+
+def eval_batch(batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]]) -> NDArray[np.float32]:
+    """Append to several sessions of one model in one step; the logits after each one's last token, (n, n_vocab).
+
+    At most 512 tokens in all. Nothing changes on failure. ValueError, ContextFullError, BusyError.
+    """
+    if not batch:
+        raise ValueError("no sequences to evaluate")
+    model = batch[0][0].model
+    out = np.empty((len(batch), model.hparams["n_vocab"]), np.float32)
+    with ExitStack() as held:
+        for session, _ in batch:
+            held.enter_context(session._alone())
+        inputs = [(session._handle, token_ids(ids)) for session, ids in batch]
+        _engine.eval(model._handle, inputs, 1, out, [], 0)
+    return out

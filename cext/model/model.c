@@ -1,0 +1,139 @@
+/* model.c: models over a GGUF, their sessions, and the evaluation of tokens. Owns the file and the caches. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "dsv2.h"
+#include "model/core.h"
+
+struct ds_model {
+    ds_core core;
+    ds_gguf *gguf;
+};
+
+struct ds_session {
+    ds_model *model;
+    ds_kv kv;
+    int n_past;
+};
+
+enum { DS_MAX_CONTEXT = 1 << 24, DS_MAX_INPUTS = DS_MAX_STEP };
+
+_Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interface is one chunk");
+
+static const ds_tensor *find_in_gguf(const void *ctx, const char *name) { return ds_gguf_tensor_find(ctx, name); }
+
+/* Takes the gguf: it is closed on failure. */
+static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+    ds_source source = {find_in_gguf, gguf, ds_gguf_label(gguf)};
+    ds_model *model = calloc(1, sizeof *model);
+    ds_status st = model ? ds_core_create(gguf, source, 0, -1, true, n_threads, isa, &model->core, err)
+                         : ds_fail(err, DS_ENOMEM, "no memory for a model");
+    if (st != DS_OK) {
+        ds_gguf_close(gguf);
+        free(model);
+        return st;
+    }
+    model->gguf = gguf;
+    *out = model;
+    return DS_OK;
+}
+
+ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+    ds_gguf *gguf;
+    ds_status st = ds_gguf_open(path, &gguf, err);
+    return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
+}
+
+ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+    ds_gguf *gguf;
+    ds_status st = ds_gguf_view(data, size, label, &gguf, err);
+    return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
+}
+
+void ds_model_close(ds_model *model) {
+    if (!model) return;
+    ds_core_release(&model->core);
+    ds_gguf_close(model->gguf);
+    free(model);
+}
+
+const ds_config *ds_model_config(const ds_model *model) { return &model->core.config; }
+const ds_gguf *ds_model_gguf(const ds_model *model) { return model->gguf; }
+int ds_model_threads(const ds_model *model) { return ds_pool_size(model->core.pool); }
+const char *ds_model_isa(const ds_model *model) { return model->core.kern->isa; }
+
+ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err) {
+    const ds_config *c = &model->core.config;
+    ds_kv_type type;
+    ds_session *session;
+    ds_status st;
+    if (!ds_kv_type_from_name(kv_type, &type)) return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, f32", kv_type);
+    if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT) return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
+    if (!(session = calloc(1, sizeof *session))) return ds_fail(err, DS_ENOMEM, "no memory for a session");
+    if ((st = ds_kv_create(type, c->n_layer, n_ctx, ds_kv_width(c), &session->kv, err)) != DS_OK) {
+        free(session);
+        return st;
+    }
+    session->model = model;
+    *out = session;
+    return DS_OK;
+}
+
+void ds_session_destroy(ds_session *session) {
+    if (!session) return;
+    ds_kv_release(&session->kv);
+    free(session);
+}
+
+int ds_session_n_past(const ds_session *session) { return session->n_past; }
+int ds_session_n_ctx(const ds_session *session) { return session->kv.n_ctx; }
+size_t ds_session_bytes(const ds_session *session) { return session->kv.bytes; }
+const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.type); }
+
+ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
+    if (n < 0 || n > session->n_past) return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
+    session->n_past = n;
+    return DS_OK;
+}
+
+static ds_status check_input(const ds_model *model, const ds_input *in, ds_error *err) {
+    const ds_config *c = &model->core.config;
+    const ds_session *s = in->session;
+    if (s->model != model) return ds_fail(err, DS_EINVAL, "the sessions of a step belong to different models");
+    if (in->n < 1) return ds_fail(err, DS_EINVAL, "no tokens to evaluate");
+    if (in->n > s->kv.n_ctx - s->n_past) {
+        ds_fail(err, DS_ECONTEXT, "%d tokens do not fit: the context holds %d and %d are used", in->n, s->kv.n_ctx, s->n_past);
+        return ds_hint(err, "open the session with a larger n_ctx, or rewind it");
+    }
+    for (int i = 0; i < in->n; i++) {
+        if (in->ids[i] < 0 || in->ids[i] >= c->n_vocab) {
+            return ds_fail(err, DS_EINVAL, "token %d has id %d, expected 0 to %d", i, in->ids[i], c->n_vocab - 1);
+        }
+    }
+    return DS_OK;
+}
+
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap, ds_error *err) {
+    int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
+    ds_span spans[DS_MAX_INPUTS];
+    ds_step step = {.ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
+    ds_status st;
+    if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS) return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);
+    for (int i = 0; i < n_inputs; i++) {
+        const ds_input *in = &inputs[i];
+        if ((st = check_input(model, in, err)) != DS_OK) return st;
+        if (in->n > DS_MAX_STEP - step.n_tok) return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", DS_MAX_STEP);
+        for (int j = 0; j < i; j++) {
+            if (inputs[j].session == in->session) return ds_fail(err, DS_EINVAL, "session %d of the step stands in it twice", i);
+        }
+        spans[i] = (ds_span){&in->session->kv, step.n_tok, in->n, in->session->n_past};
+        memcpy(ids + step.n_tok, in->ids, (size_t)in->n * sizeof *ids);
+        step.n_tok += in->n;
+        if (which == DS_LOGITS_LAST) rows[step.n_logits++] = step.n_tok - 1;
+    }
+    for (int t = 0; which == DS_LOGITS_ALL && t < step.n_tok; t++) rows[step.n_logits++] = t;
+    if ((st = ds_core_run(&model->core, &step, err)) != DS_OK) return st;
+    for (int i = 0; i < n_inputs; i++) inputs[i].session->n_past += inputs[i].n;
+    for (int i = 0; tap && i < tap->n; i++) tap->entries[i].row += step.n_tok;
+    return DS_OK;
+}

@@ -1,0 +1,120 @@
+/* scratch.c: the memory of a step, carved from one block sized up front: nothing is allocated in the token loop.
+ * Pages are touched as steps need them, so a long prompt's share costs nothing in decode. */
+#include <string.h>
+#include <sys/mman.h>
+
+#include "model/step.h"
+
+static int max2(int a, int b) { return a > b ? a : b; }
+
+/* Hands out aligned pieces of base; with base NULL it only measures. */
+typedef struct carver {
+    unsigned char *base;
+    size_t used;
+    const ds_kernels *kern;
+} carver;
+
+static void *carve(carver *c, size_t count, size_t item) {
+    size_t at = c->used;
+    c->used += (count * item + DS_ACT_ALIGN - 1) / DS_ACT_ALIGN * DS_ACT_ALIGN;
+    return c->base ? c->base + at : NULL;
+}
+
+static float *floats(carver *c, size_t n) { return carve(c, n, sizeof(float)); }
+
+/* Room for n_tok rows of up to k values in every kind of pack. */
+static ds_act act(carver *c, int n_tok, int k) {
+    ds_act a;
+    k = (k + 31) / 32 * 32; /* a narrower row may be of whole blocks where the widest is not */
+    for (int kind = 0; kind < DS_ACT_COUNT; kind++) a.pack[kind] = carve(c, c->kern->act_bytes((ds_act_kind)kind, n_tok, k), 1);
+    return a;
+}
+
+/* Gathered rows lie expert by expert, each a pack of its own: each may round up to one more tile of rows. */
+static ds_act act_by_expert(carver *c, int n_slots, int n_expert, int k) {
+    ds_act a;
+    int tiles = n_slots < n_expert ? n_slots : n_expert;
+    k = (k + 31) / 32 * 32;
+    for (int kind = 0; kind < DS_ACT_COUNT; kind++) {
+        size_t row = c->kern->act_bytes((ds_act_kind)kind, 1, k) + DS_ACT_ALIGN;
+        a.pack[kind] = carve(c, c->kern->act_bytes((ds_act_kind)kind, n_slots, k) + row * DS_PANEL_ROWS * (size_t)tiles, 1);
+    }
+    return a;
+}
+
+static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
+    size_t slots = (size_t)n_tok * (size_t)g->n_expert_used, active = slots < (size_t)g->n_expert ? slots : (size_t)g->n_expert;
+    return (ds_plan){
+        .expert = carve(c, active, sizeof(int)),
+        .first = carve(c, active, sizeof(int)),
+        .count = carve(c, active, sizeof(int)),
+        .slot_token = carve(c, slots, sizeof(int32_t)),
+        .slot_of = carve(c, slots, sizeof(int)),
+        .act_offset = carve(c, DS_ACT_COUNT * 2 * active, sizeof(size_t)),
+    };
+}
+
+static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch *lane) {
+    size_t d = (size_t)g->n_embd, r = (size_t)g->kv_lora_rank, qk = (size_t)ds_qk_dim(g), v = (size_t)g->v_dim;
+    int hidden = max2(g->n_ff_dense, g->n_expert_shared * g->n_ff_expert);
+    ds_lane_scratch l = {
+        .x = floats(c, d), .xn = floats(c, d), .q_a = floats(c, (size_t)g->q_lora_rank),
+        .hidden = floats(c, (size_t)hidden), .hidden_exps = floats(c, (size_t)g->n_expert_used * (size_t)g->n_ff_expert), .logits = floats(c, (size_t)g->n_expert), .select = floats(c, (size_t)g->n_expert),
+        .act_x = act(c, 1, g->n_embd), .act_q = act(c, 1, g->q_lora_rank), .act_heads = act(c, 1, g->n_head * g->v_dim),
+        .act_hidden = act(c, 1, hidden), .act_experts = act_by_expert(c, g->n_expert_used, g->n_expert, g->n_ff_expert),
+        .act_nope = act(c, n_tok, g->nope_dim), .act_latent = act(c, n_tok, g->kv_lora_rank),
+        .plan = plan(c, g, 1), .ids = carve(c, (size_t)g->n_expert_used, sizeof(int32_t)),
+        .weights = floats(c, (size_t)g->n_expert_used), .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
+        .k_b = floats(c, r * (size_t)g->nope_dim), .v_b = floats(c, v * r), .latent = floats(c, DS_POS_BLOCK * (size_t)ds_kv_width(g)),
+        .k = floats(c, DS_POS_BLOCK * qk), .v = floats(c, DS_POS_BLOCK * v), .scores = floats(c, DS_QUERY_BLOCK * DS_POS_BLOCK),
+        .attend = floats(c, (size_t)DS_HEAD_BLOCK * DS_SCORE_BLOCK),
+        .acc = floats(c, (size_t)n_tok * v), .m = floats(c, (size_t)n_tok), .l = floats(c, (size_t)n_tok),
+    };
+    if (lane) *lane = l;
+}
+
+static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, int n_logits, ds_scratch *s) {
+    size_t n = (size_t)n_tok, d = (size_t)g->n_embd, h = (size_t)g->n_head, kv = (size_t)ds_kv_width(g);
+    size_t shared = (size_t)g->n_expert_shared * (size_t)g->n_ff_expert, slots = n * (size_t)g->n_expert_used;
+    size_t hidden = shared > (size_t)g->n_ff_dense ? shared : (size_t)g->n_ff_dense;
+    size_t parts = (n + DS_MAX_PARTS) * h; /* parts(t) * t <= t + DS_MAX_PARTS for every t <= n, see ds_attend_parts */
+    s->lanes = carve(c, (size_t)n_threads, sizeof *s->lanes);
+    s->x = floats(c, n * d), s->xn = floats(c, n * d), s->y = floats(c, n * d);
+    s->rope = floats(c, n * (size_t)g->rope_dim);
+    s->q_a = floats(c, n * (size_t)g->q_lora_rank), s->kv_a = floats(c, n * kv), s->q = floats(c, n * h * (size_t)ds_qk_dim(g));
+    s->latent_q = floats(c, n * h * kv);
+    s->part_m = floats(c, parts), s->part_l = floats(c, parts), s->part_acc = floats(c, parts * (size_t)g->kv_lora_rank);
+    s->heads = floats(c, n * h * (size_t)g->v_dim);
+    s->router = floats(c, n * (size_t)g->n_expert), s->ids = carve(c, slots, sizeof(int32_t)), s->weights = floats(c, slots);
+    s->gate = floats(c, n * hidden), s->up = floats(c, n * hidden);
+    s->gate_exps = floats(c, slots * (size_t)g->n_ff_expert), s->up_exps = floats(c, slots * (size_t)g->n_ff_expert), s->out_exps = floats(c, slots * d);
+    s->act_x = act(c, n_tok > n_logits ? n_tok : n_logits, g->n_embd), s->act_q = act(c, n_tok, g->q_lora_rank);
+    s->act_heads = act(c, n_tok, g->n_head * g->v_dim), s->act_hidden = act(c, n_tok, (int)hidden);
+    s->act_gathered = act_by_expert(c, (int)slots, g->n_expert, g->n_embd);
+    s->act_experts = act_by_expert(c, (int)slots, g->n_expert, g->n_ff_expert);
+    s->plan = plan(c, g, n_tok);
+    for (int i = 0; i < n_threads; i++) carve_lane(c, g, n_tok, c->base ? &s->lanes[i] : NULL);
+}
+
+ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok, ds_error *err) {
+    carver c = {.kern = kern};
+    ds_scratch next = {.n_tok = n_tok};
+    if (scratch->memory && scratch->n_tok >= n_tok) return DS_OK;
+    carve_all(&c, config, n_threads, n_tok, n_tok, &next);
+    next.bytes = c.used;
+    next.memory = mmap(NULL, next.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (next.memory == MAP_FAILED) {
+        return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens (%.1f MiB)", n_tok, (double)next.bytes / (1 << 20));
+    }
+    c.base = next.memory;
+    c.used = 0;
+    carve_all(&c, config, n_threads, n_tok, n_tok, &next);
+    ds_scratch_release(scratch);
+    *scratch = next;
+    return DS_OK;
+}
+
+void ds_scratch_release(ds_scratch *scratch) {
+    if (scratch->memory) munmap(scratch->memory, scratch->bytes);
+    *scratch = (ds_scratch){0};
+}

@@ -1,0 +1,216 @@
+#include "model/weights.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A list of blocks that the weights own; released together. */
+typedef struct ds_owned {
+    struct ds_owned *next;
+    _Alignas(64) unsigned char data[];
+} ds_owned;
+
+typedef struct binder {
+    const ds_config *config;
+    ds_source source;
+    ds_weights *out;
+    ds_status status; /* the first failure sticks */
+    ds_error *err;
+} binder;
+
+static void *own(binder *b, size_t size) {
+    ds_owned *block;
+    if (size > SIZE_MAX / 2 || !(block = aligned_alloc(64, (sizeof *block + size + 63) / 64 * 64))) {
+        b->status = ds_fail(b->err, DS_ENOMEM, "%s: no memory for %zu bytes of weights", b->source.label, size);
+        return NULL;
+    }
+    block->next = b->out->owned;
+    b->out->owned = block;
+    b->out->owned_bytes += size;
+    return block->data;
+}
+
+static const ds_tensor *find(binder *b, bool required, const char *name) {
+    const ds_tensor *t = b->status == DS_OK ? b->source.find(b->source.ctx, name) : NULL;
+    if (!t && required && b->status == DS_OK) {
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is missing", b->source.label, name);
+    }
+    if (t && t->format == DS_FORMAT_COUNT) {
+        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` has type %u, which this build cannot run", b->source.label, name, t->gguf_type);
+        ds_hint(b->err, "requantize the model with `dsv2 quantize --type q4_k_m`");
+        return NULL;
+    }
+    return t;
+}
+
+/* The tensor named by the format, checked to be ne[0] = k, ne[1] = rows, ne[2] = n; data NULL where absent or refused. */
+static ds_mat matrix(binder *b, bool required, int64_t k, int64_t rows, int64_t n, const char *format, ...) {
+    char name[DS_MAX_NAME];
+    ds_mat m = {0};
+    const ds_tensor *t;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    if (!(t = find(b, required, name))) return m;
+    if (t->ne[0] != k || t->ne[1] != rows || t->ne[2] != n || t->ne[3] != 1) {
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is %lld x %lld x %lld, expected %lld x %lld x %lld", b->source.label, name,
+                            (long long)t->ne[0], (long long)t->ne[1], (long long)t->ne[2], (long long)k, (long long)rows, (long long)n);
+        return m;
+    }
+    if (ds_format_get(t->format)->block_elements == 1 && (uintptr_t)t->data % ds_format_get(t->format)->block_bytes) {
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is not aligned to its values", b->source.label, name);
+        return m;
+    }
+    m.format = t->format;
+    m.k = (int)k;
+    m.rows = (int)rows;
+    m.row_bytes = ds_row_bytes(t->format, k);
+    m.data = t->data;
+    m.n = (int)n;
+    m.stride = m.row_bytes * (size_t)rows;
+    return m;
+}
+
+/* A vector decoded to float; NULL where absent or refused. */
+static const float *vector(binder *b, bool required, int64_t n, const char *format, ...) {
+    char name[DS_MAX_NAME];
+    const ds_tensor *t;
+    float *data;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    if (!(t = find(b, required, name))) return NULL;
+    if (t->ne[0] != n || t->ne[1] != 1 || t->ne[2] != 1 || t->ne[3] != 1) {
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` has %lld x %lld values, expected %lld", b->source.label, name,
+                            (long long)t->ne[0], (long long)t->ne[1], (long long)n);
+        return NULL;
+    }
+    if (!(data = own(b, (size_t)n * sizeof *data))) return NULL;
+    ds_dequantize_row(t->format, n, t->data, data);
+    return data;
+}
+
+/* W_uk of a legacy attn_kv_b, transposed to the split form's (kv_lora_rank, nope_dim) per head. The copy is half
+ * precision unless the file holds floats: it is 1/60 of the model, and the source is no finer. */
+static ds_mat transpose_k_b(binder *b, const ds_mat *kv_b, int head_rows) {
+    const ds_config *c = b->config;
+    int r = c->kv_lora_rank, d = c->nope_dim;
+    bool exact = kv_b->format == DS_FORMAT_F32 || kv_b->format == DS_FORMAT_BF16;
+    ds_mat m = {.format = exact ? DS_FORMAT_F32 : DS_FORMAT_F16, .rows = r, .k = d, .n = c->n_head};
+    float *row = malloc((size_t)r * sizeof *row);
+    unsigned char *data = NULL;
+    m.row_bytes = ds_row_bytes(m.format, d);
+    m.stride = m.row_bytes * (size_t)r;
+    if (row) data = own(b, m.stride * (size_t)m.n);
+    if (!row && b->status == DS_OK) b->status = ds_fail(b->err, DS_ENOMEM, "%s: no memory to transpose attn_kv_b", b->source.label);
+    for (int64_t i = 0; data && i < (int64_t)c->n_head * d; i++) {
+        int64_t head = i / d, j = i % d;
+        unsigned char *out = data + (size_t)head * m.stride;
+        ds_dequantize_row(kv_b->format, r, kv_b->data + (size_t)(head * head_rows + j) * kv_b->row_bytes, row);
+        for (int64_t l = 0; l < r; l++) {
+            if (exact) ((float *)out)[l * d + j] = row[l];
+            else ((uint16_t *)out)[l * d + j] = ds_f32_to_f16(row[l]);
+        }
+    }
+    free(row);
+    m.data = data;
+    return m;
+}
+
+static void bind_kv_b(binder *b, ds_layer *l, int il) {
+    const ds_config *c = b->config;
+    int head_rows = c->nope_dim + c->v_dim;
+    l->k_b = matrix(b, false, c->nope_dim, c->kv_lora_rank, c->n_head, "blk.%d.attn_k_b.weight", il);
+    if (l->k_b.data || b->status != DS_OK) {
+        l->v_b = matrix(b, true, c->kv_lora_rank, c->v_dim, c->n_head, "blk.%d.attn_v_b.weight", il);
+        return;
+    }
+    ds_mat kv_b = matrix(b, true, c->kv_lora_rank, (int64_t)c->n_head * head_rows, 1, "blk.%d.attn_kv_b.weight", il);
+    if (!kv_b.data) return;
+    l->k_b = transpose_k_b(b, &kv_b, head_rows);
+    l->v_b = kv_b;
+    l->v_b.data += (size_t)c->nope_dim * kv_b.row_bytes;
+    l->v_b.rows = c->v_dim;
+    l->v_b.n = c->n_head;
+    l->v_b.stride = (size_t)head_rows * kv_b.row_bytes;
+}
+
+static void bind_attention(binder *b, ds_layer *l, int il) {
+    const ds_config *c = b->config;
+    int64_t q_rows = (int64_t)c->n_head * ds_qk_dim(c);
+    l->attn_norm = vector(b, true, c->n_embd, "blk.%d.attn_norm.weight", il);
+    if (c->q_lora_rank) {
+        l->q_a = matrix(b, true, c->n_embd, c->q_lora_rank, 1, "blk.%d.attn_q_a.weight", il);
+        l->q_a_norm = vector(b, true, c->q_lora_rank, "blk.%d.attn_q_a_norm.weight", il);
+        l->q = matrix(b, true, c->q_lora_rank, q_rows, 1, "blk.%d.attn_q_b.weight", il);
+    } else {
+        l->q = matrix(b, true, c->n_embd, q_rows, 1, "blk.%d.attn_q.weight", il);
+    }
+    l->kv_a = matrix(b, true, c->n_embd, ds_kv_width(c), 1, "blk.%d.attn_kv_a_mqa.weight", il);
+    l->kv_a_norm = vector(b, true, c->kv_lora_rank, "blk.%d.attn_kv_a_norm.weight", il);
+    bind_kv_b(b, l, il);
+    l->o = matrix(b, true, (int64_t)c->n_head * c->v_dim, c->n_embd, 1, "blk.%d.attn_output.weight", il);
+    l->ffn_norm = vector(b, true, c->n_embd, "blk.%d.ffn_norm.weight", il);
+}
+
+static void bind_feed_forward(binder *b, ds_layer *l, int il) {
+    const ds_config *c = b->config;
+    int64_t d = c->n_embd, f = c->n_ff_expert, e = c->n_expert, shared = (int64_t)c->n_expert_shared * f;
+    if (il < c->n_layer_dense) {
+        l->gate = matrix(b, true, d, c->n_ff_dense, 1, "blk.%d.ffn_gate.weight", il);
+        l->up = matrix(b, true, d, c->n_ff_dense, 1, "blk.%d.ffn_up.weight", il);
+        l->down = matrix(b, true, c->n_ff_dense, d, 1, "blk.%d.ffn_down.weight", il);
+        return;
+    }
+    l->router = matrix(b, true, d, e, 1, "blk.%d.ffn_gate_inp.weight", il);
+    l->router_bias = vector(b, false, e, "blk.%d.exp_probs_b.bias", il);
+    l->experts.gate = matrix(b, true, d, f, e, "blk.%d.ffn_gate_exps.weight", il);
+    l->experts.up = matrix(b, true, d, f, e, "blk.%d.ffn_up_exps.weight", il);
+    l->experts.down = matrix(b, true, f, d, e, "blk.%d.ffn_down_exps.weight", il);
+    if (b->status == DS_OK && ds_format_get(l->experts.gate.format)->act != ds_format_get(l->experts.up.format)->act) {
+        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: blk.%d: the experts' gate is %s and their up is %s: one float, one quantised", b->source.label, il,
+                            ds_format_get(l->experts.gate.format)->name, ds_format_get(l->experts.up.format)->name);
+    }
+    if (!shared) return;
+    l->gate_shared = matrix(b, true, d, shared, 1, "blk.%d.ffn_gate_shexp.weight", il);
+    l->up_shared = matrix(b, true, d, shared, 1, "blk.%d.ffn_up_shexp.weight", il);
+    l->down_shared = matrix(b, true, shared, d, 1, "blk.%d.ffn_down_shexp.weight", il);
+}
+
+static void bind_ends(binder *b) {
+    const ds_config *c = b->config;
+    ds_weights *w = b->out;
+    w->token_embd = matrix(b, true, c->n_embd, c->n_vocab, 1, "token_embd.weight");
+    w->output = matrix(b, false, c->n_embd, c->n_vocab, 1, "output.weight");
+    if (!w->output.data) w->output = w->token_embd; /* tied: one matrix serves both ends */
+    w->output_norm = vector(b, true, c->n_embd, "output_norm.weight");
+}
+
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+                          ds_weights *out, ds_error *err) {
+    ds_weights w = {.layer_begin = layer_begin, .layer_end = layer_end};
+    binder b = {config, source, &w, DS_OK, err};
+    if (!(w.layers = calloc((size_t)(layer_end - layer_begin), sizeof *w.layers))) {
+        return ds_fail(err, DS_ENOMEM, "%s: no memory for %d layers", source.label, layer_end - layer_begin);
+    }
+    if (ends) bind_ends(&b);
+    for (int il = layer_begin; il < layer_end && b.status == DS_OK; il++) {
+        bind_attention(&b, ds_weights_layer(&w, il), il);
+        bind_feed_forward(&b, ds_weights_layer(&w, il), il);
+    }
+    if (b.status == DS_OK) *out = w;
+    else ds_weights_release(&w);
+    return b.status;
+}
+
+void ds_weights_release(ds_weights *weights) {
+    for (ds_owned *block = weights->owned, *next; block; block = next) {
+        next = block->next;
+        free(block);
+    }
+    free(weights->layers);
+    *weights = (ds_weights){0};
+}

@@ -1,0 +1,47 @@
+/* weights.h: a model's matrices bound by name to the bytes of a file (or of caller's arrays), with every shape checked
+ * against the configuration. Borrows the tensors' memory; owns only the small vectors that it decodes to float. */
+#pragma once
+
+#include "memory/experts.h"
+#include "model/config.h"
+
+/* Where tensors come from: a GGUF, or a table of arrays. find returns NULL where the name is absent. */
+typedef struct ds_source {
+    const ds_tensor *(*find)(const void *ctx, const char *name);
+    const void *ctx;
+    const char *label; /* for errors */
+} ds_source;
+
+typedef struct ds_layer {
+    const float *attn_norm, *ffn_norm; /* (n_embd) */
+    const float *q_a_norm;             /* (q_lora_rank) or NULL */
+    const float *kv_a_norm;            /* (kv_lora_rank) */
+    ds_mat q;      /* (n_head * qk_dim, n_embd), or (.., q_lora_rank) behind q_a */
+    ds_mat q_a;    /* (q_lora_rank, n_embd) */
+    ds_mat kv_a;   /* (kv_lora_rank + rope_dim, n_embd) */
+    ds_mat k_b;    /* n_head x (kv_lora_rank, nope_dim): W_uk transposed, so that q absorbs it as a plain product */
+    ds_mat v_b;    /* n_head x (v_dim, kv_lora_rank): W_uv */
+    ds_mat o;      /* (n_embd, n_head * v_dim) */
+    ds_mat gate, up, down;                /* dense layers */
+    ds_mat router;                        /* (n_expert, n_embd) */
+    const float *router_bias;             /* (n_expert) or NULL */
+    ds_experts experts;
+    ds_mat gate_shared, up_shared, down_shared;
+} ds_layer;
+
+typedef struct ds_weights {
+    ds_mat token_embd; /* (n_vocab, n_embd) */
+    ds_mat output;     /* (n_vocab, n_embd); token_embd where tied */
+    const float *output_norm;
+    ds_layer *layers;
+    int layer_begin, layer_end; /* which blocks are bound: all, or one for calibration */
+    struct ds_owned *owned;     /* decoded vectors and transposed legacy matrices */
+    size_t owned_bytes;
+} ds_weights;
+
+/* Bind blocks [layer_begin, layer_end), and the embeddings and head where `ends` is set. On failure nothing is kept. */
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+                          ds_weights *out, ds_error *err);
+void ds_weights_release(ds_weights *weights);
+
+static inline ds_layer *ds_weights_layer(const ds_weights *w, int il) { return &w->layers[il - w->layer_begin]; }

@@ -1,0 +1,145 @@
+/* gguf.c: GGUF files as Python sees them: metadata as plain values, tensors as records, rows decoded into buffers. */
+#include "python/py.h"
+
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+static void release(void *gguf) { ds_gguf_close(gguf); }
+
+static PyObject *gguf_open(PyObject *self, PyObject *args) {
+    PyObject *path, *capsule = NULL;
+    ds_gguf *gguf;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "O&", PyUnicode_FSConverter, &path)) return NULL;
+    const char *name = PyBytes_AsString(path);
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_gguf_open(name, &gguf, &err);
+    Py_END_ALLOW_THREADS
+    capsule = st == DS_OK ? ds_py_own(gguf, DS_PY_GGUF, release) : ds_py_raise(&err);
+    Py_DECREF(path);
+    return capsule;
+}
+
+static PyObject *gguf_close(PyObject *self, PyObject *capsule) {
+    ds_py_close(capsule, DS_PY_GGUF);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *text(ds_str s) { return PyUnicode_DecodeUTF8(s.data, (Py_ssize_t)s.size, "surrogateescape"); }
+
+/* Read one packed value and step past it. */
+static PyObject *value(ds_gguf_type type, const void **at) {
+    const unsigned char *p = *at;
+    union { uint16_t u16; int16_t i16; uint32_t u32; int32_t i32; float f32; uint64_t u64; int64_t i64; double f64; } v;
+#define STEP(member) (memcpy(&v.member, p, sizeof v.member), *at = p + sizeof v.member)
+    switch (type) {
+    case DS_GGUF_U8: return *at = p + 1, PyLong_FromLong(*p);
+    case DS_GGUF_I8: return *at = p + 1, PyLong_FromLong((signed char)*p);
+    case DS_GGUF_BOOL: return *at = p + 1, PyBool_FromLong(*p);
+    case DS_GGUF_U16: return STEP(u16), PyLong_FromLong(v.u16);
+    case DS_GGUF_I16: return STEP(i16), PyLong_FromLong(v.i16);
+    case DS_GGUF_U32: return STEP(u32), PyLong_FromUnsignedLong(v.u32);
+    case DS_GGUF_I32: return STEP(i32), PyLong_FromLong(v.i32);
+    case DS_GGUF_F32: return STEP(f32), PyFloat_FromDouble(v.f32);
+    case DS_GGUF_U64: return STEP(u64), PyLong_FromUnsignedLongLong(v.u64);
+    case DS_GGUF_I64: return STEP(i64), PyLong_FromLongLong(v.i64);
+    case DS_GGUF_F64: return STEP(f64), PyFloat_FromDouble(v.f64);
+    case DS_GGUF_STRING: return text(ds_gguf_next_str(at));
+    default: return Py_NewRef(Py_None);
+    }
+#undef STEP
+}
+
+static PyObject *entry(const ds_gguf_kv *kv) {
+    const void *at = kv->data;
+    PyObject *list;
+    if (kv->type != DS_GGUF_ARRAY) return value(kv->type, &at);
+    list = PyList_New((Py_ssize_t)kv->n_items);
+    for (uint64_t i = 0; list && i < kv->n_items; i++) {
+        PyObject *item = value(kv->item_type, &at);
+        if (!item) Py_CLEAR(list);
+        else PyList_SetItem(list, (Py_ssize_t)i, item);
+    }
+    return list;
+}
+
+static PyObject *gguf_keys(PyObject *self, PyObject *capsule) {
+    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
+    PyObject *list = gguf ? PyList_New(0) : NULL;
+    for (size_t i = 0; list && i < ds_gguf_n_kv(gguf); i++) {
+        PyObject *key = text(ds_gguf_kv_at(gguf, i)->key);
+        if (!key || PyList_Append(list, key) != 0) Py_CLEAR(list);
+        Py_XDECREF(key);
+    }
+    return list;
+}
+
+static PyObject *gguf_value(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    Py_ssize_t i;
+    const ds_gguf *gguf;
+    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (i < 0 || (size_t)i >= ds_gguf_n_kv(gguf)) return PyErr_Format(PyExc_IndexError, "no metadata entry %zd", i);
+    return entry(ds_gguf_kv_at(gguf, (size_t)i));
+}
+
+/* [(name, type id, format name or None, shape, offset, bytes)] */
+static PyObject *gguf_tensors(PyObject *self, PyObject *capsule) {
+    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
+    PyObject *list = gguf ? PyList_New(0) : NULL;
+    for (size_t i = 0; list && i < ds_gguf_n_tensors(gguf); i++) {
+        const ds_tensor *t = ds_gguf_tensor_at(gguf, i);
+        PyObject *shape = PyTuple_New(t->n_dims), *name, *record;
+        for (int d = 0; shape && d < t->n_dims; d++) PyTuple_SetItem(shape, d, PyLong_FromLongLong(t->ne[d]));
+        name = PyUnicode_DecodeUTF8(t->name, (Py_ssize_t)strlen(t->name), "surrogateescape");
+        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, t->format < DS_FORMAT_COUNT ? ds_format_get(t->format)->name : NULL, shape,
+                                               (unsigned long long)t->offset, (Py_ssize_t)t->n_bytes) : NULL;
+        if (!record || PyList_Append(list, record) != 0) Py_CLEAR(list);
+        Py_XDECREF(record);
+        Py_XDECREF(name);
+        Py_XDECREF(shape);
+    }
+    return list;
+}
+
+static PyObject *gguf_bytes(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    Py_ssize_t i;
+    const ds_gguf *gguf;
+    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (i < 0 || (size_t)i >= ds_gguf_n_tensors(gguf)) return PyErr_Format(PyExc_IndexError, "no tensor %zd", i);
+    const ds_tensor *t = ds_gguf_tensor_at(gguf, (size_t)i);
+    return PyBytes_FromStringAndSize(t->data, (Py_ssize_t)t->n_bytes);
+}
+
+/* gguf_decode(gguf, i, out): the tensor as float32 into out. */
+static PyObject *gguf_decode(PyObject *self, PyObject *args) {
+    PyObject *capsule, *out;
+    Py_ssize_t i;
+    const ds_gguf *gguf;
+    Py_buffer buffer;
+    ds_error err;
+    if (!PyArg_ParseTuple(args, "OnO", &capsule, &i, &out) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (i < 0 || (size_t)i >= ds_gguf_n_tensors(gguf)) return PyErr_Format(PyExc_IndexError, "no tensor %zd", i);
+    const ds_tensor *t = ds_gguf_tensor_at(gguf, (size_t)i);
+    int64_t n = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+    if (t->format == DS_FORMAT_COUNT) {
+        ds_fail(&err, DS_EUNSUPPORTED, "%s: tensor `%s` has type %u, which this build cannot decode", ds_gguf_label(gguf), t->name, t->gguf_type);
+        return ds_py_raise(&err);
+    }
+    if (!ds_py_buffer(out, (size_t)n * sizeof(float), true, &buffer)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ds_dequantize_row(t->format, n, t->data, buffer.buf);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&buffer);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef ds_py_gguf_methods[] = {
+    {"gguf_open", gguf_open, METH_VARARGS, NULL},     {"gguf_close", gguf_close, METH_O, NULL},
+    {"gguf_keys", gguf_keys, METH_O, NULL},           {"gguf_value", gguf_value, METH_VARARGS, NULL},
+    {"gguf_tensors", gguf_tensors, METH_O, NULL},     {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},
+    {"gguf_decode", gguf_decode, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+};
