@@ -1,0 +1,327 @@
+"""transfer.py: the bytes of a download. Resumes across drops and across runs, and names nothing that is not verified.
+
+The hub client's own downloader starts a file anew in every process and checks hashes for some transports only. Here
+its HTTP layer writes into ``*.incomplete`` beside the destination; the hash is computed as bytes arrive, compared with
+the hub's listing, and only then is the file renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from dsv2cli import hub
+from dsv2cli.console import format_bytes
+from dsv2cli.errors import CliError
+
+WORKERS = 4
+RETRIES = 5  # in a row without a new byte
+READ_BYTES = 1 << 20  # small, so that little is lost when a connection drops
+LONGEST_PAUSE = 30.0  # seconds between two tries
+Advanced = Callable[[hub.RemoteFile, int], None]
+
+
+class StoppedError(Exception):
+    """The download was told to stop; what has arrived stays for the next run."""
+
+
+class CorruptError(CliError):
+    """The bytes that arrived are not those that the hub lists."""
+
+
+@dataclass
+class Transfer:
+    """One download of a plan, into the shared cache or the folder ``to``.
+
+    ``advanced(file, n)`` hears of n more bytes (fewer than none where some are fetched again), ``note`` of what a
+    person would want to know. Both are called from several threads.
+    """
+
+    plan: hub.Plan
+    to: Path | None = None
+    advanced: Advanced = lambda file, n: None
+    note: Callable[[str], None] = lambda message: None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.targets = hub.targets(self.plan, self.to)
+        self.where = self.to if self.to is not None else hub.cache_root()
+
+    @property
+    def present_bytes(self) -> int:
+        return sum(t.present_bytes for t in self.targets)
+
+    def run(self) -> Path:
+        """Fetch what is missing; returns the checkpoint's folder or the GGUF's path. CliError, OSError."""
+        if not (self.plan.offline and self.to is None):
+            hub.check_disk(self.where, self.plan.nbytes - self.present_bytes)
+            with _quiet_client():
+                self._fetch_all()
+            if self.to is None:
+                _write_ref(self.plan)
+        return hub.location(self.plan, self.to)
+
+    def _fetch_all(self) -> None:
+        """Run the targets through daemon threads: Ctrl-C must not wait for a read that waits for the network."""
+        waiting: queue.SimpleQueue[hub.Target] = queue.SimpleQueue()
+        results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        for target in sorted(self.targets, key=lambda t: t.file.nbytes, reverse=True):
+            waiting.put(target)
+
+        def work() -> None:
+            while not self.stop.is_set():
+                try:
+                    target = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._fetch(target)
+                    results.put(None)
+                except BaseException as error:
+                    results.put(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(WORKERS)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in self.targets:
+                if error := results.get():
+                    raise error
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join(timeout=1)
+
+    def _fetch(self, target: hub.Target) -> None:
+        if not target.is_complete():
+            target.partial.parent.mkdir(parents=True, exist_ok=True)
+            target.final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with _exclusive(target.partial) as file:
+                    self._fetch_locked(target, file)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise CliError(
+                        f"`{target.file.path}` to `{self.where}`: {error.strerror}, with"
+                        f" {format_bytes(target.present_bytes)} of {format_bytes(target.file.nbytes)} written",
+                        "free some space, and the same command resumes; or --to DIR on another disk",
+                    ) from error
+                raise
+        if target.link is not None:
+            _link(target.final, target.link)
+
+    def _fetch_locked(self, target: hub.Target, file: FileIO) -> None:
+        if target.is_complete():  # another process finished it in the meantime
+            return
+        if self.to is not None and _hash_of(target.final, target.file) == target.file.etag:
+            self.advanced(target.file, target.file.nbytes - os.fstat(file.fileno()).st_size)
+            target.partial.unlink()
+        else:
+            self._fill(target, file)
+            os.replace(target.partial, target.final)  # noqa: PTH105
+        if self.to is not None:
+            record = f"{self.plan.commit}\n{target.file.etag}\n{time.time()}\n"
+            hub.metadata_path(target).write_text(record, encoding="utf-8")
+
+    def _fill(self, target: hub.Target, file: FileIO) -> None:
+        """Bring the partial file to its full length and check it. A resumed file that fails starts once anew."""
+        sink = Sink(file, target.file, self.advanced, self.stop)
+        resumed = sink.nbytes > 0
+        cached = self._cached(target)
+        if cached is not None:
+            sink.restart()
+            with cached.open("rb") as source:
+                while block := source.read(READ_BYTES):
+                    sink.write(block)
+        else:
+            self._receive(target.file, sink)
+            if resumed and not sink.is_whole():
+                self.note(f"{target.file.path}: what an earlier run left is damaged; fetching it from the start")
+                sink.restart()
+                self._receive(target.file, sink)
+        if not sink.is_whole():
+            target.partial.unlink()
+            raise CorruptError(
+                f"`{target.file.path}` of {self.plan.repo}: the bytes received are not those the hub lists"
+                f" (expected {target.file.etag}, got {sink.digest()})",
+                "run the command again; if it persists, something on the way (a proxy, a mirror) alters the file",
+            )
+        os.fsync(file.fileno())
+
+    def _cached(self, target: hub.Target) -> Path | None:
+        """The same file in the shared cache, when the destination is another folder."""
+        if self.to is None:
+            return None
+        folder = hub.cache_folder(self.plan.repo)
+        for path in (folder / "blobs" / target.file.etag, folder / "snapshots" / self.plan.commit / target.file.path):
+            if path.is_file() and path.stat().st_size == target.file.nbytes:
+                return path
+        return None
+
+    def _receive(self, file: hub.RemoteFile, sink: Sink) -> None:
+        """Fetch from where the sink ends. A dropped connection is taken up again as long as bytes keep coming."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(self.plan.repo, file.path, revision=self.plan.commit)
+        tries = 0
+        while sink.nbytes < file.nbytes:
+            before = sink.nbytes
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+            try:
+                with hub.translated_errors(self.plan.repo, self.plan.revision):
+                    http_get(url, cast(BinaryIO, sink), resume_size=before, headers=headers, expected_size=file.nbytes)
+            except hub.UnreachableError:
+                tries = 1 if sink.nbytes > before else tries + 1
+                if tries > RETRIES:
+                    raise
+                self.note(f"{file.path}: connection lost at {format_bytes(sink.nbytes)}; resuming")
+                if self.stop.wait(min(2.0 ** (tries - 1), LONGEST_PAUSE)):
+                    raise StoppedError from None
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                break  # the client found the length wrong: is_whole() tells what to do
+
+
+class Sink:
+    """The file that bytes are appended to, and their hash so far. What the hub client's ``http_get`` writes into."""
+
+    def __init__(self, file: FileIO, remote: hub.RemoteFile, advanced: Advanced, stop: threading.Event) -> None:
+        self._file, self._remote, self._advanced, self._stop = file, remote, advanced, stop
+        self.nbytes = 0
+        self._hash = _hasher(remote)
+        file.seek(0)
+        while block := file.read(READ_BYTES):  # what an earlier run left
+            self._check_stop()
+            self._hash.update(block)
+            self.nbytes += len(block)
+        if self.nbytes > remote.nbytes:
+            self.restart()
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise StoppedError
+
+    def write(self, data: bytes) -> int:
+        self._check_stop()
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+        self._hash.update(data)
+        self.nbytes += len(data)
+        self._advanced(self._remote, len(data))
+        return len(data)
+
+    def tell(self) -> int:
+        return self.nbytes
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        """Only to the start: the client does it when a server sends the whole file for a part of it."""
+        if position != 0 or whence != 0:
+            raise ValueError(f"a download can start anew, not move to byte {position}")
+        return 0
+
+    def truncate(self) -> int:
+        self.restart()
+        return 0
+
+    def restart(self) -> None:
+        self._advanced(self._remote, -min(self.nbytes, self._remote.nbytes))
+        self._file.truncate(0)
+        self._hash = _hasher(self._remote)
+        self.nbytes = 0
+
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
+
+    def is_whole(self) -> bool:
+        return self.nbytes == self._remote.nbytes and self._remote.etag in ("", self.digest())
+
+
+def _hasher(remote: hub.RemoteFile) -> Any:
+    """The hash the hub lists: sha256 of an LFS file, git's sha1 of a blob for the small ones."""
+    if remote.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % remote.nbytes, usedforsecurity=False)
+
+
+def _hash_of(path: Path, remote: hub.RemoteFile) -> str | None:
+    """The hash of a file that may be the remote one already; None where its size says that it is not."""
+    if not path.is_file() or path.stat().st_size != remote.nbytes:
+        return None
+    digest = _hasher(remote)
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[FileIO]:
+    """The partial file, open to append and locked against other processes. Unbuffered: a kill loses no byte."""
+    with open(path, "a+b", buffering=0) as file:  # noqa: PTH123
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CliError(
+                f"another process is downloading `{path.name}`", "let it finish, then run this again"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield file
+
+
+def _link(blob: Path, name: Path) -> None:
+    """Give a verified blob its name in the snapshot, as the hub's client does."""
+    if name.exists():
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.unlink(missing_ok=True)  # a link to a blob that has gone
+    try:
+        name.symlink_to(os.path.relpath(blob, name.parent))
+    except OSError:
+        with contextlib.suppress(FileExistsError):
+            name.hardlink_to(blob)
+
+
+def _write_ref(plan: hub.Plan) -> None:
+    """Note which commit the branch or tag stood for, which offline runs go by."""
+    if hub.COMMIT.fullmatch(plan.revision):
+        return
+    ref = hub.cache_folder(plan.repo) / "refs" / plan.revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(plan.commit, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """The hub client's progress bars and warnings off (ours say the same), and its reads short."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, chunk, bars_off = logger.level, constants.DOWNLOAD_CHUNK_SIZE, are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    constants.DOWNLOAD_CHUNK_SIZE = READ_BYTES
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        constants.DOWNLOAD_CHUNK_SIZE = chunk
+        if not bars_off:
+            enable_progress_bars()
