@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from quantize.errors import OutputError
 
-# Python's and numpy's types -> GGUF's. A list of int is int32 (as token types are), a single int uint32 (as counts are).
+# Python's and numpy's types -> GGUF's. A list of int is int32 (token types are), a single int uint32 (counts are).
 _SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}
 _ARRAYS = {"int32": GGUFValueType.INT32, "uint32": GGUFValueType.UINT32, "float32": GGUFValueType.FLOAT32}
 MAX_NAME_BYTES = 63  # ggml's own limit on tensor names

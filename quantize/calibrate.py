@@ -1,0 +1,185 @@
+"""calibrate.py: runs calibration text through the model a layer at a time and keeps what the encoders need to know.
+
+Per linear layer: the mean |x| and mean x^2 of every input channel, and the inputs of a fixed sample of tokens. Experts
+are counted one by one, and those that see few tokens borrow from the whole layer. Only the original weights run here:
+what a fold or an encoder does to them never feeds back into the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.arch import Arch
+from quantize.corpus import WINDOW
+
+F32 = NDArray[np.float32]
+
+CHUNK_WINDOWS = 8  # windows a forward call: bounds what the taps hold at once
+SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output error
+# Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.
+FEW_TOKENS = 64
+
+ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads", "ffn_norm")
+EXPERT_TAPS = ("experts", "expert_hidden")
+
+
+class Layer(Protocol):
+    """What calibration needs of ``cext.Layer``."""
+
+    def forward(self, x: F32, n_seq: int, tap: Iterable[str] = ()) -> tuple[F32, dict[str, NDArray[Any]]]:
+        """Output of x (n_seq * n_tok, n_embd), and the tapped arrays by name."""
+
+
+class LayerFactory(Protocol):
+    """Builds a layer from GGUF keys and arrays, as ``cext.Layer`` does."""
+
+    def __call__(
+        self, metadata: Mapping[str, Any], il: int, tensors: Mapping[str, NDArray[Any]], threads: int | None = None
+    ) -> Layer:
+        """The layer il."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one group of linear layers was fed: (n,) over all tokens, and (n_sample, n) rows of some."""
+
+    mean_abs: F32
+    mean_square: F32
+    sample: F32
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the routed experts were fed. Their common input over all tokens is ``LayerStats.inputs["ffn_norm"]``."""
+
+    counts: NDArray[np.int64]  # (n_expert,) tokens that chose each
+    input_square: F32  # (n_expert, n_embd) mean x^2 of gate's and up's input, 0 where no token came
+    hidden_abs: F32  # (n_expert, n_ff) mean |h| of down's input
+    hidden_square: F32  # (n_expert, n_ff)
+    sample_experts: NDArray[np.int32]  # (n_sample, n_used) the sampled tokens' choices
+    sample_hidden: F32  # (n_sample, n_used, n_ff)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Everything collected from one layer. inputs is keyed by tap: "attn_norm", "q_a_norm", "ffn_norm", ..."""
+
+    inputs: dict[str, Inputs]
+    routed: Routed | None
+
+
+class _Moments:
+    """Running sums over tokens of |x| and x^2, and the sampled rows."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.abs = np.zeros(0)
+        self.square = np.zeros(0)
+        self.rows: list[F32] = []
+
+    def add(self, x: F32, sampled: NDArray[np.intp]) -> None:
+        if self.n == 0:
+            self.abs, self.square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        self.n += len(x)
+        self.abs += np.abs(x).sum(0, dtype=np.float64)
+        self.square += np.square(x).sum(0, dtype=np.float64)
+        self.rows.append(x[sampled].copy())
+
+    def done(self) -> Inputs:
+        scale = 1.0 / self.n
+        return Inputs(
+            (self.abs * scale).astype(np.float32), (self.square * scale).astype(np.float32), np.concatenate(self.rows)
+        )
+
+
+class _Experts:
+    """Running sums of the routed experts."""
+
+    def __init__(self, arch: Arch) -> None:
+        e, d, f = arch.n_expert, arch.n_embd, arch.n_ff_expert
+        self.counts = np.zeros(e, np.int64)
+        self.input_square = np.zeros((e, d))
+        self.hidden_abs, self.hidden_square = np.zeros((e, f)), np.zeros((e, f))
+        self.chosen: list[NDArray[np.int32]] = []
+        self.hidden: list[F32] = []
+
+    def add(self, x: F32, chosen: NDArray[np.int32], hidden: F32, sampled: NDArray[np.intp]) -> None:
+        n_expert = len(self.counts)
+        member = np.zeros((n_expert, len(x)), np.float32)
+        member[chosen.T, np.arange(len(x))] = 1.0
+        self.counts += np.bincount(chosen.reshape(-1), minlength=n_expert)
+        self.input_square += member @ np.square(x)
+        flat, order = hidden.reshape(-1, hidden.shape[-1]), np.argsort(chosen.reshape(-1), kind="stable")
+        bounds = np.searchsorted(chosen.reshape(-1)[order], np.arange(n_expert + 1))
+        for e in range(n_expert):
+            rows = flat[order[bounds[e] : bounds[e + 1]]]
+            self.hidden_abs[e] += np.abs(rows).sum(0, dtype=np.float64)
+            self.hidden_square[e] += np.square(rows).sum(0, dtype=np.float64)
+        self.chosen.append(chosen[sampled].copy())
+        self.hidden.append(hidden[sampled].copy())
+
+    def done(self) -> Routed:
+        scale = 1.0 / np.maximum(self.counts, 1)[:, None]
+        return Routed(
+            self.counts,
+            (self.input_square * scale).astype(np.float32),
+            (self.hidden_abs * scale).astype(np.float32),
+            (self.hidden_square * scale).astype(np.float32),
+            np.concatenate(self.chosen),
+            np.concatenate(self.hidden),
+        )
+
+
+class Stream:
+    """The calibration tokens' hidden states between two layers, (n_windows * WINDOW, n_embd) float32."""
+
+    def __init__(self, arch: Arch, embeddings: F32) -> None:
+        self.arch = arch
+        self.x = embeddings
+        step = max(1, len(embeddings) // SAMPLE_TOKENS)
+        self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
+
+    def advance(self, layer: Layer, il: int, on_chunk: Any = None) -> LayerStats:
+        """Run every token through layer il, replacing x, and return what the layer's parts were fed.
+
+        on_chunk(fraction done) is called as it goes.
+        """
+        dense = self.arch.is_dense(il)
+        taps = [*ATTENTION_TAPS]
+        if self.arch.q_lora_rank:
+            taps.append("q_a_norm")
+        if dense:
+            taps.append("dense_hidden")
+        elif self.arch.n_expert_shared:
+            taps.append("shared_hidden")
+        moments = {tap: _Moments() for tap in taps}
+        experts = None if dense else _Experts(self.arch)
+        n_tokens = CHUNK_WINDOWS * WINDOW
+        for start in range(0, len(self.x), n_tokens):
+            chunk = self.x[start : start + n_tokens]
+            inside = (self._sampled >= start) & (self._sampled < start + len(chunk))
+            sampled = self._sampled[inside] - start
+            out, tapped = layer.forward(chunk, len(chunk) // WINDOW, [*taps, *(EXPERT_TAPS if experts else ())])
+            for tap in taps:
+                moments[tap].add(tapped[tap], sampled)
+            if experts:
+                experts.add(tapped["ffn_norm"], tapped["experts"], tapped["expert_hidden"], sampled)
+            self.x[start : start + len(chunk)] = out
+            if on_chunk:
+                on_chunk((start + len(chunk)) / len(self.x))
+        return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None)
+
+    def final_inputs(self, norm: F32) -> Inputs:
+        """What the output head is fed: the last hidden states under the final norm, (n_embd,) weights."""
+        moments = _Moments()
+        for start in range(0, len(self.x), WINDOW):
+            x = self.x[start : start + WINDOW]
+            scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + self.arch.rms_eps)
+            sampled = self._sampled[(self._sampled >= start) & (self._sampled < start + WINDOW)] - start
+            moments.add((x * scale * norm).astype(np.float32), sampled)
+        return moments.done()
