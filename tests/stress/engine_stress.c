@@ -1,0 +1,95 @@
+/* engine_stress.c: one model, several workers, two sessions on two threads at once. Built with ThreadSanitizer against
+ * the engine's static library; takes the path of a small GGUF. Logits must be the same bits whatever the number of
+ * workers, and whether the prompt came at once or token by token they must be finite. Returns 1 where they are not. */
+#include <math.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dsv2.h"
+
+enum { N_PROMPT = 40, N_DECODE = 8, N_CTX = 64 };
+
+typedef struct job {
+    ds_model *model;
+    float *logits; /* (N_PROMPT + N_DECODE, n_vocab) */
+    ds_error err;
+    ds_status status;
+} job;
+
+/* A prompt of N_PROMPT tokens in one step, then N_DECODE steps of one. */
+static void *run(void *arg) {
+    job *j = arg;
+    const int n_vocab = ds_model_config(j->model)->n_vocab;
+    int32_t ids[N_PROMPT + N_DECODE];
+    ds_session *session;
+    for (int i = 0; i < N_PROMPT + N_DECODE; i++) {
+        ids[i] = (i * 7 + 1) % n_vocab;
+    }
+    j->status = ds_session_create(j->model, N_CTX, "f16", &session, &j->err);
+    if (j->status != DS_OK) {
+        return NULL;
+    }
+    ds_input prompt = {session, ids, N_PROMPT};
+    j->status = ds_eval(j->model, &prompt, 1, DS_LOGITS_ALL, j->logits, NULL, &j->err);
+    for (int i = N_PROMPT; i < N_PROMPT + N_DECODE && j->status == DS_OK; i++) {
+        ds_input next = {session, ids + i, 1};
+        j->status = ds_eval(j->model, &next, 1, DS_LOGITS_LAST, j->logits + (size_t)i * n_vocab, NULL, &j->err);
+    }
+    ds_session_destroy(session);
+    return NULL;
+}
+
+/* Two sessions of one model on two threads; both must end in `expected`, which the first call fills. */
+static bool check(const char *path, int n_threads, float **expected) {
+    job jobs[2] = {0};
+    pthread_t threads[2];
+    ds_model *model;
+    ds_error err;
+    bool good = true;
+    if (ds_model_open(path, n_threads, NULL, &model, &err) != DS_OK) {
+        printf("engine_stress: %s\n", err.message);
+        return false;
+    }
+    const size_t n = (size_t)(N_PROMPT + N_DECODE) * ds_model_config(model)->n_vocab;
+    for (int i = 0; i < 2; i++) {
+        jobs[i] = (job){.model = model, .logits = malloc(n * sizeof(float))};
+        pthread_create(&threads[i], NULL, run, &jobs[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        pthread_join(threads[i], NULL);
+        if (jobs[i].status != DS_OK) {
+            printf("engine_stress: %s\n", jobs[i].err.message);
+            good = false;
+        }
+    }
+    if (good && !*expected) {
+        *expected = malloc(n * sizeof(float));
+        memcpy(*expected, jobs[0].logits, n * sizeof(float));
+    }
+    for (int i = 0; i < 2; i++) {
+        for (size_t k = 0; good && k < n; k++) {
+            good = isfinite(jobs[i].logits[k]) && jobs[i].logits[k] == (*expected)[k];
+            if (!good) {
+                printf("engine_stress: %d threads, session %d, logit %zu is %g, expected %g\n", n_threads, i, k,
+                       jobs[i].logits[k], (*expected)[k]);
+            }
+        }
+        free(jobs[i].logits);
+    }
+    ds_model_close(model);
+    return good;
+}
+
+int main(int argc, char **argv) {
+    float *expected = NULL;
+    bool good = argc == 2;
+    for (int n_threads = 1; n_threads <= 5 && good; n_threads++) {
+        good = check(argv[1], n_threads, &expected);
+    }
+    free(expected);
+    puts(good ? "engine_stress: the same logits from 1 to 5 threads" : "engine_stress: WRONG");
+    return good ? 0 : 1;
+}
