@@ -18,7 +18,7 @@ class TensorInfo(NamedTuple):
 
     name: str
     type: int  # the GGUF (ggml) type id
-    type_name: str  # "q4_k"; "type 29" where the engine does not run it
+    type_name: str  # "q4_k"; "type 99" where nothing is known of it
     shape: tuple[int, ...]  # ggml's order: ne0 (the row) first
     offset: int  # bytes from the start of the file
     nbytes: int

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import _engine
+from cext.errors import ArgumentError
 
 
 class Sampler:
@@ -33,6 +34,8 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draw from (n_vocab,) logits, which are left as they are, and remember the token for the repeat penalty."""
+        if logits.ndim != 1:
+            raise ArgumentError(f"logits have shape {logits.shape}, expected (n_vocab,)")
         return _engine.sampler_sample(self._handle, np.ascontiguousarray(logits, np.float32))
 
     def accept(self, ids: Iterable[int]) -> None:

@@ -27,12 +27,12 @@ def write(folder: Path, content: bytes) -> Path:
 def read_everything(path: Path) -> None:
     """Touch all that a view lends; what is out of bounds shows as a crash, or under AddressSanitizer."""
     view = Gguf(path)
-    assert isinstance(view.metadata, dict)
+    dict(view.metadata)
     known = {row["gguf_type"] for row in formats()}
     for tensor in view.tensors:
-        assert view.raw(tensor["name"]).nbytes == tensor["nbytes"]
-        if tensor["type"] in known:
-            assert view.read(tensor["name"]).shape == tensor["shape"][::-1]
+        assert view.raw(tensor.name).nbytes == tensor.nbytes
+        if tensor.type in known:
+            assert view.read(tensor.name).shape == tensor.shape[::-1]
 
 
 # Golden: written by gguf-py, read by both.
@@ -95,8 +95,9 @@ def test_metadata_equals_gguf_py(written: Path) -> None:
     keys = [key for key in reader.fields if not key.startswith("GGUF.")]
     view = Gguf(written)
     assert list(view.metadata) == keys
-    assert view.metadata == {key: reference_value(reader, key) for key in keys}
-    assert {key: type(view.metadata[key]) for key in keys} == {key: type(reference_value(reader, key)) for key in keys}
+    found, expected = dict(view.metadata), {key: reference_value(reader, key) for key in keys}
+    assert found == expected
+    assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in expected.items()}
     assert view.path == str(written)
 
 
@@ -107,7 +108,7 @@ def test_directory_equals_gguf_py(written: Path) -> None:
         for t in reader.tensors
     ]
     rows = Gguf(written).tensors
-    found = [(t["name"], t["type"], t["type_name"], t["shape"], t["offset"], t["nbytes"]) for t in rows]
+    found = [(t.name, t.type, t.type_name, t.shape, t.offset, t.nbytes) for t in rows]
     assert found == expected
 
 
@@ -144,19 +145,19 @@ def test_small_file(tmp_path: Path, version: int) -> None:
     assert view.metadata["a.words"] == ["one", "", "drei ö"]
     assert view.metadata["a.flags"] == [True, False]
     assert view.metadata["a.none"] == []
-    assert [t["shape"] for t in view.tensors] == [(8, 2), (3,), (64, 1, 2, 1)]
+    assert [t.shape for t in view.tensors] == [(8, 2), (3,), (64, 1, 2, 1)]
     assert view.read("z").shape == (1, 2, 1, 64)
 
 
 def test_a_file_of_keys_needs_no_padding(tmp_path: Path) -> None:
     content = gguf([kv("a", gb.U8, 1)], alignment=1)
     assert len(content) % 32 != 0
-    assert Gguf(write(tmp_path, content)).metadata == {"a": 1}
+    assert Gguf(write(tmp_path, content)).metadata["a"] == 1
 
 
 def test_nothing_at_all(tmp_path: Path) -> None:
     view = Gguf(write(tmp_path, gguf(alignment=1)))
-    assert (view.metadata, view.tensors) == ({}, [])
+    assert (dict(view.metadata), view.tensors) == ({}, [])
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 4096, 65536])
@@ -164,8 +165,8 @@ def test_alignment(tmp_path: Path, alignment: int) -> None:
     tensors, end = gb.place([Tensor("a", (3,)), Tensor("b", (5,))], alignment)
     content = gguf([kv("general.alignment", gb.U32, alignment)], tensors, b"\1" * end, alignment=alignment)
     rows = Gguf(write(tmp_path, content)).tensors
-    assert [t["offset"] % alignment for t in rows] == [0, 0]
-    assert rows[1]["offset"] - rows[0]["offset"] == tensors[1].offset
+    assert [t.offset % alignment for t in rows] == [0, 0]
+    assert rows[1].offset - rows[0].offset == tensors[1].offset
 
 
 def test_tensors_in_any_order_with_gaps(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_every_type_is_sized_whether_it_runs_or_not(tmp_path: Path, quant: GGMLQ
     content = gguf([], [Tensor("t", (2 * elements, 3), int(quant))], b"\0" * (6 * nbytes))
     view = Gguf(write(tmp_path, content))
     row = view.tensors[0]
-    assert (row["nbytes"], row["type_name"]) == (6 * nbytes, quant.name.lower())
+    assert (row.nbytes, row.type_name) == (6 * nbytes, quant.name.lower())
     assert view.raw("t").nbytes == 6 * nbytes
     if int(quant) not in {f["gguf_type"] for f in formats()}:
         with pytest.raises(UnsupportedError, match=f"`t`.*{quant.name.lower()}"):
@@ -196,7 +197,7 @@ def test_every_type_is_sized_whether_it_runs_or_not(tmp_path: Path, quant: GGMLQ
 def test_an_unknown_type_is_listed_but_not_read(tmp_path: Path) -> None:
     view = Gguf(write(tmp_path, gguf([], [Tensor("t", (7,), 999)], b"\0" * 64)))
     row = view.tensors[0]
-    assert (row["type"], row["type_name"], row["nbytes"]) == (999, "type 999", 0)
+    assert (row.type, row.type_name, row.nbytes) == (999, "type 999", 0)
     with pytest.raises(UnsupportedError, match=r"`t`.*999"):
         view.read("t")
 

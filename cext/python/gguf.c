@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "gguf/types.h"
 #include "kernels/kernels.h"
 
 static void release(void *gguf) { ds_gguf_close(gguf); }
@@ -85,17 +86,19 @@ static PyObject *gguf_value(PyObject *self, PyObject *args) {
     return entry(ds_gguf_kv_at(gguf, (size_t)i));
 }
 
-/* [(name, type id, format name or None, shape, offset, bytes)] */
+/* [(name, type id, type name or None where nothing is known of it, shape, offset, bytes)] */
 static PyObject *gguf_tensors(PyObject *self, PyObject *capsule) {
     const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
     PyObject *list = gguf ? PyList_New(0) : NULL;
     for (size_t i = 0; list && i < ds_gguf_n_tensors(gguf); i++) {
         const ds_tensor *t = ds_gguf_tensor_at(gguf, i);
         PyObject *shape = PyTuple_New(t->n_dims), *name, *record;
+        ds_gguf_tensor_type type = {0};
+        ds_gguf_tensor_type_get(t->gguf_type, &type);
         for (int d = 0; shape && d < t->n_dims; d++) PyTuple_SetItem(shape, d, PyLong_FromLongLong(t->ne[d]));
         name = PyUnicode_DecodeUTF8(t->name, (Py_ssize_t)strlen(t->name), "surrogateescape");
-        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, t->format < DS_FORMAT_COUNT ? ds_format_get(t->format)->name : NULL, shape,
-                                               (unsigned long long)t->offset, (Py_ssize_t)t->n_bytes) : NULL;
+        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, type.name, shape, (unsigned long long)t->offset,
+                                               (Py_ssize_t)t->n_bytes) : NULL;
         if (!record || PyList_Append(list, record) != 0) Py_CLEAR(list);
         Py_XDECREF(record);
         Py_XDECREF(name);
@@ -126,7 +129,10 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
     const ds_tensor *t = ds_gguf_tensor_at(gguf, (size_t)i);
     int64_t n = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
     if (t->format == DS_FORMAT_COUNT) {
-        ds_fail(&err, DS_EUNSUPPORTED, "%s: tensor `%s` has type %u, which this build cannot decode", ds_gguf_label(gguf), t->name, t->gguf_type);
+        ds_gguf_tensor_type type = {.name = "of a type unknown to it"};
+        ds_gguf_tensor_type_get(t->gguf_type, &type);
+        ds_fail(&err, DS_EUNSUPPORTED, "`%s`: tensor `%s` is %s (type %u), which this build cannot decode", ds_gguf_label(gguf), t->name,
+                type.name, t->gguf_type);
         return ds_py_raise(&err);
     }
     if (!ds_py_buffer(out, (size_t)n * sizeof(float), true, &buffer)) return NULL;
