@@ -29,7 +29,7 @@ def decode(isa: str | None, name: str, blocks: np.ndarray) -> np.ndarray:
 
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal as bit patterns, but for the payload of a NaN and the sign of a zero (a minimum of zero may be negative)."""
+    """Equal as bit patterns, but for a NaN's payload and a zero's sign (a minimum of zero may be negative)."""
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     worst = int(np.argmin(same))
     assert same.all(), f"value {worst}: {got[worst]!r}, ggml has {want[worst]!r}"
