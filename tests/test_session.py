@@ -105,7 +105,7 @@ def test_model_arguments(tiny_gguf, options):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
+    with pytest.raises(OSError, match=r"absent\.gguf"):
         cext.Model(tmp_path / "absent.gguf")
 
 
@@ -214,7 +214,7 @@ def every_tensor():
                 yield pytest.param(spec, legacy, name, id=name)
 
 
-@pytest.mark.parametrize(("spec", "legacy", "name"), every_tensor())
+@pytest.mark.parametrize(("spec", "legacy", "name"), list(every_tensor()))
 def test_a_tensor_missing_or_misshapen_is_named(tmp_path, spec, legacy, name):
     metadata, tensors = gguf_metadata(spec, legacy), gguf_tensors(Checkpoint(spec), legacy)
     if name != "output.weight":  # without it the embeddings serve

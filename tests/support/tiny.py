@@ -54,6 +54,7 @@ class Spec:
     yarn: Yarn | None = LITE_YARN
     eps: float = 1e-6
     tied: bool = False
+    block_gain: float = 1.0  # scales what each block adds to the residual stream
     n_ctx: int = 4096
 
     @property
@@ -188,7 +189,7 @@ class Checkpoint:
         yield "self_attn.kv_a_proj_with_mqa.weight", draw.matrix(s.kv_lora_rank + s.rope, s.n_embd)
         yield "self_attn.kv_a_layernorm.weight", draw.norm(s.kv_lora_rank)
         yield "self_attn.kv_b_proj.weight", draw.matrix(s.n_head * (s.nope + s.v), s.kv_lora_rank)
-        yield "self_attn.o_proj.weight", draw.matrix(s.n_embd, s.n_head * s.v)
+        yield "self_attn.o_proj.weight", draw.matrix(s.n_embd, s.n_head * s.v, gain=s.block_gain)
         yield "post_attention_layernorm.weight", draw.norm(s.n_embd)
         if il not in s.moe_layers:
             yield from self._mlp(draw, "mlp", s.n_ff_dense)
@@ -203,7 +204,7 @@ class Checkpoint:
     def _mlp(self, draw: Draw, name: str, width: int) -> Iterator[tuple[str, F32]]:
         yield f"{name}.gate_proj.weight", draw.matrix(width, self.spec.n_embd)
         yield f"{name}.up_proj.weight", draw.matrix(width, self.spec.n_embd)
-        yield f"{name}.down_proj.weight", draw.matrix(self.spec.n_embd, width, gain=2.0)
+        yield f"{name}.down_proj.weight", draw.matrix(self.spec.n_embd, width, gain=2 * self.spec.block_gain)
 
     def fingerprint(self) -> str:
         """A hash of the weights: golden logits hold for these and no others."""
