@@ -20,7 +20,8 @@ from typing import Any
 
 import llama_cpp
 
-from cext._engine import EngineError
+from cext.errors import EngineError
+from cext.gguf import Gguf
 
 # Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
 MARKER = re.compile(r"<[|｜][^<>]{1,64}[|｜]>")
@@ -45,10 +46,6 @@ PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 class TokenizerError(EngineError):
     """The vocabulary or the chat template in a file cannot be used."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -81,32 +78,20 @@ class Tokenizer:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = os.fspath(path)
-        with open(self.path, "rb"):  # noqa: PTH123  an OSError that names the file, which llama.cpp would not give
-            pass
+        self._model = self._vocab = None
+        self._pieces: dict[int, bytes] = {}
+        self._special: dict[int, str | None] = {}
+        self.n_vocab, self.bos, self.eos, self.chat_template = _checked_vocabulary(self.path)
         _start_llama()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(self.path.encode(), params)
-        if not model:
+        self._model = llama_cpp.llama_model_load_from_file(self.path.encode(), params)
+        if not self._model:
             raise TokenizerError(
-                f"`{self.path}`: no vocabulary that can be read", "the file may be truncated: download or make it again"
+                f"`{self.path}`: llama.cpp cannot load the vocabulary", "DSV2_DEBUG=1 shows what it says about it"
             )
-        self._model = model
-        self._vocab = vocab = llama_cpp.llama_model_get_vocab(model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(vocab)
-        if self.n_vocab == 0:
-            self.close()
-            raise TokenizerError(f"`{self.path}`: the file has no vocabulary", "it was made without its tokenizer")
-        self.bos = self._valid(llama_cpp.llama_vocab_bos(vocab))
-        self.eos = self._valid(llama_cpp.llama_vocab_eos(vocab))
-        self.add_bos: bool = self.bos is not None and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
-        template = llama_cpp.llama_model_chat_template(model, None)
-        self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
-        self._pieces: dict[int, bytes] = {}
-        self._special: dict[int, str | None] = {}
-
-    def _valid(self, token: int) -> int | None:
-        return token if 0 <= token < self.n_vocab else None
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.add_bos: bool = self.bos is not None and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
     def close(self) -> None:
         """Release the vocabulary. Calls after it raise TokenizerError."""
@@ -277,6 +262,27 @@ class _Part:
 
     index: int = -1  # of a message, whose content stands here
     id: int = -1  # or a control token
+
+
+def _checked_vocabulary(path: str) -> tuple[int, int | None, int | None, str | None]:
+    """(n_vocab, bos, eos, chat template) of a file; refuses what would abort inside llama.cpp or mislead it."""
+    with Gguf(path) as gguf:
+        kind = gguf.metadata.get("tokenizer.ggml.model")
+        if kind != "gpt2":
+            what = f"a vocabulary of kind `{kind}`" if kind else "no vocabulary"
+            raise TokenizerError(f"`{path}` has {what}, expected byte-pair encoding (gpt2)")
+        tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is not a list of strings")
+        if len(set(tokens)) != len(tokens):
+            raise TokenizerError(f"`{path}`: {len(tokens) - len(set(tokens))} tokens of the vocabulary are there twice")
+
+        def token(key: str) -> int | None:
+            value = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            return value if isinstance(value, int) and 0 <= value < len(tokens) else None
+
+        template = gguf.metadata.get("tokenizer.chat_template")
+        return len(tokens), token("bos"), token("eos"), template if isinstance(template, str) else None
 
 
 class TextStream:
