@@ -15,15 +15,21 @@ typedef struct act_rows {
 
 DS_INLINE size_t act_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-DS_INLINE act_rows act_rows_at(const void *act, int n_tok, int k) {
-    act_rows a;
+/* Strides and size alone, without a place. */
+DS_INLINE act_rows act_rows_layout(int n_tok, int k) {
+    act_rows a = {0};
     a.q_stride = act_round_up((size_t)k, 256);
     a.scale_stride = act_round_up((size_t)k / 32, 16);
     a.sums_stride = act_round_up((size_t)k / 16, 32);
+    a.n_bytes = (size_t)n_tok * (a.q_stride + a.scale_stride * sizeof *a.scale + a.sums_stride * sizeof *a.sums);
+    return a;
+}
+
+DS_INLINE act_rows act_rows_at(const void *act, int n_tok, int k) {
+    act_rows a = act_rows_layout(n_tok, k);
     a.q = (int8_t *)act;
     a.scale = (float *)(a.q + (size_t)n_tok * a.q_stride);
     a.sums = (int16_t *)(a.scale + (size_t)n_tok * a.scale_stride);
-    a.n_bytes = (size_t)((char *)(a.sums + (size_t)n_tok * a.sums_stride) - (char *)act);
     return a;
 }
 
@@ -50,7 +56,7 @@ DS_INLINE float act_quantize(const float *x, int8_t *q, int16_t sums[2]) {
 
 static size_t act_bytes(ds_act_kind kind, int n_tok, int k) {
     const size_t f32_bytes = (size_t)n_tok * (size_t)k * sizeof(float);
-    return act_round_up(kind == DS_ACT_F32 ? f32_bytes : act_rows_at(NULL, n_tok, k).n_bytes, DS_ACT_ALIGN);
+    return act_round_up(kind == DS_ACT_F32 ? f32_bytes : act_rows_layout(n_tok, k).n_bytes, DS_ACT_ALIGN);
 }
 
 static void act_pack(ds_act_kind kind, int tok_begin, int tok_end, int n_tok, int k, const float *x, size_t ldx,
