@@ -30,8 +30,9 @@ DS_INLINE float vf_hmax(vf a) { return a; }
 
 /* To the nearest integer, ties to even, for |a| < 2^22. */
 DS_INLINE vf vf_round(vf a) { return (a + 0x1.8p23f) - 0x1.8p23f; }
-/* a * 2^n for an integral n in [-250, 250], rounded once at the end: two exact factors, so that subnormals come out right. */
-DS_INLINE vf vf_ldexp(vf a, vf n) { return ldexpf(a, (int)n); }
+/* a * 2^n for an integral n in [-250, 250], rounded once at the end: two exact factors, so that subnormals come out right.
+ * Where n is NaN so is a, and C leaves the conversion of a NaN undefined. */
+DS_INLINE vf vf_ldexp(vf a, vf n) { return n == n ? ldexpf(a, (int)n) : a; }
 
 DS_INLINE vf vf_load_f16(const uint16_t *p) { return ds_f16_to_f32(*p); }
 DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return ds_f16_to_f32(*p); }
