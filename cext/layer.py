@@ -38,7 +38,9 @@ def _header(metadata: Mapping[str, Any]) -> bytes:
 def _record(name: str, array: NDArray[Any]) -> tuple[str, int, tuple[int, ...], NDArray[Any]]:
     kind = _GGUF_TYPES.get(array.dtype.name)
     if kind is None or not array.flags.c_contiguous:
-        raise ValueError(f"tensor `{name}` is {array.dtype}: expected contiguous float32, float16 or bfloat16 bits in uint16")
+        raise ValueError(
+            f"tensor `{name}` is {array.dtype}: expected contiguous float32, float16 or bfloat16 bits in uint16"
+        )
     return name, kind, (*array.shape[::-1], *(1,) * (4 - array.ndim)), array
 
 
@@ -50,13 +52,17 @@ class Layer:
     reversed): float32, float16, or uint16 holding bfloat16 bits. Raises FormatError, UnsupportedError, ValueError.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], il: int, tensors: Mapping[str, NDArray[Any]], threads: int | None = None) -> None:
+    def __init__(
+        self, metadata: Mapping[str, Any], il: int, tensors: Mapping[str, NDArray[Any]], threads: int | None = None
+    ) -> None:
         records = [_record(name, array) for name, array in tensors.items()]
         self._handle = _engine.block_open(_header(metadata), il, records, threads or 0)
         self.il = il
         self.hparams = cast(Hparams, _engine.block_hparams(self._handle))
 
-    def forward(self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = ()) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+    def forward(
+        self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = ()
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
         """The block's output for x (n_seq * n_tok, n_embd): n_seq windows of equal length, each from position 0.
 
         Returns (output of x's shape, {name: array}) for the tapped names, given without their "-il" (see ``Tap``).

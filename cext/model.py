@@ -155,7 +155,11 @@ class Session:
         return _Alone(self._lock)
 
     def eval(
-        self, ids: Sequence[int] | NDArray[np.integer[Any]], logits: Literal["last", "all"] = "last", *, tap: Tap | None = None
+        self,
+        ids: Sequence[int] | NDArray[np.integer[Any]],
+        logits: Literal["last", "all"] = "last",
+        *,
+        tap: Tap | None = None,
     ) -> NDArray[np.float32]:
         """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
 
@@ -164,6 +168,8 @@ class Session:
         """
         array = token_ids(ids)
         hparams = self.model.hparams
+        if logits not in ("last", "all"):
+            raise ValueError(f"logits is {logits!r}, expected 'last' or 'all'")
         if array.max() >= hparams["n_vocab"]:
             raise ValueError(f"token id {array.max()} is not in the vocabulary of {hparams['n_vocab']}")
         with self._alone():
@@ -179,7 +185,9 @@ class Session:
             self._eval_chunks(array, logits == "all", out, list((tap or {}).items()))
         return out if logits == "all" else out[0]
 
-    def _eval_chunks(self, ids: NDArray[np.int32], every: bool, out: NDArray[np.float32], taps: list[tuple[str, Any]]) -> None:
+    def _eval_chunks(
+        self, ids: NDArray[np.int32], every: bool, out: NDArray[np.float32], taps: list[tuple[str, Any]]
+    ) -> None:
         for start in range(0, len(ids), _engine.MAX_STEP):
             chunk = ids[start : start + _engine.MAX_STEP]
             last = start + len(chunk) == len(ids)
@@ -200,6 +208,8 @@ def eval_batch(batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer
     if not batch:
         raise ValueError("no sequences to evaluate")
     model = batch[0][0].model
+    if len({id(session) for session, _ in batch}) < len(batch):
+        raise ValueError("a session stands twice in the batch")
     out = np.empty((len(batch), model.hparams["n_vocab"]), np.float32)
     with ExitStack() as held:
         for session, _ in batch:
