@@ -1,1 +1,20 @@
 """Turns a Hugging Face checkpoint of the DeepSeek-V2 family into a calibrated, low-bit GGUF, one layer at a time."""
+
+from quantize.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
+from quantize.pipeline import Options, quantize
+from quantize.recipe import RECIPES
+from quantize.report import OnProgress, Progress, Report
+
+__all__ = [
+    "RECIPES",
+    "CalibrationError",
+    "CheckpointError",
+    "OnProgress",
+    "Options",
+    "OutputError",
+    "Progress",
+    "QuantizeError",
+    "Report",
+    "UnsupportedError",
+    "quantize",
+]

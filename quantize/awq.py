@@ -1,0 +1,205 @@
+"""awq.py: activation-aware scaling. Which inputs of a layer may be rescaled for free, and whether it pays.
+
+Multiplying a matrix's input channels by s and dividing what comes before them by s changes nothing in exact arithmetic,
+but gives salient channels more of the quantiser's grid. GROUPS lists every such fold of this architecture; all of them
+end in tensors that the GGUF has anyway. A fold is searched with the real encoder of the target type, importance weights
+on, and kept only if it lowers the output error on tokens that the search did not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from quantize.encode import FLOAT_TYPES, Encoder
+from quantize.evidence import Evidence, ReadPart, n_parts
+from quantize.tensors import Tensor
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One fold: matrices that share an input, and what divides that input."""
+
+    name: str
+    targets: tuple[str, ...]  # their columns are multiplied by s, and their error judges it
+    norm: str = ""  # the norm whose weights are divided by s, or
+    rows: str = ""  # the matrix whose rows are
+    columns_too: tuple[str, ...] = ()  # read the same input but are kept in float32: multiplied, not judged
+    rows_too: tuple[str, ...] = ()  # meet the input in their rows, which a block scale follows: multiplied, not judged
+
+
+GROUPS = (
+    Group("attn_norm", ("attn_q", "attn_q_a", "attn_kv_a_mqa"), norm="attn_norm"),
+    Group("q_a_norm", ("attn_q_b",), norm="attn_q_a_norm"),
+    # Rescales the cached latent too: channels come nearer to each other in size, which an int8 cache likes.
+    Group("kv_a_norm", ("attn_v_b",), norm="attn_kv_a_norm", rows_too=("attn_k_b",)),
+    Group("v_heads", ("attn_output",), rows="attn_v_b"),
+    Group(
+        "ffn_norm",
+        ("ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp"),
+        norm="ffn_norm",
+        columns_too=("ffn_gate_inp",),  # forgetting the router would route wrongly
+    ),
+    Group("dense_up", ("ffn_down",), rows="ffn_up"),
+    Group("shared_up", ("ffn_down_shexp",), rows="ffn_up_shexp"),
+    Group("experts_up", ("ffn_down_exps",), rows="ffn_up_exps"),  # each expert has its own s
+)
+EXPONENTS = tuple(i / 20 for i in range(20))  # s = mean|x|**exponent; 0 is no fold
+SCALE_LIMIT = 1e4
+SEARCH_VALUES = 1 << 20  # weights of a matrix that a search encodes an exponent: rows are independent, a sample tells
+SEARCH_EXPERTS = 16
+MIN_SAMPLE = 8  # tokens below which an expert's output error is not evidence
+MIN_GAIN = 0.005  # of the error: smaller gains are the sample's noise
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What became of one fold. Errors are relative squared output errors, summed over the targets, on unseen tokens."""
+
+    il: int
+    group: str
+    exponent: float
+    error_before: float
+    error_after: float
+    kept: bool
+
+
+@dataclass
+class Scales:
+    """The factors of one layer's tensors, by role: columns (n,) or (n_part, n), rows (n_row,) or (n_part, n_row)."""
+
+    columns: dict[str, F32] = field(default_factory=dict)
+    rows: dict[str, F32] = field(default_factory=dict)
+
+    def apply(self, role: str, part: int, values: F32) -> F32:
+        """The folded weights of a part: a matrix (n_row, n), or a norm (n,)."""
+        columns, rows = self.columns.get(role), self.rows.get(role)
+        if columns is not None:
+            values = values * (columns if columns.ndim == 1 else columns[part])
+        if rows is not None:
+            values = values * (rows if rows.ndim == 1 else rows[part])[:, None]
+        return values
+
+    def importance(self, role: str, part: int, importance: F32 | None) -> F32 | None:
+        """Importance of the folded matrix's columns: its inputs were divided by the columns' factors."""
+        columns = self.columns.get(role)
+        if columns is None or importance is None:
+            return importance
+        factor: F32 = columns if columns.ndim == 1 else columns[part]
+        return importance / (factor * factor)
+
+    def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
+        """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""
+        for role in (*group.targets, *group.columns_too):
+            if role in tensors:
+                self.columns[role] = scale
+        if group.norm:
+            self.columns[group.norm] = 1.0 / scale
+        if group.rows:
+            n_part = n_parts(tensors[group.rows])
+            self.rows[group.rows] = 1.0 / (scale if n_part == 1 else scale.reshape(n_part, -1))
+        for role in group.rows_too:
+            self.rows[role] = scale  # every head's rows are the same channels
+
+
+def scale_of(magnitude: F32, exponent: float) -> F32:
+    """s for mean|x| (n,): its power, with a geometric mean of 1 so that no weight grows on the whole."""
+    floor = float(magnitude.max(initial=0.0)) * 1e-4
+    if floor == 0.0:
+        return np.ones_like(magnitude)
+    log = exponent * np.log(np.maximum(magnitude, floor).astype(np.float64))
+    scale: F32 = np.clip(np.exp(log - log.mean()), 1 / SCALE_LIMIT, SCALE_LIMIT).astype(np.float32)
+    return scale
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Some rows of one part of a target, with inputs to search with and inputs to judge with."""
+
+    role: str
+    part: int
+    type: Type
+    weights: F32  # (r, n)
+    importance: F32 | None  # (n,)
+    search: F32  # (m, n)
+    judge: F32
+
+
+class Searcher:
+    """Searches the folds of one layer. types: the target type of each tensor, by role."""
+
+    def __init__(self, evidence: Evidence, types: Mapping[str, Type], read: ReadPart, encoder: Encoder) -> None:
+        self.evidence = evidence
+        self.types = types
+        self._read = read
+        self._encoder = encoder
+
+    def run(self, il: int) -> tuple[Scales, list[FoldResult]]:
+        """All groups that this layer has: the factors of those that paid, and what became of each."""
+        scales, results = Scales(), []
+        for group in GROUPS:
+            probes = list(self._probes(group))
+            if not probes:
+                continue
+            errors = [self._error(probes, exponent, judging=False) for exponent in EXPONENTS]
+            best = EXPONENTS[int(np.argmin(errors))]
+            before = self._error(probes, 0.0, judging=True)
+            after = self._error(probes, best, judging=True) if best else before
+            kept = after < before * (1 - MIN_GAIN)
+            results.append(FoldResult(il, group.name, best, before, after, kept))
+            if kept:
+                scales.fold(group, self.evidence.tensors, self._scale(group, best))
+        return scales, results
+
+    def _scale(self, group: Group, exponent: float) -> F32:
+        role = next(role for role in group.targets if role in self.evidence.tensors)
+        if role != "ffn_down_exps":
+            return scale_of(self.evidence.magnitude(role, 0), exponent)
+        n = n_parts(self.evidence.tensors[role])
+        return np.stack([scale_of(self.evidence.magnitude(role, part), exponent) for part in range(n)])
+
+    def _probes(self, group: Group) -> Iterator[_Probe]:
+        for role in group.targets:
+            tensor = self.evidence.tensors.get(role)
+            if tensor is None or self.types[role] in FLOAT_TYPES:
+                continue
+            parts = self._parts(tensor)
+            for part in parts:
+                sample = self.evidence.sample(role, part)
+                weights = self._read(tensor, part)
+                n_rows = max(1, min(len(weights), SEARCH_VALUES // (len(parts) * weights.shape[1])))
+                rows = np.linspace(0, len(weights) - 1, n_rows).round().astype(int)
+                importance = self.evidence.importance(role, part)
+                yield _Probe(role, part, self.types[role], weights[rows], importance, sample[::2], sample[1::2])
+
+    def _parts(self, tensor: Tensor) -> list[int]:
+        n = n_parts(tensor)
+        if n == 1:
+            return [0]
+        seen = [part for part in range(n) if len(self.evidence.sample(tensor.role, part)) >= MIN_SAMPLE]
+        step = -(-len(seen) // SEARCH_EXPERTS) or 1
+        return seen[::step]
+
+    def _error(self, probes: list[_Probe], exponent: float, judging: bool) -> float:
+        """Relative squared output error, summed over the roles so that each matrix counts alike."""
+        error: dict[str, float] = {}
+        energy: dict[str, float] = {}
+        for probe in probes:
+            x = probe.judge if judging else probe.search
+            scale = scale_of(self.evidence.magnitude(probe.role, probe.part), exponent)
+            importance = None if probe.importance is None else probe.importance / (scale * scale)
+            data = self._encoder.encode(probe.weights * scale, probe.type, importance)
+            decoded = self._encoder.decode(data, probe.type, probe.weights.shape[1]) / scale
+            error[probe.role] = error.get(probe.role, 0.0) + _square(x @ (decoded - probe.weights).T)
+            energy[probe.role] = energy.get(probe.role, 0.0) + _square(x @ probe.weights.T)
+        return sum(error[role] / energy[role] for role in error if energy[role] > 0)
+
+
+def _square(values: F32) -> float:
+    return float(np.square(values).sum(dtype=np.float64))

@@ -1,0 +1,121 @@
+"""evidence.py: what one layer's calibration says about each of its matrices, part by part.
+
+A part is what shares one set of input statistics: an expert of a stack, a head of k_b and v_b, or the whole matrix.
+Experts that saw few tokens are blended with what the whole layer would have fed them, so every importance is finite and
+positive somewhere, however rarely a router picks an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.arch import Arch
+from quantize.calibrate import FEW_TOKENS, LayerStats
+from quantize.tensors import Form, Tensor
+
+F32 = NDArray[np.float32]
+
+# role -> the tap that feeds it
+FEEDS = {
+    "attn_q": "attn_norm",
+    "attn_q_a": "attn_norm",
+    "attn_kv_a_mqa": "attn_norm",
+    "attn_q_b": "q_a_norm",
+    "attn_v_b": "kv_a_norm",
+    "attn_output": "attn_heads",
+    "ffn_gate_inp": "ffn_norm",
+    "ffn_gate": "ffn_norm",
+    "ffn_up": "ffn_norm",
+    "ffn_down": "dense_hidden",
+    "ffn_gate_shexp": "ffn_norm",
+    "ffn_up_shexp": "ffn_norm",
+    "ffn_down_shexp": "shared_hidden",
+    "ffn_gate_exps": "ffn_norm",
+    "ffn_up_exps": "ffn_norm",
+}
+ReadPart = Callable[[Tensor, int], F32]  # a part of a tensor of this layer, original weights, float32
+
+
+def n_parts(tensor: Tensor) -> int:
+    """Experts of a stack, heads of k_b and v_b, else 1."""
+    return 1 if tensor.form is Form.WHOLE else tensor.shape[0]
+
+
+class Evidence:
+    """Statistics of one layer's inputs. tensors: the layer's, by role; read: their original weights.
+
+    weighted False says nothing about importance, for encoders that shall weigh every column alike.
+    """
+
+    def __init__(
+        self, arch: Arch, tensors: dict[str, Tensor], stats: LayerStats, read: ReadPart, weighted: bool = True
+    ) -> None:
+        self.arch = arch
+        self.tensors = tensors
+        self.stats = stats
+        self.weighted = weighted
+        self._read = read
+        self._q_square: F32 | None = None  # (n_head, nope)
+        self._expected: dict[int, tuple[F32, F32]] = {}
+
+    def importance(self, role: str, part: int) -> F32 | None:
+        """(n,) mean x^2 of each input channel of a part; None where columns shall count alike."""
+        if not self.weighted:
+            return None
+        if role == "attn_k_b":
+            per_head: F32 = self._query_square()[part]
+            return per_head
+        routed = self.stats.routed
+        if routed and role in ("ffn_gate_exps", "ffn_up_exps"):
+            return self._blend(part, routed.input_square[part], lambda: self.stats.inputs["ffn_norm"].mean_square)
+        if routed and role == "ffn_down_exps":
+            return self._blend(part, routed.hidden_square[part], lambda: self._hidden_if_chosen(part)[1])
+        return self.stats.inputs[FEEDS[role]].mean_square
+
+    def magnitude(self, role: str, part: int) -> F32:
+        """(n,) mean |x| of each input channel, with which a fold's scales grow. Experts differ only in their downs."""
+        routed = self.stats.routed
+        if routed and role == "ffn_down_exps":
+            return self._blend(part, routed.hidden_abs[part], lambda: self._hidden_if_chosen(part)[0])
+        return self.stats.inputs[FEEDS[role]].mean_abs
+
+    def sample(self, role: str, part: int) -> F32:
+        """(m, n) inputs that sampled tokens gave a part; m is 0 for an expert that none of them chose."""
+        routed = self.stats.routed
+        if routed and role == "ffn_down_exps":
+            hidden: F32 = routed.sample_hidden[routed.sample_experts == part]
+            return hidden
+        rows: F32 = self.stats.inputs[FEEDS[role]].sample
+        if routed and role in ("ffn_gate_exps", "ffn_up_exps"):
+            rows = rows[(routed.sample_experts == part).any(1)]
+        return rows
+
+    def _blend(self, expert: int, own: F32, expected: Callable[[], F32]) -> F32:
+        """own where the expert saw FEW_TOKENS or more, the layer's expectation where it saw none, a mix between."""
+        assert self.stats.routed is not None
+        share = min(1.0, int(self.stats.routed.counts[expert]) / FEW_TOKENS)
+        if share == 1.0:
+            return own
+        return np.float32(share) * own + np.float32(1.0 - share) * expected()
+
+    def _hidden_if_chosen(self, expert: int) -> tuple[F32, F32]:
+        """Mean |h| and h^2 of an expert's hidden channels had it been given the layer's sampled tokens."""
+        if expert not in self._expected:
+            x = self.stats.inputs["ffn_norm"].sample
+            gate = x @ self._read(self.tensors["ffn_gate_exps"], expert).T
+            up = x @ self._read(self.tensors["ffn_up_exps"], expert).T
+            hidden = gate / (1.0 + np.exp(-np.clip(gate, -80.0, 80.0))) * up
+            self._expected[expert] = np.abs(hidden).mean(0), np.square(hidden).mean(0)
+        return self._expected[expert]
+
+    def _query_square(self) -> F32:
+        """Mean q_nope^2 a head, (n_head, nope): k_b multiplies the queries, score = (q_nope W_k) . c."""
+        if self._q_square is None:
+            role = "attn_q_b" if self.arch.q_lora_rank else "attn_q"
+            q = self.sample(role, 0) @ self._read(self.tensors[role], 0).T
+            heads = q.reshape(len(q), self.arch.n_head, self.arch.nope + self.arch.rope)
+            self._q_square = np.square(heads[:, :, : self.arch.nope]).mean(0)
+        return self._q_square
