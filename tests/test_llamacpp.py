@@ -1,0 +1,151 @@
+"""The same files in llama.cpp and here. It is the reference only where the model has no expert groups (DESIGN.md)."""
+
+import gguf
+import numpy as np
+import pytest
+from ref.hparams import Yarn
+from ref.model import Model as Reference
+from support import llama
+from support.tiny import SPECS, Spec, tokens, variant, write_gguf
+
+import cext
+
+# llama.cpp takes q-LoRA for granted unless a model has V2-Lite's 27 layers. Rows of 256 hold every block format;
+# k_b's rows of 64 and the experts' down rows of 32 fall back to the formats of 32, as V2-Lite's 1408 do.
+WIDE = Spec(
+    "wide",
+    seed=30,
+    n_layer=3,
+    n_embd=256,
+    n_head=4,
+    q_lora_rank=256,
+    kv_lora_rank=256,
+    nope=64,
+    rope=32,
+    v=64,
+    n_ff_dense=512,
+    n_ff_expert=256,
+    n_expert=4,
+    n_used=2,
+    n_shared=1,
+    n_vocab=320,
+    yarn=Yarn(40.0, 64, 0.707),
+    block_gain=0.25,
+)
+NARROW = variant(WIDE, name="narrow", n_ff_expert=96, n_shared=2, n_layer=2)
+LITE_27 = variant(SPECS[0], name="lite_27", n_layer=27, seed=31)
+FLOAT32 = 1e-5  # 27 layers of 6 products of sqrt(k) 2^-24: where neither rounds activations
+IDS = tokens(WIDE, 512)
+N_EXACT = 64  # as many of them in the numpy oracle
+PURE = [name for name in llama.FILE_TYPES if name in {row["name"] for row in cext.formats()}]
+MIXES = {
+    "q2_k_m": llama.llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
+    "q3_k_m": llama.llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "q4_k_m": llama.llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q5_k_m": llama.llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """``written(spec, name="f32")``: the spec's GGUF, as it is or by llama.cpp's quantiser, made once."""
+    folder, paths = tmp_path_factory.mktemp("llama"), {}
+
+    def path(spec, name="f32"):
+        if (spec.name, name) not in paths:
+            target = folder / f"{spec.name}-{name}.gguf"
+            if name == "f32":
+                write_gguf(target, spec)
+            else:
+                file_type = MIXES.get(name, llama.FILE_TYPES.get(name))
+                llama.quantize(path(spec), target, file_type, pure=name not in MIXES)
+            paths[spec.name, name] = target
+        return paths[spec.name, name]
+
+    return path
+
+
+def decoded(path):
+    """Every tensor of a GGUF as gguf-py decodes it: a third implementation of the formats."""
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
+
+
+def ours(path, ids, **options):
+    with cext.Model(path, threads=2, **options) as model:
+        return model.session(len(ids), kv_type="f32").eval(ids, "all")
+
+
+def perplexity(logits, ids):
+    logits = logits.astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    log_probs -= logits.max(-1, keepdims=True)
+    return np.exp(-log_probs[np.arange(len(ids) - 1), ids[1:]].mean())
+
+
+def error_by_token(logits, exact):
+    """Root mean square over the vocabulary, relative to the logits' spread, (n,)."""
+    return np.sqrt(((logits - exact) ** 2).mean(axis=1)) / exact.std()
+
+
+def assert_agree(path, spec, ids):
+    """Perplexities within 0.3 %, and no further from exact arithmetic on the same weights than llama.cpp is.
+
+    Both round activations to 8 bits before a product with quantised weights, each in its way: at 1 % of the logits'
+    spread a token, two perplexities over 500 random tokens part by about 0.01 sqrt(2 / 500) = 0.06 %. The median
+    over tokens leaves out the few where rounding tips a routing decision one way or the other.
+    """
+    here, there = ours(path, ids), llama.logits(path, ids)
+    assert perplexity(here, ids) == pytest.approx(perplexity(there, ids), rel=3e-3)
+    exact = Reference(spec.hparams, decoded(path)).forward(ids[:N_EXACT])
+    error_here, error_there = (np.median(error_by_token(logits[:N_EXACT], exact)) for logits in (here, there))
+    assert error_here <= 1.2 * error_there + FLOAT32
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_files_of_llamacpps_quantiser(written, name):
+    """Every matrix in one format, where its rows allow."""
+    path = written(WIDE, name)
+    types = {t.type_name for t in cext.Gguf(path).tensors}
+    assert name in types
+    assert_agree(path, WIDE, IDS)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("spec", (WIDE, NARROW), ids=lambda s: s.name)
+def test_mixes_and_their_fallbacks(written, spec, mix):
+    path = written(spec, mix)
+    assert len({t.type for t in cext.Gguf(path).tensors}) > 3
+    assert_agree(path, spec, IDS)
+
+
+@pytest.mark.parametrize("isa", cext.isas())
+@pytest.mark.parametrize("name", PURE)
+def test_every_isa_runs_every_format(written, name, isa):
+    """Prefill and decode of a quantised file on each ISA equal its default within rounding."""
+    path = written(NARROW, name)
+    ids = IDS[:200]
+    expected = ours(path, ids)
+    with cext.Model(path, threads=1, isa=isa) as model:
+        session = model.session(len(ids), kv_type="f32")
+        got = np.concatenate([session.eval(piece, "all") for piece in (ids[:-2], ids[-2:-1], ids[-1:])])
+    assert np.median(error_by_token(got, expected)) < 1e-3
+
+
+@pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
+@pytest.mark.parametrize("dtype", (np.float32, np.float16), ids=("f32", "f16"))
+def test_v2_lites_form(tmp_path, legacy, dtype):
+    """27 layers without q-LoRA; both forms of kv_b; the keys mean the same to both engines."""
+    path = write_gguf(tmp_path / "m.gguf", LITE_27, legacy=legacy, dtype=dtype)
+    ids = tokens(LITE_27, 256)
+    assert_agree(path, LITE_27, ids)
+
+
+def test_float16_cache(written):
+    """The f16 caches of both cost the same."""
+    path, ids = written(WIDE), IDS[:96]
+    exact = Reference(WIDE.hparams, decoded(path)).forward(ids)
+    with cext.Model(path) as model:
+        here = model.session(len(ids)).eval(ids, "all")
+    there = llama.logits(path, ids, kv_type="f16")
+    assert np.median(error_by_token(here, exact)) <= 1.2 * np.median(error_by_token(there, exact))
