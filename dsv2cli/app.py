@@ -1,0 +1,111 @@
+"""The Typer application and ``main``: parse, run, and turn every failure into one line, one hint and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 called wrongly, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dsv2cli import console
+from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantize
+from dsv2cli.errors import CliError
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="dsv2",
+    help="Download, quantise and run DeepSeek-V2-family mixture-of-experts models on ordinary computers.",
+    rich_markup_mode=None,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("download", help=download.HELP)(download.download)
+app.command("quantize", help=quantize.HELP)(quantize.quantize)
+app.command("chat", help=chat.HELP)(chat.chat)
+app.command("inspect", help=inspect.HELP)(inspect.inspect)
+app.command("perplexity", help=perplexity.HELP)(perplexity.perplexity)
+app.command("bench", help=bench.HELP)(bench.bench)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"dsv2 {version('dsv2')}")
+        except PackageNotFoundError:
+            print("dsv2, not installed as a package")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True, help="Show tracebacks.")] = False,
+) -> None:
+    if debug:
+        os.environ["DSV2_DEBUG"] = "1"
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def explain(error: BaseException) -> tuple[str, str, int]:
+    """(message, hint, exit code) of a failure."""
+    usage_errors = typer.BadParameter.__mro__[1:3]  # UsageError and ClickException, wherever typer keeps its click
+    if isinstance(error, usage_errors):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "dsv2"
+        return error.format_message(), f"{path} --help lists what it takes", MISUSED
+    if isinstance(error, CliError):
+        return str(error), error.hint, error.exit_code
+    hint = getattr(error, "hint", None)
+    if isinstance(hint, str):  # the engine's and the quantiser's own errors
+        return str(error), hint, FAILED
+    if isinstance(error, OSError) and error.strerror:
+        where = f"`{error.filename}`: " if error.filename is not None else ""
+        return f"{where}{error.strerror}", "", FAILED
+    if isinstance(error, MemoryError):
+        return "out of memory", "a shorter context (-c) or a smaller quantisation needs less", FAILED
+    return f"internal error: {type(error).__name__}: {error}", "DSV2_DEBUG=1 shows where; please report it", FAILED
+
+
+def close_quietly() -> None:
+    """After a broken pipe: point stdout at nothing, so that the interpreter's last flush does not complain."""
+    with open(os.devnull, "w") as nothing:  # noqa: PTH123
+        os.dup2(nothing.fileno(), 1)
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line on ``args`` (sys.argv) and return the exit code."""
+    try:
+        result = app(args=args, prog_name="dsv2", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        close_quietly()
+        return FAILED
+    except SystemExit as stop:  # typer leaves this way when the reader of stdout has gone
+        close_quietly()
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except Exception as error:
+        if os.environ.get("DSV2_DEBUG"):
+            raise
+        message, hint, code = explain(error)
+        console.print_error(message, hint)
+        return code
+
+
+def main() -> None:
+    sys.exit(run())

@@ -1,0 +1,4 @@
+HELP = "x"
+
+
+def inspect() -> None: ...

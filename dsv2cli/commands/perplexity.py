@@ -1,0 +1,4 @@
+HELP = "x"
+
+
+def perplexity() -> None: ...

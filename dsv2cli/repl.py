@@ -1,0 +1,223 @@
+"""A chat in a terminal: one answer, or a conversation with commands. Ctrl-C stops the answer and not the program."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dsv2cli import console
+from dsv2cli.conversation import Conversation
+from dsv2cli.generate import Stats, resident_bytes, stream
+from dsv2cli.terminal import LineReader
+
+if TYPE_CHECKING:
+    from cext import Sampler
+    from dsv2cli.runtime import Runtime
+
+COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?")
+HELP = {
+    "/help": "this list",
+    "/system TEXT": "set the system message (/system alone shows it, /system none removes it)",
+    "/clear": "forget the conversation; the system message stays",
+    "/retry": "answer the last message again",
+    "/stats": "speed, context and memory",
+    "/exit": "leave (so does Ctrl-D)",
+}
+LONG_READ = 512  # tokens of prompt from which on it is told how far the reading has come
+
+
+@dataclass
+class Chat:
+    """A conversation and how to show it."""
+
+    runtime: Runtime
+    conversation: Conversation
+    sampler: Sampler
+    limit: int | None = None
+    quiet: bool = False
+    raw: bool = False
+    last: Stats = field(default_factory=Stats)
+
+    def answer(self, text: str) -> str:
+        """Stream one answer to stdout and return it. ContextFullError where ``text`` alone is too long."""
+        self.last = Stats()
+        progress = ReadProgress(shown=not self.quiet)
+        ids = self.conversation.reply(text, self.sampler, self.limit, self.last, progress.told)
+        written: list[str] = []
+        try:
+            for piece in self._shown(ids):
+                progress.clear()
+                written.append(piece)
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:
+            progress.clear()
+            if written and not written[-1].endswith("\n"):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        self._tell_stop()
+        return "".join(written)
+
+    def collect(self, text: str) -> str:
+        """One answer, as a string and nowhere else."""
+        self.last = Stats()
+        return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
+
+    def _shown(self, ids: Iterator[int]) -> Iterator[str]:
+        """The answer's text, without the space it begins with, and safe for a terminal where there is one."""
+        begun = self.raw
+        safe = console.printable if console.is_terminal(sys.stdout) else str
+        for piece in stream(self.runtime.tokenizer, ids):
+            text = safe(piece if begun else piece.lstrip())
+            begun = begun or bool(text)
+            if text:
+                yield text
+
+    def _tell_stop(self) -> None:
+        if self.quiet:
+            return
+        if self.last.stop == "length":
+            console.note(f"(stopped after {self.last.n_answer} tokens: -n)", "dim")
+        elif self.last.stop == "context":
+            console.note(f"(the context of {self.conversation.n_ctx} tokens is full: -c makes it larger)", "dim")
+
+    def tell_stats(self) -> None:
+        console.note(describe(self.last, self.runtime.load_seconds), "dim")
+
+
+@dataclass
+class ReadProgress:
+    """A line on stderr while a long prompt is read, gone when the answer begins."""
+
+    shown: bool
+    on_screen: bool = False
+
+    def told(self, done: int, n: int) -> None:
+        if self.shown and n >= LONG_READ and console.is_terminal(sys.stderr):
+            sys.stderr.write(f"\r\x1b[Kreading: {done} of {n} tokens")
+            sys.stderr.flush()
+            self.on_screen = True
+
+    def clear(self) -> None:
+        if self.on_screen:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self.on_screen = False
+
+
+def describe(stats: Stats, load_seconds: float) -> str:
+    """The line of statistics."""
+    n_read = stats.n_prompt - stats.n_reused
+    kept = f" ({stats.n_reused} kept)" if stats.n_reused else ""
+    return (
+        f"loaded in {load_seconds:.2f} s; read {n_read} tokens{kept} at {stats.prefill_rate:.1f} tok/s,"
+        f" first token after {stats.prefill_seconds:.2f} s; wrote {stats.n_answer} at {stats.decode_rate:.1f} tok/s;"
+        f" {console.format_bytes(resident_bytes())} in memory"
+    )
+
+
+def tell_dropped(n: int) -> None:
+    turns = "the oldest turn" if n == 1 else f"the {n} oldest turns"
+    console.note(f"(context full: {turns} dropped, the system message stays)", "dim")
+
+
+class Repl:
+    """The conversation in a terminal."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.commands: dict[str, Callable[[str], bool]] = {
+            "help": self.help,
+            "system": self.system,
+            "clear": self.clear,
+            "retry": self.retry,
+            "stats": self.stats,
+            "exit": self.leave,
+            "quit": self.leave,
+        }
+
+    def run(self) -> None:
+        """Read and answer until /exit or the end of input."""
+        if not self.chat.quiet:
+            runtime, n_ctx = self.chat.runtime, self.chat.conversation.n_ctx
+            console.note(f"{runtime.name}, {n_ctx} tokens of context, {runtime.model.isa}. /help lists the commands.", "dim")
+        reader = LineReader("> ", [f"/{name}" for name in self.commands])
+        try:
+            while True:
+                try:
+                    text = reader.read()
+                    if text is None or not self.take(text):
+                        break
+                except KeyboardInterrupt:
+                    console.note("\n(/exit or Ctrl-D leaves)", "dim")
+        finally:
+            reader.close()
+        if not self.chat.quiet and self.chat.last.n_answer:
+            self.chat.tell_stats()
+
+    def take(self, text: str) -> bool:
+        """Run a command or answer a message; False to leave."""
+        if not text.strip():
+            return True
+        command = COMMAND.fullmatch(text.rstrip())
+        if command is None:
+            self.answer(text)
+            return True
+        run = self.commands.get(command[1].lower())
+        if run is None:
+            console.note(f"no command /{command[1]}: /help lists them; a space before it says it to the model")
+            return True
+        return run(command[2] or "")
+
+    def answer(self, text: str) -> None:
+        """Stream an answer; Ctrl-C ends it, and what was written of it stays in the conversation."""
+        from cext import ContextFullError
+
+        try:
+            self.chat.answer(text.strip())
+        except KeyboardInterrupt:
+            console.note("(stopped)", "dim")
+        except ContextFullError as error:
+            console.print_error(str(error), error.hint)
+
+    def help(self, _: str) -> bool:
+        for name, what in HELP.items():
+            console.note(f"  {name:<14} {what}")
+        console.note("  A line that ends in \\ goes on in the next. Ctrl-C stops an answer.")
+        return True
+
+    def system(self, text: str) -> bool:
+        conversation = self.chat.conversation
+        if self.chat.raw:
+            console.note("--raw has no system message")
+        elif text:
+            conversation.system = None if text.lower() == "none" else text
+        else:
+            console.note(conversation.system or "(no system message)")
+        return True
+
+    def clear(self, _: str) -> bool:
+        self.chat.conversation.clear()
+        return True
+
+    def retry(self, _: str) -> bool:
+        text = self.chat.conversation.take_back()
+        if text is None:
+            console.note("nothing to answer again yet")
+        else:
+            self.answer(text)
+        return True
+
+    def stats(self, _: str) -> bool:
+        conversation = self.chat.conversation
+        self.chat.tell_stats()
+        console.note(
+            f"{len(conversation.turns)} turns, {conversation.n_used} of {conversation.n_ctx} tokens of context", "dim"
+        )
+        return True
+
+    def leave(self, _: str) -> bool:
+        return False

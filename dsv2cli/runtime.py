@@ -1,0 +1,77 @@
+"""A model opened for use: the engine's model and the file's tokenizer, loaded side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv2cli import console
+from dsv2cli.errors import CliError, UsageError
+
+if TYPE_CHECKING:
+    from cext import Model, Session
+    from cext.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An open model, its tokenizer, and how long opening took (seconds)."""
+
+    path: Path
+    model: Model
+    tokenizer: Tokenizer
+    load_seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.model.hparams["name"] or self.path.stem
+
+    def session(self, n_ctx: int | None) -> Session:
+        """A session of ``n_ctx`` tokens; by default 4096, or what the model was trained for where that is less."""
+        trained = self.model.hparams["n_ctx_train"]
+        if n_ctx is None:
+            n_ctx = min(DEFAULT_CONTEXT, trained) if trained else DEFAULT_CONTEXT
+        elif trained and n_ctx > trained:
+            console.warn(f"the model was trained for {trained} tokens of context; past them it may write nonsense")
+        return self.model.session(n_ctx)
+
+
+@contextmanager
+def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
+    """Model and tokenizer of a GGUF. EngineError, OSError."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_load_tokenizer, path)
+        from cext import Model
+
+        model = Model(path, threads)
+        tokenizer = loading.result()
+    with model, tokenizer:
+        n_rows = model.hparams["n_vocab"]
+        if tokenizer.n_vocab > n_rows:
+            raise CliError(
+                f"`{path}`: the vocabulary has {tokenizer.n_vocab} tokens and the model {n_rows}",
+                "the file was made with another model's tokenizer",
+            )
+        yield Runtime(path, model, tokenizer, time.perf_counter() - begun)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    from cext.tokenizer import Tokenizer
+
+    return Tokenizer(path)
+
+
+def read_text(path: Path) -> str:
+    """A text file. UsageError where it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`{path}` is not UTF-8 text (byte {error.start})", "convert it, with iconv say") from error
