@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "gguf/types.h"
+
 /* A list of blocks that the weights own; released together. */
 typedef struct ds_owned {
     struct ds_owned *next;
@@ -37,7 +39,10 @@ static const ds_tensor *find(binder *b, bool required, const char *name) {
         b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is missing", b->source.label, name);
     }
     if (t && t->format == DS_FORMAT_COUNT) {
-        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` has type %u, which this build cannot run", b->source.label, name, t->gguf_type);
+        ds_gguf_tensor_type type = {.name = "unknown"};
+        ds_gguf_tensor_type_get(t->gguf_type, &type);
+        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run", b->source.label, name,
+                            type.name, t->gguf_type);
         ds_hint(b->err, "requantize the model with `dsv2 quantize --type q4_k_m`");
         return NULL;
     }

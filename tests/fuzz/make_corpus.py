@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gguf.constants import GGML_QUANT_SIZES
 from support import gguf_bytes
 from support.gguf_hostile import HOSTILE
 
@@ -16,7 +17,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     seeds = {f"hostile-{case.name}": case.content for case in HOSTILE}
     seeds |= {f"small-v{version}": gguf_bytes.small_file(version) for version in (2, 3)}
-    seeds["tiny-model"] = gguf_bytes.tiny_model()
+    for kind, (elements, _) in GGML_QUANT_SIZES.items():
+        seeds[f"tiny-model-{kind.name.lower()}"] = gguf_bytes.tiny_model(kind, max(32, elements))
     for name, content in seeds.items():
         if len(content) <= MAX_SEED_BYTES:
             (out / f"{name}.gguf").write_bytes(content)

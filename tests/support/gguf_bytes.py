@@ -1,14 +1,16 @@
 """Writes GGUF bytes field by field, so that a test can set any field to a value that no honest writer produces."""
 
+import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _PACK = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 
 TYPE_F32, TYPE_F16, TYPE_Q8_0 = 0, 1, 8
-_TENSOR_SIZES = {TYPE_F32: (1, 4), TYPE_F16: (1, 2), TYPE_Q8_0: (32, 34)}
 
 
 def u32(value: int) -> bytes:
@@ -56,7 +58,7 @@ class Tensor:
         return string(self.name) + u32(n_dims) + b"".join(map(u64, self.shape)) + u32(self.kind) + u64(self.offset)
 
     def nbytes(self) -> int:
-        elements, size = _TENSOR_SIZES[self.kind]
+        elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.kind)]
         count = 1
         for n in self.shape:
             count *= n
@@ -120,32 +122,42 @@ def small_file(version: int = 3) -> bytes:
     return gguf(kvs, tensors, bytes(i % 120 for i in range(end)), version=version)
 
 
-def _block_tensors(il: int, dense: bool) -> list[Tensor]:
-    """Shapes of one block of ``tiny_model``: hidden 32, 2 heads of 4 + 2, latent 8, 2 experts of width 4."""
+def _block_tensors(il: int, dense: bool, n_embd: int) -> list[Tensor]:
+    """Shapes of one block of ``tiny_model``: 2 heads of 4 + 2, latent 8, 2 experts of width 4."""
     parts: list[tuple[str, tuple[int, ...]]] = [
-        ("attn_norm", (32,)),
-        ("attn_q", (32, 12)),
-        ("attn_kv_a_mqa", (32, 10)),
+        ("attn_norm", (n_embd,)),
+        ("attn_q", (n_embd, 12)),
+        ("attn_kv_a_mqa", (n_embd, 10)),
         ("attn_kv_a_norm", (8,)),
-        ("attn_output", (8, 32)),
-        ("ffn_norm", (32,)),
+        ("attn_output", (8, n_embd)),
+        ("ffn_norm", (n_embd,)),
     ]
     parts += [("attn_kv_b", (8, 16))] if dense else [("attn_k_b", (4, 8, 2)), ("attn_v_b", (8, 4, 2))]
     if dense:
-        parts += [("ffn_gate", (32, 4)), ("ffn_up", (32, 4)), ("ffn_down", (4, 32))]
+        parts += [("ffn_gate", (n_embd, 4)), ("ffn_up", (n_embd, 4)), ("ffn_down", (4, n_embd))]
     else:
-        parts += [("ffn_gate_inp", (32, 2)), ("ffn_gate_exps", (32, 4, 2)), ("ffn_up_exps", (32, 4, 2))]
-        parts += [("ffn_down_exps", (4, 32, 2))]
-        parts += [("ffn_gate_shexp", (32, 4)), ("ffn_up_shexp", (32, 4)), ("ffn_down_shexp", (4, 32))]
+        parts += [("ffn_gate_inp", (n_embd, 2)), ("ffn_gate_exps", (n_embd, 4, 2)), ("ffn_up_exps", (n_embd, 4, 2))]
+        parts += [("ffn_down_exps", (4, n_embd, 2))]
+        parts += [("ffn_gate_shexp", (n_embd, 4)), ("ffn_up_shexp", (n_embd, 4)), ("ffn_down_shexp", (4, n_embd))]
     return [Tensor(f"blk.{il}.{name}.weight", shape) for name, shape in parts]
 
 
-def tiny_model() -> bytes:
-    """A valid deepseek2 file of about 15 KB: a dense block with the legacy attn_kv_b, then experts with split ones."""
+def _numbers(nbytes: int) -> bytes:
+    """Bytes that are moderate numbers read as f32 (0.03 to 0.13) or as f16 (1.2 to 1.5), of either sign, so that values
+    and the scales of blocks are too."""
+    raw = random.Random(1).randbytes(nbytes)
+    return bytes(byte if i % 2 == 0 else 0x3D | (byte & 0x80) for i, byte in enumerate(raw))
+
+
+def tiny_model(kind: int = TYPE_F32, n_embd: int = 32) -> bytes:
+    """A valid deepseek2 file of 15 KB and more: a dense block with the legacy attn_kv_b, then experts with split ones.
+
+    Matrices with rows of n_embd values are of the type kind; values are arbitrary and moderate.
+    """
     ints = {
         "block_count": 2,
         "context_length": 64,
-        "embedding_length": 32,
+        "embedding_length": n_embd,
         "vocab_size": 8,
         "feed_forward_length": 4,
         "leading_dense_block_count": 1,
@@ -178,9 +190,12 @@ def tiny_model() -> bytes:
     kvs += [kv(f"deepseek2.{key}", F32, x) for key, x in floats.items()]
     kvs += [kv("deepseek2.expert_weights_norm", BOOL, False)]
     ends = [
-        Tensor("token_embd.weight", (32, 8), TYPE_Q8_0),
-        Tensor("output_norm.weight", (32,)),
-        Tensor("output.weight", (32, 8), TYPE_F16),
+        Tensor("token_embd.weight", (n_embd, 8), TYPE_Q8_0),
+        Tensor("output_norm.weight", (n_embd,)),
+        Tensor("output.weight", (n_embd, 8), TYPE_F16),
     ]
-    tensors, end = place([*ends, *_block_tensors(0, dense=True), *_block_tensors(1, dense=False)])
-    return gguf(kvs, tensors, struct.pack("<e", 0.01) * (end // 2))
+    tensors = [*ends, *_block_tensors(0, True, n_embd), *_block_tensors(1, False, n_embd)]
+    wide = [t.kind == TYPE_F32 and len(t.shape) > 1 and t.shape[0] == n_embd for t in tensors]
+    tensors = [replace(t, kind=kind) if is_wide else t for t, is_wide in zip(tensors, wide, strict=True)]
+    tensors, end = place(tensors)
+    return gguf(kvs, tensors, _numbers(end))
