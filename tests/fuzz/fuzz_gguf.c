@@ -62,19 +62,23 @@ static void read_tensor(const ds_gguf *g, const ds_tensor *t) {
     }
 }
 
-/* A prompt in one step and a token after it, on one thread: prefill and decode. Weights may hold anything, NaN too. */
+/* A prompt in one step and a token after it, on one thread: prefill and decode. Weights may hold anything, NaN too. A
+ * byte of the input chooses the instruction set, and a prompt so long that keys and values are expanded. */
 static void run_model(const uint8_t *data, size_t size) {
-    static const int32_t IDS[4] = {0, 1, 0, 1};
+    enum { N_SHORT = 3, N_LONG = 140 };
+    static const int32_t IDS[N_LONG + 1] = {0, 1};
     float logits[256];
     ds_model *model;
     ds_session *session;
     ds_error err;
-    const char *isa = size > 0 && data[size / 2] % 2 ? "scalar" : NULL;
+    const uint8_t choice = size > 0 ? data[size / 2] : 0;
+    const char *isa = choice & 1 ? "scalar" : NULL;
+    const int n = choice & 2 ? N_LONG : N_SHORT;
     if (ds_model_view(data, size, "fuzz", 1, isa, &model, &err) != DS_OK) {
         return;
     }
-    if (ds_model_config(model)->n_vocab <= 256 && ds_session_create(model, 4, "f16", &session, &err) == DS_OK) {
-        ds_input prompt = {session, IDS, 3}, next = {session, IDS + 3, 1};
+    if (ds_model_config(model)->n_vocab <= 256 && ds_session_create(model, n + 1, "f16", &session, &err) == DS_OK) {
+        ds_input prompt = {session, IDS, n}, next = {session, IDS + n, 1};
         if (ds_eval(model, &prompt, 1, DS_LOGITS_LAST, logits, NULL, &err) == DS_OK &&
             ds_eval(model, &next, 1, DS_LOGITS_LAST, logits, NULL, &err) == DS_OK) {
             touch(logits, (size_t)ds_model_config(model)->n_vocab * sizeof *logits);
