@@ -1,75 +1,122 @@
-/* act.h: activation packs. F32 packs are float rows; Q8 packs hold each 32 values as int8 with one float scale, and the sum
- * of every 16 of them, so that a format's offset or minimum stays an exact integer product. */
+/* act.h: activation packs. F32 packs are float rows. Q8 packs hold each 32 values as int8 with one float scale, and the sums
+ * of every 16 of them, so that a format's offset or minimum stays an exact integer product. They come in two orders: rows for
+ * few tokens, tiles (tokens side by side, for products with panels of weight rows) for many. */
 #pragma once
 
-enum { ACT_BLOCK = 32 };
+enum {
+    ACT_BLOCK = 32,                   /* values that share a scale */
+    ACT_GROUP = 256,                  /* values that a panel holds of each row */
+    ACT_TILE_BLOCK_BYTES = 32 + 5 * 4 /* of one token in a tile: q, scale, less[2], sum[2] */
+};
 
-/* A Q8 pack in row order: the planes one after the other, each token's row padded to whole cache lines. */
+DS_INLINE size_t act_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+/* ---- Row order ---- */
+
+/* The planes of a pack, each token's row padded with zeros to whole groups. */
 typedef struct act_rows {
     int8_t *q;     /* (n_tok, q_stride) */
     float *scale;  /* (n_tok, scale_stride): one per 32 values */
     int16_t *sums; /* (n_tok, sums_stride): of every 16 values */
     size_t q_stride, scale_stride, sums_stride;
-    size_t n_bytes;
 } act_rows;
 
-DS_INLINE size_t act_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-/* Strides and size alone, without a place. */
-DS_INLINE act_rows act_rows_layout(int n_tok, int k) {
-    act_rows a = {0};
-    a.q_stride = act_round_up((size_t)k, 256);
-    a.scale_stride = act_round_up((size_t)k / 32, 16);
-    a.sums_stride = act_round_up((size_t)k / 16, 32);
-    a.n_bytes = (size_t)n_tok * (a.q_stride + a.scale_stride * sizeof *a.scale + a.sums_stride * sizeof *a.sums);
-    return a;
-}
-
 DS_INLINE act_rows act_rows_at(const void *act, int n_tok, int k) {
-    act_rows a = act_rows_layout(n_tok, k);
+    act_rows a;
+    a.q_stride = act_round_up((size_t)k, ACT_GROUP);
+    a.scale_stride = a.q_stride / ACT_BLOCK;
+    a.sums_stride = a.q_stride / 16;
     a.q = (int8_t *)act;
     a.scale = (float *)(a.q + (size_t)n_tok * a.q_stride);
     a.sums = (int16_t *)(a.scale + (size_t)n_tok * a.scale_stride);
     return a;
 }
 
-/* Quantise 32 values: scale = max|x| / 127, q = x / scale to the nearest, ties to even. A block under 2^-100 is zero: its
- * inverse would overflow. The sums are of 16 values each. */
-DS_INLINE float act_quantize(const float *x, int8_t *q, int16_t sums[2]) {
-    float max = 0.0f;
-    for (int i = 0; i < 32; i++) max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
-    const float inverse = max < 0x1p-100f ? 0.0f : 127.0f / max;
-    for (int h = 0; h < 2; h++) {
-        int sum = 0;
-        for (int i = 16 * h; i < 16 * h + 16; i++) {
-            /* Adding 1.5 * 2^23 leaves the rounded integer in the low bits. */
-            const float shifted = x[i] * inverse + 0x1.8p23f;
-            int32_t bits;
-            memcpy(&bits, &shifted, sizeof bits);
-            q[i] = (int8_t)(bits - 0x4b400000);
-            sum += q[i];
-        }
-        sums[h] = (int16_t)sum;
-    }
-    return max < 0x1p-100f ? 0.0f : max / 127.0f;
+DS_INLINE size_t act_rows_bytes(int n_tok, int k) {
+    const size_t width = act_round_up((size_t)k, ACT_GROUP);
+    return (size_t)n_tok * (width + width / ACT_BLOCK * sizeof(float) + width / 16 * sizeof(int16_t));
 }
 
+/* Quantise 32 values: scale = max|x| / 127, q = x / scale to the nearest, ties to even; the sums of the two halves. A block
+ * under 2^-100 is zero: its inverse would overflow. */
+DS_INLINE float act_quantize(const float *x, int8_t q[32], int sums[2]) {
+    const float max = f32_max_abs32(x);
+    const bool zero = max < 0x1p-100f;
+    f32_quantize32(x, zero ? 0.0f : 127.0f / max, q, sums);
+    return zero ? 0.0f : max / 127.0f;
+}
+
+static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
+    const act_rows a = act_rows_at(act, n_tok, k);
+    int8_t *q = a.q + (size_t)t * a.q_stride;
+    float *scale = a.scale + (size_t)t * a.scale_stride;
+    int16_t *sums = a.sums + (size_t)t * a.sums_stride;
+    const size_t n_blocks = (size_t)k / ACT_BLOCK;
+    for (size_t b = 0; b < n_blocks; b++) {
+        int halves[2];
+        scale[b] = act_quantize(x + 32 * b, q + 32 * b, halves);
+        sums[2 * b] = (int16_t)halves[0];
+        sums[2 * b + 1] = (int16_t)halves[1];
+    }
+    memset(q + 32 * n_blocks, 0, a.q_stride - 32 * n_blocks);
+    memset(scale + n_blocks, 0, (a.scale_stride - n_blocks) * sizeof *scale);
+    memset(sums + 2 * n_blocks, 0, (a.sums_stride - 2 * n_blocks) * sizeof *sums);
+}
+
+/* ---- Tile order: [group of 256 values][tile of tokens][block of 32 values], each (8 dwords of q, n) bytes then rows of n
+ * floats or ints: scale, less[2] (the sums of 16, negated), sum[2] (scale * sum). ---- */
+
+DS_INLINE int act_n_tiles(int n_tok) { return (n_tok + DS_TILE_TOKENS - 1) / DS_TILE_TOKENS; }
+
+/* First token of a tile; tiles are as even as can be, because a narrow one costs nearly as much as a wide one. */
+DS_INLINE int act_tile_begin(int tile, int n_tok, int n_tiles) { return (int)((int64_t)tile * n_tok / n_tiles); }
+
+/* The tile that starts with token `first`, in the group of values that starts with value i. */
+DS_INLINE size_t act_tile_at(int i, int first, int n_tok, int k) {
+    const int n_blocks = k - i < ACT_GROUP ? (k - i) / ACT_BLOCK : ACT_GROUP / ACT_BLOCK;
+    return ((size_t)i / ACT_BLOCK * (size_t)n_tok + (size_t)n_blocks * (size_t)first) * ACT_TILE_BLOCK_BYTES;
+}
+
+DS_INLINE size_t act_tiles_bytes(int n_tok, int k) { return (size_t)n_tok * (size_t)(k / ACT_BLOCK) * ACT_TILE_BLOCK_BYTES; }
+
+static void act_pack_tiled(int t, int n_tok, int k, const float *x, void *act) {
+    const int n_tiles = act_n_tiles(n_tok);
+    int tile = (int)((int64_t)t * n_tiles / n_tok);
+    while (tile + 1 < n_tiles && act_tile_begin(tile + 1, n_tok, n_tiles) <= t) tile++;
+    const int first = act_tile_begin(tile, n_tok, n_tiles), column = t - first;
+    const size_t n = (size_t)(act_tile_begin(tile + 1, n_tok, n_tiles) - first);
+    for (int i = 0; i < k; i += ACT_GROUP) {
+        char *block = (char *)act + act_tile_at(i, first, n_tok, k);
+        for (int b = i; b < i + ACT_GROUP && b < k; b += ACT_BLOCK, block += n * ACT_TILE_BLOCK_BYTES) {
+            int8_t q[32];
+            int sums[2];
+            const float scale = act_quantize(x + b, q, sums);
+            for (size_t d = 0; d < 8; d++) memcpy(block + 4 * (d * n + (size_t)column), q + 4 * d, 4);
+            float *scales = (float *)(void *)(block + 32 * n) + column;
+            int32_t *less = (int32_t *)(void *)(scales + n);
+            float *sum = (float *)(void *)(less + 2 * n);
+            scales[0] = scale;
+            for (int h = 0; h < 2; h++) {
+                less[(size_t)h * n] = -sums[h];
+                sum[(size_t)h * n] = scale * (float)sums[h];
+            }
+        }
+    }
+}
+
+/* Callers pack parts of the tokens into one buffer sized for all of them: no part may need more than its share. */
 static size_t act_bytes(ds_act_kind kind, int n_tok, int k) {
-    const size_t f32_bytes = (size_t)n_tok * (size_t)k * sizeof(float);
-    return act_round_up(kind == DS_ACT_F32 ? f32_bytes : act_rows_layout(n_tok, k).n_bytes, DS_ACT_ALIGN);
+    if (kind == DS_ACT_F32) return act_round_up((size_t)n_tok * (size_t)k * sizeof(float), DS_ACT_ALIGN);
+    const size_t rows = act_rows_bytes(n_tok, k), tiles = act_tiles_bytes(n_tok, k);
+    return act_round_up(rows > tiles ? rows : tiles, DS_ACT_ALIGN);
 }
 
 static void act_pack(ds_act_kind kind, int tok_begin, int tok_end, int n_tok, int k, const float *x, size_t ldx,
                      const int32_t *rows, void *act) {
-    const act_rows a = act_rows_at(act, n_tok, k);
     for (int t = tok_begin; t < tok_end; t++) {
         const float *row = x + (size_t)(rows ? rows[t] : t) * ldx;
-        if (kind == DS_ACT_F32) {
-            memcpy((float *)act + (size_t)t * (size_t)k, row, (size_t)k * sizeof *row);
-            continue;
-        }
-        for (int b = 0; b < k / ACT_BLOCK; b++)
-            a.scale[(size_t)t * a.scale_stride + (size_t)b] =
-                act_quantize(row + 32 * b, a.q + (size_t)t * a.q_stride + 32 * b, a.sums + (size_t)t * a.sums_stride + 2 * b);
+        if (kind == DS_ACT_F32) memcpy((float *)act + (size_t)t * (size_t)k, row, (size_t)k * sizeof *row);
+        else if (n_tok <= DS_ROW_TOKENS) act_pack_row(t, n_tok, k, row, act);
+        else act_pack_tiled(t, n_tok, k, row, act);
     }
 }

@@ -4,13 +4,29 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "quant/codes.h"
 
 #define DS_INLINE static inline __attribute__((always_inline, unused))
 #define DS_UNROLL _Pragma("GCC unroll 32")
 #define DS_ALIGNED __attribute__((aligned(64)))
 enum { DS_PREFETCH_BYTES = 4096 }; /* ahead of a row being read in order: about the bytes that arrive in one memory latency */
 
+/* A 32-bit pattern of four bytes alike. */
+#define DS_BYTES(x) (0x01010101u * (uint32_t)(x))
+
+/* How far weight codes reach: it decides how many products fit 16 bits where there is no 32-bit dot instruction. */
+typedef enum code_range {
+    CODES_4,      /* 0..15 */
+    CODES_5,      /* 0..31 */
+    CODES_6,      /* 0..63 */
+    CODES_SIGNED, /* -128..127 */
+} code_range;
+
+#if DS_ISA_scalar
 #include "kernels/simd_scalar.h"
+#elif defined(__x86_64__)
+#include "kernels/simd_x86.h"
+#endif
 
 #include "kernels/vecmath.h"
 #include "kernels/float_ops.h"
@@ -18,8 +34,21 @@ enum { DS_PREFETCH_BYTES = 4096 }; /* ahead of a row being read in order: about 
 #include "kernels/attend.h"
 #include "kernels/act.h"
 #include "kernels/mul_float.h"
-#include "kernels/mul_codes.h"
 #include "kernels/dequantize.h"
+
+#if DS_HAS_DOTS
+#include "kernels/mul_rows.h"
+#include "kernels/unpack.h"
+#include "kernels/mul_panels.h"
+#define MUL_CODED(id)                                          \
+    static void mul_##id(const ds_mul *job) {                  \
+        if (job->n_tok <= DS_ROW_TOKENS) mul_rows_##id(job);   \
+        else mul_panels_##id(job);                             \
+    }
+DS_CODED_FORMATS(MUL_CODED)
+#else
+#include "kernels/mul_codes.h"
+#endif
 
 #define DS_JOIN_(a, b) a##b
 #define DS_JOIN(a, b) DS_JOIN_(a, b)
@@ -31,12 +60,9 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA) = {
     .act_bytes = act_bytes,
     .act_pack = act_pack,
     .mul = {
-        [DS_FORMAT_F32] = mul_F32,
-        [DS_FORMAT_F16] = mul_F16,
-        [DS_FORMAT_BF16] = mul_BF16,
-#define ROW(id) [DS_FORMAT_##id] = mul_codes_##id,
-        DS_CODED_FORMATS(ROW)
-#undef ROW
+#define DS_FORMAT(id, name, gguf, elements, bytes, act) [DS_FORMAT_##id] = mul_##id,
+#include "quant/formats.def"
+#undef DS_FORMAT
     },
     .dequantize = {
 #define DS_FORMAT(id, name, gguf, elements, bytes, act) [DS_FORMAT_##id] = dequantize_##id,

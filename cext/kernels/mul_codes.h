@@ -1,8 +1,5 @@
-/* mul_codes.h: products with any coded format, through its plain decoder: the reference for the fast paths, and what a format
- * without a fast path runs on. */
+/* mul_codes.h: products with any coded format, through its plain decoder: the reference for the fast paths. */
 #pragma once
-
-#include "quant/codes.h"
 
 /* sum over 16 values of q * x */
 DS_INLINE int32_t dot16(const int8_t *q, const int8_t *x) {
@@ -41,7 +38,7 @@ DS_INLINE void mul_codes(const ds_mul *job, int block_elements, size_t block_byt
 
 #define MUL_CODES(id)                                                                                          \
     DS_INLINE void decode_##id(const void *block, ds_codes *codes) { ds_codes_##id(block, codes); }            \
-    static void mul_codes_##id(const ds_mul *job) {                                                            \
+    static void mul_##id(const ds_mul *job) {                                                            \
         mul_codes(job, (int)(DS_ELEMENTS_##id), sizeof(ds_block_##id), decode_##id);                           \
     }
 DS_CODED_FORMATS(MUL_CODES)

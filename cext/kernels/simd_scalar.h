@@ -41,3 +41,28 @@ DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return ds_bf16_to_f32(*p
 DS_INLINE void vf_store_f16(uint16_t *p, vf a) { *p = ds_f32_to_f16(a); }
 /* v[i] lane j becomes v[j] lane i. */
 DS_INLINE void vf_transpose(vf v[DS_LANES]) {}
+
+/* Q8 packs are in row order for any number of tokens, and products go through the plain decoders. */
+#define DS_ROW_TOKENS INT32_MAX
+#define DS_TILE_TOKENS 1
+
+DS_INLINE float f32_max_abs32(const float *x) {
+    float max = 0.0f;
+    for (int i = 0; i < 32; i++) max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+    return max;
+}
+
+/* q[0..32) = x * inverse to nearest even; sums of the two halves. */
+DS_INLINE void f32_quantize32(const float *x, float inverse, int8_t *q, int sums[2]) {
+    for (int h = 0; h < 2; h++) {
+        sums[h] = 0;
+        for (int i = 16 * h; i < 16 * h + 16; i++) {
+            /* Adding 1.5 * 2^23 leaves the rounded integer in the low bits. */
+            const float shifted = x[i] * inverse + 0x1.8p23f;
+            int32_t bits;
+            memcpy(&bits, &shifted, sizeof bits);
+            q[i] = (int8_t)(bits - 0x4b400000);
+            sums[h] += q[i];
+        }
+    }
+}
