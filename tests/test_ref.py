@@ -49,7 +49,8 @@ def test_keys_say_the_whole_shape(spec):
 def test_future_does_not_matter():
     spec = SPECS[0]
     model, ids = Model(spec.hparams, gguf_tensors(Checkpoint(spec))), tokens(spec, 9)
-    np.testing.assert_allclose(model.forward(ids)[:4], model.forward(ids[:4]), rtol=1e-12)
+    logits = model.forward(ids)
+    np.testing.assert_allclose(logits[:4], model.forward(ids[:4]), rtol=0, atol=1e-13 * np.ptp(logits))
 
 
 def test_v2_lite_softmax_scale():

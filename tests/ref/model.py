@@ -116,10 +116,10 @@ class Model:
         gate, up, down = (self.weight(f"{blk}.ffn_{part}_exps") for part in ("gate", "up", "down"))
         hidden = np.empty((*routing.experts.shape, gate.shape[1]))
         out = np.zeros_like(h)
-        for t, k in np.ndindex(*routing.experts.shape):
-            e = routing.experts[t, k]
-            hidden[t, k] = silu(gate[e] @ h[t]) * (up[e] @ h[t])
-            out[t] += routing.weights[t, k] * (down[e] @ hidden[t, k])
+        for e in np.unique(routing.experts):
+            t, k = np.nonzero(routing.experts == e)  # its tokens, and which of their choices it is
+            hidden[t, k] = silu(h[t] @ gate[e].T) * (h[t] @ up[e].T)
+            out[t] += routing.weights[t, k, None] * (hidden[t, k] @ down[e].T)
         taps[f"expert_hidden-{il}"] = hidden
         if self.hp.n_expert_shared:
             shared = silu(self.linear(f"{blk}.ffn_gate_shexp", h)) * self.linear(f"{blk}.ffn_up_shexp", h)

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 from ref.hparams import Hparams, Yarn
+from support.checkpoints import write_safetensors
 
 F32 = NDArray[np.float32]
 
@@ -271,23 +272,8 @@ class Checkpoint:
         """A Hugging Face folder: config.json and model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config(), indent=2), encoding="utf-8")
-        write_safetensors(folder / "model.safetensors", self.tensors)
+        write_safetensors(folder / "model.safetensors", {name: ("F32", value) for name, value in self.tensors.items()})
         return folder
-
-
-def write_safetensors(path: Path, tensors: dict[str, F32]) -> None:
-    """float32 tensors in the safetensors format: a length, a JSON table, the bytes."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, value in tensors.items():
-        begin, end = end, end + value.nbytes
-        table[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for value in tensors.values():
-            file.write(value.tobytes())
 
 
 GLOBAL_NAMES = {
