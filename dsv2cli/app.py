@@ -25,12 +25,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("download", help=download.HELP)(download.download)
-app.command("quantize", help=quantize.HELP)(quantize.quantize)
-app.command("chat", help=chat.HELP)(chat.chat)
-app.command("inspect", help=inspect.HELP)(inspect.inspect)
-app.command("perplexity", help=perplexity.HELP)(perplexity.perplexity)
-app.command("bench", help=bench.HELP)(bench.bench)
+for verb, run_verb, summary in (
+    (download, download.download, "Fetch a model from the Hugging Face hub."),
+    (quantize, quantize.quantize, "Make a small GGUF of a checkpoint."),
+    (chat, chat.chat, "Talk to a model."),
+    (inspect, inspect.inspect, "Show what a GGUF is made of and needs."),
+    (perplexity, perplexity.perplexity, "Measure how well a model predicts a text."),
+    (bench, bench.bench, "Measure speed, beside llama.cpp if asked."),
+):
+    examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in verb.EXAMPLES)
+    app.command(verb.__name__.rpartition(".")[2], help=verb.HELP, short_help=summary, epilog=examples)(run_verb)
 
 
 def print_version(wanted: bool) -> None:
@@ -60,11 +64,11 @@ def root(
 
 def explain(error: BaseException) -> tuple[str, str, int]:
     """(message, hint, exit code) of a failure."""
-    usage_errors = typer.BadParameter.__mro__[1:3]  # UsageError and ClickException, wherever typer keeps its click
-    if isinstance(error, usage_errors):
+    # A command line that typer refuses: its UsageError is BadParameter's parent, wherever it keeps its click.
+    if isinstance(error, typer.BadParameter.__mro__[1]):
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "dsv2"
-        return error.format_message(), f"{path} --help lists what it takes", MISUSED
+        return str(getattr(error, "format_message", error.__str__)()), f"{path} --help lists what it takes", MISUSED
     if isinstance(error, CliError):
         return str(error), error.hint, error.exit_code
     hint = getattr(error, "hint", None)

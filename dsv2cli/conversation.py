@@ -72,12 +72,13 @@ class Conversation:
             self.turns.clear()  # nothing joins the texts of different turns but a template
         turn = Turn(text)
         self.turns.append(turn)
-        stats.stop = "interrupted"
+        done = False
         try:
             prompt = self._make_room(self._prompt(), self._reserve(limit))
             yield from self._answer(turn, prompt, sampler, limit, stats, told)
+            done = True
         finally:
-            if not turn.answer and stats.stop != "end":
+            if not turn.answer and not done:
                 self.turns.remove(turn)
 
     def take_back(self) -> str | None:
@@ -146,4 +147,3 @@ def _add(first: Stats | None, part: Stats, total: Stats) -> Stats:
     total.decode_seconds += part.decode_seconds
     total.stop = part.stop
     return first or part
-

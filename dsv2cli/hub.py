@@ -250,7 +250,7 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def targets(plan: Plan, to: Path | None) -> list[Target]:
-    """Where the plan's files go: the shared cache, or the folder ``to`` with a .cache of its own, as the client does."""
+    """Where the plan's files go: the shared cache, or the folder ``to`` with a .cache of its own, as the client."""
     folder = cache_folder(plan.repo)
     made = []
     for file in plan.files:

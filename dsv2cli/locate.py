@@ -1,4 +1,4 @@
-"""The MODEL argument: a path, an alias, a repository in the cache, or nothing for the model that ships in the package."""
+"""The MODEL argument: a path, an alias, a repository in the cache, or nothing for the model in the package."""
 
 from __future__ import annotations
 

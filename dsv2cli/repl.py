@@ -143,7 +143,9 @@ class Repl:
         """Read and answer until /exit or the end of input."""
         if not self.chat.quiet:
             runtime, n_ctx = self.chat.runtime, self.chat.conversation.n_ctx
-            console.note(f"{runtime.name}, {n_ctx} tokens of context, {runtime.model.isa}. /help lists the commands.", "dim")
+            console.note(
+                f"{runtime.name}, {n_ctx} tokens of context, {runtime.model.isa}. /help lists the commands.", "dim"
+            )
         reader = LineReader("> ", [f"/{name}" for name in self.commands])
         try:
             while True:

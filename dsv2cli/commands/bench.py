@@ -1,4 +1,152 @@
-HELP = "x"
+"""dsv2 bench: prefill and decode speed, alone or beside llama.cpp."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dsv2cli import console
+from dsv2cli.commands.chat import MODEL_HELP
+from dsv2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsv2cli.benchmark import Result, Row
+
+HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp if asked."
+EXAMPLES = ("bench model.gguf", "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv")
+AGAINST = typer.Option(help="Run it too, in turns, and give the ratio.")
 
 
-def bench() -> None: ...
+def bench(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
+    n_prefill: Annotated[
+        int, typer.Option("-p", "--prefill", metavar="N", min=0, help="Tokens to read at once; 0: none.")
+    ] = 512,
+    n_decode: Annotated[
+        int, typer.Option("-n", "--decode", metavar="N", min=0, help="Tokens to decode one by one; 0: none.")
+    ] = 128,
+    depths: Annotated[str, typer.Option("-d", "--depths", help="Tokens of context before, as 0,4096,16384.")] = "0",
+    rounds: Annotated[
+        int, typer.Option("-r", "--rounds", metavar="N", min=1, help="Measured rounds; one more warms up.")
+    ] = 3,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="Worker threads of every engine.")
+    ] = None,
+    against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> None:
+    if as_json and as_csv:
+        raise UsageError("--json and --csv are two forms of one output", "choose one")
+    from dsv2cli import benchmark, locate
+
+    wanted = benchmark.tests(n_prefill, n_decode, parse_depths(depths))
+    if not wanted:
+        raise UsageError("-p 0 and -n 0 leave nothing to measure", "give one of them")
+    path = locate.model(model)
+    with console.progress(quiet=quiet) as display:
+        bar = display.add_task("bench", total=None, detail="")
+        result = benchmark.run(
+            path,
+            wanted,
+            threads=threads,
+            rounds=rounds,
+            against=(against,) if against else (),
+            told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
+        )
+    if as_json:
+        console.print_json(describe(result))
+    elif as_csv:
+        print_csv(result)
+    else:
+        show(result)
+
+
+def parse_depths(text: str) -> list[int]:
+    """ "0,4096" -> [0, 4096], each once, shallow first: a deeper context begins with the shallower one."""
+    try:
+        depths = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UsageError(f"-d takes numbers with commas between, got `{text}`", "-d 0,4096,16384") from error
+    if depths[0] < 0:
+        raise UsageError(f"-d takes numbers of tokens, got {depths[0]}", "-d 0,4096,16384")
+    return depths
+
+
+def show(result: Result) -> None:
+    from dsv2cli.benchmark import LLAMA
+    from dsv2cli.commands.inspect import table
+
+    engines = list(result.footprints)
+    columns = ["test", *(f"{name} tok/s" for name in engines)]
+    if LLAMA in engines:
+        columns += ["ratio", "its setting"]
+    made = table("", *columns)
+    for row in result.rows:
+        cells = [row.test.name, *(spread(row.rates[name], 1) for name in engines)]
+        made.add_row(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if LLAMA in engines else ()))
+    out = console.stdout_console()
+    out.print(f"{result.model.name}: {result.threads} threads, {result.isa}, {result.machine}", soft_wrap=True)
+    out.print(made)
+    for name, footprint in result.footprints.items():
+        out.print(
+            f"{name}: first logits {footprint.load_seconds:.2f} s after opening the file;"
+            f" {console.format_bytes(footprint.anonymous_bytes)} of memory and"
+            f" {console.format_bytes(footprint.file_bytes)} of the file's pages",
+            soft_wrap=True,
+        )
+    if not result.rounds > 1:
+        return
+    console.note(f"(median of {result.rounds} rounds, least and most in brackets; ratios round by round)", "dim")
+
+
+def spread(samples: list[float], digits: int) -> str:
+    """ "25.1 [24.8 25.3]": median, least and most."""
+    import statistics
+
+    median = f"{statistics.median(samples):.{digits}f}"
+    return median if len(samples) == 1 else f"{median} [{min(samples):.{digits}f} {max(samples):.{digits}f}]"
+
+
+def describe(result: Result) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "model": str(result.model),
+        "threads": result.threads,
+        "isa": result.isa,
+        "machine": result.machine,
+        "rounds": result.rounds,
+        "tests": [describe_row(row) for row in result.rows],
+        "engines": {name: asdict(footprint) for name, footprint in result.footprints.items()},
+    }
+
+
+def describe_row(row: Row) -> dict[str, Any]:
+    import statistics
+
+    return {
+        "kind": row.test.kind,
+        "n": row.test.n,
+        "depth": row.test.depth,
+        "tokens_per_second": row.rates,
+        "variants": row.variants,
+        "ratios": row.ratios,
+        "ratio": statistics.median(row.ratios) if row.ratios else None,
+    }
+
+
+def print_csv(result: Result) -> None:
+    import csv
+
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["model", "engine", "variant", "threads", "kind", "n", "depth", "round", "tokens_per_second"])
+    for row in result.rows:
+        for engine, samples in row.rates.items():
+            for i, rate in enumerate(samples):
+                test = row.test
+                fixed = [result.model.name, engine, row.variants[engine], result.threads, test.kind, test.n, test.depth]
+                out.writerow([*fixed, i, f"{rate:.4f}"])

@@ -14,22 +14,40 @@ if TYPE_CHECKING:
     from dsv2cli.repl import Chat
 
 HELP = "Talk to a model: a conversation in a terminal, or one answer for -p or a pipe."
+EXAMPLES = (
+    "chat",
+    'chat model.gguf -s "Answer in one sentence."',
+    'chat -p "Tell me a story about a ship." --seed 1',
+    "chat model.gguf -n 200 < question.txt > answer.txt",
+)
 MODEL_HELP = "A GGUF file, or an alias that was quantised here; the small model in the package if left out."
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and exit; - reads stdin.")] = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System message.")] = None,
-    limit: Annotated[int | None, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = None,
-    temperature: Annotated[float, typer.Option("--temp", min=0, help="0 always takes the likeliest token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 40,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest that make up p; 1: all.")] = 0.95,
-    min_p: Annotated[float, typer.Option(min=0, max=1, help="Only those at least p times the likeliest.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1, what was said becomes less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
-    context: Annotated[int | None, typer.Option("-c", "--ctx", min=2, help="Tokens of context; 4096 if left out.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Worker threads.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Most tokens of an answer.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temp", metavar="X", min=0, help="0 always takes the likeliest token.")
+    ] = 0.7,
+    top_k: Annotated[int, typer.Option(metavar="N", min=0, help="Only the k likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Only the likeliest that make up p; 1: all.")
+    ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Only those at least p times the likeliest.")
+    ] = 0.05,
+    repeat_penalty: Annotated[
+        float, typer.Option(metavar="X", min=0.01, help="Above 1, what was said becomes less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")] = None,
+    context: Annotated[
+        int | None, typer.Option("-c", "--ctx", min=2, help="Tokens of context; 4096 if left out.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
@@ -49,7 +67,11 @@ def chat(
         from dsv2cli.repl import Chat, Repl, tell_dropped
 
         conversation = Conversation(
-            opened.session(context), opened.tokenizer, system, raw=raw, dropped=lambda n: None if quiet else tell_dropped(n)
+            opened.session(context),
+            opened.tokenizer,
+            system,
+            raw=raw,
+            dropped=lambda n: None if quiet else tell_dropped(n),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
         talk = Chat(opened, conversation, sampler, limit, quiet=quiet, raw=raw)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsv2cli.transfer import Transfer
 
 HELP = "Fetch a model from the Hugging Face hub; prints where it is."
+EXAMPLES = ("download lite-chat", "download lite --to models/lite", "download OWNER/NAME-GGUF --type iq4_xs")
 KIND = typer.Option(help="Which of the repository's files; its safetensors where it has both.")
 TYPE = typer.Option("--type", metavar="TYPE", help="Type of the GGUF to fetch; Q4_K_M where there are several.")
 

@@ -1,4 +1,88 @@
-HELP = "x"
+"""dsv2 perplexity: how well a model predicts a text, alone or beside a reference."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv2cli import console
+
+if TYPE_CHECKING:
+    from dsv2cli.evaluate import Evaluation
+
+HELP = "Measure how well a model predicts a text, and its distance from a reference."
+EXAMPLES = (
+    "perplexity model.gguf --text held-out.txt",
+    "perplexity q4.gguf --text held-out.txt --reference f16.gguf --json",
+)
+SKIP = typer.Option(min=0, help="Positions at a window's beginning that are not scored; a quarter if left out.")
 
 
-def perplexity() -> None: ...
+def perplexity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file.")],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.")],
+    context: Annotated[int, typer.Option("-c", "--ctx", metavar="N", min=2, help="Tokens of a window.")] = 512,
+    reference: Annotated[
+        str | None, typer.Option(metavar="GGUF", help="The same model in a finer type: KLD and agreement with it.")
+    ] = None,
+    skip: Annotated[int | None, SKIP] = None,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Score only the first so many windows.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> None:
+    from dsv2cli import locate, runtime
+    from dsv2cli.evaluate import evaluate
+
+    paths = [locate.model(name) for name in (model, reference) if name is not None]
+    content = runtime.read_text(text)
+    with ExitStack() as opened, console.progress(quiet=quiet) as display:
+        models = [opened.enter_context(runtime.open_model(path, threads)) for path in paths]
+        bar = display.add_task("windows", total=None, detail="")
+        found = evaluate(
+            models[0],
+            content,
+            context,
+            skip=skip,
+            max_windows=windows,
+            reference=models[1] if reference else None,
+            told=lambda done, n, ppl: display.update(bar, completed=done, total=n, detail=f"perplexity {ppl:.4f}"),
+        )
+    if as_json:
+        console.print_json(describe(found, paths, text))
+    else:
+        show(found)
+
+
+def show(found: Evaluation) -> None:
+    def error(value: float | None, digits: int) -> str:
+        return f" +- {value:.{digits}f}" if value is not None else ""
+
+    print(f"perplexity {found.perplexity:.4f}{error(found.perplexity_error, 4)}")
+    if (against := found.reference) is not None:
+        print(f"reference perplexity {against.perplexity:.4f}, ratio {found.perplexity / against.perplexity:.4f}")
+        print(f"mean KLD {against.kld_mean:.5f}{error(against.kld_error, 5)}")
+        print(f"p99 KLD {against.kld_p99:.4f}, max {against.kld_max:.4f}")
+        print(f"top-1 agreement {100 * against.top1:.2f} %")
+        if against.routing is not None:
+            print(f"router agreement {100 * against.routing:.2f} %")
+    console.note(
+        f"({found.n_scored} tokens in {found.n_windows} windows of {found.n_ctx}, the first {found.skip} positions not"
+        " scored; +- is one standard error over windows)",
+        "dim",
+    )
+
+
+def describe(found: Evaluation, paths: list[Path], text: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    figures = asdict(found)
+    against = figures.pop("reference")
+    if against is not None:
+        against = {"path": str(paths[1]), **against, "perplexity_ratio": found.perplexity / against["perplexity"]}
+    return {"model": str(paths[0]), "text": str(text), **figures, "reference": against}

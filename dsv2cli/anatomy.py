@@ -1,0 +1,169 @@
+"""What a GGUF is made of, from its header alone: architecture, types, bytes each token reads, memory at a context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cext import Gguf, TensorInfo
+
+ARCHITECTURE = "deepseek2"
+KV_BYTES = 2  # of one cached value, f16
+# First match wins. What a decoded token reads of a part: all of it, but for the experts it chose and one embedding row.
+PARTS = (
+    ("routed experts", re.compile(r"_exps\.")),
+    ("shared experts", re.compile(r"_shexp\.")),
+    ("router", re.compile(r"ffn_gate_inp\.|exp_probs_b")),
+    ("norms", re.compile(r"_norm\.")),
+    ("attention", re.compile(r"\.attn_")),
+    ("dense layers", re.compile(r"\.ffn_")),
+    ("embeddings", re.compile(r"^token_embd\.")),
+    ("head", re.compile(r"^output\.")),
+)
+OTHER = "other"
+CONTEXTS = (4096, 16384, 65536)
+
+
+@dataclass(frozen=True)
+class TypeSize:
+    """All tensors of one type."""
+
+    name: str
+    n_tensors: int
+    n_values: int
+    nbytes: int
+    runs: bool  # this build's engine has the format
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_values if self.n_values else 0.0
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """All tensors of one part of the model, and the bytes of them that one decoded token reads."""
+
+    name: str
+    n_tensors: int
+    nbytes: int
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A GGUF taken apart. kv_bytes is the latent cache of one token in f16; 0 for other architectures."""
+
+    path: Path
+    name: str
+    architecture: str
+    file_bytes: int
+    keys: dict[str, Any]  # the architecture's own, without its prefix
+    vocabulary: dict[str, Any]  # kind, pre-tokenizer, size, whether there is a chat template
+    types: tuple[TypeSize, ...]
+    parts: tuple[PartSize, ...]
+    kv_bytes: int
+    notes: dict[str, Any]  # dsv2.*: what our quantiser wrote down
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.types)
+
+    @property
+    def n_values(self) -> int:
+        return sum(t.n_values for t in self.types)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one decoded token reads."""
+        return sum(p.token_bytes for p in self.parts)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Contexts worth knowing the memory at: a few, and the longest the model was trained for."""
+        longest = self.keys.get("context_length", CONTEXTS[0])
+        return (*(c for c in CONTEXTS if c < longest), longest)
+
+    def memory(self, n_ctx: int) -> int:
+        """Bytes of weights and cache with a context of n_ctx; the engine's scratch comes on top."""
+        return self.tensor_bytes + self.kv_bytes * n_ctx
+
+
+def study(path: Path) -> Anatomy:
+    """Read a GGUF's header. FileError, FormatError."""
+    from cext import Gguf
+
+    with Gguf(path) as gguf:
+        metadata = gguf.metadata
+        architecture = str(metadata.get("general.architecture", "unknown"))
+        prefix = f"{architecture}."
+        keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
+        return Anatomy(
+            path=path,
+            name=str(metadata.get("general.name", path.stem)),
+            architecture=architecture,
+            file_bytes=path.stat().st_size,
+            keys=keys,
+            vocabulary=_vocabulary(gguf),
+            types=_types(gguf.tensors),
+            parts=_parts(gguf.tensors, keys) if architecture == ARCHITECTURE else (),
+            kv_bytes=_kv_bytes(keys) if architecture == ARCHITECTURE else 0,
+            notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
+        )
+
+
+def _vocabulary(gguf: Gguf) -> dict[str, Any]:
+    metadata = gguf.metadata
+    return {
+        "kind": metadata.get("tokenizer.ggml.model"),
+        "pre": metadata.get("tokenizer.ggml.pre"),
+        "size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "chat_template": "tokenizer.chat_template" in metadata,
+    }
+
+
+def _n_values(tensor: TensorInfo) -> int:
+    n = 1
+    for dim in tensor.shape:
+        n *= dim
+    return n
+
+
+def _types(tensors: Iterable[TensorInfo]) -> tuple[TypeSize, ...]:
+    from cext import formats
+
+    known = {f["name"] for f in formats()}
+    sizes: dict[str, list[int]] = {}
+    for tensor in tensors:
+        size = sizes.setdefault(tensor.type_name, [0, 0, 0])
+        for i, n in enumerate((1, _n_values(tensor), tensor.nbytes)):
+            size[i] += n
+    rows = (TypeSize(name, size[0], size[1], size[2], name in known) for name, size in sizes.items())
+    return tuple(sorted(rows, key=lambda row: -row.nbytes))
+
+
+def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, ...]:
+    """By part, in PARTS' order. Where there is no head, the embeddings are read whole in its place."""
+    n_expert, n_used = keys.get("expert_count", 0), keys.get("expert_used_count", 0)
+    tied = not any(t.name == "output.weight" for t in tensors)
+    sizes: dict[str, list[int]] = {}
+    for tensor in tensors:
+        part = next((name for name, pattern in PARTS if pattern.search(tensor.name)), OTHER)
+        read = tensor.nbytes
+        if part == "routed experts" and n_expert:
+            read = tensor.nbytes * n_used // n_expert
+        elif part == "embeddings" and not tied:
+            read = tensor.nbytes // tensor.shape[-1]
+        size = sizes.setdefault(part, [0, 0, 0])
+        for i, n in enumerate((1, tensor.nbytes, read)):
+            size[i] += n
+    order = [name for name, _ in PARTS] + [OTHER]
+    return tuple(PartSize(name, *sizes[name]) for name in order if name in sizes)
+
+
+def _kv_bytes(keys: dict[str, Any]) -> int:
+    latent = keys.get("attention.kv_lora_rank", 0) + keys.get("rope.dimension_count", 0)
+    return int(latent * KV_BYTES * keys.get("block_count", 0))

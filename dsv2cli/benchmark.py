@@ -1,0 +1,194 @@
+"""benchmark.py: prefill and decode speed, alone or beside llama.cpp, in one interleaved run.
+
+Memory bandwidth drifts on shared machines, so figures are compared only within a round: each engine lives in a process
+of its own (contender.py), loaded once, and every test is run by one and then by the other before it is run again. The
+first round warms up and is thrown away; for llama.cpp it also tells which of its settings is the better one for that
+test. Ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv2cli.errors import CliError
+
+OURS = "dsv2"
+LLAMA = "llama.cpp"
+# What changes llama.cpp's speed from test to test: the faster one of these is compared with.
+VARIANTS: dict[str, tuple[str, ...]] = {OURS: ("",), LLAMA: ("fa=0", "fa=1")}
+
+
+@dataclass(frozen=True)
+class Test:
+    """``n`` tokens read at once (prefill) or one by one (decode), after ``depth`` tokens of context."""
+
+    kind: str
+    n: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.n}" + (f" at {self.depth}" if self.depth else "")
+
+
+@dataclass
+class Row:
+    """One test's results: tokens a second of each round, by engine."""
+
+    test: Test
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    variants: dict[str, str] = field(default_factory=dict)  # the setting each engine ran with
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over llama.cpp's, round by round."""
+        pairs = zip(self.rates.get(OURS, []), self.rates.get(LLAMA, []), strict=False)
+        return [ours / theirs for ours, theirs in pairs]
+
+    def median(self, engine: str) -> float:
+        return statistics.median(self.rates[engine])
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """An engine's process: seconds from opening the file to the first logits (warm file), and bytes of memory."""
+
+    load_seconds: float
+    anonymous_bytes: int  # its own
+    file_bytes: int  # pages of the model file, shared with the system's cache
+
+
+@dataclass(frozen=True)
+class Result:
+    model: Path
+    threads: int
+    isa: str
+    machine: str
+    rounds: int
+    rows: list[Row]
+    footprints: dict[str, Footprint]
+
+
+def tests(n_prefill: int, n_decode: int, depths: Sequence[int]) -> list[Test]:
+    """Prefill and decode at every depth; 0 leaves one of them out."""
+    made = []
+    for depth in depths:
+        made += [Test("prefill", n_prefill, depth)] if n_prefill else []
+        made += [Test("decode", n_decode, depth)] if n_decode else []
+    return made
+
+
+def run(
+    model: Path,
+    wanted: Sequence[Test],
+    *,
+    threads: int | None,
+    rounds: int,
+    against: Sequence[str] = (),
+    told: Callable[[str, int, int], None] = lambda what, done, n: None,
+) -> Result:
+    """Run the tests; ``told(what runs now, steps done, steps)``. CliError where an engine fails."""
+    names = (OURS, *against)
+    n_ctx = max(test.depth + test.n for test in wanted)
+    rows = [Row(test) for test in wanted]
+    total, done = len(names) * len(rows) * (rounds + 1), 0
+    with contextlib.ExitStack() as stack:
+        told("loading", 0, total)
+        engines = {OURS: stack.enter_context(contender(OURS, model, n_ctx, threads))}
+        used = int(engines[OURS].hello["threads"])  # the others get as many as ours chose
+        for name in against:
+            engines[name] = stack.enter_context(contender(name, model, n_ctx, used))
+        for row in rows:  # a deeper context is kept from test to test: depth by depth, then round by round
+            for round_ in range(rounds + 1):
+                for name, engine in engines.items():
+                    told(f"{row.test.name}, {name}", done, total)
+                    done += 1
+                    if round_ == 0:
+                        row.variants[name] = engine.fastest(row.test)
+                    else:
+                        row.rates.setdefault(name, []).append(engine.rate(row.test, row.variants[name]))
+        told("measuring memory", total, total)
+        footprints = {name: engine.footprint() for name, engine in engines.items()}
+        isa = str(engines[OURS].hello["isa"])
+    return Result(model, used, isa, machine(), rounds, rows, footprints)
+
+
+class Contender:
+    """An engine in its own process, asked over pipes: a line of JSON in, a line of JSON out."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name, self._process = name, process
+        self.hello = self._receive()
+
+    def rate(self, test: Test, variant: str) -> float:
+        """Tokens a second."""
+        answer = self._ask({"kind": test.kind, "n": test.n, "depth": test.depth, "variant": variant})
+        return test.n / float(answer["seconds"])
+
+    def fastest(self, test: Test) -> str:
+        """The engine's setting that does this test best."""
+        return max(VARIANTS[self.name], key=lambda variant: self.rate(test, variant))
+
+    def footprint(self) -> Footprint:
+        answer = self._ask({"kind": "memory"})
+        return Footprint(self.hello["load_seconds"], answer["anonymous_bytes"], answer["file_bytes"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise CliError(
+                f"{self.name} ended with exit code {self._process.wait()}", "DSV2_DEBUG=1 shows what it said"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise CliError(f"{self.name}: {answer['error']}", answer.get("hint", ""))
+        return answer
+
+
+@contextlib.contextmanager
+def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterator[Contender]:
+    """An engine with the model loaded; its process ends with the block."""
+    command = [sys.executable, "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0)]
+    home = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=quiet,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        yield Contender(name, process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def machine() -> str:
+    """The processor's name and number of processors, for the record."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {os.cpu_count()} processors"

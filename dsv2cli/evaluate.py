@@ -1,0 +1,223 @@
+"""How well a model predicts a text, and how far it is from a reference: perplexity, KL divergence, agreement.
+
+Method: the text is cut into windows of n_ctx tokens, each beginning with BOS where the vocabulary asks for one; the
+rest of the text that fills no window is left out. The first ``skip`` positions of a window predict from little context
+and are not scored. Log-probabilities are float64. A standard error treats windows, not tokens, as independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cext import Tap
+from dsv2cli.errors import CliError, UsageError
+from dsv2cli.runtime import Runtime
+
+if TYPE_CHECKING:
+    from cext import Session
+
+ROWS = 64  # positions taken to float64 at once: 52 MB for a vocabulary of 102,400
+SKIPPED_SHARE = 4  # one position in so many is not scored, from the beginning of a window
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the scored positions of one window."""
+
+    n: int
+    nll: float
+    nll_reference: float = 0.0
+    kld: F64 | None = None  # (n,), nats
+    n_top1: int = 0  # positions where both find the same token likeliest
+    n_routed: int = 0  # (position, layer, expert) choices of the reference
+    n_routed_alike: int = 0  # of them, those the model chose too
+
+
+@dataclass(frozen=True)
+class Against:
+    """Distance from the reference model."""
+
+    perplexity: float
+    kld_mean: float
+    kld_error: float | None
+    kld_p99: float
+    kld_max: float
+    top1: float
+    routing: float | None  # share of the reference's expert choices that the model made too; None where not comparable
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result. Errors are standard errors over windows; None for a single window."""
+
+    n_windows: int
+    n_ctx: int
+    skip: int
+    n_scored: int
+    nll: float  # nats a token
+    perplexity: float
+    perplexity_error: float | None
+    reference: Against | None
+
+
+def evaluate(
+    runtime: Runtime,
+    text: str,
+    n_ctx: int = 512,
+    *,
+    skip: int | None = None,
+    max_windows: int | None = None,
+    reference: Runtime | None = None,
+    told: Callable[[int, int, float], None] = lambda done, n, perplexity: None,
+) -> Evaluation:
+    """Score ``text``; ``told(windows done, windows, perplexity so far)`` after each window. UsageError, CliError."""
+    skip = n_ctx // SKIPPED_SHARE if skip is None else skip
+    if not 0 <= skip < n_ctx - 1:
+        raise UsageError(
+            f"{skip} unscored positions leave nothing to score in a window of {n_ctx}", "--skip takes fewer"
+        )
+    if reference is not None:
+        _check_same_vocabulary(runtime, reference)
+    windows = cut(runtime, text, n_ctx)[:max_windows]
+    session = runtime.model.session(n_ctx)
+    other = reference.model.session(n_ctx) if reference is not None else None
+    scores = []
+    for window in windows:
+        scores.append(_score(session, other, window, skip))
+        told(len(scores), len(windows), math.exp(sum(s.nll for s in scores) / sum(s.n for s in scores)))
+    return _summary(scores, n_ctx, skip, has_reference=other is not None)
+
+
+def cut(runtime: Runtime, text: str, n_ctx: int) -> list[NDArray[np.int32]]:
+    """The text's windows of n_ctx tokens. UsageError where it fills none."""
+    tokenizer = runtime.tokenizer
+    ids = np.array(tokenizer.encode(text), np.int32)
+    start = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    step = n_ctx - len(start)
+    if len(ids) < step:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, and a window takes {step}", "a longer text, or a smaller --ctx"
+        )
+    begin = np.array(start, np.int32)
+    return [np.concatenate([begin, ids[i : i + step]]) for i in range(0, len(ids) - step + 1, step)]
+
+
+def _check_same_vocabulary(runtime: Runtime, reference: Runtime) -> None:
+    from cext import Gguf
+
+    lists = []
+    for path in (runtime.path, reference.path):
+        with Gguf(path) as gguf:
+            lists.append(gguf.metadata.get("tokenizer.ggml.tokens"))
+    same_rows = runtime.model.hparams["n_vocab"] == reference.model.hparams["n_vocab"]
+    if lists[0] != lists[1] or not same_rows:
+        raise UsageError(
+            f"`{runtime.path}` and `{reference.path}` have different vocabularies",
+            "--reference takes the same model in a finer type, f16 or q8_0 say",
+        )
+
+
+def _score(session: Session, other: Session | None, window: NDArray[np.int32], skip: int) -> Score:
+    targets = window[skip + 1 :]
+    taps = (_router_tap(session), _router_tap(other)) if other is not None else (None, None)
+    logits = _logits(session, window, skip, taps[0])
+    if other is None:
+        nll = -sum(float(_at(row, t).sum()) for row, t in _log_probabilities(logits, targets))
+        return Score(len(targets), nll)
+    theirs = _logits(other, window, skip, taps[1])
+    nll = nll_reference = 0.0
+    klds: list[F64] = []
+    pairs = zip(_log_probabilities(logits, targets), _log_probabilities(theirs, targets), strict=True)
+    for (mine, target), (reference, _) in pairs:
+        nll -= float(_at(mine, target).sum())
+        nll_reference -= float(_at(reference, target).sum())
+        klds.append((np.exp(reference) * (reference - mine)).sum(axis=1))
+    n_top1 = int((logits.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    n_routed, alike = _routed_alike(taps[0] or {}, taps[1] or {}, skip)
+    return Score(len(targets), nll, nll_reference, np.concatenate(klds), n_top1, n_routed, alike)
+
+
+def _logits(session: Session, window: NDArray[np.int32], skip: int, tap: Tap | None) -> F32:
+    """Logits of the scored positions, (n, n_vocab): each predicts the token after it."""
+    session.rewind(0)
+    logits = session.eval(window, "all", tap=tap)[skip:-1]
+    if not np.isfinite(logits).all():
+        raise CliError(
+            f"`{session.model.path}` computes values that are not numbers", "the file is damaged: make it again"
+        )
+    return logits
+
+
+def _log_probabilities(logits: F32, targets: NDArray[np.int32]) -> Iterator[tuple[F64, NDArray[np.int32]]]:
+    """(log-softmax in float64, targets) of ROWS positions at a time."""
+    for start in range(0, len(logits), ROWS):
+        rows = logits[start : start + ROWS].astype(np.float64)
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        yield rows, targets[start : start + ROWS]
+
+
+def _at(rows: F64, targets: NDArray[np.int32]) -> F64:
+    return np.asarray(np.take_along_axis(rows, targets[:, None].astype(np.int64), axis=1), np.float64)
+
+
+def _router_tap(session: Session) -> Tap:
+    hparams = session.model.hparams
+    return Tap({f"experts-{il}": None for il in range(hparams["n_layer_dense"], hparams["n_layer"])})
+
+
+def _routed_alike(mine: dict[str, Any], theirs: dict[str, Any], skip: int) -> tuple[int, int]:
+    """(the reference's choices, those of them that are mine too); (0, 0) where layers or numbers differ."""
+    total = alike = 0
+    if mine.keys() != theirs.keys():
+        return 0, 0
+    for name, reference in theirs.items():
+        a, b = mine[name][skip:-1], reference[skip:-1]  # (n, n_expert_used)
+        if a.shape != b.shape:
+            return 0, 0
+        total += b.size
+        alike += int((b[:, :, None] == a[:, None, :]).sum())  # experts of one token are distinct
+    return total, alike
+
+
+def _summary(scores: list[Score], n_ctx: int, skip: int, *, has_reference: bool) -> Evaluation:
+    n = sum(s.n for s in scores)
+    nll = sum(s.nll for s in scores) / n
+    error = _standard_error([s.nll / s.n for s in scores])
+    against = None
+    if has_reference:
+        kld = np.concatenate([s.kld for s in scores if s.kld is not None])
+        n_routed = sum(s.n_routed for s in scores)
+        against = Against(
+            perplexity=math.exp(sum(s.nll_reference for s in scores) / n),
+            kld_mean=float(kld.mean()),
+            kld_error=_standard_error([float(s.kld.mean()) for s in scores if s.kld is not None]),
+            kld_p99=float(np.percentile(kld, 99)),
+            kld_max=float(kld.max()),
+            top1=sum(s.n_top1 for s in scores) / n,
+            routing=sum(s.n_routed_alike for s in scores) / n_routed if n_routed else None,
+        )
+    perplexity = math.exp(nll)
+    return Evaluation(
+        n_windows=len(scores),
+        n_ctx=n_ctx,
+        skip=skip,
+        n_scored=n,
+        nll=nll,
+        perplexity=perplexity,
+        perplexity_error=perplexity * error if error is not None else None,
+        reference=against,
+    )
+
+
+def _standard_error(means: list[float]) -> float | None:
+    """Of the mean of window means; windows are of equal length."""
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
