@@ -90,7 +90,7 @@ class _Run:
         self.calibrated = weighted or (self.recipe.wants_calibration and options.awq)
         self.types = {t.name: recipe.type_of(self.recipe, self.arch, t, weighted) for t in self.plan}
         self.nbytes = sum(recipe.nbytes(t, self.types[t.name]) for t in self.plan)
-        self.keys = self.arch.keys()
+        self.keys = {"general.architecture": ARCHITECTURE, **self.arch.keys()}
         self.tokenizer = read_vocab(checkpoint.path, self.arch.n_vocab).keys()
         self.calibration: corpus.Corpus | None = None
         self.stream: Stream | None = None
@@ -103,8 +103,7 @@ class _Run:
         self._tell("read", -1, 0.0)
         if self.calibrated:
             files = self.options.calibration or corpus.DEFAULT_FILES
-            named = {**self.keys, **self.tokenizer, "general.architecture": ARCHITECTURE}
-            self.calibration = corpus.load(files, named, self.options.max_tokens)
+            self.calibration = corpus.load(files, {**self.keys, **self.tokenizer}, self.options.max_tokens)
         infos = [(t.name, t.shape, self.types[t.name]) for t in self.plan]
         with Writer(self.out, self._metadata(), infos) as writer:
             self.writer = writer
@@ -199,12 +198,11 @@ class _Run:
     def _metadata(self) -> dict[str, object]:
         """Every key of the file. Its length never changes during a run: counts that come later are zeros at first."""
         keys: dict[str, object] = {
-            "general.architecture": ARCHITECTURE,
+            **self.keys,
             "general.type": "model",
             "general.name": self.checkpoint.path.resolve().name,
             "general.file_type": int(self.recipe.file_type),
             "general.quantization_version": 2,
-            **self.keys,
             **self.tokenizer,
         }
         if self.calibration is not None:
