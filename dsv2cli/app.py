@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 stopped with Ctrl-C.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -73,13 +74,23 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         return str(error), error.hint, error.exit_code
     hint = getattr(error, "hint", None)
     if isinstance(hint, str):  # the engine's and the quantiser's own errors
-        return str(error), hint, FAILED
+        return str(error), hint, MISUSED if isinstance(error, ValueError) else FAILED
     if isinstance(error, OSError) and error.strerror:
         where = f"`{error.filename}`: " if error.filename is not None else ""
         return f"{where}{error.strerror}", "", FAILED
     if isinstance(error, MemoryError):
         return "out of memory", "a shorter context (-c) or a smaller quantisation needs less", FAILED
     return f"internal error: {type(error).__name__}: {error}", "DSV2_DEBUG=1 shows where; please report it", FAILED
+
+
+def prepare_streams() -> None:
+    """Streams closed by the caller lead nowhere, not into the next file opened; what cannot be encoded shows as ?."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def close_quietly() -> None:
@@ -90,10 +101,10 @@ def close_quietly() -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line on ``args`` (sys.argv) and return the exit code."""
+    prepare_streams()
     try:
         result = app(args=args, prog_name="dsv2", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -5,6 +5,7 @@ Colours appear on terminals only and never under NO_COLOR. rich is imported when
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -45,7 +46,7 @@ def printable(text: str) -> str:
 
 def note(message: str, style: str | None = None) -> None:
     """One line of log on stderr."""
-    if sys.stderr is not None:
+    with contextlib.suppress(OSError):  # a log that cannot be written is no reason to fail
         sys.stderr.write((styled(message, style) if style else message) + "\n")
         sys.stderr.flush()
 

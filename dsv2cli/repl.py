@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,12 @@ class Chat:
         ids = self.conversation.reply(text, self.sampler, self.limit, self.last, progress.told)
         written: list[str] = []
         try:
-            for piece in self._shown(ids):
-                progress.clear()
-                written.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            with contextlib.closing(self._shown(ids)) as pieces:  # so that the statistics are complete whatever happens
+                for piece in pieces:
+                    progress.clear()
+                    written.append(piece)
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
         finally:
             progress.clear()
             if written and not written[-1].endswith("\n"):
@@ -66,7 +68,7 @@ class Chat:
         self.last = Stats()
         return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
 
-    def _shown(self, ids: Iterator[int]) -> Iterator[str]:
+    def _shown(self, ids: Iterator[int]) -> Generator[str, None, None]:
         """The answer's text, without the space it begins with, and safe for a terminal where there is one."""
         begun = self.raw
         safe = console.printable if console.is_terminal(sys.stdout) else str
@@ -215,9 +217,10 @@ class Repl:
 
     def stats(self, _: str) -> bool:
         conversation = self.chat.conversation
+        n = len(conversation.turns)
         self.chat.tell_stats()
         console.note(
-            f"{len(conversation.turns)} turns, {conversation.n_used} of {conversation.n_ctx} tokens of context", "dim"
+            f"{n} turn{'s' if n != 1 else ''}, {conversation.n_used} of {conversation.n_ctx} tokens of context", "dim"
         )
         return True
 

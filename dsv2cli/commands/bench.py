@@ -27,12 +27,14 @@ def bench(
     n_decode: Annotated[
         int, typer.Option("-n", "--decode", metavar="N", min=0, help="Tokens to decode one by one; 0: none.")
     ] = 128,
-    depths: Annotated[str, typer.Option("-d", "--depths", help="Tokens of context before, as 0,4096,16384.")] = "0",
+    depths: Annotated[
+        str, typer.Option("-d", "--depths", metavar="N,N,...", help="Tokens of context before, as 0,4096,16384.")
+    ] = "0",
     rounds: Annotated[
         int, typer.Option("-r", "--rounds", metavar="N", min=1, help="Measured rounds; one more warms up.")
     ] = 3,
     threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, help="Worker threads of every engine.")
+        int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads of every engine.")
     ] = None,
     against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,

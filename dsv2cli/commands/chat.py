@@ -20,6 +20,7 @@ EXAMPLES = (
     'chat -p "Tell me a story about a ship." --seed 1',
     "chat model.gguf -n 200 < question.txt > answer.txt",
 )
+MAX_CONTEXT = 1 << 24
 MODEL_HELP = "A GGUF file, or an alias that was quantised here; the small model in the package if left out."
 
 
@@ -45,7 +46,8 @@ def chat(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")] = None,
     context: Annotated[
-        int | None, typer.Option("-c", "--ctx", min=2, help="Tokens of context; 4096 if left out.")
+        int | None,
+        typer.Option("-c", "--ctx", metavar="N", min=2, max=MAX_CONTEXT, help="Tokens of context; 4096 if left out."),
     ] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
@@ -83,7 +85,7 @@ def chat(
             try:
                 talk.answer(text)
             finally:
-                if not quiet:
+                if not quiet and talk.last.n_prompt:
                     talk.tell_stats()
 
 
@@ -91,8 +93,6 @@ def given_text(prompt: str | None) -> str | None:
     """The one text to answer, from -p or stdin; None where a person sits at a terminal."""
     if prompt is not None and prompt != "-":
         text = prompt
-    elif sys.stdin is None:
-        raise UsageError("there is no prompt, and stdin is closed", "give one with -p")
     elif prompt is None and console.is_terminal(sys.stdin):
         return None
     else:

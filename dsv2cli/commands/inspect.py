@@ -22,7 +22,7 @@ SHOWN_ITEMS = 4  # of a list among the metadata
 def inspect(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
     context: Annotated[
-        int | None, typer.Option("-c", "--ctx", min=1, help="Memory at this context, not a few.")
+        int | None, typer.Option("-c", "--ctx", metavar="N", min=1, help="Memory at this context, not a few.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv2cli import console
+from dsv2cli.commands.chat import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from dsv2cli.evaluate import Evaluation
@@ -18,13 +19,17 @@ EXAMPLES = (
     "perplexity model.gguf --text held-out.txt",
     "perplexity q4.gguf --text held-out.txt --reference f16.gguf --json",
 )
-SKIP = typer.Option(min=0, help="Positions at a window's beginning that are not scored; a quarter if left out.")
+SKIP = typer.Option(
+    metavar="N", min=0, help="Positions at a window's beginning that are not scored; a quarter if left out."
+)
 
 
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.")],
-    context: Annotated[int, typer.Option("-c", "--ctx", metavar="N", min=2, help="Tokens of a window.")] = 512,
+    context: Annotated[
+        int, typer.Option("-c", "--ctx", metavar="N", min=2, max=MAX_CONTEXT, help="Tokens of a window.")
+    ] = 512,
     reference: Annotated[
         str | None, typer.Option(metavar="GGUF", help="The same model in a finer type: KLD and agreement with it.")
     ] = None,
