@@ -73,7 +73,7 @@ def decoded(path):
 
 
 def ours(path, ids, **options):
-    with cext.Model(path, threads=2, **options) as model:
+    with cext.Model(path, threads=1, **options) as model:
         return model.session(len(ids), kv_type="f32").eval(ids, "all")
 
 

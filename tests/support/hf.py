@@ -1,14 +1,16 @@
 """transformers as an oracle: a tiny checkpoint's logits in float32 on the CPU. Import only where PyTorch may be."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 import transformers
 from numpy.typing import ArrayLike, NDArray
-from support.tiny import Checkpoint
+from support.tiny import GLOBAL_NAMES, LAYER_NAMES, Checkpoint
 
 
 def load(folder: Path, eps: float | None = None) -> Any:
@@ -31,6 +33,34 @@ def load(folder: Path, eps: float | None = None) -> Any:
             if hasattr(module, "variance_epsilon"):
                 module.variance_epsilon = eps
     return model.eval()
+
+
+def from_gguf(folder: Path, path: Path) -> Any:
+    """transformers' model of a Hugging Face folder's config, with the weights of a GGUF as gguf-py decodes them."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    state = {to: tensors[name] for to, name in GLOBAL_NAMES.items() if name in tensors}
+    for il in range(config.num_hidden_layers):
+        state |= {f"model.layers.{il}.{name}": value for name, value in _layer_state(tensors, f"blk.{il}.")}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()})
+    return model.eval()
+
+
+def _layer_state(tensors: dict[str, NDArray[np.float32]], blk: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """A block's tensors under transformers' names: kv_b in one piece, experts stacked, gate and up together."""
+    for to, name in LAYER_NAMES.items():
+        if blk + name in tensors:
+            yield to, tensors[blk + name]
+    w_uk, w_uv = tensors[f"{blk}attn_k_b.weight"].transpose(0, 2, 1), tensors[f"{blk}attn_v_b.weight"]
+    yield "self_attn.kv_b_proj.weight", np.concatenate([w_uk, w_uv], axis=1).reshape(-1, w_uv.shape[-1])
+    if f"{blk}ffn_gate_exps.weight" in tensors:
+        gate, up = tensors[f"{blk}ffn_gate_exps.weight"], tensors[f"{blk}ffn_up_exps.weight"]
+        yield "mlp.experts.gate_up_proj", np.concatenate([gate, up], axis=1)
+        yield "mlp.experts.down_proj", tensors[f"{blk}ffn_down_exps.weight"]
 
 
 def logits(model: Any, ids: ArrayLike) -> NDArray[np.float32]:
