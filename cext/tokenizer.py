@@ -25,12 +25,12 @@ from cext.gguf import Gguf
 
 # Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
 MARKER = re.compile(r"<[|｜][^<>]{1,64}[|｜]>")
-# llama.cpp splits words with std::regex, which recurses once a character: a run of about 20,000 alike overflows the
-# stack. Runs past this length are cut, and nothing shorter is ever touched.
-MAX_RUN = 2048
+# llama.cpp splits words with std::regex, which recurses once a character, at 300 bytes each: 30,000 letters in a row
+# overflow the usual stack of 8 MB. Runs past this length, which fits 512 KB, are cut; nothing shorter is ever touched.
+MAX_RUN = 1024
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
-# A word always ends between an ASCII letter and the punctuation after it, so a cut there changes nothing.
-WORD_END = re.compile(r"(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])")
+# A word always ends between a letter and the punctuation after it, so a cut there changes nothing.
+WORD_END = re.compile(r"(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])|(?<=[一-龥])(?=[！-／：-～‘-‟、。])")
 MAX_TEXT_BYTES = 1 << 30  # llama.cpp counts bytes and tokens in 32 bits
 
 DEFAULT_TEMPLATE = """\

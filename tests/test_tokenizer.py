@@ -1,0 +1,211 @@
+"""The tokenizer: the real vocabulary's vectors, control tokens that cannot be typed, text that must not break it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+
+import pytest
+from support.vocab import ASSISTANT, BOS, EOS, IDS, N_VOCAB, ODD_MARKER, SPECIALS, USER, vocabulary, write_vocab
+
+from cext import FormatError
+from cext.tokenizer import MAX_RUN, Tokenizer, TokenizerError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_vocab(tmp_path_factory.mktemp("vocab") / "vocab.gguf"))
+
+
+@pytest.fixture(scope="module")
+def real(shared: Path) -> Tokenizer:
+    """DeepSeek-V2's own vocabulary."""
+    return Tokenizer(shared / "tokenizer" / "ggml-vocab-deepseek-llm.gguf")
+
+
+def spelt(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.encode(text)]
+
+
+def test_the_real_vocabularys_vectors(real: Tokenizer, shared: Path) -> None:
+    path = shared / "tokenizer" / "ggml-vocab-deepseek-llm.gguf"
+    texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{path}.out").read_text(encoding="utf-8").split("\n")
+    assert len(texts) == len(lines) > 40
+    wrong = [text for text, line in zip(texts, lines, strict=True) if real.encode(text) != list(map(int, line.split()))]
+    assert not wrong
+
+
+def test_the_real_vocabularys_facts(real: Tokenizer) -> None:
+    assert (real.n_vocab, real.bos, real.eos, real.add_bos) == (102400, 100000, 100001, True)
+    assert real.prompt("Hi")[0] == 100000
+    assert real.is_end(100001) and not real.is_end(100000) and not real.is_end(-1) and not real.is_end(10**6)
+    special = {i: text for i in range(real.n_vocab) if (text := real.special_text(i))}
+    assert special == {100000: BOS, 100001: EOS}
+
+
+@pytest.mark.parametrize("text", ["User: hi\n\nAssistant:", "naïve — 🦙 你好\n\t ", "", " ", "\0\x1b[31m", "a" * 5000])
+def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_merges_apply_across_words(tokenizer: Tokenizer) -> None:
+    assert spelt(tokenizer, "User: Hi") == ["User", ":", " Hi"]
+
+
+# Control tokens cannot be typed.
+
+ATTACKS = [
+    lambda s: s,
+    lambda s: f"before {s} after",
+    lambda s: s * 3,
+    lambda s: s[:3] + s + s[3:],  # what is left when the inner one is taken out spells another
+    lambda s: s[:1] + s,
+    lambda s: s + s[:-1],
+    lambda s: f"{s[0]}{s}{s[1:]}",
+    lambda s: f" {s}\n{s}",
+]
+
+
+@pytest.mark.parametrize(("spelling", "kind"), SPECIALS)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_typed_text_never_becomes_a_control_token(tokenizer: Tokenizer, spelling: str, kind: int, attack) -> None:
+    text = attack(spelling)
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(IDS.values())
+    assert tokenizer.decode(ids) == text
+
+
+def test_no_pair_of_markers_slips_through(tokenizer: Tokenizer) -> None:
+    for a, b in itertools.product([s for s, _ in SPECIALS], repeat=2):
+        for cut in range(len(a)):
+            text = a[:cut] + b + a[cut:]
+            ids = tokenizer.encode(text)
+            assert not set(ids) & set(IDS.values()), text
+            assert tokenizer.decode(ids) == text
+
+
+def test_the_real_vocabularys_markers_cannot_be_typed(real: Tokenizer) -> None:
+    for text in (BOS, EOS, f"{BOS}User: {EOS}{EOS}", EOS[:2] + EOS + EOS[2:], "<|EOT|>", "<｜User｜>"):
+        ids = real.encode(text)
+        assert max(ids) < 100000 and real.decode(ids) == text
+
+
+def test_control_tokens_are_known_by_spelling(tokenizer: Tokenizer) -> None:
+    assert {s: tokenizer.control_id(s) for s, _ in SPECIALS} == IDS
+    assert tokenizer.control_id("User") is None and tokenizer.control_id(BOS + EOS) is None
+    assert tokenizer.token_bytes(IDS[BOS]) == tokenizer.token_bytes(IDS[EOS]) == b""
+
+
+def test_a_vocabulary_that_marks_common_text_as_control_is_refused(tmp_path: Path) -> None:
+    types = list(vocabulary()["tokenizer.ggml.token_type"])
+    types[vocabulary()["tokenizer.ggml.tokens"].index("a")] = 3
+    made = Tokenizer(write_vocab(tmp_path / "v.gguf", ggml__token_type=types))
+    assert made.encode("xyz")
+    with pytest.raises(TokenizerError, match="marks 'a', ordinary text, as control"):
+        made.encode("banana")
+
+
+# Text that breaks other tokenizers.
+
+
+@pytest.mark.parametrize("unit", ["a", "!", " ", "\n", "7", "中", "é", "🦙", "\u3000", "ab", "x "])
+def test_runs_of_any_length(tokenizer: Tokenizer, unit: str) -> None:
+    """llama.cpp's word splitter overflows the stack on 30,000 letters in a row."""
+    text = unit * 100_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_in_a_thread_with_a_small_stack(tokenizer: Tokenizer) -> None:
+    """512 KB is what other systems give to threads."""
+    result: list[int] = []
+    before = threading.stack_size(512 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: result.extend(tokenizer.encode("a" * 50_000)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert tokenizer.decode(result) == "a" * 50_000
+
+
+@pytest.mark.parametrize("unit", ["configuration(", "今天天气很好，", "x+y*z-"])
+def test_long_runs_are_cut_where_words_end(real: Tokenizer, unit: str) -> None:
+    """So the ids are those of the pieces, as they would be without a cut."""
+    n = 3 * MAX_RUN // len(unit)
+    assert real.encode(unit * n) == real.encode(unit) * n
+
+
+@pytest.mark.parametrize(("text", "shown"), [("a\udcffb", "a\ufffdb"), ("\ud83e\udd99", "🦙"), ("\ud83e", "\ufffd")])
+def test_lone_surrogates(tokenizer: Tokenizer, text: str, shown: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == shown
+
+
+# Streaming.
+
+
+def test_half_a_character_waits_for_the_rest(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    pieces = [stream.feed(i) for i in tokenizer.encode("é🦙x")] + [stream.finish()]
+    assert "".join(pieces) == "é🦙x"
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert pieces == ["", "é", "", "", "", "🦙", "x", ""]
+
+
+def test_a_character_that_never_ends(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    assert [stream.feed(i) for i in tokenizer.encode("🦙")[:3]] == ["", "", ""]
+    assert stream.finish() == "\ufffd"
+
+
+def test_ids_outside_the_vocabulary_spell_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes(N_VOCAB) == tokenizer.token_bytes(-1) == b""
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ggml__model": None}, "has no vocabulary"),
+        ({"ggml__model": "llama"}, "kind `llama`"),
+        ({"ggml__tokens": None}, "not a list of strings"),
+        ({"ggml__tokens": ["a", "b", "a"]}, "there twice"),
+        ({"ggml__tokens": [1, 2]}, "not a list of strings"),
+        ({"ggml__pre": "no-such-rules"}, "cannot load"),
+        ({"ggml__merges": None}, "cannot load"),
+        ({"ggml__token_type": [1, 1]}, "cannot load"),
+    ],
+)
+def test_unusable_vocabularies(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer(write_vocab(tmp_path / "v.gguf", **changes))
+
+
+def test_ids_that_the_file_does_not_name_are_not_guessed(tmp_path: Path) -> None:
+    """llama.cpp takes token 11 for BOS and EOS where the file says nothing."""
+    made = Tokenizer(write_vocab(tmp_path / "v.gguf", ggml__bos_token_id=None, ggml__eos_token_id=10**6))
+    assert (made.bos, made.eos, made.add_bos) == (None, None, False)
+    assert made.prompt("a") == made.encode("a")
+
+
+def test_no_file_and_no_gguf(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nothing.gguf"):
+        Tokenizer(tmp_path / "nothing.gguf")
+    (tmp_path / "text.gguf").write_text("not a model", encoding="utf-8")
+    with pytest.raises(FormatError):
+        Tokenizer(tmp_path / "text.gguf")
+
+
+def test_a_closed_tokenizer_says_so(tmp_path: Path) -> None:
+    with Tokenizer(write_vocab(tmp_path / "v.gguf")) as made:
+        assert made.encode("a")
+    with pytest.raises(TokenizerError, match="closed"):
+        made.encode("a")
+    made.close()
+
+
+def test_markers_of_both_kinds_are_special(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.special_text(IDS[s]) for s in (BOS, USER, ASSISTANT, ODD_MARKER)] == [BOS, USER, ASSISTANT, ODD_MARKER]
