@@ -10,6 +10,12 @@ ds_status ds_fail(ds_error *err, ds_status status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(err->message, sizeof err->message, format, args);
     va_end(args);
+    /* A message may quote a file's bytes: none of them shall steer the terminal or begin a second line. */
+    for (char *p = err->message; *p; p++) {
+        if ((unsigned char)*p < 0x20 || *p == 0x7f) {
+            *p = '?';
+        }
+    }
     return status;
 }
 

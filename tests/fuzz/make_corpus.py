@@ -18,7 +18,7 @@ def main() -> None:
     seeds = {f"hostile-{case.name}": case.content for case in HOSTILE}
     seeds |= {f"small-v{version}": gguf_bytes.small_file(version) for version in (2, 3)}
     for kind, (elements, _) in GGML_QUANT_SIZES.items():
-        seeds[f"tiny-model-{kind.name.lower()}"] = gguf_bytes.tiny_model(kind, max(32, elements))
+        seeds[f"tiny-model-{kind.name.lower()}"] = gguf_bytes.tiny_model(kind, max(32, elements)).content()
     for name, content in seeds.items():
         if len(content) <= MAX_SEED_BYTES:
             (out / f"{name}.gguf").write_bytes(content)

@@ -149,46 +149,59 @@ def _numbers(nbytes: int) -> bytes:
     return bytes(byte if i % 2 == 0 else 0x3D | (byte & 0x80) for i, byte in enumerate(raw))
 
 
-def tiny_model(kind: int = TYPE_F32, n_embd: int = 32) -> bytes:
-    """A valid deepseek2 file of 15 KB and more: a dense block with the legacy attn_kv_b, then experts with split ones.
+@dataclass(frozen=True)
+class Model:
+    """A deepseek2 file in parts: values by key without "deepseek2.", and tensors whose places are not yet chosen."""
+
+    values: dict[str, tuple[int, object]]  # (type, value)
+    tensors: list[Tensor]
+
+    def content(self, data: bytes | None = None) -> bytes:
+        """The file; data stands for the weights where it is given."""
+        kvs = [kv("general.architecture", STRING, "deepseek2")]
+        kvs += [kv(f"deepseek2.{key}", kind, item) for key, (kind, item) in self.values.items()]
+        tensors, end = place(self.tensors)
+        return gguf(kvs, tensors, _numbers(end) if data is None else (data * end)[:end])
+
+
+TINY_VALUES: dict[str, tuple[int, object]] = {
+    "block_count": (U32, 2),
+    "context_length": (U32, 64),
+    "embedding_length": (U32, 32),
+    "vocab_size": (U32, 8),
+    "feed_forward_length": (U32, 4),
+    "leading_dense_block_count": (U32, 1),
+    "attention.head_count": (U32, 2),
+    "attention.head_count_kv": (U32, 1),
+    "attention.kv_lora_rank": (U32, 8),
+    "attention.key_length": (U32, 10),
+    "attention.value_length": (U32, 8),
+    "attention.key_length_mla": (U32, 6),
+    "attention.value_length_mla": (U32, 4),
+    "attention.layer_norm_rms_epsilon": (F32, 1e-6),
+    "rope.dimension_count": (U32, 2),
+    "rope.freq_base": (F32, 10000.0),
+    "rope.scaling.type": (STRING, "yarn"),
+    "rope.scaling.factor": (F32, 2.0),
+    "rope.scaling.original_context_length": (U32, 32),
+    "rope.scaling.yarn_log_multiplier": (F32, 0.0707),
+    "expert_count": (U32, 2),
+    "expert_used_count": (U32, 1),
+    "expert_shared_count": (U32, 1),
+    "expert_feed_forward_length": (U32, 4),
+    "expert_group_count": (U32, 1),
+    "expert_group_used_count": (U32, 1),
+    "expert_gating_func": (U32, 1),
+    "expert_weights_scale": (F32, 1.0),
+    "expert_weights_norm": (BOOL, False),
+}
+
+
+def tiny_model(kind: int = TYPE_F32, n_embd: int = 32) -> Model:
+    """A valid model of 15 KB and more: a dense block with the legacy attn_kv_b, then experts with split ones.
 
     Matrices with rows of n_embd values are of the type kind; values are arbitrary and moderate.
     """
-    ints = {
-        "block_count": 2,
-        "context_length": 64,
-        "embedding_length": n_embd,
-        "vocab_size": 8,
-        "feed_forward_length": 4,
-        "leading_dense_block_count": 1,
-        "attention.head_count": 2,
-        "attention.head_count_kv": 1,
-        "attention.kv_lora_rank": 8,
-        "attention.key_length": 10,
-        "attention.value_length": 8,
-        "attention.key_length_mla": 6,
-        "attention.value_length_mla": 4,
-        "rope.dimension_count": 2,
-        "rope.scaling.original_context_length": 32,
-        "expert_count": 2,
-        "expert_used_count": 1,
-        "expert_shared_count": 1,
-        "expert_feed_forward_length": 4,
-        "expert_group_count": 1,
-        "expert_group_used_count": 1,
-        "expert_gating_func": 1,
-    }
-    floats = {
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": 10000.0,
-        "rope.scaling.factor": 2.0,
-        "rope.scaling.yarn_log_multiplier": 0.0707,
-        "expert_weights_scale": 1.0,
-    }
-    kvs = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.rope.scaling.type", STRING, "yarn")]
-    kvs += [kv(f"deepseek2.{key}", U32, n) for key, n in ints.items()]
-    kvs += [kv(f"deepseek2.{key}", F32, x) for key, x in floats.items()]
-    kvs += [kv("deepseek2.expert_weights_norm", BOOL, False)]
     ends = [
         Tensor("token_embd.weight", (n_embd, 8), TYPE_Q8_0),
         Tensor("output_norm.weight", (n_embd,)),
@@ -197,5 +210,4 @@ def tiny_model(kind: int = TYPE_F32, n_embd: int = 32) -> bytes:
     tensors = [*ends, *_block_tensors(0, True, n_embd), *_block_tensors(1, False, n_embd)]
     wide = [t.kind == TYPE_F32 and len(t.shape) > 1 and t.shape[0] == n_embd for t in tensors]
     tensors = [replace(t, kind=kind) if is_wide else t for t, is_wide in zip(tensors, wide, strict=True)]
-    tensors, end = place(tensors)
-    return gguf(kvs, tensors, _numbers(end))
+    return Model(TINY_VALUES | {"embedding_length": (U32, n_embd)}, tensors)
