@@ -24,7 +24,7 @@ from cext.errors import EngineError
 from cext.gguf import Gguf
 
 # Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
-MARKER = re.compile(r"<[|｜][^<>]{1,64}[|｜]>")
+MARKER = re.compile("<[|｜][^<>\ue000]{1,64}[|｜]>")
 # llama.cpp splits words with std::regex, which recurses once a character, at 300 bytes each: 30,000 letters in a row
 # overflow the usual stack of 8 MB. Runs past this length, which fits 512 KB, are cut; nothing shorter is ever touched.
 MAX_RUN = 1024
@@ -41,7 +41,7 @@ DEFAULT_TEMPLATE = """\
 {%- else %}{{ message['content'] + '\\n\\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
-PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # of a message; no marker holds one
 
 
 class TokenizerError(EngineError):

@@ -1,4 +1,4 @@
-"""A small byte-pair vocabulary with control tokens, as GGUF keys: what chats and commands need to run on tiny models."""
+"""A small byte-pair vocabulary with control tokens, as GGUF keys: with it, tiny models can chat."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from support.tiny import Spec, add_key, gguf_byte, gguf_metadata, gguf_tensors, variant
 from support.tiny import Checkpoint as TinyCheckpoint
+from support.tiny import Spec, add_key, gguf_byte, gguf_metadata, gguf_tensors, variant
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -15,7 +15,8 @@ ODD_MARKER = "<|odd|>"
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 MERGES = [
     ("U", "s"), ("e", "r"), ("Us", "er"), ("A", "s"), ("s", "i"), ("As", "si"), ("Assi", "s"), ("Assis", "t"),
-    ("a", "n"), ("an", "t"), ("Assist", "ant"), ("Ġ", "H"), ("ĠH", "i"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "a"),
+    ("a", "n"), ("an", "t"), ("Assist", "ant"), ("Ġ", "H"), ("ĠH", "i"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"),
+    ("Ġ", "a"),
 ]  # fmt: skip
 # (spelling, type): some writers mark turn markers as ordinary text, and they must not be typed all the same
 SPECIALS = [(BOS, CONTROL), (EOS, CONTROL), (USER, USER_DEFINED), (ASSISTANT, USER_DEFINED), (ODD_MARKER, USER_DEFINED)]
