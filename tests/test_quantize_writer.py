@@ -1,0 +1,191 @@
+"""quantize.writer: the bytes of a GGUF as gguf-py and the engine read them, and that half a file is never seen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+
+import cext
+from quantize.errors import OutputError
+from quantize.writer import Writer, write_vocab_only
+
+METADATA: dict[str, object] = {
+    "general.architecture": "deepseek2",
+    "n": 7,
+    "big": 4294967295,
+    "x": 0.25,
+    "yes": True,
+    "no": False,
+    "text": "grüße｜",
+    "empty": "",
+    "words": ["a", "", "ｂ"],
+    "ids": [1, -2, 3],
+    "usage": np.arange(5, dtype=np.uint32),
+    "curve": np.array([0.5, 1.5], np.float32),
+}
+TENSORS = [
+    ("a.weight", (3, 64), Type.Q4_0),
+    ("b.weight", (5,), Type.F32),
+    ("c.weight", (2, 3, 256), Type.Q6_K),
+    ("d.weight", (1, 1), Type.F16),
+]
+
+
+def fill(writer: Writer) -> dict[str, np.ndarray]:
+    """Random bytes in every tensor, written back to front and c in two halves."""
+    rng = np.random.default_rng(0)
+    data = {name: rng.integers(0, 256, slot.nbytes, np.uint8) for name, slot in writer.slots.items()}
+    for name in reversed(data):
+        half = len(data[name]) // 2 if name == "c.weight" else 0
+        writer.write(name, data[name][half:], half)
+        if half:
+            writer.write(name, data[name][:half])
+    return data
+
+
+def test_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with Writer(path, METADATA, TENSORS) as writer:
+        data = fill(writer)
+        assert not path.exists()
+        writer.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    reader = gguf.GGUFReader(path)
+    for key, value in METADATA.items():
+        got = reader.fields[key].contents()
+        assert got == pytest.approx(value.tolist() if isinstance(value, np.ndarray) else value), key
+    assert [(t.name, tuple(t.shape[::-1]), t.tensor_type) for t in reader.tensors] == TENSORS
+    for tensor in reader.tensors:
+        np.testing.assert_array_equal(tensor.data.reshape(-1).view(np.uint8), data[tensor.name], err_msg=tensor.name)
+        assert tensor.data_offset % 32 == 0
+    ours = cext.Gguf(path)
+    assert ours.metadata["words"] == METADATA["words"] and ours.metadata["text"] == METADATA["text"]
+    for name, expected in data.items():
+        np.testing.assert_array_equal(ours.raw(name), expected, err_msg=name)
+
+
+def test_metadata_alone(tmp_path: Path) -> None:
+    write_vocab_only(tmp_path / "v.gguf", METADATA)
+    assert set(METADATA) <= set(gguf.GGUFReader(tmp_path / "v.gguf").fields)
+
+
+def test_values_that_come_later(tmp_path: Path) -> None:
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+        fill(writer)
+        with pytest.raises(ValueError, match="header grew"):
+            writer.commit({**METADATA, "more": 1})
+        writer.commit({**METADATA, "usage": np.full(5, 9, np.uint32)})
+    assert cext.Gguf(tmp_path / "m.gguf").metadata["usage"] == [9] * 5
+
+
+def test_unfinished_files_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("what was there before")
+    with pytest.raises(ZeroDivisionError), Writer(path, METADATA, TENSORS) as writer:
+        fill(writer)
+        assert writer.part.exists()
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    assert path.read_text() == "what was there before"
+
+
+def test_a_missing_tensor_is_not_committed(tmp_path: Path) -> None:
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+        writer.write("b.weight", np.ones(5, np.float32))
+        with pytest.raises(ValueError, match=r"3 tensors .* `a\.weight`"):
+            writer.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "offset"), [(6, 0), (5, 4), (1, -4)])
+def test_writes_stay_inside_their_tensor(tmp_path: Path, size: int, offset: int) -> None:
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer, pytest.raises(ValueError, match=r"b\.weight"):
+        writer.write("b.weight", np.ones(size, np.float32), offset)
+
+
+def test_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="longer than 63"):
+        Writer(tmp_path / "m.gguf", {}, [("x" * 64, (1,), Type.F32)])
+    with pytest.raises(ValueError, match="same name"):
+        Writer(tmp_path / "m.gguf", {}, [("x", (1,), Type.F32)] * 2)
+
+
+def test_bad_places(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder"):
+        Writer(tmp_path, METADATA, TENSORS)
+    with pytest.raises(OutputError, match="no such folder"):
+        Writer(tmp_path / "none" / "m.gguf", METADATA, TENSORS)
+    (tmp_path / "m.gguf.part").mkdir()
+    with pytest.raises(OutputError, match="Is a directory"):
+        Writer(tmp_path / "m.gguf", METADATA, TENSORS)
+
+
+def test_two_runs_on_one_file(tmp_path: Path) -> None:
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS):
+        with pytest.raises(OutputError, match="another run"):
+            Writer(tmp_path / "m.gguf", METADATA, TENSORS)
+        with Writer(tmp_path / "other.gguf", METADATA, TENSORS):
+            pass
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+        fill(writer)
+        writer.commit()
+
+
+@pytest.mark.parametrize("call", [*(["posix_fallocate"] if hasattr(os, "posix_fallocate") else []), "pwrite", "fsync"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with (
+        pytest.raises(OutputError, match=r"No space left on device: it takes .* GB, .* GB are free"),
+        Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer,
+    ):
+        fill(writer)
+        writer.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+        fill(writer)
+        writer.commit()
+    assert len(gguf.GGUFReader(tmp_path / "m.gguf").tensors) == len(TENSORS)
+
+
+def test_short_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:7], at))
+    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+        data = fill(writer)
+        writer.commit()
+    np.testing.assert_array_equal(cext.Gguf(tmp_path / "m.gguf").raw("c.weight"), data["c.weight"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE as Linux has it")
+def test_the_kernel_s_own_limit(tmp_path: Path) -> None:
+    """A real refusal by the kernel, in a process of its own: a limit on file size."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "from quantize.errors import OutputError; from quantize.writer import Writer\n"
+        "from gguf.constants import GGMLQuantizationType as Type\n"
+        "try: Writer(sys.argv[1], {}, [('x', (100_000,), Type.F32)])\n"
+        "except OutputError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m.gguf")], capture_output=True, text=True, check=True
+    )
+    assert "File too large" in done.stdout and done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
