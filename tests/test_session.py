@@ -1,5 +1,6 @@
 """What a caller may do wrong with models and sessions, and that nothing is lost or broken after it."""
 
+import signal
 import threading
 import time
 
@@ -128,6 +129,34 @@ def test_batch_arguments(model, tiny_gguf):
     with cext.Model(tiny_gguf(PRO), threads=1) as other, pytest.raises(ValueError):
         cext.eval_batch([(session, [1]), (other.session(8), [1])])
     assert session.n_past == 0
+
+
+def test_nothing_of_a_bad_batch_is_evaluated(model):
+    first, second = model.session(600), model.session(600)
+    for bad in ([(first, [1]), (second, [LITE.n_vocab])], [(first, [1] * 300), (second, [1] * 300)]):
+        with pytest.raises(ValueError):
+            cext.eval_batch(bad)
+        assert (first.n_past, second.n_past) == (0, 0)
+
+
+def test_interrupt_between_chunks(model):
+    """Ctrl-C stops a long prompt; what was evaluated before it stays, and the session goes on."""
+    ids = tokens(LITE, 1 << 15)
+    session = model.session(len(ids))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            session.eval(ids)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    done = session.n_past
+    assert done % 512 == 0 and done < len(ids)
+    fresh = model.session(len(ids))
+    if done:
+        fresh.eval(ids[:done])
+    np.testing.assert_array_equal(session.eval(ids[done : done + 3]), fresh.eval(ids[done : done + 3]))
 
 
 def test_use_after_close(tiny_gguf):
