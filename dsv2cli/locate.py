@@ -61,7 +61,8 @@ def _by_name(name: str) -> Path:
         raise UsageError(f"`{name}` is no file, no alias and no owner/name", error.hint) from error
     stem = repo.split("/")[1]
     folder = hub.snapshot(repo)
-    found = sorted(Path.cwd().glob(f"{stem}-*.gguf")) + (sorted(folder.rglob("*.gguf")) if folder else [])
+    here = [p for p in sorted(Path.cwd().glob(f"{stem}-*.gguf")) if hub.GGUF_TYPE.fullmatch(p.stem.removeprefix(stem))]
+    found = here + (sorted(folder.rglob("*.gguf")) if folder else [])
     downloaded = folder is not None and any(folder.glob("*.safetensors"))
     steps = f"dsv2 quantize {name}" if downloaded else f"dsv2 download {name}, then dsv2 quantize {name}"
     return _one(found, f"no GGUF of {repo} here", steps)

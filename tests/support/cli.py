@@ -1,0 +1,112 @@
+"""Running dsv2 as a person does: in a process of its own, and in a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUN_MAIN = "from dsv2cli.app import main; main()"
+COMMAND = [sys.executable, "-c", RUN_MAIN]
+# In a new session, takes the terminal on stdin for its own, so that Ctrl-C reaches it.
+IN_TERMINAL = [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
+SECONDS = 60.0
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR"}
+    return {**kept, "PYTHONPATH": str(ROOT), **extra}
+
+
+def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; stdout and stderr as text."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*COMMAND, *map(str, args)],
+        input=data,
+        env=environment(**env),
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    out, err = (text.decode("utf-8") for text in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One error line and at most one hint that together hold the words; no traceback, nothing on stdout."""
+    assert result.returncode == code, (result.returncode, result.stderr)
+    told = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert [line.split(":")[0] for line in told] in (["error"], ["error", "hint"]), result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    for word in words:
+        assert word in " ".join(told), result.stderr
+
+
+class Screen:
+    """A program in a pseudo-terminal: what it showed so far, without escape sequences."""
+
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
+        self.process, self._terminal = process, terminal
+        self._bytes, self.text = b"", ""
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, pattern: str, start: int = 0) -> int:
+        """Read until ``pattern`` shows after position ``start``; returns where it ends."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            if found := re.compile(pattern).search(self.text, start):
+                return found.end()
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[start:]!r}"
+            if not self._read(0.1):
+                raise AssertionError(f"the program ended without {pattern!r}: {self.text[start:]!r}")
+
+    def _read(self, seconds: float) -> bool:
+        """More of the screen within ``seconds``; False once the program has gone."""
+        if select.select([self._terminal], [], [], seconds)[0]:
+            try:
+                data = os.read(self._terminal, 65536)
+            except OSError:  # Linux, when the other end is closed
+                return False
+            self._bytes += data
+            self.text = ESCAPES.sub("", self._bytes.decode("utf-8", "replace")).replace("\r", "")
+            return bool(data)
+        return True
+
+    def exit_code(self) -> int:
+        deadline = time.monotonic() + SECONDS
+        while self._read(0.05) and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def terminal(*args: str | Path, **env: str) -> Iterator[Screen]:
+    """A command in a pseudo-terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*IN_TERMINAL, *map(str, args)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(TERM="xterm", **env),
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        yield Screen(process, ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
