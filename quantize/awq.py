@@ -8,8 +8,9 @@ on, and kept only if it lowers the output error on tokens that the search did no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -52,10 +53,12 @@ GROUPS = (
 )
 EXPONENTS = tuple(i / 20 for i in range(20))  # s = mean|x|**exponent; 0 is no fold
 SCALE_LIMIT = 1e4
-SEARCH_VALUES = 1 << 20  # weights of a matrix that a search encodes an exponent: rows are independent, a sample tells
+# Weights of a matrix that are encoded for each exponent, and to judge the best: rows are independent, so that some
+# of them tell, and the ratio of two errors on the same rows and tokens is far steadier than either.
+SEARCH_VALUES, JUDGE_VALUES = 1 << 17, 1 << 19
 SEARCH_EXPERTS = 16
 MIN_SAMPLE = 8  # tokens below which an expert's output error is not evidence
-MIN_GAIN = 0.005  # of the error: smaller gains are the sample's noise
+MIN_GAIN = 0.02  # of the error: smaller gains are the sample's noise
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,19 @@ def scale_of(magnitude: F32, exponent: float) -> F32:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Some rows of one part of a target, with inputs to search with and inputs to judge with."""
+    """Some rows of one part of a target, and some inputs to measure their outputs with."""
 
     role: str
     part: int
     type: Type
     weights: F32  # (r, n)
     importance: F32 | None  # (n,)
-    search: F32  # (m, n)
-    judge: F32
+    inputs: F32  # (m, n)
+
+    @cached_property
+    def energy(self) -> float:
+        """Squared output of the exact rows."""
+        return _square(self.inputs @ self.weights.T)
 
 
 class Searcher:
@@ -144,13 +151,13 @@ class Searcher:
         """All groups that this layer has: the factors of those that paid, and what became of each."""
         scales, results = Scales(), []
         for group in GROUPS:
-            probes = list(self._probes(group))
-            if not probes:
+            search, judge = self._probes(group)
+            if not search:
                 continue
-            errors = [self._error(probes, exponent, judging=False) for exponent in EXPONENTS]
+            errors = [self._error(search, exponent) for exponent in EXPONENTS]
             best = EXPONENTS[int(np.argmin(errors))]
-            before = self._error(probes, 0.0, judging=True)
-            after = self._error(probes, best, judging=True) if best else before
+            before = self._error(judge, 0.0)
+            after = self._error(judge, best) if best else before
             kept = after < before * (1 - MIN_GAIN)
             results.append(FoldResult(il, group.name, best, before, after, kept))
             if kept:
@@ -164,19 +171,23 @@ class Searcher:
         n = n_parts(self.evidence.tensors[role])
         return np.stack([scale_of(self.evidence.magnitude(role, part), exponent) for part in range(n)])
 
-    def _probes(self, group: Group) -> Iterator[_Probe]:
+    def _probes(self, group: Group) -> tuple[list[_Probe], list[_Probe]]:
+        """What to search with, and what to judge with: more rows, and tokens that the search did not see."""
+        search, judge = [], []
         for role in group.targets:
             tensor = self.evidence.tensors.get(role)
             if tensor is None or self.types[role] in FLOAT_TYPES:
                 continue
             parts = self._parts(tensor)
             for part in parts:
-                sample = self.evidence.sample(role, part)
                 weights = self._read(tensor, part)
-                n_rows = max(1, min(len(weights), SEARCH_VALUES // (len(parts) * weights.shape[1])))
-                rows = np.linspace(0, len(weights) - 1, n_rows).round().astype(int)
-                importance = self.evidence.importance(role, part)
-                yield _Probe(role, part, self.types[role], weights[rows], importance, sample[::2], sample[1::2])
+                n_rows = max(1, min(len(weights), JUDGE_VALUES // (len(parts) * weights.shape[1])))
+                rows = weights[np.linspace(0, len(weights) - 1, n_rows).round().astype(int)]
+                inputs, importance = self.evidence.sample(role, part), self.evidence.importance(role, part)
+                few = rows[:: JUDGE_VALUES // SEARCH_VALUES]
+                search.append(_Probe(role, part, self.types[role], few, importance, inputs[::2]))
+                judge.append(_Probe(role, part, self.types[role], rows, importance, inputs[1::2]))
+        return search, judge
 
     def _parts(self, tensor: Tensor) -> list[int]:
         n = n_parts(tensor)
@@ -186,18 +197,17 @@ class Searcher:
         step = -(-len(seen) // SEARCH_EXPERTS) or 1
         return seen[::step]
 
-    def _error(self, probes: list[_Probe], exponent: float, judging: bool) -> float:
+    def _error(self, probes: list[_Probe], exponent: float) -> float:
         """Relative squared output error, summed over the roles so that each matrix counts alike."""
         error: dict[str, float] = {}
         energy: dict[str, float] = {}
         for probe in probes:
-            x = probe.judge if judging else probe.search
             scale = scale_of(self.evidence.magnitude(probe.role, probe.part), exponent)
             importance = None if probe.importance is None else probe.importance / (scale * scale)
             data = self._encoder.encode(probe.weights * scale, probe.type, importance)
-            decoded = self._encoder.decode(data, probe.type, probe.weights.shape[1]) / scale
-            error[probe.role] = error.get(probe.role, 0.0) + _square(x @ (decoded - probe.weights).T)
-            energy[probe.role] = energy.get(probe.role, 0.0) + _square(x @ probe.weights.T)
+            lost = self._encoder.decode(data, probe.type, len(scale)) / scale - probe.weights
+            error[probe.role] = error.get(probe.role, 0.0) + _square(probe.inputs @ lost.T)
+            energy[probe.role] = energy.get(probe.role, 0.0) + probe.energy
         return sum(error[role] / energy[role] for role in error if energy[role] > 0)
 
 
