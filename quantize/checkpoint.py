@@ -96,14 +96,39 @@ class Checkpoint:
             )
         return tensor
 
-    def read_stored(self, name: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """A tensor as stored: float32, float16, uint16 (bfloat16 bits) or uint8 (fp8 codes), into out where given."""
+    def verify(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor is there, of that shape, in a dtype that can be read, with its scales if it needs them.
+
+        Reads no weights: a run of hours should not end in what the headers could have told.
+        """
         tensor = self.find(name)
-        dtype = NUMPY_DTYPES.get(tensor.dtype)
-        if dtype is None:
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"tensor `{name}` is {tensor.shape}, config.json makes it {shape}",
+                "config.json and the weights are not of the same model",
+            )
+        if tensor.dtype not in NUMPY_DTYPES:
             raise UnsupportedError(
                 f"tensor `{name}` is {tensor.dtype}", "weights must be F32, F16, BF16 or F8_E4M3 with block scales"
             )
+        if tensor.dtype != "F8_E4M3":
+            return
+        scales = self.find(name + SCALE_SUFFIX)
+        rows, columns = self.scale_block
+        expected = tuple(-(-n // block) for n, block in zip(shape, (rows, columns), strict=False))
+        if scales.dtype != "F32" or len(shape) != 2 or scales.shape != expected:
+            raise CheckpointError(
+                f"tensor `{scales.name}` is {scales.dtype} {scales.shape}, {rows}x{columns} blocks take F32 {expected}",
+                REPLACE_HINT,
+            )
+
+    def read_stored(self, name: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A tensor as stored: float32, float16, uint16 (bfloat16 bits) or uint8 (fp8 codes), into out where given.
+
+        This and the other reads expect a tensor that ``verify`` passed.
+        """
+        tensor = self.find(name)
+        dtype = NUMPY_DTYPES[tensor.dtype]
         if out is None:
             out = np.empty(tensor.shape, dtype)
         elif out.shape != tensor.shape or out.dtype != dtype or not out.flags.c_contiguous:
@@ -151,23 +176,14 @@ class Checkpoint:
     def half_dtype(self, name: str) -> np.dtype[Any]:
         """The dtype that read_half writes for this tensor."""
         dtype = self.find(name).dtype
-        return np.dtype("<u2") if dtype == "F8_E4M3" else NUMPY_DTYPES.get(dtype, np.dtype("<f4"))
+        return np.dtype("<u2") if dtype == "F8_E4M3" else NUMPY_DTYPES[dtype]
 
     def _apply_scales(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        scale_name = name + SCALE_SUFFIX
-        if self.find(scale_name).dtype != "F32":
-            raise UnsupportedError(f"tensor `{scale_name}` is {self.find(scale_name).dtype}, expected F32")
         rows, columns = self.scale_block
-        scales = self.read_stored(scale_name)
-        expected = (-(-values.shape[0] // rows), -(-values.shape[1] // columns))
-        if scales.shape != expected:
-            raise CheckpointError(
-                f"tensor `{scale_name}` is {scales.shape}, but {rows}x{columns} blocks of `{name}` take {expected}",
-                REPLACE_HINT,
-            )
-        for i in range(expected[0]):
+        scales = self.read_stored(name + SCALE_SUFFIX)
+        for i, scale in enumerate(scales):
             band = values[i * rows : (i + 1) * rows]
-            band *= np.repeat(scales[i], columns)[: values.shape[1]]
+            band *= np.repeat(scale, columns)[: values.shape[1]]
         return values
 
     def _read_into(self, tensor: StoredTensor, out: NDArray[Any]) -> None:

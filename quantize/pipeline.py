@@ -200,7 +200,7 @@ class _Run:
         keys: dict[str, object] = {
             **self.keys,
             "general.type": "model",
-            "general.name": self.checkpoint.path.resolve().name,
+            "general.name": _model_name(self.checkpoint.path),
             "general.file_type": int(self.recipe.file_type),
             "general.quantization_version": 2,
             **self.tokenizer,
@@ -241,6 +241,14 @@ class _Run:
             notes=tuple(notes),
             seconds=time.monotonic() - self.started,
         )
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; the repository's where the folder is a snapshot in Hugging Face's cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
 
 
 class _PartReader:

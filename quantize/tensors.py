@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantize.arch import Arch
 from quantize.checkpoint import SCALE_SUFFIX, Checkpoint
-from quantize.errors import CheckpointError, UnsupportedError
+from quantize.errors import UnsupportedError
 
 
 class Form(Enum):
@@ -130,12 +130,7 @@ def check(arch: Arch, checkpoint: Checkpoint, tensors: list[Tensor]) -> list[str
     for tensor in tensors:
         expected = kv_b if tensor.form in (Form.K_B, Form.V_B) else tensor.source_shape
         for source in tensor.sources:
-            shape = checkpoint.find(source).shape
-            if shape != expected:
-                raise CheckpointError(
-                    f"tensor `{source}` is {shape}, config.json makes it {expected}",
-                    "config.json and the weights are not of the same model",
-                )
+            checkpoint.verify(source, expected)
             used.add(source)
     left_out = []
     for name in checkpoint.tensors:

@@ -1,4 +1,4 @@
-"""quantize.awq, quantize.evidence, quantize.calibrate: folds change nothing but the rounding, and pay where they can."""
+"""quantize.awq, evidence and calibrate: folds change nothing but the rounding, and pay where they can."""
 
 from __future__ import annotations
 

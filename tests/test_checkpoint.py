@@ -255,25 +255,30 @@ def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
             checkpoint.read_f32("lm_head.weight")
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (2, 1)])
-def test_scales_of_the_wrong_shape(tmp_path: Path, shape: tuple[int, int]) -> None:
-    codes = np.zeros((200, 256), np.uint8)
-    tensors = {"w": ("F8_E4M3", codes), "w_scale_inv": ("F32", np.ones(shape, np.float32))}
-    make.write_safetensors(tmp_path / "model.safetensors", tensors)
+BAD_TENSORS: dict[str, tuple[dict[str, tuple[str, np.ndarray]], str]] = {
+    "missing": ({}, "`w` is missing"),
+    "another shape": ({"w": ("F32", np.zeros((256, 200), np.float32))}, "makes it"),
+    "integers": ({"w": ("I8", np.zeros((200, 256), np.int8))}, "`w` is I8"),
+    "fp8 e5m2": ({"w": ("F8_E5M2", np.zeros((200, 256), np.uint8))}, "`w` is F8_E5M2"),
+    "no scales": ({"w": ("F8_E4M3", np.zeros((200, 256), np.uint8))}, "`w_scale_inv` is missing"),
+} | {
+    f"scales {dtype} {shape}": (
+        {"w": ("F8_E4M3", np.zeros((200, 256), np.uint8)), "w_scale_inv": (dtype, np.ones(shape, kind))},
+        "blocks take F32",
+    )
+    for dtype, kind, shape in (
+        ("F32", np.float32, (1, 2)),
+        ("F32", np.float32, (2, 1)),
+        ("F32", np.float32, (4,)),
+        ("F16", np.float16, (2, 2)),
+    )
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors_are_verified_from_the_headers(tmp_path: Path, case: str) -> None:
+    tensors, expected = BAD_TENSORS[case]
+    make.write_safetensors(tmp_path / "model.safetensors", {**tensors, "other": ("F32", np.zeros(1, np.float32))})
     (tmp_path / "config.json").write_text("{}")
-    with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="w_scale_inv"):
-        checkpoint.read_f32("w")
-
-
-def test_scales_missing(tmp_path: Path) -> None:
-    make.write_safetensors(tmp_path / "model.safetensors", {"w": ("F8_E4M3", np.zeros((2, 2), np.uint8))})
-    (tmp_path / "config.json").write_text("{}")
-    with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="`w_scale_inv` is missing"):
-        checkpoint.read_f32("w")
-
-
-def test_integer_weights_are_refused(tmp_path: Path) -> None:
-    make.write_safetensors(tmp_path / "model.safetensors", {"w": ("I8", np.zeros((2, 2), np.int8))})
-    (tmp_path / "config.json").write_text("{}")
-    with Checkpoint(tmp_path) as checkpoint, pytest.raises(UnsupportedError, match="`w` is I8"):
-        checkpoint.read_f32("w")
+    with Checkpoint(tmp_path) as checkpoint, pytest.raises((CheckpointError, UnsupportedError), match=expected):
+        checkpoint.verify("w", (200, 256))

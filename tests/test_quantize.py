@@ -172,6 +172,14 @@ def test_every_tensor_and_key(tmp_path: Path, name: str, dtype: str, n_shards: i
         assert got == (pytest.approx(value, rel=1e-7) if isinstance(value, float) else value), key
 
 
+def test_the_name_is_the_repository_s(tmp_path: Path) -> None:
+    """Hugging Face's cache keeps a checkpoint in models--OWNER--NAME/snapshots/COMMIT."""
+    folder = tmp_path / "models--deepseek-ai--DeepSeek-V2-Lite" / "snapshots" / "0f2a"
+    make.write_checkpoint(folder, make.V2)
+    quantize.quantize(folder, tmp_path / "m.gguf", FLOATS)
+    assert cext.Gguf(tmp_path / "m.gguf").metadata["general.name"] == "DeepSeek-V2-Lite"
+
+
 def test_multi_token_prediction_layers_are_left_out_and_said_so(tmp_path: Path) -> None:
     make.write_checkpoint(tmp_path / "hf", make.V3)
     report = quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS)
