@@ -97,7 +97,7 @@ def progress(*, quiet: bool = False, transfer: bool = False) -> Progress:
     if transfer:
         columns += [rp.DownloadColumn(binary_units=False), rp.TransferSpeedColumn()]
     else:
-        columns += [rp.MofNCompleteColumn(), rp.TextColumn("{task.fields[detail]}", style="dim")]
+        columns += [rp.TaskProgressColumn(), rp.TextColumn("{task.fields[detail]}", style="dim")]
     columns += [rp.TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
     shown = is_terminal(sys.stderr) and not quiet
     return rp.Progress(*columns, console=stderr_console(), disable=not shown, transient=True)

@@ -48,7 +48,7 @@ def perplexity(
     content = runtime.read_text(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
         models = [opened.enter_context(runtime.open_model(path, threads)) for path in paths]
-        bar = display.add_task("windows", total=None, detail="")
+        bar = display.add_task("scoring", total=None, detail="")
         found = evaluate(
             models[0],
             content,
@@ -56,7 +56,9 @@ def perplexity(
             skip=skip,
             max_windows=windows,
             reference=models[1] if reference else None,
-            told=lambda done, n, ppl: display.update(bar, completed=done, total=n, detail=f"perplexity {ppl:.4f}"),
+            told=lambda done, n, ppl: display.update(
+                bar, completed=done, total=n, detail=f"{done} of {n} windows, perplexity {ppl:.4f}"
+            ),
         )
     if as_json:
         console.print_json(describe(found, paths, text))

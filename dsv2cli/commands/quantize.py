@@ -46,6 +46,7 @@ CALIBRATION = typer.Option(
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
+SHOWN_SHARE = 0.02  # of the file's bytes that a role must have for a line of its own
 STAGES = {"read": "reading", "calibrate": "calibrating", "search": "searching scales", "encode": "encoding"}
 
 
@@ -107,8 +108,12 @@ def show(report: Report) -> None:
     from dsv2cli.commands.inspect import table
 
     made = table(f"{report.path.name}: {report.bits_per_weight:.2f} bits/weight", "role", "type", "size", "bits/weight")
-    for role in report.roles:
+    large = [role for role in report.roles if role.nbytes >= report.nbytes * SHOWN_SHARE]
+    for role in large:
         made.add_row(role.role, ", ".join(role.types), console.format_bytes(role.nbytes), f"{role.bits_per_weight:.2f}")
+    if rest := [role for role in report.roles if role not in large]:
+        nbytes, n_values = sum(role.nbytes for role in rest), sum(role.n_values for role in rest)
+        made.add_row(f"{len(rest)} more", "", console.format_bytes(nbytes), f"{8 * nbytes / n_values:.2f}")
     out = console.stderr_console()
     out.print(made)
     kept = [fold for fold in report.folds if fold.kept]
