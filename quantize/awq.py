@@ -57,6 +57,7 @@ SCALE_LIMIT = 1e4
 # of them tell, and the ratio of two errors on the same rows and tokens is far steadier than either.
 SEARCH_VALUES, JUDGE_VALUES = 1 << 17, 1 << 19
 SEARCH_EXPERTS = 16
+SEARCH_TOKENS = 8  # one sampled token in so many is searched with, the others judge
 MIN_SAMPLE = 8  # tokens below which an expert's output error is not evidence
 MIN_GAIN = 0.02  # of the error: smaller gains are the sample's noise
 
@@ -185,8 +186,9 @@ class Searcher:
                 rows = weights[np.linspace(0, len(weights) - 1, n_rows).round().astype(int)]
                 inputs, importance = self.evidence.sample(role, part), self.evidence.importance(role, part)
                 few = rows[:: JUDGE_VALUES // SEARCH_VALUES]
-                search.append(_Probe(role, part, self.types[role], few, importance, inputs[::2]))
-                judge.append(_Probe(role, part, self.types[role], rows, importance, inputs[1::2]))
+                seen = np.arange(len(inputs)) % SEARCH_TOKENS == 0
+                search.append(_Probe(role, part, self.types[role], few, importance, inputs[seen]))
+                judge.append(_Probe(role, part, self.types[role], rows, importance, inputs[~seen]))
         return search, judge
 
     def _parts(self, tensor: Tensor) -> list[int]:

@@ -32,6 +32,7 @@ DECODERS = {
 }  # fmt: skip
 IGNORES_IMPORTANCE = (*FLOAT_TYPES, Type.Q8_0)
 F16_MAX = 65504.0
+MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
 IMPORTANCE_FLOOR = 1e-6
 
@@ -93,9 +94,13 @@ class Encoder:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, work: Callable[[slice], None], n_rows: int) -> None:
-        """Run work over slices of range(n_rows), a few for each thread; the first exception is raised."""
-        for _ in self._pool.map(work, _slices(n_rows, 4 * self.threads)):
+    def map(self, work: Callable[[slice], None], rows: NDArray[Any]) -> None:
+        """Run work over slices of rows, a few for each thread; here, where they are not worth waking one."""
+        n_parts = min(4 * self.threads, rows.size // MIN_SLICE)
+        if self.threads == 1 or n_parts < 2:
+            work(slice(0, len(rows)))
+            return
+        for _ in self._pool.map(work, _slices(len(rows), n_parts)):
             pass
 
     def encode(
@@ -111,9 +116,9 @@ class Encoder:
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
         weights = None if importance is None or type_ in IGNORES_IMPORTANCE else _usable(importance, n)
         if type_ in FLOAT_TYPES:
-            self.map(lambda part: _encode_float(rows[part], type_, out[part]), len(rows))
+            self.map(lambda part: _encode_float(rows[part], type_, out[part]), rows)
         else:
-            self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), len(rows))
+            self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), rows)
         return out.reshape(*values.shape[:-1], out.shape[1])
 
     def decode(self, data: NDArray[np.uint8], type_: Type, n: int) -> NDArray[np.float32]:
@@ -131,7 +136,7 @@ class Encoder:
         def work(part: slice) -> None:
             function(_address(rows[part]), _address(out[part]), ctypes.c_int64(out[part].size))
 
-        self.map(work, len(rows))
+        self.map(work, out)
         return out.reshape(*data.shape[:-1], n)
 
 
