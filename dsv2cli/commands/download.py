@@ -85,7 +85,8 @@ def fetch(job: Transfer, quiet: bool) -> Path:
         def advanced(file: RemoteFile, n: int) -> None:
             display.advance(whole, n)
             if (bar := bars.get(file)) is not None:
-                display.update(bar, advance=n, visible=not display.tasks[bar].finished)
+                display.update(bar, advance=n)
+                display.update(bar, visible=not display.tasks[bar].finished)
 
         job.advanced = advanced
         job.note = lambda message: None if quiet else console.note(message, "dim")
