@@ -136,7 +136,7 @@ class Transfer:
             hub.metadata_path(target).write_text(record, encoding="utf-8")
 
     def _fill(self, target: hub.Target, file: FileIO) -> None:
-        """Bring the partial file to its full length and check it. A resumed file that fails starts once anew."""
+        """Bring the partial file to its full length and check it. A file in parts that fails is fetched once whole."""
         sink = Sink(file, target.file, self.advanced, self.stop)
         resumed = sink.nbytes > 0
         cached = self._cached(target)
@@ -146,9 +146,9 @@ class Transfer:
                 while block := source.read(READ_BYTES):
                     sink.write(block)
         else:
-            self._receive(target.file, sink)
+            resumed |= self._receive(target.file, sink)
             if resumed and not sink.is_whole():
-                self.note(f"{target.file.path}: what an earlier run left is damaged; fetching it from the start")
+                self.note(f"{target.file.path}: the parts do not make the whole; fetching it from the start")
                 sink.restart()
                 self._receive(target.file, sink)
         if not sink.is_whole():
@@ -170,14 +170,17 @@ class Transfer:
                 return path
         return None
 
-    def _receive(self, file: hub.RemoteFile, sink: Sink) -> None:
-        """Fetch from where the sink ends. A dropped connection is taken up again as long as bytes keep coming."""
+    def _receive(self, file: hub.RemoteFile, sink: Sink) -> bool:
+        """Fetch from where the sink ends, and again from there after a drop, as long as bytes keep coming.
+
+        Returns whether the connection was lost on the way.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.plan.repo, file.path, revision=self.plan.commit)
-        tries = 0
+        tries, lost = 0, False
         while sink.nbytes < file.nbytes:
             before = sink.nbytes
             headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
@@ -185,6 +188,7 @@ class Transfer:
                 with hub.translated_errors(self.plan.repo, self.plan.revision):
                     http_get(url, cast(BinaryIO, sink), resume_size=before, headers=headers, expected_size=file.nbytes)
             except hub.UnreachableError:
+                lost = True
                 tries = 1 if sink.nbytes > before else tries + 1
                 if tries > RETRIES:
                     raise
@@ -195,6 +199,7 @@ class Transfer:
                 if error.errno is not None:
                     raise
                 break  # the client found the length wrong: is_whole() tells what to do
+        return lost
 
 
 class Sink:
