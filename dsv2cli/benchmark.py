@@ -166,7 +166,8 @@ class Contender:
 @contextlib.contextmanager
 def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterator[Contender]:
     """An engine with the model loaded; its process ends with the block."""
-    command = [sys.executable, "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0)]
+    # -P: the packages at home, not what lies in the working folder.
+    command = [sys.executable, "-P", "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0)]
     home = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL

@@ -74,7 +74,7 @@ def test_each_verb_has_help_with_examples(verb: str) -> None:
 def test_help_imports_nothing_heavy() -> None:
     """What makes --help fast; the next test measures it."""
     script = "import sys; from dsv2cli.app import run; run(['--help']); print(*sys.modules, file=sys.stderr)"
-    run = [sys.executable, "-c", script]
+    run = [sys.executable, "-P", "-c", script]
     result = subprocess.run(run, env=environment(), capture_output=True, text=True, check=True)
     loaded = set(result.stderr.split())
     assert "typer" in loaded
@@ -147,7 +147,7 @@ def test_a_vocabulary_without_a_model(tmp_path: Path) -> None:
 
 def test_an_internal_error_is_a_line_and_a_traceback_on_request(model: Path) -> None:
     script = "import dsv2cli.anatomy as a; a.study = None; from dsv2cli.app import main; main()"
-    command = [sys.executable, "-c", script, "inspect", str(model)]
+    command = [sys.executable, "-P", "-c", script, "inspect", str(model)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert_fails(result, 1, "internal error: TypeError", "DSV2_DEBUG=1")
     result = subprocess.run(command, env=environment(DSV2_DEBUG="1"), capture_output=True, text=True, check=False)

@@ -13,18 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import dsv2cli
+
+PACKAGES = Path(dsv2cli.__file__).parents[1]  # the ones under test: installed, or a checkout on PYTHONPATH
 RUN_MAIN = "from dsv2cli.app import main; main()"
-COMMAND = [sys.executable, "-c", RUN_MAIN]
+COMMAND = [sys.executable, "-P", "-c", RUN_MAIN]  # -P: not what lies in the working folder
 # In a new session, takes the terminal on stdin for its own, so that Ctrl-C reaches it.
-IN_TERMINAL = [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
+IN_TERMINAL = [sys.executable, "-P", "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
 SECONDS = 60.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR"}
-    return {**kept, "PYTHONPATH": str(ROOT), **extra}
+    return {**kept, "PYTHONPATH": str(PACKAGES), **extra}
 
 
 def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
