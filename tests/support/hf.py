@@ -46,7 +46,7 @@ def from_gguf(folder: Path, path: Path) -> Any:
         state |= {f"model.layers.{il}.{name}": value for name, value in _layer_state(tensors, f"blk.{il}.")}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()})
+    model.load_state_dict({name: torch.from_numpy(np.array(value, order="C")) for name, value in state.items()})
     return model.eval()
 
 
