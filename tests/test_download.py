@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import cli
+from support.cli import assert_fails
 from support.hub import Hub, Refusal, git_blob_id, serve
 
 from dsv2cli import hub as hub_module
@@ -34,7 +35,6 @@ CHECKPOINT = {
     "figures/benchmark.json": b"{}",
 }
 WANTED = {"config.json", "tokenizer.json", "model.safetensors.index.json", SHARD, OTHER}
-MAIN = "from dsv2cli.app import main; main()"
 
 
 @pytest.fixture
@@ -46,30 +46,17 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DSV2_", "HUGGING"))}
-    root = str(Path(__file__).parents[1])
-    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": root}
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
 
 def dsv2(env: dict[str, str], *args: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", MAIN, *args]
-    return subprocess.run(command, env={**env, **extra}, capture_output=True, text=True, timeout=60, check=False)
+    return cli.dsv2(*args, **{**env, **extra})
 
 
-def start(env: dict[str, str], *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", MAIN, *args]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """One error line that holds all the words (in it or in the hint), at most one hint, nothing on stdout."""
-    assert result.returncode == code, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
-    assert [line.split(":")[0] for line in lines] in (["error"], ["error", "hint"]), result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-    for word in words:
-        assert word in " ".join(lines)
+def dsv2_after(script: str, env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that a script has prepared."""
+    command = [sys.executable, "-c", f"{script}; {cli.RUN_MAIN}", *args]
+    return subprocess.run(command, env=cli.environment(**env), capture_output=True, text=True, timeout=60, check=False)
 
 
 def cache(tmp_path: Path) -> Path:
@@ -97,7 +84,8 @@ def test_fetches_a_checkpoint_into_the_shared_cache(hub: Hub, env: dict[str, str
 def test_the_hub_clients_own_cache_reader_finds_it(hub: Hub, env: dict[str, str]) -> None:
     folder = dsv2(env, "download", "lite").stdout.strip()
     script = f"from huggingface_hub import snapshot_download as s; print(s({REPO!r}, local_files_only=True))"
-    found = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=cli.environment(**env), capture_output=True, text=True, check=True)
     assert found.stdout.strip() == folder
 
 
@@ -122,7 +110,9 @@ def test_a_dropped_connection_resumes(hub: Hub, env: dict[str, str], reset: bool
 
 def test_a_killed_download_resumes_in_the_next_run(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
     hub.drops[SHARD] = [2_200_000] + [0] * 20  # bytes, then nothing but closed doors
-    process = start(env, "download", "lite")
+    process = subprocess.Popen(
+        [*cli.COMMAND, "download", "lite"], env=cli.environment(**env), stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 30
     partial = cache(tmp_path) / f"{hashlib.sha256(CHECKPOINT[SHARD]).hexdigest()}.incomplete"
     while not partial.exists() or partial.stat().st_size < 1_000_000:
@@ -151,9 +141,8 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(hub: Hub, env: dict
 def test_no_progress_gives_up_and_keeps_what_came(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
     """Retries in a row without a byte end in one line; seconds of pauses are cut short by patching the limits."""
     hub.drops[SHARD] = [1_500_000] + [0] * 50
-    script = "import dsv2cli.transfer as t; t.RETRIES = 1; import time; time.sleep = lambda s: None; " + MAIN
-    command = [sys.executable, "-c", script, "download", "lite"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    script = "import dsv2cli.transfer as t; t.RETRIES = 1; import time; time.sleep = lambda s: None"
+    result = dsv2_after(script, env, "download", "lite")
     assert_fails(result, 1, "cannot reach", "resumes")
     (left,) = [p for p in blobs(tmp_path) if p.suffix == ".incomplete"]
     assert CHECKPOINT[SHARD].startswith(left.read_bytes()) and left.stat().st_size >= 1_048_576
@@ -286,10 +275,9 @@ def test_an_unreachable_hub(env: dict[str, str]) -> None:
 
 def test_a_full_disk_keeps_what_came(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
     """A file-size limit stands for the disk: writes fail the same way, in the middle of a file."""
-    script = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000));" + MAIN
-    command = [sys.executable, "-c", script, "download", "lite"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    script = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    script += "; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))"
+    result = dsv2_after(script, env, "download", "lite")
     assert_fails(result, 1, SHARD, "File too large", "--to")
     digest = hashlib.sha256(CHECKPOINT[SHARD]).hexdigest()
     (left,) = [p for p in blobs(tmp_path) if p.name == f"{digest}.incomplete"]
