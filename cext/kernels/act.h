@@ -1,41 +1,11 @@
 /* act.h: activation packs. F32 packs are float rows. Q8 packs hold each 32 values as int8 with one float scale, and the sums
- * of every 16 of them, so that a format's offset or minimum stays an exact integer product. They come in two orders: rows for
+ * of the integers, for a format's offset or minimum. They come in two orders: rows for
  * few tokens, tiles (tokens side by side, for products with panels of weight rows) for many. */
 #pragma once
 
-enum {
-    ACT_BLOCK = 32,                   /* values that share a scale */
-    ACT_GROUP = 256,                  /* values that a panel holds of each row */
-    ACT_TILE_BLOCK_BYTES = 32 + 5 * 4 /* of one token in a tile: q, scale, less[2], sum[2] */
-};
+#include "kernels/act_layout.h"
 
 DS_INLINE size_t act_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-/* ---- Row order ---- */
-
-/* The planes of a pack, each token's row padded with zeros to whole groups. */
-typedef struct act_rows {
-    int8_t *q;     /* (n_tok, q_stride) */
-    float *scale;  /* (n_tok, scale_stride): one per 32 values */
-    int16_t *sums; /* (n_tok, sums_stride): of every 16 values */
-    size_t q_stride, scale_stride, sums_stride;
-} act_rows;
-
-DS_INLINE act_rows act_rows_at(const void *act, int n_tok, int k) {
-    act_rows a;
-    a.q_stride = act_round_up((size_t)k, ACT_GROUP);
-    a.scale_stride = a.q_stride / ACT_BLOCK;
-    a.sums_stride = a.q_stride / 16;
-    a.q = (int8_t *)act;
-    a.scale = (float *)(a.q + (size_t)n_tok * a.q_stride);
-    a.sums = (int16_t *)(a.scale + (size_t)n_tok * a.scale_stride);
-    return a;
-}
-
-DS_INLINE size_t act_rows_bytes(int n_tok, int k) {
-    const size_t width = act_round_up((size_t)k, ACT_GROUP);
-    return (size_t)n_tok * (width + width / ACT_BLOCK * sizeof(float) + width / 16 * sizeof(int16_t));
-}
 
 /* Quantise 32 values: scale = max|x| / 127, q = x / scale to the nearest, ties to even; the sums of the two halves. A block
  * under 2^-100 is zero: its inverse would overflow. */
@@ -48,19 +18,24 @@ DS_INLINE float act_quantize(const float *x, int8_t q[32], int sums[2]) {
 
 static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
     const act_rows a = act_rows_at(act, n_tok, k);
-    int8_t *q = a.q + (size_t)t * a.q_stride;
-    float *scale = a.scale + (size_t)t * a.scale_stride;
-    int16_t *sums = a.sums + (size_t)t * a.sums_stride;
-    const size_t n_blocks = (size_t)k / ACT_BLOCK;
-    for (size_t b = 0; b < n_blocks; b++) {
-        int halves[2];
-        scale[b] = act_quantize(x + 32 * b, q + 32 * b, halves);
-        sums[2 * b] = (int16_t)halves[0];
-        sums[2 * b + 1] = (int16_t)halves[1];
+    int8_t *q = a.q + (size_t)t * a.n_groups * ACT_GROUP;
+    act_meta *meta = a.meta + (size_t)t * a.n_groups;
+    memset(meta + a.n_groups - 1, 0, sizeof *meta);
+    memset(q + k, 0, a.n_groups * ACT_GROUP - (size_t)k);
+    for (int i = 0; i < k; i += ACT_BLOCK) {
+        act_meta *m = meta + i / ACT_GROUP;
+        const int b = i % ACT_GROUP / ACT_BLOCK;
+        int sums[2];
+        const float scale = act_quantize(x + i, q + i, sums);
+        m->scale[b] = scale;
+        m->split[b] = b % 2 ? scale / 16.0f : scale;
+        m->sum_32[b] = m->split_sum_32[b] = scale * (float)(sums[0] + sums[1]);
+        for (int h = 0; h < 2; h++) {
+            m->scale_16[2 * b + h] = scale;
+            m->sum_16[2 * b + h] = scale * (float)sums[h];
+        }
+        for (int j = 0; j < 8; j++) m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
     }
-    memset(q + 32 * n_blocks, 0, a.q_stride - 32 * n_blocks);
-    memset(scale + n_blocks, 0, (a.scale_stride - n_blocks) * sizeof *scale);
-    memset(sums + 2 * n_blocks, 0, (a.sums_stride - 2 * n_blocks) * sizeof *sums);
 }
 
 /* ---- Tile order: [group of 256 values][tile of tokens][block of 32 values], each (8 dwords of q, n) bytes then rows of n

@@ -22,6 +22,7 @@ typedef enum code_range {
     CODES_SIGNED, /* -128..127 */
 } code_range;
 
+#include "kernels/act_layout.h"
 #if DS_ISA_scalar
 #include "kernels/simd_scalar.h"
 #elif defined(__x86_64__)
@@ -49,6 +50,8 @@ DS_CODED_FORMATS(MUL_CODED)
 #else
 #include "kernels/mul_codes.h"
 #endif
+
+#include "kernels/limits.h"
 
 #define DS_JOIN_(a, b) a##b
 #define DS_JOIN(a, b) DS_JOIN_(a, b)
@@ -80,4 +83,6 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA) = {
     .add_scaled = add_scaled,
     .f32_to_f16 = f32_to_f16,
     .f16_to_f32 = f16_to_f32,
+    .read_all = read_all,
+    .dot_peak = dot_peak,
 };

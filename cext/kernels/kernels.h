@@ -73,6 +73,11 @@ typedef struct ds_kernels {
     void (*add_scaled)(int n, float scale, const float *x, float *y);      /* y += scale * x */
     void (*f32_to_f16)(int n, const float *x, uint16_t *y);
     void (*f16_to_f32)(int n, const uint16_t *x, float *y);
+
+    /* Yardsticks for benchmarks: read memory in order (returns the XOR of its dwords, up to a tail), and run the int8 dot
+     * instruction on data in L1 (returns the number of multiply-adds). */
+    uint32_t (*read_all)(size_t n_bytes, const void *p);
+    int64_t (*dot_peak)(int n_rounds);
 } ds_kernels;
 
 /* The tables compiled into this build that this machine can run, best first; n is set to their number. */

@@ -8,12 +8,14 @@ DS_INLINE int32_t dot16(const int8_t *q, const int8_t *x) {
     return sum;
 }
 
-/* One block against one token: per 16 values, x's scale times (scale * integer product - min * integer sum). */
-DS_INLINE float dot_codes(const ds_codes *c, int n, const int8_t *q, const float *x_scale, const int16_t *sums) {
+/* One block against n values of one token from value i on: per 16, scales times the integer product, less min's part. */
+DS_INLINE float dot_codes(const ds_codes *c, int n, const act_rows *a, int t, int i) {
+    const int8_t *q = a->q + (size_t)t * a->n_groups * ACT_GROUP + i;
+    const act_meta *meta = a->meta + (size_t)t * a->n_groups + i / ACT_GROUP;
     float y = 0.0f;
-    for (int i = 0; i < n / 16; i++) {
-        const int32_t product = dot16(c->q + 16 * i, q + 16 * i);
-        y += x_scale[i / 2] * (c->scale[i] * (float)product - c->min[i] * (float)sums[i]);
+    for (int g = 0; g < n / 16; g++) {
+        const int sub = i % ACT_GROUP / 16 + g;
+        y += meta->scale[sub / 2] * c->scale[g] * (float)dot16(c->q + 16 * g, q + 16 * g) - c->min[g] * meta->sum_16[sub];
     }
     return y;
 }
@@ -30,8 +32,7 @@ DS_INLINE void mul_codes(const ds_mul *job, int block_elements, size_t block_byt
             decode(block, &codes);
             for (int t = 0; t < job->n_tok; t++)
                 job->y[(size_t)t * job->ldy + (size_t)r] +=
-                    dot_codes(&codes, block_elements, a.q + (size_t)t * a.q_stride + i, a.scale + (size_t)t * a.scale_stride + i / 32,
-                              a.sums + (size_t)t * a.sums_stride + i / 16);
+                    dot_codes(&codes, block_elements, &a, t, i);
         }
     }
 }

@@ -1,7 +1,7 @@
 /* simd_x86_int.h: the integer primitives on x86, for products with coded weights.
  *
  * vi: DS_LANES dwords; in a panel a lane is a weight row and its dword four consecutive values of it.
- * v32, v16, f8: 32 or 16 bytes and 8 floats, whatever the ISA, for products along a row. */
+ * v64, v16, f8: 64 or 16 bytes and 8 floats, whatever the ISA, for products along a row. */
 #pragma once
 
 #define DS_HAS_DOTS 1 /* this ISA has the fast products */
@@ -114,46 +114,13 @@ DS_INLINE void vi_columns(const uint8_t *const rows[DS_LANES], size_t at, vi out
     for (int i = 0; i < DS_LANES; i++) out[i] = vf_as_int(t[i]);
 }
 
-/* ---- Along a row ---- */
+/* ---- Along a row: 64 bytes of one, and the 16 floats that their dots make ---- */
 
-typedef __m256i v32;
 typedef __m128i v16;
 typedef __m256 f8;
 
-DS_INLINE v32 v32_load(const void *p) { return _mm256_loadu_si256(p); }
-DS_INLINE v32 v32_set(int x) { return _mm256_set1_epi8((char)x); }
-DS_INLINE v32 v32_zero(void) { return _mm256_setzero_si256(); }
-DS_INLINE v32 v32_and(v32 a, v32 b) { return _mm256_and_si256(a, b); }
-DS_INLINE v32 v32_or(v32 a, v32 b) { return _mm256_or_si256(a, b); }
-/* Each byte's bits n..7 move down; what comes in from the neighbour stays to be masked away. */
-DS_INLINE v32 v32_shr(v32 a, int n) { return _mm256_srli_epi16(a, n); }
-DS_INLINE v32 v32_shl(v32 a, int n) { return _mm256_slli_epi16(a, n); }
-/* The 16 low halves of the bytes at p, then the 16 high halves. */
-DS_INLINE v32 v32_nibbles(const void *p) {
-    const v32 twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
-    return v32_and(_mm256_srlv_epi64(twice, _mm256_set_epi64x(4, 4, 0, 0)), v32_set(15));
-}
-DS_INLINE v32 v32_lookup(const int8_t table[16], v32 index) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), index);
-}
-/* a, with 16 in each byte i whose bit i of the 32 bits at p is set; a's bytes are below 16. */
-DS_INLINE v32 v32_fifth_bits(v32 a, const void *p) {
-    uint32_t bits;
-    memcpy(&bits, p, sizeof bits);
-#if defined(__AVX512VL__)
-    return _mm256_mask_add_epi8(a, bits, a, v32_set(16));
-#else
-    const v32 index = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-    const v32 mask = _mm256_set1_epi64x((long long)0x8040201008040201u);
-    const v32 copies = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), index);
-    return v32_or(a, v32_and(_mm256_cmpeq_epi8(v32_and(copies, mask), mask), v32_set(16)));
-#endif
-}
-
 DS_INLINE f8 f8_set(float x) { return _mm256_set1_ps(x); }
 DS_INLINE f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
-DS_INLINE void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
-DS_INLINE f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 DS_INLINE f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 DS_INLINE f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
 DS_INLINE f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
@@ -170,42 +137,255 @@ DS_INLINE f8 f8_halves(const uint8_t *p, size_t step) {
     for (int i = 0; i < 8; i++) memcpy(&h[i], p + (size_t)i * step, 2);
     return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5], (short)h[6], (short)h[7]));
 }
-/* Eight unsigned, or signed, bytes as floats. */
+/* Eight unsigned bytes as floats. */
 DS_INLINE f8 f8_bytes(uint64_t bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes))); }
-DS_INLINE f8 f8_signed_bytes(uint64_t bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes))); }
-
-/* Products of 4 neighbours summed, 8 sums, as floats. u: unsigned below 128. s: -127..127. */
-DS_INLINE __m256i x86_dot(__m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), u, s);
-#else
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
-#endif
-}
-DS_INLINE f8 v32_dot(v32 u, v32 s) { return _mm256_cvtepi32_ps(x86_dot(u, s)); }
-/* w signed, -128..127: |w| times s with w's sign. Two products of 128 * 127 just fit 16 bits. */
-DS_INLINE f8 v32_dot_signed(v32 w, v32 s) { return _mm256_cvtepi32_ps(x86_dot(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w))); }
-/* The same with the first 16 products times sub-scale 2 j of sc and the others times 2 j + 1; u below 64. */
-DS_INLINE f8 v32_dot_scaled(v32 u, v32 s, v16 sc, int j) {
-    const v16 index = _mm_set_epi64x((long long)0x0101010101010101 * (2 * j + 1), (long long)0x0101010101010101 * (2 * j));
-    const __m256i scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(sc, index));
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), scales));
-}
 DS_INLINE v16 v16_load(const void *p) { return _mm_loadu_si128(p); }
 DS_INLINE v16 v16_set(int x) { return _mm_set1_epi8((char)x); }
 DS_INLINE v16 v16_and(v16 a, v16 b) { return _mm_and_si128(a, b); }
 DS_INLINE v16 v16_high_nibbles(v16 a) { return _mm_and_si128(_mm_srli_epi16(a, 4), _mm_set1_epi8(15)); }
-DS_INLINE v16 v16_sub(v16 a, v16 b) { return _mm_sub_epi8(a, b); }
-/* Sums of 16 values, two by two: sums[2 i] + sums[2 i + 1], as floats. */
-DS_INLINE f8 f8_pair_sums(const int16_t sums[16]) {
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)sums), _mm256_set1_epi16(1)));
+
+/* The 6-bit scales of Q4_K or Q5_K as 8 bytes, then the minimums, from a block's first 16 bytes. */
+DS_INLINE v16 v16_scales_k4(const void *block) {
+    const v16 p = _mm_loadu_si128((const __m128i *)((const char *)block + 4)); /* dwords: 4 scales, 4 minimums, halves of the rest */
+    const v16 low = _mm_and_si128(p, _mm_set1_epi8(63));
+    const v16 halves = _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(p, 0xaa), _mm_setr_epi32(0, 4, 0, 0)), _mm_set1_epi8(15));
+    const v16 high = _mm_or_si128(halves, _mm_and_si128(_mm_srli_epi32(p, 2), _mm_set1_epi8(48)));
+    return _mm_unpacklo_epi32(low, high);
 }
-/* sums[2 i] * m[2 i] + sums[2 i + 1] * m[2 i + 1] for signed bytes m, as floats. */
-DS_INLINE f8 f8_weighted_sums(const int16_t sums[16], v16 m) {
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)sums), _mm256_cvtepi8_epi16(m)));
+/* The 6-bit scales of Q3_K, less 32, from 12 bytes. */
+DS_INLINE v16 v16_scales_q3_k(const uint8_t packed[12]) {
+    const v16 p = _mm_loadu_si128((const __m128i *)(packed - 4)); /* four bytes before them are the block's too */
+    const v16 low = _mm_shuffle_epi32(p, 0x99), high = _mm_shuffle_epi32(p, 0xff);
+    const v16 four = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 4, 4)), _mm_set1_epi8(15));
+    const v16 two = _mm_and_si128(_mm_srlv_epi32(high, _mm_setr_epi32(0, 2, 4, 6)), _mm_set1_epi8(3));
+    return _mm_sub_epi8(_mm_or_si128(four, _mm_slli_epi32(two, 4)), _mm_set1_epi8(32));
 }
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define DS_ROW_BIAS 128 /* signed codes are used plus this: the dot instruction wants unsigned */
+#define DS_ROW_SPLIT 1  /* high halves of bytes are used where they are, 16 times as large */
+#else
+#define DS_ROW_BIAS 0
+#define DS_ROW_SPLIT 0
+#endif
+
+#if defined(__AVX512F__)
+
+typedef __m512i v64;
+typedef __m512 f16x;
+
+DS_INLINE v64 v64_load(const void *p) { return _mm512_loadu_si512(p); }
+/* 32 bytes at p, then 32 at q. */
+DS_INLINE v64 v64_load2(const void *p, const void *q) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(p)), _mm256_loadu_si256(q), 1);
+}
+DS_INLINE v64 v64_twice(const void *p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256(p)); }
+DS_INLINE v64 v64_and(v64 a, int byte) { return _mm512_and_si512(a, _mm512_set1_epi8((char)byte)); }
+DS_INLINE v64 v64_or(v64 a, v64 b) { return _mm512_or_si512(a, b); }
+DS_INLINE v64 v64_bias(v64 a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)DS_ROW_BIAS)); }
+/* Bits of every byte moved down by `low` in the first 32 bytes and `high` in the others (up where negative); what comes in
+ * from neighbours is for the caller to mask away. */
+DS_INLINE v64 v64_shift(v64 a, int low, int high) {
+    const long long l = low & 63, h = high & 63;
+    return _mm512_rorv_epi64(a, _mm512_set_epi64(h, h, h, h, l, l, l, l));
+}
+/* The low halves of 32 bytes at p, then the high halves, 16 times as large if DS_ROW_SPLIT. */
+DS_INLINE v64 v64_split(const void *p) {
+    const long long low = 0x0f0f0f0f0f0f0f0f, high = ~low;
+    return _mm512_and_si512(v64_twice(p), _mm512_set_epi64(high, high, high, high, low, low, low, low));
+}
+/* The low halves of the 16 bytes at p, the high halves of them, and the same of q. */
+DS_INLINE v64 v64_nibbles2(const void *p, const void *q) {
+    const v64 first = _mm512_broadcast_i32x4(_mm_loadu_si128(p));
+    const v64 both = _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_loadu_si128(q));
+    return v64_and(_mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0)), 15);
+}
+DS_INLINE v64 v64_lookup(const int8_t table[16], v64 index) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), index);
+}
+/* a, with 16 in each byte whose bit is set in the 32 bits at p, then in those at q; a's bytes are below 16. */
+DS_INLINE v64 v64_fifth_bits2(v64 a, const void *p, const void *q) {
+    uint32_t low, high;
+    memcpy(&low, p, sizeof low);
+    memcpy(&high, q, sizeof high);
+    return _mm512_mask_add_epi8(a, (uint64_t)high << 32 | low, a, _mm512_set1_epi8(16));
+}
+
+/* The sums of one row with one token. Two of dots, because an FMA waits for the one before it. */
+typedef struct row_sum {
+    f16x y[2], min; /* min in all lanes with scales per 16 values, else in the last eight */
+} row_sum;
+
+DS_INLINE void row_sum_clear(row_sum *s) { s->y[0] = s->y[1] = s->min = _mm512_setzero_ps(); }
+DS_INLINE float row_sum_total(const row_sum *s, bool per_16, float min_factor) {
+    const f16x min = per_16 ? s->min : _mm512_maskz_mov_ps(0xff00, s->min);
+    const f16x y = _mm512_fnmadd_ps(min, _mm512_set1_ps(min_factor), _mm512_add_ps(s->y[0], s->y[1]));
+    return f8_sum(_mm256_add_ps(_mm512_castps512_ps256(y), _mm512_extractf32x8_ps(y, 1)));
+}
+
+/* Scales of 256 values: one per 32 in the first eight lanes and minimums in the others, or one per 16 and min. */
+typedef struct row_scales {
+    f16x scale, min;
+} row_scales;
+
+DS_INLINE row_scales row_scales_32(f8 scale, f8 min) {
+    return (row_scales){.scale = _mm512_insertf32x8(_mm512_castps256_ps512(scale), min, 1)};
+}
+/* From 8 bytes of scales, then 8 of minimums; and the halves d and dmin at p. */
+DS_INLINE row_scales row_scales_k4(v16 bytes, const void *p) {
+    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const f16x d = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadu_si32(p))));
+    return (row_scales){.scale = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), d)};
+}
+/* sc * d and m * dmin, for signed bytes. */
+DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
+    return (row_scales){.scale = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sc)), _mm512_set1_ps(d)),
+                        .min = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(m)), _mm512_set1_ps(dmin))};
+}
+/* The scales times a token's; the minimums' part of the sums. */
+DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
+    if (per_16) {
+        s->min = _mm512_fmadd_ps(w->min, _mm512_load_ps(x->sum_16), s->min);
+        return (row_scales){.scale = _mm512_mul_ps(w->scale, _mm512_load_ps(x->scale_16))};
+    }
+    const f16x scale = _mm512_mul_ps(w->scale, _mm512_load_ps(split ? x->split : x->scale)); /* and sum_32 behind it */
+    s->min = _mm512_add_ps(s->min, scale);
+    return (row_scales){.scale = scale};
+}
+/* Add the products of 64 values, the j-th of four: codes q (biased if signed) and x. */
+DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,
+                           const row_scales *scales, int j) {
+    const __m512i index_32 = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i index_16 = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i index = per_16 ? _mm512_add_epi32(index_16, _mm512_set1_epi32(4 * j)) : _mm512_add_epi32(index_32, _mm512_set1_epi32(2 * j));
+    const __m512i start = is_signed ? _mm512_load_si512(meta->less_128 + 16 * j) : _mm512_setzero_si512();
+    const f16x dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, q, v64_load(x)));
+    s->y[j % 2] = _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(index, scales->scale), s->y[j % 2]);
+}
+
+#else
+
+typedef struct v64 {
+    __m256i a, b;
+} v64;
+
+DS_INLINE v64 v64_load2(const void *p, const void *q) { return (v64){_mm256_loadu_si256(p), _mm256_loadu_si256(q)}; }
+DS_INLINE v64 v64_load(const void *p) { return v64_load2(p, (const char *)p + 32); }
+DS_INLINE v64 v64_twice(const void *p) { return v64_load2(p, p); }
+DS_INLINE v64 v64_and(v64 v, int byte) {
+    const __m256i mask = _mm256_set1_epi8((char)byte);
+    return (v64){_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+}
+DS_INLINE v64 v64_or(v64 v, v64 w) { return (v64){_mm256_or_si256(v.a, w.a), _mm256_or_si256(v.b, w.b)}; }
+DS_INLINE v64 v64_bias(v64 v) {
+    const __m256i bias = _mm256_set1_epi8((char)DS_ROW_BIAS);
+    return (v64){_mm256_xor_si256(v.a, bias), _mm256_xor_si256(v.b, bias)};
+}
+DS_INLINE v64 v64_split(const void *p) {
+    const __m256i x = _mm256_loadu_si256(p), low = _mm256_set1_epi8(15);
+    if (DS_ROW_SPLIT) return (v64){_mm256_and_si256(x, low), _mm256_andnot_si256(low, x)};
+    return (v64){_mm256_and_si256(x, low), _mm256_and_si256(_mm256_srli_epi16(x, 4), low)};
+}
+DS_INLINE __m256i x86_shift(__m256i a, int n) { return n < 0 ? _mm256_slli_epi16(a, -n) : _mm256_srli_epi16(a, n); }
+DS_INLINE v64 v64_shift(v64 v, int low, int high) { return (v64){x86_shift(v.a, low), x86_shift(v.b, high)}; }
+DS_INLINE __m256i x86_nibbles(const void *p) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
+    return _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+}
+DS_INLINE v64 v64_nibbles2(const void *p, const void *q) { return (v64){x86_nibbles(p), x86_nibbles(q)}; }
+DS_INLINE v64 v64_lookup(const int8_t table[16], v64 index) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (v64){_mm256_shuffle_epi8(twice, index.a), _mm256_shuffle_epi8(twice, index.b)};
+}
+DS_INLINE __m256i x86_fifth_bits(__m256i a, const void *p) {
+    int32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    const __m256i index = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i mask = _mm256_set1_epi64x((long long)0x8040201008040201u);
+    const __m256i copies = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), index);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(copies, mask), mask);
+    return _mm256_or_si256(a, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+}
+DS_INLINE v64 v64_fifth_bits2(v64 v, const void *p, const void *q) { return (v64){x86_fifth_bits(v.a, p), x86_fifth_bits(v.b, q)}; }
+
+typedef struct row_sum {
+    f8 y[2][2], min;
+} row_sum;
+
+DS_INLINE void row_sum_clear(row_sum *s) { s->y[0][0] = s->y[0][1] = s->y[1][0] = s->y[1][1] = s->min = f8_set(0.0f); }
+DS_INLINE float row_sum_total(const row_sum *s, bool per_16, float min_factor) {
+    const f8 a = _mm256_add_ps(s->y[0][0], s->y[0][1]), b = _mm256_add_ps(s->y[1][0], s->y[1][1]);
+    return f8_sum(_mm256_fnmadd_ps(s->min, f8_set(min_factor), _mm256_add_ps(a, b)));
+}
+
+/* Scales of 256 values, one per 32 or 16; they end in memory, from where one is loaded into all lanes at once. */
+typedef struct row_scales {
+    DS_ALIGNED float scale[16];
+    float min[16];
+} row_scales;
+
+DS_INLINE row_scales row_scales_32(f8 scale, f8 min) {
+    row_scales s;
+    _mm256_store_ps(s.scale, scale);
+    _mm256_store_ps(s.min, min);
+    return s;
+}
+DS_INLINE f8 x86_bytes(v16 bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+DS_INLINE row_scales row_scales_k4(v16 bytes, const void *p) {
+    const __m128 d = _mm_cvtph_ps(_mm_loadu_si32(p));
+    const f8 scale = _mm256_broadcastss_ps(d), min = _mm256_broadcastss_ps(_mm_movehdup_ps(d));
+    return row_scales_32(f8_mul(x86_bytes(bytes), scale), f8_mul(x86_bytes(_mm_srli_si128(bytes, 8)), min));
+}
+DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
+    row_scales s;
+    DS_UNROLL
+    for (int i = 0; i < 2; i++, sc = _mm_srli_si128(sc, 8), m = _mm_srli_si128(m, 8)) {
+        _mm256_store_ps(s.scale + 8 * i, f8_mul(x86_bytes(sc), f8_set(d)));
+        _mm256_store_ps(s.min + 8 * i, f8_mul(x86_bytes(m), f8_set(dmin)));
+    }
+    return s;
+}
+DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
+    row_scales out;
+    if (per_16) {
+        DS_UNROLL
+        for (int i = 0; i < 16; i += 8) {
+            _mm256_store_ps(out.scale + i, f8_mul(f8_load(w->scale + i), f8_load(x->scale_16 + i)));
+            s->min = f8_fma(f8_load(w->min + i), f8_load(x->sum_16 + i), s->min);
+        }
+    } else {
+        _mm256_store_ps(out.scale, f8_mul(f8_load(w->scale), f8_load(split ? x->split : x->scale)));
+        s->min = f8_fma(f8_load(w->min), f8_load(x->sum_32), s->min);
+    }
+    /* Keeps the compiler from making broadcasts of registers, two shuffles each, of what loads do for nothing. */
+    __asm__("" : "+m"(out.scale));
+    return out;
+}
+/* Products of 4 neighbours summed, with q signed or not. */
+DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, const int8_t *x, const int32_t *less_128) {
+    const __m256i s = _mm256_load_si256((const __m256i *)x);
+#if defined(__AVXVNNI__)
+    const __m256i start = is_signed ? _mm256_load_si256((const __m256i *)less_128) : _mm256_setzero_si256();
+    return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(start, q, s));
+#else
+    /* |q| times x with q's sign: two products of 128 * 127 just fit 16 bits. */
+    const __m256i words = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(s, q)) : _mm256_maddubs_epi16(q, s);
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+#endif
+}
+DS_INLINE f8 row_scale_32(bool per_16, const float *of, int i) {
+    if (!per_16) return f8_set(of[i]);
+    return _mm256_blend_ps(f8_set(of[2 * i]), f8_set(of[2 * i + 1]), 0xf0);
+}
+DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,
+                           const row_scales *scales, int j) {
+    const int32_t *less = meta->less_128 + 16 * j;
+    f8 *y = s->y[j % 2];
+    y[0] = f8_fma(row_dot_32(is_signed, q.a, x, less), row_scale_32(per_16, scales->scale, 2 * j), y[0]);
+    y[1] = f8_fma(row_dot_32(is_signed, q.b, x + 32, less + 8), row_scale_32(per_16, scales->scale, 2 * j + 1), y[1]);
+}
+
+#endif
 
 /* ---- Packing and multiplying in panels ---- */
 

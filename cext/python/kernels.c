@@ -237,6 +237,40 @@ static PyObject *py_half(PyObject *self, PyObject *args) {
     return finish(b, 2);
 }
 
+PyDoc_STRVAR(read_all_doc, "_read_all(isa, data) -> int: read a buffer in order; the XOR of its dwords, but for a tail under 512 bytes.");
+
+static PyObject *py_read_all(PyObject *self, PyObject *args) {
+    Py_buffer b[1] = {{0}};
+    const char *isa;
+    unsigned long sum = 0;
+    if (!PyArg_ParseTuple(args, "sy*:_read_all", &isa, &b[0])) return finish(b, 1);
+    const ds_kernels *table = find_isa(isa);
+    if (table) {
+        Py_BEGIN_ALLOW_THREADS
+        sum = table->read_all((size_t)b[0].len, b[0].buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyObject *none = finish(b, 1);
+    if (!none) return NULL;
+    Py_DecRef(none);
+    return PyLong_FromUnsignedLong(sum);
+}
+
+PyDoc_STRVAR(dot_peak_doc, "_dot_peak(isa, n_rounds) -> int: run the int8 dot instruction; the number of multiply-adds done.");
+
+static PyObject *py_dot_peak(PyObject *self, PyObject *args) {
+    const char *isa;
+    int n_rounds;
+    long long n = 0;
+    if (!PyArg_ParseTuple(args, "si:_dot_peak", &isa, &n_rounds)) return NULL;
+    const ds_kernels *table = find_isa(isa);
+    if (!table || !positive("n_rounds", n_rounds)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    n = table->dot_peak(n_rounds);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(n);
+}
+
 static PyMethodDef methods[] = {
     {"_dequantize", py_dequantize, METH_VARARGS, dequantize_doc},
     {"_act_bytes", py_act_bytes, METH_VARARGS, act_bytes_doc},
@@ -246,6 +280,8 @@ static PyMethodDef methods[] = {
     {"_attend", py_attend, METH_VARARGS, attend_doc},
     {"_row", py_row, METH_VARARGS, row_doc},
     {"_half", py_half, METH_VARARGS, half_doc},
+    {"_read_all", py_read_all, METH_VARARGS, read_all_doc},
+    {"_dot_peak", py_dot_peak, METH_VARARGS, dot_peak_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,38 @@
+/* act_layout.h: how Q8 activation packs in row order lie in memory, for the primitives that read them. */
+#pragma once
+
+enum {
+    ACT_BLOCK = 32,                   /* values that share a scale */
+    ACT_GROUP = 256,                  /* values that a panel holds of each row */
+    ACT_TILE_BLOCK_BYTES = 32 + 5 * 4 /* of one token in a tile: q, scale, less[2], sum[2] */
+};
+
+/* Of one token and 256 values: what the primitives load whole vectors of. */
+typedef struct act_meta {
+    DS_ALIGNED float scale[8]; /* of each 32 values */
+    float sum_32[8];           /* scale times the sum of each 32 */
+    float split[8];            /* scale, of every second block over 16: for codes left in the high halves of bytes */
+    float split_sum_32[8];     /* sum_32 again, so that it stands behind split too */
+    float scale_16[16];        /* each scale twice, for each 16 values */
+    float sum_16[16];          /* scale times the sum of each 16 */
+    int32_t less_128[64];      /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
+} act_meta;
+
+/* The planes of a pack, each token's row padded with zeros to whole groups. */
+typedef struct act_rows {
+    int8_t *q;      /* (n_tok, n_groups * 256) */
+    act_meta *meta; /* (n_tok, n_groups) */
+    size_t n_groups;
+} act_rows;
+
+DS_INLINE act_rows act_rows_at(const void *act, int n_tok, int k) {
+    act_rows a;
+    a.n_groups = ((size_t)k + ACT_GROUP - 1) / ACT_GROUP;
+    a.q = (int8_t *)act;
+    a.meta = (act_meta *)(void *)(a.q + (size_t)n_tok * a.n_groups * ACT_GROUP);
+    return a;
+}
+
+DS_INLINE size_t act_rows_bytes(int n_tok, int k) {
+    return (size_t)n_tok * (((size_t)k + ACT_GROUP - 1) / ACT_GROUP) * (ACT_GROUP + sizeof(act_meta));
+}
