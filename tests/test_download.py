@@ -55,7 +55,7 @@ def dsv2(env: dict[str, str], *args: str, **extra: str) -> subprocess.CompletedP
 
 def dsv2_after(script: str, env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process that a script has prepared."""
-    command = [sys.executable, "-c", f"{script}; {cli.RUN_MAIN}", *args]
+    command = [sys.executable, "-P", "-c", f"{script}; {cli.RUN_MAIN}", *args]
     return subprocess.run(command, env=cli.environment(**env), capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -84,7 +84,7 @@ def test_fetches_a_checkpoint_into_the_shared_cache(hub: Hub, env: dict[str, str
 def test_the_hub_clients_own_cache_reader_finds_it(hub: Hub, env: dict[str, str]) -> None:
     folder = dsv2(env, "download", "lite").stdout.strip()
     script = f"from huggingface_hub import snapshot_download as s; print(s({REPO!r}, local_files_only=True))"
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-P", "-c", script]
     found = subprocess.run(command, env=cli.environment(**env), capture_output=True, text=True, check=True)
     assert found.stdout.strip() == folder
 

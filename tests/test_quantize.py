@@ -439,7 +439,7 @@ def test_a_killed_run_leaves_no_file_and_the_next_one_works(tmp_path: Path, wide
         "    if step.layer == 1: print('there', flush=True); time.sleep(60)\n"
         "quantize.quantize(sys.argv[1], sys.argv[2], quantize.Options(type='f16'), slow)"
     )
-    run = subprocess.Popen([sys.executable, "-c", code, str(wide), str(tmp_path / "m.gguf")], stdout=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "-P", "-c", code, str(wide), str(tmp_path / "m.gguf")], stdout=subprocess.PIPE)
     assert run.stdout is not None and run.stdout.readline() == b"there\n"
     with pytest.raises(quantize.OutputError, match="another run"):
         quantize.quantize(wide, tmp_path / "m.gguf", FLOATS)
