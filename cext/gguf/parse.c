@@ -23,8 +23,9 @@ static const char HINT_DAMAGED[] = "the file is damaged, or was written by a fau
 typedef struct cursor {
     ds_gguf *gguf;
     ds_error *err;
-    size_t pos;      /* <= gguf->size */
-    char where[160]; /* what is being read, for errors */
+    size_t pos;       /* <= gguf->size */
+    size_t alignment; /* of the data section and of each tensor in it */
+    char where[160];  /* what is being read, for errors */
 } cursor;
 
 #define FAIL(c, format, ...) DS_GGUF_FAIL((c)->gguf, (c)->err, DS_EFORMAT, format, ##__VA_ARGS__)
@@ -39,51 +40,45 @@ static void set_where(cursor *c, const char *noun, ds_str name) {
     snprintf(c->where, sizeof c->where, "%s `%.*s%s`", noun, shown, name.data, name.size > 80 ? "..." : "");
 }
 
-static ds_status fail_truncated(cursor *c, uint64_t n, const char *what) {
-    FAIL(c, "%s: %s needs %" PRIu64 " bytes at offset %zu, but the file ends at %zu", c->where, what, n, c->pos,
-         c->gguf->size);
-    return ds_hint(c->err, HINT_AGAIN);
-}
-
-/* Step over n bytes and lend them. */
-static ds_status take(cursor *c, uint64_t n, const char *what, const uint8_t **out) {
+/* Step over n bytes and lend them; NULL, with the error filled, where the file ends before. */
+static const uint8_t *take(cursor *c, uint64_t n, const char *what) {
     if (n > bytes_left(c)) {
-        return fail_truncated(c, n, what);
+        FAIL(c, "%s: %s needs %" PRIu64 " bytes at offset %zu, but the file ends at %zu", c->where, what, n, c->pos,
+             c->gguf->size);
+        ds_hint(c->err, HINT_AGAIN);
+        return NULL;
     }
-    *out = c->gguf->base + c->pos;
+    const uint8_t *bytes = c->gguf->base + c->pos;
     c->pos += (size_t)n;
-    return DS_OK;
+    return bytes;
 }
 
 static ds_status take_u32(cursor *c, const char *what, uint32_t *out) {
-    const uint8_t *p;
-    ds_status st = take(c, sizeof *out, what, &p);
-    if (st == DS_OK) {
-        memcpy(out, p, sizeof *out);
+    const uint8_t *p = take(c, sizeof *out, what);
+    if (!p) {
+        return DS_EFORMAT;
     }
-    return st;
+    memcpy(out, p, sizeof *out);
+    return DS_OK;
 }
 
 static ds_status take_u64(cursor *c, const char *what, uint64_t *out) {
-    const uint8_t *p;
-    ds_status st = take(c, sizeof *out, what, &p);
-    if (st == DS_OK) {
-        memcpy(out, p, sizeof *out);
+    const uint8_t *p = take(c, sizeof *out, what);
+    if (!p) {
+        return DS_EFORMAT;
     }
-    return st;
+    memcpy(out, p, sizeof *out);
+    return DS_OK;
 }
 
 static ds_status take_str(cursor *c, const char *what, ds_str *out) {
     uint64_t n;
     const uint8_t *p;
-    ds_status st = take_u64(c, what, &n);
-    if (st == DS_OK) {
-        st = take(c, n, what, &p);
+    if (take_u64(c, what, &n) != DS_OK || !(p = take(c, n, what))) {
+        return DS_EFORMAT;
     }
-    if (st == DS_OK) {
-        *out = (ds_str){(const char *)p, (size_t)n};
-    }
-    return st;
+    *out = (ds_str){(const char *)p, (size_t)n};
+    return DS_OK;
 }
 
 /* A key or tensor name: not empty, not endless, and free of control bytes, which would garble a terminal and, where it
@@ -175,12 +170,12 @@ static ds_status take_count(cursor *c, const char *what, size_t min_record_bytes
 }
 
 static ds_status parse_header(cursor *c) {
-    const uint8_t *magic;
     uint32_t version;
+    ds_status st;
     snprintf(c->where, sizeof c->where, "header");
-    ds_status st = take(c, 4, "magic", &magic);
-    if (st != DS_OK) {
-        return st;
+    const uint8_t *magic = take(c, 4, "magic");
+    if (!magic) {
+        return DS_EFORMAT;
     }
     if (memcmp(magic, "GGUF", 4) != 0) {
         return fail_magic(c, magic);
@@ -297,7 +292,7 @@ static ds_status parse_metadata(cursor *c) {
 }
 
 /* Keys that say how to read the rest of the file. */
-static ds_status parse_layout(cursor *c, size_t *alignment) {
+static ds_status parse_layout(cursor *c) {
     bool bad = false;
     int64_t align = DEFAULT_ALIGNMENT, n_split = 1;
     ds_gguf_get_i64(c->gguf, "general.alignment", &align, &bad, c->err);
@@ -314,7 +309,7 @@ static ds_status parse_layout(cursor *c, size_t *alignment) {
         DS_GGUF_FAIL(c->gguf, c->err, DS_EUNSUPPORTED, "one of %" PRId64 " parts of a split model", n_split);
         return ds_hint(c->err, "join the parts first: llama-gguf-split --merge FIRST-PART OUT.gguf");
     }
-    *alignment = (size_t)align;
+    c->alignment = (size_t)align;
     return DS_OK;
 }
 
@@ -409,8 +404,9 @@ static ds_status parse_tensors(cursor *c) {
 }
 
 /* Turn offsets into places, each inside the file. */
-static ds_status place_tensors(cursor *c, size_t alignment) {
+static ds_status place_tensors(cursor *c) {
     ds_gguf *g = c->gguf;
+    const size_t alignment = c->alignment;
     size_t padding = (alignment - c->pos % alignment) % alignment;
     size_t begin = padding <= bytes_left(c) ? c->pos + padding : g->size; /* a file without tensors may lack the padding */
     for (size_t i = 0; i < g->n_tensors; i++) {
@@ -463,20 +459,13 @@ static ds_status check_overlap(cursor *c) {
 }
 
 ds_status ds_gguf_parse(ds_gguf *gguf, ds_error *err) {
+    static ds_status (*const STEPS[])(cursor *) = {
+        parse_header, parse_metadata, parse_layout, parse_tensors, place_tensors, check_overlap,
+    };
     cursor c = {.gguf = gguf, .err = err};
-    size_t alignment;
-    ds_status st = parse_header(&c);
-    if (st == DS_OK) {
-        st = parse_metadata(&c);
+    ds_status st = DS_OK;
+    for (size_t i = 0; i < sizeof STEPS / sizeof *STEPS && st == DS_OK; i++) {
+        st = STEPS[i](&c);
     }
-    if (st == DS_OK) {
-        st = parse_layout(&c, &alignment);
-    }
-    if (st == DS_OK) {
-        st = parse_tensors(&c);
-    }
-    if (st == DS_OK) {
-        st = place_tensors(&c, alignment);
-    }
-    return st == DS_OK ? check_overlap(&c) : st;
+    return st;
 }
