@@ -74,7 +74,7 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         return str(error), error.hint, error.exit_code
     hint = getattr(error, "hint", None)
     if isinstance(hint, str):  # the engine's and the quantiser's own errors
-        return str(error), hint, MISUSED if isinstance(error, ValueError) else FAILED
+        return str(error), hint, FAILED
     if isinstance(error, OSError) and error.strerror:
         where = f"`{error.filename}`: " if error.filename is not None else ""
         return f"{where}{error.strerror}", "", FAILED

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import vocab
 from support.checkpoints import V2, write_checkpoint
 from support.cli import COMMAND, assert_fails, dsv2, environment, terminal
-from support.tiny import spec_named, variant
+from support.tiny import Checkpoint, spec_named, variant
 from support.vocab import N_VOCAB, write_model, write_vocab
 
 import cext
@@ -267,6 +268,33 @@ def test_interrupted_from_outside(model: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode in (130, 0) and "Traceback" not in told
+
+
+def test_a_model_whose_weights_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = vocab.gguf_tensors
+
+    def damaged(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+        tensors = made(checkpoint)
+        return {**tensors, "output_norm.weight": tensors["output_norm.weight"] * np.float32(np.nan)}
+
+    monkeypatch.setattr(vocab, "gguf_tensors", damaged)
+    path = write_model(tmp_path / "nan.gguf", SPEC)
+    assert_fails(dsv2("chat", path, "-p", "Hi", "-n", "3"), 1, "damaged")
+    (tmp_path / "t.txt").write_text("a text of some length " * 9, encoding="utf-8")
+    assert_fails(dsv2("perplexity", path, "--text", tmp_path / "t.txt", "--ctx", "32"), 1, "nan.gguf", "damaged")
+
+
+@pytest.mark.skipif(not list(locate.PACKAGED.glob("*.gguf")), reason="the packaged model is not here")
+def test_the_packaged_model_answers_soon() -> None:
+    """1.5 s from return to the first token are promised. Processor time, best of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = dsv2("chat", "-p", "Tell me a story about a ship.", "-n", "1", "-q")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert result.returncode == 0 and result.stdout.strip()
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.5, seconds
 
 
 # A conversation in a terminal.
