@@ -8,7 +8,7 @@ on, and kept only if it lowers the output error on tokens that the search did no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -148,10 +148,15 @@ class Searcher:
         self._read = read
         self._encoder = encoder
 
-    def run(self, il: int) -> tuple[Scales, list[FoldResult]]:
-        """All groups that this layer has: the factors of those that paid, and what became of each."""
+    def run(self, il: int, on_group: Callable[[float], None] | None = None) -> tuple[Scales, list[FoldResult]]:
+        """All groups that this layer has: the factors of those that paid, and what became of each.
+
+        on_group(fraction done) is called before each.
+        """
         scales, results = Scales(), []
-        for group in GROUPS:
+        for i, group in enumerate(GROUPS):
+            if on_group:
+                on_group(i / len(GROUPS))
             search, judge = self._probes(group)
             if not search:
                 continue

@@ -7,7 +7,7 @@ what a fold or an encoder does to them never feeds back into the statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from quantize.corpus import WINDOW
 
 F32 = NDArray[np.float32]
 
-CHUNK_WINDOWS = 8  # windows a forward call: bounds what the taps hold at once
+CHUNK_WINDOWS = 4  # windows a forward call: bounds what the taps hold at once
 SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output error
 # Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.
 FEW_TOKENS = 64
@@ -144,7 +144,7 @@ class Stream:
         step = max(1, len(embeddings) // SAMPLE_TOKENS)
         self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
 
-    def advance(self, layer: Layer, il: int, on_chunk: Any = None) -> LayerStats:
+    def advance(self, layer: Layer, il: int, on_chunk: Callable[[float], None] | None = None) -> LayerStats:
         """Run every token through layer il, replacing x, and return what the layer's parts were fed.
 
         on_chunk(fraction done) is called as it goes.

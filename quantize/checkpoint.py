@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,18 @@ class Checkpoint:
         """A tensor in float32, fp8 scales applied. CheckpointError names a tensor that holds NaN or infinity."""
         return self._decode(name, self.read_stored(name))
 
-    def _decode(self, name: str, stored: NDArray[Any]) -> NDArray[np.float32]:
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start to stop of a matrix, as read_f32 reads them: an embedding in slabs, its whole never in memory."""
+        tensor = self.find(name)
+        if tensor.dtype == "F8_E4M3":  # scales go by blocks of rows; nobody stores embeddings so
+            return self.read_f32(name)[start:stop]
+        row = tensor.nbytes // tensor.shape[0]
+        part = replace(tensor, offset=tensor.offset + start * row, nbytes=(stop - start) * row)
+        stored = np.empty((stop - start, *tensor.shape[1:]), NUMPY_DTYPES[tensor.dtype])
+        self._read_into(part, stored)
+        return self._decode(name, stored, start)
+
+    def _decode(self, name: str, stored: NDArray[Any], first_row: int = 0) -> NDArray[np.float32]:
         match self.find(name).dtype:
             case "BF16":
                 values = bf16_to_f32(stored)
@@ -150,7 +162,8 @@ class Checkpoint:
                 values = stored.astype(np.float32, copy=False)
         finite = np.isfinite(values)
         if not finite.all():
-            worst = tuple(int(i) for i in np.argwhere(~finite)[0])
+            first = np.argwhere(~finite)[0]
+            worst = (int(first[0]) + first_row, *(int(i) for i in first[1:]))
             raise CheckpointError(
                 f"tensor `{name}` holds {np.count_nonzero(~finite)} values that are not finite, the first at {worst}",
                 "the shard is damaged or the training diverged: fetch it again, or use another revision",

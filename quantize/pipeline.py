@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from quantize.writer import Writer
 
 F32 = NDArray[np.float32]
 
+SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 # Of a calibrated layer's time, for the progress bar: measured on storyteller-52m, near enough elsewhere.
 STAGE_SHARES: dict[Stage, tuple[float, float]] = {"calibrate": (0.0, 0.5), "search": (0.5, 0.3), "encode": (0.8, 0.2)}
 
@@ -121,11 +122,21 @@ class _Run:
 
     def _embed(self, tensor: Tensor) -> None:
         """Encode the embeddings, and start the calibration stream with those of its tokens."""
-        values = tensors.read(self.arch, self.checkpoint, tensor)
+        ids = self.calibration.windows.reshape(-1) if self.calibration else np.zeros(0, np.int32)
+        x = np.empty((len(ids), self.arch.n_embd), np.float32)
+        for start, values in self._slabs(tensor):
+            mine = (ids >= start) & (ids < start + len(values))
+            x[mine] = values[ids[mine] - start]
+            self._write(tensor, values, None)
         if self.calibration is not None:
-            self.stream = Stream(self.arch, values[self.calibration.windows.reshape(-1)])
-        self._write(tensor, 0, values, None)
-        self._tell("encode", -1, 0.0)
+            self.stream = Stream(self.arch, x)
+
+    def _slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
+        """A matrix outside the layers, some rows at a time: a vocabulary can be larger than a layer."""
+        n_rows = max(1, SLAB_VALUES // tensor.shape[1])
+        for start in range(0, tensor.shape[0], n_rows):
+            stop = min(start + n_rows, tensor.shape[0])
+            yield start, self.checkpoint.read_rows(tensor.sources[0], start, stop)
 
     def _layer(self, il: int, layer: list[Tensor]) -> None:
         by_role = {t.role: t for t in layer}
@@ -136,9 +147,11 @@ class _Run:
             stats = self._calibrate(il, layer, nbytes)
             evidence = Evidence(self.arch, by_role, stats, read, self.options.importance)
             if self.options.awq:
-                self._tell("search", il, nbytes * STAGE_SHARES["search"][0])
+                begin, share = STAGE_SHARES["search"]
                 types = {t.role: self.types[t.name] for t in layer}
-                scales, results = Searcher(evidence, types, read, self.encoder).run(il)
+                scales, results = Searcher(evidence, types, read, self.encoder).run(
+                    il, lambda f: self._tell("search", il, nbytes * (begin + f * share))
+                )
                 self.folds += results
         start, share = STAGE_SHARES["encode"] if evidence else (0.0, 1.0)
         encoded = 0
@@ -148,7 +161,7 @@ class _Run:
                 weights = None
                 if evidence is not None and recipe.is_matrix(tensor):
                     weights = scales.importance(tensor.role, part, evidence.importance(tensor.role, part))
-                encoded += self._write(tensor, part, scales.apply(tensor.role, part, read(tensor, part)), weights)
+                encoded += self._write(tensor, scales.apply(tensor.role, part, read(tensor, part)), weights)
         self.done += nbytes
 
     def _calibrate(self, il: int, layer: list[Tensor], nbytes: int) -> LayerStats:
@@ -167,24 +180,25 @@ class _Run:
 
     def _head(self, outside: Mapping[str, Tensor]) -> None:
         norm = tensors.read(self.arch, self.checkpoint, outside["output_norm"])
-        self._write(outside["output_norm"], 0, norm, None)
+        self._write(outside["output_norm"], norm, None)
         if "output" in outside:
             weights = None
             if self.stream is not None and self.options.importance:
                 weights = self.stream.final_inputs(norm).mean_square
-            values = tensors.read(self.arch, self.checkpoint, outside["output"])
-            self._write(outside["output"], 0, values, weights)
+            for _, values in self._slabs(outside["output"]):
+                self._write(outside["output"], values, weights)
 
-    def _write(self, tensor: Tensor, part: int, values: F32, importance: F32 | None) -> int:
-        """Encode one part of a tensor and put it in its place; returns its bytes."""
+    def _write(self, tensor: Tensor, values: F32, importance: F32 | None) -> int:
+        """Encode the next rows of a tensor and put them after those before; returns their bytes."""
         try:
             data = self.encoder.encode(values, self.types[tensor.name], importance)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
-        self.writer.write(tensor.name, data, part * data.nbytes)
+        self.writer.append(tensor.name, data)
         self.written += data.nbytes
         if tensor.il < 0:
             self.done += data.nbytes
+            self._tell("encode", -1, 0.0)
         return data.nbytes
 
     def _tell(self, stage: Stage, il: int, inside: float) -> None:

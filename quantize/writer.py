@@ -137,12 +137,12 @@ class Writer:
     def __exit__(self, *exc: object) -> None:
         self.abandon()
 
-    def write(self, name: str, data: NDArray[Any], offset: int = 0) -> None:
-        """A tensor's bytes, or a run of them from offset on (an expert of a stack)."""
-        slot = self.slots[name]
-        if offset < 0 or data.nbytes > slot.nbytes - offset:
-            raise ValueError(f"`{name}` takes {slot.nbytes} bytes, not {data.nbytes} at {offset}")
-        self._pwrite(slot.offset + offset, np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    def append(self, name: str, data: NDArray[Any]) -> None:
+        """The next of a tensor's bytes: all of it, an expert, or some rows. Tensors may take turns."""
+        slot, done = self.slots[name], self._written[name]
+        if data.nbytes > slot.nbytes - done:
+            raise ValueError(f"`{name}` takes {slot.nbytes} bytes, not {data.nbytes} after {done}")
+        self._pwrite(slot.offset + done, np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         self._written[name] += data.nbytes
 
     def commit(self, metadata: Mapping[str, object] | None = None) -> None:

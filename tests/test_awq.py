@@ -15,7 +15,7 @@ import cext
 from quantize import tensors
 from quantize.arch import Arch, parse
 from quantize.awq import EXPONENTS, GROUPS, Scales, Searcher, scale_of
-from quantize.calibrate import FEW_TOKENS, SAMPLE_TOKENS, Inputs, LayerStats, Routed, Stream
+from quantize.calibrate import CHUNK_WINDOWS, FEW_TOKENS, SAMPLE_TOKENS, Inputs, LayerStats, Routed, Stream
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
 from quantize.encode import Encoder
@@ -35,7 +35,7 @@ def write_f32(path: Path, arch: Arch, values: dict[str, np.ndarray]) -> None:
     keys = {"general.architecture": "deepseek2", **arch.keys()}
     with Writer(path, keys, [(t.name, t.shape, Type.F32) for t in plan]) as writer:
         for tensor in plan:
-            writer.write(tensor.name, values[tensor.name].astype(np.float32))
+            writer.append(tensor.name, values[tensor.name].astype(np.float32))
         writer.commit()
 
 
@@ -199,11 +199,11 @@ def test_statistics(n_windows: int, il: int) -> None:
     done: list[float] = []
     stats = stream.advance(layer, il, done.append)
     np.testing.assert_array_equal(stream.x, x + 1)
-    assert sum(layer.calls) == n_windows and max(layer.calls) <= 8 and done[-1] == 1.0
+    assert sum(layer.calls) == n_windows and max(layer.calls) <= CHUNK_WINDOWS and done[-1] == 1.0
     tapped = {name: [] for name in (*stats.inputs, "experts", "expert_hidden")}
-    for start in range(0, len(x), 8 * WINDOW):
+    for start in range(0, len(x), CHUNK_WINDOWS * WINDOW):
         for name, parts in tapped.items():
-            parts.append(layer.tapped(name, x[start : start + 8 * WINDOW]))
+            parts.append(layer.tapped(name, x[start : start + CHUNK_WINDOWS * WINDOW]))
     whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in tapped.items()}
     for name, inputs in stats.inputs.items():
         np.testing.assert_allclose(inputs.mean_abs, np.abs(whole[name]).mean(0), rtol=1e-5)

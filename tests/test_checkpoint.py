@@ -137,6 +137,23 @@ def test_values(tmp_path: Path, dtype: str, n_shards: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 64), (5, 20), (63, 64), (7, 7)])
+def test_rows(tmp_path: Path, dtype: str, start: int, stop: int) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    exact = make.write_checkpoint(tmp_path, make.V3, dtype=dtype)[name]
+    with Checkpoint(tmp_path) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read_rows(name, start, stop), exact[start:stop])
+
+
+def test_rows_name_what_is_not_finite_by_its_place_in_the_whole(tmp_path: Path) -> None:
+    weights = make.random_weights(make.V2)
+    weights["lm_head.weight"][30, 2] = np.nan
+    make.write_checkpoint(tmp_path, make.V2, weights, dtype="F32")
+    with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=r"lm_head.*\(30, 2\)"):
+        checkpoint.read_rows("lm_head.weight", 20, 40)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_not_finite_is_named(tmp_path: Path, dtype: str, value: float) -> None:
     name = "model.layers.1.mlp.experts.2.up_proj.weight"

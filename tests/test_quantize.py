@@ -20,7 +20,7 @@ from support import checkpoints as make
 
 import cext
 import quantize
-from quantize import CheckpointError, Options, Progress, QuantizeError, UnsupportedError
+from quantize import CheckpointError, Options, Progress, QuantizeError, UnsupportedError, pipeline
 
 # Rows that 256 divides, so that K-quants are really used; small enough to calibrate in a second.
 WIDE = {
@@ -347,8 +347,11 @@ def test_calibrated_run(tmp_path: Path, wide: Path, text: Path) -> None:
     assert steps[-1].bytes_written == steps[-1].bytes_total
 
 
-def test_bytes_do_not_depend_on_threads(tmp_path: Path, wide: Path, text: Path) -> None:
-    for threads in (1, 3):
+def test_bytes_do_not_depend_on_threads_or_slabs(
+    tmp_path: Path, wide: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for threads, slab_values in ((1, 1 << 25), (3, 2560)):
+        monkeypatch.setattr(pipeline, "SLAB_VALUES", slab_values)
         options = Options(type="q2_k", threads=threads, calibration=(text,))
         quantize.quantize(wide, tmp_path / f"{threads}.gguf", options)
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
@@ -439,7 +442,9 @@ def test_a_killed_run_leaves_no_file_and_the_next_one_works(tmp_path: Path, wide
         "    if step.layer == 1: print('there', flush=True); time.sleep(60)\n"
         "quantize.quantize(sys.argv[1], sys.argv[2], quantize.Options(type='f16'), slow)"
     )
-    run = subprocess.Popen([sys.executable, "-P", "-c", code, str(wide), str(tmp_path / "m.gguf")], stdout=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(wide), str(tmp_path / "m.gguf")], stdout=subprocess.PIPE
+    )
     assert run.stdout is not None and run.stdout.readline() == b"there\n"
     with pytest.raises(quantize.OutputError, match="another run"):
         quantize.quantize(wide, tmp_path / "m.gguf", FLOATS)
