@@ -25,7 +25,7 @@ const ds_gguf *ds_model_gguf(const ds_model *model);
 int ds_model_threads(const ds_model *model);
 const char *ds_model_isa(const ds_model *model);
 
-/* A sequence with room for n_ctx tokens of latent cache in kv_type ("f16" or "f32"). The model outlives it. */
+/* A sequence with room for n_ctx tokens of latent cache in kv_type ("f16", "q8_0" or "f32"). The model outlives it. */
 ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err);
 void ds_session_destroy(ds_session *session);
 int ds_session_n_past(const ds_session *session);

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from cext import _engine
 from cext.errors import BusyError, ContextFullError
 
-KvType = Literal["f16", "f32"]
+KvType = Literal["f16", "q8_0", "f32"]
 
 
 class Hparams(TypedDict):
@@ -88,7 +88,11 @@ class Model:
         self._sessions: WeakSet[Session] = WeakSet()
 
     def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
-        """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError."""
+        """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError.
+
+        kv_type: how a token's latent row (kv_lora_rank + rope values a layer) is kept. "f16": halves. "q8_0": a byte a
+        value, the rotary key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
+        """
         session = Session(self, n_ctx, kv_type)
         self._sessions.add(session)
         return session

@@ -1,27 +1,278 @@
-/* attend.h: absorbed latent attention over a block of cached positions: one matrix product for the scores of all heads, an
- * online softmax, one for the values; every cached row is converted once and used by all heads. */
+/* attend.h: attention of query rows (a token's head each) over rows of the cache that they share, or over keys and values
+ * expanded from it: scores by one product, an online softmax with a query to a lane, the values by another product. Memory
+ * rows are converted once for all queries. */
 #pragma once
 
-DS_INLINE void attend_kind(float_kind kind, const ds_attend *job) {
-    const int n_heads = job->n_heads, n_pos = job->n_pos;
-    if (n_pos == 0) return;
-    const size_t row_bytes = (size_t)job->qk_dim * kind_bytes(kind);
-    gemm_nt_kind(kind, n_heads, n_pos, job->qk_dim, job->scale, job->q, (size_t)job->qk_dim, job->kv, row_bytes, job->scratch,
-                 (size_t)n_pos);
-    for (int h = 0; h < n_heads; h++) {
-        float *scores = job->scratch + (size_t)h * (size_t)n_pos;
-        const float block_max = row_max(n_pos, scores);
-        if (block_max > job->m[h]) {
-            const float shrink = expf(job->m[h] - block_max); /* 0 the first time, from -infinity */
-            job->l[h] *= shrink;
-            scale_row(job->v_dim, shrink, job->acc + (size_t)h * (size_t)job->v_dim);
-            job->m[h] = block_max;
-        }
-        job->l[h] += exp_sum(n_pos, job->m[h], scores);
-    }
-    gemm_nn_add_kind(kind, n_heads, job->v_dim, n_pos, job->scratch, (size_t)n_pos, job->kv, row_bytes, job->acc,
-                     (size_t)job->v_dim);
+/* The largest sum of a block's int16 weights: times a value of 32767 it stays within 31 bits. */
+#define ATTEND_SUM_I16 32700.0f
+
+/* ---- Packed queries ---- */
+
+typedef struct query_pack {
+    float *scale, *tail_scale; /* (n_rows) */
+    uint32_t *panel, *tail;    /* (k, n_rows), (k_tail, n_rows) in groups */
+    int k, k_tail;
+} query_pack;
+
+DS_INLINE query_pack query_at(ds_row_kind kind, int n_rows, int n, int n_tail, const void *pack) {
+    query_pack q = {.scale = (float *)pack};
+    if (kind == DS_ROWS_F32) q.k = n + n_tail;
+    else if (kind == DS_ROWS_Q8) q.k = (int)ds_row_pad(n) / 4, q.k_tail = (int)ds_row_pad(n_tail) / 2;
+    else q.k = (int)ds_row_pad(n + n_tail) / 2;
+    q.tail_scale = q.scale + n_rows;
+    q.panel = (uint32_t *)(void *)(q.tail_scale + n_rows);
+    q.tail = q.panel + (size_t)q.k * (size_t)n_rows;
+    return q;
 }
 
-static void attend_f16(const ds_attend *job) { attend_kind(KIND_F16, job); }
-static void attend_f32(const ds_attend *job) { attend_kind(KIND_F32, job); }
+static void query_put(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x, float scale, void *pack) {
+    const query_pack q = query_at(kind, n_rows, n, n_tail, pack);
+    if (kind == DS_ROWS_F32) {
+        panel_put_f32(n + n_tail, n_rows, i, x, q.panel);
+        q.scale[i] = scale;
+    } else if (kind == DS_ROWS_Q8) {
+        rotate(n, x);
+        q.scale[i] = scale * panel_put_i8(n, n_rows, i, x, q.panel);
+        q.tail_scale[i] = scale * panel_put_i16(n_tail, n_rows, i, x + n, q.tail);
+    } else {
+        q.scale[i] = scale * panel_put_i16(n + n_tail, n_rows, i, x, q.panel);
+    }
+}
+
+/* ---- One block of positions ---- */
+
+/* What a block's phases share. Weights take the place of the scores they are made of. */
+typedef struct attend_block {
+    const ds_attend *job;
+    query_pack q;
+    int n_rows, n;       /* rows padded to whole lanes; positions of this block */
+    int share;           /* positions whose weights share a scale */
+    ds_rows keys, values;
+    const int32_t *visible; /* (n_rows) or NULL */
+    int first_pos;       /* position of the block's first row */
+    float *scores;       /* (n, n_rows) */
+    float *keep;         /* (n_rows): what the sums so far are worth under the new maximum */
+    float *gain;         /* (shares, n_rows): what a unit of a weight is worth */
+} attend_block;
+
+DS_INLINE void attend_scores(const attend_block *b) {
+    row_product p = {.n = b->n, .k = b->q.k, .rows = b->keys.data, .row_bytes = b->keys.row_bytes, .row_scale = b->keys.scale,
+                     .sum = b->keys.sum, .panel = b->q.panel, .col_scale = b->q.scale, .n_cols = b->n_rows,
+                     .out = b->scores, .ld = (size_t)b->n_rows};
+    if (b->keys.kind == DS_ROWS_F32) {
+        p.row_scale = NULL;
+        product_f32(&p);
+    } else if (b->keys.kind == DS_ROWS_Q8) {
+        product_query(&p);
+        p.k = b->q.k_tail;
+        p.rows = b->keys.tail;
+        p.row_bytes = (size_t)p.k * 4;
+        p.row_scale = b->keys.tail_scale;
+        p.panel = b->q.tail;
+        p.col_scale = b->q.tail_scale;
+        p.add = true;
+        if (p.k) product_i16(&p);
+    } else {
+        product_i16(&p);
+    }
+}
+
+/* The weights of one vector of queries, already e^(score - top), as dwords of two int16: they share one scale, which is
+ * returned, and their sum is bounded. The last dword is filled up with a zero. */
+DS_INLINE void attend_weights16(const attend_block *b, int lane, vf sum) {
+    const vf some = vf_max(sum, vf_set(0x1p-100f)), scale = vf_div(vf_set(ATTEND_SUM_I16), some);
+    vf_store(b->gain + lane, vf_mul(some, vf_set(1.0f / ATTEND_SUM_I16)));
+    for (int j = 0; j < b->n; j += 2) {
+        const float *w = b->scores + (size_t)j * (size_t)b->n_rows + lane;
+        const vi low = vf_to_int(vf_mul(vf_load(w), scale));
+        const vi high = j + 1 < b->n ? vf_to_int(vf_mul(vf_load(w + b->n_rows), scale)) : vi_set(0);
+        vi_store(b->scores + (size_t)(j / 2) * (size_t)b->n_rows + lane, vi_or(low, vi_shl(high, 16)));
+    }
+}
+
+/* The same as dwords of four unsigned int8, a scale for each share of the positions. */
+DS_INLINE void attend_weights8(const attend_block *b, int lane) {
+    for (int j0 = 0, s = 0; j0 < b->n; j0 += b->share, s++) {
+        const int end = b->n - j0 < b->share ? b->n : j0 + b->share;
+        vf top = vf_set(0x1p-100f);
+        for (int j = j0; j < end; j++) top = vf_max(vf_load(b->scores + (size_t)j * (size_t)b->n_rows + lane), top);
+        const vf scale = vf_div(vf_set(255.0f), top);
+        vf_store(b->gain + (size_t)s * (size_t)b->n_rows + lane, vf_mul(top, vf_set(1.0f / 255.0f)));
+        for (int j = j0; j < end; j += 4) {
+            vi four = vi_set(0);
+            for (int i = 0; i < 4 && j + i < end; i++) {
+                const vf w = vf_load(b->scores + (size_t)(j + i) * (size_t)b->n_rows + lane);
+                four = vi_or(four, vi_shl(vf_to_int(vf_mul(w, scale)), 8 * i));
+            }
+            vi_store(b->scores + (size_t)(j / 4) * (size_t)b->n_rows + lane, four);
+        }
+    }
+}
+
+/* Softmax of one vector of queries over the block: weights into the place of scores, m and l brought up to date. */
+DS_INLINE void attend_softmax(const attend_block *b, int lane) {
+    const ds_attend *job = b->job;
+    const float *value_scale = b->values.kind == DS_ROWS_F32 ? NULL : b->values.scale;
+    vf top = vf_set(-INFINITY);
+    for (int j = 0; j < b->n; j++) {
+        float *s = b->scores + (size_t)j * (size_t)b->n_rows + lane;
+        if (b->visible) vf_store(s, vf_below(vf_load(s), b->first_pos + j, vi_load(b->visible + lane)));
+        top = vf_max(vf_load(s), top);
+    }
+    /* A query that sees nothing yet has a maximum of -infinity: shifted by the lowest float instead, its weights are 0. */
+    const vf old = vf_load(job->m + lane), lowest = vf_set(-FLT_MAX);
+    const vf new_max = vf_max(top, old), shift = vf_max(top, lowest), base = vf_max(new_max, lowest);
+    vf sum = vf_set(0.0f), scaled_sum = vf_set(0.0f);
+    for (int j = 0; j < b->n; j++) {
+        float *s = b->scores + (size_t)j * (size_t)b->n_rows + lane;
+        vf w = vf_exp(vf_sub(vf_load(s), shift));
+        sum = vf_add(sum, w);
+        if (value_scale) w = vf_mul(w, vf_set(value_scale[j]));
+        scaled_sum = vf_add(scaled_sum, w);
+        vf_store(s, w);
+    }
+    const vf keep = vf_exp(vf_sub(old, base)), gain = vf_exp(vf_sub(shift, base));
+    vf_store(b->keep + lane, keep);
+    vf_store(job->m + lane, new_max);
+    vf_store(job->l + lane, vf_fma(vf_load(job->l + lane), keep, vf_mul(sum, gain)));
+    if (b->values.kind == DS_ROWS_F32) vf_store(b->gain + lane, vf_set(1.0f));
+    else if (b->values.kind == DS_ROWS_Q8) attend_weights8(b, lane);
+    else attend_weights16(b, lane, scaled_sum);
+    for (int j = 0, s = 0; j < b->n; j += b->share, s++) {
+        float *at = b->gain + (size_t)s * (size_t)b->n_rows + lane;
+        vf_store(at, vf_mul(vf_load(at), gain));
+    }
+}
+
+/* ---- Values ---- */
+
+enum { VALUE_COLS = 64 /* columns of values that are paired up at a time */ };
+
+/* Columns [col, col + n_cols) of the values at positions [begin, end) as dwords of neighbours in position: (k, n_cols). */
+DS_INLINE void value_panel(dot_type kind, const attend_block *b, int begin, int end, int col, int n_cols, uint32_t *panel) {
+    const char *rows = (const char *)b->values.data;
+    const size_t row_bytes = b->values.row_bytes;
+    if (kind == DOT_F32) {
+        const int left = b->job->v_dim - col;
+        for (int j = begin; j < end; j++, panel += n_cols) {
+            const float *row = (const float *)(const void *)(rows + (size_t)j * row_bytes) + col;
+            for (int c = 0; c < n_cols; c += DS_LANES) {
+                const vf x = left - c >= DS_LANES ? vf_load(row + c) : left > c ? vf_load_n(row + c, left - c) : vf_set(0.0f);
+                vf_store((float *)(void *)panel + c, x);
+            }
+        }
+        return;
+    }
+    /* Past the last position its row stands again: the weights there are zero. */
+    if (kind == DOT_I16) {
+        for (int j = begin; j < end; j += 2, panel += n_cols) {
+            const int16_t *a = (const int16_t *)(const void *)(rows + (size_t)j * row_bytes) + col;
+            const int16_t *c = j + 1 < end ? (const int16_t *)(const void *)((const char *)a + row_bytes) : a;
+            for (int i = 0; i < n_cols; i += ROW_ORDER16) i16_pairs(a + i, c + i, panel + i);
+        }
+        return;
+    }
+    for (int j = begin; j < end; j += 4, panel += n_cols) {
+        const int8_t *four[4];
+        for (int i = 0; i < 4; i++) four[i] = (const int8_t *)rows + (size_t)(j + i < end ? j + i : end - 1) * row_bytes + col;
+        for (int i = 0; i < n_cols; i += ROW_ORDER8) {
+            i8_quads(four, panel + i);
+            for (int r = 0; r < 4; r++) four[r] += ROW_ORDER8;
+        }
+    }
+}
+
+/* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
+DS_INLINE void value_tile(dot_type kind, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel, size_t n_cols,
+                          const float *keep, const float *gain, float *acc, size_t ld) {
+    vi sums[DS_ROW_TILE][2];
+    DS_UNROLL
+    for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
+    for (int p = 0; p < k; p++, weights += n_rows, panel += n_cols) {
+        const vi b0 = vi_load(panel), b1 = vi_load(panel + DS_LANES);
+        DS_UNROLL
+        for (int i = 0; i < rows; i++) {
+            const vi x = vi_set(weights[i]);
+            sums[i][0] = dot(kind, sums[i][0], x, b0);
+            sums[i][1] = dot(kind, sums[i][1], x, b1);
+        }
+    }
+    DS_UNROLL
+    for (int i = 0; i < rows; i++, acc += ld)
+        DS_UNROLL for (int v = 0; v < 2; v++) {
+            float *out = acc + v * DS_LANES;
+            const vf x = kind == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]), old = vf_load(out);
+            vf_store(out, vf_fma(x, vf_set(gain[i]), keep ? vf_mul(old, vf_set(keep[i])) : old));
+        }
+}
+
+DS_INLINE void attend_values(dot_type kind, const attend_block *b) {
+    const int per_dword = kind == DOT_F32 ? 1 : kind == DOT_I16 ? 2 : 4;
+    const size_t n_rows = (size_t)b->n_rows;
+    DS_ALIGNED uint32_t panel[DS_ATTEND_BLOCK * VALUE_COLS];
+    for (int col = 0; col < b->job->v_dim; col += VALUE_COLS) {
+        value_panel(kind, b, 0, b->n, col, VALUE_COLS, panel);
+        for (int begin = 0, s = 0; begin < b->n; begin += b->share, s++) {
+            const int n = b->n - begin < b->share ? b->n - begin : b->share, k = (n + per_dword - 1) / per_dword;
+            const uint32_t *weights = (const uint32_t *)(const void *)b->scores + (size_t)(begin / per_dword) * n_rows;
+            for (int c = 0; c < VALUE_COLS; c += 2 * DS_LANES)
+                for (int row = 0; row < b->n_rows; row += DS_ROW_TILE)
+                    value_tile(kind, DS_ROW_TILE, k, weights + row, n_rows, panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
+                               s ? NULL : b->keep + row, b->gain + (size_t)s * n_rows + row,
+                               b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc);
+        }
+    }
+}
+
+static void attend_values_f32(const attend_block *b) { attend_values(DOT_F32, b); }
+static void attend_values_i16(const attend_block *b) { attend_values(DOT_I16, b); }
+static void attend_values_q8(const attend_block *b) { attend_values(DOT_WEIGHTS, b); }
+
+/* ---- The job ---- */
+
+/* n rows of halves as int16 in scratch. */
+DS_INLINE ds_rows rows_from_f16(const ds_rows *rows, int n, int width, void *scratch) {
+    const ds_rows out = {.kind = DS_ROWS_I16, .data = scratch, .row_bytes = ds_row_pad(width) * sizeof(int16_t), .scale = rows->scale};
+    for (int j = 0; j < n; j++)
+        i16_put_f16(width, (const uint16_t *)(const void *)((const char *)rows->data + (size_t)j * rows->row_bytes), rows->scale[j],
+                    (int16_t *)(void *)((char *)scratch + (size_t)j * out.row_bytes));
+    return out;
+}
+
+/* How many positions of the job every query sees, and how many the one that sees most. */
+DS_INLINE void attend_limits(const ds_attend *job, int *least, int *most) {
+    *least = *most = job->n_pos;
+    if (!job->visible) return;
+    *most = 0;
+    for (int i = 0; i < job->n_rows; i++) {
+        const int sees = job->visible[i] - job->first_pos;
+        if (sees < *least) *least = sees;
+        if (sees > *most) *most = sees;
+    }
+    if (*most > job->n_pos) *most = job->n_pos;
+}
+
+static void attend(const ds_attend *job) {
+    const ds_row_kind kind = job->keys.kind;
+    const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
+    attend_block b = {.job = job, .q = query_at(kind, n_rows, job->n, job->n_tail, job->q), .n_rows = n_rows,
+                      .share = kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : size, .scores = job->scratch};
+    b.keep = b.scores + (size_t)size * (size_t)n_rows;
+    b.gain = b.keep + n_rows;
+    void *rows16 = b.gain + (size_t)(size / b.share) * (size_t)n_rows;
+    int least, most;
+    attend_limits(job, &least, &most);
+    for (int at = 0; at < most; at += size) {
+        b.n = most - at < size ? most - at : size;
+        b.first_pos = job->first_pos + at;
+        b.visible = least < at + b.n ? job->visible : NULL;
+        b.keys = ds_rows_from(&job->keys, at, job->n_tail);
+        if (kind == DS_ROWS_F16) b.keys = rows_from_f16(&b.keys, b.n, job->n + job->n_tail, rows16);
+        b.values = job->values.data ? ds_rows_from(&job->values, at, 0) : b.keys;
+        attend_scores(&b);
+        for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);
+        if (b.values.kind == DS_ROWS_F32) attend_values_f32(&b);
+        else if (b.values.kind == DS_ROWS_Q8) attend_values_q8(&b);
+        else attend_values_i16(&b);
+    }
+}

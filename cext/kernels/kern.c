@@ -1,4 +1,5 @@
 /* kern.c: the kernels, compiled once per ISA (DS_ISA names it): one source, and the primitives of simd_*.h under it. */
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
@@ -25,14 +26,18 @@ typedef enum code_range {
 #include "kernels/act_layout.h"
 #if DS_ISA_scalar
 #include "kernels/simd_scalar.h"
+#include "kernels/simd_scalar_dots.h"
 #elif defined(__x86_64__)
 #include "kernels/simd_x86.h"
+#include "kernels/simd_x86_dots.h"
 #endif
 
 #include "kernels/vecmath.h"
 #include "kernels/float_ops.h"
 #include "kernels/gemm.h"
+#include "kernels/attend_rows.h"
 #include "kernels/attend.h"
+#include "kernels/expand.h"
 #include "kernels/act.h"
 #include "kernels/mul_float.h"
 #include "kernels/dequantize.h"
@@ -74,8 +79,12 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA) = {
     },
     .gemm_nt = gemm_nt,
     .gemm_nn_add = gemm_nn_add,
-    .attend_f16 = attend_f16,
-    .attend_f32 = attend_f32,
+    .rotate = rotate,
+    .rows_put = rows_put,
+    .query_put = query_put,
+    .attend = attend,
+    .expand_weights = expand_weights,
+    .expand = expand,
     .rms_norm = rms_norm,
     .exp_sum = exp_sum,
     .softmax = softmax,

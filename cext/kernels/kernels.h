@@ -7,6 +7,7 @@
  * Shapes are row-major, the last index contiguous. k is the length of a weight row (the input width). */
 #pragma once
 
+#include "kernels/attention.h"
 #include "quant/quant.h"
 
 enum {
@@ -26,20 +27,6 @@ typedef struct ds_mul {
     float *y;            /* (n_tok, ldy) */
     size_t ldy;
 } ds_mul;
-
-/* One block of positions of latent attention for several heads that share one latent cache (MLA, absorbed form):
- * score[h][j] = scale * q[h] . kv[j], then an online softmax update of the running maximum m, sum l and
- * acc[h] = sum_j exp(score - m) * kv[j][0:v_dim]. The caller starts with m = -INFINITY, l = 0, acc = 0. */
-typedef struct ds_attend {
-    int n_heads, n_pos;
-    int qk_dim, v_dim;   /* 576 and 512 in DeepSeek-V2: the values are the first v_dim numbers of a cached row */
-    const float *q;      /* (n_heads, qk_dim) */
-    const void *kv;      /* (n_pos, qk_dim) in the cache's type */
-    float scale;
-    float *m, *l;        /* (n_heads) */
-    float *acc;          /* (n_heads, v_dim) */
-    float *scratch;      /* (n_heads, n_pos) */
-} ds_attend;
 
 typedef struct ds_kernels {
     const char *isa; /* "scalar", "avx2", "avxvnni", "avx512vnni", "neon", ... */
@@ -62,8 +49,13 @@ typedef struct ds_kernels {
     void (*gemm_nn_add)(int m, int n, int k, const float *a /* (m, lda) */, size_t lda, const float *b /* (k, ldb) */,
                         size_t ldb, float *c /* (m, ldc) */, size_t ldc);
 
-    void (*attend_f16)(const ds_attend *job); /* kv rows are IEEE half */
-    void (*attend_f32)(const ds_attend *job); /* kv rows are float */
+    /* Latent attention (attention.h). rotate is its own inverse; rows_put and query_put overwrite x. */
+    void (*rotate)(int n, float *x);
+    void (*rows_put)(const ds_rows *rows, int i, int n, int n_tail, float *x /* (n + n_tail) */);
+    void (*query_put)(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x /* (n + n_tail) */, float scale, void *pack);
+    void (*attend)(const ds_attend *job);
+    void (*expand_weights)(const ds_expand_weights *job);
+    void (*expand)(const ds_expand *job);
 
     /* y = x * weight / sqrt(mean(x^2) + eps); y may be x. */
     void (*rms_norm)(int n, const float *x, const float *weight /* (n) or NULL */, float eps, float *y);

@@ -3,13 +3,14 @@
 #include <string.h>
 #include <sys/mman.h>
 
-static const struct { const char *name; size_t bytes; } TYPES[] = {
-    [DS_KV_F16] = {"f16", 2},
-    [DS_KV_F32] = {"f32", 4},
+static const struct { const char *name; ds_row_kind kind; } TYPES[DS_KV_TYPES] = {
+    [DS_KV_F16] = {"f16", DS_ROWS_F16},
+    [DS_KV_Q8_0] = {"q8_0", DS_ROWS_Q8},
+    [DS_KV_F32] = {"f32", DS_ROWS_F32},
 };
 
 bool ds_kv_type_from_name(const char *name, ds_kv_type *out) {
-    for (size_t i = 0; i < sizeof TYPES / sizeof *TYPES; i++) {
+    for (int i = 0; i < DS_KV_TYPES; i++) {
         if (strcmp(TYPES[i].name, name) == 0) return *out = (ds_kv_type)i, true;
     }
     return false;
@@ -17,9 +18,29 @@ bool ds_kv_type_from_name(const char *name, ds_kv_type *out) {
 
 const char *ds_kv_type_name(ds_kv_type type) { return TYPES[type].name; }
 
-ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int width, ds_kv *out, ds_error *err) {
-    ds_kv kv = {.type = type, .n_layer = n_layer, .n_ctx = n_ctx, .width = width, .row_bytes = (size_t)width * TYPES[type].bytes};
-    kv.bytes = (size_t)n_layer * (size_t)n_ctx * kv.row_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
+/* Bytes of each part of a layer's rows, on cache lines of their own. */
+enum { DATA, SCALE, TAIL, TAIL_SCALE, SUM, PARTS };
+
+static void part_sizes(const ds_rows *rows, size_t n_ctx, int n_tail, size_t sizes[PARTS]) {
+    const bool scaled = rows->kind != DS_ROWS_F32, split = rows->kind == DS_ROWS_Q8;
+    const size_t row_bytes[PARTS] = {
+        [DATA] = rows->row_bytes,
+        [SCALE] = scaled ? sizeof *rows->scale : 0,
+        [TAIL] = split ? ds_row_pad(n_tail) * sizeof *rows->tail : 0,
+        [TAIL_SCALE] = split ? sizeof *rows->tail_scale : 0,
+        [SUM] = split ? sizeof *rows->sum : 0,
+    };
+    for (int i = 0; i < PARTS; i++) sizes[i] = (n_ctx * row_bytes[i] + DS_ACT_ALIGN - 1) / DS_ACT_ALIGN * DS_ACT_ALIGN;
+}
+
+ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_tail, ds_kv *out, ds_error *err) {
+    const ds_row_kind kind = TYPES[type].kind;
+    ds_kv kv = {.type = type, .n_layer = n_layer, .n_ctx = n_ctx, .rank = rank, .n_tail = n_tail,
+                .shape = {.kind = kind, .row_bytes = ds_row_bytes_of(kind, rank, n_tail)}};
+    size_t sizes[PARTS];
+    part_sizes(&kv.shape, (size_t)n_ctx, n_tail, sizes);
+    for (int i = 0; i < PARTS; i++) kv.layer_bytes += sizes[i];
+    kv.bytes = (size_t)n_layer * kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
     kv.data = mmap(NULL, kv.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (kv.data == MAP_FAILED) {
         ds_fail(err, DS_ENOMEM, "no memory for a context of %d tokens (%.1f MiB)", n_ctx, (double)kv.bytes / (1 << 20));
@@ -34,12 +55,15 @@ void ds_kv_release(ds_kv *kv) {
     *kv = (ds_kv){0};
 }
 
-void ds_kv_store(const ds_kv *kv, const ds_kernels *kern, int il, int pos, const float *row) {
-    if (kv->type == DS_KV_F16) kern->f32_to_f16(kv->width, row, ds_kv_row(kv, il, pos));
-    else memcpy(ds_kv_row(kv, il, pos), row, kv->row_bytes);
-}
-
-void ds_kv_load(const ds_kv *kv, const ds_kernels *kern, int il, int pos, int n, float *rows) {
-    if (kv->type == DS_KV_F16) kern->f16_to_f32(n * kv->width, ds_kv_row(kv, il, pos), rows);
-    else memcpy(rows, ds_kv_row(kv, il, pos), (size_t)n * kv->row_bytes);
+ds_rows ds_kv_rows(const ds_kv *kv, int il, int pos) {
+    unsigned char *at = kv->data + (size_t)il * kv->layer_bytes;
+    ds_rows rows = kv->shape;
+    size_t sizes[PARTS];
+    part_sizes(&rows, (size_t)kv->n_ctx, kv->n_tail, sizes);
+    rows.data = at;
+    if (sizes[SCALE]) rows.scale = (float *)(void *)(at += sizes[DATA]);
+    if (sizes[TAIL]) rows.tail = (int16_t *)(void *)(at += sizes[SCALE]);
+    if (sizes[TAIL_SCALE]) rows.tail_scale = (float *)(void *)(at += sizes[TAIL]);
+    if (sizes[SUM]) rows.sum = (int32_t *)(void *)(at += sizes[TAIL_SCALE]);
+    return ds_rows_from(&rows, pos, kv->n_tail);
 }

@@ -8,27 +8,24 @@
 #include "base/status.h"
 #include "kernels/kernels.h"
 
-typedef enum ds_kv_type { DS_KV_F16, DS_KV_F32 } ds_kv_type;
+typedef enum ds_kv_type { DS_KV_F16, DS_KV_Q8_0, DS_KV_F32, DS_KV_TYPES } ds_kv_type;
 
 typedef struct ds_kv {
     ds_kv_type type;
-    int n_layer, n_ctx, width; /* width = kv_lora_rank + rope_dim */
-    size_t row_bytes;
-    unsigned char *data;       /* (n_layer, n_ctx, width) in `type` */
+    int n_layer, n_ctx;
+    int rank, n_tail;    /* of a row: kv_lora_rank and rope_dim */
+    ds_rows shape;       /* how rows lie, without their place */
+    size_t layer_bytes;
+    unsigned char *data; /* (n_layer) of the parts of n_ctx rows: data, scales, tails */
     size_t bytes;
 } ds_kv;
 
-/* The type named "f16" or "f32"; false for another name. */
+/* The type of that name; false for another name. */
 bool ds_kv_type_from_name(const char *name, ds_kv_type *out);
 const char *ds_kv_type_name(ds_kv_type type);
 
-ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int width, ds_kv *out, ds_error *err);
+ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_tail, ds_kv *out, ds_error *err);
 void ds_kv_release(ds_kv *kv);
 
-static inline void *ds_kv_row(const ds_kv *kv, int il, int pos) {
-    return kv->data + ((size_t)il * (size_t)kv->n_ctx + (size_t)pos) * kv->row_bytes;
-}
-
-/* Store one row of floats (width) at a position; load reads n rows back. */
-void ds_kv_store(const ds_kv *kv, const ds_kernels *kern, int il, int pos, const float *row /* (width) */);
-void ds_kv_load(const ds_kv *kv, const ds_kernels *kern, int il, int pos, int n, float *rows /* (n, width) */);
+/* The rows of a layer from position pos on. */
+ds_rows ds_kv_rows(const ds_kv *kv, int il, int pos);

@@ -63,7 +63,7 @@ ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok
     kv = calloc((size_t)together, sizeof *kv);
     spans = calloc((size_t)together, sizeof *spans);
     if (!kv || !spans) st = ds_fail(err, DS_ENOMEM, "no memory for %d windows", together);
-    for (int i = 0; i < together && st == DS_OK; i++) st = ds_kv_create(DS_KV_F32, 1, n_tok, ds_kv_width(&block->core.config), &kv[i], err);
+    for (int i = 0; i < together && st == DS_OK; i++) st = ds_kv_create(DS_KV_F32, 1, n_tok, block->core.config.kv_lora_rank, block->core.config.rope_dim, &kv[i], err);
     for (int i = 0; i < n_seq && st == DS_OK; i += together) {
         st = run_windows(block, x, i, n_seq - i < together ? n_seq - i : together, n_tok, y, tap, kv, spans, err);
     }

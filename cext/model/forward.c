@@ -29,6 +29,7 @@ static void enter(const ds_lane *lane) {
         else memcpy(x, s->x + (size_t)t * d, d * sizeof *x);
     }
     if (lane->worker->ith != 0) return;
+    ds_attend_plan_step(s);
     for (int i = 0; i < s->n_spans; i++) {
         const ds_span *span = &s->spans[i];
         for (int t = 0; t < span->n; t++) {
@@ -60,7 +61,7 @@ static void run(const ds_worker *worker, void *arg) {
     size_t row = (size_t)s->config->n_embd * sizeof(float);
     enter(&lane);
     ds_lane_tap(&lane, DS_TAP_INP_EMBD, -1, lane.x, s->config->n_embd);
-    ds_barrier(worker); /* the angles */
+    ds_barrier(worker); /* the angles and the plan */
     for (int il = s->weights->layer_begin; il < s->weights->layer_end; il++) {
         const ds_layer *layer = ds_weights_layer(s->weights, il);
         ds_mla(&lane, layer, il);

@@ -67,10 +67,10 @@ ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_
     ds_kv_type type;
     ds_session *session;
     ds_status st;
-    if (!ds_kv_type_from_name(kv_type, &type)) return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, f32", kv_type);
+    if (!ds_kv_type_from_name(kv_type, &type)) return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, q8_0, f32", kv_type);
     if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT) return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
     if (!(session = calloc(1, sizeof *session))) return ds_fail(err, DS_ENOMEM, "no memory for a session");
-    if ((st = ds_kv_create(type, c->n_layer, n_ctx, ds_kv_width(c), &session->kv, err)) != DS_OK) {
+    if ((st = ds_kv_create(type, c->n_layer, n_ctx, c->kv_lora_rank, c->rope_dim, &session->kv, err)) != DS_OK) {
         free(session);
         return st;
     }

@@ -54,8 +54,39 @@ static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
     };
 }
 
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+/* Float rows take the most room of all kinds in everything but a converted block of halves. */
+static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
+    size_t r = (size_t)g->kv_lora_rank, rows = (size_t)ds_attend_pad(n_tok), row = ds_expand_ld(g->nope_dim, g->rope_dim, g->v_dim) * sizeof(float);
+    int width = max2(ds_kv_width(g), ds_qk_dim(g)), n_rows = DS_GROUP_ROWS > DS_QUERY_BLOCK ? DS_GROUP_ROWS : DS_QUERY_BLOCK;
+    return (ds_attend_lane){
+        .row = floats(c, (size_t)width), .scratch = carve(c, ds_attend_scratch(DS_ROWS_F16, n_rows, width, 0), 1),
+        .k_b = floats(c, r * (size_t)g->nope_dim), .v_b = floats(c, r * (size_t)g->v_dim), .columns = floats(c, r * DS_ATTEND_ROWS),
+        .weights = carve(c, max_size(ds_expand_weights_bytes(DS_ROWS_F32, g->kv_lora_rank, g->nope_dim, g->v_dim),
+                                     ds_expand_weights_bytes(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->v_dim)), 1),
+        .expand = carve(c, ds_expand_scratch(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->rope_dim, g->v_dim), 1),
+        .queries = carve(c, max_size(ds_query_bytes(DS_ROWS_F32, (int)rows, ds_qk_dim(g), 0), ds_query_bytes(DS_ROWS_I16, (int)rows, ds_qk_dim(g), 0)), 1),
+        .keys = {.data = carve(c, DS_ATTEND_BLOCK, row), .scale = floats(c, DS_ATTEND_BLOCK)},
+        .values = {.data = carve(c, DS_ATTEND_BLOCK, row), .scale = floats(c, DS_ATTEND_BLOCK)},
+        .visible = carve(c, rows, sizeof(int32_t)), .m = floats(c, rows), .l = floats(c, rows), .acc = floats(c, rows * ds_row_pad(g->v_dim)),
+    };
+}
+
+static ds_attend_room attend_room(carver *c, const ds_config *g, int n_tok) {
+    size_t n = (size_t)n_tok, rows = ds_attend_max_rows(g, n_tok), slots = ds_attend_max_slots(g, n_tok);
+    size_t blocks = ((size_t)g->n_head + DS_GROUP_ROWS - 1) / DS_GROUP_ROWS;
+    return (ds_attend_room){
+        .plan = {.absorb = carve(c, n, sizeof(bool)), .first_group = carve(c, n, sizeof(int)), .groups = carve(c, n * blocks, sizeof(ds_attend_group)),
+                 .visible = carve(c, rows, sizeof(int32_t))},
+        .latent = floats(c, n * (size_t)g->n_head * (size_t)ds_kv_width(g)),
+        .queries = carve(c, rows, ds_attend_query_bytes(g)),
+        .m = floats(c, slots), .l = floats(c, slots), .acc = floats(c, slots * ds_row_pad(g->kv_lora_rank)),
+    };
+}
+
 static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch *lane) {
-    size_t d = (size_t)g->n_embd, r = (size_t)g->kv_lora_rank, qk = (size_t)ds_qk_dim(g), v = (size_t)g->v_dim;
+    size_t d = (size_t)g->n_embd;
     int hidden = max2(g->n_ff_dense, g->n_expert_shared * g->n_ff_expert);
     ds_lane_scratch l = {
         .x = floats(c, d), .xn = floats(c, d), .q_a = floats(c, (size_t)g->q_lora_rank),
@@ -65,10 +96,7 @@ static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch
         .act_nope = act(c, n_tok, g->nope_dim), .act_latent = act(c, n_tok, g->kv_lora_rank),
         .plan = plan(c, g, 1), .ids = carve(c, (size_t)g->n_expert_used, sizeof(int32_t)),
         .weights = floats(c, (size_t)g->n_expert_used), .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
-        .k_b = floats(c, r * (size_t)g->nope_dim), .v_b = floats(c, v * r), .latent = floats(c, DS_POS_BLOCK * (size_t)ds_kv_width(g)),
-        .k = floats(c, DS_POS_BLOCK * qk), .v = floats(c, DS_POS_BLOCK * v), .scores = floats(c, DS_QUERY_BLOCK * DS_POS_BLOCK),
-        .attend = floats(c, (size_t)DS_HEAD_BLOCK * DS_SCORE_BLOCK),
-        .acc = floats(c, (size_t)n_tok * v), .m = floats(c, (size_t)n_tok), .l = floats(c, (size_t)n_tok),
+        .attend = attend_lane(c, g, n_tok),
     };
     if (lane) *lane = l;
 }
@@ -77,13 +105,11 @@ static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, i
     size_t n = (size_t)n_tok, d = (size_t)g->n_embd, h = (size_t)g->n_head, kv = (size_t)ds_kv_width(g);
     size_t shared = (size_t)g->n_expert_shared * (size_t)g->n_ff_expert, slots = n * (size_t)g->n_expert_used;
     size_t hidden = shared > (size_t)g->n_ff_dense ? shared : (size_t)g->n_ff_dense;
-    size_t parts = (n + DS_MAX_PARTS) * h; /* parts(t) * t <= t + DS_MAX_PARTS for every t <= n, see ds_attend_parts */
     s->lanes = carve(c, (size_t)n_threads, sizeof *s->lanes);
     s->x = floats(c, n * d), s->xn = floats(c, n * d), s->y = floats(c, n * d);
     s->rope = floats(c, n * (size_t)g->rope_dim);
     s->q_a = floats(c, n * (size_t)g->q_lora_rank), s->kv_a = floats(c, n * kv), s->q = floats(c, n * h * (size_t)ds_qk_dim(g));
-    s->latent_q = floats(c, n * h * kv);
-    s->part_m = floats(c, parts), s->part_l = floats(c, parts), s->part_acc = floats(c, parts * (size_t)g->kv_lora_rank);
+    s->attend = attend_room(c, g, n_tok);
     s->heads = floats(c, n * h * (size_t)g->v_dim);
     s->router = floats(c, n * (size_t)g->n_expert), s->ids = carve(c, slots, sizeof(int32_t)), s->weights = floats(c, slots);
     s->gate = floats(c, n * hidden), s->up = floats(c, n * hidden);

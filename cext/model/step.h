@@ -7,19 +7,12 @@
 
 #include "backend/cpu.h"
 #include "base/pool.h"
-#include "memory/kv.h"
+#include "model/attend.h"
 #include "model/tap.h"
 #include "model/weights.h"
 
 enum {
     DS_CHUNK = 512,      /* most tokens in a step: bounds the scratch */
-    DS_ABSORB_MAX = 127, /* longer runs of tokens expand K and V instead: absorbing costs 3.4x the arithmetic */
-    DS_POS_BLOCK = 256,  /* cached positions expanded at a time */
-    DS_QUERY_BLOCK = 64, /* queries scored at a time against them */
-    DS_HEAD_BLOCK = 16,  /* heads that share one pass over the cache in decode */
-    DS_SCORE_BLOCK = 256, /* cached positions scored at a time in decode */
-    DS_MIN_PART = 128,   /* positions below which splitting a decode pass does not pay */
-    DS_MAX_PARTS = 64,
 };
 
 /* Tokens [first, first + n) of a step belong to one sequence, at positions pos, pos + 1, ... of its cache. */
@@ -59,16 +52,14 @@ typedef struct ds_lane_scratch {
     int32_t *ids;                  /* (n_expert_used) */
     float *weights;                /* (n_expert_used) */
     ds_job *jobs;                  /* (2 * n_expert + 4) */
-    float *attend;                 /* (DS_HEAD_BLOCK, DS_SCORE_BLOCK): one head block's scores */
-    float *k_b, *v_b, *latent, *k, *v, *scores, *acc, *m, *l; /* expanded attention, see mla.c */
+    ds_attend_lane attend;
 } ds_lane_scratch;
 
 typedef struct ds_scratch {
     float *x, *xn, *y;       /* (n_tok, n_embd) */
     float *rope;             /* (n_tok, rope_dim): cos, sin pairs */
     float *q_a, *kv_a, *q;   /* (n_tok, q_lora_rank), (n_tok, kv width), (n_tok, n_head * qk_dim) */
-    float *latent_q;         /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
-    float *part_m, *part_l, *part_acc; /* (n_tok, n_head, parts[, kv_lora_rank]) */
+    ds_attend_room attend;
     float *heads;            /* (n_tok, n_head * v_dim) */
     float *router;           /* (n_tok, n_expert) */
     int32_t *ids;            /* (n_tok, n_expert_used) */
@@ -128,5 +119,3 @@ void ds_rope_apply(int n, const float *angles, float *x);
 /* Make scratch hold steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok, ds_error *err);
 void ds_scratch_release(ds_scratch *scratch);
-/* How many parts a decode pass over n_pos positions is split into, whatever the number of threads. */
-int ds_attend_parts(const ds_config *config, int n_tok, int n_pos);

@@ -164,32 +164,6 @@ static PyObject *py_gemm(PyObject *self, PyObject *args) {
     return finish(b, 3);
 }
 
-PyDoc_STRVAR(attend_doc, "_attend(isa, kv_type, n_pos, v_dim, scale, q, kv, m, l, acc, scratch): one block of positions; "
-                         "kv_type 'f16' or 'f32'; the head count is m's, qk_dim is q's width.");
-
-static PyObject *py_attend(PyObject *self, PyObject *args) {
-    Py_buffer b[6] = {{0}};
-    const char *isa, *type;
-    int n_pos, v_dim;
-    float scale;
-    if (!PyArg_ParseTuple(args, "ssiify*y*w*w*w*w*:_attend", &isa, &type, &n_pos, &v_dim, &scale, &b[0], &b[1], &b[2], &b[3], &b[4], &b[5]))
-        return finish(b, 6);
-    const ds_kernels *table = find_isa(isa);
-    const size_t n_heads = (size_t)b[2].len / sizeof(float);
-    const size_t qk_dim = n_heads ? (size_t)b[0].len / sizeof(float) / n_heads : 0;
-    const bool f16 = strcmp(type, "f16") == 0;
-    if (!table || n_pos < 0 || v_dim < 1 || (size_t)v_dim > qk_dim) {
-        if (table) PyErr_SetString(PyExc_ValueError, "n_pos or v_dim is out of range");
-    } else if (holds(&b[1], "kv", (size_t)n_pos * qk_dim, f16 ? 2 : 4) && holds(&b[3], "l", n_heads, sizeof(float)) &&
-               holds(&b[4], "acc", n_heads * (size_t)v_dim, sizeof(float)) &&
-               holds(&b[5], "scratch", n_heads * (size_t)n_pos, sizeof(float))) {
-        const ds_attend job = {.n_heads = (int)n_heads, .n_pos = n_pos, .qk_dim = (int)qk_dim, .v_dim = v_dim, .q = b[0].buf,
-                               .kv = b[1].buf, .scale = scale, .m = b[2].buf, .l = b[3].buf, .acc = b[4].buf, .scratch = b[5].buf};
-        (f16 ? table->attend_f16 : table->attend_f32)(&job);
-    }
-    return finish(b, 6);
-}
-
 PyDoc_STRVAR(row_doc, "_row(isa, op, x, other, y, number) -> float: an operation on a row: 'rms_norm' (other: weight or None, number: "
                       "eps), 'exp_sum' (number: max) and 'softmax' (in place in y; x is not read), 'silu_mul' (x gate, other up), "
                       "'add_scaled' (number: scale), 'f32_to_f16', 'f16_to_f32'. Returns exp_sum's sum, otherwise 0.");
@@ -277,7 +251,6 @@ static PyMethodDef methods[] = {
     {"_act_pack", py_act_pack, METH_VARARGS, act_pack_doc},
     {"_mul", py_mul, METH_VARARGS, mul_doc},
     {"_gemm", py_gemm, METH_VARARGS, gemm_doc},
-    {"_attend", py_attend, METH_VARARGS, attend_doc},
     {"_row", py_row, METH_VARARGS, row_doc},
     {"_half", py_half, METH_VARARGS, half_doc},
     {"_read_all", py_read_all, METH_VARARGS, read_all_doc},

@@ -85,10 +85,14 @@ class Model:
         kv = self.linear(f"{blk}.attn_kv_a_mqa", h)  # (9), and the shared key before its rotation
         c_kv = taps[f"kv_a_norm-{il}"] = self.norm(f"{blk}.attn_kv_a_norm", kv[:, : hp.kv_lora_rank])
         k_pe = rotate(hp, kv[:, hp.kv_lora_rank :], positions)  # (15)
-        c_kv, k_pe = (a.astype(self.cache_dtype).astype(np.float64) for a in (c_kv, k_pe))
+        c_kv, k_pe = self.cached(c_kv, k_pe)
         attend = mla_absorbed if self.absorbed else mla_expanded
         heads = taps[f"attn_heads-{il}"] = attend(hp, Queries(q_nope, q_pe, c_kv, k_pe), self.up_projections(il))
         return self.linear(f"{blk}.attn_output", heads)  # (19)
+
+    def cached(self, c_kv: F64, k_pe: F64) -> tuple[F64, F64]:
+        """What the cache gives back of the rows it is given."""
+        return c_kv.astype(self.cache_dtype).astype(np.float64), k_pe.astype(self.cache_dtype).astype(np.float64)
 
     def up_projections(self, il: int) -> UpProjections:
         if f"blk.{il}.attn_kv_b.weight" in self.tensors:

@@ -1,0 +1,288 @@
+/* attend_rows.h: rows of latents, keys, values and queries as the products of attention want them, and the product of rows
+ * with a panel (columns side by side, DS_LANES to a vector). */
+#pragma once
+
+enum {
+    ROW_ORDER16 = 32, /* values of an int16 row that are put in order together */
+    ROW_ORDER8 = 64,  /* and of an int8 row */
+    ROW_COLS = 2 * DS_LANES, /* columns of a panel that a tile takes at a time */
+};
+
+/* A row of length 46300 takes 23 bits of a 31-bit product with another: the square root of 2^31 is 46341, and rounding to
+ * a half and to an integer may add 24 and 16. */
+#define ROW_NORM 46300.0f
+#define ROW_MAX 32700.0f
+
+/* ---- Rotation ---- */
+
+/* One stage of a Walsh-Hadamard transform: sums and differences of values `half` apart. */
+DS_INLINE void rotate_stage(int n, int half, float *x) {
+    for (int i = 0; i < n; i += 2 * half)
+        for (int j = i; j < i + half; j += DS_LANES <= half ? DS_LANES : 1) {
+            if (DS_LANES <= half) {
+                const vf a = vf_load(x + j), b = vf_load(x + j + half);
+                vf_store(x + j, vf_add(a, b));
+                vf_store(x + j + half, vf_sub(a, b));
+            } else {
+                const float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+        }
+}
+
+/* The stages below DS_LANES, of DS_LANES vectors of x: in columns they need no shuffles of their own. */
+DS_INLINE void rotate_lanes(float *x) {
+    vf v[DS_LANES];
+    DS_UNROLL
+    for (int i = 0; i < DS_LANES; i++) v[i] = vf_load(x + i * DS_LANES);
+    vf_transpose(v);
+    DS_UNROLL
+    for (int half = 1; half < DS_LANES; half *= 2)
+        DS_UNROLL for (int i = 0; i < DS_LANES; i++) if (!(i & half)) {
+            const vf a = v[i], b = v[i + half];
+            v[i] = vf_add(a, b);
+            v[i + half] = vf_sub(a, b);
+        }
+    vf_transpose(v);
+    DS_UNROLL
+    for (int i = 0; i < DS_LANES; i++) vf_store(x + i * DS_LANES, v[i]);
+}
+
+/* x times an orthogonal and symmetric matrix: Walsh-Hadamard over blocks of the largest power of two in n. An outlier spreads
+ * over its block, so that one scale serves a whole row; twice is the identity. */
+static void rotate(int n, float *x) {
+    const int block = n & -n, done = block % (DS_LANES * DS_LANES) == 0 ? DS_LANES : 1;
+    if (done > 1)
+        for (int i = 0; i < n; i += DS_LANES * DS_LANES) rotate_lanes(x + i);
+    for (int half = done; half < block; half *= 2) rotate_stage(n, half, x);
+    scale_row(n, 1.0f / sqrtf((float)block), x);
+}
+
+/* ---- Packing ---- */
+
+/* The largest |x|. NaN is passed over. */
+DS_INLINE float row_abs_max(int n, const float *x) {
+    vf top = vf_set(0.0f), bottom = vf_set(0.0f);
+    DS_FOR_LANES(i, n,
+                 {
+                     top = vf_max(vf_load(x + i), top);
+                     bottom = vf_min(vf_load(x + i), bottom);
+                 },
+                 {
+                     top = vf_max(vf_load_n(x + i, n - i), top);
+                     bottom = vf_min(vf_load_n(x + i, n - i), bottom);
+                 });
+    return vf_hmax(vf_max(top, vf_sub(vf_set(0.0f), bottom)));
+}
+
+DS_INLINE float row_norm(int n, const float *x) {
+    vf squares = vf_set(0.0f);
+    DS_FOR_LANES(i, n, { squares = vf_fma(vf_load(x + i), vf_load(x + i), squares); },
+                 { squares = vf_fma(vf_load_n(x + i, n - i), vf_load_n(x + i, n - i), squares); });
+    return sqrtf(vf_sum(squares));
+}
+
+/* The scale at which x becomes a row of int16; 0 for a row of zeros. NaN stays NaN. */
+DS_INLINE float i16_scale(int n, const float *x) {
+    const float of_max = row_abs_max(n, x) / ROW_MAX, of_norm = row_norm(n, x) / ROW_NORM;
+    const float scale = of_max > of_norm ? of_max : of_norm;
+    return scale < 0x1p-100f ? 0.0f : scale;
+}
+
+DS_INLINE float row_inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+
+/* Values [i, i + 32) of x (n), zeros past its end, as int16. */
+DS_INLINE void i16_pack_part(int n, int i, const float *x, float inverse, int16_t out[ROW_ORDER16]) {
+    if (i + ROW_ORDER16 <= n) {
+        i16_pack32(x + i, inverse, out);
+        return;
+    }
+    float part[ROW_ORDER16] = {0};
+    if (i < n) memcpy(part, x + i, (size_t)(n - i) * sizeof *part);
+    i16_pack32(part, inverse, out);
+}
+
+/* x (n) as a padded row of int16; returns its scale. */
+DS_INLINE float i16_put(int n, const float *x, int16_t *out) {
+    const float scale = i16_scale(n, x), inverse = row_inverse(scale);
+    for (size_t i = 0; i < ds_row_pad(n); i += ROW_ORDER16) i16_pack_part(n, (int)i, x, inverse, out + i);
+    return scale;
+}
+
+/* Row of halves (n) with a scale as a padded row of int16. */
+DS_INLINE void i16_put_f16(int n, const uint16_t *x, float scale, int16_t *out) {
+    const float inverse = row_inverse(scale);
+    int i = 0;
+    for (; i + ROW_ORDER16 <= n; i += ROW_ORDER16) i16_pack32_f16(x + i, inverse, out + i);
+    for (; i < (int)ds_row_pad(n); i += ROW_ORDER16) {
+        uint16_t part[ROW_ORDER16] = {0};
+        if (i < n) memcpy(part, x + i, (size_t)(n - i) * sizeof *part);
+        i16_pack32_f16(part, inverse, out + i);
+    }
+}
+
+DS_INLINE float i8_scale(int n, const float *x) {
+    const float max = row_abs_max(n, x);
+    return max < 0x1p-100f ? 0.0f : max / 127.0f;
+}
+
+/* Values [i, i + 64) of x (n), zeros past its end, as int8. */
+DS_INLINE void i8_pack_part(int n, int i, const float *x, float inverse, int8_t out[ROW_ORDER8]) {
+    if (i + ROW_ORDER8 <= n) {
+        i8_pack64(x + i, inverse, out);
+        return;
+    }
+    float part[ROW_ORDER8] = {0};
+    memcpy(part, x + i, (size_t)(n - i) * sizeof *part);
+    i8_pack64(part, inverse, out);
+}
+
+/* Store x (n + n_tail) as row i; x is overwritten where rows are rotated. */
+static void rows_put(const ds_rows *rows, int i, int n, int n_tail, float *x) {
+    char *row = (char *)rows->data + (size_t)i * rows->row_bytes;
+    if (rows->kind == DS_ROWS_F32) {
+        memcpy(row, x, (size_t)(n + n_tail) * sizeof *x);
+    } else if (rows->kind == DS_ROWS_F16) {
+        rows->scale[i] = i16_scale(n + n_tail, x);
+        f32_to_f16(n + n_tail, x, (uint16_t *)(void *)row);
+    } else if (rows->kind == DS_ROWS_I16) {
+        rows->scale[i] = i16_put(n + n_tail, x, (int16_t *)(void *)row);
+    } else {
+        rotate(n, x);
+        const float scale = rows->scale[i] = i8_scale(n, x);
+        int32_t sum = 0;
+        for (int at = 0; at < n; at += ROW_ORDER8) i8_pack_part(n, at, x, row_inverse(scale), (int8_t *)row + at);
+        for (size_t at = 0; at < ds_row_pad(n); at++) sum += (int8_t)row[at];
+        rows->sum[i] = sum;
+        rows->tail_scale[i] = i16_put(n_tail, x + n, rows->tail + (size_t)i * ds_row_pad(n_tail));
+    }
+}
+
+/* ---- Panels: columns of dwords, in groups of ROW_COLS ---- */
+
+/* Where dword 0 of a column lies, and the distance to the next dword, in a panel of k dwords by n_cols columns. */
+DS_INLINE size_t panel_column(int k, int n_cols, int col, size_t *step) {
+    const int group = col / ROW_COLS * ROW_COLS;
+    *step = (size_t)(n_cols - group < ROW_COLS ? n_cols - group : ROW_COLS);
+    return (size_t)group * (size_t)k + (size_t)(col - group);
+}
+
+DS_INLINE void panel_put_f32(int n, int n_cols, int col, const float *x, uint32_t *panel) {
+    size_t step, at = panel_column(n, n_cols, col, &step);
+    for (int i = 0; i < n; i++, at += step) memcpy(panel + at, x + i, sizeof *x);
+}
+
+DS_INLINE float panel_put_i16(int n, int n_cols, int col, const float *x, uint32_t *panel) {
+    size_t step, at = panel_column((int)ds_row_pad(n) / 2, n_cols, col, &step);
+    const float scale = i16_scale(n, x), inverse = row_inverse(scale);
+    for (int i = 0; i < (int)ds_row_pad(n); i += ROW_ORDER16) {
+        int16_t part[ROW_ORDER16];
+        i16_pack_part(n, i, x, inverse, part);
+        DS_UNROLL
+        for (int j = 0; j < ROW_ORDER16; j += 2, at += step) memcpy(panel + at, part + j, 4);
+    }
+    return scale;
+}
+
+DS_INLINE float panel_put_i8(int n, int n_cols, int col, const float *x, uint32_t *panel) {
+    size_t step, at = panel_column((int)ds_row_pad(n) / 4, n_cols, col, &step);
+    const float scale = i8_scale(n, x), inverse = row_inverse(scale);
+    for (int i = 0; i < n; i += ROW_ORDER8) {
+        int8_t part[ROW_ORDER8];
+        i8_pack_part(n, i, x, inverse, part);
+        DS_UNROLL
+        for (int j = 0; j < ROW_ORDER8; j += 4, at += step) {
+            uint32_t four;
+            memcpy(&four, part + j, sizeof four);
+            panel[at] = four ^ DS_BYTES(DS_QUERY_BIAS);
+        }
+    }
+    return scale;
+}
+
+/* ---- Rows times a panel ---- */
+
+/* What a dword holds, and which dot it takes. */
+typedef enum dot_type {
+    DOT_F32,     /* a float */
+    DOT_I16,     /* two int16 */
+    DOT_QUERY,   /* four int8 of a row, four of a query */
+    DOT_WEIGHTS, /* four unsigned weights, four int8 of rows */
+} dot_type;
+
+/* sums + a . b, where a is the broadcast side. */
+DS_INLINE vi dot(dot_type kind, vi sums, vi a, vi b) {
+    if (kind == DOT_F32) return vf_as_int(vf_fma(vi_as_float(a), vi_as_float(b), vi_as_float(sums)));
+    if (kind == DOT_I16) return vi_dot16(sums, b, a);
+    if (kind == DOT_QUERY) return vi_dot_query(sums, b, a);
+    return vi_dot_weights(sums, a, b);
+}
+
+DS_INLINE vi dot_broadcast(const char *p) {
+    uint32_t dword;
+    memcpy(&dword, p, sizeof dword);
+    return vi_set(dword);
+}
+
+/* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c, added to what is there where `add` is set. */
+typedef struct row_product {
+    int n, k;               /* rows, and dwords of each */
+    const void *rows;
+    size_t row_bytes;
+    const float *row_scale; /* (n) or NULL */
+    const int32_t *sum;     /* (n) sums of the rows' values, where queries carry a bias */
+    const uint32_t *panel;  /* (k, n_cols) in groups */
+    const float *col_scale; /* (n_cols) */
+    int n_cols;             /* a multiple of 2 DS_LANES, or of DS_LANES */
+    float *out;
+    size_t ld;
+    bool add;
+} row_product;
+
+DS_INLINE void product_tile(dot_type kind, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
+    vi sums[2 * DS_ROW_TILE][2];
+    const char *a = (const char *)p->rows + (size_t)row * p->row_bytes;
+    DS_UNROLL
+    for (int i = 0; i < rows; i++)
+        DS_UNROLL for (int v = 0; v < vecs; v++)
+            sums[i][v] = vi_set(kind == DOT_QUERY ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
+    for (int k = 0; k < p->k; k++, a += 4, b += vecs * DS_LANES) {
+        const vi b0 = vi_load(b), b1 = vi_load(b + (vecs - 1) * DS_LANES);
+        DS_UNROLL
+        for (int i = 0; i < rows; i++) {
+            const vi x = dot_broadcast(a + (size_t)i * p->row_bytes);
+            sums[i][0] = dot(kind, sums[i][0], x, b0);
+            if (vecs > 1) sums[i][1] = dot(kind, sums[i][1], x, b1);
+        }
+    }
+    DS_UNROLL
+    for (int i = 0; i < rows; i++)
+        DS_UNROLL for (int v = 0; v < vecs; v++) {
+            float *out = p->out + (size_t)(row + i) * p->ld + (size_t)(col + v * DS_LANES);
+            vf scale = vf_load(p->col_scale + col + v * DS_LANES);
+            if (p->row_scale) scale = vf_mul(scale, vf_set(p->row_scale[row + i]));
+            const vf x = kind == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
+            vf_store(out, p->add ? vf_fma(x, scale, vf_load(out)) : vf_mul(x, scale));
+        }
+}
+
+/* All columns of one group against all rows: whole tiles, then single rows. */
+DS_INLINE void product_group(dot_type kind, int vecs, const row_product *p, int col) {
+    const int tile = 2 * DS_ROW_TILE / vecs;
+    const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
+    int row = 0;
+    for (; row + tile <= p->n; row += tile) product_tile(kind, tile, vecs, p, row, col, panel);
+    for (; row < p->n; row++) product_tile(kind, 1, vecs, p, row, col, panel);
+}
+
+DS_INLINE void product(dot_type kind, const row_product *p) {
+    for (int col = 0; col < p->n_cols; col += ROW_COLS) {
+        if (p->n_cols - col >= ROW_COLS) product_group(kind, 2, p, col);
+        else product_group(kind, 1, p, col);
+    }
+}
+
+static void product_f32(const row_product *p) { product(DOT_F32, p); }
+static void product_i16(const row_product *p) { product(DOT_I16, p); }
+static void product_query(const row_product *p) { product(DOT_QUERY, p); }

@@ -1,0 +1,131 @@
+/* simd_x86_dots.h: the integer primitives of attention on x86: dots of rows in int16 and int8, and their packing.
+ * Lane L of a vector (128 bits) holds values 4 L to 4 L + 3, then the same of the next 16: see ds_row_place16. */
+#pragma once
+
+#if defined(__AVX512F__)
+
+#define DS_ROW_TILE 8 /* rows by two vectors of sums in registers */
+
+DS_INLINE vi vf_to_int(vf a) { return _mm512_cvtps_epi32(a); } /* to the nearest, ties to even */
+/* x, or -infinity in lanes whose limit is not above i. */
+DS_INLINE vf vf_below(vf x, int i, vi limit) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm512_cmpgt_epi32_mask(limit, _mm512_set1_epi32(i)), x);
+}
+DS_INLINE vi x86_pack16(vi a, vi b) { return _mm512_packs_epi32(a, b); }
+DS_INLINE vi x86_pack8(vi a, vi b) { return _mm512_packs_epi16(a, b); }
+DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b); }
+DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); }
+DS_INLINE vi x86_high_bytes(vi a) { return _mm512_srai_epi16(a, 8); }
+
+#else
+
+#define DS_ROW_TILE 4
+
+DS_INLINE vi vf_to_int(vf a) { return _mm256_cvtps_epi32(a); }
+DS_INLINE vf vf_below(vf x, int i, vi limit) {
+    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, _mm256_set1_epi32(i))));
+}
+DS_INLINE vi x86_pack16(vi a, vi b) { return _mm256_packs_epi32(a, b); }
+DS_INLINE vi x86_pack8(vi a, vi b) { return _mm256_packs_epi16(a, b); }
+DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b); }
+DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b); }
+DS_INLINE vi x86_high_bytes(vi a) { return _mm256_srai_epi16(a, 8); }
+
+#endif
+
+/* sums + a . b over the two int16 of each dword. */
+DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sums, a, b);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+#define DS_QUERY_BIAS 128 /* queries are stored with it: the dot instruction wants one side unsigned */
+
+/* sums + (q + DS_QUERY_BIAS) . c over the four bytes of each dword, c within -127..127. */
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi c) { return x86_dot_add(sums, q, c); }
+/* sums + p . c over the four bytes of each dword, p unsigned and c within -127..127. */
+DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) { return x86_dot_add(sums, p, c); }
+
+#else
+
+#define DS_QUERY_BIAS 0
+
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi c) {
+    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(c, q));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+/* Even and odd bytes apart, because two products of 255 * 127 do not fit 16 bits. */
+DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+    const vi even = _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
+    const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(p, 8), _mm256_srai_epi16(c, 8));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
+}
+
+#endif
+
+/* Two vectors of floats, times s and rounded, as a vector of int16. */
+DS_INLINE void x86_store16(vf low, vf high, vf s, int16_t *out) {
+    vi_store(out, x86_pack16(vf_to_int(vf_mul(low, s)), vf_to_int(vf_mul(high, s))));
+}
+
+/* out = x * scale to the nearest, in order. */
+DS_INLINE void i16_pack32(const float *x, float scale, int16_t out[32]) {
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES) x86_store16(vf_load(x + h), vf_load(x + 16 + h), vf_set(scale), out + 2 * h);
+}
+
+DS_INLINE void i16_pack32_f16(const uint16_t *x, float scale, int16_t out[32]) {
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES) x86_store16(vf_load_f16(x + h), vf_load_f16(x + 16 + h), vf_set(scale), out + 2 * h);
+}
+
+DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
+    const vf s = vf_set(scale);
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES) {
+        vi q[4];
+        DS_UNROLL
+        for (int z = 0; z < 4; z++) q[z] = vf_to_int(vf_mul(vf_load(x + 16 * z + h), s));
+        vi_store(out + 4 * h, x86_pack8(x86_pack16(q[0], q[1]), x86_pack16(q[2], q[3])));
+    }
+}
+
+/* 64 int8 as twice 32 int16, order kept. */
+DS_INLINE void i16_from_i8(const int8_t x[64], int16_t out[64]) {
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES) {
+        const vi a = vi_load(x + 4 * h);
+        vi_store(out + 2 * h, x86_high_bytes(x86_pair8(a, a, 0)));
+        vi_store(out + 32 + 2 * h, x86_high_bytes(x86_pair8(a, a, 1)));
+    }
+}
+
+/* Dword c holds value c of a, then of b. */
+DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES)
+        DS_UNROLL for (int z = 0; z < 2; z++) vi_store(out + 16 * z + h, x86_pair16(vi_load(a + 2 * h), vi_load(b + 2 * h), z));
+}
+
+/* Dword c holds value c of each of four rows. */
+DS_INLINE void i8_quads(const int8_t *const rows[4], uint32_t out[64]) {
+    DS_UNROLL
+    for (int h = 0; h < 16; h += DS_LANES) {
+        vi r[4];
+        DS_UNROLL
+        for (int i = 0; i < 4; i++) r[i] = vi_load(rows[i] + 4 * h);
+        DS_UNROLL
+        for (int half = 0; half < 2; half++) {
+            const vi first = x86_pair8(r[0], r[1], half), second = x86_pair8(r[2], r[3], half);
+            vi_store(out + 32 * half + h, x86_pair16(first, second, 0));
+            vi_store(out + 32 * half + 16 + h, x86_pair16(first, second, 1));
+        }
+    }
+}

@@ -1,0 +1,280 @@
+/* attend.c: attention over the latent cache (DeepSeek-V2, section 2.1), by the cheaper of two routes. Knows no ISA.
+ *
+ * Absorbed: score_h = ((W_uk^T q_nope) . c_kv + q_pe . k_pe) * scale and o_h = W_uv sum_j p_j c_kv_j. All heads of a token,
+ * and tokens of a sequence, are rows of one product with the cache; the positions are split among workers and joined.
+ * Expanded: K = W_uk c_kv and V = W_uv c_kv are made block by block, once for all queries of a head. */
+#include "model/attend.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "model/lane.h"
+
+/* ---- The plan ---- */
+
+/* Compare the two routes' arithmetic for a head, in dwords multiplied. */
+static bool absorbs(const ds_config *c, const ds_span *span) {
+    const bool exact = span->kv->type == DS_KV_F32, coded = span->kv->type == DS_KV_Q8_0;
+    double per_dword = exact ? 1 : 2, latent = (2.0 * c->kv_lora_rank) / (coded ? 4 : per_dword) + c->rope_dim / per_dword;
+    double expanded = (ds_qk_dim(c) + c->v_dim) / per_dword, expansion = (double)(c->nope_dim + c->v_dim) * c->kv_lora_rank / per_dword;
+    double n = span->n, pairs = n * span->pos + n * (n + 1) / 2;
+    return pairs * latent <= (span->pos + n) * expansion + pairs * expanded;
+}
+
+/* The groups of one span: as many whole tokens as DS_GROUP_ROWS hold, or one token's heads in blocks. */
+static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) {
+    const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
+    const ds_span *span = &s->spans[i];
+    plan->first_group[i] = plan->n_groups;
+    for (int t = 0; t < span->n; t += tokens) {
+        for (int head = 0; head < n_head; head += block) {
+            ds_attend_group g = {.span = i, .token = span->first + t, .n_tok = span->n - t < tokens ? span->n - t : tokens, .head = head,
+                                 .n_heads = n_head - head < block ? n_head - head : block, .row = *row};
+            g.n_rows = ds_attend_pad(g.n_tok * g.n_heads);
+            for (int r = 0; r < g.n_tok * g.n_heads; r++) plan->visible[g.row + r] = span->pos + t + r / g.n_heads + 1;
+            *row += g.n_rows;
+            plan->groups[plan->n_groups++] = g;
+        }
+    }
+}
+
+void ds_attend_plan_step(const ds_step *s) {
+    ds_attend_plan *plan = &s->scratch->attend.plan;
+    int row = 0, slot = 0;
+    plan->n_groups = plan->n_absorbed = 0;
+    for (int i = 0; i < s->n_spans; i++) {
+        plan->absorb[i] = absorbs(s->config, &s->spans[i]);
+        plan->n_absorbed += plan->absorb[i];
+        if (plan->absorb[i]) group_span(s, plan, i, &row);
+    }
+    for (int i = 0; i < plan->n_groups; i++) {
+        ds_attend_group *g = &plan->groups[i];
+        int n_pos = s->spans[g->span].pos + s->spans[g->span].n, most = (n_pos + DS_MIN_PART - 1) / DS_MIN_PART;
+        int wanted = (DS_MAX_PARTS + plan->n_groups - 1) / plan->n_groups; /* whatever the number of threads: results do not depend on it */
+        g->n_parts = wanted < most ? wanted : most;
+        g->slot = slot;
+        slot += g->n_parts * g->n_rows;
+    }
+}
+
+/* ---- Absorbed ---- */
+
+/* Query row of a token's head: its group, and its place there. */
+static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h, int *row) {
+    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
+    const int blocks = (n_head + block - 1) / block, local = t - s->spans[span].first;
+    const ds_attend_group *g = &plan->groups[plan->first_group[span] + local / tokens * blocks + h / block];
+    *row = local % tokens * g->n_heads + h - g->head;
+    return g;
+}
+
+static ds_row_kind kind_of(const ds_step *s, int span) { return s->spans[span].kv->shape.kind; }
+
+static void *pack_of(const ds_step *s, const ds_attend_group *g) {
+    return (char *)s->scratch->attend.queries + (size_t)g->row * ds_attend_query_bytes(s->config);
+}
+
+/* The span behind the run of spans that begins with i and goes by the same route. */
+static int run_end(const ds_step *s, int i) {
+    const bool *absorb = s->scratch->attend.plan.absorb;
+    int end = i + 1;
+    while (end < s->n_spans && absorb[end] == absorb[i]) end++;
+    return end;
+}
+
+/* [W_uk,h^T q_nope | rope(q_pe)] of the tokens of spans [begin, end), packed into their groups. */
+static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int end, int h) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    const size_t q_row = (size_t)c->n_head * (size_t)ds_qk_dim(c), lat_row = (size_t)c->n_head * (size_t)ds_kv_width(c);
+    const int t0 = s->spans[begin].first, n = s->spans[end - 1].first + s->spans[end - 1].n - t0;
+    const ds_act_kind kind = ds_format_get(l->k_b.format)->act;
+    const float *q = s->scratch->q + (size_t)t0 * q_row + (size_t)h * (size_t)ds_qk_dim(c);
+    float *out = s->scratch->attend.latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_kv_width(c);
+    void *pack = lane->own->act_nope.pack[kind];
+    s->kern->act_pack(kind, 0, n, n, c->nope_dim, q, q_row, NULL, pack);
+    ds_job job = ds_cpu_job(&l->k_b, ds_mat_block(&l->k_b, h), pack, n, out, lat_row);
+    s->kern->mul[job.format](&job.mul);
+    for (int i = begin; i < end; i++) {
+        for (int t = s->spans[i].first; t < s->spans[i].first + s->spans[i].n; t++, q += q_row, out += lat_row) {
+            int row;
+            const ds_attend_group *g = group_of(s, i, t, h, &row);
+            memcpy(out + c->kv_lora_rank, q + c->nope_dim, (size_t)c->rope_dim * sizeof *out);
+            ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, out + c->kv_lora_rank);
+            s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out, c->attn_scale, pack_of(s, g));
+        }
+    }
+}
+
+/* One part of a group's positions: a running softmax into the part's m, l and acc. Parts begin at multiples of a tile. */
+static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, int part) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    const ds_attend_room *room = &s->scratch->attend;
+    const ds_kv *kv = s->spans[g->span].kv;
+    const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
+    const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
+    int begin = (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    int end = part + 1 == g->n_parts ? n_pos : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    const ds_attend job = {
+        .n_rows = g->n_tok * g->n_heads, .n_pos = end - begin, .n = c->kv_lora_rank, .n_tail = c->rope_dim, .v_dim = c->kv_lora_rank,
+        .q = pack_of(s, g), .keys = ds_kv_rows(kv, il - s->weights->layer_begin, begin), .visible = room->plan.visible + g->row, .first_pos = begin,
+        .m = room->m + slot, .l = room->l + slot, .acc = room->acc + slot * ld, .ld_acc = ld, .scratch = lane->own->attend.scratch,
+    };
+    for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
+    memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);
+    s->kern->attend(&job);
+}
+
+/* Join the parts of one query row into out (kv_lora_rank). */
+static void merge_parts(const ds_step *s, const ds_attend_group *g, int row, float *out) {
+    const ds_attend_room *room = &s->scratch->attend;
+    const size_t stride = (size_t)g->n_rows, at = (size_t)g->slot + (size_t)row, ld = ds_row_pad(s->config->kv_lora_rank);
+    const float *m = room->m + at, *l = room->l + at;
+    float top = -INFINITY, sum = 0;
+    for (int p = 0; p < g->n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
+    for (int p = 0; p < g->n_parts; p++) sum += l[(size_t)p * stride] * expf(m[(size_t)p * stride] - top);
+    memset(out, 0, (size_t)s->config->kv_lora_rank * sizeof *out);
+    for (int p = 0; p < g->n_parts; p++) {
+        const float weight = expf(m[(size_t)p * stride] - top) / sum;
+        if (weight != 0) s->kern->add_scaled(s->config->kv_lora_rank, weight, room->acc + ((size_t)p * stride + at) * ld, out);
+    }
+    if (kind_of(s, g->span) == DS_ROWS_Q8) s->kern->rotate(s->config->kv_lora_rank, out);
+}
+
+/* o_h = W_uv,h (latent output) of the tokens of spans [begin, end), over the place of their absorbed queries. */
+static void unabsorb_head(const ds_lane *lane, const ds_layer *l, int begin, int end, int h) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    const size_t lat_row = (size_t)c->n_head * (size_t)ds_kv_width(c), out_row = (size_t)c->n_head * (size_t)c->v_dim;
+    const int t0 = s->spans[begin].first, n = s->spans[end - 1].first + s->spans[end - 1].n - t0;
+    const ds_act_kind kind = ds_format_get(l->v_b.format)->act;
+    float *latent = s->scratch->attend.latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_kv_width(c);
+    void *pack = lane->own->act_latent.pack[kind];
+    for (int i = begin, t = t0; i < end; i++) {
+        for (; t < s->spans[i].first + s->spans[i].n; t++) {
+            int row;
+            const ds_attend_group *g = group_of(s, i, t, h, &row);
+            merge_parts(s, g, row, latent + (size_t)(t - t0) * lat_row);
+        }
+    }
+    s->kern->act_pack(kind, 0, n, n, c->kv_lora_rank, latent, lat_row, NULL, pack);
+    ds_job job = ds_cpu_job(&l->v_b, ds_mat_block(&l->v_b, h), pack, n, s->scratch->heads + (size_t)t0 * out_row + (size_t)h * (size_t)c->v_dim, out_row);
+    s->kern->mul[job.format](&job.mul);
+}
+
+/* Every head of every run of absorbing spans, claimed one by one. */
+static void each_absorbed_head(const ds_lane *lane, const ds_layer *l, void (*run)(const ds_lane *, const ds_layer *, int begin, int end, int h)) {
+    const ds_step *s = lane->step;
+    const size_t n_head = (size_t)s->config->n_head;
+    size_t claimed = ds_claim(lane->worker), base = 0;
+    for (int i = 0, end; i < s->n_spans; i = end) {
+        end = run_end(s, i);
+        if (!s->scratch->attend.plan.absorb[i]) continue;
+        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) run(lane, l, i, end, (int)(claimed - base));
+        base += n_head;
+    }
+}
+
+/* ---- Expanded ---- */
+
+/* The head's weights, and all its queries with their rotary part rotated, as the kernels take them. */
+static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    const ds_attend_lane *own = &lane->own->attend;
+    const ds_span *span = &s->spans[i];
+    const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
+    const ds_expand_weights weights = {.from = kind_of(s, i), .rank = c->kv_lora_rank, .k_dim = c->nope_dim, .v_dim = c->v_dim,
+                                       .k_b = own->k_b, .v_b = own->v_b, .scratch = own->columns, .out = own->weights};
+    s->kern->dequantize[l->k_b.format]((int64_t)l->k_b.rows * l->k_b.k, ds_mat_block(&l->k_b, h), own->k_b);
+    s->kern->dequantize[l->v_b.format]((int64_t)l->v_b.rows * l->v_b.k, ds_mat_block(&l->v_b, h), own->v_b);
+    s->kern->expand_weights(&weights);
+    for (int t = 0; t < span->n; t++) {
+        const int block = t / DS_QUERY_BLOCK * DS_QUERY_BLOCK, left = span->n - block;
+        const int n_rows = left < DS_QUERY_BLOCK ? ds_attend_pad(left) : DS_QUERY_BLOCK;
+        memcpy(own->row, s->scratch->q + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)ds_qk_dim(c), (size_t)ds_qk_dim(c) * sizeof *own->row);
+        ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)(span->first + t) * (size_t)c->rope_dim, own->row + c->nope_dim);
+        s->kern->query_put(kind, t - block, n_rows, ds_qk_dim(c), 0, own->row, c->attn_scale, (char *)own->queries + ds_query_bytes(kind, block, ds_qk_dim(c), 0));
+        own->visible[t] = span->pos + t + 1;
+    }
+}
+
+/* Fold the n expanded positions from pos into the results of every query that sees them. */
+static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n) {
+    const ds_config *c = lane->step->config;
+    const ds_attend_lane *own = &lane->own->attend;
+    const size_t ld = ds_row_pad(c->v_dim);
+    for (int t = 0; t < span->n; t += DS_QUERY_BLOCK) {
+        const int n_q = span->n - t < DS_QUERY_BLOCK ? span->n - t : DS_QUERY_BLOCK;
+        if (span->pos + t + n_q <= pos) continue; /* all of these come before the block */
+        const ds_attend job = {
+            .n_rows = n_q, .n_pos = n, .n = ds_qk_dim(c), .v_dim = c->v_dim, .q = (char *)own->queries + ds_query_bytes(kind, t, ds_qk_dim(c), 0),
+            .keys = own->keys, .values = own->values, .visible = own->visible + t, .first_pos = pos,
+            .m = own->m + t, .l = own->l + t, .acc = own->acc + (size_t)t * ld, .ld_acc = ld, .scratch = own->scratch,
+        };
+        lane->step->kern->attend(&job);
+    }
+}
+
+/* All queries of one head of one sequence, keys and values expanded block by block. */
+static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int i, int h) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    ds_attend_lane *own = &lane->own->attend;
+    const ds_span *span = &s->spans[i];
+    const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
+    const size_t ld = ds_row_pad(c->v_dim), floats = ds_expand_ld(c->nope_dim, c->rope_dim, c->v_dim) * sizeof(float);
+    const int n_pos = span->pos + span->n;
+    own->keys.kind = own->values.kind = kind;
+    own->keys.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, ds_qk_dim(c), 0);
+    own->values.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, c->v_dim, 0);
+    prepare_head(lane, l, i, h);
+    for (int t = 0; t < ds_attend_pad(span->n); t++) own->m[t] = -INFINITY, own->l[t] = 0;
+    memset(own->acc, 0, (size_t)ds_attend_pad(span->n) * ld * sizeof *own->acc);
+    for (int pos = 0; pos < n_pos; pos += DS_ATTEND_BLOCK) {
+        const ds_expand job = {
+            .n_pos = n_pos - pos < DS_ATTEND_BLOCK ? n_pos - pos : DS_ATTEND_BLOCK, .rank = c->kv_lora_rank, .n_tail = c->rope_dim, .k_dim = c->nope_dim,
+            .v_dim = c->v_dim, .weights = own->weights, .latents = ds_kv_rows(span->kv, il - s->weights->layer_begin, pos), .keys = own->keys,
+            .values = own->values, .scratch = own->expand,
+        };
+        s->kern->expand(&job);
+        attend_block(lane, span, kind, pos, job.n_pos);
+    }
+    for (int t = 0; t < span->n; t++) {
+        float *out = s->scratch->heads + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
+        memset(out, 0, (size_t)c->v_dim * sizeof *out);
+        s->kern->add_scaled(c->v_dim, 1.0f / own->l[t], own->acc + (size_t)t * ld, out);
+    }
+}
+
+/* The cache's passes: whole heads of expanding spans, parts of the groups of the others. */
+static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
+    const ds_step *s = lane->step;
+    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const size_t n_head = (size_t)s->config->n_head;
+    size_t claimed = ds_claim(lane->worker), base = 0;
+    for (int i = 0; i < s->n_spans; i++) { /* claims only grow, so one walk serves them all */
+        if (plan->absorb[i]) continue;
+        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) attend_expanded(lane, l, il, i, (int)(claimed - base));
+        base += n_head;
+    }
+    for (int i = 0; i < plan->n_groups; i++) {
+        const ds_attend_group *g = &plan->groups[i];
+        for (; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker)) attend_part(lane, il, g, (int)(claimed - base));
+        base += (size_t)g->n_parts;
+    }
+}
+
+void ds_attend_heads(const ds_lane *lane, const ds_layer *layer, int il) {
+    const bool absorbing = lane->step->scratch->attend.plan.n_absorbed > 0;
+    if (absorbing) {
+        each_absorbed_head(lane, layer, absorb_head);
+        ds_barrier(lane->worker);
+    }
+    attend_all(lane, layer, il);
+    if (!absorbing) return;
+    ds_barrier(lane->worker);
+    each_absorbed_head(lane, layer, unabsorb_head);
+}

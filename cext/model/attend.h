@@ -1,0 +1,76 @@
+/* attend.h: attention of a step's tokens over their sequences' caches, between the query's projection and the output's. */
+#pragma once
+
+#include "memory/kv.h"
+#include "model/config.h"
+
+struct ds_step;
+struct ds_lane;
+struct ds_layer;
+
+enum {
+    DS_GROUP_ROWS = 64,  /* most query rows (a token's heads) that share a pass over the cache */
+    DS_MIN_PART = 256,   /* positions below which splitting a pass does not pay */
+    DS_MAX_PARTS = 32,   /* tasks that a step of few tokens is split into */
+    DS_QUERY_BLOCK = 64, /* queries scored at a time against expanded keys */
+};
+
+/* Query rows of one sequence that walk the latent cache together: n_tok tokens x n_heads heads. */
+typedef struct ds_attend_group {
+    int span, token, n_tok; /* tokens of the step */
+    int head, n_heads;
+    int row;                /* of the group's first query among all, padding included */
+    int n_rows;             /* padded */
+    int n_parts;            /* its positions are split into */
+    int slot;               /* of part 0 among the results; each part takes n_rows */
+} ds_attend_group;
+
+/* How a step's attention is done; the same for all its layers. */
+typedef struct ds_attend_plan {
+    bool *absorb;            /* (n_spans) by the latent, or by keys and values expanded from it */
+    int *first_group;        /* (n_spans) */
+    ds_attend_group *groups;
+    int n_groups, n_absorbed; /* spans that absorb */
+    int32_t *visible;        /* (query rows) positions that a row sees */
+} ds_attend_plan;
+
+/* One worker's room. */
+typedef struct ds_attend_lane {
+    float *row;              /* one row of a cache, or of a query */
+    void *scratch;           /* of the kernel */
+    /* Expanded attention of one head: its weights, a block of keys and values, all of its queries and their results. */
+    float *k_b, *v_b, *columns;
+    void *weights, *expand, *queries;
+    ds_rows keys, values;
+    int32_t *visible;
+    float *m, *l, *acc;
+} ds_attend_lane;
+
+/* What the workers share. */
+typedef struct ds_attend_room {
+    ds_attend_plan plan;
+    float *latent;           /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
+    void *queries;           /* packs of all groups */
+    float *m, *l, *acc;      /* (slots[, padded kv_lora_rank]) */
+} ds_attend_room;
+
+/* Decide how each sequence of the step attends; one worker does it, before the first layer. */
+void ds_attend_plan_step(const struct ds_step *step);
+
+/* Attention of layer il: reads the step's q (rotary part not yet rotated) and the caches, fills the step's heads. Every
+ * worker calls it; the caches and q are whole before, the heads after a barrier. */
+void ds_attend_heads(const struct ds_lane *lane, const struct ds_layer *layer, int il);
+
+/* Bounds for scratch: query rows of n_tok tokens, padding included, and the slots of their results. */
+static inline size_t ds_attend_max_rows(const ds_config *c, int n_tok) { return (size_t)n_tok * (size_t)ds_attend_pad(c->n_head); }
+
+/* Bytes of one query row in a pack of any kind: every kind's pack is linear in its rows. */
+static inline size_t ds_attend_query_bytes(const ds_config *c) {
+    return ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(c->kv_lora_rank), (int)ds_row_pad(c->rope_dim));
+}
+
+/* parts <= 1 + DS_MAX_PARTS / groups for each group, and a group has at most DS_GROUP_ROWS rows. */
+static inline size_t ds_attend_max_slots(const ds_config *c, int n_tok) {
+    size_t rows = ds_attend_max_rows(c, n_tok);
+    return rows + DS_MAX_PARTS * (rows < DS_GROUP_ROWS ? rows : DS_GROUP_ROWS);
+}
