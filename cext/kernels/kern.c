@@ -43,6 +43,10 @@ typedef enum code_range {
 #include "kernels/dequantize.h"
 
 #if DS_HAS_DOTS
+/* The values of IQ4 codes, plus DS_CODE_BIAS (as bytes). */
+#define IQ4(value) (int8_t)(((value) + DS_CODE_BIAS + 128) % 256 - 128)
+static const int8_t iq4_codes[16] = {IQ4(-127), IQ4(-104), IQ4(-83), IQ4(-65), IQ4(-49), IQ4(-35), IQ4(-22), IQ4(-10),
+                                     IQ4(1),    IQ4(13),   IQ4(25),  IQ4(38),  IQ4(53),  IQ4(69),  IQ4(89),  IQ4(113)};
 #include "kernels/mul_rows.h"
 #include "kernels/unpack.h"
 #include "kernels/mul_panels.h"

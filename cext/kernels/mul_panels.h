@@ -134,7 +134,7 @@ DS_INLINE void mul_panels(panel_format f, const ds_mul *job) {
             .unpack = unpack_##id, .block_bytes = sizeof(ds_block_##id), .block_elements = DS_ELEMENTS_##id, __VA_ARGS__};    \
         mul_panels(f, job);                                                                                                  \
     }
-#define SIGNED_CODES .range = CODES_SIGNED, .offset_log2 = DS_SIGNED_AS_UNSIGNED ? 7 : 0
+#define SIGNED_CODES .range = CODES_SIGNED, .offset_log2 = DS_CODE_BIAS ? 7 : 0
 MUL_PANELS(Q4_0, .range = CODES_4, .offset_log2 = 3)
 MUL_PANELS(Q4_1, .range = CODES_4, .has_min = true)
 MUL_PANELS(Q5_0, .range = CODES_5, .offset_log2 = 4)

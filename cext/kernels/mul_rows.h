@@ -30,7 +30,7 @@ typedef struct row_format {
     row_group_fn group;
     size_t group_bytes;
     int block_elements;
-    bool is_signed;   /* q is signed, -128..127, plus DS_ROW_BIAS */
+    bool is_signed;   /* q is signed, -128..127, plus DS_CODE_BIAS */
     bool split;       /* q of every second 32 values is 16 times as large */
     bool per_16;      /* scales are per 16 values, not per 32 */
     float min_factor; /* 0 where there is no minimum */
@@ -100,7 +100,7 @@ DS_INLINE void row_group_IQ4_NL(const void *block, row_group *g) {
     const ds_block_IQ4_NL *b = block;
     const f8 d = ROW_HALVES(b, d);
     DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_bias(v64_lookup(ds_iq4_values, v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs)));
+    for (int j = 0; j < 4; j++) g->q[j] = v64_lookup(iq4_codes, v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs));
     g->scales = row_scales_32(d, d);
 }
 
@@ -166,7 +166,7 @@ DS_INLINE void row_group_IQ4_XS(const void *block, row_group *g) {
     const f8 scale = f8_mul(f8_sub(f8_bytes(sc), f8_set(32.0f)), f8_set(f32_of_f16(b->d)));
     g->scales = row_scales_32(scale, scale);
     DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_bias(v64_lookup(ds_iq4_values, v64_nibbles2(b->qs + 32 * j, b->qs + 32 * j + 16)));
+    for (int j = 0; j < 4; j++) g->q[j] = v64_lookup(iq4_codes, v64_nibbles2(b->qs + 32 * j, b->qs + 32 * j + 16));
 }
 
 /* ---- The product ---- */

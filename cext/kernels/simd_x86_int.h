@@ -6,6 +6,14 @@
 
 #define DS_HAS_DOTS 1 /* this ISA has the fast products */
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define DS_CODE_BIAS 128 /* signed codes are used plus this: the dot instruction wants unsigned */
+#define DS_ROW_SPLIT 1   /* in rows, high halves of bytes are used where they are, 16 times as large */
+#else
+#define DS_CODE_BIAS 0
+#define DS_ROW_SPLIT 0
+#endif
+
 /* Index of a shuffle that copies byte `byte` of every dword to all four of its bytes. */
 #define X86_COPY_BYTE(byte) _mm_set_epi32((int)(DS_BYTES(12 + (byte))), (int)(DS_BYTES(8 + (byte))), (int)(DS_BYTES(4 + (byte))), (int)(DS_BYTES(byte)))
 
@@ -161,14 +169,6 @@ DS_INLINE v16 v16_scales_q3_k(const uint8_t packed[12]) {
     return _mm_sub_epi8(_mm_or_si128(four, _mm_slli_epi32(two, 4)), _mm_set1_epi8(32));
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define DS_ROW_BIAS 128 /* signed codes are used plus this: the dot instruction wants unsigned */
-#define DS_ROW_SPLIT 1  /* high halves of bytes are used where they are, 16 times as large */
-#else
-#define DS_ROW_BIAS 0
-#define DS_ROW_SPLIT 0
-#endif
-
 #if defined(__AVX512F__)
 
 typedef __m512i v64;
@@ -182,7 +182,7 @@ DS_INLINE v64 v64_load2(const void *p, const void *q) {
 DS_INLINE v64 v64_twice(const void *p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256(p)); }
 DS_INLINE v64 v64_and(v64 a, int byte) { return _mm512_and_si512(a, _mm512_set1_epi8((char)byte)); }
 DS_INLINE v64 v64_or(v64 a, v64 b) { return _mm512_or_si512(a, b); }
-DS_INLINE v64 v64_bias(v64 a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)DS_ROW_BIAS)); }
+DS_INLINE v64 v64_bias(v64 a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)DS_CODE_BIAS)); }
 /* Bits of every byte moved down by `low` in the first 32 bytes and `high` in the others (up where negative); what comes in
  * from neighbours is for the caller to mask away. */
 DS_INLINE v64 v64_shift(v64 a, int low, int high) {
@@ -278,7 +278,7 @@ DS_INLINE v64 v64_and(v64 v, int byte) {
 }
 DS_INLINE v64 v64_or(v64 v, v64 w) { return (v64){_mm256_or_si256(v.a, w.a), _mm256_or_si256(v.b, w.b)}; }
 DS_INLINE v64 v64_bias(v64 v) {
-    const __m256i bias = _mm256_set1_epi8((char)DS_ROW_BIAS);
+    const __m256i bias = _mm256_set1_epi8((char)DS_CODE_BIAS);
     return (v64){_mm256_xor_si256(v.a, bias), _mm256_xor_si256(v.b, bias)};
 }
 DS_INLINE v64 v64_split(const void *p) {
@@ -420,7 +420,6 @@ DS_INLINE float f32_max_abs32(const float *x) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 #define DS_TILE_TOKENS 6
-#define DS_SIGNED_AS_UNSIGNED 1 /* panels hold signed codes plus 128: the dot instruction wants unsigned */
 
 DS_INLINE vi x86_dot_add(vi acc, vi u, vi s) {
 #if defined(__AVX512VNNI__)
@@ -450,35 +449,37 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
 #else
 
 #define DS_TILE_TOKENS 4
-#define DS_SIGNED_AS_UNSIGNED 0
 
-/* Without a dot instruction: products of two neighbours are summed in 16 bits, as many as are sure to fit, and widened. */
+/* Products of w and x, two neighbours summed, added to 16-bit sums. */
+DS_INLINE __m256i x86_add_pairs(__m256i words, bool is_signed, bool first, __m256i w, __m256i x) {
+    const __m256i p = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+    words = first ? p : _mm256_add_epi16(words, p);
+    /* Keeps the compiler from reordering the sums, which would need more registers than there are. */
+    __asm__("" : "+x"(words));
+    return words;
+}
+
+/* Without a dot instruction: pairs of products are summed in 16 bits, as many as are sure to fit, and then widened. */
 DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
-    const int step = range == CODES_4 ? 8 : range == CODES_5 ? 4 : range == CODES_6 ? 2 : 1;
-    const __m256i ones = _mm256_set1_epi16(1);
+    const int most = range == CODES_4 ? 8 : range == CODES_5 ? 4 : range == CODES_6 ? 2 : 1, step = most < n_k4 ? most : n_k4;
     DS_UNROLL
     for (int i0 = 0; i0 < n_k4; i0 += step) {
         __m256i words[DS_TILE_TOKENS][2];
         DS_UNROLL
-        for (int i = i0; i < i0 + step && i < n_k4; i++) {
-            const vi w0 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS), w1 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS + 4 * DS_LANES);
+        for (int i = 0; i < step; i++) {
+            const uint8_t *rows = w + (size_t)(i0 + i) * 4 * DS_PANEL_ROWS;
+            const vi w0 = vi_load(rows), w1 = vi_load(rows + 4 * DS_LANES);
             DS_UNROLL
             for (int t = 0; t < n_tok; t++) {
-                int32_t four;
-                memcpy(&four, a + 4 * (i * n_tok + t), sizeof four);
-                const vi x = vi_set((uint32_t)four);
-                const bool is_signed = range == CODES_SIGNED;
-                const vi p0 = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x, w0)) : _mm256_maddubs_epi16(w0, x);
-                const vi p1 = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x, w1)) : _mm256_maddubs_epi16(w1, x);
-                words[t][0] = i == i0 ? p0 : _mm256_add_epi16(words[t][0], p0);
-                words[t][1] = i == i0 ? p1 : _mm256_add_epi16(words[t][1], p1);
-                /* Keeps the compiler from reordering the sums, which would need more registers than there are. */
-                __asm__("" : "+x"(words[t][0]), "+x"(words[t][1]));
+                const vi x = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)(a + 4 * ((i0 + i) * n_tok + t))));
+                words[t][0] = x86_add_pairs(words[t][0], range == CODES_SIGNED, i == 0, w0, x);
+                words[t][1] = x86_add_pairs(words[t][1], range == CODES_SIGNED, i == 0, w1, x);
             }
         }
         DS_UNROLL
         for (int t = 0; t < n_tok; t++)
-            DS_UNROLL for (int v = 0; v < 2; v++) acc[t][v] = _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(words[t][v], ones));
+            DS_UNROLL for (int v = 0; v < 2; v++)
+                acc[t][v] = _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(words[t][v], _mm256_set1_epi16(1)));
     }
 }
 

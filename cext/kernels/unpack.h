@@ -5,7 +5,7 @@
 #pragma once
 
 /* A panel in L1: 32 rows by 256 values. Dword [k / 4][row] holds four consecutive codes of a row. Codes are unsigned with
- * the format's offset still in, or signed (plus 128 where DS_SIGNED_AS_UNSIGNED). */
+ * the format's offset still in, or signed plus DS_CODE_BIAS. */
 typedef struct panel {
     DS_ALIGNED uint8_t q[ACT_GROUP / 4][DS_PANEL_ROWS][4];
     DS_ALIGNED float scale[16][DS_PANEL_ROWS]; /* per 32 values of a row, or per 16 */
@@ -33,12 +33,7 @@ DS_INLINE vi one_bit(vi a, int at, int to) { return vi_and(at < to ? vi_shl(a, t
 DS_INLINE vf byte_to_float(vi a, int i) { return vi_to_float(vi_and(vi_shr(a, 8 * i), vi_set(255))); }
 DS_INLINE vf signed_byte_to_float(vi a, int i) { return vi_to_float(vi_sar(vi_shl(a, 24 - 8 * i), 24)); }
 
-DS_INLINE vi signed_codes(vi a) { return DS_SIGNED_AS_UNSIGNED ? vi_xor(a, vi_set(DS_BYTES(128))) : a; }
-/* The codes of IQ4 halves; in a table of its own where they carry 128. */
-DS_INLINE vi iq4_codes(vi index) {
-    static const int8_t plus_128[16] = {1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15};
-    return vi_lookup(DS_SIGNED_AS_UNSIGNED ? plus_128 : ds_iq4_values, index);
-}
+DS_INLINE vi signed_codes(vi a) { return vi_xor(a, vi_set(DS_BYTES(DS_CODE_BIAS))); }
 
 /* ---- Formats of 32 values ---- */
 
@@ -103,8 +98,8 @@ DS_INLINE void unpack_IQ4_NL(const unpacker *u) {
         put_scale(u, b, vi_low_f16(head[0]));
         DS_UNROLL
         for (int i = 0; i < 4; i++) {
-            put_codes(u, 8 * b + i, iq4_codes(low_nibbles(qs[i])));
-            put_codes(u, 8 * b + 4 + i, iq4_codes(high_nibbles(qs[i])));
+            put_codes(u, 8 * b + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
+            put_codes(u, 8 * b + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
         }
     }
 }
@@ -259,8 +254,8 @@ DS_INLINE void unpack_IQ4_XS(const unpacker *u) {
         vi_columns4(u->rows, offsetof(ds_block_IQ4_XS, qs) + 16 * (size_t)j, qs);
         DS_UNROLL
         for (int i = 0; i < 4; i++) {
-            put_codes(u, 8 * j + i, iq4_codes(low_nibbles(qs[i])));
-            put_codes(u, 8 * j + 4 + i, iq4_codes(high_nibbles(qs[i])));
+            put_codes(u, 8 * j + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
+            put_codes(u, 8 * j + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
         }
     }
 }
