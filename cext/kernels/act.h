@@ -39,7 +39,7 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
 }
 
 /* ---- Tile order: [group of 256 values][tile of tokens][block of 32 values], each (8 dwords of q, n) bytes then rows of n
- * floats or ints: scale, less[2] (the sums of 16, negated), sum[2] (scale * sum). ---- */
+ * floats or ints: scale, less[2] (the sums of 16, negated), sum (scale times the sum of 32). ---- */
 
 DS_INLINE int act_n_tiles(int n_tok) { return (n_tok + DS_TILE_TOKENS - 1) / DS_TILE_TOKENS; }
 
@@ -71,10 +71,9 @@ static void act_pack_tiled(int t, int n_tok, int k, const float *x, void *act) {
             int32_t *less = (int32_t *)(void *)(scales + n);
             float *sum = (float *)(void *)(less + 2 * n);
             scales[0] = scale;
-            for (int h = 0; h < 2; h++) {
-                less[(size_t)h * n] = -sums[h];
-                sum[(size_t)h * n] = scale * (float)sums[h];
-            }
+            less[0] = -sums[0];
+            less[n] = -sums[1];
+            sum[0] = scale * (float)(sums[0] + sums[1]);
         }
     }
 }

@@ -4,7 +4,7 @@
 enum {
     ACT_BLOCK = 32,                   /* values that share a scale */
     ACT_GROUP = 256,                  /* values that a panel holds of each row */
-    ACT_TILE_BLOCK_BYTES = 32 + 5 * 4 /* of one token in a tile: q, scale, less[2], sum[2] */
+    ACT_TILE_BLOCK_BYTES = 32 + 4 * 4 /* of one token in a tile: q, scale, less[2], sum */
 };
 
 /* Of one token and 256 values: what the primitives load whole vectors of. */

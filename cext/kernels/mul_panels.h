@@ -18,45 +18,92 @@ typedef struct panel_format {
     int offset_log2; /* codes carry an offset of 2^this; 0: none */
 } panel_format;
 
-/* The start of integer sums: what the codes' offset adds up to, taken off. */
-DS_INLINE vi panel_start(panel_format f, const int32_t *less, int n_tok, int t) {
-    if (f.offset_log2 == 0) return vi_set(0);
-    const vi sum = f.sub_scales ? vi_set((uint32_t)less[t]) : vi_add(vi_set((uint32_t)less[t]), vi_set((uint32_t)less[n_tok + t]));
-    return vi_shl(sum, f.offset_log2);
+/* Reads the rows of the next panel ahead into L2, in the order of memory, some lines at each step of the panel at hand: the
+ * hardware cannot guess them, because a panel walks 32 rows side by side, and a burst of them would block other loads. */
+typedef struct read_ahead {
+    const char *at, *end;
+    size_t step_bytes;
+} read_ahead;
+
+DS_INLINE void read_ahead_step(read_ahead *r) {
+    for (const char *end = r->at + r->step_bytes; r->at < end && r->at < r->end; r->at += 64) __builtin_prefetch(r->at, 0, 2);
+}
+
+/* Of one tile and 32 values: what stands behind the codes, each for n_tok tokens. */
+typedef struct tile_meta {
+    const float *scale;
+    const int32_t *less[2]; /* the sums of the two 16, negated */
+    const float *sum;       /* scale times the sum of the 32 */
+} tile_meta;
+
+DS_INLINE tile_meta tile_meta_at(const char *block, int n_tok) {
+    const float *scale = (const float *)(const void *)(block + 32 * n_tok);
+    const int32_t *less = (const int32_t *)(const void *)(scale + n_tok);
+    return (tile_meta){.scale = scale, .less = {less, less + n_tok}, .sum = (const float *)(const void *)(less + 2 * n_tok)};
+}
+
+/* The start of integer sums: what an offset of 2^log2 in all codes adds up to, taken off. */
+DS_INLINE vi panel_start(int log2, int32_t less) { return log2 ? vi_shl(vi_set((uint32_t)less), log2) : vi_set(0); }
+
+/* 32 values with one scale: y += w_scale x_scale dots - w_min x_sum. */
+DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
+    const tile_meta m = tile_meta_at(act, n_tok);
+    vi acc[DS_TILE_TOKENS][2];
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, m.less[0][t] + m.less[1][t]);
+    panel_dot(f.range, 8, n_tok, p->q[8 * b][row], (const int8_t *)act, acc);
+    DS_UNROLL
+    for (int v = 0; v < 2; v++) {
+        const vf scale = vf_load(p->scale[b] + row + v * DS_LANES);
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) y[t][v] = vf_fma(vi_to_float(acc[t][v]), vf_mul(scale, vf_set(m.scale[t])), y[t][v]);
+        if (!f.has_min) continue;
+        const vf min = vf_load(p->min[b] + row + v * DS_LANES);
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) y[t][v] = vf_fnma(min, vf_set(m.sum[t]), y[t][v]);
+    }
+}
+
+/* 32 values with two scales: y += x_scale (sum over both of w_scale dots - w_min sum). */
+DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
+    const tile_meta m = tile_meta_at(act, n_tok);
+    vf both[DS_TILE_TOKENS][2];
+    DS_UNROLL
+    for (int h = 0; h < 2; h++) {
+        vi acc[DS_TILE_TOKENS][2];
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, m.less[h][t]);
+        panel_dot(f.range, 4, n_tok, p->q[8 * b + 4 * h][row], (const int8_t *)act + 16 * h * n_tok, acc);
+        DS_UNROLL
+        for (int v = 0; v < 2; v++) {
+            const vf scale = vf_load(p->scale[2 * b + h] + row + v * DS_LANES);
+            DS_UNROLL
+            for (int t = 0; t < n_tok; t++) {
+                const vf dots = vi_to_float(acc[t][v]);
+                both[t][v] = h ? vf_fma(scale, dots, both[t][v]) : vf_mul(scale, dots);
+            }
+            if (!f.has_min) continue;
+            const vf min = vf_load(p->min[2 * b + h] + row + v * DS_LANES);
+            DS_UNROLL
+            for (int t = 0; t < n_tok; t++) both[t][v] = vf_fma(min, vi_to_float(vi_set((uint32_t)m.less[h][t])), both[t][v]);
+        }
+    }
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++)
+        DS_UNROLL for (int v = 0; v < 2; v++) y[t][v] = vf_fma(both[t][v], vf_set(m.scale[t]), y[t][v]);
 }
 
 /* One tile of n_tok tokens (a constant) against two vectors of a panel's rows: sums (n_tok, DS_PANEL_ROWS) grow. */
-DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, const char *act, int n_blocks, float *sums) {
-    const int n_parts = f.sub_scales ? 2 : 1, n_k4 = 8 / n_parts;
+DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, const char *act, int n_blocks, float *sums,
+                          read_ahead *ahead) {
     vf y[DS_TILE_TOKENS][2];
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
         DS_UNROLL for (int v = 0; v < 2; v++) y[t][v] = vf_load(sums + t * DS_PANEL_ROWS + row + v * DS_LANES);
     for (int b = 0; b < n_blocks; b++, act += (size_t)n_tok * ACT_TILE_BLOCK_BYTES) {
-        const float *x_scale = (const float *)(const void *)(act + 32 * n_tok);
-        const int32_t *less = (const int32_t *)(const void *)(x_scale + n_tok);
-        const float *x_sum = (const float *)(const void *)(less + 2 * n_tok);
-        DS_UNROLL
-        for (int part = 0; part < n_parts; part++) {
-            const int sub = n_parts * b + part;
-            vi acc[DS_TILE_TOKENS][2];
-            DS_UNROLL
-            for (int t = 0; t < n_tok; t++) acc[t][0] = acc[t][1] = panel_start(f, less + part * n_tok, n_tok, t);
-            panel_dot(f.range, n_k4, n_tok, p->q[8 * b + n_k4 * part][row], (const int8_t *)act + 4 * n_k4 * part * n_tok, acc);
-            const vf scale[2] = {vf_load(p->scale[sub] + row), vf_load(p->scale[sub] + row + DS_LANES)};
-            DS_UNROLL
-            for (int t = 0; t < n_tok; t++)
-                DS_UNROLL for (int v = 0; v < 2; v++)
-                    y[t][v] = vf_fma(vi_to_float(acc[t][v]), vf_mul(scale[v], vf_set(x_scale[t])), y[t][v]);
-            if (!f.has_min) continue;
-            const vf min[2] = {vf_load(p->min[sub] + row), vf_load(p->min[sub] + row + DS_LANES)};
-            DS_UNROLL
-            for (int t = 0; t < n_tok; t++) {
-                const vf x = f.sub_scales ? vf_set(x_sum[part * n_tok + t]) : vf_add(vf_set(x_sum[t]), vf_set(x_sum[n_tok + t]));
-                DS_UNROLL
-                for (int v = 0; v < 2; v++) y[t][v] = vf_fnma(min[v], x, y[t][v]);
-            }
-        }
+        read_ahead_step(ahead);
+        if (f.sub_scales) panel_block_subs(f, n_tok, p, row, b, act, y);
+        else panel_block(f, n_tok, p, row, b, act, y);
     }
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
@@ -64,25 +111,20 @@ DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, co
 }
 
 /* All rows of a panel against one tile of any width. */
-DS_INLINE void panel_tile_any(panel_format f, int n_tok, const panel *p, const char *act, int n_blocks, float *sums) {
+DS_INLINE void panel_tile_any(panel_format f, int n_tok, const panel *p, const char *act, int n_blocks, float *sums,
+                              read_ahead *ahead) {
     for (int row = 0; row < DS_PANEL_ROWS; row += 2 * DS_LANES) {
         switch (n_tok) {
-        case 1: panel_tile(f, 1, p, row, act, n_blocks, sums); break;
-        case 2: panel_tile(f, 2, p, row, act, n_blocks, sums); break;
-        case 3: panel_tile(f, 3, p, row, act, n_blocks, sums); break;
-        case 4: panel_tile(f, 4, p, row, act, n_blocks, sums); break;
+        case 1: panel_tile(f, 1, p, row, act, n_blocks, sums, ahead); break;
+        case 2: panel_tile(f, 2, p, row, act, n_blocks, sums, ahead); break;
+        case 3: panel_tile(f, 3, p, row, act, n_blocks, sums, ahead); break;
+        case 4: panel_tile(f, 4, p, row, act, n_blocks, sums, ahead); break;
 #if DS_TILE_TOKENS > 4
-        case 5: panel_tile(f, 5, p, row, act, n_blocks, sums); break;
-        default: panel_tile(f, 6, p, row, act, n_blocks, sums); break;
+        case 5: panel_tile(f, 5, p, row, act, n_blocks, sums, ahead); break;
+        default: panel_tile(f, 6, p, row, act, n_blocks, sums, ahead); break;
 #endif
         }
     }
-}
-
-/* Reads ahead of the panel at hand: the rows of the next one, in the order of memory, a share with each group. The hardware
- * cannot guess them, because a panel walks 32 rows side by side. */
-DS_INLINE void panel_prefetch(const char *next, size_t n_bytes) {
-    for (size_t line = 0; line < n_bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
 }
 
 /* Rows [row, row + 32) of the job for the tiles [tile_begin, tile_end): sums (tokens, DS_PANEL_ROWS). */
@@ -91,6 +133,10 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
     const char *w = (const char *)job->w + (size_t)row * job->row_bytes;
     const size_t group_bytes = f.block_bytes * (size_t)(ACT_GROUP / f.block_elements);
     panel p;
+    read_ahead ahead = {.at = w + DS_PANEL_ROWS * job->row_bytes, .end = (const char *)job->w + (size_t)job->row_end * job->row_bytes};
+    /* Done a little before this panel is. */
+    const size_t n_steps = (size_t)(tile_end - tile_begin) * (size_t)(job->k / ACT_BLOCK) * (DS_PANEL_ROWS / (2 * DS_LANES));
+    ahead.step_bytes = DS_PANEL_ROWS * job->row_bytes / n_steps + 64;
     for (int i = 0; i < job->k; i += ACT_GROUP, w += group_bytes) {
         const int n_blocks = job->k - i < ACT_GROUP ? (job->k - i) / ACT_BLOCK : ACT_GROUP / ACT_BLOCK;
         for (int lane0 = 0; lane0 < DS_PANEL_ROWS; lane0 += DS_LANES) {
@@ -102,12 +148,10 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
             }
             f.unpack(&u);
         }
-        if (row + DS_PANEL_ROWS < job->row_end)
-            panel_prefetch((const char *)job->w + (size_t)(row + DS_PANEL_ROWS) * job->row_bytes + (size_t)(i / ACT_GROUP) * DS_PANEL_ROWS * group_bytes, DS_PANEL_ROWS * group_bytes);
         for (int tile = tile_begin; tile < tile_end; tile++) {
             const int t = act_tile_begin(tile, job->n_tok, n_tiles), end = act_tile_begin(tile + 1, job->n_tok, n_tiles);
             panel_tile_any(f, end - t, &p, (const char *)job->act + act_tile_at(i, t, job->n_tok, job->k), n_blocks,
-                           sums + (t - first) * DS_PANEL_ROWS);
+                           sums + (t - first) * DS_PANEL_ROWS, &ahead);
         }
     }
 }
