@@ -63,7 +63,7 @@ static void read_tensor(const ds_gguf *g, const ds_tensor *t) {
 }
 
 /* A prompt in one step and a token after it, on one thread: prefill and decode. Weights may hold anything, NaN too. A
- * byte of the input chooses the instruction set, and a prompt so long that keys and values are expanded. */
+ * byte of the input chooses the instruction set, the cache, and a prompt so long that keys and values are expanded. */
 static void run_model(const uint8_t *data, size_t size) {
     enum { N_SHORT = 3, N_LONG = 140 };
     static const int32_t IDS[N_LONG + 1] = {0, 1};
@@ -73,11 +73,12 @@ static void run_model(const uint8_t *data, size_t size) {
     ds_error err;
     const uint8_t choice = size > 0 ? data[size / 2] : 0;
     const char *isa = choice & 1 ? "scalar" : NULL;
+    const char *kv_type = choice & 4 ? "q8_0" : "f16";
     const int n = choice & 2 ? N_LONG : N_SHORT;
     if (ds_model_view(data, size, "fuzz", 1, isa, &model, &err) != DS_OK) {
         return;
     }
-    if (ds_model_config(model)->n_vocab <= 256 && ds_session_create(model, n + 1, "f16", &session, &err) == DS_OK) {
+    if (ds_model_config(model)->n_vocab <= 256 && ds_session_create(model, n + 1, kv_type, &session, &err) == DS_OK) {
         ds_input prompt = {session, IDS, n}, next = {session, IDS + n, 1};
         if (ds_eval(model, &prompt, 1, DS_LOGITS_LAST, logits, NULL, &err) == DS_OK &&
             ds_eval(model, &next, 1, DS_LOGITS_LAST, logits, NULL, &err) == DS_OK) {

@@ -15,6 +15,7 @@ enum { N_PROMPT = 300, N_DECODE = 8, N_CTX = 320 };
 
 typedef struct job {
     ds_model *model;
+    const char *kv_type;
     float *logits; /* (N_PROMPT + N_DECODE, n_vocab) */
     ds_error err;
     ds_status status;
@@ -29,7 +30,7 @@ static void *run(void *arg) {
     for (int i = 0; i < N_PROMPT + N_DECODE; i++) {
         ids[i] = (i * 7 + 1) % n_vocab;
     }
-    j->status = ds_session_create(j->model, N_CTX, "f16", &session, &j->err);
+    j->status = ds_session_create(j->model, N_CTX, j->kv_type, &session, &j->err);
     if (j->status != DS_OK) {
         return NULL;
     }
@@ -44,7 +45,7 @@ static void *run(void *arg) {
 }
 
 /* Two sessions of one model on two threads; both must end in `expected`, which the first call fills. */
-static bool check(const char *path, int n_threads, float **expected) {
+static bool check(const char *path, const char *kv_type, int n_threads, float **expected) {
     job jobs[2] = {0};
     pthread_t threads[2];
     ds_model *model;
@@ -56,7 +57,7 @@ static bool check(const char *path, int n_threads, float **expected) {
     }
     const size_t n = (size_t)(N_PROMPT + N_DECODE) * ds_model_config(model)->n_vocab;
     for (int i = 0; i < 2; i++) {
-        jobs[i] = (job){.model = model, .logits = malloc(n * sizeof(float))};
+        jobs[i] = (job){.model = model, .kv_type = kv_type, .logits = malloc(n * sizeof(float))};
         pthread_create(&threads[i], NULL, run, &jobs[i]);
     }
     for (int i = 0; i < 2; i++) {
@@ -74,8 +75,8 @@ static bool check(const char *path, int n_threads, float **expected) {
         for (size_t k = 0; good && k < n; k++) {
             good = isfinite(jobs[i].logits[k]) && jobs[i].logits[k] == (*expected)[k];
             if (!good) {
-                printf("engine_stress: %d threads, session %d, logit %zu is %g, expected %g\n", n_threads, i, k,
-                       jobs[i].logits[k], (*expected)[k]);
+                printf("engine_stress: cache %s, %d threads, session %d, logit %zu is %g, expected %g\n", kv_type, n_threads,
+                       i, k, jobs[i].logits[k], (*expected)[k]);
             }
         }
         free(jobs[i].logits);
@@ -85,12 +86,15 @@ static bool check(const char *path, int n_threads, float **expected) {
 }
 
 int main(int argc, char **argv) {
-    float *expected = NULL;
+    static const char *const KV_TYPES[] = {"f16", "q8_0", "f32"};
     bool good = argc == 2;
-    for (int n_threads = 1; n_threads <= 5 && good; n_threads++) {
-        good = check(argv[1], n_threads, &expected);
+    for (size_t i = 0; i < sizeof KV_TYPES / sizeof *KV_TYPES; i++) {
+        float *expected = NULL;
+        for (int n_threads = 1; n_threads <= 5 && good; n_threads++) {
+            good = check(argv[1], KV_TYPES[i], n_threads, &expected);
+        }
+        free(expected);
     }
-    free(expected);
     puts(good ? "engine_stress: the same logits from 1 to 5 threads" : "engine_stress: WRONG");
     return good ? 0 : 1;
 }
