@@ -79,10 +79,12 @@ def test_unquantised_token_by_token(convert, golden, name, n_windows, type_):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", MODELS)
-def test_unquantised_perplexity(convert, golden, name):
+@pytest.mark.parametrize(("kv_type", "rel"), (("f32", 1e-5), ("f16", 1e-3)))
+def test_unquantised_perplexity(convert, golden, name, kv_type, rel):
+    """The whole measure: exact with an exact cache; a half-precision one moves near ties of the router (4e-4 seen)."""
     ids, losses = golden(name)
-    got = trained.losses(engine(convert(name, "bf16")), ids)
-    assert np.exp(got.mean()) == pytest.approx(np.exp(losses.mean()), rel=3e-4)
+    got = trained.losses(engine(convert(name, "bf16"), kv_type=kv_type), ids)
+    assert np.exp(got.mean()) == pytest.approx(np.exp(losses.mean()), rel=rel)
 
 
 @pytest.mark.parametrize(
