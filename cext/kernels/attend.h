@@ -48,6 +48,7 @@ typedef struct attend_block {
     int n_rows, n;       /* rows padded to whole lanes; positions of this block */
     int share;           /* positions whose weights share a scale */
     ds_rows keys, values;
+    const ds_rows *halves; /* what the keys were converted from, or NULL */
     const int32_t *visible; /* (n_rows) or NULL */
     int first_pos;       /* position of the block's first row */
     float *scores;       /* (n, n_rows) */
@@ -62,19 +63,25 @@ DS_INLINE void attend_scores(const attend_block *b) {
     if (b->keys.kind == DS_ROWS_F32) {
         p.row_scale = NULL;
         product_f32(&p);
-    } else if (b->keys.kind == DS_ROWS_Q8) {
-        product_query(&p);
-        p.k = b->q.k_tail;
-        p.rows = b->keys.tail;
-        p.row_bytes = (size_t)p.k * 4;
-        p.row_scale = b->keys.tail_scale;
-        p.panel = b->q.tail;
-        p.col_scale = b->q.tail_scale;
-        p.add = true;
-        if (p.k) product_i16(&p);
-    } else {
-        product_i16(&p);
+        return;
     }
+    if (b->keys.kind == DS_ROWS_I16) {
+        if (b->halves) p.ahead = (const char *)b->halves->data + DS_ATTEND_BLOCK * b->halves->row_bytes, p.ahead_bytes = b->halves->row_bytes;
+        product_i16(&p);
+        return;
+    }
+    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes, p.ahead_bytes = p.row_bytes;
+    product_query(&p);
+    if (!b->q.k_tail) return;
+    p.k = b->q.k_tail;
+    p.rows = b->keys.tail;
+    p.row_bytes = p.ahead_bytes = (size_t)p.k * 4;
+    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes;
+    p.row_scale = b->keys.tail_scale;
+    p.panel = b->q.tail;
+    p.col_scale = b->q.tail_scale;
+    p.add = true;
+    product_i16(&p);
 }
 
 /* The weights of one vector of queries, already e^(score - top), as dwords of two int16: they share one scale, which is
@@ -149,10 +156,10 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
 enum { VALUE_COLS = 64 /* columns of values that are paired up at a time */ };
 
 /* Columns [col, col + n_cols) of the values at positions [begin, end) as dwords of neighbours in position: (k, n_cols). */
-DS_INLINE void value_panel(dot_type kind, const attend_block *b, int begin, int end, int col, int n_cols, uint32_t *panel) {
+DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int end, int col, int n_cols, uint32_t *panel) {
     const char *rows = (const char *)b->values.data;
     const size_t row_bytes = b->values.row_bytes;
-    if (kind == DOT_F32) {
+    if (type == DOT_F32) {
         const int left = b->job->v_dim - col;
         for (int j = begin; j < end; j++, panel += n_cols) {
             const float *row = (const float *)(const void *)(rows + (size_t)j * row_bytes) + col;
@@ -164,7 +171,7 @@ DS_INLINE void value_panel(dot_type kind, const attend_block *b, int begin, int 
         return;
     }
     /* Past the last position its row stands again: the weights there are zero. */
-    if (kind == DOT_I16) {
+    if (type == DOT_I16) {
         for (int j = begin; j < end; j += 2, panel += n_cols) {
             const int16_t *a = (const int16_t *)(const void *)(rows + (size_t)j * row_bytes) + col;
             const int16_t *c = j + 1 < end ? (const int16_t *)(const void *)((const char *)a + row_bytes) : a;
@@ -183,7 +190,7 @@ DS_INLINE void value_panel(dot_type kind, const attend_block *b, int begin, int 
 }
 
 /* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
-DS_INLINE void value_tile(dot_type kind, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel, size_t n_cols,
+DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel, size_t n_cols,
                           const float *keep, const float *gain, float *acc, size_t ld) {
     vi sums[DS_ROW_TILE][2];
     DS_UNROLL
@@ -192,32 +199,37 @@ DS_INLINE void value_tile(dot_type kind, int rows, int k, const uint32_t *weight
         const vi b0 = vi_load(panel), b1 = vi_load(panel + DS_LANES);
         DS_UNROLL
         for (int i = 0; i < rows; i++) {
-            const vi x = vi_set(weights[i]);
-            sums[i][0] = dot(kind, sums[i][0], x, b0);
-            sums[i][1] = dot(kind, sums[i][1], x, b1);
+            if (type == DOT_WEIGHTS) { /* the instruction's broadcast side is the signed one */
+                const vi x = vi_set(weights[i]);
+                sums[i][0] = vi_dot_weights(sums[i][0], x, b0);
+                sums[i][1] = vi_dot_weights(sums[i][1], x, b1);
+            } else {
+                sums[i][0] = dot_at(type, sums[i][0], (const char *)(weights + i), b0);
+                sums[i][1] = dot_at(type, sums[i][1], (const char *)(weights + i), b1);
+            }
         }
     }
     DS_UNROLL
     for (int i = 0; i < rows; i++, acc += ld)
         DS_UNROLL for (int v = 0; v < 2; v++) {
             float *out = acc + v * DS_LANES;
-            const vf x = kind == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]), old = vf_load(out);
+            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]), old = vf_load(out);
             vf_store(out, vf_fma(x, vf_set(gain[i]), keep ? vf_mul(old, vf_set(keep[i])) : old));
         }
 }
 
-DS_INLINE void attend_values(dot_type kind, const attend_block *b) {
-    const int per_dword = kind == DOT_F32 ? 1 : kind == DOT_I16 ? 2 : 4;
+DS_INLINE void attend_values(dot_type type, const attend_block *b) {
+    const int per_dword = type == DOT_F32 ? 1 : type == DOT_I16 ? 2 : 4;
     const size_t n_rows = (size_t)b->n_rows;
     DS_ALIGNED uint32_t panel[DS_ATTEND_BLOCK * VALUE_COLS];
     for (int col = 0; col < b->job->v_dim; col += VALUE_COLS) {
-        value_panel(kind, b, 0, b->n, col, VALUE_COLS, panel);
+        value_panel(type, b, 0, b->n, col, VALUE_COLS, panel);
         for (int begin = 0, s = 0; begin < b->n; begin += b->share, s++) {
             const int n = b->n - begin < b->share ? b->n - begin : b->share, k = (n + per_dword - 1) / per_dword;
             const uint32_t *weights = (const uint32_t *)(const void *)b->scores + (size_t)(begin / per_dword) * n_rows;
             for (int c = 0; c < VALUE_COLS; c += 2 * DS_LANES)
                 for (int row = 0; row < b->n_rows; row += DS_ROW_TILE)
-                    value_tile(kind, DS_ROW_TILE, k, weights + row, n_rows, panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
+                    value_tile(type, DS_ROW_TILE, k, weights + row, n_rows, panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
                                s ? NULL : b->keep + row, b->gain + (size_t)s * n_rows + row,
                                b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc);
         }
@@ -266,8 +278,11 @@ static void attend(const ds_attend *job) {
         b.n = most - at < size ? most - at : size;
         b.first_pos = job->first_pos + at;
         b.visible = least < at + b.n ? job->visible : NULL;
-        b.keys = ds_rows_from(&job->keys, at, job->n_tail);
-        if (kind == DS_ROWS_F16) b.keys = rows_from_f16(&b.keys, b.n, job->n + job->n_tail, rows16);
+        const ds_rows keys = b.keys = ds_rows_from(&job->keys, at, job->n_tail);
+        if (kind == DS_ROWS_F16) {
+            b.keys = rows_from_f16(&keys, b.n, job->n + job->n_tail, rows16);
+            b.halves = &keys;
+        }
         b.values = job->values.data ? ds_rows_from(&job->values, at, 0) : b.keys;
         attend_scores(&b);
         for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);

@@ -31,11 +31,11 @@ DS_INLINE void rotate_stage(int n, int half, float *x) {
         }
 }
 
-/* The stages below DS_LANES, of DS_LANES vectors of x: in columns they need no shuffles of their own. */
-DS_INLINE void rotate_lanes(float *x) {
+/* The stages below DS_LANES, of up to DS_LANES vectors of x: in columns they need no shuffles of their own. */
+DS_INLINE void rotate_lanes(int n_vecs, float *x) {
     vf v[DS_LANES];
     DS_UNROLL
-    for (int i = 0; i < DS_LANES; i++) v[i] = vf_load(x + i * DS_LANES);
+    for (int i = 0; i < DS_LANES; i++) v[i] = i < n_vecs ? vf_load(x + i * DS_LANES) : vf_set(0.0f);
     vf_transpose(v);
     DS_UNROLL
     for (int half = 1; half < DS_LANES; half *= 2)
@@ -46,15 +46,15 @@ DS_INLINE void rotate_lanes(float *x) {
         }
     vf_transpose(v);
     DS_UNROLL
-    for (int i = 0; i < DS_LANES; i++) vf_store(x + i * DS_LANES, v[i]);
+    for (int i = 0; i < DS_LANES; i++)
+        if (i < n_vecs) vf_store(x + i * DS_LANES, v[i]);
 }
 
 /* x times an orthogonal and symmetric matrix: Walsh-Hadamard over blocks of the largest power of two in n. An outlier spreads
  * over its block, so that one scale serves a whole row; twice is the identity. */
 static void rotate(int n, float *x) {
-    const int block = n & -n, done = block % (DS_LANES * DS_LANES) == 0 ? DS_LANES : 1;
-    if (done > 1)
-        for (int i = 0; i < n; i += DS_LANES * DS_LANES) rotate_lanes(x + i);
+    const int block = n & -n, n_vecs = n / DS_LANES, done = block >= DS_LANES ? DS_LANES : 1;
+    for (int i = 0; i < n_vecs && done > 1; i += DS_LANES) rotate_lanes(n_vecs - i < DS_LANES ? n_vecs - i : DS_LANES, x + i * DS_LANES);
     for (int half = done; half < block; half *= 2) rotate_stage(n, half, x);
     scale_row(n, 1.0f / sqrtf((float)block), x);
 }
@@ -138,6 +138,16 @@ DS_INLINE void i8_pack_part(int n, int i, const float *x, float inverse, int8_t 
     i8_pack64(part, inverse, out);
 }
 
+/* The head of row i in int8, of x (n) already rotated. */
+DS_INLINE void rows_put_head(const ds_rows *rows, int i, int n, const float *x) {
+    int8_t *row = (int8_t *)rows->data + (size_t)i * rows->row_bytes;
+    const float scale = rows->scale[i] = i8_scale(n, x), inverse = row_inverse(scale);
+    int32_t sum = 0;
+    for (int at = 0; at < n; at += ROW_ORDER8) i8_pack_part(n, at, x, inverse, row + at);
+    for (size_t at = 0; at < ds_row_pad(n); at++) sum += row[at];
+    rows->sum[i] = sum;
+}
+
 /* Store x (n + n_tail) as row i; x is overwritten where rows are rotated. */
 static void rows_put(const ds_rows *rows, int i, int n, int n_tail, float *x) {
     char *row = (char *)rows->data + (size_t)i * rows->row_bytes;
@@ -150,11 +160,7 @@ static void rows_put(const ds_rows *rows, int i, int n, int n_tail, float *x) {
         rows->scale[i] = i16_put(n + n_tail, x, (int16_t *)(void *)row);
     } else {
         rotate(n, x);
-        const float scale = rows->scale[i] = i8_scale(n, x);
-        int32_t sum = 0;
-        for (int at = 0; at < n; at += ROW_ORDER8) i8_pack_part(n, at, x, row_inverse(scale), (int8_t *)row + at);
-        for (size_t at = 0; at < ds_row_pad(n); at++) sum += (int8_t)row[at];
-        rows->sum[i] = sum;
+        rows_put_head(rows, i, n, x);
         rows->tail_scale[i] = i16_put(n_tail, x + n, rows->tail + (size_t)i * ds_row_pad(n_tail));
     }
 }
@@ -211,18 +217,13 @@ typedef enum dot_type {
     DOT_WEIGHTS, /* four unsigned weights, four int8 of rows */
 } dot_type;
 
-/* sums + a . b, where a is the broadcast side. */
-DS_INLINE vi dot(dot_type kind, vi sums, vi a, vi b) {
-    if (kind == DOT_F32) return vf_as_int(vf_fma(vi_as_float(a), vi_as_float(b), vi_as_float(sums)));
-    if (kind == DOT_I16) return vi_dot16(sums, b, a);
-    if (kind == DOT_QUERY) return vi_dot_query(sums, b, a);
-    return vi_dot_weights(sums, a, b);
-}
-
-DS_INLINE vi dot_broadcast(const char *p) {
-    uint32_t dword;
-    memcpy(&dword, p, sizeof dword);
-    return vi_set(dword);
+/* sums + a . b, where a is a dword in memory, one for all lanes. */
+DS_INLINE vi dot_at(dot_type type, vi sums, const char *a, vi b) {
+    if (type == DOT_I16) return vi_dot16_at(sums, b, a);
+    if (type == DOT_QUERY) return vi_dot_query_at(sums, b, a);
+    float x;
+    memcpy(&x, a, sizeof x);
+    return vf_as_int(vf_fma(vf_set(x), vi_as_float(b), vi_as_float(sums)));
 }
 
 /* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c, added to what is there where `add` is set. */
@@ -238,22 +239,27 @@ typedef struct row_product {
     float *out;
     size_t ld;
     bool add;
+    const void *ahead;      /* rows to bring into cache meanwhile, as many as there are here, or NULL */
+    size_t ahead_bytes;     /* of each */
 } row_product;
 
-DS_INLINE void product_tile(dot_type kind, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
+DS_INLINE void product_tile(dot_type type, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
     vi sums[2 * DS_ROW_TILE][2];
     const char *a = (const char *)p->rows + (size_t)row * p->row_bytes;
     DS_UNROLL
     for (int i = 0; i < rows; i++)
         DS_UNROLL for (int v = 0; v < vecs; v++)
-            sums[i][v] = vi_set(kind == DOT_QUERY ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
-    for (int k = 0; k < p->k; k++, a += 4, b += vecs * DS_LANES) {
+            sums[i][v] = vi_set(type == DOT_QUERY ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
+    /* The tile's share of them, spread evenly; without any, one line again and again. */
+    const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
+    const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)p->k : 0;
+    for (int k = 0; k < p->k; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
+        __builtin_prefetch(ahead);
         const vi b0 = vi_load(b), b1 = vi_load(b + (vecs - 1) * DS_LANES);
         DS_UNROLL
         for (int i = 0; i < rows; i++) {
-            const vi x = dot_broadcast(a + (size_t)i * p->row_bytes);
-            sums[i][0] = dot(kind, sums[i][0], x, b0);
-            if (vecs > 1) sums[i][1] = dot(kind, sums[i][1], x, b1);
+            sums[i][0] = dot_at(type, sums[i][0], a + (size_t)i * p->row_bytes, b0);
+            if (vecs > 1) sums[i][1] = dot_at(type, sums[i][1], a + (size_t)i * p->row_bytes, b1);
         }
     }
     DS_UNROLL
@@ -262,24 +268,24 @@ DS_INLINE void product_tile(dot_type kind, int rows, int vecs, const row_product
             float *out = p->out + (size_t)(row + i) * p->ld + (size_t)(col + v * DS_LANES);
             vf scale = vf_load(p->col_scale + col + v * DS_LANES);
             if (p->row_scale) scale = vf_mul(scale, vf_set(p->row_scale[row + i]));
-            const vf x = kind == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
+            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
             vf_store(out, p->add ? vf_fma(x, scale, vf_load(out)) : vf_mul(x, scale));
         }
 }
 
 /* All columns of one group against all rows: whole tiles, then single rows. */
-DS_INLINE void product_group(dot_type kind, int vecs, const row_product *p, int col) {
+DS_INLINE void product_group(dot_type type, int vecs, const row_product *p, int col) {
     const int tile = 2 * DS_ROW_TILE / vecs;
     const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
     int row = 0;
-    for (; row + tile <= p->n; row += tile) product_tile(kind, tile, vecs, p, row, col, panel);
-    for (; row < p->n; row++) product_tile(kind, 1, vecs, p, row, col, panel);
+    for (; row + tile <= p->n; row += tile) product_tile(type, tile, vecs, p, row, col, panel);
+    for (; row < p->n; row++) product_tile(type, 1, vecs, p, row, col, panel);
 }
 
-DS_INLINE void product(dot_type kind, const row_product *p) {
+DS_INLINE void product(dot_type type, const row_product *p) {
     for (int col = 0; col < p->n_cols; col += ROW_COLS) {
-        if (p->n_cols - col >= ROW_COLS) product_group(kind, 2, p, col);
-        else product_group(kind, 1, p, col);
+        if (p->n_cols - col >= ROW_COLS) product_group(type, 2, p, col);
+        else product_group(type, 1, p, col);
     }
 }
 

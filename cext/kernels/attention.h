@@ -61,7 +61,7 @@ static inline ds_rows ds_rows_from(const ds_rows *rows, int i, int n_tail) {
 }
 
 /* The kind that keys and values have when they are expanded from rows of a kind. */
-static inline ds_row_kind ds_expanded_kind(ds_row_kind kind) { return kind == DS_ROWS_F32 ? DS_ROWS_F32 : DS_ROWS_I16; }
+static inline ds_row_kind ds_expanded_kind(ds_row_kind kind) { return kind == DS_ROWS_F16 ? DS_ROWS_I16 : kind; }
 
 /* Bytes of a pack of n_rows queries (a multiple of DS_ATTEND_ROWS), linear in n_rows. */
 static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_tail) {
@@ -77,7 +77,7 @@ static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_t
  * included, are padded to DS_ATTEND_ROWS; what stands in the padding is read and written, and means nothing. */
 typedef struct ds_attend {
     int n_rows, n_pos;
-    int n, n_tail;     /* of a key: 512 and 64 over latents, 192 and 0 over expanded keys */
+    int n, n_tail;     /* of a key: 512 and 64 over latents, 128 and 64 over expanded keys */
     int v_dim;
     const void *q;     /* pack of n_rows queries; the scores' scale is in it */
     ds_rows keys;
@@ -85,7 +85,7 @@ typedef struct ds_attend {
     const int32_t *visible; /* (n_rows): a row sees the positions below this; NULL: all. Positions count from first_pos */
     int first_pos;
     float *m, *l;      /* (n_rows) */
-    float *acc;        /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 rows its columns are rotated like theirs */
+    float *acc;        /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 values it is rotated as they are */
     size_t ld_acc;
     void *scratch;     /* ds_attend_scratch */
 } ds_attend;
@@ -100,8 +100,7 @@ static inline size_t ds_attend_scratch(ds_row_kind kind, int n_rows, int n, int 
 typedef struct ds_expand_weights {
     ds_row_kind from;  /* the kind of the latents */
     int rank, k_dim, v_dim;
-    const float *k_b;  /* (rank, k_dim) */
-    float *v_b;        /* (v_dim, rank); overwritten */
+    float *k_b, *v_b;  /* (rank, k_dim), (v_dim, rank); overwritten */
     float *scratch;    /* (DS_ATTEND_ROWS, rank) */
     void *out;         /* ds_expand_weights_bytes */
 } ds_expand_weights;
@@ -109,7 +108,7 @@ typedef struct ds_expand_weights {
 static inline size_t ds_expand_cols(int n) { return ((size_t)n + DS_EXPAND_COLS - 1) / DS_EXPAND_COLS * DS_EXPAND_COLS; }
 
 static inline size_t ds_expand_weights_bytes(ds_row_kind from, int rank, int k_dim, int v_dim) {
-    size_t dwords = from == DS_ROWS_F32 ? (size_t)rank : ds_row_pad(rank) / 2;
+    size_t dwords = from == DS_ROWS_F32 ? (size_t)rank : ds_row_pad(rank) / (from == DS_ROWS_Q8 ? 4 : 2);
     return (ds_expand_cols(k_dim) + ds_expand_cols(v_dim)) * (dwords + 1) * 4;
 }
 

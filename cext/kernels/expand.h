@@ -1,4 +1,6 @@
-/* expand.h: keys and values of one head from latents: K = (W_uk c | rotary key), V = W_uv c, a block of positions at a time. */
+/* expand.h: keys and values of one head from latents: K = (W_uk c | rotary key), V = W_uv c, a block of positions at a time.
+ * Over Q8 rows everything is in int8: latents are used where they lie, and the weights are turned so that keys and values
+ * come out rotated. */
 #pragma once
 
 typedef struct expand_pack {
@@ -8,7 +10,7 @@ typedef struct expand_pack {
 } expand_pack;
 
 DS_INLINE expand_pack expand_at(ds_row_kind from, int rank, int k_dim, int v_dim, const void *pack) {
-    expand_pack e = {.n_dwords = from == DS_ROWS_F32 ? rank : (int)ds_row_pad(rank) / 2,
+    expand_pack e = {.n_dwords = from == DS_ROWS_F32 ? rank : (int)ds_row_pad(rank) / (from == DS_ROWS_Q8 ? 4 : 2),
                      .k_cols = (int)ds_expand_cols(k_dim), .v_cols = (int)ds_expand_cols(v_dim), .k_scale = (float *)pack};
     e.v_scale = e.k_scale + e.k_cols;
     e.k = (uint32_t *)(void *)(e.v_scale + e.v_cols);
@@ -22,8 +24,28 @@ DS_INLINE void expand_put_column(ds_row_kind from, int rank, float *x, int n_col
         scale[col] = 1.0f;
         return;
     }
-    if (from == DS_ROWS_Q8) rotate(rank, x);
-    scale[col] = panel_put_i16(rank, n_cols, col, x, panel);
+    if (from == DS_ROWS_F16) {
+        scale[col] = panel_put_i16(rank, n_cols, col, x, panel);
+        return;
+    }
+    rotate(rank, x);
+    scale[col] = panel_put_i8(rank, n_cols, col, x, panel);
+}
+
+/* Each column of x (n, width) rotated. */
+DS_INLINE void rotate_columns(int n, int width, float *x) {
+    const int block = n & -n;
+    for (int half = 1; half < block; half *= 2)
+        for (int i = 0; i < n; i++) {
+            if (i & half) continue;
+            float *a = x + (size_t)i * (size_t)width, *b = a + (size_t)half * (size_t)width;
+            for (int j = 0; j < width; j++) {
+                const float sum = a[j] + b[j];
+                b[j] = a[j] - b[j];
+                a[j] = sum;
+            }
+        }
+    scale_row(n * width, 1.0f / sqrtf((float)block), x);
 }
 
 /* Columns [col, col + n) of a (rank, n_cols) matrix as rows (n, rank); n at most DS_LANES. */
@@ -41,6 +63,10 @@ DS_INLINE void expand_columns(int rank, int n_cols, int col, int n, const float 
 static void expand_weights(const ds_expand_weights *job) {
     const expand_pack e = expand_at(job->from, job->rank, job->k_dim, job->v_dim, job->out);
     memset(job->out, 0, ds_expand_weights_bytes(job->from, job->rank, job->k_dim, job->v_dim));
+    if (job->from == DS_ROWS_Q8) {
+        for (int r = 0; r < job->rank; r++) rotate(job->k_dim, job->k_b + (size_t)r * (size_t)job->k_dim);
+        rotate_columns(job->v_dim, job->rank, job->v_b);
+    }
     for (int col = 0; col < job->k_dim; col += DS_LANES) {
         const int n = job->k_dim - col < DS_LANES ? job->k_dim - col : DS_LANES;
         expand_columns(job->rank, job->k_dim, col, n, job->k_b, job->scratch);
@@ -51,57 +77,58 @@ static void expand_weights(const ds_expand_weights *job) {
         expand_put_column(job->from, job->rank, job->v_b + (size_t)col * (size_t)job->rank, e.v_cols, col, e.v_scale, e.v);
 }
 
-/* The heads of latent rows as int16 rows in scratch. */
-DS_INLINE ds_rows expand_latents(const ds_expand *job, void *scratch) {
-    if (job->latents.kind == DS_ROWS_F32) return job->latents;
-    if (job->latents.kind == DS_ROWS_F16) return rows_from_f16(&job->latents, job->n_pos, job->rank, scratch);
-    const ds_rows out = {.kind = DS_ROWS_I16, .data = scratch, .row_bytes = ds_row_pad(job->rank) * sizeof(int16_t), .scale = job->latents.scale};
-    for (int j = 0; j < job->n_pos; j++)
-        for (size_t i = 0; i < ds_row_pad(job->rank); i += ROW_ORDER8)
-            i16_from_i8((const int8_t *)job->latents.data + (size_t)j * job->latents.row_bytes + i,
-                        (int16_t *)(void *)((char *)scratch + (size_t)j * out.row_bytes) + i);
-    return out;
-}
-
 /* The tail of latent row j as floats. */
 DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
-    const char *row = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
-    if (job->latents.kind == DS_ROWS_F32) {
-        memcpy(out, (const float *)(const void *)row + job->rank, (size_t)job->n_tail * sizeof *out);
-    } else if (job->latents.kind == DS_ROWS_F16) {
-        f16_to_f32(job->n_tail, (const uint16_t *)(const void *)row + job->rank, out);
-    } else {
-        static const int16_t zeros[ROW_ORDER16];
-        const int16_t *tail = job->latents.tail + (size_t)j * ds_row_pad(job->n_tail);
-        const float scale = job->latents.tail_scale[j] * 0x1p-16f; /* paired above a zero, a value counts 65536-fold */
-        for (int i = 0; i < job->n_tail; i += ROW_ORDER16) {
-            uint32_t pairs[ROW_ORDER16];
-            i16_pairs(zeros, tail + i, pairs);
-            for (int c = 0; c < ROW_ORDER16 && i + c < job->n_tail; c++) out[i + c] = (float)(int32_t)pairs[c] * scale;
-        }
-    }
+    const char *tail = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
+    if (job->latents.kind == DS_ROWS_F32) memcpy(out, (const float *)(const void *)tail + job->rank, (size_t)job->n_tail * sizeof *out);
+    else f16_to_f32(job->n_tail, (const uint16_t *)(const void *)tail + job->rank, out);
 }
 
+/* Floats (n_pos, ld) by one of the panels. */
 DS_INLINE void expand_product(const ds_expand *job, const ds_rows *latents, const expand_pack *e, bool values, float *out, size_t ld) {
     const row_product p = {.n = job->n_pos, .k = e->n_dwords, .rows = latents->data, .row_bytes = latents->row_bytes,
-                           .row_scale = latents->kind == DS_ROWS_F32 ? NULL : latents->scale, .panel = values ? e->v : e->k,
+                           .row_scale = latents->kind == DS_ROWS_F32 ? NULL : latents->scale, .sum = latents->sum, .panel = values ? e->v : e->k,
                            .col_scale = values ? e->v_scale : e->k_scale, .n_cols = values ? e->v_cols : e->k_cols, .out = out, .ld = ld};
     if (latents->kind == DS_ROWS_F32) product_f32(&p);
+    else if (latents->kind == DS_ROWS_Q8) product_query(&p);
     else product_i16(&p);
+}
+
+/* F32: straight into the rows. */
+DS_INLINE void expand_f32(const ds_expand *job, const expand_pack *e) {
+    const size_t ld = job->keys.row_bytes / sizeof(float);
+    expand_product(job, &job->latents, e, false, job->keys.data, ld);
+    for (int j = 0; j < job->n_pos; j++) expand_tail(job, j, (float *)job->keys.data + (size_t)j * ld + job->k_dim);
+    expand_product(job, &job->latents, e, true, job->values.data, job->values.row_bytes / sizeof(float));
+}
+
+DS_INLINE void expand_f16(const ds_expand *job, const expand_pack *e) {
+    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim);
+    const ds_rows latents = rows_from_f16(&job->latents, job->n_pos, job->rank, job->scratch);
+    float *floats = (float *)(void *)((char *)job->scratch + DS_ATTEND_BLOCK * latents.row_bytes);
+    expand_product(job, &latents, e, false, floats, ld);
+    for (int j = 0; j < job->n_pos; j++) {
+        expand_tail(job, j, floats + (size_t)j * ld + job->k_dim);
+        rows_put(&job->keys, j, job->k_dim + job->n_tail, 0, floats + (size_t)j * ld);
+    }
+    expand_product(job, &latents, e, true, floats, ld);
+    for (int j = 0; j < job->n_pos; j++) rows_put(&job->values, j, job->v_dim, 0, floats + (size_t)j * ld);
+}
+
+DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
+    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim), n_tails = (size_t)job->n_pos * ds_row_pad(job->n_tail);
+    float *floats = job->scratch;
+    expand_product(job, &job->latents, e, false, floats, ld);
+    for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->keys, j, job->k_dim, floats + (size_t)j * ld);
+    memcpy(job->keys.tail, job->latents.tail, n_tails * sizeof *job->keys.tail);
+    memcpy(job->keys.tail_scale, job->latents.tail_scale, (size_t)job->n_pos * sizeof *job->keys.tail_scale);
+    expand_product(job, &job->latents, e, true, floats, ld);
+    for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->values, j, job->v_dim, floats + (size_t)j * ld);
 }
 
 static void expand(const ds_expand *job) {
     const expand_pack e = expand_at(job->latents.kind, job->rank, job->k_dim, job->v_dim, job->weights);
-    const ds_rows latents = expand_latents(job, job->scratch);
-    const bool exact = latents.kind == DS_ROWS_F32;
-    float *floats = (float *)(void *)((char *)job->scratch + DS_ATTEND_BLOCK * ds_row_pad(job->rank) * sizeof(int16_t));
-    const size_t ld = exact ? job->keys.row_bytes / sizeof(float) : ds_expand_ld(job->k_dim, job->n_tail, job->v_dim);
-    float *keys = exact ? job->keys.data : floats, *values = exact ? job->values.data : floats;
-    expand_product(job, &latents, &e, false, keys, ld);
-    for (int j = 0; j < job->n_pos; j++) {
-        expand_tail(job, j, keys + (size_t)j * ld + job->k_dim);
-        if (!exact) rows_put(&job->keys, j, job->k_dim + job->n_tail, 0, keys + (size_t)j * ld);
-    }
-    expand_product(job, &latents, &e, true, values, exact ? job->values.row_bytes / sizeof(float) : ld);
-    for (int j = 0; j < job->n_pos && !exact; j++) rows_put(&job->values, j, job->v_dim, 0, values + (size_t)j * ld);
+    if (job->latents.kind == DS_ROWS_F32) expand_f32(job, &e);
+    else if (job->latents.kind == DS_ROWS_F16) expand_f16(job, &e);
+    else expand_q8(job, &e);
 }

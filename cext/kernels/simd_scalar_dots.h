@@ -31,7 +31,9 @@ DS_INLINE vf vf_below(vf x, int i, vi limit) { return (int32_t)limit > i ? x : -
 DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
     return sums + (vi)((int16_t)a * (int16_t)b) + (vi)((int16_t)(a >> 16) * (int16_t)(b >> 16));
 }
-DS_INLINE vi vi_dot_query(vi sums, vi q, vi c) {
+DS_INLINE vi vi_dot16_at(vi sums, vi a, const void *b) { return vi_dot16(sums, a, vi_load(b)); }
+DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *at) {
+    const vi c = vi_load(at);
     for (int i = 0; i < 32; i += 8) sums += (vi)((int8_t)(q >> i) * (int8_t)(c >> i));
     return sums;
 }
@@ -48,9 +50,6 @@ DS_INLINE void i16_pack32_f16(const uint16_t *x, float scale, int16_t out[32]) {
 }
 DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     for (int i = 0; i < 64; i++) out[ds_row_place8(i)] = (int8_t)vf_to_int(x[i] * scale);
-}
-DS_INLINE void i16_from_i8(const int8_t x[64], int16_t out[64]) {
-    for (int i = 0; i < 64; i++) out[ds_row_place16(i)] = x[ds_row_place8(i)];
 }
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
     for (int i = 0; i < 32; i++) out[i] = (uint16_t)a[ds_row_place16(i)] | (uint32_t)(uint16_t)b[ds_row_place16(i)] << 16;

@@ -15,7 +15,6 @@ DS_INLINE vi x86_pack16(vi a, vi b) { return _mm512_packs_epi32(a, b); }
 DS_INLINE vi x86_pack8(vi a, vi b) { return _mm512_packs_epi16(a, b); }
 DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b); }
 DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); }
-DS_INLINE vi x86_high_bytes(vi a) { return _mm512_srai_epi16(a, 8); }
 
 #else
 
@@ -29,36 +28,66 @@ DS_INLINE vi x86_pack16(vi a, vi b) { return _mm256_packs_epi32(a, b); }
 DS_INLINE vi x86_pack8(vi a, vi b) { return _mm256_packs_epi16(a, b); }
 DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b); }
 DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b); }
-DS_INLINE vi x86_high_bytes(vi a) { return _mm256_srai_epi16(a, 8); }
 
 #endif
 
-/* sums + a . b over the two int16 of each dword. */
-DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
+/* A dword in memory, to be broadcast. */
+typedef struct x86_dword { char bytes[4]; } x86_dword;
+
+DS_INLINE vi x86_broadcast(const void *dword) {
+    int32_t x;
+    memcpy(&x, dword, sizeof x);
+    return vi_set((uint32_t)x);
+}
+
+/* The dot instructions as assembly: from the compiler's functions gcc copies every sum twice a step, and spills some. */
 #if defined(__AVX512VNNI__)
-    return _mm512_dpwssd_epi32(sums, a, b);
+#define X86_DOT(name, sums, a, b) __asm__(name " %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
+#define X86_DOT_AT(name, sums, a, dword) __asm__(name " %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const x86_dword *)(dword)))
 #elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#define X86_DOT(name, sums, a, b) __asm__("%{vex%} " name " %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define X86_DOT_AT(name, sums, a, dword) X86_DOT(name, sums, a, x86_broadcast(dword))
+#endif
+
+/* sums + a . b over the two int16 of each dword, where b is one dword for all lanes. */
+DS_INLINE vi vi_dot16_at(vi sums, vi a, const void *b) {
+#if defined(X86_DOT)
+    X86_DOT_AT("vpdpwssd", sums, a, b);
+    return sums;
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, x86_broadcast(b)));
+#endif
+}
+DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
+#if defined(X86_DOT)
+    X86_DOT("vpdpwssd", sums, a, b);
+    return sums;
 #else
     return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 #endif
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(X86_DOT)
 
 #define DS_QUERY_BIAS 128 /* queries are stored with it: the dot instruction wants one side unsigned */
 
-/* sums + (q + DS_QUERY_BIAS) . c over the four bytes of each dword, c within -127..127. */
-DS_INLINE vi vi_dot_query(vi sums, vi q, vi c) { return x86_dot_add(sums, q, c); }
+/* sums + (q + DS_QUERY_BIAS) . c over the four bytes of each dword, c within -127..127 and one dword for all lanes. */
+DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
+    X86_DOT_AT("vpdpbusd", sums, q, c);
+    return sums;
+}
 /* sums + p . c over the four bytes of each dword, p unsigned and c within -127..127. */
-DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) { return x86_dot_add(sums, p, c); }
+DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+    X86_DOT("vpdpbusd", sums, p, c);
+    return sums;
+}
 
 #else
 
 #define DS_QUERY_BIAS 0
 
-DS_INLINE vi vi_dot_query(vi sums, vi q, vi c) {
-    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(c, q));
+DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
+    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x86_broadcast(c), q));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
 /* Even and odd bytes apart, because two products of 255 * 127 do not fit 16 bits. */
@@ -94,16 +123,6 @@ DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
         DS_UNROLL
         for (int z = 0; z < 4; z++) q[z] = vf_to_int(vf_mul(vf_load(x + 16 * z + h), s));
         vi_store(out + 4 * h, x86_pack8(x86_pack16(q[0], q[1]), x86_pack16(q[2], q[3])));
-    }
-}
-
-/* 64 int8 as twice 32 int16, order kept. */
-DS_INLINE void i16_from_i8(const int8_t x[64], int16_t out[64]) {
-    DS_UNROLL
-    for (int h = 0; h < 16; h += DS_LANES) {
-        const vi a = vi_load(x + 4 * h);
-        vi_store(out + 2 * h, x86_high_bytes(x86_pair8(a, a, 0)));
-        vi_store(out + 32 + 2 * h, x86_high_bytes(x86_pair8(a, a, 1)));
     }
 }
 

@@ -12,13 +12,14 @@
 
 /* ---- The plan ---- */
 
-/* Compare the two routes' arithmetic for a head, in dwords multiplied. */
+/* The cheaper route, in dwords of dots for a head; what is not a dot was measured and counts as so many of them. */
 static bool absorbs(const ds_config *c, const ds_span *span) {
-    const bool exact = span->kv->type == DS_KV_F32, coded = span->kv->type == DS_KV_Q8_0;
-    double per_dword = exact ? 1 : 2, latent = (2.0 * c->kv_lora_rank) / (coded ? 4 : per_dword) + c->rope_dim / per_dword;
-    double expanded = (ds_qk_dim(c) + c->v_dim) / per_dword, expansion = (double)(c->nope_dim + c->v_dim) * c->kv_lora_rank / per_dword;
-    double n = span->n, pairs = n * span->pos + n * (n + 1) / 2;
-    return pairs * latent <= (span->pos + n) * expansion + pairs * expanded;
+    const double per_dword = span->kv->type == DS_KV_F32 ? 1 : span->kv->type == DS_KV_F16 ? 2 : 4, tail = c->rope_dim / (per_dword < 2 ? 1.0 : 2.0);
+    const double up = (double)(c->nope_dim + c->v_dim) * c->kv_lora_rank; /* W_uk and W_uv */
+    const double n = span->n, n_pos = span->pos + n, pairs = n * span->pos + n * (n + 1) / 2;
+    const double absorbed = pairs * (2.0 * c->kv_lora_rank / per_dword + tail) + n * up * 2; /* two products, packing, joining */
+    const double expanded = pairs * ((c->nope_dim + c->v_dim) / per_dword + tail) + (n_pos + 80) * up / per_dword; /* unpacking the weights */
+    return absorbed <= expanded;
 }
 
 /* The groups of one span: as many whole tokens as DS_GROUP_ROWS hold, or one token's heads in blocks. */
@@ -68,6 +69,10 @@ static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h,
     *row = local % tokens * g->n_heads + h - g->head;
     return g;
 }
+
+/* The parts of an expanded key: only Q8 rows keep the rotary tail apart. */
+static int key_head(const ds_config *c, ds_row_kind kind) { return kind == DS_ROWS_Q8 ? c->nope_dim : ds_qk_dim(c); }
+static int key_tail(const ds_config *c, ds_row_kind kind) { return kind == DS_ROWS_Q8 ? c->rope_dim : 0; }
 
 static ds_row_kind kind_of(const ds_step *s, int span) { return s->spans[span].kv->shape.kind; }
 
@@ -179,6 +184,12 @@ static void each_absorbed_head(const ds_lane *lane, const ds_layer *l, void (*ru
 
 /* ---- Expanded ---- */
 
+/* The packed queries from the t-th on, a multiple of DS_QUERY_BLOCK. */
+static void *queries_at(const ds_lane *lane, ds_row_kind kind, int t) {
+    const ds_config *c = lane->step->config;
+    return (char *)lane->own->attend.queries + ds_query_bytes(kind, t, key_head(c, kind), key_tail(c, kind));
+}
+
 /* The head's weights, and all its queries with their rotary part rotated, as the kernels take them. */
 static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
     const ds_step *s = lane->step;
@@ -196,7 +207,7 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
         const int n_rows = left < DS_QUERY_BLOCK ? ds_attend_pad(left) : DS_QUERY_BLOCK;
         memcpy(own->row, s->scratch->q + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)ds_qk_dim(c), (size_t)ds_qk_dim(c) * sizeof *own->row);
         ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)(span->first + t) * (size_t)c->rope_dim, own->row + c->nope_dim);
-        s->kern->query_put(kind, t - block, n_rows, ds_qk_dim(c), 0, own->row, c->attn_scale, (char *)own->queries + ds_query_bytes(kind, block, ds_qk_dim(c), 0));
+        s->kern->query_put(kind, t - block, n_rows, key_head(c, kind), key_tail(c, kind), own->row, c->attn_scale, queries_at(lane, kind, block));
         own->visible[t] = span->pos + t + 1;
     }
 }
@@ -210,7 +221,7 @@ static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind k
         const int n_q = span->n - t < DS_QUERY_BLOCK ? span->n - t : DS_QUERY_BLOCK;
         if (span->pos + t + n_q <= pos) continue; /* all of these come before the block */
         const ds_attend job = {
-            .n_rows = n_q, .n_pos = n, .n = ds_qk_dim(c), .v_dim = c->v_dim, .q = (char *)own->queries + ds_query_bytes(kind, t, ds_qk_dim(c), 0),
+            .n_rows = n_q, .n_pos = n, .n = key_head(c, kind), .n_tail = key_tail(c, kind), .v_dim = c->v_dim, .q = queries_at(lane, kind, t),
             .keys = own->keys, .values = own->values, .visible = own->visible + t, .first_pos = pos,
             .m = own->m + t, .l = own->l + t, .acc = own->acc + (size_t)t * ld, .ld_acc = ld, .scratch = own->scratch,
         };
@@ -228,7 +239,7 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
     const size_t ld = ds_row_pad(c->v_dim), floats = ds_expand_ld(c->nope_dim, c->rope_dim, c->v_dim) * sizeof(float);
     const int n_pos = span->pos + span->n;
     own->keys.kind = own->values.kind = kind;
-    own->keys.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, ds_qk_dim(c), 0);
+    own->keys.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, key_head(c, kind), key_tail(c, kind));
     own->values.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, c->v_dim, 0);
     prepare_head(lane, l, i, h);
     for (int t = 0; t < ds_attend_pad(span->n); t++) own->m[t] = -INFINITY, own->l[t] = 0;
@@ -246,6 +257,7 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
         float *out = s->scratch->heads + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
         memset(out, 0, (size_t)c->v_dim * sizeof *out);
         s->kern->add_scaled(c->v_dim, 1.0f / own->l[t], own->acc + (size_t)t * ld, out);
+        if (kind == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);
     }
 }
 

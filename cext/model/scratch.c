@@ -56,6 +56,12 @@ static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
+/* A block of rows of any kind. */
+static ds_rows expanded_rows(carver *c, size_t row_bytes, int n_tail) {
+    return (ds_rows){.data = carve(c, DS_ATTEND_BLOCK, row_bytes), .scale = floats(c, DS_ATTEND_BLOCK), .tail = carve(c, DS_ATTEND_BLOCK * ds_row_pad(n_tail), sizeof(int16_t)),
+                     .tail_scale = floats(c, DS_ATTEND_BLOCK), .sum = carve(c, DS_ATTEND_BLOCK, sizeof(int32_t))};
+}
+
 /* Float rows take the most room of all kinds in everything but a converted block of halves. */
 static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
     size_t r = (size_t)g->kv_lora_rank, rows = (size_t)ds_attend_pad(n_tok), row = ds_expand_ld(g->nope_dim, g->rope_dim, g->v_dim) * sizeof(float);
@@ -66,9 +72,8 @@ static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
         .weights = carve(c, max_size(ds_expand_weights_bytes(DS_ROWS_F32, g->kv_lora_rank, g->nope_dim, g->v_dim),
                                      ds_expand_weights_bytes(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->v_dim)), 1),
         .expand = carve(c, ds_expand_scratch(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->rope_dim, g->v_dim), 1),
-        .queries = carve(c, max_size(ds_query_bytes(DS_ROWS_F32, (int)rows, ds_qk_dim(g), 0), ds_query_bytes(DS_ROWS_I16, (int)rows, ds_qk_dim(g), 0)), 1),
-        .keys = {.data = carve(c, DS_ATTEND_BLOCK, row), .scale = floats(c, DS_ATTEND_BLOCK)},
-        .values = {.data = carve(c, DS_ATTEND_BLOCK, row), .scale = floats(c, DS_ATTEND_BLOCK)},
+        .queries = carve(c, rows, ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(ds_qk_dim(g)), (int)ds_row_pad(g->rope_dim))),
+        .keys = expanded_rows(c, row, g->rope_dim), .values = expanded_rows(c, row, 0),
         .visible = carve(c, rows, sizeof(int32_t)), .m = floats(c, rows), .l = floats(c, rows), .acc = floats(c, rows * ds_row_pad(g->v_dim)),
     };
 }

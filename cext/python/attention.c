@@ -124,7 +124,7 @@ static PyObject *py_rotate(PyObject *self, PyObject *args) {
 }
 
 /* The job's buffers from Python's arrays, then its result back into them. */
-static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const int32_t *cuts, int n_cuts, float scale, const float *q, int n_values,
+static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const int32_t *cuts, int n_cuts, float scale, const float *q,
                        float *m, float *l, float *acc) {
     const int width = job->n + job->n_tail, padded = ds_attend_pad(job->n_rows);
     const ds_rows keys = job->keys, values = job->values;
@@ -151,7 +151,7 @@ static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const 
     }
     for (int i = 0; i < job->n_rows; i++) {
         float *out = job->acc + (size_t)i * job->ld_acc;
-        if (keys.kind == DS_ROWS_Q8 && !n_values) table->rotate(job->v_dim, out);
+        if (keys.kind == DS_ROWS_Q8) table->rotate(job->v_dim, out);
         m[i] = job->m[i], l[i] = job->l[i];
         memcpy(acc + (size_t)i * (size_t)job->v_dim, out, (size_t)job->v_dim * sizeof *out);
     }
@@ -196,12 +196,12 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
     }
     if (rows_from_floats(&a, table, kind, b[1].buf, (int)n_pos, job.n, job.n_tail, &job.keys) &&
         (!b[2].buf || rows_from_floats(&a, table, kind, b[2].buf, (int)n_pos, job.v_dim, 0, &job.values)))
-        attend_all(&a, table, &job, cuts, n_cuts, scale, b[0].buf, b[2].buf ? (int)n_pos : 0, b[5].buf, b[6].buf, b[7].buf);
+        attend_all(&a, table, &job, cuts, n_cuts, scale, b[0].buf, b[5].buf, b[6].buf, b[7].buf);
     return finish(b, 8, &a);
 }
 
 PyDoc_STRVAR(expand_doc, "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + n_tail) and values "
-                         "(positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b (v_dim, rank).");
+                         "(positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b (v_dim, rank); those of 'q8_0' rotated.");
 
 static PyObject *py_expand(PyObject *self, PyObject *args) {
     Py_buffer b[5] = {{0}};
@@ -220,18 +220,23 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
         !holds(&b[3], "keys", n_pos * k_width) || !holds(&b[4], "values", n_pos * v_dim) || !positive((int)n_pos, "positions"))
         return finish(b, 5, &a);
     const ds_row_kind out = ds_expanded_kind(kind);
-    const size_t ld = ds_expand_ld(job.k_dim, job.n_tail, job.v_dim) * sizeof(float);
-    ds_expand_weights weights = {.from = kind, .rank = job.rank, .k_dim = job.k_dim, .v_dim = job.v_dim, .k_b = b[1].buf};
+    const int tail = out == DS_ROWS_Q8 ? job.n_tail : 0, head = (int)k_width - tail;
+    const size_t floats = ds_expand_ld(job.k_dim, job.n_tail, job.v_dim) * sizeof(float);
+    ds_expand_weights weights = {.from = kind, .rank = job.rank, .k_dim = job.k_dim, .v_dim = job.v_dim};
+    weights.k_b = take(&a, (size_t)b[1].len);
     weights.v_b = take(&a, (size_t)b[2].len);
     weights.scratch = take(&a, DS_ATTEND_ROWS * rank * sizeof(float));
     weights.out = take(&a, ds_expand_weights_bytes(kind, job.rank, job.k_dim, job.v_dim));
     job.scratch = take(&a, ds_expand_scratch(kind, job.rank, job.k_dim, job.n_tail, job.v_dim));
-    job.keys = (ds_rows){.kind = out, .row_bytes = out == DS_ROWS_F32 ? ld : ds_row_pad((int)k_width) * sizeof(int16_t)};
-    job.values = (ds_rows){.kind = out, .row_bytes = out == DS_ROWS_F32 ? ld : ds_row_pad(job.v_dim) * sizeof(int16_t)};
-    job.keys.data = take(&a, DS_ATTEND_BLOCK * job.keys.row_bytes), job.keys.scale = take(&a, DS_ATTEND_BLOCK * sizeof(float));
-    job.values.data = take(&a, DS_ATTEND_BLOCK * job.values.row_bytes), job.values.scale = take(&a, DS_ATTEND_BLOCK * sizeof(float));
+    rows_new(&a, out, DS_ATTEND_BLOCK, head, tail, &job.keys);
+    rows_new(&a, out, DS_ATTEND_BLOCK, job.v_dim, 0, &job.values);
+    if (out == DS_ROWS_F32) { /* room for padded columns */
+        job.keys.row_bytes = job.values.row_bytes = floats;
+        job.keys.data = take(&a, DS_ATTEND_BLOCK * floats), job.values.data = take(&a, DS_ATTEND_BLOCK * floats);
+    }
     ds_rows latents;
     if (PyErr_Occurred() || !rows_from_floats(&a, table, kind, b[0].buf, (int)n_pos, job.rank, job.n_tail, &latents)) return finish(b, 5, &a);
+    memcpy(weights.k_b, b[1].buf, (size_t)b[1].len);
     memcpy(weights.v_b, b[2].buf, (size_t)b[2].len);
     table->expand_weights(&weights);
     job.weights = weights.out;
@@ -240,7 +245,7 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
         job.latents = ds_rows_from(&latents, at, job.n_tail);
         table->expand(&job);
         for (int i = 0; i < job.n_pos; i++) {
-            row_to_floats(&job.keys, i, (int)k_width, 0, (float *)b[3].buf + (size_t)(at + i) * k_width);
+            row_to_floats(&job.keys, i, head, tail, (float *)b[3].buf + (size_t)(at + i) * k_width);
             row_to_floats(&job.values, i, job.v_dim, 0, (float *)b[4].buf + (size_t)(at + i) * v_dim);
         }
     }
