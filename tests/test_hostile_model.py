@@ -115,6 +115,22 @@ def test_an_impossible_value_is_named(tmp_path: Path, key: str, kind: int, item:
         Model(write(tmp_path, with_value(key, kind, item)))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"attention.head_count": 65536, "attention.key_length_mla": 65536}, "query width are 65536 x 65536"),
+        ({"attention.head_count": 65536, "attention.value_length_mla": 65536}, "value width are 65536 x 65536"),
+        ({"attention.head_count": 65536, "attention.kv_lora_rank": 65536}, "cached width are 65536 x 65538"),
+        ({"expert_shared_count": 1024, "expert_feed_forward_length": 1 << 24}, "shared experts.* 1024 x 16777216"),
+    ],
+)
+def test_widths_whose_product_overflows(tmp_path: Path, values: dict[str, int], words: str) -> None:
+    """A sparse file could hold tensors of such shapes, so they cannot be left to the check of shapes."""
+    model = replace(TINY, values=TINY.values | {key: (gb.U32, n) for key, n in values.items()})
+    with pytest.raises(FormatError, match=words):
+        Model(write(tmp_path, model))
+
+
 @pytest.mark.parametrize("arch", ["llama", "", "deepseek2\n", "\x1b[2J", "\x7f" * 1000])
 def test_another_architecture(tmp_path: Path, arch: str) -> None:
     path = tmp_path / "model.gguf"

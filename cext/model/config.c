@@ -150,6 +150,26 @@ static void read_rope(reader *r, ds_config *c) {
     c->attn_scale *= (float)(m * m);
 }
 
+/* Widths that are products of two keys must be ints as the keys are: the code that multiplies them trusts that. */
+static void check_products(reader *r, const ds_config *c) {
+    const struct {
+        const char *what;
+        int64_t a, b;
+    } PRODUCTS[] = {
+        {"heads times their query width", c->n_head, ds_qk_dim(c)},
+        {"heads times their value width", c->n_head, c->v_dim},
+        {"heads times the cached width", c->n_head, ds_kv_width(c)},
+        {"heads times the width of a key and a value", c->n_head, c->nope_dim + c->v_dim},
+        {"shared experts times their width", c->n_expert_shared, c->n_ff_expert},
+    };
+    for (size_t i = 0; i < sizeof PRODUCTS / sizeof *PRODUCTS && r->status == DS_OK; i++) {
+        if (PRODUCTS[i].a * PRODUCTS[i].b > DS_MAX_DIM) {
+            r->status = ds_fail(r->err, DS_EFORMAT, "%s: %s are %lld x %lld, expected at most %d together", ds_gguf_label(r->gguf),
+                                PRODUCTS[i].what, (long long)PRODUCTS[i].a, (long long)PRODUCTS[i].b, DS_MAX_DIM);
+        }
+    }
+}
+
 ds_status ds_config_read(const ds_gguf *gguf, ds_config *out, ds_error *err) {
     ds_config c = {0};
     reader r = {gguf, c.arch, DS_OK, err};
@@ -167,6 +187,7 @@ ds_status ds_config_read(const ds_gguf *gguf, ds_config *out, ds_error *err) {
     read_heads(&r, &c);
     read_experts(&r, &c);
     read_rope(&r, &c);
+    check_products(&r, &c);
     if (r.status == DS_OK) *out = c;
     return r.status;
 }
