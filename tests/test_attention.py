@@ -386,3 +386,22 @@ def test_a_batch_of_cache_types(tiny_gguf):
     for row, want, kv_type in zip(got, expected, depths, strict=True):
         tolerance = 0.02 if kv_type == "q8_0" else 1e-3
         assert np.abs(row - want).max() < tolerance * np.ptp(want), kv_type
+
+
+@pytest.mark.parametrize("kv_type", ("f16", "q8_0", "f32"))
+def test_positions_shared_out(tiny_gguf, kv_type):
+    """Far into a context each head's positions are split into tasks and joined; of single tokens they are not."""
+    depth, n = 16400, 130
+    spec = variant(WIDE, name="wide_few", n_head=2, n_layer=1, n_layer_dense=1)
+    ids = tokens(spec, depth + n)
+    logits = []
+    for threads in (1, 3):
+        with cext.Model(tiny_gguf(spec), threads=threads) as model:
+            session = model.session(depth + n, kv_type=kv_type)
+            session.eval(ids[:depth])
+            logits.append(session.eval(ids[depth:], "all"))
+            session.rewind(depth)
+            single = in_pieces(session, ids[depth:], range(1, n))
+    np.testing.assert_array_equal(logits[0], logits[1])
+    tolerance = {"f32": 1.2e-5, "f16": 5e-4, "q8_0": 2e-2}[kv_type]
+    assert np.abs(logits[0] - single).max() < tolerance * np.ptp(single)

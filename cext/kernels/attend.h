@@ -80,8 +80,7 @@ DS_INLINE void attend_scores(const attend_block *b) {
     p.row_scale = b->keys.tail_scale;
     p.panel = b->q.tail;
     p.col_scale = b->q.tail_scale;
-    p.add = true;
-    product_i16(&p);
+    product_i16_add(&p);
 }
 
 /* The weights of one vector of queries, already e^(score - top), as dwords of two int16: they share one scale, which is

@@ -226,69 +226,80 @@ DS_INLINE vi dot_at(dot_type type, vi sums, const char *a, vi b) {
     return vf_as_int(vf_fma(vf_set(x), vi_as_float(b), vi_as_float(sums)));
 }
 
-/* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c, added to what is there where `add` is set. */
+/* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c */
 typedef struct row_product {
     int n, k;               /* rows, and dwords of each */
     const void *rows;
     size_t row_bytes;
-    const float *row_scale; /* (n) or NULL */
+    const float *row_scale; /* (n), or NULL: 1 */
     const int32_t *sum;     /* (n) sums of the rows' values, where queries carry a bias */
     const uint32_t *panel;  /* (k, n_cols) in groups */
     const float *col_scale; /* (n_cols) */
     int n_cols;             /* a multiple of 2 DS_LANES, or of DS_LANES */
     float *out;
     size_t ld;
-    bool add;
     const void *ahead;      /* rows to bring into cache meanwhile, as many as there are here, or NULL */
     size_t ahead_bytes;     /* of each */
 } row_product;
 
-DS_INLINE void product_tile(dot_type type, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
+/* Sums of a tile, scaled and stored, or added to what is there. */
+DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col, vi sums[2 * DS_ROW_TILE][2]) {
+    const float *row_scale = p->row_scale ? p->row_scale + row : NULL;
+    const size_t ld = p->ld;
+    float *out = p->out + (size_t)row * ld + (size_t)col;
+    vf col_scale[2];
+    DS_UNROLL
+    for (int v = 0; v < vecs; v++) col_scale[v] = vf_load(p->col_scale + col + v * DS_LANES);
+    DS_UNROLL
+    for (int i = 0; i < rows; i++, out += ld)
+        DS_UNROLL for (int v = 0; v < vecs; v++) {
+            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
+            const vf scale = type == DOT_F32 && !row_scale ? col_scale[v] : vf_mul(col_scale[v], vf_set(row_scale[i]));
+            vf_store(out + v * DS_LANES, add ? vf_fma(x, scale, vf_load(out + v * DS_LANES)) : vf_mul(x, scale));
+        }
+}
+
+DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
     vi sums[2 * DS_ROW_TILE][2];
-    const char *a = (const char *)p->rows + (size_t)row * p->row_bytes;
+    const size_t row_bytes = p->row_bytes;
+    const char *a = (const char *)p->rows + (size_t)row * row_bytes;
+    const int n = p->k;
     DS_UNROLL
     for (int i = 0; i < rows; i++)
         DS_UNROLL for (int v = 0; v < vecs; v++)
-            sums[i][v] = vi_set(type == DOT_QUERY ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
-    /* The tile's share of them, spread evenly; without any, one line again and again. */
+            sums[i][v] = vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
+    /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
     const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
-    const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)p->k : 0;
-    for (int k = 0; k < p->k; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
+    const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;
+    for (int k = 0; k < n; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead);
         const vi b0 = vi_load(b), b1 = vi_load(b + (vecs - 1) * DS_LANES);
         DS_UNROLL
         for (int i = 0; i < rows; i++) {
-            sums[i][0] = dot_at(type, sums[i][0], a + (size_t)i * p->row_bytes, b0);
-            if (vecs > 1) sums[i][1] = dot_at(type, sums[i][1], a + (size_t)i * p->row_bytes, b1);
+            sums[i][0] = dot_at(type, sums[i][0], a + (size_t)i * row_bytes, b0);
+            if (vecs > 1) sums[i][1] = dot_at(type, sums[i][1], a + (size_t)i * row_bytes, b1);
         }
     }
-    DS_UNROLL
-    for (int i = 0; i < rows; i++)
-        DS_UNROLL for (int v = 0; v < vecs; v++) {
-            float *out = p->out + (size_t)(row + i) * p->ld + (size_t)(col + v * DS_LANES);
-            vf scale = vf_load(p->col_scale + col + v * DS_LANES);
-            if (p->row_scale) scale = vf_mul(scale, vf_set(p->row_scale[row + i]));
-            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
-            vf_store(out, p->add ? vf_fma(x, scale, vf_load(out)) : vf_mul(x, scale));
-        }
+    product_store(type, add, rows, vecs, p, row, col, sums);
 }
 
 /* All columns of one group against all rows: whole tiles, then single rows. */
-DS_INLINE void product_group(dot_type type, int vecs, const row_product *p, int col) {
+DS_INLINE void product_group(dot_type type, bool add, int vecs, const row_product *p, int col) {
     const int tile = 2 * DS_ROW_TILE / vecs;
     const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
     int row = 0;
-    for (; row + tile <= p->n; row += tile) product_tile(type, tile, vecs, p, row, col, panel);
-    for (; row < p->n; row++) product_tile(type, 1, vecs, p, row, col, panel);
+    for (; row + tile <= p->n; row += tile) product_tile(type, add, tile, vecs, p, row, col, panel);
+    for (; row < p->n; row++) product_tile(type, add, 1, vecs, p, row, col, panel);
 }
 
-DS_INLINE void product(dot_type type, const row_product *p) {
+DS_INLINE void product(dot_type type, bool add, const row_product *p) {
     for (int col = 0; col < p->n_cols; col += ROW_COLS) {
-        if (p->n_cols - col >= ROW_COLS) product_group(type, 2, p, col);
-        else product_group(type, 1, p, col);
+        if (p->n_cols - col >= ROW_COLS) product_group(type, add, 2, p, col);
+        else product_group(type, add, 1, p, col);
     }
 }
 
-static void product_f32(const row_product *p) { product(DOT_F32, p); }
-static void product_i16(const row_product *p) { product(DOT_I16, p); }
-static void product_query(const row_product *p) { product(DOT_QUERY, p); }
+static void product_f32(const row_product *p) { product(DOT_F32, false, p); }
+static void product_i16(const row_product *p) { product(DOT_I16, false, p); }
+static void product_i16_add(const row_product *p) { product(DOT_I16, true, p); }
+static void product_query(const row_product *p) { product(DOT_QUERY, false, p); }

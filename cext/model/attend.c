@@ -19,14 +19,14 @@ static bool absorbs(const ds_config *c, const ds_span *span) {
     const double n = span->n, n_pos = span->pos + n, pairs = n * span->pos + n * (n + 1) / 2;
     const double absorbed = pairs * (2.0 * c->kv_lora_rank / per_dword + tail) + n * up * 2; /* two products, packing, joining */
     const double expanded = pairs * ((c->nope_dim + c->v_dim) / per_dword + tail) + (n_pos + 80) * up / per_dword; /* unpacking the weights */
-    return absorbed <= expanded;
+    return span->n < DS_ATTEND_ROWS || absorbed <= expanded;
 }
 
 /* The groups of one span: as many whole tokens as DS_GROUP_ROWS hold, or one token's heads in blocks. */
 static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) {
     const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
     const ds_span *span = &s->spans[i];
-    plan->first_group[i] = plan->n_groups;
+    plan->routes[i].first_group = plan->n_groups;
     for (int t = 0; t < span->n; t += tokens) {
         for (int head = 0; head < n_head; head += block) {
             ds_attend_group g = {.span = i, .token = span->first + t, .n_tok = span->n - t < tokens ? span->n - t : tokens, .head = head,
@@ -42,11 +42,21 @@ static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) 
 void ds_attend_plan_step(const ds_step *s) {
     ds_attend_plan *plan = &s->scratch->attend.plan;
     int row = 0, slot = 0;
-    plan->n_groups = plan->n_absorbed = 0;
+    plan->n_groups = plan->n_absorbed = plan->n_joined = plan->n_expanded_rows = 0;
     for (int i = 0; i < s->n_spans; i++) {
-        plan->absorb[i] = absorbs(s->config, &s->spans[i]);
-        plan->n_absorbed += plan->absorb[i];
-        if (plan->absorb[i]) group_span(s, plan, i, &row);
+        const ds_span *span = &s->spans[i];
+        ds_attend_route *route = &plan->routes[i];
+        *route = (ds_attend_route){.absorb = absorbs(s->config, span)};
+        plan->n_absorbed += route->absorb;
+        if (route->absorb) {
+            group_span(s, plan, i, &row);
+            continue;
+        }
+        const int most = ds_expand_max_parts(s->config), wanted = (span->pos + span->n) / DS_EXPAND_PART;
+        route->n_parts = wanted < 1 ? 1 : wanted < most ? wanted : most;
+        route->row = plan->n_expanded_rows;
+        plan->n_expanded_rows += ds_attend_pad(span->n);
+        plan->n_joined += route->n_parts > 1;
     }
     for (int i = 0; i < plan->n_groups; i++) {
         ds_attend_group *g = &plan->groups[i];
@@ -65,7 +75,7 @@ static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h,
     const ds_attend_plan *plan = &s->scratch->attend.plan;
     const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
     const int blocks = (n_head + block - 1) / block, local = t - s->spans[span].first;
-    const ds_attend_group *g = &plan->groups[plan->first_group[span] + local / tokens * blocks + h / block];
+    const ds_attend_group *g = &plan->groups[plan->routes[span].first_group + local / tokens * blocks + h / block];
     *row = local % tokens * g->n_heads + h - g->head;
     return g;
 }
@@ -82,9 +92,9 @@ static void *pack_of(const ds_step *s, const ds_attend_group *g) {
 
 /* The span behind the run of spans that begins with i and goes by the same route. */
 static int run_end(const ds_step *s, int i) {
-    const bool *absorb = s->scratch->attend.plan.absorb;
+    const ds_attend_route *routes = s->scratch->attend.plan.routes;
     int end = i + 1;
-    while (end < s->n_spans && absorb[end] == absorb[i]) end++;
+    while (end < s->n_spans && routes[end].absorb == routes[i].absorb) end++;
     return end;
 }
 
@@ -132,19 +142,23 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
     s->kern->attend(&job);
 }
 
-/* Join the parts of one query row into out (kv_lora_rank). */
-static void merge_parts(const ds_step *s, const ds_attend_group *g, int row, float *out) {
-    const ds_attend_room *room = &s->scratch->attend;
-    const size_t stride = (size_t)g->n_rows, at = (size_t)g->slot + (size_t)row, ld = ds_row_pad(s->config->kv_lora_rank);
-    const float *m = room->m + at, *l = room->l + at;
+/* Join the parts of one query row, `stride` rows apart, into out (n). */
+static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l, const float *acc, size_t ld, int n, float *out) {
     float top = -INFINITY, sum = 0;
-    for (int p = 0; p < g->n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
-    for (int p = 0; p < g->n_parts; p++) sum += l[(size_t)p * stride] * expf(m[(size_t)p * stride] - top);
-    memset(out, 0, (size_t)s->config->kv_lora_rank * sizeof *out);
-    for (int p = 0; p < g->n_parts; p++) {
+    for (int p = 0; p < n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
+    for (int p = 0; p < n_parts; p++) sum += l[(size_t)p * stride] * expf(m[(size_t)p * stride] - top);
+    memset(out, 0, (size_t)n * sizeof *out);
+    for (int p = 0; p < n_parts; p++) {
         const float weight = expf(m[(size_t)p * stride] - top) / sum;
-        if (weight != 0) s->kern->add_scaled(s->config->kv_lora_rank, weight, room->acc + ((size_t)p * stride + at) * ld, out);
+        if (weight != 0) kern->add_scaled(n, weight, acc + (size_t)p * stride * ld, out);
     }
+}
+
+/* A query row's latent output, rotated back where the cache is. */
+static void latent_output(const ds_step *s, const ds_attend_group *g, int row, float *out) {
+    const ds_attend_room *room = &s->scratch->attend;
+    const size_t at = (size_t)g->slot + (size_t)row, ld = ds_row_pad(s->config->kv_lora_rank);
+    join_parts(s->kern, g->n_parts, (size_t)g->n_rows, room->m + at, room->l + at, room->acc + at * ld, ld, s->config->kv_lora_rank, out);
     if (kind_of(s, g->span) == DS_ROWS_Q8) s->kern->rotate(s->config->kv_lora_rank, out);
 }
 
@@ -161,7 +175,7 @@ static void unabsorb_head(const ds_lane *lane, const ds_layer *l, int begin, int
         for (; t < s->spans[i].first + s->spans[i].n; t++) {
             int row;
             const ds_attend_group *g = group_of(s, i, t, h, &row);
-            merge_parts(s, g, row, latent + (size_t)(t - t0) * lat_row);
+            latent_output(s, g, row, latent + (size_t)(t - t0) * lat_row);
         }
     }
     s->kern->act_pack(kind, 0, n, n, c->kv_lora_rank, latent, lat_row, NULL, pack);
@@ -170,14 +184,14 @@ static void unabsorb_head(const ds_lane *lane, const ds_layer *l, int begin, int
 }
 
 /* Every head of every run of absorbing spans, claimed one by one. */
-static void each_absorbed_head(const ds_lane *lane, const ds_layer *l, void (*run)(const ds_lane *, const ds_layer *, int begin, int end, int h)) {
+static void absorb_all(const ds_lane *lane, const ds_layer *l) {
     const ds_step *s = lane->step;
     const size_t n_head = (size_t)s->config->n_head;
     size_t claimed = ds_claim(lane->worker), base = 0;
     for (int i = 0, end; i < s->n_spans; i = end) {
         end = run_end(s, i);
-        if (!s->scratch->attend.plan.absorb[i]) continue;
-        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) run(lane, l, i, end, (int)(claimed - base));
+        if (!s->scratch->attend.plan.routes[i].absorb) continue;
+        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) absorb_head(lane, l, i, end, (int)(claimed - base));
         base += n_head;
     }
 }
@@ -212,8 +226,22 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
     }
 }
 
+/* Results of a head's queries, or of one part of its positions. */
+typedef struct head_sums {
+    float *m, *l, *acc; /* (rows[, padded v_dim]) */
+} head_sums;
+
+static head_sums sums_of(const ds_lane *lane, int i, int h, int part) {
+    const ds_attend_room *room = &lane->step->scratch->attend;
+    const ds_attend_route *route = &room->plan.routes[i];
+    const int most = ds_expand_max_parts(lane->step->config);
+    if (route->n_parts == 1) return (head_sums){lane->own->attend.m, lane->own->attend.l, lane->own->attend.acc};
+    const size_t at = ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows + (size_t)route->row;
+    return (head_sums){room->head_m + at, room->head_l + at, room->head_acc + at * ds_row_pad(lane->step->config->v_dim)};
+}
+
 /* Fold the n expanded positions from pos into the results of every query that sees them. */
-static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n) {
+static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n, const head_sums *sums) {
     const ds_config *c = lane->step->config;
     const ds_attend_lane *own = &lane->own->attend;
     const size_t ld = ds_row_pad(c->v_dim);
@@ -223,42 +251,54 @@ static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind k
         const ds_attend job = {
             .n_rows = n_q, .n_pos = n, .n = key_head(c, kind), .n_tail = key_tail(c, kind), .v_dim = c->v_dim, .q = queries_at(lane, kind, t),
             .keys = own->keys, .values = own->values, .visible = own->visible + t, .first_pos = pos,
-            .m = own->m + t, .l = own->l + t, .acc = own->acc + (size_t)t * ld, .ld_acc = ld, .scratch = own->scratch,
+            .m = sums->m + t, .l = sums->l + t, .acc = sums->acc + (size_t)t * ld, .ld_acc = ld, .scratch = own->scratch,
         };
         lane->step->kern->attend(&job);
     }
 }
 
-/* All queries of one head of one sequence, keys and values expanded block by block. */
-static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int i, int h) {
+/* The outputs of one head of one sequence, its parts joined. */
+static void head_output(const ds_lane *lane, int i, int h) {
+    const ds_step *s = lane->step;
+    const ds_config *c = s->config;
+    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const size_t ld = ds_row_pad(c->v_dim);
+    const head_sums sums = sums_of(lane, i, h, 0);
+    for (int t = 0; t < s->spans[i].n; t++) {
+        float *out = s->scratch->heads + ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
+        join_parts(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t, sums.acc + (size_t)t * ld, ld, c->v_dim, out);
+        if (kind_of(s, i) == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);
+    }
+}
+
+/* All queries of one head of one sequence over one part of the positions, keys and values expanded block by block. */
+static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int i, int h, int part) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
     ds_attend_lane *own = &lane->own->attend;
     const ds_span *span = &s->spans[i];
     const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
     const size_t ld = ds_row_pad(c->v_dim), floats = ds_expand_ld(c->nope_dim, c->rope_dim, c->v_dim) * sizeof(float);
-    const int n_pos = span->pos + span->n;
+    const int n_parts = s->scratch->attend.plan.routes[i].n_parts, n_pos = span->pos + span->n;
+    const int begin = n_pos / n_parts * part / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
+    const int end = part + 1 == n_parts ? n_pos : n_pos / n_parts * (part + 1) / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
+    const head_sums sums = sums_of(lane, i, h, part);
     own->keys.kind = own->values.kind = kind;
     own->keys.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, key_head(c, kind), key_tail(c, kind));
     own->values.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, c->v_dim, 0);
     prepare_head(lane, l, i, h);
-    for (int t = 0; t < ds_attend_pad(span->n); t++) own->m[t] = -INFINITY, own->l[t] = 0;
-    memset(own->acc, 0, (size_t)ds_attend_pad(span->n) * ld * sizeof *own->acc);
-    for (int pos = 0; pos < n_pos; pos += DS_ATTEND_BLOCK) {
+    for (int t = 0; t < ds_attend_pad(span->n); t++) sums.m[t] = -INFINITY, sums.l[t] = 0;
+    memset(sums.acc, 0, (size_t)ds_attend_pad(span->n) * ld * sizeof *sums.acc);
+    for (int pos = begin; pos < end; pos += DS_ATTEND_BLOCK) {
         const ds_expand job = {
-            .n_pos = n_pos - pos < DS_ATTEND_BLOCK ? n_pos - pos : DS_ATTEND_BLOCK, .rank = c->kv_lora_rank, .n_tail = c->rope_dim, .k_dim = c->nope_dim,
+            .n_pos = end - pos < DS_ATTEND_BLOCK ? end - pos : DS_ATTEND_BLOCK, .rank = c->kv_lora_rank, .n_tail = c->rope_dim, .k_dim = c->nope_dim,
             .v_dim = c->v_dim, .weights = own->weights, .latents = ds_kv_rows(span->kv, il - s->weights->layer_begin, pos), .keys = own->keys,
             .values = own->values, .scratch = own->expand,
         };
         s->kern->expand(&job);
-        attend_block(lane, span, kind, pos, job.n_pos);
+        attend_block(lane, span, kind, pos, job.n_pos, &sums);
     }
-    for (int t = 0; t < span->n; t++) {
-        float *out = s->scratch->heads + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
-        memset(out, 0, (size_t)c->v_dim * sizeof *out);
-        s->kern->add_scaled(c->v_dim, 1.0f / own->l[t], own->acc + (size_t)t * ld, out);
-        if (kind == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);
-    }
+    if (n_parts == 1) head_output(lane, i, h);
 }
 
 /* The cache's passes: whole heads of expanding spans, parts of the groups of the others. */
@@ -268,9 +308,11 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
     const size_t n_head = (size_t)s->config->n_head;
     size_t claimed = ds_claim(lane->worker), base = 0;
     for (int i = 0; i < s->n_spans; i++) { /* claims only grow, so one walk serves them all */
-        if (plan->absorb[i]) continue;
-        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) attend_expanded(lane, l, il, i, (int)(claimed - base));
-        base += n_head;
+        if (plan->routes[i].absorb) continue;
+        const size_t n_parts = (size_t)plan->routes[i].n_parts;
+        for (; claimed < base + n_head * n_parts; claimed = ds_claim(lane->worker))
+            attend_expanded(lane, l, il, i, (int)((claimed - base) / n_parts), (int)((claimed - base) % n_parts));
+        base += n_head * n_parts;
     }
     for (int i = 0; i < plan->n_groups; i++) {
         const ds_attend_group *g = &plan->groups[i];
@@ -279,14 +321,31 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
     }
 }
 
+/* Outputs of the heads whose positions were shared out, and W_uv behind latent outputs. */
+static void finish_all(const ds_lane *lane, const ds_layer *l) {
+    const ds_step *s = lane->step;
+    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const size_t n_head = (size_t)s->config->n_head;
+    size_t claimed = ds_claim(lane->worker), base = 0;
+    for (int i = 0, end; i < s->n_spans; i = end) {
+        end = plan->routes[i].absorb ? run_end(s, i) : i + 1;
+        if (!plan->routes[i].absorb && plan->routes[i].n_parts == 1) continue;
+        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) {
+            if (plan->routes[i].absorb) unabsorb_head(lane, l, i, end, (int)(claimed - base));
+            else head_output(lane, i, (int)(claimed - base));
+        }
+        base += n_head;
+    }
+}
+
 void ds_attend_heads(const ds_lane *lane, const ds_layer *layer, int il) {
-    const bool absorbing = lane->step->scratch->attend.plan.n_absorbed > 0;
-    if (absorbing) {
-        each_absorbed_head(lane, layer, absorb_head);
+    const ds_attend_plan *plan = &lane->step->scratch->attend.plan;
+    if (plan->n_absorbed) {
+        absorb_all(lane, layer);
         ds_barrier(lane->worker);
     }
     attend_all(lane, layer, il);
-    if (!absorbing) return;
+    if (!plan->n_absorbed && !plan->n_joined) return;
     ds_barrier(lane->worker);
-    each_absorbed_head(lane, layer, unabsorb_head);
+    finish_all(lane, layer);
 }

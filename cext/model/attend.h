@@ -13,6 +13,8 @@ enum {
     DS_MIN_PART = 256,   /* positions below which splitting a pass does not pay */
     DS_MAX_PARTS = 32,   /* tasks that a step of few tokens is split into */
     DS_QUERY_BLOCK = 64, /* queries scored at a time against expanded keys */
+    DS_EXPAND_PART = 8192, /* positions that unpacking a head's weights for one more task is worth */
+    DS_EXPAND_TASKS = 64,  /* enough for any team to share them evenly */
 };
 
 /* Query rows of one sequence that walk the latent cache together: n_tok tokens x n_heads heads. */
@@ -25,12 +27,21 @@ typedef struct ds_attend_group {
     int slot;               /* of part 0 among the results; each part takes n_rows */
 } ds_attend_group;
 
+/* A sequence's way through attention. */
+typedef struct ds_attend_route {
+    bool absorb;     /* by the latent, or by keys and values expanded from it */
+    int first_group; /* absorbed */
+    int n_parts;     /* expanded: each head's positions are split into */
+    int row;         /* of the first query among those expanded, padding included */
+} ds_attend_route;
+
 /* How a step's attention is done; the same for all its layers. */
 typedef struct ds_attend_plan {
-    bool *absorb;            /* (n_spans) by the latent, or by keys and values expanded from it */
-    int *first_group;        /* (n_spans) */
+    ds_attend_route *routes; /* (n_spans) */
     ds_attend_group *groups;
     int n_groups, n_absorbed; /* spans that absorb */
+    int n_joined;            /* spans that expand in more than one part */
+    int n_expanded_rows;
     int32_t *visible;        /* (query rows) positions that a row sees */
 } ds_attend_plan;
 
@@ -52,6 +63,7 @@ typedef struct ds_attend_room {
     float *latent;           /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
     void *queries;           /* packs of all groups */
     float *m, *l, *acc;      /* (slots[, padded kv_lora_rank]) */
+    float *head_m, *head_l, *head_acc; /* (n_head, parts, expanded rows[, padded v_dim]) of spans expanded in parts */
 } ds_attend_room;
 
 /* Decide how each sequence of the step attends; one worker does it, before the first layer. */
@@ -60,6 +72,8 @@ void ds_attend_plan_step(const struct ds_step *step);
 /* Attention of layer il: reads the step's q (rotary part not yet rotated) and the caches, fills the step's heads. Every
  * worker calls it; the caches and q are whole before, the heads after a barrier. */
 void ds_attend_heads(const struct ds_lane *lane, const struct ds_layer *layer, int il);
+
+static inline int ds_expand_max_parts(const ds_config *c) { return (DS_EXPAND_TASKS + c->n_head - 1) / c->n_head; }
 
 /* Bounds for scratch: query rows of n_tok tokens, padding included, and the slots of their results. */
 static inline size_t ds_attend_max_rows(const ds_config *c, int n_tok) { return (size_t)n_tok * (size_t)ds_attend_pad(c->n_head); }

@@ -81,12 +81,14 @@ static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
 static ds_attend_room attend_room(carver *c, const ds_config *g, int n_tok) {
     size_t n = (size_t)n_tok, rows = ds_attend_max_rows(g, n_tok), slots = ds_attend_max_slots(g, n_tok);
     size_t blocks = ((size_t)g->n_head + DS_GROUP_ROWS - 1) / DS_GROUP_ROWS;
+    size_t expanded = 2 * n * (size_t)g->n_head * (size_t)ds_expand_max_parts(g); /* padding at most doubles a span's rows */
     return (ds_attend_room){
-        .plan = {.absorb = carve(c, n, sizeof(bool)), .first_group = carve(c, n, sizeof(int)), .groups = carve(c, n * blocks, sizeof(ds_attend_group)),
+        .plan = {.routes = carve(c, n, sizeof(ds_attend_route)), .groups = carve(c, n * blocks, sizeof(ds_attend_group)),
                  .visible = carve(c, rows, sizeof(int32_t))},
         .latent = floats(c, n * (size_t)g->n_head * (size_t)ds_kv_width(g)),
         .queries = carve(c, rows, ds_attend_query_bytes(g)),
         .m = floats(c, slots), .l = floats(c, slots), .acc = floats(c, slots * ds_row_pad(g->kv_lora_rank)),
+        .head_m = floats(c, expanded), .head_l = floats(c, expanded), .head_acc = floats(c, expanded * ds_row_pad(g->v_dim)),
     };
 }
 
