@@ -16,7 +16,9 @@ from pathlib import Path
 import dsv2cli
 
 PACKAGES = Path(dsv2cli.__file__).parents[1]  # the ones under test: installed, or a checkout on PYTHONPATH
-RUN_MAIN = "from dsv2cli.app import main; main()"
+# A shell's background job, as a CI run may be, ignores Ctrl-C, and its children would inherit that.
+HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+RUN_MAIN = f"{HEAR_CTRL_C}; from dsv2cli.app import main; main()"
 COMMAND = [sys.executable, "-P", "-c", RUN_MAIN]  # -P: not what lies in the working folder
 # In a new session, takes the terminal on stdin for its own, so that Ctrl-C reaches it.
 IN_TERMINAL = [sys.executable, "-P", "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
