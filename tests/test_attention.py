@@ -106,7 +106,7 @@ def test_rotation(n, isa):
 
 
 def attend(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visible=None):
-    """m, l (rows,) and acc (rows, v_dim) after all positions, in the pieces that cuts make."""
+    """m, l (rows,) and acc (rows, v_dim) after all positions, in the pieces that cuts make; m is in powers of two."""
     m, total = np.empty((2, len(q)), np.float32)
     acc = np.empty((len(q), v_dim), np.float32)
     pieces = np.array([0, *cuts, len(keys)], np.int32)
@@ -150,7 +150,7 @@ def assert_attends(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visi
     weights = np.exp(scores - top)
     off = np.where(weights > 0, off, 0)
     relative = np.expm1(np.minimum(off + off.max(axis=1, keepdims=True), 60)) + (len(k) + 40) * U
-    assert_within(m, top[:, 0], off.max(axis=1) + 4 * U * np.abs(top[:, 0]), "max")
+    assert_within(m, top[:, 0] / np.log(2), (off.max(axis=1) + 6 * U * np.abs(top[:, 0])) / np.log(2), "max")
     assert_within(total, weights.sum(axis=1), (relative * weights).sum(axis=1), "sum")
     if kind == "q8_0":
         value_scale = np.abs(v).max(axis=1) / 127

@@ -27,6 +27,7 @@ DS_INLINE query_pack query_at(ds_row_kind kind, int n_rows, int n, int n_tail, c
 
 static void query_put(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x, float scale, void *pack) {
     const query_pack q = query_at(kind, n_rows, n, n_tail, pack);
+    scale *= 0x1.715476p+0f; /* log2 e: a score is then an exponent of 2 */
     if (kind == DS_ROWS_F32) {
         panel_put_f32(n + n_tail, n_rows, i, x, q.panel);
         q.scale[i] = scale;
@@ -83,7 +84,7 @@ DS_INLINE void attend_scores(const attend_block *b) {
     product_i16_add(&p);
 }
 
-/* The weights of one vector of queries, already e^(score - top), as dwords of two int16: they share one scale, which is
+/* The weights of one vector of queries, already 2^(score - top), as dwords of two int16: they share one scale, which is
  * returned, and their sum is bounded. The last dword is filled up with a zero. */
 DS_INLINE void attend_weights16(const attend_block *b, int lane, vf sum) {
     const vf some = vf_max(sum, vf_set(0x1p-100f)), scale = vf_div(vf_set(ATTEND_SUM_I16), some);
@@ -96,22 +97,26 @@ DS_INLINE void attend_weights16(const attend_block *b, int lane, vf sum) {
     }
 }
 
-/* The same as dwords of four unsigned int8, a scale for each share of the positions. */
+/* Four weights as a dword of unsigned int8; those from `n` on are zero. */
+DS_INLINE vi attend_four(const float *w, size_t ld, int n, vf scale) {
+    vi four = vf_to_int(vf_mul(vf_load(w), scale));
+    DS_UNROLL
+    for (int i = 1; i < 4; i++)
+        if (i < n) four = vi_or(four, vi_shl(vf_to_int(vf_mul(vf_load(w + (size_t)i * ld), scale)), 8 * i));
+    return four;
+}
+
+/* The same as dwords of four unsigned int8, a scale for each share of the positions; its largest weight stands in gain. */
 DS_INLINE void attend_weights8(const attend_block *b, int lane) {
-    for (int j0 = 0, s = 0; j0 < b->n; j0 += b->share, s++) {
-        const int end = b->n - j0 < b->share ? b->n : j0 + b->share;
-        vf top = vf_set(0x1p-100f);
-        for (int j = j0; j < end; j++) top = vf_max(vf_load(b->scores + (size_t)j * (size_t)b->n_rows + lane), top);
-        const vf scale = vf_div(vf_set(255.0f), top);
-        vf_store(b->gain + (size_t)s * (size_t)b->n_rows + lane, vf_mul(top, vf_set(1.0f / 255.0f)));
-        for (int j = j0; j < end; j += 4) {
-            vi four = vi_set(0);
-            for (int i = 0; i < 4 && j + i < end; i++) {
-                const vf w = vf_load(b->scores + (size_t)(j + i) * (size_t)b->n_rows + lane);
-                four = vi_or(four, vi_shl(vf_to_int(vf_mul(w, scale)), 8 * i));
-            }
-            vi_store(b->scores + (size_t)(j / 4) * (size_t)b->n_rows + lane, four);
-        }
+    const size_t ld = (size_t)b->n_rows;
+    for (int j = 0, s = 0; j < b->n; s++) {
+        float *gain = b->gain + (size_t)s * ld + lane;
+        const vf top = vf_max(vf_load(gain), vf_set(0x1p-100f)), scale = vf_div(vf_set(255.0f), top);
+        const int end = b->n - j < b->share ? b->n : j + b->share;
+        vf_store(gain, vf_mul(top, vf_set(1.0f / 255.0f)));
+        for (; j + 4 <= end; j += 4) vi_store(b->scores + (size_t)(j / 4) * ld + lane, attend_four(b->scores + (size_t)j * ld + lane, ld, 4, scale));
+        if (j < end) vi_store(b->scores + (size_t)(j / 4) * ld + lane, attend_four(b->scores + (size_t)j * ld + lane, ld, end - j, scale));
+        j = end;
     }
 }
 
@@ -129,15 +134,20 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
     const vf old = vf_load(job->m + lane), lowest = vf_set(-FLT_MAX);
     const vf new_max = vf_max(top, old), shift = vf_max(top, lowest), base = vf_max(new_max, lowest);
     vf sum = vf_set(0.0f), scaled_sum = vf_set(0.0f);
-    for (int j = 0; j < b->n; j++) {
-        float *s = b->scores + (size_t)j * (size_t)b->n_rows + lane;
-        vf w = vf_exp(vf_sub(vf_load(s), shift));
-        sum = vf_add(sum, w);
-        if (value_scale) w = vf_mul(w, vf_set(value_scale[j]));
-        scaled_sum = vf_add(scaled_sum, w);
-        vf_store(s, w);
+    for (int j = 0, s = 0; j < b->n; s++) {
+        vf share_top = vf_set(0.0f);
+        for (const int end = b->n - j < b->share ? b->n : j + b->share; j < end; j++) {
+            float *at = b->scores + (size_t)j * (size_t)b->n_rows + lane;
+            vf w = vf_exp2(vf_sub(vf_load(at), shift));
+            sum = vf_add(sum, w);
+            if (value_scale) w = vf_mul(w, vf_set(value_scale[j]));
+            scaled_sum = vf_add(scaled_sum, w);
+            share_top = vf_max(w, share_top);
+            vf_store(at, w);
+        }
+        vf_store(b->gain + (size_t)s * (size_t)b->n_rows + lane, share_top);
     }
-    const vf keep = vf_exp(vf_sub(old, base)), gain = vf_exp(vf_sub(shift, base));
+    const vf keep = vf_exp2(vf_sub(old, base)), gain = vf_exp2(vf_sub(shift, base));
     vf_store(b->keep + lane, keep);
     vf_store(job->m + lane, new_max);
     vf_store(job->l + lane, vf_fma(vf_load(job->l + lane), keep, vf_mul(sum, gain)));

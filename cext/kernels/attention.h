@@ -73,7 +73,7 @@ static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_t
 }
 
 /* Query rows attend over n_pos rows: score = q . key, then an online softmax update of the running maximum m, the sum l and
- * acc = sum e^(score - m) * value. The caller starts with m = -INFINITY, l = 0, acc = 0. Buffers over query rows, the pack
+ * acc = sum e^(score - m) * value. Scores, and m with them, are kept times log2 e, as exponents of 2. The caller starts with m = -INFINITY, l = 0, acc = 0. Buffers over query rows, the pack
  * included, are padded to DS_ATTEND_ROWS; what stands in the padding is read and written, and means nothing. */
 typedef struct ds_attend {
     int n_rows, n_pos;

@@ -20,3 +20,16 @@ DS_INLINE vf vf_exp(vf x) {
     const vf e = vf_add(vf_fma(vf_mul(r, r), p, r), vf_set(1.0f));
     return vf_ldexp(e, n);
 }
+
+/* 2^x for x <= 0, to about 1.5 ulp: x = n + r with |r| <= 1/2, which is exact, and 2^r by a minimax polynomial (1e-7). Under
+ * -150 the result is 0; NaN stays NaN. */
+DS_INLINE vf vf_exp2(vf x) {
+    x = vf_max(vf_set(-150.0f), x);
+    const vf n = vf_round(x), r = vf_sub(x, n);
+    vf p = vf_set(0x1.5bba5cp-10f);
+    p = vf_fma(p, r, vf_set(0x1.3cea86p-7f));
+    p = vf_fma(p, r, vf_set(0x1.c6b752p-5f));
+    p = vf_fma(p, r, vf_set(0x1.ebf9bcp-3f));
+    p = vf_fma(p, r, vf_set(0x1.62e42ap-1f));
+    return vf_ldexp(vf_fma(p, r, vf_set(1.0f)), n);
+}

@@ -146,10 +146,10 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
 static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l, const float *acc, size_t ld, int n, float *out) {
     float top = -INFINITY, sum = 0;
     for (int p = 0; p < n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
-    for (int p = 0; p < n_parts; p++) sum += l[(size_t)p * stride] * expf(m[(size_t)p * stride] - top);
+    for (int p = 0; p < n_parts; p++) sum += l[(size_t)p * stride] * exp2f(m[(size_t)p * stride] - top);
     memset(out, 0, (size_t)n * sizeof *out);
     for (int p = 0; p < n_parts; p++) {
-        const float weight = expf(m[(size_t)p * stride] - top) / sum;
+        const float weight = exp2f(m[(size_t)p * stride] - top) / sum;
         if (weight != 0) kern->add_scaled(n, weight, acc + (size_t)p * stride * ld, out);
     }
 }
