@@ -1,6 +1,6 @@
-/* attend.h: attention of query rows (a token's head each) over rows of the cache that they share, or over keys and values
- * expanded from it: scores by one product, an online softmax with a query to a lane, the values by another product. Memory
- * rows are converted once for all queries. */
+/* attend.h: attention of query rows (a token's head each) over rows of the cache that they share, or over keys and
+ * values expanded from it: scores by one product, an online softmax with a query to a lane, the values by another
+ * product. Memory rows are converted once for all queries. */
 #pragma once
 
 /* The largest sum of a block's int16 weights: times a value of 32767 it stays within 31 bits. */
@@ -46,28 +46,39 @@ static void query_put(ds_row_kind kind, int i, int n_rows, int n, int n_tail, fl
 typedef struct attend_block {
     const ds_attend *job;
     query_pack q;
-    int n_rows, n;       /* rows padded to whole lanes; positions of this block */
-    int share;           /* positions whose weights share a scale */
+    int n_rows, n; /* rows padded to whole lanes; positions of this block */
+    int share;     /* positions whose weights share a scale */
     ds_rows keys, values;
-    const ds_rows *halves; /* what the keys were converted from, or NULL */
+    const ds_rows *halves;  /* what the keys were converted from, or NULL */
     const int32_t *visible; /* (n_rows) or NULL */
-    int first_pos;       /* position of the block's first row */
-    float *scores;       /* (n, n_rows) */
-    float *keep;         /* (n_rows): what the sums so far are worth under the new maximum */
-    float *gain;         /* (shares, n_rows): what a unit of a weight is worth */
+    int first_pos;          /* position of the block's first row */
+    float *scores;          /* (n, n_rows) */
+    float *keep;            /* (n_rows): what the sums so far are worth under the new maximum */
+    float *gain;            /* (shares, n_rows): what a unit of a weight is worth */
 } attend_block;
 
 DS_INLINE void attend_scores(const attend_block *b) {
-    row_product p = {.n = b->n, .k = b->q.k, .rows = b->keys.data, .row_bytes = b->keys.row_bytes, .row_scale = b->keys.scale,
-                     .sum = b->keys.sum, .panel = b->q.panel, .col_scale = b->q.scale, .n_cols = b->n_rows,
-                     .out = b->scores, .ld = (size_t)b->n_rows};
+    row_product p = {.n = b->n,
+                     .k = b->q.k,
+                     .rows = b->keys.data,
+                     .row_bytes = b->keys.row_bytes,
+                     .row_scale = b->keys.scale,
+                     .sum = b->keys.sum,
+                     .panel = b->q.panel,
+                     .col_scale = b->q.scale,
+                     .n_cols = b->n_rows,
+                     .out = b->scores,
+                     .ld = (size_t)b->n_rows};
     if (b->keys.kind == DS_ROWS_F32) {
         p.row_scale = NULL;
         product_f32(&p);
         return;
     }
     if (b->keys.kind == DS_ROWS_I16) {
-        if (b->halves) p.ahead = (const char *)b->halves->data + DS_ATTEND_BLOCK * b->halves->row_bytes, p.ahead_bytes = b->halves->row_bytes;
+        if (b->halves) {
+            p.ahead_bytes = b->halves->row_bytes;
+            p.ahead = (const char *)b->halves->data + DS_ATTEND_BLOCK * p.ahead_bytes;
+        }
         product_i16(&p);
         return;
     }
@@ -106,7 +117,7 @@ DS_INLINE vi attend_four(const float *w, size_t ld, int n, vf scale) {
     return four;
 }
 
-/* The same as dwords of four unsigned int8, a scale for each share of the positions; its largest weight stands in gain. */
+/* The same as dwords of four unsigned int8, a scale for each share of the positions, whose largest is in gain. */
 DS_INLINE void attend_weights8(const attend_block *b, int lane) {
     const size_t ld = (size_t)b->n_rows;
     for (int j = 0, s = 0; j < b->n; s++) {
@@ -114,9 +125,12 @@ DS_INLINE void attend_weights8(const attend_block *b, int lane) {
         const vf top = vf_max(vf_load(gain), vf_set(0x1p-100f)), scale = vf_div(vf_set(255.0f), top);
         const int end = b->n - j < b->share ? b->n : j + b->share;
         vf_store(gain, vf_mul(top, vf_set(1.0f / 255.0f)));
-        for (; j + 4 <= end; j += 4) vi_store(b->scores + (size_t)(j / 4) * ld + lane, attend_four(b->scores + (size_t)j * ld + lane, ld, 4, scale));
-        if (j < end) vi_store(b->scores + (size_t)(j / 4) * ld + lane, attend_four(b->scores + (size_t)j * ld + lane, ld, end - j, scale));
-        j = end;
+        for (; j < end; j += 4) {
+            const float *w = b->scores + (size_t)j * ld + lane;
+            float *out = b->scores + (size_t)(j / 4) * ld + lane;
+            if (end - j >= 4) vi_store(out, attend_four(w, ld, 4, scale));
+            else vi_store(out, attend_four(w, ld, end - j, scale));
+        }
     }
 }
 
@@ -130,7 +144,7 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
         if (b->visible) vf_store(s, vf_below(vf_load(s), b->first_pos + j, vi_load(b->visible + lane)));
         top = vf_max(vf_load(s), top);
     }
-    /* A query that sees nothing yet has a maximum of -infinity: shifted by the lowest float instead, its weights are 0. */
+    /* A query that sees nothing yet has a maximum of -infinity: shifted by the lowest float, its weights are 0. */
     const vf old = vf_load(job->m + lane), lowest = vf_set(-FLT_MAX);
     const vf new_max = vf_max(top, old), shift = vf_max(top, lowest), base = vf_max(new_max, lowest);
     vf sum = vf_set(0.0f), scaled_sum = vf_set(0.0f);
@@ -164,8 +178,9 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
 
 enum { VALUE_COLS = 64 /* columns of values that are paired up at a time */ };
 
-/* Columns [col, col + n_cols) of the values at positions [begin, end) as dwords of neighbours in position: (k, n_cols). */
-DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int end, int col, int n_cols, uint32_t *panel) {
+/* Columns [col, col + n_cols) of the values at positions [begin, end), neighbours paired up in dwords: (k, n_cols). */
+DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int end, int col, int n_cols,
+                           uint32_t *panel) {
     const char *rows = (const char *)b->values.data;
     const size_t row_bytes = b->values.row_bytes;
     if (type == DOT_F32) {
@@ -173,7 +188,9 @@ DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int 
         for (int j = begin; j < end; j++, panel += n_cols) {
             const float *row = (const float *)(const void *)(rows + (size_t)j * row_bytes) + col;
             for (int c = 0; c < n_cols; c += DS_LANES) {
-                const vf x = left - c >= DS_LANES ? vf_load(row + c) : left > c ? vf_load_n(row + c, left - c) : vf_set(0.0f);
+                vf x = vf_set(0.0f);
+                if (left - c >= DS_LANES) x = vf_load(row + c);
+                else if (left > c) x = vf_load_n(row + c, left - c);
                 vf_store((float *)(void *)panel + c, x);
             }
         }
@@ -190,7 +207,8 @@ DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int 
     }
     for (int j = begin; j < end; j += 4, panel += n_cols) {
         const int8_t *four[4];
-        for (int i = 0; i < 4; i++) four[i] = (const int8_t *)rows + (size_t)(j + i < end ? j + i : end - 1) * row_bytes + col;
+        for (int i = 0; i < 4; i++)
+            four[i] = (const int8_t *)rows + (size_t)(j + i < end ? j + i : end - 1) * row_bytes + col;
         for (int i = 0; i < n_cols; i += ROW_ORDER8) {
             i8_quads(four, panel + i);
             for (int r = 0; r < 4; r++) four[r] += ROW_ORDER8;
@@ -199,8 +217,8 @@ DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int 
 }
 
 /* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
-DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel, size_t n_cols,
-                          const float *keep, const float *gain, float *acc, size_t ld) {
+DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
+                          size_t n_cols, const float *keep, const float *gain, float *acc, size_t ld) {
     vi sums[DS_ROW_TILE][2];
     DS_UNROLL
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
@@ -219,12 +237,14 @@ DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weight
         }
     }
     DS_UNROLL
-    for (int i = 0; i < rows; i++, acc += ld)
-        DS_UNROLL for (int v = 0; v < 2; v++) {
+    for (int i = 0; i < rows; i++, acc += ld) {
+        DS_UNROLL
+        for (int v = 0; v < 2; v++) {
             float *out = acc + v * DS_LANES;
             const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]), old = vf_load(out);
             vf_store(out, vf_fma(x, vf_set(gain[i]), keep ? vf_mul(old, vf_set(keep[i])) : old));
         }
+    }
 }
 
 DS_INLINE void attend_values(dot_type type, const attend_block *b) {
@@ -238,7 +258,8 @@ DS_INLINE void attend_values(dot_type type, const attend_block *b) {
             const uint32_t *weights = (const uint32_t *)(const void *)b->scores + (size_t)(begin / per_dword) * n_rows;
             for (int c = 0; c < VALUE_COLS; c += 2 * DS_LANES)
                 for (int row = 0; row < b->n_rows; row += DS_ROW_TILE)
-                    value_tile(type, DS_ROW_TILE, k, weights + row, n_rows, panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
+                    value_tile(type, DS_ROW_TILE, k, weights + row, n_rows,
+                               panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
                                s ? NULL : b->keep + row, b->gain + (size_t)s * n_rows + row,
                                b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc);
         }
@@ -253,10 +274,11 @@ static void attend_values_q8(const attend_block *b) { attend_values(DOT_WEIGHTS,
 
 /* n rows of halves as int16 in scratch. */
 DS_INLINE ds_rows rows_from_f16(const ds_rows *rows, int n, int width, void *scratch) {
-    const ds_rows out = {.kind = DS_ROWS_I16, .data = scratch, .row_bytes = ds_row_pad(width) * sizeof(int16_t), .scale = rows->scale};
+    const ds_rows out = {
+        .kind = DS_ROWS_I16, .data = scratch, .row_bytes = ds_row_pad(width) * sizeof(int16_t), .scale = rows->scale};
     for (int j = 0; j < n; j++)
-        i16_put_f16(width, (const uint16_t *)(const void *)((const char *)rows->data + (size_t)j * rows->row_bytes), rows->scale[j],
-                    (int16_t *)(void *)((char *)scratch + (size_t)j * out.row_bytes));
+        i16_put_f16(width, (const uint16_t *)(const void *)((const char *)rows->data + (size_t)j * rows->row_bytes),
+                    rows->scale[j], (int16_t *)(void *)((char *)scratch + (size_t)j * out.row_bytes));
     return out;
 }
 
@@ -276,8 +298,11 @@ DS_INLINE void attend_limits(const ds_attend *job, int *least, int *most) {
 static void attend(const ds_attend *job) {
     const ds_row_kind kind = job->keys.kind;
     const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
-    attend_block b = {.job = job, .q = query_at(kind, n_rows, job->n, job->n_tail, job->q), .n_rows = n_rows,
-                      .share = kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : size, .scores = job->scratch};
+    attend_block b = {.job = job,
+                      .q = query_at(kind, n_rows, job->n, job->n_tail, job->q),
+                      .n_rows = n_rows,
+                      .share = kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : size,
+                      .scores = job->scratch};
     b.keep = b.scores + (size_t)size * (size_t)n_rows;
     b.gain = b.keep + n_rows;
     void *rows16 = b.gain + (size_t)(size / b.share) * (size_t)n_rows;

@@ -1,15 +1,15 @@
-/* attend_rows.h: rows of latents, keys, values and queries as the products of attention want them, and the product of rows
- * with a panel (columns side by side, DS_LANES to a vector). */
+/* attend_rows.h: rows of latents, keys, values and queries as the products of attention want them, and the product of
+ * rows with a panel (columns side by side, DS_LANES to a vector). */
 #pragma once
 
 enum {
-    ROW_ORDER16 = 32, /* values of an int16 row that are put in order together */
-    ROW_ORDER8 = 64,  /* and of an int8 row */
+    ROW_ORDER16 = 32,        /* values of an int16 row that are put in order together */
+    ROW_ORDER8 = 64,         /* and of an int8 row */
     ROW_COLS = 2 * DS_LANES, /* columns of a panel that a tile takes at a time */
 };
 
-/* A row of length 46300 takes 23 bits of a 31-bit product with another: the square root of 2^31 is 46341, and rounding to
- * a half and to an integer may add 24 and 16. */
+/* A row of length 46300 takes 23 bits of a 31-bit product with another: the square root of 2^31 is 46341, and rounding
+ * to a half and to an integer may add 24 and 16. */
 #define ROW_NORM 46300.0f
 #define ROW_MAX 32700.0f
 
@@ -38,23 +38,27 @@ DS_INLINE void rotate_lanes(int n_vecs, float *x) {
     for (int i = 0; i < DS_LANES; i++) v[i] = i < n_vecs ? vf_load(x + i * DS_LANES) : vf_set(0.0f);
     vf_transpose(v);
     DS_UNROLL
-    for (int half = 1; half < DS_LANES; half *= 2)
-        DS_UNROLL for (int i = 0; i < DS_LANES; i++) if (!(i & half)) {
+    for (int half = 1; half < DS_LANES; half *= 2) {
+        DS_UNROLL
+        for (int i = 0; i < DS_LANES; i++) {
+            if (i & half) continue;
             const vf a = v[i], b = v[i + half];
             v[i] = vf_add(a, b);
             v[i + half] = vf_sub(a, b);
         }
+    }
     vf_transpose(v);
     DS_UNROLL
     for (int i = 0; i < DS_LANES; i++)
         if (i < n_vecs) vf_store(x + i * DS_LANES, v[i]);
 }
 
-/* x times an orthogonal and symmetric matrix: Walsh-Hadamard over blocks of the largest power of two in n. An outlier spreads
- * over its block, so that one scale serves a whole row; twice is the identity. */
+/* x times an orthogonal and symmetric matrix: Walsh-Hadamard over blocks of the largest power of two in n. An outlier
+ * spreads over its block, so that one scale serves a whole row; twice is the identity. */
 static void rotate(int n, float *x) {
     const int block = n & -n, n_vecs = n / DS_LANES, done = block >= DS_LANES ? DS_LANES : 1;
-    for (int i = 0; i < n_vecs && done > 1; i += DS_LANES) rotate_lanes(n_vecs - i < DS_LANES ? n_vecs - i : DS_LANES, x + i * DS_LANES);
+    for (int i = 0; i < n_vecs && done > 1; i += DS_LANES)
+        rotate_lanes(n_vecs - i < DS_LANES ? n_vecs - i : DS_LANES, x + i * DS_LANES);
     for (int half = done; half < block; half *= 2) rotate_stage(n, half, x);
     scale_row(n, 1.0f / sqrtf((float)block), x);
 }
@@ -228,7 +232,7 @@ DS_INLINE vi dot_at(dot_type type, vi sums, const char *a, vi b) {
 
 /* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c */
 typedef struct row_product {
-    int n, k;               /* rows, and dwords of each */
+    int n, k; /* rows, and dwords of each */
     const void *rows;
     size_t row_bytes;
     const float *row_scale; /* (n), or NULL: 1 */
@@ -238,12 +242,13 @@ typedef struct row_product {
     int n_cols;             /* a multiple of 2 DS_LANES, or of DS_LANES */
     float *out;
     size_t ld;
-    const void *ahead;      /* rows to bring into cache meanwhile, as many as there are here, or NULL */
-    size_t ahead_bytes;     /* of each */
+    const void *ahead;  /* rows to bring into cache meanwhile, as many as there are here, or NULL */
+    size_t ahead_bytes; /* of each */
 } row_product;
 
 /* Sums of a tile, scaled and stored, or added to what is there. */
-DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col, vi sums[2 * DS_ROW_TILE][2]) {
+DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col,
+                             vi sums[2 * DS_ROW_TILE][2]) {
     const float *row_scale = p->row_scale ? p->row_scale + row : NULL;
     const size_t ld = p->ld;
     float *out = p->out + (size_t)row * ld + (size_t)col;
@@ -251,23 +256,28 @@ DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const 
     DS_UNROLL
     for (int v = 0; v < vecs; v++) col_scale[v] = vf_load(p->col_scale + col + v * DS_LANES);
     DS_UNROLL
-    for (int i = 0; i < rows; i++, out += ld)
-        DS_UNROLL for (int v = 0; v < vecs; v++) {
+    for (int i = 0; i < rows; i++, out += ld) {
+        DS_UNROLL
+        for (int v = 0; v < vecs; v++) {
             const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
             const vf scale = type == DOT_F32 && !row_scale ? col_scale[v] : vf_mul(col_scale[v], vf_set(row_scale[i]));
             vf_store(out + v * DS_LANES, add ? vf_fma(x, scale, vf_load(out + v * DS_LANES)) : vf_mul(x, scale));
         }
+    }
 }
 
-DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col, const uint32_t *b) {
+DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col,
+                            const uint32_t *b) {
     vi sums[2 * DS_ROW_TILE][2];
     const size_t row_bytes = p->row_bytes;
     const char *a = (const char *)p->rows + (size_t)row * row_bytes;
     const int n = p->k;
     DS_UNROLL
-    for (int i = 0; i < rows; i++)
-        DS_UNROLL for (int v = 0; v < vecs; v++)
-            sums[i][v] = vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
+    for (int i = 0; i < rows; i++) {
+        const vi start = vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
+        DS_UNROLL
+        for (int v = 0; v < vecs; v++) sums[i][v] = start;
+    }
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
     const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
     const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;

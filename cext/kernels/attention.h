@@ -1,27 +1,27 @@
-/* attention.h: the contract of latent attention: rows of a cache, queries over them, keys and values expanded from them.
+/* attention.h: the contract of latent attention: rows of a cache, queries over them, keys and values expanded of them.
  *
- * Rows, packs and scratch have the same size on every ISA, and packed rows the same bytes, given the same scale; how a query
- * pack is laid out is the table's own affair. Integer sums are bit-equal on every ISA. */
+ * Rows, packs and scratch have the same size on every ISA, and packed rows the same bytes, given the same scale; how a
+ * query pack is laid out is the table's own affair. Integer sums are bit-equal on every ISA. */
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 enum {
-    DS_ROW_PAD = 64,       /* packed rows are padded with zeros to a multiple of this many values */
-    DS_ATTEND_ROWS = 16,   /* buffers over query rows are padded to a multiple of this many */
-    DS_ATTEND_BLOCK = 128, /* positions scored at a time, and the most that one job expands */
-    DS_ATTEND_BLOCK_Q8 = 256, /* the same over int8 rows: they are used where they lie, so that a larger block costs no room */
-    DS_ATTEND_SHARE = 64,  /* of these, those whose int8 weights share a scale */
-    DS_EXPAND_COLS = 32,   /* columns of expanded rows are padded to a multiple of this many */
+    DS_ROW_PAD = 64,          /* packed rows are padded with zeros to a multiple of this many values */
+    DS_ATTEND_ROWS = 16,      /* buffers over query rows are padded to a multiple of this many */
+    DS_ATTEND_BLOCK = 128,    /* positions scored at a time, and the most that one job expands */
+    DS_ATTEND_BLOCK_Q8 = 256, /* scored over int8 rows: used where they lie, a larger block costs no room */
+    DS_ATTEND_SHARE = 64,     /* of these, those whose int8 weights share a scale */
+    DS_EXPAND_COLS = 32,      /* columns of expanded rows are padded to a multiple of this many */
 };
 
 /* How a row of a head and a tail (latent and rotary key) lies in memory. */
 typedef enum ds_row_kind {
     DS_ROWS_F32, /* floats; products in float */
     DS_ROWS_F16, /* IEEE halves, and the scale at which they become I16 */
-    DS_ROWS_I16, /* int16 and a scale. No product of two rows leaves 31 bits, which leaves a value finer steps than a half's */
-    DS_ROWS_Q8,  /* the head rotated, in int8 with a scale; the tail as an I16 row of its own, because keys suffer most there */
+    DS_ROWS_I16, /* int16 and a scale: no product of two rows leaves 31 bits, and steps are still finer than a half's */
+    DS_ROWS_Q8,  /* the head rotated, in int8 with a scale; the tail an I16 row of its own: keys suffer most there */
 } ds_row_kind;
 
 typedef struct ds_rows {
@@ -34,8 +34,8 @@ typedef struct ds_rows {
     int32_t *sum;      /* Q8: of the row's int8 values */
 } ds_rows;
 
-/* Where value i of an int16 row, or of an int8 row, is kept: the order that vectors' packing instructions make, and that
- * pairing two rows undoes for nothing. */
+/* Where value i of an int16 row, or of an int8 row, is kept: the order that vectors' packing instructions make, and
+ * that pairing two rows undoes for nothing. */
 static inline int ds_row_place16(int i) { return i / 32 * 32 + i % 16 / 4 * 8 + i % 32 / 16 * 4 + i % 4; }
 static inline int ds_row_place8(int i) { return i / 64 * 64 + i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4; }
 
@@ -72,22 +72,23 @@ static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_t
     return (size_t)n_rows * dwords * 4;
 }
 
-/* Query rows attend over n_pos rows: score = q . key, then an online softmax update of the running maximum m, the sum l and
- * acc = sum e^(score - m) * value. Scores, and m with them, are kept times log2 e, as exponents of 2. The caller starts with m = -INFINITY, l = 0, acc = 0. Buffers over query rows, the pack
- * included, are padded to DS_ATTEND_ROWS; what stands in the padding is read and written, and means nothing. */
+/* Query rows attend over n_pos rows: score = q . key, then an online softmax update of the running maximum m, the sum l
+ * and acc = sum e^(score - m) * value. Scores, and m with them, are kept times log2 e, as exponents of 2. The caller
+ * starts with m = -INFINITY, l = 0, acc = 0. Buffers over query rows, the pack included, are padded to DS_ATTEND_ROWS;
+ * what stands in the padding is read and written, and means nothing. */
 typedef struct ds_attend {
     int n_rows, n_pos;
-    int n, n_tail;     /* of a key: 512 and 64 over latents, 128 and 64 over expanded keys */
+    int n, n_tail; /* of a key: 512 and 64 over latents, 128 and 64 over expanded keys */
     int v_dim;
-    const void *q;     /* pack of n_rows queries; the scores' scale is in it */
+    const void *q; /* pack of n_rows queries; the scores' scale is in it */
     ds_rows keys;
-    ds_rows values;    /* data NULL: the first v_dim values of the keys */
-    const int32_t *visible; /* (n_rows): a row sees the positions below this; NULL: all. Positions count from first_pos */
-    int first_pos;
-    float *m, *l;      /* (n_rows) */
-    float *acc;        /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 values it is rotated as they are */
+    ds_rows values;         /* data NULL: the first v_dim values of the keys */
+    const int32_t *visible; /* (n_rows): a row sees the positions below this; NULL: all */
+    int first_pos;          /* the first key's position */
+    float *m, *l;           /* (n_rows) */
+    float *acc; /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 values it is rotated as they are */
     size_t ld_acc;
-    void *scratch;     /* ds_attend_scratch */
+    void *scratch; /* ds_attend_scratch */
 } ds_attend;
 
 static inline size_t ds_attend_scratch(ds_row_kind kind, int n_rows, int n, int n_tail) {
@@ -98,14 +99,16 @@ static inline size_t ds_attend_scratch(ds_row_kind kind, int n_rows, int n, int 
 
 /* W_uk and W_uv of one head, packed for ds_expand. */
 typedef struct ds_expand_weights {
-    ds_row_kind from;  /* the kind of the latents */
+    ds_row_kind from; /* the kind of the latents */
     int rank, k_dim, v_dim;
-    float *k_b, *v_b;  /* (rank, k_dim), (v_dim, rank); overwritten */
-    float *scratch;    /* (DS_ATTEND_ROWS, rank) */
-    void *out;         /* ds_expand_weights_bytes */
+    float *k_b, *v_b; /* (rank, k_dim), (v_dim, rank); overwritten */
+    float *scratch;   /* (DS_ATTEND_ROWS, rank) */
+    void *out;        /* ds_expand_weights_bytes */
 } ds_expand_weights;
 
-static inline size_t ds_expand_cols(int n) { return ((size_t)n + DS_EXPAND_COLS - 1) / DS_EXPAND_COLS * DS_EXPAND_COLS; }
+static inline size_t ds_expand_cols(int n) {
+    return ((size_t)n + DS_EXPAND_COLS - 1) / DS_EXPAND_COLS * DS_EXPAND_COLS;
+}
 
 static inline size_t ds_expand_weights_bytes(ds_row_kind from, int rank, int k_dim, int v_dim) {
     size_t dwords = from == DS_ROWS_F32 ? (size_t)rank : ds_row_pad(rank) / (from == DS_ROWS_Q8 ? 4 : 2);
@@ -118,7 +121,7 @@ typedef struct ds_expand {
     const void *weights; /* packed */
     ds_rows latents;
     ds_rows keys, values; /* rows to fill, of ds_expanded_kind; F32 rows have room for the padded columns */
-    void *scratch;       /* ds_expand_scratch */
+    void *scratch;        /* ds_expand_scratch */
 } ds_expand;
 
 /* Floats between expanded rows, while they are floats. */

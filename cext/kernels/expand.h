@@ -1,6 +1,6 @@
-/* expand.h: keys and values of one head from latents: K = (W_uk c | rotary key), V = W_uv c, a block of positions at a time.
- * Over Q8 rows everything is in int8: latents are used where they lie, and the weights are turned so that keys and values
- * come out rotated. */
+/* expand.h: keys and values of one head from latents: K = (W_uk c | rotary key), V = W_uv c, a block of positions at a
+ * time. Over Q8 rows everything is in int8: latents are used where they lie, and the weights are turned so that keys
+ * and values come out rotated. */
 #pragma once
 
 typedef struct expand_pack {
@@ -11,14 +11,17 @@ typedef struct expand_pack {
 
 DS_INLINE expand_pack expand_at(ds_row_kind from, int rank, int k_dim, int v_dim, const void *pack) {
     expand_pack e = {.n_dwords = from == DS_ROWS_F32 ? rank : (int)ds_row_pad(rank) / (from == DS_ROWS_Q8 ? 4 : 2),
-                     .k_cols = (int)ds_expand_cols(k_dim), .v_cols = (int)ds_expand_cols(v_dim), .k_scale = (float *)pack};
+                     .k_cols = (int)ds_expand_cols(k_dim),
+                     .v_cols = (int)ds_expand_cols(v_dim),
+                     .k_scale = (float *)pack};
     e.v_scale = e.k_scale + e.k_cols;
     e.k = (uint32_t *)(void *)(e.v_scale + e.v_cols);
     e.v = e.k + (size_t)e.k_cols * (size_t)e.n_dwords;
     return e;
 }
 
-DS_INLINE void expand_put_column(ds_row_kind from, int rank, float *x, int n_cols, int col, float *scale, uint32_t *panel) {
+DS_INLINE void expand_put_column(ds_row_kind from, int rank, float *x, int n_cols, int col, float *scale,
+                                 uint32_t *panel) {
     if (from == DS_ROWS_F32) {
         panel_put_f32(rank, n_cols, col, x, panel);
         scale[col] = 1.0f;
@@ -54,7 +57,8 @@ DS_INLINE void expand_columns(int rank, int n_cols, int col, int n, const float 
         const int depth = rank - r < DS_LANES ? rank - r : DS_LANES;
         vf v[DS_LANES];
         DS_UNROLL
-        for (int i = 0; i < DS_LANES; i++) v[i] = i < depth ? vf_load_n(w + (size_t)(r + i) * (size_t)n_cols + col, n) : vf_set(0.0f);
+        for (int i = 0; i < DS_LANES; i++)
+            v[i] = i < depth ? vf_load_n(w + (size_t)(r + i) * (size_t)n_cols + col, n) : vf_set(0.0f);
         vf_transpose(v);
         for (int i = 0; i < n; i++) vf_store_n(rows + (size_t)i * (size_t)rank + r, v[i], depth);
     }
@@ -71,24 +75,36 @@ static void expand_weights(const ds_expand_weights *job) {
         const int n = job->k_dim - col < DS_LANES ? job->k_dim - col : DS_LANES;
         expand_columns(job->rank, job->k_dim, col, n, job->k_b, job->scratch);
         for (int i = 0; i < n; i++)
-            expand_put_column(job->from, job->rank, job->scratch + (size_t)i * (size_t)job->rank, e.k_cols, col + i, e.k_scale, e.k);
+            expand_put_column(job->from, job->rank, job->scratch + (size_t)i * (size_t)job->rank, e.k_cols, col + i,
+                              e.k_scale, e.k);
     }
     for (int col = 0; col < job->v_dim; col++)
-        expand_put_column(job->from, job->rank, job->v_b + (size_t)col * (size_t)job->rank, e.v_cols, col, e.v_scale, e.v);
+        expand_put_column(job->from, job->rank, job->v_b + (size_t)col * (size_t)job->rank, e.v_cols, col, e.v_scale,
+                          e.v);
 }
 
 /* The tail of latent row j as floats. */
 DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
     const char *tail = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
-    if (job->latents.kind == DS_ROWS_F32) memcpy(out, (const float *)(const void *)tail + job->rank, (size_t)job->n_tail * sizeof *out);
+    if (job->latents.kind == DS_ROWS_F32)
+        memcpy(out, (const float *)(const void *)tail + job->rank, (size_t)job->n_tail * sizeof *out);
     else f16_to_f32(job->n_tail, (const uint16_t *)(const void *)tail + job->rank, out);
 }
 
 /* Floats (n_pos, ld) by one of the panels. */
-DS_INLINE void expand_product(const ds_expand *job, const ds_rows *latents, const expand_pack *e, bool values, float *out, size_t ld) {
-    const row_product p = {.n = job->n_pos, .k = e->n_dwords, .rows = latents->data, .row_bytes = latents->row_bytes,
-                           .row_scale = latents->kind == DS_ROWS_F32 ? NULL : latents->scale, .sum = latents->sum, .panel = values ? e->v : e->k,
-                           .col_scale = values ? e->v_scale : e->k_scale, .n_cols = values ? e->v_cols : e->k_cols, .out = out, .ld = ld};
+DS_INLINE void expand_product(const ds_expand *job, const ds_rows *latents, const expand_pack *e, bool values,
+                              float *out, size_t ld) {
+    const row_product p = {.n = job->n_pos,
+                           .k = e->n_dwords,
+                           .rows = latents->data,
+                           .row_bytes = latents->row_bytes,
+                           .row_scale = latents->kind == DS_ROWS_F32 ? NULL : latents->scale,
+                           .sum = latents->sum,
+                           .panel = values ? e->v : e->k,
+                           .col_scale = values ? e->v_scale : e->k_scale,
+                           .n_cols = values ? e->v_cols : e->k_cols,
+                           .out = out,
+                           .ld = ld};
     if (latents->kind == DS_ROWS_F32) product_f32(&p);
     else if (latents->kind == DS_ROWS_Q8) product_query(&p);
     else product_i16(&p);
@@ -116,7 +132,8 @@ DS_INLINE void expand_f16(const ds_expand *job, const expand_pack *e) {
 }
 
 DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
-    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim), n_tails = (size_t)job->n_pos * ds_row_pad(job->n_tail);
+    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim),
+                 n_tails = (size_t)job->n_pos * ds_row_pad(job->n_tail);
     float *floats = job->scratch;
     expand_product(job, &job->latents, e, false, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->keys, j, job->k_dim, floats + (size_t)j * ld);

@@ -52,7 +52,8 @@ DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     for (int i = 0; i < 64; i++) out[ds_row_place8(i)] = (int8_t)vf_to_int(x[i] * scale);
 }
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
-    for (int i = 0; i < 32; i++) out[i] = (uint16_t)a[ds_row_place16(i)] | (uint32_t)(uint16_t)b[ds_row_place16(i)] << 16;
+    for (int i = 0; i < 32; i++)
+        out[i] = (uint16_t)a[ds_row_place16(i)] | (uint32_t)(uint16_t)b[ds_row_place16(i)] << 16;
 }
 DS_INLINE void i8_quads(const int8_t *const rows[4], uint32_t out[64]) {
     for (int i = 0; i < 64; i++) {

@@ -13,7 +13,9 @@ DS_INLINE vf vf_below(vf x, int i, vi limit) {
 }
 DS_INLINE vi x86_pack16(vi a, vi b) { return _mm512_packs_epi32(a, b); }
 DS_INLINE vi x86_pack8(vi a, vi b) { return _mm512_packs_epi16(a, b); }
-DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b); }
+DS_INLINE vi x86_pair16(vi a, vi b, int high) {
+    return high ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+}
 DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); }
 
 #else
@@ -22,17 +24,22 @@ DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm512_unpackhi_epi
 
 DS_INLINE vi vf_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 DS_INLINE vf vf_below(vf x, int i, vi limit) {
-    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, _mm256_set1_epi32(i))));
+    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x,
+                            _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, _mm256_set1_epi32(i))));
 }
 DS_INLINE vi x86_pack16(vi a, vi b) { return _mm256_packs_epi32(a, b); }
 DS_INLINE vi x86_pack8(vi a, vi b) { return _mm256_packs_epi16(a, b); }
-DS_INLINE vi x86_pair16(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b); }
+DS_INLINE vi x86_pair16(vi a, vi b, int high) {
+    return high ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+}
 DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b); }
 
 #endif
 
 /* A dword in memory, to be broadcast. */
-typedef struct x86_dword { char bytes[4]; } x86_dword;
+typedef struct x86_dword {
+    char bytes[4];
+} x86_dword;
 
 DS_INLINE vi x86_broadcast(const void *dword) {
     int32_t x;
@@ -40,10 +47,11 @@ DS_INLINE vi x86_broadcast(const void *dword) {
     return vi_set((uint32_t)x);
 }
 
-/* The dot instructions as assembly: from the compiler's functions gcc copies every sum twice a step, and spills some. */
+/* The dot instructions as assembly: with the compiler's functions gcc copies every sum twice a step and spills some. */
 #if defined(__AVX512VNNI__)
 #define X86_DOT(name, sums, a, b) __asm__(name " %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
-#define X86_DOT_AT(name, sums, a, dword) __asm__(name " %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const x86_dword *)(dword)))
+#define X86_DOT_AT(name, sums, a, dword) \
+    __asm__(name " %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const x86_dword *)(dword)))
 #elif defined(__AVXVNNI__)
 #define X86_DOT(name, sums, a, b) __asm__("%{vex%} " name " %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
 #define X86_DOT_AT(name, sums, a, dword) X86_DOT(name, sums, a, x86_broadcast(dword))
@@ -92,7 +100,8 @@ DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
 }
 /* Even and odd bytes apart, because two products of 255 * 127 do not fit 16 bits. */
 DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
-    const vi even = _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
+    const vi even = _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)),
+                                      _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
     const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(p, 8), _mm256_srai_epi16(c, 8));
     return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
 }
@@ -112,7 +121,8 @@ DS_INLINE void i16_pack32(const float *x, float scale, int16_t out[32]) {
 
 DS_INLINE void i16_pack32_f16(const uint16_t *x, float scale, int16_t out[32]) {
     DS_UNROLL
-    for (int h = 0; h < 16; h += DS_LANES) x86_store16(vf_load_f16(x + h), vf_load_f16(x + 16 + h), vf_set(scale), out + 2 * h);
+    for (int h = 0; h < 16; h += DS_LANES)
+        x86_store16(vf_load_f16(x + h), vf_load_f16(x + 16 + h), vf_set(scale), out + 2 * h);
 }
 
 DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
@@ -129,8 +139,11 @@ DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
 /* Dword c holds value c of a, then of b. */
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
     DS_UNROLL
-    for (int h = 0; h < 16; h += DS_LANES)
-        DS_UNROLL for (int z = 0; z < 2; z++) vi_store(out + 16 * z + h, x86_pair16(vi_load(a + 2 * h), vi_load(b + 2 * h), z));
+    for (int h = 0; h < 16; h += DS_LANES) {
+        const vi x = vi_load(a + 2 * h), y = vi_load(b + 2 * h);
+        vi_store(out + h, x86_pair16(x, y, 0));
+        vi_store(out + 16 + h, x86_pair16(x, y, 1));
+    }
 }
 
 /* Dword c holds value c of each of four rows. */

@@ -3,7 +3,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
-static const struct { const char *name; ds_row_kind kind; } TYPES[DS_KV_TYPES] = {
+static const struct {
+    const char *name;
+    ds_row_kind kind;
+} TYPES[DS_KV_TYPES] = {
     [DS_KV_F16] = {"f16", DS_ROWS_F16},
     [DS_KV_Q8_0] = {"q8_0", DS_ROWS_Q8},
     [DS_KV_F32] = {"f32", DS_ROWS_F32},
@@ -35,12 +38,17 @@ static void part_sizes(const ds_rows *rows, size_t n_ctx, int n_tail, size_t siz
 
 ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_tail, ds_kv *out, ds_error *err) {
     const ds_row_kind kind = TYPES[type].kind;
-    ds_kv kv = {.type = type, .n_layer = n_layer, .n_ctx = n_ctx, .rank = rank, .n_tail = n_tail,
+    ds_kv kv = {.type = type,
+                .n_layer = n_layer,
+                .n_ctx = n_ctx,
+                .rank = rank,
+                .n_tail = n_tail,
                 .shape = {.kind = kind, .row_bytes = ds_row_bytes_of(kind, rank, n_tail)}};
     size_t sizes[PARTS];
     part_sizes(&kv.shape, (size_t)n_ctx, n_tail, sizes);
     for (int i = 0; i < PARTS; i++) kv.layer_bytes += sizes[i];
-    kv.bytes = (size_t)n_layer * kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
+    kv.bytes = (size_t)n_layer *
+               kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
     kv.data = mmap(NULL, kv.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (kv.data == MAP_FAILED) {
         ds_fail(err, DS_ENOMEM, "no memory for a context of %d tokens (%.1f MiB)", n_ctx, (double)kv.bytes / (1 << 20));

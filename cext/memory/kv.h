@@ -13,8 +13,8 @@ typedef enum ds_kv_type { DS_KV_F16, DS_KV_Q8_0, DS_KV_F32, DS_KV_TYPES } ds_kv_
 typedef struct ds_kv {
     ds_kv_type type;
     int n_layer, n_ctx;
-    int rank, n_tail;    /* of a row: kv_lora_rank and rope_dim */
-    ds_rows shape;       /* how rows lie, without their place */
+    int rank, n_tail; /* of a row: kv_lora_rank and rope_dim */
+    ds_rows shape;    /* how rows lie, without their place */
     size_t layer_bytes;
     unsigned char *data; /* (n_layer) of the parts of n_ctx rows: data, scales, tails */
     size_t bytes;

@@ -1,8 +1,8 @@
 /* attend.c: attention over the latent cache (DeepSeek-V2, section 2.1), by the cheaper of two routes. Knows no ISA.
  *
- * Absorbed: score_h = ((W_uk^T q_nope) . c_kv + q_pe . k_pe) * scale and o_h = W_uv sum_j p_j c_kv_j. All heads of a token,
- * and tokens of a sequence, are rows of one product with the cache; the positions are split among workers and joined.
- * Expanded: K = W_uk c_kv and V = W_uv c_kv are made block by block, once for all queries of a head. */
+ * Absorbed: score_h = ((W_uk^T q_nope) . c_kv + q_pe . k_pe) * scale and o_h = W_uv sum_j p_j c_kv_j. All heads of a
+ * token, and tokens of a sequence, are rows of one product with the cache; the positions are split among workers and
+ * joined. Expanded: K = W_uk c_kv and V = W_uv c_kv are made block by block, once for all queries of a head. */
 #include "model/attend.h"
 
 #include <math.h>
@@ -14,23 +14,39 @@
 
 /* The cheaper route, in dwords of dots for a head; what is not a dot was measured and counts as so many of them. */
 static bool absorbs(const ds_config *c, const ds_span *span) {
-    const double per_dword = span->kv->type == DS_KV_F32 ? 1 : span->kv->type == DS_KV_F16 ? 2 : 4, tail = c->rope_dim / (per_dword < 2 ? 1.0 : 2.0);
+    static const double PER_DWORD[] = {[DS_KV_F32] = 1, [DS_KV_F16] = 2, [DS_KV_Q8_0] = 4};
+    const double per_dword = PER_DWORD[span->kv->type], tail = c->rope_dim / (per_dword < 2 ? 1.0 : 2.0);
     const double up = (double)(c->nope_dim + c->v_dim) * c->kv_lora_rank; /* W_uk and W_uv */
     const double n = span->n, n_pos = span->pos + n, pairs = n * span->pos + n * (n + 1) / 2;
-    const double absorbed = pairs * (2.0 * c->kv_lora_rank / per_dword + tail) + n * up * 2; /* two products, packing, joining */
-    const double expanded = pairs * ((c->nope_dim + c->v_dim) / per_dword + tail) + (n_pos + 80) * up / per_dword; /* unpacking the weights */
+    /* 2 up: products with W_uk and W_uv, packing, joining. 80 positions: unpacking W_uk and W_uv. */
+    const double absorbed = pairs * (2.0 * c->kv_lora_rank / per_dword + tail) + n * 2 * up;
+    const double expanded = pairs * ((c->nope_dim + c->v_dim) / per_dword + tail) + (n_pos + 80) * up / per_dword;
     return span->n < DS_ATTEND_ROWS || absorbed <= expanded;
 }
 
-/* The groups of one span: as many whole tokens as DS_GROUP_ROWS hold, or one token's heads in blocks. */
+/* How a group is cut: as many whole tokens as DS_GROUP_ROWS hold, or one token's heads in blocks. */
+typedef struct group_shape {
+    int heads, blocks, tokens;
+} group_shape;
+
+static group_shape shape_of(const ds_config *c) {
+    const int heads = c->n_head < DS_GROUP_ROWS ? c->n_head : DS_GROUP_ROWS;
+    return (group_shape){heads, (c->n_head + heads - 1) / heads, DS_GROUP_ROWS / heads};
+}
+
 static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) {
-    const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
+    const int n_head = s->config->n_head;
+    const group_shape shape = shape_of(s->config);
     const ds_span *span = &s->spans[i];
     plan->routes[i].first_group = plan->n_groups;
-    for (int t = 0; t < span->n; t += tokens) {
-        for (int head = 0; head < n_head; head += block) {
-            ds_attend_group g = {.span = i, .token = span->first + t, .n_tok = span->n - t < tokens ? span->n - t : tokens, .head = head,
-                                 .n_heads = n_head - head < block ? n_head - head : block, .row = *row};
+    for (int t = 0; t < span->n; t += shape.tokens) {
+        for (int head = 0; head < n_head; head += shape.heads) {
+            ds_attend_group g = {.span = i,
+                                 .token = span->first + t,
+                                 .n_tok = span->n - t < shape.tokens ? span->n - t : shape.tokens,
+                                 .head = head,
+                                 .n_heads = n_head - head < shape.heads ? n_head - head : shape.heads,
+                                 .row = *row};
             g.n_rows = ds_attend_pad(g.n_tok * g.n_heads);
             for (int r = 0; r < g.n_tok * g.n_heads; r++) plan->visible[g.row + r] = span->pos + t + r / g.n_heads + 1;
             *row += g.n_rows;
@@ -60,8 +76,9 @@ void ds_attend_plan_step(const ds_step *s) {
     }
     for (int i = 0; i < plan->n_groups; i++) {
         ds_attend_group *g = &plan->groups[i];
+        /* Whatever the number of threads: results do not depend on it. */
         int n_pos = s->spans[g->span].pos + s->spans[g->span].n, most = (n_pos + DS_MIN_PART - 1) / DS_MIN_PART;
-        int wanted = (DS_MAX_PARTS + plan->n_groups - 1) / plan->n_groups; /* whatever the number of threads: results do not depend on it */
+        int wanted = (DS_MAX_PARTS + plan->n_groups - 1) / plan->n_groups;
         g->n_parts = wanted < most ? wanted : most;
         g->slot = slot;
         slot += g->n_parts * g->n_rows;
@@ -73,10 +90,10 @@ void ds_attend_plan_step(const ds_step *s) {
 /* Query row of a token's head: its group, and its place there. */
 static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h, int *row) {
     const ds_attend_plan *plan = &s->scratch->attend.plan;
-    const int n_head = s->config->n_head, block = n_head < DS_GROUP_ROWS ? n_head : DS_GROUP_ROWS, tokens = DS_GROUP_ROWS / block;
-    const int blocks = (n_head + block - 1) / block, local = t - s->spans[span].first;
-    const ds_attend_group *g = &plan->groups[plan->routes[span].first_group + local / tokens * blocks + h / block];
-    *row = local % tokens * g->n_heads + h - g->head;
+    const group_shape shape = shape_of(s->config);
+    const int local = t - s->spans[span].first, block = local / shape.tokens * shape.blocks + h / shape.heads;
+    const ds_attend_group *g = &plan->groups[plan->routes[span].first_group + block];
+    *row = local % shape.tokens * g->n_heads + h - g->head;
     return g;
 }
 
@@ -117,12 +134,13 @@ static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int e
             const ds_attend_group *g = group_of(s, i, t, h, &row);
             memcpy(out + c->kv_lora_rank, q + c->nope_dim, (size_t)c->rope_dim * sizeof *out);
             ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, out + c->kv_lora_rank);
-            s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out, c->attn_scale, pack_of(s, g));
+            s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out, c->attn_scale,
+                               pack_of(s, g));
         }
     }
 }
 
-/* One part of a group's positions: a running softmax into the part's m, l and acc. Parts begin at multiples of a tile. */
+/* One part of a group's positions: a running softmax into the part's m, l and acc. Parts begin at whole tiles. */
 static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, int part) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
@@ -131,11 +149,23 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
     const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
     const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
     int begin = (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-    int end = part + 1 == g->n_parts ? n_pos : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    int end = part + 1 == g->n_parts ? n_pos
+                                     : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
     const ds_attend job = {
-        .n_rows = g->n_tok * g->n_heads, .n_pos = end - begin, .n = c->kv_lora_rank, .n_tail = c->rope_dim, .v_dim = c->kv_lora_rank,
-        .q = pack_of(s, g), .keys = ds_kv_rows(kv, il - s->weights->layer_begin, begin), .visible = room->plan.visible + g->row, .first_pos = begin,
-        .m = room->m + slot, .l = room->l + slot, .acc = room->acc + slot * ld, .ld_acc = ld, .scratch = lane->own->attend.scratch,
+        .n_rows = g->n_tok * g->n_heads,
+        .n_pos = end - begin,
+        .n = c->kv_lora_rank,
+        .n_tail = c->rope_dim,
+        .v_dim = c->kv_lora_rank,
+        .q = pack_of(s, g),
+        .keys = ds_kv_rows(kv, il - s->weights->layer_begin, begin),
+        .visible = room->plan.visible + g->row,
+        .first_pos = begin,
+        .m = room->m + slot,
+        .l = room->l + slot,
+        .acc = room->acc + slot * ld,
+        .ld_acc = ld,
+        .scratch = lane->own->attend.scratch,
     };
     for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
     memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);
@@ -143,7 +173,8 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
 }
 
 /* Join the parts of one query row, `stride` rows apart, into out (n). */
-static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l, const float *acc, size_t ld, int n, float *out) {
+static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l,
+                       const float *acc, size_t ld, int n, float *out) {
     float top = -INFINITY, sum = 0;
     for (int p = 0; p < n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
     for (int p = 0; p < n_parts; p++) sum += l[(size_t)p * stride] * exp2f(m[(size_t)p * stride] - top);
@@ -158,7 +189,8 @@ static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const
 static void latent_output(const ds_step *s, const ds_attend_group *g, int row, float *out) {
     const ds_attend_room *room = &s->scratch->attend;
     const size_t at = (size_t)g->slot + (size_t)row, ld = ds_row_pad(s->config->kv_lora_rank);
-    join_parts(s->kern, g->n_parts, (size_t)g->n_rows, room->m + at, room->l + at, room->acc + at * ld, ld, s->config->kv_lora_rank, out);
+    join_parts(s->kern, g->n_parts, (size_t)g->n_rows, room->m + at, room->l + at, room->acc + at * ld, ld,
+               s->config->kv_lora_rank, out);
     if (kind_of(s, g->span) == DS_ROWS_Q8) s->kern->rotate(s->config->kv_lora_rank, out);
 }
 
@@ -179,7 +211,8 @@ static void unabsorb_head(const ds_lane *lane, const ds_layer *l, int begin, int
         }
     }
     s->kern->act_pack(kind, 0, n, n, c->kv_lora_rank, latent, lat_row, NULL, pack);
-    ds_job job = ds_cpu_job(&l->v_b, ds_mat_block(&l->v_b, h), pack, n, s->scratch->heads + (size_t)t0 * out_row + (size_t)h * (size_t)c->v_dim, out_row);
+    ds_job job = ds_cpu_job(&l->v_b, ds_mat_block(&l->v_b, h), pack, n,
+                            s->scratch->heads + (size_t)t0 * out_row + (size_t)h * (size_t)c->v_dim, out_row);
     s->kern->mul[job.format](&job.mul);
 }
 
@@ -191,7 +224,8 @@ static void absorb_all(const ds_lane *lane, const ds_layer *l) {
     for (int i = 0, end; i < s->n_spans; i = end) {
         end = run_end(s, i);
         if (!s->scratch->attend.plan.routes[i].absorb) continue;
-        for (; claimed < base + n_head; claimed = ds_claim(lane->worker)) absorb_head(lane, l, i, end, (int)(claimed - base));
+        for (; claimed < base + n_head; claimed = ds_claim(lane->worker))
+            absorb_head(lane, l, i, end, (int)(claimed - base));
         base += n_head;
     }
 }
@@ -211,17 +245,27 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
     const ds_attend_lane *own = &lane->own->attend;
     const ds_span *span = &s->spans[i];
     const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
-    const ds_expand_weights weights = {.from = kind_of(s, i), .rank = c->kv_lora_rank, .k_dim = c->nope_dim, .v_dim = c->v_dim,
-                                       .k_b = own->k_b, .v_b = own->v_b, .scratch = own->columns, .out = own->weights};
+    const ds_expand_weights weights = {.from = kind_of(s, i),
+                                       .rank = c->kv_lora_rank,
+                                       .k_dim = c->nope_dim,
+                                       .v_dim = c->v_dim,
+                                       .k_b = own->k_b,
+                                       .v_b = own->v_b,
+                                       .scratch = own->columns,
+                                       .out = own->weights};
     s->kern->dequantize[l->k_b.format]((int64_t)l->k_b.rows * l->k_b.k, ds_mat_block(&l->k_b, h), own->k_b);
     s->kern->dequantize[l->v_b.format]((int64_t)l->v_b.rows * l->v_b.k, ds_mat_block(&l->v_b, h), own->v_b);
     s->kern->expand_weights(&weights);
     for (int t = 0; t < span->n; t++) {
         const int block = t / DS_QUERY_BLOCK * DS_QUERY_BLOCK, left = span->n - block;
         const int n_rows = left < DS_QUERY_BLOCK ? ds_attend_pad(left) : DS_QUERY_BLOCK;
-        memcpy(own->row, s->scratch->q + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)ds_qk_dim(c), (size_t)ds_qk_dim(c) * sizeof *own->row);
-        ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)(span->first + t) * (size_t)c->rope_dim, own->row + c->nope_dim);
-        s->kern->query_put(kind, t - block, n_rows, key_head(c, kind), key_tail(c, kind), own->row, c->attn_scale, queries_at(lane, kind, block));
+        memcpy(own->row,
+               s->scratch->q + ((size_t)(span->first + t) * (size_t)c->n_head + (size_t)h) * (size_t)ds_qk_dim(c),
+               (size_t)ds_qk_dim(c) * sizeof *own->row);
+        ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)(span->first + t) * (size_t)c->rope_dim,
+                      own->row + c->nope_dim);
+        s->kern->query_put(kind, t - block, n_rows, key_head(c, kind), key_tail(c, kind), own->row, c->attn_scale,
+                           queries_at(lane, kind, block));
         own->visible[t] = span->pos + t + 1;
     }
 }
@@ -236,12 +280,15 @@ static head_sums sums_of(const ds_lane *lane, int i, int h, int part) {
     const ds_attend_route *route = &room->plan.routes[i];
     const int most = ds_expand_max_parts(lane->step->config);
     if (route->n_parts == 1) return (head_sums){lane->own->attend.m, lane->own->attend.l, lane->own->attend.acc};
-    const size_t at = ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows + (size_t)route->row;
-    return (head_sums){room->head_m + at, room->head_l + at, room->head_acc + at * ds_row_pad(lane->step->config->v_dim)};
+    const size_t at = ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows +
+                      (size_t)route->row;
+    return (head_sums){room->head_m + at, room->head_l + at,
+                       room->head_acc + at * ds_row_pad(lane->step->config->v_dim)};
 }
 
 /* Fold the n expanded positions from pos into the results of every query that sees them. */
-static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n, const head_sums *sums) {
+static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n,
+                         const head_sums *sums) {
     const ds_config *c = lane->step->config;
     const ds_attend_lane *own = &lane->own->attend;
     const size_t ld = ds_row_pad(c->v_dim);
@@ -249,9 +296,21 @@ static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind k
         const int n_q = span->n - t < DS_QUERY_BLOCK ? span->n - t : DS_QUERY_BLOCK;
         if (span->pos + t + n_q <= pos) continue; /* all of these come before the block */
         const ds_attend job = {
-            .n_rows = n_q, .n_pos = n, .n = key_head(c, kind), .n_tail = key_tail(c, kind), .v_dim = c->v_dim, .q = queries_at(lane, kind, t),
-            .keys = own->keys, .values = own->values, .visible = own->visible + t, .first_pos = pos,
-            .m = sums->m + t, .l = sums->l + t, .acc = sums->acc + (size_t)t * ld, .ld_acc = ld, .scratch = own->scratch,
+            .n_rows = n_q,
+            .n_pos = n,
+            .n = key_head(c, kind),
+            .n_tail = key_tail(c, kind),
+            .v_dim = c->v_dim,
+            .q = queries_at(lane, kind, t),
+            .keys = own->keys,
+            .values = own->values,
+            .visible = own->visible + t,
+            .first_pos = pos,
+            .m = sums->m + t,
+            .l = sums->l + t,
+            .acc = sums->acc + (size_t)t * ld,
+            .ld_acc = ld,
+            .scratch = own->scratch,
         };
         lane->step->kern->attend(&job);
     }
@@ -265,8 +324,10 @@ static void head_output(const ds_lane *lane, int i, int h) {
     const size_t ld = ds_row_pad(c->v_dim);
     const head_sums sums = sums_of(lane, i, h, 0);
     for (int t = 0; t < s->spans[i].n; t++) {
-        float *out = s->scratch->heads + ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
-        join_parts(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t, sums.acc + (size_t)t * ld, ld, c->v_dim, out);
+        float *out = s->scratch->heads +
+                     ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
+        join_parts(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t,
+                   sums.acc + (size_t)t * ld, ld, c->v_dim, out);
         if (kind_of(s, i) == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);
     }
 }
@@ -291,9 +352,16 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
     memset(sums.acc, 0, (size_t)ds_attend_pad(span->n) * ld * sizeof *sums.acc);
     for (int pos = begin; pos < end; pos += DS_ATTEND_BLOCK) {
         const ds_expand job = {
-            .n_pos = end - pos < DS_ATTEND_BLOCK ? end - pos : DS_ATTEND_BLOCK, .rank = c->kv_lora_rank, .n_tail = c->rope_dim, .k_dim = c->nope_dim,
-            .v_dim = c->v_dim, .weights = own->weights, .latents = ds_kv_rows(span->kv, il - s->weights->layer_begin, pos), .keys = own->keys,
-            .values = own->values, .scratch = own->expand,
+            .n_pos = end - pos < DS_ATTEND_BLOCK ? end - pos : DS_ATTEND_BLOCK,
+            .rank = c->kv_lora_rank,
+            .n_tail = c->rope_dim,
+            .k_dim = c->nope_dim,
+            .v_dim = c->v_dim,
+            .weights = own->weights,
+            .latents = ds_kv_rows(span->kv, il - s->weights->layer_begin, pos),
+            .keys = own->keys,
+            .values = own->values,
+            .scratch = own->expand,
         };
         s->kern->expand(&job);
         attend_block(lane, span, kind, pos, job.n_pos, &sums);
@@ -316,7 +384,8 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
     }
     for (int i = 0; i < plan->n_groups; i++) {
         const ds_attend_group *g = &plan->groups[i];
-        for (; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker)) attend_part(lane, il, g, (int)(claimed - base));
+        for (; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker))
+            attend_part(lane, il, g, (int)(claimed - base));
         base += (size_t)g->n_parts;
     }
 }

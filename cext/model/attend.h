@@ -1,4 +1,5 @@
-/* attend.h: attention of a step's tokens over their sequences' caches, between the query's projection and the output's. */
+/* attend.h: attention of a step's tokens over their sequences' caches, between the projections of q and of the output.
+ */
 #pragma once
 
 #include "memory/kv.h"
@@ -9,10 +10,10 @@ struct ds_lane;
 struct ds_layer;
 
 enum {
-    DS_GROUP_ROWS = 64,  /* most query rows (a token's heads) that share a pass over the cache */
-    DS_MIN_PART = 256,   /* positions below which splitting a pass does not pay */
-    DS_MAX_PARTS = 32,   /* tasks that a step of few tokens is split into */
-    DS_QUERY_BLOCK = 64, /* queries scored at a time against expanded keys */
+    DS_GROUP_ROWS = 64,    /* most query rows (a token's heads) that share a pass over the cache */
+    DS_MIN_PART = 256,     /* positions below which splitting a pass does not pay */
+    DS_MAX_PARTS = 32,     /* tasks that a step of few tokens is split into */
+    DS_QUERY_BLOCK = 64,   /* queries scored at a time against expanded keys */
     DS_EXPAND_PART = 8192, /* positions that unpacking a head's weights for one more task is worth */
     DS_EXPAND_TASKS = 64,  /* enough for any team to share them evenly */
 };
@@ -21,10 +22,10 @@ enum {
 typedef struct ds_attend_group {
     int span, token, n_tok; /* tokens of the step */
     int head, n_heads;
-    int row;                /* of the group's first query among all, padding included */
-    int n_rows;             /* padded */
-    int n_parts;            /* its positions are split into */
-    int slot;               /* of part 0 among the results; each part takes n_rows */
+    int row;     /* of the group's first query among all, padding included */
+    int n_rows;  /* padded */
+    int n_parts; /* its positions are split into */
+    int slot;    /* of part 0 among the results; each part takes n_rows */
 } ds_attend_group;
 
 /* A sequence's way through attention. */
@@ -40,15 +41,15 @@ typedef struct ds_attend_plan {
     ds_attend_route *routes; /* (n_spans) */
     ds_attend_group *groups;
     int n_groups, n_absorbed; /* spans that absorb */
-    int n_joined;            /* spans that expand in more than one part */
+    int n_joined;             /* spans that expand in more than one part */
     int n_expanded_rows;
-    int32_t *visible;        /* (query rows) positions that a row sees */
+    int32_t *visible; /* (query rows) positions that a row sees */
 } ds_attend_plan;
 
 /* One worker's room. */
 typedef struct ds_attend_lane {
-    float *row;              /* one row of a cache, or of a query */
-    void *scratch;           /* of the kernel */
+    float *row;    /* one row of a cache, or of a query */
+    void *scratch; /* of the kernel */
     /* Expanded attention of one head: its weights, a block of keys and values, all of its queries and their results. */
     float *k_b, *v_b, *columns;
     void *weights, *expand, *queries;
@@ -60,9 +61,9 @@ typedef struct ds_attend_lane {
 /* What the workers share. */
 typedef struct ds_attend_room {
     ds_attend_plan plan;
-    float *latent;           /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
-    void *queries;           /* packs of all groups */
-    float *m, *l, *acc;      /* (slots[, padded kv_lora_rank]) */
+    float *latent;      /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
+    void *queries;      /* packs of all groups */
+    float *m, *l, *acc; /* (slots[, padded kv_lora_rank]) */
     float *head_m, *head_l, *head_acc; /* (n_head, parts, expanded rows[, padded v_dim]) of spans expanded in parts */
 } ds_attend_room;
 
@@ -76,7 +77,9 @@ void ds_attend_heads(const struct ds_lane *lane, const struct ds_layer *layer, i
 static inline int ds_expand_max_parts(const ds_config *c) { return (DS_EXPAND_TASKS + c->n_head - 1) / c->n_head; }
 
 /* Bounds for scratch: query rows of n_tok tokens, padding included, and the slots of their results. */
-static inline size_t ds_attend_max_rows(const ds_config *c, int n_tok) { return (size_t)n_tok * (size_t)ds_attend_pad(c->n_head); }
+static inline size_t ds_attend_max_rows(const ds_config *c, int n_tok) {
+    return (size_t)n_tok * (size_t)ds_attend_pad(c->n_head);
+}
 
 /* Bytes of one query row in a pack of any kind: every kind's pack is linear in its rows. */
 static inline size_t ds_attend_query_bytes(const ds_config *c) {

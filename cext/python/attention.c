@@ -1,5 +1,5 @@
-/* attention.c: the attention kernels as Python functions on float arrays, for tests and benchmarks of the low level. Rows are
- * packed here as the engine packs them, and every size is checked. */
+/* attention.c: the attention kernels as Python functions on float arrays, for tests and benchmarks of the low level.
+ * Rows are packed here as the engine packs them, and every size is checked. */
 #include "python/py.h"
 
 #include <math.h>
@@ -8,8 +8,14 @@
 
 #include "kernels/kernels.h"
 
-static const struct { const char *name; ds_row_kind kind; } KINDS[] = {
-    {"f32", DS_ROWS_F32}, {"f16", DS_ROWS_F16}, {"i16", DS_ROWS_I16}, {"q8_0", DS_ROWS_Q8},
+static const struct {
+    const char *name;
+    ds_row_kind kind;
+} KINDS[] = {
+    {"f32", DS_ROWS_F32},
+    {"f16", DS_ROWS_F16},
+    {"i16", DS_ROWS_I16},
+    {"q8_0", DS_ROWS_Q8},
 };
 
 static bool find_kind(const char *name, ds_row_kind *out) {
@@ -55,7 +61,8 @@ static bool rows_new(arena *a, ds_row_kind kind, int n_rows, int n, int n_tail, 
 }
 
 /* Rows packed from floats (n_rows, n + n_tail). */
-static bool rows_from_floats(arena *a, const ds_kernels *table, ds_row_kind kind, const float *x, int n_rows, int n, int n_tail, ds_rows *out) {
+static bool rows_from_floats(arena *a, const ds_kernels *table, ds_row_kind kind, const float *x, int n_rows, int n,
+                             int n_tail, ds_rows *out) {
     float *row = take(a, (size_t)(n + n_tail + 1) * sizeof *row);
     if (!row || !rows_new(a, kind, n_rows, n, n_tail, out)) return false;
     for (int i = 0; i < n_rows; i++) {
@@ -71,9 +78,12 @@ static void row_to_floats(const ds_rows *rows, int i, int n, int n_tail, float *
     for (int c = 0; c < n + n_tail; c++) {
         if (rows->kind == DS_ROWS_F32) memcpy(out + c, row + (size_t)c * sizeof(float), sizeof(float));
         else if (rows->kind == DS_ROWS_F16) out[c] = ds_f16_to_f32(((const uint16_t *)(const void *)row)[c]);
-        else if (rows->kind == DS_ROWS_I16) out[c] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(c)];
+        else if (rows->kind == DS_ROWS_I16)
+            out[c] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(c)];
         else if (c < n) out[c] = rows->scale[i] * (float)(int8_t)row[ds_row_place8(c)];
-        else out[c] = rows->tail_scale[i] * (float)rows->tail[(size_t)i * ds_row_pad(n_tail) + (size_t)ds_row_place16(c - n)];
+        else
+            out[c] = rows->tail_scale[i] *
+                     (float)rows->tail[(size_t)i * ds_row_pad(n_tail) + (size_t)ds_row_place16(c - n)];
     }
 }
 
@@ -90,10 +100,12 @@ static bool holds(const Py_buffer *b, const char *name, size_t n) {
     return PyErr_Format(PyExc_ValueError, "%s: %zd bytes, expected %zu", name, b->len, n * sizeof(float)), false;
 }
 
-static bool positive(int n, const char *name) { return n > 0 || (PyErr_Format(PyExc_ValueError, "%s is %d, expected a positive number", name, n), false); }
+static bool positive(int n, const char *name) {
+    return n > 0 || (PyErr_Format(PyExc_ValueError, "%s is %d, expected a positive number", name, n), false);
+}
 
-PyDoc_STRVAR(pack_doc, "_pack_rows(isa, kind, n, n_tail, x, y): store rows x (?, n + n_tail) as the kind and read them back into y; "
-                       "the heads of 'q8_0' rows come back rotated.");
+PyDoc_STRVAR(pack_doc, "_pack_rows(isa, kind, n, n_tail, x, y): store rows x (?, n + n_tail) as the kind and read them "
+                       "back into y; the heads of 'q8_0' rows come back rotated.");
 
 static PyObject *py_pack_rows(PyObject *self, PyObject *args) {
     Py_buffer b[2] = {{0}};
@@ -106,7 +118,8 @@ static PyObject *py_pack_rows(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "ssiiy*w*:_pack_rows", &isa, &name, &n, &n_tail, &b[0], &b[1])) return finish(b, 2, &a);
     if (!(table = find_isa(isa)) || !find_kind(name, &kind) || !positive(n, "n") || n_tail < 0) return finish(b, 2, &a);
     const size_t width = (size_t)(n + n_tail), n_rows = (size_t)b[0].len / sizeof(float) / width;
-    if (holds(&b[0], "x", n_rows * width) && holds(&b[1], "y", n_rows * width) && rows_from_floats(&a, table, kind, b[0].buf, (int)n_rows, n, n_tail, &rows))
+    if (holds(&b[0], "x", n_rows * width) && holds(&b[1], "y", n_rows * width) &&
+        rows_from_floats(&a, table, kind, b[0].buf, (int)n_rows, n, n_tail, &rows))
         for (size_t i = 0; i < n_rows; i++) row_to_floats(&rows, (int)i, n, n_tail, (float *)b[1].buf + i * width);
     return finish(b, 2, &a);
 }
@@ -119,13 +132,14 @@ static PyObject *py_rotate(PyObject *self, PyObject *args) {
     const char *isa;
     if (!PyArg_ParseTuple(args, "sw*:_rotate", &isa, &b[0])) return finish(b, 1, &a);
     const ds_kernels *table = find_isa(isa);
-    if (table && b[0].len >= (Py_ssize_t)sizeof(float)) table->rotate((int)(b[0].len / (Py_ssize_t)sizeof(float)), b[0].buf);
+    if (table && b[0].len >= (Py_ssize_t)sizeof(float))
+        table->rotate((int)(b[0].len / (Py_ssize_t)sizeof(float)), b[0].buf);
     return finish(b, 1, &a);
 }
 
 /* The job's buffers from Python's arrays, then its result back into them. */
-static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const int32_t *cuts, int n_cuts, float scale, const float *q,
-                       float *m, float *l, float *acc) {
+static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const int32_t *cuts, int n_cuts, float scale,
+                       const float *q, float *m, float *l, float *acc) {
     const int width = job->n + job->n_tail, padded = ds_attend_pad(job->n_rows);
     const ds_rows keys = job->keys, values = job->values;
     job->ld_acc = ds_row_pad(job->v_dim);
@@ -157,9 +171,11 @@ static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const 
     }
 }
 
-PyDoc_STRVAR(attend_doc, "_attend(isa, kind, n, n_tail, v_dim, scale, q, keys, values, visible, cuts, m, l, acc): queries q (rows, n + n_tail) over keys "
-                         "(positions, n + n_tail), and values (positions, v_dim) or None for the keys' first v_dim values, in the pieces that "
-                         "cuts (int32: 0, ..., positions) make; visible (rows) int32 or None. Fills m, l (rows) and acc (rows, v_dim).");
+PyDoc_STRVAR(attend_doc,
+             "_attend(isa, kind, n, n_tail, v_dim, scale, q, keys, values, visible, cuts, m, l, acc): queries q (rows, "
+             "n + n_tail) over keys (positions, n + n_tail), and values (positions, v_dim) or None for the keys' first "
+             "v_dim values, in the pieces that cuts (int32: 0, ..., positions) make; visible (rows) int32 or None. "
+             "Fills m, l (rows) and acc (rows, v_dim).");
 
 static PyObject *py_attend(PyObject *self, PyObject *args) {
     Py_buffer b[8] = {{0}};
@@ -168,19 +184,22 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
     float scale;
     ds_attend job = {0};
     ds_row_kind kind;
-    if (!PyArg_ParseTuple(args, "ssiiify*y*z*z*y*w*w*w*:_attend", &isa, &name, &job.n, &job.n_tail, &job.v_dim, &scale, &b[0], &b[1], &b[2], &b[3], &b[4],
-                          &b[5], &b[6], &b[7]))
+    if (!PyArg_ParseTuple(args, "ssiiify*y*z*z*y*w*w*w*:_attend", &isa, &name, &job.n, &job.n_tail, &job.v_dim, &scale,
+                          &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7]))
         return finish(b, 8, &a);
     const ds_kernels *table = find_isa(isa);
-    if (!table || !find_kind(name, &kind) || !positive(job.n, "n") || !positive(job.v_dim, "v_dim") || job.n_tail < 0) return finish(b, 8, &a);
-    const size_t width = (size_t)(job.n + job.n_tail), n_rows = (size_t)b[0].len / sizeof(float) / width, n_pos = (size_t)b[1].len / sizeof(float) / width;
+    if (!table || !find_kind(name, &kind) || !positive(job.n, "n") || !positive(job.v_dim, "v_dim") || job.n_tail < 0)
+        return finish(b, 8, &a);
+    const size_t width = (size_t)(job.n + job.n_tail), n_rows = (size_t)b[0].len / sizeof(float) / width,
+                 n_pos = (size_t)b[1].len / sizeof(float) / width;
     const size_t v_dim = (size_t)job.v_dim;
     const int32_t *cuts = b[4].buf;
     const int n_cuts = (int)(b[4].len / (Py_ssize_t)sizeof *cuts);
     job.n_rows = (int)n_rows;
-    if (!holds(&b[0], "q", n_rows * width) || !holds(&b[1], "keys", n_pos * width) || !positive((int)n_rows, "rows") || !positive((int)n_pos, "positions") ||
-        (b[2].buf && !holds(&b[2], "values", n_pos * v_dim)) || (b[3].buf && !holds(&b[3], "visible", n_rows)) || !holds(&b[5], "m", n_rows) ||
-        !holds(&b[6], "l", n_rows) || !holds(&b[7], "acc", n_rows * v_dim))
+    if (!holds(&b[0], "q", n_rows * width) || !holds(&b[1], "keys", n_pos * width) || !positive((int)n_rows, "rows") ||
+        !positive((int)n_pos, "positions") || (b[2].buf && !holds(&b[2], "values", n_pos * v_dim)) ||
+        (b[3].buf && !holds(&b[3], "visible", n_rows)) || !holds(&b[5], "m", n_rows) || !holds(&b[6], "l", n_rows) ||
+        !holds(&b[7], "acc", n_rows * v_dim))
         return finish(b, 8, &a);
     bool ordered = n_cuts > 1 && cuts[0] == 0 && cuts[n_cuts - 1] == (int)n_pos;
     for (int i = 0; ordered && i + 1 < n_cuts; i++) ordered = cuts[i] <= cuts[i + 1];
@@ -200,8 +219,10 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
     return finish(b, 8, &a);
 }
 
-PyDoc_STRVAR(expand_doc, "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + n_tail) and values "
-                         "(positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b (v_dim, rank); those of 'q8_0' rotated.");
+PyDoc_STRVAR(expand_doc,
+             "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + "
+             "n_tail) and values (positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b "
+             "(v_dim, rank); those of 'q8_0' come out rotated.");
 
 static PyObject *py_expand(PyObject *self, PyObject *args) {
     Py_buffer b[5] = {{0}};
@@ -209,15 +230,19 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
     const char *isa, *name;
     ds_expand job = {0};
     ds_row_kind kind;
-    if (!PyArg_ParseTuple(args, "ssiiiiy*y*y*w*w*:_expand", &isa, &name, &job.rank, &job.n_tail, &job.k_dim, &job.v_dim, &b[0], &b[1], &b[2], &b[3], &b[4]))
+    if (!PyArg_ParseTuple(args, "ssiiiiy*y*y*w*w*:_expand", &isa, &name, &job.rank, &job.n_tail, &job.k_dim, &job.v_dim,
+                          &b[0], &b[1], &b[2], &b[3], &b[4]))
         return finish(b, 5, &a);
     const ds_kernels *table = find_isa(isa);
-    if (!table || !find_kind(name, &kind) || !positive(job.rank, "rank") || !positive(job.k_dim, "k_dim") || !positive(job.v_dim, "v_dim") || job.n_tail < 0)
+    if (!table || !find_kind(name, &kind) || !positive(job.rank, "rank") || !positive(job.k_dim, "k_dim") ||
+        !positive(job.v_dim, "v_dim") || job.n_tail < 0)
         return finish(b, 5, &a);
-    const size_t rank = (size_t)job.rank, width = rank + (size_t)job.n_tail, n_pos = (size_t)b[0].len / sizeof(float) / width;
+    const size_t rank = (size_t)job.rank, width = rank + (size_t)job.n_tail,
+                 n_pos = (size_t)b[0].len / sizeof(float) / width;
     const size_t k_dim = (size_t)job.k_dim, v_dim = (size_t)job.v_dim, k_width = k_dim + (size_t)job.n_tail;
-    if (!holds(&b[0], "latents", n_pos * width) || !holds(&b[1], "k_b", rank * k_dim) || !holds(&b[2], "v_b", rank * v_dim) ||
-        !holds(&b[3], "keys", n_pos * k_width) || !holds(&b[4], "values", n_pos * v_dim) || !positive((int)n_pos, "positions"))
+    if (!holds(&b[0], "latents", n_pos * width) || !holds(&b[1], "k_b", rank * k_dim) ||
+        !holds(&b[2], "v_b", rank * v_dim) || !holds(&b[3], "keys", n_pos * k_width) ||
+        !holds(&b[4], "values", n_pos * v_dim) || !positive((int)n_pos, "positions"))
         return finish(b, 5, &a);
     const ds_row_kind out = ds_expanded_kind(kind);
     const int tail = out == DS_ROWS_Q8 ? job.n_tail : 0, head = (int)k_width - tail;
@@ -235,7 +260,8 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
         job.keys.data = take(&a, DS_ATTEND_BLOCK * floats), job.values.data = take(&a, DS_ATTEND_BLOCK * floats);
     }
     ds_rows latents;
-    if (PyErr_Occurred() || !rows_from_floats(&a, table, kind, b[0].buf, (int)n_pos, job.rank, job.n_tail, &latents)) return finish(b, 5, &a);
+    if (PyErr_Occurred() || !rows_from_floats(&a, table, kind, b[0].buf, (int)n_pos, job.rank, job.n_tail, &latents))
+        return finish(b, 5, &a);
     memcpy(weights.k_b, b[1].buf, (size_t)b[1].len);
     memcpy(weights.v_b, b[2].buf, (size_t)b[2].len);
     table->expand_weights(&weights);
