@@ -1,0 +1,76 @@
+"""quantize.backward: gradients of one block against finite differences of the numpy reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from ref.model import Model
+from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, Spec, gguf_tensors
+
+from quantize import arch as arch_of
+from quantize.backward import Block
+
+N_SEQ, N_TOK = 2, 7
+STEP = 1e-5
+# Central differences in float64: truncation STEP^2 and rounding 1e-16 / STEP, times what a block amplifies.
+TOLERANCE = 1e-6
+
+
+def arch_and_weights(spec: Spec):
+    """What the project makes of a spec's config, and its weights in float64 by GGUF name."""
+    config = Checkpoint(spec).config()
+    if spec.norm_topk and not spec.v3:  # refused at the door, yet the numpy reference has it
+        arch = replace(arch_of.parse(config | {"norm_topk_prob": False}), expert_norm=True)
+    else:
+        arch = arch_of.parse(config)
+    return arch, {name: w.astype(np.float64) for name, w in gguf_tensors(Checkpoint(spec)).items()}
+
+
+def reader(weights, il):
+    def read(role, part):
+        suffix = "bias" if role == "exp_probs_b" else "weight"
+        whole = weights[f"blk.{il}.{role}.{suffix}"]
+        return whole[part] if whole.ndim == 3 else whole
+
+    return read
+
+
+def loss(spec, weights, il, x, dy):
+    """The scalar whose gradient at the block's output is dy."""
+    model = Model(spec.hparams, weights)
+    return sum(float((model.block(il, w) * d).sum()) for w, d in zip(x, dy, strict=True))
+
+
+def slope(f, direction):
+    return (f(STEP * direction) - f(-STEP * direction)) / (2 * STEP)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *NUMPY_ONLY], ids=lambda s: s.name)
+def test_gradients(spec):
+    """At the block's input, and at every matrix: d loss / d W = g^T x, along random directions."""
+    arch, weights = arch_and_weights(spec)
+    for il in {0, spec.n_layer - 1}:
+        rng = np.random.default_rng(il)
+        x, dy = rng.standard_normal((2, N_SEQ, N_TOK, spec.n_embd))
+        met = {}
+
+        def visit(role, part, weight, inputs, gradient, met=met, il=il):
+            assert weight is not None and inputs.shape[0] == gradient.shape[0]
+            met.setdefault(role, {})[part] = gradient.T @ inputs
+
+        flat = (-1, spec.n_embd)
+        dx = Block(arch, il, reader(weights, il), N_SEQ).backward(x.reshape(flat), dy.reshape(flat), visit)
+        direction = rng.standard_normal(x.shape)
+        expected = slope(lambda d, il=il: loss(spec, weights, il, x + d, dy), direction)
+        size = np.linalg.norm(dx) * np.linalg.norm(direction)
+        assert abs((dx.reshape(x.shape) * direction).sum() - expected) < TOLERANCE * size
+        quantised = {n.split(".")[2] for n, w in weights.items() if n.startswith(f"blk.{il}.") and w.ndim > 1}
+        assert set(met) == quantised - {"ffn_gate_inp"}
+        for role, parts in met.items():
+            name = f"blk.{il}.{role}.weight"
+            direction = rng.standard_normal(weights[name].shape)
+            expected = slope(lambda d, n=name, il=il: loss(spec, weights | {n: weights[n] + d}, il, x, dy), direction)
+            whole = direction if direction.ndim == 3 else direction[None]
+            got = sum(float((gradient * whole[part]).sum()) for part, gradient in parts.items())
+            size = np.sqrt(sum(float(np.square(g).sum()) for g in parts.values())) * np.linalg.norm(direction)
+            assert abs(got - expected) < TOLERANCE * size, (il, role)
