@@ -1,9 +1,11 @@
 """Turns a Hugging Face checkpoint of the DeepSeek-V2 family into a calibrated, low-bit GGUF, one layer at a time."""
 
 from quantize.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
-from quantize.pipeline import Options, quantize
+from quantize.job import Options
+from quantize.meter import OnProgress, Progress
+from quantize.pipeline import quantize
 from quantize.recipe import RECIPES
-from quantize.report import OnProgress, Progress, Report
+from quantize.report import Report
 
 __all__ = [
     "RECIPES",

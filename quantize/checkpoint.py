@@ -70,6 +70,7 @@ class Checkpoint:
         self.tensors = _index(self.path)
         self.scale_block = _scale_block(self.path, self.config)
         self._fds: dict[Path, int] = {}
+        self.touched: set[str] = set()  # names of the shards that weights were read from
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -86,6 +87,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def stamps(self) -> dict[str, list[int]]:
+        """[bytes, time of the last change in ns] of every shard, by its name."""
+        shards = {tensor.shard for tensor in self.tensors.values()}
+        stats = {shard.name: shard.stat() for shard in sorted(shards)}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def find(self, name: str) -> StoredTensor:
         """Where a tensor lies. CheckpointError where there is none."""
@@ -208,6 +215,7 @@ class Checkpoint:
             if tensor.shard not in self._fds:
                 self._fds[tensor.shard] = os.open(tensor.shard, os.O_RDONLY)
             fd = self._fds[tensor.shard]
+            self.touched.add(tensor.shard.name)
             while done < tensor.nbytes:
                 n = os.preadv(fd, [view[done:]], tensor.offset + done)
                 if n == 0:

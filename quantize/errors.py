@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 
 class QuantizeError(Exception):
     """Base of the family; str() is one line, and ``hint`` is what to do about it ("" where there is nothing to add)."""
@@ -25,3 +29,15 @@ class CalibrationError(QuantizeError):
 
 class OutputError(QuantizeError):
     """The GGUF cannot be written: disk full, no permission, another run at work on the same file."""
+
+
+def disk_error(place: Path, error: OSError, needed: int = 0) -> OutputError:
+    """What an OSError while writing at place means. needed: bytes of what was to be written, where that is known."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(f"`{place}`: {error.strerror}")
+    stat = os.statvfs(place if place.is_dir() else place.parent)
+    takes = f" it takes {needed / 1e9:.2f} GB," if needed else ""
+    return OutputError(
+        f"`{place}`: {error.strerror}:{takes} {stat.f_bavail * stat.f_frsize / 1e9:.2f} GB are free there",
+        "free some space and run the same command again, or choose another place with -o or a smaller --type",
+    )

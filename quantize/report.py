@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.awq import FoldResult
 from quantize.tensors import Tensor
-
-Stage = Literal["read", "calibrate", "search", "encode", "finish"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a run. layer is -1 outside the layers; fraction is of the whole run, for a bar and the time left."""
-
-    stage: Stage
-    layer: int
-    n_layer: int
-    fraction: float
-    bytes_written: int
-    bytes_total: int
-    seconds: float  # since the run began
-
-    @property
-    def seconds_left(self) -> float:
-        """At the pace so far; infinite before there is one."""
-        return self.seconds * (1 / self.fraction - 1) if self.fraction > 0 else float("inf")
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

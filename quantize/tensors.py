@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,3 +182,18 @@ def read_half(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.
     values: NDArray[np.generic] = np.empty(checkpoint.find(tensor.sources[0]).shape, dtype)
     checkpoint.read_half(tensor.sources[0], values)
     return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form)
+
+
+class PartReader:
+    """Parts of a layer's tensors in float32, experts one by one. Keeps the last whole tensor: heads share one."""
+
+    def __init__(self, arch: Arch, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._whole = lru_cache(maxsize=1)(lambda tensor: read(arch, checkpoint, tensor))
+
+    def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
+        """An expert of a stack, a head of k_b or v_b, or the whole of another tensor, whose part is 0."""
+        if tensor.form is Form.STACK:
+            return self.checkpoint.read_f32(tensor.sources[part])
+        whole: NDArray[np.float32] = self._whole(tensor)
+        return whole if tensor.form is Form.WHOLE else whole[part]

@@ -1,18 +1,17 @@
 """writer.py: a GGUF written in any order and seen whole or not at all.
 
 The layout follows from names, shapes and types before any weight is read: the header is written and the disk reserved
-first, then every tensor goes to its own offset of a `.part` file beside the target, and the last act is a rename. Owns
-the file format's byte layout; knows nothing of models.
+first, then every tensor goes to its own offset of an unfinished file, which a later run may go on with; the last act is
+a rename. Owns the file format's byte layout; knows nothing of models.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSIO
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.errors import OutputError
+from quantize.errors import OutputError, disk_error
+from quantize.journal import RESTART_HINT, sync_folder
 
 # Python's and numpy's types -> GGUF's. A list of int is int32 (token types are), a single int uint32 (counts are).
 _SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}
@@ -95,20 +95,21 @@ def write_vocab_only(path: Path, metadata: Mapping[str, object]) -> None:
 
 
 class Writer:
-    """An open GGUF in the making. As a context manager it removes the unfinished file unless commit() was reached.
+    """An open GGUF in the making at part, which commit() moves to path. A context manager; leaving it keeps part.
 
-    tensors: (name, numpy shape, type) in the order of the file. Raises OutputError: no such folder, no permission, not
-    enough room, or another run at work on the same file.
+    tensors: (name, numpy shape, type) in the order of the file. done: names of those that part holds already, from a
+    run that was cut short. Raises OutputError: no permission, not enough room, or a part of another length.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
+        part: str | os.PathLike[str],
         metadata: Mapping[str, object],
         tensors: Sequence[tuple[str, tuple[int, ...], Type]],
+        done: Iterable[str] = (),
     ) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.path, self.part = Path(path), Path(part)
         for name, _, _ in tensors:
             if len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError(f"tensor name `{name}` is longer than {MAX_NAME_BYTES} bytes")
@@ -123,19 +124,26 @@ class Writer:
         if len(self.slots) != len(tensors):
             raise ValueError("two tensors have the same name")
         self._written: dict[str, int] = dict.fromkeys(self.slots, 0)
-        self._fd = _open_locked(self.path, self.part)
+        for name in done:
+            self._written[name] = self.slots[name].nbytes
+        self._fd = self._open(any(self._written.values()))
         try:
             self._reserve()
             self._pwrite(0, header)
         except BaseException:
-            self.abandon()
+            self.close()
             raise
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.abandon()
+        self.close()
+
+    @property
+    def n_done(self) -> int:
+        """Bytes of tensors written."""
+        return sum(self._written.values())
 
     def append(self, name: str, data: NDArray[Any]) -> None:
         """The next of a tensor's bytes: all of it, an expert, or some rows. Tensors may take turns."""
@@ -145,8 +153,15 @@ class Writer:
         self._pwrite(slot.offset + done, np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         self._written[name] += data.nbytes
 
-    def commit(self, metadata: Mapping[str, object] | None = None) -> None:
-        """Make the file appear under its name, on disk and whole. metadata replaces the first, at the same length.
+    def sync(self) -> None:
+        """Return when all that was appended is on the disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise disk_error(self.part, error, self.nbytes) from error
+
+    def finish(self, metadata: Mapping[str, object] | None = None) -> None:
+        """Check that every tensor is whole and settle the header. metadata replaces the first, at the same length.
 
         Raises ValueError where tensors are missing or the header would move them.
         """
@@ -158,25 +173,33 @@ class Writer:
             if len(header) != self._n_header:
                 raise ValueError(f"the header grew from {self._n_header} to {len(header)} bytes")
             self._pwrite(0, header)
-        try:
-            os.fsync(self._fd)
-            self.part.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise self._failed(error) from error
-        os.close(self._fd)
-        self._fd = -1
+        self.sync()
 
-    def abandon(self) -> None:
-        """Remove the unfinished file; nothing to do after commit()."""
+    def commit(self) -> None:
+        """After finish(): make the file appear under its name."""
+        try:
+            self.part.replace(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise disk_error(self.path, error, self.nbytes) from error
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
         if self._fd >= 0:
-            self.part.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+
+    def _open(self, resumed: bool) -> int:
+        try:
+            fd = os.open(self.part, os.O_RDWR | os.O_CLOEXEC | (0 if resumed else os.O_CREAT | os.O_TRUNC), 0o666)
+        except OSError as error:
+            raise OutputError(f"`{self.part}`: {error.strerror}", "choose another place with -o") from error
+        if resumed and os.fstat(fd).st_size != self.nbytes:
+            found = os.fstat(fd).st_size
+            os.close(fd)
+            raise OutputError(f"`{self.part}` has {found} bytes, it should have {self.nbytes}", RESTART_HINT)
+        return fd
 
     def _reserve(self) -> None:
         """Claim the disk now: running out after hours of work is worse than before them."""
@@ -186,7 +209,7 @@ class Writer:
                 os.posix_fallocate(self._fd, 0, self.nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot reserve
-                raise self._failed(error) from error
+                raise disk_error(self.part, error, self.nbytes) from error
 
     def _pwrite(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -195,41 +218,4 @@ class Writer:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> OutputError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return OutputError(
-                f"`{self.path}`: {error.strerror}: it takes {self.nbytes / 1e9:.2f} GB, {_free(self.path.parent)}",
-                "free some space, choose another place with -o, or a smaller --type",
-            )
-        return OutputError(f"`{self.part}`: {error.strerror}")
-
-
-def _free(folder: Path) -> str:
-    stat = os.statvfs(folder)
-    return f"{stat.f_bavail * stat.f_frsize / 1e9:.2f} GB are free there"
-
-
-def _open_locked(path: Path, part: Path) -> int:
-    if path.is_dir():
-        raise OutputError(f"`{path}` is a folder", "name the file: -o model.gguf")
-    if not path.parent.is_dir():
-        raise OutputError(f"`{path.parent}`: no such folder", f"mkdir -p {path.parent}")
-    try:
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"`{part}`: {error.strerror}", "choose another place with -o") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The one who held the lock may have renamed or removed the file between our open and our lock.
-        if not part.exists() or part.stat().st_ino != os.fstat(fd).st_ino:
-            raise BlockingIOError
-    except OSError as error:
-        os.close(fd)
-        if isinstance(error, BlockingIOError):
-            raise OutputError(
-                f"`{part}`: another run is writing this file", "wait for it, or choose another -o"
-            ) from error
-        raise OutputError(f"`{part}`: {error.strerror}") from error
-    return fd
+            raise disk_error(self.part, error, self.nbytes) from error

@@ -33,9 +33,10 @@ def read_layer(arch: Arch, checkpoint: Checkpoint, il: int) -> dict[str, np.ndar
 def write_f32(path: Path, arch: Arch, values: dict[str, np.ndarray]) -> None:
     plan = tensors.model_tensors(arch)
     keys = {"general.architecture": "deepseek2", **arch.keys()}
-    with Writer(path, keys, [(t.name, t.shape, Type.F32) for t in plan]) as writer:
+    with Writer(path, path.with_suffix(".part"), keys, [(t.name, t.shape, Type.F32) for t in plan]) as writer:
         for tensor in plan:
             writer.append(tensor.name, values[tensor.name].astype(np.float32))
+        writer.finish()
         writer.commit()
 
 

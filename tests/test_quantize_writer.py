@@ -52,9 +52,10 @@ def fill(writer: Writer) -> dict[str, np.ndarray]:
 
 def test_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    with Writer(path, METADATA, TENSORS) as writer:
+    with Writer(path, tmp_path / "part", METADATA, TENSORS) as writer:
         data = fill(writer)
         assert not path.exists()
+        writer.finish()
         writer.commit()
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     reader = gguf.GGUFReader(path)
@@ -77,36 +78,55 @@ def test_metadata_alone(tmp_path: Path) -> None:
 
 
 def test_values_that_come_later(tmp_path: Path) -> None:
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
         fill(writer)
         with pytest.raises(ValueError, match="header grew"):
-            writer.commit({**METADATA, "more": 1})
-        writer.commit({**METADATA, "usage": np.full(5, 9, np.uint32)})
+            writer.finish({**METADATA, "more": 1})
+        writer.finish({**METADATA, "usage": np.full(5, 9, np.uint32)})
+        writer.commit()
     assert cext.Gguf(tmp_path / "m.gguf").metadata["usage"] == [9] * 5
 
 
-def test_unfinished_files_are_removed(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
+def test_an_unfinished_file_is_gone_on_with(tmp_path: Path) -> None:
+    path, part = tmp_path / "m.gguf", tmp_path / "part"
     path.write_text("what was there before")
-    with pytest.raises(ZeroDivisionError), Writer(path, METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "whole.gguf", part, METADATA, TENSORS) as writer:
         fill(writer)
-        assert writer.part.exists()
+        writer.finish()
+        writer.commit()
+    with pytest.raises(ZeroDivisionError), Writer(path, part, METADATA, TENSORS) as writer:
+        data = fill(writer)
         raise ZeroDivisionError
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     assert path.read_text() == "what was there before"
+    with Writer(path, part, METADATA, TENSORS, done=["b.weight", "c.weight", "d.weight"]) as writer:
+        assert writer.n_done == sum(slot.nbytes for slot in writer.slots.values()) - writer.slots["a.weight"].nbytes
+        with pytest.raises(ValueError, match=r"1 tensors .* `a\.weight`"):
+            writer.finish()
+        writer.append("a.weight", data["a.weight"])
+        writer.finish()
+        writer.commit()
+    assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_part_of_another_length(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"GGUF")
+    with pytest.raises(OutputError, match="has 4 bytes"):
+        Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS, done=["b.weight"])
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
+        assert writer.n_done == 0
 
 
 def test_a_missing_tensor_is_not_committed(tmp_path: Path) -> None:
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
         writer.append("b.weight", np.ones(5, np.float32))
         with pytest.raises(ValueError, match=r"3 tensors .* `a\.weight`"):
-            writer.commit()
-    assert list(tmp_path.iterdir()) == []
+            writer.finish()
+    assert not (tmp_path / "m.gguf").exists()
 
 
 @pytest.mark.parametrize(("first", "then"), [(0, 6), (1, 5), (5, 1)])
 def test_writes_stay_inside_their_tensor(tmp_path: Path, first: int, then: int) -> None:
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
         writer.append("b.weight", np.ones(first, np.float32))
         with pytest.raises(ValueError, match=r"b\.weight"):
             writer.append("b.weight", np.ones(then, np.float32))
@@ -114,30 +134,15 @@ def test_writes_stay_inside_their_tensor(tmp_path: Path, first: int, then: int) 
 
 def test_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="longer than 63"):
-        Writer(tmp_path / "m.gguf", {}, [("x" * 64, (1,), Type.F32)])
+        Writer(tmp_path / "m.gguf", tmp_path / "part", {}, [("x" * 64, (1,), Type.F32)])
     with pytest.raises(ValueError, match="same name"):
-        Writer(tmp_path / "m.gguf", {}, [("x", (1,), Type.F32)] * 2)
+        Writer(tmp_path / "m.gguf", tmp_path / "part", {}, [("x", (1,), Type.F32)] * 2)
 
 
-def test_bad_places(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is a folder"):
-        Writer(tmp_path, METADATA, TENSORS)
-    with pytest.raises(OutputError, match="no such folder"):
-        Writer(tmp_path / "none" / "m.gguf", METADATA, TENSORS)
-    (tmp_path / "m.gguf.part").mkdir()
+def test_a_part_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
     with pytest.raises(OutputError, match="Is a directory"):
-        Writer(tmp_path / "m.gguf", METADATA, TENSORS)
-
-
-def test_two_runs_on_one_file(tmp_path: Path) -> None:
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS):
-        with pytest.raises(OutputError, match="another run"):
-            Writer(tmp_path / "m.gguf", METADATA, TENSORS)
-        with Writer(tmp_path / "other.gguf", METADATA, TENSORS):
-            pass
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
-        fill(writer)
-        writer.commit()
+        Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS)
 
 
 @pytest.mark.parametrize("call", [*(["posix_fallocate"] if hasattr(os, "posix_fallocate") else []), "pwrite", "fsync"])
@@ -148,11 +153,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str)
     monkeypatch.setattr(os, call, full)
     with (
         pytest.raises(OutputError, match=r"No space left on device: it takes .* GB, .* GB are free"),
-        Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer,
+        Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer,
     ):
         fill(writer)
-        writer.commit()
-    assert list(tmp_path.iterdir()) == []
+        writer.finish()
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +165,9 @@ def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
         fill(writer)
+        writer.finish()
         writer.commit()
     assert len(gguf.GGUFReader(tmp_path / "m.gguf").tensors) == len(TENSORS)
 
@@ -169,8 +175,9 @@ def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.M
 def test_short_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:7], at))
-    with Writer(tmp_path / "m.gguf", METADATA, TENSORS) as writer:
+    with Writer(tmp_path / "m.gguf", tmp_path / "part", METADATA, TENSORS) as writer:
         data = fill(writer)
+        writer.finish()
         writer.commit()
     np.testing.assert_array_equal(cext.Gguf(tmp_path / "m.gguf").raw("c.weight"), data["c.weight"])
 
@@ -182,11 +189,11 @@ def test_the_kernel_s_own_limit(tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
         "from quantize.errors import OutputError; from quantize.writer import Writer\n"
         "from gguf.constants import GGMLQuantizationType as Type\n"
-        "try: Writer(sys.argv[1], {}, [('x', (100_000,), Type.F32)])\n"
+        "try: Writer(sys.argv[1], sys.argv[1] + '.part', {}, [('x', (100_000,), Type.F32)])\n"
         "except OutputError as error: print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(tmp_path / "m.gguf")], capture_output=True, text=True, check=True
     )
     assert "File too large" in done.stdout and done.stderr == ""
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "m.gguf").exists()

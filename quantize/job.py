@@ -1,0 +1,143 @@
+"""job.py: what all stages of a run share: its options, the source, the plan of the file, the calibration, the tools."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import cext
+from quantize import arch as arch_of
+from quantize import corpus, recipe, tensors
+from quantize.arch import ARCHITECTURE, Arch
+from quantize.checkpoint import Checkpoint
+from quantize.corpus import Corpus
+from quantize.encode import Encoder
+from quantize.errors import QuantizeError
+from quantize.journal import Journal
+from quantize.meter import Meter
+from quantize.recipe import Recipe
+from quantize.tensors import Tensor
+from quantize.vocab import read_vocab
+
+F32 = NDArray[np.float32]
+
+FORMAT_VERSION = 1  # of the journal's records
+SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to quantise. The defaults are what most people want."""
+
+    type: str = "q4_k_m"  # a name of recipe.RECIPES
+    calibration: tuple[Path, ...] = ()  # text and .jsonl chat; none: the text that ships
+    max_tokens: int = 65_536  # of calibration, evenly thinned
+    importance: bool = True  # weigh the encoders' errors by the calibrated inputs
+    awq: bool = True  # search and fold activation-aware scales
+    evaluate: bool = True  # measure the file against the original on text held back from calibration
+    threads: int | None = None  # None: every core this process may use
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise QuantizeError(f"threads is {self.threads}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a weight is read."""
+
+    checkpoint: Checkpoint
+    options: Options
+    recipe: Recipe
+    arch: Arch
+    tensors: tuple[Tensor, ...]  # in the order of the file
+    left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for
+    keys: Mapping[str, Any]  # the architecture's
+    tokenizer: Mapping[str, Any]  # its keys
+    corpus: Corpus | None  # None: the bytes do not depend on calibration
+
+    @property
+    def weighted(self) -> bool:
+        """Whether importance weights will be at hand."""
+        return self.recipe.wants_calibration and self.options.importance
+
+    @cached_property
+    def layers(self) -> dict[int, tuple[Tensor, ...]]:
+        """The tensors of each layer."""
+        return {il: tuple(t for t in self.tensors if t.il == il) for il in range(self.arch.n_layer)}
+
+    @cached_property
+    def outside(self) -> dict[str, Tensor]:
+        """The tensors outside the layers, by role."""
+        return {t.role: t for t in self.tensors if t.il < 0}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bytes of the output depend on, but for the shards' contents."""
+        options = asdict(self.options)
+        for name in ("threads", "calibration"):
+            del options[name]
+        return {
+            "the source": str(self.checkpoint.path.resolve()),
+            "config.json": self.checkpoint.config,
+            "the tokenizer": hashlib.sha256(repr(self.tokenizer).encode()).hexdigest(),
+            "the calibration text": self.corpus.sha256 if self.corpus else "",
+            "dsv2 itself": _program(),
+            **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
+        }
+
+
+@cache
+def _program() -> str:
+    """Hash of this package and the engine: another version may compute other bytes."""
+    digest = hashlib.sha256(str(FORMAT_VERSION).encode())
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), Path(cext._engine.__file__)]
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Check the options, the checkpoint's headers and the calibration text. QuantizeError, of one of its kinds."""
+    chosen = recipe.find(options.type)
+    arch = arch_of.parse(checkpoint.config)
+    plan = tensors.model_tensors(arch)
+    left_out = tensors.check(arch, checkpoint, plan)
+    keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
+    tokenizer = read_vocab(checkpoint.path, arch.n_vocab).keys()
+    text = None
+    if chosen.wants_calibration and (options.importance or options.awq):
+        text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
+    return Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, text)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan under way: stages take it, and leave what they made in its journal."""
+
+    plan: Plan
+    journal: Journal
+    encoder: Encoder
+    meter: Meter
+    say: Callable[[str], None]  # a line for the person who waits
+
+    def engine(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> cext.Layer:
+        """Layer il with its original weights, whole in memory until it is closed; on_tensor before each is read."""
+        plan, weights = self.plan, {}
+        for tensor in plan.layers[il]:
+            on_tensor()
+            weights[tensor.name] = tensors.read_half(plan.arch, plan.checkpoint, tensor)
+        return cext.Layer(plan.keys, il, weights, plan.options.threads)
+
+    def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
+        """(first row, rows) of a matrix outside the layers: a vocabulary can be larger than a layer."""
+        n_rows = max(1, SLAB_VALUES // tensor.shape[1])
+        for start in range(0, tensor.shape[0], n_rows):
+            stop = min(start + n_rows, tensor.shape[0])
+            yield start, self.plan.checkpoint.read_rows(tensor.sources[0], start, stop)

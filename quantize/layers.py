@@ -1,0 +1,202 @@
+"""layers.py: the write stage. Each layer is loaded, calibrated, folded, encoded, written at its place, and dropped.
+
+A step is the embeddings, a layer, or the head. After each, its bytes are synced, the hidden states that leave it and
+what is to be reported of it go to the journal: a run that dies here goes on at the step that it died in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from quantize import recipe, report
+from quantize.awq import FoldResult, Scales, Searcher
+from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
+from quantize.errors import QuantizeError
+from quantize.evidence import Evidence, n_parts
+from quantize.job import Job
+from quantize.meter import Stage
+from quantize.report import Coverage
+from quantize.tensors import PartReader, Tensor, read
+from quantize.writer import Writer
+
+F32 = NDArray[np.float32]
+
+# Of a calibrated layer's time, for the progress bar: measured on storyteller-52m, near enough elsewhere.
+STAGE_SHARES: dict[Stage, tuple[float, float]] = {"calibrate": (0.0, 0.5), "search": (0.5, 0.3), "encode": (0.8, 0.2)}
+RECORDS = "write"  # of this stage in the journal
+RECORD = RECORDS + "/step-{}"
+STREAM = RECORDS + "/stream-{}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of one step."""
+
+    il: int  # -1: the embeddings; n_layer: the head
+    folds: tuple[FoldResult, ...]
+    coverage: Coverage | None
+    seconds: float
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Step:
+        """From the journal's record, which is asdict of this."""
+        coverage = record["coverage"]
+        return cls(
+            record["il"],
+            tuple(FoldResult(**fold) for fold in record["folds"]),
+            None if coverage is None else Coverage(coverage["il"], tuple(coverage["counts"]), coverage["few"]),
+            record["seconds"],
+        )
+
+
+def steps_done(job: Job) -> list[Step]:
+    """The steps that earlier runs finished, in order from the embeddings."""
+    if not job.journal.part.exists():
+        job.journal.drop_all(RECORDS)
+    steps: list[Step] = []
+    while (record := job.journal.get(RECORD.format(len(steps) - 1))) is not None:
+        steps.append(Step.of(record))
+    return steps
+
+
+def tensors_of(job: Job, il: int) -> tuple[Tensor, ...]:
+    """The tensors that step il writes."""
+    plan = job.plan
+    if 0 <= il < plan.arch.n_layer:
+        return plan.layers[il]
+    roles = ("token_embd",) if il < 0 else ("output_norm", "output")
+    return tuple(plan.outside[role] for role in roles if role in plan.outside)
+
+
+class WriteStage:
+    """Writes every tensor in its settled type. types: by tensor name."""
+
+    def __init__(self, job: Job, types: Mapping[str, Type], writer: Writer, done: list[Step]) -> None:
+        self.job, self.plan, self.arch = job, job.plan, job.plan.arch
+        self.types, self.writer = types, writer
+        self.steps = done
+        self.stream: Stream | None = None
+        self._folds: list[FoldResult] = []
+        self._coverage: Coverage | None = None
+        self._nbytes = {t.name: recipe.nbytes(t, types[t.name]) for t in self.plan.tensors}
+
+    def run(self) -> list[Step]:
+        """The steps that are left; returns all of them."""
+        meter = self.job.meter
+        meter.bytes_total = sum(self._nbytes.values())
+        meter.bytes_written = self.writer.n_done
+        meter.begin("write", meter.bytes_written / meter.bytes_total)
+        last = len(self.steps) - 2  # steps are numbered from -1
+        if last >= 0 and self.plan.corpus is not None and last < self.arch.n_layer:
+            arrays = self.job.journal.get_arrays(STREAM.format(last))
+            assert arrays is not None, "a step's stream is recorded before the step"
+            self.stream = Stream(self.arch, arrays["x"])
+        for il in range(last + 1, self.arch.n_layer + 1):
+            self._step(il)
+        return self.steps
+
+    def _step(self, il: int) -> None:
+        started = time.monotonic()
+        self._folds, self._coverage = [], None
+        if il < 0:
+            self._embed(self.plan.outside["token_embd"])
+        elif il < self.arch.n_layer:
+            self._layer(il)
+        else:
+            self._head()
+        step = Step(il, tuple(self._folds), self._coverage, time.monotonic() - started)
+        self.writer.sync()
+        journal = self.job.journal
+        if self.stream is not None and il < self.arch.n_layer:
+            journal.put_arrays(STREAM.format(il), {"x": self.stream.x})
+        journal.put(RECORD.format(il), asdict(step))
+        journal.drop(STREAM.format(il - 1))
+        self.steps.append(step)
+
+    def _embed(self, tensor: Tensor) -> None:
+        """Encode the embeddings, and start the calibration stream with those of its tokens."""
+        text = self.plan.corpus
+        ids = text.windows.reshape(-1) if text else np.zeros(0, np.int32)
+        x = np.empty((len(ids), self.arch.n_embd), np.float32)
+        for start, values in self.job.slabs(tensor):
+            mine = (ids >= start) & (ids < start + len(values))
+            x[mine] = values[ids[mine] - start]
+            self._write(tensor, values, None)
+        if text is not None:
+            self.stream = Stream(self.arch, x)
+
+    def _layer(self, il: int) -> None:
+        layer = self.plan.layers[il]
+        by_role = {t.role: t for t in layer}
+        read_part = PartReader(self.arch, self.plan.checkpoint)
+        evidence, scales = None, Scales()
+        if self.stream is not None:
+            stats = self._calibrate(self.stream, il)
+            evidence = Evidence(self.arch, by_role, stats, read_part, self.plan.options.importance)
+            if self.plan.options.awq:
+                types = {t.role: self.types[t.name] for t in layer}
+                searcher = Searcher(evidence, types, read_part, self.job.encoder)
+                scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
+                self._folds += results
+        encoded, nbytes = 0, self._bytes_of(il)
+        for tensor in layer:
+            for part in range(n_parts(tensor)):
+                self._tell("encode", il, encoded / nbytes, evidence is not None)
+                weights = None
+                if evidence is not None and recipe.is_matrix(tensor):
+                    weights = scales.importance(tensor.role, part, evidence.importance(tensor.role, part))
+                values = scales.apply(tensor.role, part, read_part(tensor, part))
+                encoded += self._write(tensor, values, weights)
+
+    def _calibrate(self, stream: Stream, il: int) -> LayerStats:
+        """Run the stream through the layer's original weights; they are dropped on return."""
+        with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
+            stats = stream.advance(engine, il, lambda f: self._tell("calibrate", il, f))
+        if stats.routed is not None:
+            self._coverage = report.coverage_of(il, stats.routed.counts, FEW_TOKENS)
+        return stats
+
+    def _head(self) -> None:
+        outside = self.plan.outside
+        norm = read(self.arch, self.plan.checkpoint, outside["output_norm"])
+        self._write(outside["output_norm"], norm, None)
+        if "output" not in outside:
+            return
+        weights = None
+        if self.stream is not None and self.plan.options.importance:
+            weights = self.stream.final_inputs(norm).mean_square
+        for _, values in self.job.slabs(outside["output"]):
+            self._write(outside["output"], values, weights)
+
+    def _write(self, tensor: Tensor, values: F32, importance: F32 | None) -> int:
+        """Encode the next rows of a tensor and put them after those before; returns their bytes."""
+        try:
+            data = self.job.encoder.encode(values, self.types[tensor.name], importance)
+        except QuantizeError as error:
+            raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
+        self.writer.append(tensor.name, data)
+        self.job.meter.wrote(data.nbytes, values.size)
+        if tensor.il < 0:
+            self.job.meter.tell("encode", -1, self._within(0))
+        return data.nbytes
+
+    def _bytes_of(self, il: int) -> int:
+        return sum(self._nbytes[t.name] for t in tensors_of(self.job, il))
+
+    def _within(self, il: int) -> float:
+        """How far the phase is where layer il begins."""
+        before = sum(self._bytes_of(i) for i in range(-1, il))
+        return before / self.job.meter.bytes_total
+
+    def _tell(self, stage: Stage, il: int, fraction: float, calibrated: bool = True) -> None:
+        """fraction: of this stage of layer il."""
+        begin, length = STAGE_SHARES[stage] if calibrated else (0.0, 1.0)
+        share = self._bytes_of(il) / self.job.meter.bytes_total
+        self.job.meter.tell(stage, il, self._within(il) + share * (begin + length * fraction), share)
