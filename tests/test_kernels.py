@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, block_size, random_blocks, with_halves
+from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, with_halves
 from support.kernels import (
     SENTINEL,
     U,
@@ -77,11 +77,11 @@ def test_mul_every_shape(name: str, isa: str) -> None:
 
 
 def integer_blocks(name: str, fill: int | None, rng: np.random.Generator, n_rows: int, k: int) -> np.ndarray:
-    """Weights that are whole numbers: scales of 1, minimums of 1; the codes random or all one byte."""
+    """Weights that are whole numbers: scales and minimums of 1 (or WHOLE); the codes random or all one byte."""
     w = random_blocks(name, n_rows, k, rng)
     if fill is not None:
         w[:] = fill
-    return with_halves(name, w, *(1.0, 1.0)[: len(HALVES[name])])
+    return with_halves(name, w, *[WHOLE.get(name, 1.0)] * len(HALVES[name]))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -20,6 +20,7 @@ typedef enum code_range {
     CODES_4,      /* 0..15 */
     CODES_5,      /* 0..31 */
     CODES_6,      /* 0..63 */
+    CODES_7,      /* 0..127 */
     CODES_SIGNED, /* -128..127 */
 } code_range;
 

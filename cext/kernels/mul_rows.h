@@ -169,6 +169,58 @@ DS_INLINE void row_group_IQ4_XS(const void *block, row_group *g) {
     for (int j = 0; j < 4; j++) g->q[j] = v64_lookup(iq4_codes, v64_nibbles2(b->qs + 32 * j, b->qs + 32 * j + 16));
 }
 
+/* ---- Grid formats ---- */
+
+/* (2 sc + 1) unit, for the scales in the top four bits of dwords. */
+DS_INLINE f8 row_tail_scales(v32 tails, float unit) { return f8_fma(f8_dwords(v32_shr(tails, 28)), f8_set(2.0f * unit), f8_set(unit)); }
+
+DS_INLINE void row_group_IQ2_XXS(const void *block, row_group *g) {
+    const ds_block_IQ2_XXS *b = block;
+    const v32 tails = v32_dwords(b->sub, true);
+    const f8 scale = row_tail_scales(tails, f32_of_f16(b->d) / 8.0f);
+    g->scales = row_scales_32(scale, scale);
+    const w32 index = w32_bytes(v32_dwords(b->sub, false));
+    v64_grid8(grid_IQ2_XXS, 256, &index, v32_even(v32_sevens(tails)), g->q);
+}
+
+DS_INLINE void row_group_IQ2_XS(const void *block, row_group *g) {
+    const ds_block_IQ2_XS *b = block;
+    const float d = f32_of_f16(b->d) / 8.0f;
+    const v16 sc = v16_odd_nibbles(b->scales);
+    g->scales = row_scales_16(sc, d, sc, d);
+    const w32 index = w32_nines(b->qs);
+    v64_grid8(grid_IQ2_XS, 512, &index, v32_even(v32_top_sevens(b->qs)), g->q);
+}
+
+DS_INLINE void row_group_IQ2_S(const void *block, row_group *g) {
+    const ds_block_IQ2_S *b = block;
+    const float d = f32_of_f16(b->d) / 8.0f;
+    const v16 sc = v16_odd_nibbles(b->scales);
+    g->scales = row_scales_16(sc, d, sc, d);
+    const w32 index = w32_tens(b->qs, b->qh);
+    v64_grid8(grid_IQ2_S, 1024, &index, v32_load(b->signs), g->q);
+}
+
+DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
+    const ds_block_IQ3_XXS *b = block;
+    const v32 tails = v32_load(b->tail);
+    const f8 scale = row_tail_scales(tails, f32_of_f16(b->d) / 4.0f);
+    g->scales = row_scales_32(scale, scale);
+    const w32 index[2] = {w32_bytes(v32_load(b->qs)), w32_bytes(v32_load(b->qs + 32))};
+    v64_grid4(grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index, v32_even(v32_sevens(tails)), g->q);
+}
+
+DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
+    const ds_block_IQ3_S *b = block;
+    const float d = f32_of_f16(b->d);
+    uint32_t packed;
+    memcpy(&packed, b->scales, sizeof packed);
+    const f8 scale = f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d));
+    g->scales = row_scales_32(scale, scale);
+    const w32 index[2] = {w32_with_bits(b->qs, b->qh), w32_with_bits(b->qs + 32, b->qh + 4)};
+    v64_grid4(grid_IQ3_S, 512, grid_values_IQ3_S, index, v32_load(b->signs), g->q);
+}
+
 /* ---- The product ---- */
 
 DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
@@ -223,3 +275,8 @@ MUL_ROWS(Q5_K, .min_factor = 1)
 MUL_ROWS(Q6_K, .per_16 = true, .min_factor = 32)
 MUL_ROWS(IQ4_NL, .is_signed = true)
 MUL_ROWS(IQ4_XS, .is_signed = true)
+MUL_ROWS(IQ2_XXS, .is_signed = true)
+MUL_ROWS(IQ2_XS, .is_signed = true, .per_16 = true)
+MUL_ROWS(IQ2_S, .is_signed = true, .per_16 = true)
+MUL_ROWS(IQ3_XXS, .is_signed = true)
+MUL_ROWS(IQ3_S, .is_signed = true)

@@ -151,3 +151,4 @@ DS_INLINE void vf_transpose(vf v[8]) {
 #endif
 
 #include "kernels/simd_x86_int.h"
+#include "kernels/simd_x86_grid.h"

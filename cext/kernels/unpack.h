@@ -259,3 +259,38 @@ DS_INLINE void unpack_IQ4_XS(const unpacker *u) {
         }
     }
 }
+
+/* ---- Grid formats: decoded along rows, then turned ---- */
+
+/* Codes plus 2^offset_log2 without a sign, for ISAs that use signed codes as they are (DS_CODE_BIAS of 0). */
+DS_INLINE void unpack_rows(const unpacker *u, row_group_fn group, int n_scales, int offset_log2) {
+    DS_ALIGNED uint8_t q[DS_LANES][ACT_GROUP], scale[DS_LANES][16 * sizeof(float)];
+    const uint8_t *rows[DS_LANES], *scales[DS_LANES];
+    for (int r = 0; r < DS_LANES; r++) {
+        row_group g;
+        group(u->rows[r], &g);
+        DS_UNROLL
+        for (int j = 0; j < 4; j++) v64_store(q[r] + 64 * j, g.q[j]);
+        row_scales_store(&g.scales, (float *)(void *)scale[r]);
+        rows[r] = q[r];
+        scales[r] = scale[r];
+    }
+    for (int i0 = 0; i0 < n_scales; i0 += DS_LANES) {
+        vi turned[DS_LANES];
+        vi_columns(scales, sizeof(float) * (size_t)i0, turned);
+        for (int i = 0; i < DS_LANES && i0 + i < n_scales; i++) put_scale(u, i0 + i, vi_as_float(turned[i]));
+    }
+    const vi offset = vi_set(DS_CODE_BIAS ? 0 : DS_BYTES(1 << offset_log2));
+    for (int i0 = 0; i0 < ACT_GROUP / 4; i0 += DS_LANES) {
+        vi turned[DS_LANES];
+        vi_columns(rows, 4 * (size_t)i0, turned);
+        DS_UNROLL
+        for (int i = 0; i < DS_LANES; i++) put_codes(u, i0 + i, vi_add8(turned[i], offset));
+    }
+}
+
+DS_INLINE void unpack_IQ2_XXS(const unpacker *u) { unpack_rows(u, row_group_IQ2_XXS, 8, 6); }
+DS_INLINE void unpack_IQ2_XS(const unpacker *u) { unpack_rows(u, row_group_IQ2_XS, 16, 6); }
+DS_INLINE void unpack_IQ2_S(const unpacker *u) { unpack_rows(u, row_group_IQ2_S, 16, 6); }
+DS_INLINE void unpack_IQ3_XXS(const unpacker *u) { unpack_rows(u, row_group_IQ3_XXS, 8, 6); }
+DS_INLINE void unpack_IQ3_S(const unpacker *u) { unpack_rows(u, row_group_IQ3_S, 8, 4); }

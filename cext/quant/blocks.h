@@ -43,6 +43,16 @@ typedef DS_PACKED { uint8_t ql[128], qh[64]; int8_t scales[16]; uint16_t d; } ds
 typedef DS_PACKED { uint16_t d; uint8_t qs[16]; } ds_block_IQ4_NL;
 typedef DS_PACKED { uint16_t d, scales_h; uint8_t scales_l[4], qs[128]; } ds_block_IQ4_XS;
 
+/* Entries of a grid (grids.h) with signs: w = d (2 sc + 1) v / 8 in IQ2, / 4 in IQ3_XXS, / 1 in IQ3_S; sc of 4 bits.
+ * XXS: of each 32 values, four times 7 sign bits and sc in the top of a dword (tail); the eighth value's sign makes their
+ * number even. XS: an index of 9 bits and 7 sign bits in a word of qs, two sc for each 32 values in a byte, low half first.
+ * S: a byte of signs for each 8 values; the upper bits of indices in qh, lowest first, a byte of it for each 32 values. */
+typedef DS_PACKED { uint16_t d; DS_PACKED { uint8_t qs[4]; uint32_t tail; } sub[8]; } ds_block_IQ2_XXS;
+typedef DS_PACKED { uint16_t d, qs[32]; uint8_t scales[8]; } ds_block_IQ2_XS;
+typedef DS_PACKED { uint16_t d; uint8_t qs[32], signs[32], qh[8], scales[8]; } ds_block_IQ2_S;
+typedef DS_PACKED { uint16_t d; uint8_t qs[64]; uint32_t tail[8]; } ds_block_IQ3_XXS;
+typedef DS_PACKED { uint16_t d; uint8_t qs[64], qh[8], signs[32], scales[4]; } ds_block_IQ3_S;
+
 #define DS_FORMAT(id, name, gguf, elements, bytes, act) \
     static_assert(sizeof(ds_block_##id) == (bytes), name ": the block struct differs from formats.def");
 #include "quant/formats.def"

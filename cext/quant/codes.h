@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "quant/blocks.h"
+#include "quant/grids.h"
 #include "quant/quant.h"
 
 typedef struct ds_codes {
@@ -159,6 +160,78 @@ static inline void ds_codes_IQ4_XS(const ds_block_IQ4_XS *b, ds_codes *c) {
     }
 }
 
+/* The 8 signs that 7 bits stand for: the last makes their number even. */
+static inline unsigned ds_signs_7(unsigned seven) {
+    unsigned parity = seven ^ seven >> 4;
+    parity ^= parity >> 2;
+    return seven | ((parity ^ parity >> 1) & 1) << 7;
+}
+
+/* Entries of 8 and of 4 values, with a byte of signs, or its lower or upper half. */
+static inline void ds_codes_grid8(uint16_t entry, unsigned signs, int8_t q[8]) {
+    for (int i = 0; i < 8; i++) {
+        const int8_t v = ds_grid_values_iq2[DS_GRID_PLACE_IQ2(entry, i)];
+        q[i] = signs >> i & 1 ? -v : v;
+    }
+}
+
+static inline void ds_codes_grid4(uint16_t entry, unsigned signs, const int8_t values[8], int8_t q[4]) {
+    for (int i = 0; i < 4; i++) {
+        const int8_t v = values[DS_GRID_PLACE_IQ3(entry, i)];
+        q[i] = signs >> i & 1 ? -v : v;
+    }
+}
+
+static inline void ds_codes_IQ2_XXS(const ds_block_IQ2_XXS *b, ds_codes *c) {
+    const float d = ds_f16_to_f32(b->d) / 8.0f;
+    for (int j = 0; j < 8; j++) {
+        const uint32_t tail = b->sub[j].tail;
+        ds_codes_set_scale(c, j, d * (float)(2 * (tail >> 28) + 1), 0.0f);
+        for (int l = 0; l < 4; l++)
+            ds_codes_grid8(ds_grid_iq2_xxs[b->sub[j].qs[l]], ds_signs_7(tail >> 7 * l & 127), c->q + 32 * j + 8 * l);
+    }
+}
+
+/* Two scales of four bits for each 32 values. */
+static inline void ds_codes_scales_iq2(uint16_t half, const uint8_t scales[8], ds_codes *c) {
+    const float d = ds_f16_to_f32(half) / 8.0f;
+    for (int i = 0; i < 16; i++) {
+        c->scale[i] = d * (float)(2 * (scales[i / 2] >> 4 * (i % 2) & 15) + 1);
+        c->min[i] = 0.0f;
+    }
+}
+
+static inline void ds_codes_IQ2_XS(const ds_block_IQ2_XS *b, ds_codes *c) {
+    ds_codes_scales_iq2(b->d, b->scales, c);
+    for (int i = 0; i < 32; i++)
+        ds_codes_grid8(ds_grid_iq2_xs[b->qs[i] & 511], ds_signs_7(b->qs[i] >> 9), c->q + 8 * i);
+}
+
+static inline void ds_codes_IQ2_S(const ds_block_IQ2_S *b, ds_codes *c) {
+    ds_codes_scales_iq2(b->d, b->scales, c);
+    for (int i = 0; i < 32; i++)
+        ds_codes_grid8(ds_grid_iq2_s[b->qs[i] | (b->qh[i / 4] >> 2 * (i % 4) & 3) << 8], b->signs[i], c->q + 8 * i);
+}
+
+static inline void ds_codes_IQ3_XXS(const ds_block_IQ3_XXS *b, ds_codes *c) {
+    const float d = ds_f16_to_f32(b->d) / 4.0f;
+    for (int j = 0; j < 8; j++) ds_codes_set_scale(c, j, d * (float)(2 * (b->tail[j] >> 28) + 1), 0.0f);
+    for (int i = 0; i < 64; i++) {
+        const unsigned signs = ds_signs_7(b->tail[i / 8] >> 7 * (i / 2 % 4) & 127) >> 4 * (i % 2);
+        ds_codes_grid4(ds_grid_iq3_xxs[b->qs[i]], signs, ds_grid_values_iq3_xxs, c->q + 4 * i);
+    }
+}
+
+static inline void ds_codes_IQ3_S(const ds_block_IQ3_S *b, ds_codes *c) {
+    const float d = ds_f16_to_f32(b->d);
+    for (int j = 0; j < 8; j++) ds_codes_set_scale(c, j, d * (float)(2 * (b->scales[j / 2] >> 4 * (j % 2) & 15) + 1), 0.0f);
+    for (int i = 0; i < 64; i++) {
+        const int index = b->qs[i] | (b->qh[i / 8] >> i % 8 & 1) << 8;
+        ds_codes_grid4(ds_grid_iq3_s[index], b->signs[i / 2] >> 4 * (i % 2), ds_grid_values_iq3_s, c->q + 4 * i);
+    }
+}
+
 /* The formats that have codes, for tables: X(id). F32, F16 and BF16 have none. */
 #define DS_CODED_FORMATS(X) \
-    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)
+    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) \
+    X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S)

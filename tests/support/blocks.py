@@ -16,11 +16,16 @@ Floats = NDArray[np.float32]
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 CODED_FORMATS = (
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
 )  # fmt: skip
+GRID_FORMATS = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")  # signed entries of a grid: no offset or minimum
+# What a block's scale must be for whole weights, where 1 does not do it.
+WHOLE = {"iq2_xxs": 8.0, "iq2_xs": 8.0, "iq2_s": 8.0, "iq3_xxs": 4.0}
 # Where the halves (scale, then minimum) stand in a block, and which bytes hold the quants.
 HALVES = {
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "q2_k": (80, 82), "q3_k": (108,),
     "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,),
+    "iq2_xxs": (0,), "iq2_xs": (0,), "iq2_s": (0,), "iq3_xxs": (0,), "iq3_s": (0,),
 }  # fmt: skip
 QUANTS = {
     "q4_0": (2, 18), "q4_1": (4, 20), "q5_0": (2, 22), "q5_1": (4, 24), "q8_0": (2, 34), "q2_k": (16, 80),
@@ -47,7 +52,7 @@ def _libggml() -> ctypes.CDLL:
 
 
 def ggml_encode(name: str, x: Floats) -> Bytes:
-    """Rows (n, k) encoded by ggml, as (n, row bytes)."""
+    """Rows (n, k) encoded by ggml, as (n, row bytes); every column weighs the same."""
     x = np.ascontiguousarray(x, np.float32)
     n_rows, k = x.shape
     elements, nbytes = block_size(name)
@@ -55,7 +60,9 @@ def ggml_encode(name: str, x: Floats) -> Bytes:
     encode = _libggml().ggml_quantize_chunk
     encode.restype = ctypes.c_size_t
     encode.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
-    written = encode(int(type_of(name)), x.ctypes.data, out.ctypes.data, 0, n_rows, k, None)
+    importance = np.ones(k, np.float32)
+    ones = importance.ctypes.data if name.startswith(("iq2", "iq3")) else None  # some of these refuse to do without
+    written = encode(int(type_of(name)), x.ctypes.data, out.ctypes.data, 0, n_rows, k, ones)
     assert written == out.nbytes
     return out
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from support.blocks import CODED_FORMATS, block_size, without_quants
+from support.blocks import CODED_FORMATS, GRID_FORMATS, block_size, without_quants
 
 from cext import _engine
 
@@ -71,7 +71,10 @@ def quantize_activations(x: Floats) -> tuple[NDArray[np.int32], Floats]:
 
 def weight_magnitudes(name: str, w: Bytes) -> Doubles:
     """|quant's part| + |offset's or minimum's part| of each weight: a kernel may sum the two separately."""
-    weights, offset = decode(name, w), decode(name, without_quants(name, w))
+    weights = decode(name, w)
+    if name in GRID_FORMATS:
+        return np.abs(weights)
+    offset = decode(name, without_quants(name, w))
     return np.abs(weights - offset) + np.abs(offset)
 
 
