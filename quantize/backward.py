@@ -1,14 +1,16 @@
-"""backward.py: the gradient of a loss through one decoder block, with respect to activations, in numpy.
+"""backward.py: gradients through one decoder block, with respect to activations, in numpy.
 
-Given the block's input x and the loss's gradient dy at its output, ``Block.backward`` runs the block forward again and
-then backwards, hands every matrix's (inputs, gradient at its outputs) to a visitor and returns the gradient at x. No
-gradient of a weight is ever formed: sensitivity.py needs only what meets at a matrix. Routing is taken as it falls: the
-gradient goes through the chosen experts' weights, not through the choice. Equations: DeepSeek-V2 (arXiv 2405.04434).
+Given the block's input x and gradients dy at its output, ``Block.backward`` runs the block forward again and then
+backwards, hands every matrix's (inputs, gradients at its outputs) to a visitor and returns the gradients at x. No
+gradient of a weight is ever formed: sensitivity.py needs only what meets at a matrix. dy stacks the gradients of
+several scalars over the same tokens, (n_grad, m, n_embd), which share the forward pass. A gradient goes through the
+chosen experts' weights; what the choice itself is worth, a caller adds through on_route. Equations: DeepSeek-V2
+(arXiv 2405.04434).
 
-Memory, float32, for N survey tokens: a few (N, n_embd) arrays; queries, heads and their gradients once each, and one
-head's scores or one expert's matrices at a time. For 236B (n_embd 5120, 128 heads of 192, 160 experts of 1536, dense
-width 12288) and N = 8192: 5 x 168 MB of hidden states, 0.8 GB of queries, 2 x 0.5 GB of heads, 8 MB x 5 of scores a
-window and 94 MB of an expert's weights: 3.2 GB. The dense layer: 3 x 252 MB of weights and 5 x 403 MB of hidden: 3.4 GB.
+Memory, float32, for m tokens and 2 gradients: (m, n_embd) nine times; queries, heads and their gradients; one head's
+scores or one expert's matrices at a time. 236B (n_embd 5120, 128 heads of 192, dense width 12288), m = 8192: 1.5 GB of
+hidden states, 2.4 GB of queries, 1.6 GB of heads, a head's scores and an expert's matrices 0.1 GB: under 6 GB. In the
+dense layer 0.8 GB of weights and 9 x 0.4 GB of hidden: the same. Half of it with half the tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from quantize.arch import Arch
 
 Floats = NDArray[np.floating[Any]]  # float32 in use; float64 where tests want its precision
 ReadWeight = Callable[[str, int], Floats]  # (role, part) -> a matrix (n_row, n), a norm (n,); part: expert or head
-# (role, part, weights (n_row, n), inputs (m, n), gradient (m, n_row)): output = inputs @ weights.T. k_b and v_b by head.
+# (role, part, weights (n_row, n), inputs (m, n), gradients (n_grad, m, n_row)): output = inputs @ weights.T
 Visit = Callable[[str, int, Floats, Floats, Floats], None]
 
 
@@ -34,6 +36,11 @@ class Routing(NamedTuple):
     experts: NDArray[np.intp]  # (m, n_used)
     weights: Floats  # (m, n_used)
     scores: Floats  # (m, n_expert), before normalisation
+    choice: Floats  # (m, n_expert) what the experts are ranked by, -inf outside the chosen groups
+
+
+# (routing, logits (m, n_expert), gradients at the chosen weights (n_grad, m, n_used)) -> more gradients at the logits
+OnRoute = Callable[[Routing, Floats, Floats], Floats]
 
 
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -81,18 +88,18 @@ def route(arch: Arch, logits: Floats, bias: Floats | None) -> Routing:
     weights = np.take_along_axis(scores, experts, -1)
     if arch.expert_norm:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(experts, weights * scores.dtype.type(arch.expert_scale), scores)
+    return Routing(experts, weights * scores.dtype.type(arch.expert_scale), scores, choice)
 
 
 def route_backward(arch: Arch, routing: Routing, dweights: Floats) -> Floats:
-    """The gradient at the logits (m, n_expert) from that at the chosen weights (m, n_used)."""
+    """The gradients at the logits (n_grad, m, n_expert) from those at the chosen weights (n_grad, m, n_used)."""
     chosen = np.take_along_axis(routing.scores, routing.experts, -1)
     dchosen = dweights * arch.expert_scale
     if arch.expert_norm:
         total = chosen.sum(-1, keepdims=True) + 1e-20
         dchosen = (dchosen - (dchosen * chosen).sum(-1, keepdims=True) / total) / total
-    dscores = np.zeros_like(routing.scores)
-    np.put_along_axis(dscores, routing.experts, dchosen, -1)
+    dscores = np.zeros((len(dweights), *routing.scores.shape), dweights.dtype)
+    np.put_along_axis(dscores, np.broadcast_to(routing.experts, dchosen.shape), dchosen, -1)
     if arch.gating == "sigmoid":
         return dscores * routing.scores * (1 - routing.scores)
     out: Floats = routing.scores * (dscores - (dscores * routing.scores).sum(-1, keepdims=True))
@@ -151,26 +158,29 @@ class _Head(NamedTuple):
 class Block:
     """One decoder block over n_seq windows of equal length. read gives its weights, a part at a time."""
 
-    def __init__(self, arch: Arch, il: int, read: ReadWeight, n_seq: int) -> None:
-        self.arch, self.il, self.read, self.n_seq = arch, il, read, n_seq
+    def __init__(self, arch: Arch, il: int, read: ReadWeight, n_seq: int, on_route: OnRoute | None = None) -> None:
+        self.arch, self.il, self.read, self.n_seq, self.on_route = arch, il, read, n_seq, on_route
 
     def backward(self, x: Floats, dy: Floats, visit: Visit) -> Floats:
-        """The gradient at x (n_seq * n_tok, n_embd) from dy at the block's output; every matrix is visited."""
+        """The gradients at x (m = n_seq * n_tok, n_embd) from dy (n_grad, m, n_embd) at the block's output.
+
+        Every matrix but the router is visited, k_b and v_b head by head, experts one by one if any token chose them.
+        """
         arch = self.arch
         shared = self._project(x)
         rotary = Rotary(arch, len(x) // self.n_seq, x.dtype)
         heads = np.empty((len(x), arch.n_head, arch.v_dim), x.dtype)
         for i in range(arch.n_head):
             heads[:, i] = self._head(shared, rotary, i).out.reshape(len(x), -1)
-        heads = heads.reshape(len(x), -1)
+        joined = heads.reshape(len(x), -1)
         output = self.read("attn_output", 0)
-        middle = x + heads @ output.T
+        middle = x + joined @ output.T
         ffn_norm = self.read("ffn_norm", 0)
         h = norm(middle, ffn_norm, arch.rms_eps)
         dh = self._dense(h, dy, visit) if arch.is_dense(self.il) else self._experts(h, dy, visit)
         dmiddle = dy + norm_backward(middle, ffn_norm, arch.rms_eps, dh)
-        visit("attn_output", 0, output, heads, dmiddle)
-        dheads = (dmiddle @ output).reshape(len(x), arch.n_head, arch.v_dim)
+        visit("attn_output", 0, output, joined, dmiddle)
+        dheads = (dmiddle @ output).reshape(*dy.shape[:2], arch.n_head, arch.v_dim)
         dh = self._attention_backward(shared, rotary, dheads, visit)
         return dmiddle + norm_backward(x, self.read("attn_norm", 0), arch.rms_eps, dh)
 
@@ -191,8 +201,8 @@ class Block:
         return _Heads(h, q_latent, q.reshape(len(x), arch.n_head, -1), kv, c, k_pe)
 
     def _windows(self, x: Floats) -> Floats:
-        """(m, n) -> (n_seq, n_tok, n)."""
-        return x.reshape(self.n_seq, -1, x.shape[-1])
+        """(..., m, n) -> (..., n_seq, n_tok, n)."""
+        return x.reshape(*x.shape[:-2], self.n_seq, -1, x.shape[-1])
 
     def _head(self, shared: _Heads, rotary: Rotary, i: int) -> _Head:
         """Attention of head i, keys and values expanded from the latent: (10), (11), (16) to (18)."""
@@ -211,39 +221,40 @@ class Block:
         return _Head(q_nope, q_pe, k_nope, v, probs, probs @ v)
 
     def _attention_backward(self, shared: _Heads, rotary: Rotary, dheads: Floats, visit: Visit) -> Floats:
-        """The gradient at the normed input from dheads (m, n_head, v_dim). shared.q becomes its own gradient."""
-        arch, m = self.arch, len(shared.h)
-        dc, dk_pe = np.zeros_like(shared.c), np.zeros_like(shared.k_pe)
+        """The gradients at the normed input from dheads (n_grad, m, n_head, v_dim)."""
+        arch, (n_grad, m) = self.arch, dheads.shape[:2]
+        flat = (n_grad, m, -1)
+        dc = np.zeros((n_grad, *shared.c.shape), dheads.dtype)
+        dk_pe = np.zeros((n_grad, *shared.k_pe.shape), dheads.dtype)
+        dq = np.empty((n_grad, *shared.q.shape), dheads.dtype)
         for i in range(arch.n_head):
             head = self._head(shared, rotary, i)
-            dout = self._windows(dheads[:, i])
-            dv = head.probs.swapaxes(1, 2) @ dout
-            dscores = dout @ head.v.swapaxes(1, 2)
+            k_b, v_b = self.read("attn_k_b", i), self.read("attn_v_b", i)
+            dout = self._windows(dheads[:, :, i])
+            dv = head.probs.swapaxes(-1, -2) @ dout
+            dscores = dout @ head.v.swapaxes(-1, -2)
             dscores -= (dout * head.out).sum(-1, keepdims=True)
             dscores *= head.probs
             dscores *= dscores.dtype.type(rotary.scale)
-            dk_nope = dscores.swapaxes(1, 2) @ head.q_nope
-            dk_pe += dscores.swapaxes(1, 2) @ head.q_pe
-            k_b, v_b = self.read("attn_k_b", i), self.read("attn_v_b", i)
+            dk_nope = dscores.swapaxes(-1, -2) @ head.q_nope
+            dk_pe += dscores.swapaxes(-1, -2) @ head.q_pe
             dc += dk_nope @ k_b.T + dv @ v_b
-            # score = (W_uk q_nope) . c: to k_b's rows the latents are what the outputs meet.
-            visit("attn_k_b", i, k_b, head.q_nope.reshape(m, -1), (dscores @ shared.c).reshape(m, -1))
-            visit("attn_v_b", i, v_b, shared.c.reshape(m, -1), dv.reshape(m, -1))
-            dq = self._windows(shared.q[:, i])
-            dq[..., : arch.nope] = dscores @ head.k_nope
-            dq[..., arch.nope :] = rotary.turn(dscores @ shared.k_pe, back=True)
-            shared.q[:, i] = dq.reshape(m, -1)
-        dkv = np.empty_like(shared.kv)
-        dkv[:, : arch.kv_lora_rank] = norm_backward(
-            shared.kv[:, : arch.kv_lora_rank], self.read("attn_kv_a_norm", 0), arch.rms_eps, dc.reshape(m, -1)
+            # Both as the absorbed form has them, by query: score = (W_uk q_nope) . c, head = W_uv (probs c).
+            visit("attn_k_b", i, k_b, head.q_nope.reshape(m, -1), (dscores @ shared.c).reshape(flat))
+            visit("attn_v_b", i, v_b, (head.probs @ shared.c).reshape(m, -1), dout.reshape(flat))
+            dq[:, :, i, : arch.nope] = (dscores @ head.k_nope).reshape(flat)
+            dq[:, :, i, arch.nope :] = rotary.turn(dscores @ shared.k_pe, back=True).reshape(flat)
+        dkv = np.empty((n_grad, *shared.kv.shape), dheads.dtype)
+        dkv[..., : arch.kv_lora_rank] = norm_backward(
+            shared.kv[:, : arch.kv_lora_rank], self.read("attn_kv_a_norm", 0), arch.rms_eps, dc.reshape(flat)
         )
-        dkv[:, arch.kv_lora_rank :] = rotary.turn(dk_pe, back=True).reshape(m, -1)
+        dkv[..., arch.kv_lora_rank :] = rotary.turn(dk_pe, back=True).reshape(flat)
         kv_a = self.read("attn_kv_a_mqa", 0)
         visit("attn_kv_a_mqa", 0, kv_a, shared.h, dkv)
-        return dkv @ kv_a + self._queries_backward(shared, visit)
+        dh: Floats = dkv @ kv_a + self._queries_backward(shared, dq.reshape(flat), visit)
+        return dh
 
-    def _queries_backward(self, shared: _Heads, visit: Visit) -> Floats:
-        dq = shared.q.reshape(len(shared.q), -1)
+    def _queries_backward(self, shared: _Heads, dq: Floats, visit: Visit) -> Floats:
         if shared.q_latent is None:
             q = self.read("attn_q", 0)
             visit("attn_q", 0, q, shared.h, dq)
@@ -262,19 +273,23 @@ class Block:
         arch = self.arch
         router = self.read("ffn_gate_inp", 0)
         bias = self.read("exp_probs_b", 0) if arch.has_router_bias else None
-        routing = route(arch, h @ router.T, bias)
-        dh = np.zeros_like(h)
-        dweights = np.zeros_like(routing.weights)
+        logits = h @ router.T
+        routing = route(arch, logits, bias)
+        dh = np.zeros_like(dy)
+        dweights = np.zeros((len(dy), *routing.weights.shape), dy.dtype)
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
         for e in range(arch.n_expert):
             token, slot = np.nonzero(routing.experts == e)
             if len(token):
-                mine = self._gated(roles, e, h[token], dy[token], routing.weights[token, slot], visit)
-                dh[token] += mine[0]
-                dweights[token, slot] = mine[1]
+                mine = self._gated(roles, e, h[token], dy[:, token], routing.weights[token, slot], visit)
+                dh[:, token] += mine[0]
+                dweights[:, token, slot] = mine[1]
         if arch.n_expert_shared:
             dh += self._gated(("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"), 0, h, dy, None, visit)[0]
-        dh += route_backward(arch, routing, dweights) @ router
+        dlogits = route_backward(arch, routing, dweights)
+        if self.on_route:
+            dlogits += self.on_route(routing, logits, dweights)
+        dh += dlogits @ router
         return dh
 
     def _gated(
@@ -291,8 +306,10 @@ class Block:
             dhidden *= weights[:, None]
             dy = dy * weights[:, None]
         visit(roles[2], part, down, hidden, dy)
-        da = dhidden * b * (s * (1 + a * (1 - s)))
-        db = dhidden * (a * s)
+        da = dhidden * (b * s * (1 + a * (1 - s)))
         visit(roles[0], part, gate, x, da)
+        dx: Floats = da @ gate
+        db = np.multiply(dhidden, a * s, out=dhidden)
         visit(roles[1], part, up, x, db)
-        return da @ gate + db @ up, dweights
+        dx += db @ up
+        return dx, dweights

@@ -1,6 +1,7 @@
 """quantize.backward: gradients of one block against finite differences of the numpy reference."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,17 +52,18 @@ def test_gradients(spec):
     arch, weights = arch_and_weights(spec)
     for il in {0, spec.n_layer - 1}:
         rng = np.random.default_rng(il)
-        x, dy = rng.standard_normal((2, N_SEQ, N_TOK, spec.n_embd))
+        x, dy, other = rng.standard_normal((3, N_SEQ, N_TOK, spec.n_embd))
         met = {}
 
-        def visit(role, part, weight, inputs, gradient, met=met, il=il):
-            assert weight is not None and inputs.shape[0] == gradient.shape[0]
-            met.setdefault(role, {})[part] = gradient.T @ inputs
+        def visit(role, part, weight, inputs, gradients, met=met):
+            assert gradients.shape == (2, len(inputs), len(weight))
+            met.setdefault(role, {})[part] = gradients[1].T @ inputs
 
-        flat = (-1, spec.n_embd)
-        dx = Block(arch, il, reader(weights, il), N_SEQ).backward(x.reshape(flat), dy.reshape(flat), visit)
+        block = Block(arch, il, reader(weights, il), N_SEQ)
+        both = np.stack([other, dy]).reshape(2, -1, spec.n_embd)
+        dx = block.backward(x.reshape(-1, spec.n_embd), both, visit)[1]
         direction = rng.standard_normal(x.shape)
-        expected = slope(lambda d, il=il: loss(spec, weights, il, x + d, dy), direction)
+        expected = slope(partial(lambda il, x, dy, d: loss(spec, weights, il, x + d, dy), il, x, dy), direction)
         size = np.linalg.norm(dx) * np.linalg.norm(direction)
         assert abs((dx.reshape(x.shape) * direction).sum() - expected) < TOLERANCE * size
         quantised = {n.split(".")[2] for n, w in weights.items() if n.startswith(f"blk.{il}.") and w.ndim > 1}
@@ -69,7 +71,10 @@ def test_gradients(spec):
         for role, parts in met.items():
             name = f"blk.{il}.{role}.weight"
             direction = rng.standard_normal(weights[name].shape)
-            expected = slope(lambda d, n=name, il=il: loss(spec, weights | {n: weights[n] + d}, il, x, dy), direction)
+            moved = partial(
+                lambda n, il, x, dy, d: loss(spec, weights | {n: weights[n] + d}, il, x, dy), name, il, x, dy
+            )
+            expected = slope(moved, direction)
             whole = direction if direction.ndim == 3 else direction[None]
             got = sum(float((gradient * whole[part]).sum()) for part, gradient in parts.items())
             size = np.sqrt(sum(float(np.square(g).sum()) for g in parts.values())) * np.linalg.norm(direction)
