@@ -5,10 +5,10 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/pages.h"
 #include "gguf/internal.h"
 
 enum { SHOWN_BYTES = 200 };
@@ -65,8 +65,8 @@ static ds_status map_file(ds_gguf *g, ds_error *err) {
     } else if ((uintmax_t)info.st_size > SIZE_MAX) {
         st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address", (intmax_t)info.st_size);
     } else {
-        void *base = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
-        if (base == MAP_FAILED) {
+        void *base = ds_pages_map(fd, (size_t)info.st_size);
+        if (!base) {
             st = fail_system(g, err, "map");
         } else {
             g->base = base;
@@ -113,7 +113,7 @@ void ds_gguf_close(ds_gguf *gguf) {
         return;
     }
     if (gguf->mapped) {
-        munmap((void *)gguf->base, gguf->size);
+        ds_pages_release((void *)gguf->base, gguf->size);
     }
     free(gguf->kv);
     free(gguf->kv_names);

@@ -1,7 +1,8 @@
 #include "memory/kv.h"
 
 #include <string.h>
-#include <sys/mman.h>
+
+#include "base/pages.h"
 
 static const struct {
     const char *name;
@@ -49,8 +50,8 @@ ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_
     for (int i = 0; i < PARTS; i++) kv.layer_bytes += sizes[i];
     kv.bytes = (size_t)n_layer *
                kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
-    kv.data = mmap(NULL, kv.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (kv.data == MAP_FAILED) {
+    kv.data = ds_pages_new(kv.bytes);
+    if (!kv.data) {
         ds_fail(err, DS_ENOMEM, "no memory for a context of %d tokens (%.1f MiB)", n_ctx, (double)kv.bytes / (1 << 20));
         return ds_hint(err, "ask for a smaller context");
     }
@@ -59,7 +60,7 @@ ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_
 }
 
 void ds_kv_release(ds_kv *kv) {
-    if (kv->data) munmap(kv->data, kv->bytes);
+    ds_pages_release(kv->data, kv->bytes);
     *kv = (ds_kv){0};
 }
 

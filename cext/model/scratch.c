@@ -1,8 +1,8 @@
 /* scratch.c: the memory of a step, carved from one block sized up front: nothing is allocated in the token loop.
  * Pages are touched as steps need them, so a long prompt's share costs nothing in decode. */
 #include <string.h>
-#include <sys/mman.h>
 
+#include "base/pages.h"
 #include "model/step.h"
 
 static int max2(int a, int b) { return a > b ? a : b; }
@@ -135,8 +135,8 @@ ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const
     if (scratch->memory && scratch->n_tok >= n_tok) return DS_OK;
     carve_all(&c, config, n_threads, n_tok, n_tok, &next);
     next.bytes = c.used;
-    next.memory = mmap(NULL, next.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (next.memory == MAP_FAILED) {
+    next.memory = ds_pages_new(next.bytes);
+    if (!next.memory) {
         return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens (%.1f MiB)", n_tok, (double)next.bytes / (1 << 20));
     }
     c.base = next.memory;
@@ -148,6 +148,6 @@ ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const
 }
 
 void ds_scratch_release(ds_scratch *scratch) {
-    if (scratch->memory) munmap(scratch->memory, scratch->bytes);
+    ds_pages_release(scratch->memory, scratch->bytes);
     *scratch = (ds_scratch){0};
 }
