@@ -28,9 +28,14 @@ FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
 DECODERS = {
     Type.Q4_0: "q4_0", Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_1: "q5_1", Type.Q8_0: "q8_0",
     Type.Q2_K: "q2_K", Type.Q3_K: "q3_K", Type.Q4_K: "q4_K", Type.Q5_K: "q5_K", Type.Q6_K: "q6_K",
-    Type.IQ4_NL: "iq4_nl", Type.IQ4_XS: "iq4_xs",
+    Type.IQ4_NL: "iq4_nl", Type.IQ4_XS: "iq4_xs", Type.IQ2_XXS: "iq2_xxs", Type.IQ2_XS: "iq2_xs", Type.IQ2_S: "iq2_s",
+    Type.IQ3_XXS: "iq3_xxs", Type.IQ3_S: "iq3_s",
 }  # fmt: skip
 IGNORES_IMPORTANCE = (*FLOAT_TYPES, Type.Q8_0)
+# Of these, ggml's encoders end the process where they meet a value that is not finite or whose square is not.
+GRID_TYPES = (Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S)
+NEED_IMPORTANCE = (Type.IQ2_XXS, Type.IQ2_XS)
+GRID_MAX = 1e6
 F16_MAX = 65504.0
 MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
@@ -58,6 +63,7 @@ def _ggml() -> ctypes.CDLL:
                     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
                     ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
                 ]  # fmt: skip
+                lib.ggml_quantize_init.argtypes = [ctypes.c_int]
                 lib.ggml_validate_row_data.restype = ctypes.c_bool
                 lib.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
                 return lib
@@ -108,16 +114,20 @@ class Encoder:
     ) -> NDArray[np.uint8]:
         """values (..., n) float32 -> (..., row_bytes) uint8.
 
-        importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it. Raises
-        QuantizeError where the type cannot hold the values, ValueError where rows are not whole blocks.
+        importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it, and
+        those that need it count all columns alike without. Raises QuantizeError where the type cannot hold the values,
+        ValueError where rows are not whole blocks.
         """
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
+        if importance is None and type_ in NEED_IMPORTANCE:
+            importance = np.ones(n, np.float32)
         weights = None if importance is None or type_ in IGNORES_IMPORTANCE else _usable(importance, n)
         if type_ in FLOAT_TYPES:
             self.map(lambda part: _encode_float(rows[part], type_, out[part]), rows)
         else:
+            _ggml().ggml_quantize_init(int(type_))  # tables of the grid types: once, before threads want them
             self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), rows)
         return out.reshape(*values.shape[:-1], out.shape[1])
 
@@ -177,6 +187,12 @@ def _encode_blocks(
     rows: NDArray[np.float32], type_: Type, weights: NDArray[np.float32] | None, out: NDArray[np.uint8]
 ) -> None:
     lib = _ggml()
+    # `not`, so that a NaN is caught too.
+    if type_ in GRID_TYPES and not np.abs(rows).max(initial=0.0) <= GRID_MAX:
+        raise QuantizeError(
+            f"encoding to {type_.name}: weights over {GRID_MAX:g} or not finite",
+            "the weights are too large for this type",
+        )
     importance = None if weights is None else _address(weights)
     lib.ggml_quantize_chunk(int(type_), _address(rows), _address(out), 0, rows.shape[0], rows.shape[1], importance)
     if not lib.ggml_validate_row_data(int(type_), _address(out), out.nbytes):

@@ -26,6 +26,11 @@ FALLBACKS = {
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
     Type.IQ4_XS: Type.IQ4_NL,
+    Type.IQ3_S: Type.IQ4_NL,
+    Type.IQ3_XXS: Type.IQ4_NL,
+    Type.IQ2_S: Type.IQ4_NL,
+    Type.IQ2_XS: Type.IQ4_NL,
+    Type.IQ2_XXS: Type.IQ4_NL,
 }
 # Kept in float32: the router decides which experts run, and its matrix is small.
 F32_ROLES = ("ffn_gate_inp", "exp_probs_b")

@@ -12,7 +12,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.checkpoint import bf16_to_f32
-from quantize.encode import DECODERS, FLOAT_TYPES, Encoder, row_bytes
+from quantize.encode import DECODERS, FLOAT_TYPES, GRID_TYPES, NEED_IMPORTANCE, Encoder, row_bytes
 from quantize.errors import QuantizeError
 
 BLOCK_TYPES = sorted(DECODERS)
@@ -67,6 +67,8 @@ def test_bytes_are_ggml_s(ggml: ctypes.CDLL, type_: Type, weighted: bool, thread
     if type_ != Type.Q8_0 and weights is not None:
         normalised = weights / np.float32(weights.mean(dtype=np.float64))
         weights = np.maximum(normalised, np.float32(1e-6))
+    if type_ in NEED_IMPORTANCE and weights is None:
+        weights = np.ones(512, np.float32)
     np.testing.assert_array_equal(got, direct(ggml, rows, type_, weights))
     assert again.shape == (37, 2, row_bytes(type_, 256))
 
@@ -135,6 +137,10 @@ def test_values_that_do_not_fit() -> None:
             encoder.encode(np.full((1, 4), 1e5, np.float32), Type.F16)
         with pytest.raises(QuantizeError, match="not finite"):
             encoder.encode(np.full((1, 32), 1e9, np.float32), Type.Q8_0)
+        for type_ in GRID_TYPES:
+            for bad in (1e30, np.inf, np.nan):
+                with pytest.raises(QuantizeError, match="weights over"):
+                    encoder.encode(np.full((1, 256), bad, np.float32), type_)
         with pytest.raises(ValueError, match="multiple"):
             encoder.encode(np.ones((1, 100), np.float32), Type.Q4_0)
         with pytest.raises(ValueError, match="threads"):
