@@ -30,7 +30,7 @@ class Turn:
 
 
 class Conversation:
-    """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context."""
+    """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: see tokens."""
 
     def __init__(
         self,
@@ -39,11 +39,13 @@ class Conversation:
         system: str | None = None,
         *,
         raw: bool = False,
+        n_draft: int = 0,
         dropped: Callable[[int], None] = lambda n: None,
     ) -> None:
         self._sequencer = Sequencer(session)
         self._tokenizer = tokenizer
         self._raw = raw
+        self._n_draft = n_draft
         self._dropped = dropped
         self.system = system
         self.turns: list[Turn] = []
@@ -94,7 +96,8 @@ class Conversation:
             left = None if limit is None else limit - len(turn.answer)
             part = Stats()
             try:
-                for token in tokens(self._sequencer, prompt, sampler, self._tokenizer.is_end, left, part, told):
+                is_end = self._tokenizer.is_end
+                for token in tokens(self._sequencer, prompt, sampler, is_end, left, part, told, self._n_draft):
                     turn.answer.append(token)
                     yield token
             finally:
@@ -144,6 +147,8 @@ def _add(first: Stats | None, part: Stats, total: Stats) -> Stats:
     else:
         total.decode_seconds += part.prefill_seconds  # reading the past again is a pause inside the answer
     total.n_answer += part.n_answer
+    total.n_drafted += part.n_drafted
+    total.n_taken += part.n_taken
     total.decode_seconds += part.decode_seconds
     total.stop = part.stop
     return first or part

@@ -21,6 +21,7 @@ from dsv2cli.runtime import Runtime
 
 if TYPE_CHECKING:
     from cext import Session
+    from cext.model import KvType
 
 ROWS = 64  # positions taken to float64 at once: 52 MB for a vocabulary of 102,400
 SKIPPED_SHARE = 4  # one position in so many is not scored, from the beginning of a window
@@ -75,7 +76,9 @@ def evaluate(
     *,
     skip: int | None = None,
     max_windows: int | None = None,
+    kv_type: KvType = "f16",
     reference: Runtime | None = None,
+    reference_kv: KvType = "f16",
     told: Callable[[int, int, float], None] = lambda done, n, perplexity: None,
 ) -> Evaluation:
     """Score ``text``; ``told(windows done, windows, perplexity so far)`` after each window. UsageError, CliError."""
@@ -84,11 +87,11 @@ def evaluate(
         raise UsageError(
             f"{skip} unscored positions leave nothing to score in a window of {n_ctx}", "--skip takes fewer"
         )
-    if reference is not None:
+    if reference is not None and reference is not runtime:
         _check_same_vocabulary(runtime, reference)
     windows = cut(runtime, text, n_ctx)[:max_windows]
-    session = runtime.model.session(n_ctx)
-    other = reference.model.session(n_ctx) if reference is not None else None
+    session = runtime.model.session(n_ctx, kv_type)
+    other = reference.model.session(n_ctx, reference_kv) if reference is not None else None
     scores = []
     for window in windows:
         scores.append(_score(session, other, window, skip))

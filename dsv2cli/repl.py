@@ -15,7 +15,7 @@ from dsv2cli.generate import Stats, resident_bytes, stream
 from dsv2cli.terminal import LineReader
 
 if TYPE_CHECKING:
-    from cext import Sampler
+    from cext import Sampler, Session
     from dsv2cli.runtime import Runtime
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?")
@@ -35,6 +35,7 @@ class Chat:
     """A conversation and how to show it."""
 
     runtime: Runtime
+    session: Session
     conversation: Conversation
     sampler: Sampler
     limit: int | None = None
@@ -114,9 +115,11 @@ def describe(stats: Stats, load_seconds: float) -> str:
     """The line of statistics."""
     n_read = stats.n_prompt - stats.n_reused
     kept = f" ({stats.n_reused} kept)" if stats.n_reused else ""
+    drafts = f" ({stats.n_taken} of {stats.n_drafted} drafted tokens taken)" if stats.n_drafted else ""
     return (
         f"loaded in {load_seconds:.2f} s; read {n_read} tokens{kept} at {stats.prefill_rate:.1f} tok/s,"
-        f" first token after {stats.prefill_seconds:.2f} s; wrote {stats.n_answer} at {stats.decode_rate:.1f} tok/s;"
+        f" first token after {stats.prefill_seconds:.2f} s;"
+        f" wrote {stats.n_answer} at {stats.decode_rate:.1f} tok/s{drafts};"
         f" {console.format_bytes(resident_bytes())} in memory"
     )
 
@@ -144,9 +147,12 @@ class Repl:
     def run(self) -> None:
         """Read and answer until /exit or the end of input."""
         if not self.chat.quiet:
-            runtime, n_ctx = self.chat.runtime, self.chat.conversation.n_ctx
+            runtime, session = self.chat.runtime, self.chat.session
+            cache = f"{console.format_bytes(session.kv_bytes)} of {session.kv_type}"
             console.note(
-                f"{runtime.name}, {n_ctx} tokens of context, {runtime.model.isa}. /help lists the commands.", "dim"
+                f"{runtime.name}, {session.n_ctx} tokens of context in {cache}, {runtime.model.isa}."
+                " /help lists the commands.",
+                "dim",
             )
         reader = LineReader("> ", [f"/{name}" for name in self.commands])
         try:

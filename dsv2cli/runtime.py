@@ -15,6 +15,7 @@ from dsv2cli.errors import CliError, UsageError
 
 if TYPE_CHECKING:
     from cext import Model, Session
+    from cext.model import KvType
     from cext.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -33,14 +34,14 @@ class Runtime:
     def name(self) -> str:
         return self.model.hparams["name"] or self.path.stem
 
-    def session(self, n_ctx: int | None) -> Session:
+    def session(self, n_ctx: int | None, kv_type: KvType = "f16") -> Session:
         """A session of ``n_ctx`` tokens; by default 4096, or what the model was trained for where that is less."""
         trained = self.model.hparams["n_ctx_train"]
         if n_ctx is None:
             n_ctx = min(DEFAULT_CONTEXT, trained) if trained else DEFAULT_CONTEXT
         elif trained and n_ctx > trained:
             console.warn(f"the model was trained for {trained} tokens of context; past them it may write nonsense")
-        return self.model.session(n_ctx)
+        return self.model.session(n_ctx, kv_type)
 
 
 @contextmanager

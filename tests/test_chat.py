@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from support.vocab import ASSISTANT, BOS, EOS, IDS, USER, V2_TEMPLATE, V25_TEMPL
 import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
 from dsv2cli.conversation import Conversation
-from dsv2cli.generate import CHUNK, Sequencer, Stats, stream, tokens
+from dsv2cli.generate import CHUNK, Lookup, Sequencer, Stats, stream, tokens
 
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 
@@ -155,16 +156,16 @@ class Counting:
     def n_past(self) -> int:
         return self.session.n_past
 
-    def eval(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def eval(self, ids: Sequence[int], logits: Literal["last", "all"] = "last") -> NDArray[np.float32]:
         self.calls += 1
         when = self.interrupts.get(self.calls)
         if when == "before":
             raise KeyboardInterrupt
-        logits = self.session.eval(ids)
+        out = self.session.eval(ids, logits)
         self.evaluated += ids
         if when == "after":
             raise KeyboardInterrupt
-        return logits
+        return out
 
     def rewind(self, n: int) -> None:
         self.session.rewind(n)
@@ -268,6 +269,86 @@ def test_chunks_are_the_whole(model: cext.Model) -> None:
     ids = [i * 7 % 200 for i in range(2 * CHUNK)]
     chunked = Sequencer(model.session(2048)).read(ids)
     np.testing.assert_allclose(chunked, fresh(model, ids), rtol=0, atol=1e-4 * np.ptp(chunked))
+
+
+# Prompt lookup.
+
+QUOTED = [7 * i % 251 for i in range(40)]  # what the prompt says once
+
+
+class Scripted:
+    """A sampler that says what it is told to, and keeps the logits it was shown."""
+
+    def __init__(self, script: Sequence[int]) -> None:
+        self.script, self.shown = list(script), list[NDArray[np.float32]]()
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Nothing depends on what was said."""
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        self.shown.append(logits.copy())
+        return self.script[len(self.shown) - 1]
+
+
+def quoting(model: cext.Model, script: Sequence[int], n_draft: int, n_ctx: int = 256, ends: int = -1):
+    """(tokens said, logits they were chosen from, statistics, sequencer) after a prompt that holds QUOTED."""
+    sampler, stats = Scripted(script), Stats()
+    sequencer = Sequencer(model.session(n_ctx))
+    said = list(
+        tokens(sequencer, [*QUOTED, 252, 253], sampler, ends.__eq__, len(script), stats, n_draft=n_draft)  # type: ignore[arg-type]
+    )
+    return said, sampler.shown, stats, sequencer
+
+
+@pytest.mark.parametrize("n_draft", [1, 2, 3])
+@pytest.mark.parametrize(
+    "script", [QUOTED, [*QUOTED[:11], 99, *QUOTED[12:30]], [*range(30)], [*QUOTED[:20], *QUOTED[:20]]]
+)
+def test_drafts_change_no_logit(model: cext.Model, script: list[int], n_draft: int) -> None:
+    plain, drafted = quoting(model, script, 0), quoting(model, script, n_draft)
+    assert drafted[0] == plain[0] == script
+    np.testing.assert_array_equal(drafted[1], plain[1])
+    assert plain[2].n_drafted == plain[2].n_taken == 0
+
+
+def test_a_quotation_is_drafted(model: cext.Model) -> None:
+    """The first MATCHED tokens of it are read one by one, and then 3 in a step beside the one that was chosen."""
+    script = QUOTED[: Lookup.MATCHED + 12]
+    _, _, stats, sequencer = quoting(model, script, 3)
+    assert (stats.n_drafted, stats.n_taken) == (9, 9)
+    assert sequencer.ids == [*QUOTED, 252, 253, *script[:-1]]
+    assert stats.n_answer == len(script)
+
+
+def test_drafts_that_were_wrong_leave_no_trace(model: cext.Model) -> None:
+    script = [*QUOTED[: Lookup.MATCHED + 2], 99, 98]
+    _, _, stats, sequencer = quoting(model, script, 3)
+    assert (stats.n_drafted, stats.n_taken) == (3, 2)
+    assert sequencer.ids == [*QUOTED, 252, 253, *script[:-1]]
+    plain = quoting(model, script, 0)[3]
+    np.testing.assert_array_equal(sequencer.append([97]), plain.append([97]))
+
+
+@pytest.mark.parametrize("n_ctx", range(51, 56))
+def test_drafts_fit_in_the_context(model: cext.Model, n_ctx: int) -> None:
+    plain, drafted = quoting(model, QUOTED, 0, n_ctx), quoting(model, QUOTED, 3, n_ctx)
+    assert drafted[0] == plain[0] and len(plain[0]) == n_ctx - 42 + 1
+    assert drafted[2].stop == plain[2].stop == "context"
+
+
+def test_an_answer_that_ends_inside_a_draft(model: cext.Model) -> None:
+    said, _, stats, _ = quoting(model, QUOTED, 3, ends=QUOTED[10])
+    assert said == QUOTED[:10] and stats.stop == "end"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_lookup_gives_the_same_conversation(model: cext.Model, endless: Tokenizer, temperature: float) -> None:
+    def answers(n_draft: int) -> list[list[int]]:
+        talk = Conversation(model.session(512), endless, n_draft=n_draft)
+        sampler = cext.Sampler(temperature=temperature, top_k=3, seed=5)
+        return [list(talk.reply("the User and the User and the User", sampler, 60, Stats())) for _ in range(3)]
+
+    assert answers(3) == answers(0)
 
 
 # A context that fills up.

@@ -103,6 +103,8 @@ def test_version() -> None:
         (["frobnicate"], ["frobnicate", "dsv2 --help"]),
         (["chat", "--temp", "hot"], ["--temp", "dsv2 chat --help"]),
         (["chat", "--nonsense"], ["--nonsense"]),
+        (["chat", "--kv", "q4_0", "-p", "x"], ["--kv", "q8_0"]),
+        (["chat", "--lookup", "99", "-p", "x"], ["--lookup"]),
         (["chat", "-p", ""], ["prompt is empty"]),
         (["chat", "-p", "x", "-c", "1"], ["--ctx"]),
         (["chat", "-p", "x", "-c", "99999999999999999999"], ["--ctx"]),
@@ -197,6 +199,20 @@ def test_raw_is_the_plain_text(model: Path) -> None:
         expected = tokenizer.decode(out)
     result = dsv2("chat", model, "--raw", "-p", "Once the", "-n", "8", "--temp", "0", "-q")
     assert result.stdout.rstrip("\n") == expected.rstrip("\n")
+
+
+def test_lookup_changes_the_speed_alone(model: Path) -> None:
+    options = ["-p", "the User the User the User the User", "-n", "90", "--temp", "0", "--json"]
+    plain, drafted = (json.loads(dsv2("chat", model, *options, "--lookup", n).stdout) for n in ("0", "3"))
+    assert drafted["answer"] == plain["answer"] and plain["drafted_tokens"] == 0
+    assert drafted["drafted_tokens"] >= drafted["taken_tokens"] >= 0
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0", "f32"])
+def test_the_cache_that_was_asked_for(model: Path, kv: str) -> None:
+    told = json.loads(dsv2("chat", model, "-p", "Hi", "-n", "3", "-c", "256", "--kv", kv, "--json").stdout)
+    with cext.Model(model) as opened:
+        assert (told["kv_type"], told["kv_bytes"]) == (kv, opened.session(256, kv).kv_bytes)
 
 
 def test_bytes_that_are_no_text(model: Path) -> None:
@@ -487,6 +503,19 @@ def test_a_model_is_its_own_reference(model: Path, text: Path) -> None:
     assert against["kld_mean"] == against["kld_max"] == 0
     assert against["top1"] == against["routing"] == against["perplexity_ratio"] == 1
     assert told["n_windows"] == 2
+
+
+def test_a_cache_beside_an_exact_one(model: Path, text: Path) -> None:
+    """--reference-kv alone compares two caches of one model; with --reference it is the other model's."""
+    options = ["--text", text, "--ctx", "64", "--windows", "3", "--json"]
+
+    def distance(*more: str | Path) -> float:
+        return json.loads(dsv2("perplexity", model, *options, *more).stdout)["reference"]["kld_mean"]
+
+    exact = distance("--kv", "f32", "--reference-kv", "f32")
+    half, quantised = (distance("--kv", kv, "--reference-kv", "f32") for kv in ("f16", "q8_0"))
+    assert exact == 0 < half < quantised < 1e-2
+    assert distance("--kv", "q8_0", "--reference", model, "--reference-kv", "f32") == quantised
 
 
 def test_perplexity_for_people(model: Path, half: Path, text: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands.chat import MAX_CONTEXT
+from dsv2cli.commands.chat import KV_HELP, MAX_CONTEXT, KvType
 
 if TYPE_CHECKING:
     from dsv2cli.evaluate import Evaluation
@@ -18,7 +18,9 @@ HELP = "Measure how well a model predicts a text, and its distance from a refere
 EXAMPLES = (
     "perplexity model.gguf --text held-out.txt",
     "perplexity q4.gguf --text held-out.txt --reference f16.gguf --json",
+    "perplexity model.gguf --text held-out.txt -c 4096 --kv q8_0 --reference-kv f32",
 )
+REFERENCE_KV = typer.Option(help="The reference's; without --reference, this model with that cache is the reference.")
 SKIP = typer.Option(
     metavar="N", min=0, help="Positions at a window's beginning that are not scored; a quarter if left out."
 )
@@ -33,6 +35,8 @@ def perplexity(
     reference: Annotated[
         str | None, typer.Option(metavar="GGUF", help="The same model in a finer type: KLD and agreement with it.")
     ] = None,
+    kv: Annotated[KvType, typer.Option("--kv", help=KV_HELP)] = "f16",
+    reference_kv: Annotated[KvType | None, REFERENCE_KV] = None,
     skip: Annotated[int | None, SKIP] = None,
     windows: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Score only the first so many windows.")
@@ -55,7 +59,9 @@ def perplexity(
             context,
             skip=skip,
             max_windows=windows,
-            reference=models[1] if reference else None,
+            kv_type=kv,
+            reference=models[-1] if reference or reference_kv else None,
+            reference_kv=reference_kv or "f16",
             told=lambda done, n, ppl: display.update(
                 bar, completed=done, total=n, detail=f"{done} of {n} windows, perplexity {ppl:.4f}"
             ),
@@ -91,5 +97,5 @@ def describe(found: Evaluation, paths: list[Path], text: Path) -> dict[str, Any]
     figures = asdict(found)
     against = figures.pop("reference")
     if against is not None:
-        against = {"path": str(paths[1]), **against, "perplexity_ratio": found.perplexity / against["perplexity"]}
+        against = {"path": str(paths[-1]), **against, "perplexity_ratio": found.perplexity / against["perplexity"]}
     return {"model": str(paths[0]), "text": str(text), **figures, "reference": against}
