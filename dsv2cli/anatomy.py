@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
 
 ARCHITECTURE = "deepseek2"
-KV_BYTES = 2  # of one cached value, f16
+# Bytes of a layer's cached row: a latent of n values and a rotary key of m, with their scales (cext/memory/kv.c).
+ROW_BYTES: dict[str, Callable[[int, int], int]] = {
+    "f16": lambda n, m: 2 * (n + m) + 4,
+    "q8_0": lambda n, m: n + 2 * m + 12,
+    "f32": lambda n, m: 4 * (n + m),
+}
 # First match wins. What a decoded token reads of a part: all of it, but for the experts it chose and one embedding row.
 PARTS = (
     ("routed experts", re.compile(r"_exps\.")),
@@ -55,7 +60,7 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A GGUF taken apart. kv_bytes is the latent cache of one token in f16; 0 for other architectures."""
+    """A GGUF taken apart. kv_bytes is the latent cache of one token by --kv type; 0 for other architectures."""
 
     path: Path
     name: str
@@ -65,7 +70,7 @@ class Anatomy:
     vocabulary: dict[str, Any]  # kind, pre-tokenizer, size, whether there is a chat template
     types: tuple[TypeSize, ...]
     parts: tuple[PartSize, ...]
-    kv_bytes: int
+    kv_bytes: dict[str, int]
     notes: dict[str, Any]  # dsv2.*: what our quantiser wrote down
 
     @property
@@ -87,9 +92,9 @@ class Anatomy:
         longest = self.keys.get("context_length", CONTEXTS[0])
         return (*(c for c in CONTEXTS if c < longest), longest)
 
-    def memory(self, n_ctx: int) -> int:
+    def memory(self, n_ctx: int, kv_type: str = "f16") -> int:
         """Bytes of weights and cache with a context of n_ctx; the engine's scratch comes on top."""
-        return self.tensor_bytes + self.kv_bytes * n_ctx
+        return self.tensor_bytes + self.kv_bytes[kv_type] * n_ctx
 
 
 def study(path: Path) -> Anatomy:
@@ -110,7 +115,7 @@ def study(path: Path) -> Anatomy:
             vocabulary=_vocabulary(gguf),
             types=_types(gguf.tensors),
             parts=_parts(gguf.tensors, keys) if architecture == ARCHITECTURE else (),
-            kv_bytes=_kv_bytes(keys) if architecture == ARCHITECTURE else 0,
+            kv_bytes=_kv_bytes(keys if architecture == ARCHITECTURE else {}),
             notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
         )
 
@@ -164,6 +169,6 @@ def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, .
     return tuple(PartSize(name, *sizes[name]) for name in order if name in sizes)
 
 
-def _kv_bytes(keys: dict[str, Any]) -> int:
-    latent = keys.get("attention.kv_lora_rank", 0) + keys.get("rope.dimension_count", 0)
-    return int(latent * KV_BYTES * keys.get("block_count", 0))
+def _kv_bytes(keys: dict[str, Any]) -> dict[str, int]:
+    latent, rotary = keys.get("attention.kv_lora_rank", 0), keys.get("rope.dimension_count", 0)
+    return {name: int(row(latent, rotary) * keys.get("block_count", 0)) for name, row in ROW_BYTES.items()}

@@ -186,14 +186,19 @@ def endless(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return tokenizer
 
 
+def session_of(model: cext.Model, n_ctx: int) -> cext.Session:
+    """With an exact cache: greedy answers then do not depend on how the prompt was cut into evaluations."""
+    return model.session(n_ctx, "f32")
+
+
 def converse(model: cext.Model, tokenizer: Tokenizer, n_ctx: int = 512, system: str | None = "Be brief."):
-    session = Counting(model.session(n_ctx))
+    session = Counting(session_of(model, n_ctx))
     dropped: list[int] = []
     return Conversation(session, tokenizer, system, dropped=dropped.append), session, dropped
 
 
 def fresh(model: cext.Model, ids: list[int]) -> list[float]:
-    return list(model.session(len(ids)).eval(ids))
+    return list(session_of(model, len(ids)).eval(ids))
 
 
 def test_a_turn_reads_only_what_is_new(model: cext.Model, endless: Tokenizer) -> None:
@@ -214,7 +219,7 @@ def test_turns_answer_as_a_fresh_session_would(model: cext.Model, endless: Token
     messages = [Message("system", "Be brief.")]
     for text, answer in zip(("Hi", "And?", "the end"), answers, strict=True):
         messages.append(Message("user", text))
-        session = Sequencer(model.session(512))
+        session = Sequencer(session_of(model, 512))
         assert list(tokens(session, endless.chat(messages), greedy(), never_ends, 8, Stats())) == answer
         messages.append(Message("assistant", answer))
 
@@ -232,7 +237,7 @@ def test_retry_and_clear(model: cext.Model, endless: Tokenizer) -> None:
 
 
 def test_raw_continues_the_text(model: cext.Model, endless: Tokenizer) -> None:
-    session = Counting(model.session(256))
+    session = Counting(session_of(model, 256))
     talk = Conversation(session, endless, raw=True)
     list(talk.reply("Once the", greedy(), 3, Stats()))
     assert session.evaluated[:-2] == [IDS[BOS], *endless.encode("Once the")]
@@ -242,7 +247,7 @@ def test_raw_continues_the_text(model: cext.Model, endless: Tokenizer) -> None:
 
 def test_an_end_token_ends_the_answer(model: cext.Model, tokenizer: Tokenizer) -> None:
     stats = Stats()
-    sequencer = Sequencer(model.session(64))
+    sequencer = Sequencer(session_of(model, 64))
     produced = list(tokens(sequencer, tokenizer.prompt("Hi"), greedy(), lambda t: True, 5, stats))
     assert (produced, stats.stop, stats.n_answer) == ([], "end", 0)
 
@@ -261,13 +266,13 @@ def test_statistics(model: cext.Model, endless: Tokenizer) -> None:
 def test_progress_of_a_long_prompt(model: cext.Model) -> None:
     told: list[tuple[int, int]] = []
     ids = [i % 200 for i in range(2 * CHUNK + 10)]
-    Sequencer(model.session(2048)).read(ids, lambda done, n: told.append((done, n)))
+    Sequencer(session_of(model, 2048)).read(ids, lambda done, n: told.append((done, n)))
     assert told == [(0, len(ids)), (CHUNK, len(ids))]
 
 
 def test_chunks_are_the_whole(model: cext.Model) -> None:
     ids = [i * 7 % 200 for i in range(2 * CHUNK)]
-    chunked = Sequencer(model.session(2048)).read(ids)
+    chunked = Sequencer(session_of(model, 2048)).read(ids)
     np.testing.assert_allclose(chunked, fresh(model, ids), rtol=0, atol=1e-4 * np.ptp(chunked))
 
 
@@ -293,7 +298,7 @@ class Scripted:
 def quoting(model: cext.Model, script: Sequence[int], n_draft: int, n_ctx: int = 256, ends: int = -1):
     """(tokens said, logits they were chosen from, statistics, sequencer) after a prompt that holds QUOTED."""
     sampler, stats = Scripted(script), Stats()
-    sequencer = Sequencer(model.session(n_ctx))
+    sequencer = Sequencer(session_of(model, n_ctx))
     said = list(
         tokens(sequencer, [*QUOTED, 252, 253], sampler, ends.__eq__, len(script), stats, n_draft=n_draft)  # type: ignore[arg-type]
     )
@@ -344,7 +349,7 @@ def test_an_answer_that_ends_inside_a_draft(model: cext.Model) -> None:
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_lookup_gives_the_same_conversation(model: cext.Model, endless: Tokenizer, temperature: float) -> None:
     def answers(n_draft: int) -> list[list[int]]:
-        talk = Conversation(model.session(512), endless, n_draft=n_draft)
+        talk = Conversation(session_of(model, 512), endless, n_draft=n_draft)
         sampler = cext.Sampler(temperature=temperature, top_k=3, seed=5)
         return [list(talk.reply("the User and the User and the User", sampler, 60, Stats())) for _ in range(3)]
 
@@ -375,7 +380,7 @@ def test_what_is_left_answers_as_if_the_rest_had_never_been(model: cext.Model, e
     for turn in talk.turns[:-1]:
         messages += [Message("user", turn.user), Message("assistant", turn.answer)]
     ids = endless.chat([*messages, Message("user", "the next one")])
-    assert list(tokens(Sequencer(model.session(256)), ids, greedy(), never_ends, 12, Stats())) == answer
+    assert list(tokens(Sequencer(session_of(model, 256)), ids, greedy(), never_ends, 12, Stats())) == answer
 
 
 def test_an_answer_goes_on_when_the_context_fills_in_the_middle(model: cext.Model, endless: Tokenizer) -> None:
@@ -436,7 +441,7 @@ def test_ctrl_c_leaves_a_conversation_that_goes_on(model: cext.Model, endless: T
     if partial:
         messages += [Message("user", "Hi"), Message("assistant", partial)]
     ids = endless.chat([*messages, Message("user", "And?")])
-    assert list(tokens(Sequencer(model.session(512)), ids, greedy(), never_ends, 6, Stats())) == answer
+    assert list(tokens(Sequencer(session_of(model, 512)), ids, greedy(), never_ends, 6, Stats())) == answer
 
 
 def test_ctrl_c_between_chunks_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> None:

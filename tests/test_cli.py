@@ -438,15 +438,18 @@ def test_inspect_counts_every_byte(name: str, tmp_path: Path) -> None:
     assert parts.get("routed experts", 0) == routed * spec.n_used // spec.n_expert
     row = sizes["token_embd.weight"] // N_VOCAB
     assert parts["embeddings"] == (sizes["token_embd.weight"] if spec.tied else row)
-    cache = 2 * (spec.kv_lora_rank + spec.rope) * spec.n_layer
-    assert told["kv_bytes_per_token"] == cache
-    assert told["memory"] == [{"context": 100, "nbytes": told["tensor_bytes"] + 100 * cache}]
+    cache = told["kv_bytes_per_token"]
+    assert cache["f32"] == 4 * (spec.kv_lora_rank + spec.rope) * spec.n_layer
+    assert told["memory"] == [
+        {"context": 100, "nbytes": {kv: told["tensor_bytes"] + 100 * n for kv, n in cache.items()}}
+    ]
 
 
-def test_inspect_of_the_cache_is_what_a_session_takes(model: Path) -> None:
-    told = json.loads(dsv2("inspect", model, "--json").stdout)
-    with cext.Model(model) as opened:
-        assert opened.session(256).kv_bytes == pytest.approx(256 * told["kv_bytes_per_token"], rel=0.2)
+def test_inspect_of_the_cache_is_what_a_session_takes(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "wide.gguf", variant(SPEC, kv_lora_rank=512, rope=64))  # rows as real models have
+    told = json.loads(dsv2("inspect", path, "--json").stdout)["kv_bytes_per_token"]
+    with cext.Model(path) as opened:
+        assert {kv: opened.session(256, kv).kv_bytes // 256 for kv in ("f16", "q8_0", "f32")} == told
 
 
 # perplexity.

@@ -83,7 +83,11 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
                 f" + {keys.get('expert_shared_count', 0)} shared, width {keys.get('expert_feed_forward_length')}"
                 + (f", the best {keys.get('expert_group_used_count')} of {groups} groups" if groups > 1 else ""),
             ),
-            ("context", f"{keys.get('context_length')} tokens trained, {found.kv_bytes} bytes of cache each"),
+            (
+                "context",
+                f"{keys.get('context_length')} tokens trained, {found.kv_bytes['f16']} bytes of cache each"
+                f" ({found.kv_bytes['q8_0']} with --kv q8_0)",
+            ),
         ]
     template = "with" if vocabulary["chat_template"] else "without"
     lines.append(("vocabulary", f"{vocabulary['size']} tokens ({vocabulary['pre']}), {template} a chat template"))
@@ -133,13 +137,16 @@ def parts_table(found: Anatomy) -> Table:
 
 
 def memory_table(found: Anatomy, contexts: tuple[int, ...]) -> Table:
-    made = table("Memory", "context", "weights", "cache", "together")
+    made = table("Memory", "context", "weights", "cache, f16", "together", "cache, q8_0", "together")
     for n_ctx in contexts:
         made.add_row(
             str(n_ctx),
             console.format_bytes(found.tensor_bytes),
-            console.format_bytes(found.kv_bytes * n_ctx),
-            console.format_bytes(found.memory(n_ctx)),
+            *(
+                console.format_bytes(n)
+                for kv in ("f16", "q8_0")
+                for n in (found.kv_bytes[kv] * n_ctx, found.memory(n_ctx, kv))
+            ),
         )
     return made
 
@@ -175,6 +182,6 @@ def describe(found: Anatomy, contexts: tuple[int, ...]) -> dict[str, Any]:
         ],
         "token_bytes": found.token_bytes,
         "kv_bytes_per_token": found.kv_bytes,
-        "memory": [{"context": n, "nbytes": found.memory(n)} for n in contexts],
+        "memory": [{"context": n, "nbytes": {kv: found.memory(n, kv) for kv in found.kv_bytes}} for n in contexts],
         "metadata": found.notes,
     }
