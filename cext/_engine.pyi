@@ -47,3 +47,13 @@ def sampler_open(
 ) -> Handle: ...
 def sampler_sample(sampler: Handle, logits: Buffer) -> int: ...
 def sampler_accept(sampler: Handle, token: int) -> None: ...
+def encode(
+    type: int,
+    w: Buffer,
+    n_rows: int,
+    n: int,
+    sweeps: list[tuple[bool, Buffer, Buffer, Buffer, Buffer]],
+    rounds: int,
+    polish: int,
+    out: Buffer,
+) -> None: ...

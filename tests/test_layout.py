@@ -22,6 +22,7 @@ BELOW = {
     "quant": {"base"},
     "gguf": {"quant", "base"},
     "kernels": {"quant", "base"},
+    "encode": {"kernels", "quant", "base"},
     "memory": {"kernels", "quant", "gguf", "base"},
     "backend": {"kernels", "quant", "gguf", "base"},
     "model": {"memory", "backend", "kernels", "quant", "gguf", "base"},
