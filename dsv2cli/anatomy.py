@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
 
@@ -85,6 +88,15 @@ class Anatomy:
     def token_bytes(self) -> int:
         """Bytes of weights that one decoded token reads."""
         return sum(p.token_bytes for p in self.parts)
+
+    @property
+    def expert_usage(self) -> NDArray[np.int64] | None:
+        """Calibration tokens that chose each expert, (n_layer, n_expert), with the layers that have experts only."""
+        shape = self.keys.get("block_count", 0), self.keys.get("expert_count", 0)
+        counts = self.notes.get("dsv2.expert_usage")
+        if not isinstance(counts, list) or not counts or len(counts) != shape[0] * shape[1]:
+            return None
+        return np.array(counts, np.int64).reshape(shape)[self.keys.get("leading_dense_block_count", 0) :]
 
     @property
     def contexts(self) -> tuple[int, ...]:

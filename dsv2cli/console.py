@@ -89,8 +89,11 @@ def no_colour() -> bool | None:
     return True if os.environ.get("NO_COLOR") else None
 
 
-def progress(*, quiet: bool = False, transfer: bool = False) -> Progress:
-    """A progress display on stderr; silent where ``quiet``, and off a terminal (where only the log lines remain)."""
+def progress(*, quiet: bool = False, transfer: bool = False, time_left: bool = True) -> Progress:
+    """A progress display on stderr; silent where ``quiet``, and off a terminal (where only the log lines remain).
+
+    time_left False: the task's own detail says it better.
+    """
     from rich import progress as rp
 
     columns: list[rp.ProgressColumn] = [rp.TextColumn("{task.description}"), rp.BarColumn(bar_width=28)]
@@ -98,7 +101,8 @@ def progress(*, quiet: bool = False, transfer: bool = False) -> Progress:
         columns += [rp.DownloadColumn(binary_units=False), rp.TransferSpeedColumn()]
     else:
         columns += [rp.TaskProgressColumn(), rp.TextColumn("{task.fields[detail]}", style="dim")]
-    columns += [rp.TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
+    if time_left:
+        columns += [rp.TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
     shown = is_terminal(sys.stderr) and not quiet
     return rp.Progress(*columns, console=stderr_console(), disable=not shown, transient=True)
 

@@ -2,6 +2,7 @@
 
 from quantize.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
 from quantize.job import Options
+from quantize.journal import is_finished, work_folder
 from quantize.meter import OnProgress, Progress
 from quantize.pipeline import quantize
 from quantize.recipe import RECIPES
@@ -18,5 +19,7 @@ __all__ = [
     "QuantizeError",
     "Report",
     "UnsupportedError",
+    "is_finished",
     "quantize",
+    "work_folder",
 ]

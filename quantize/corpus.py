@@ -24,19 +24,22 @@ from quantize.writer import write_vocab_only
 DEFAULT_FILES = (Path(__file__).with_name("calibration.txt"), Path(__file__).with_name("calibration-chat.jsonl"))
 WINDOW = 512  # tokens that attend to each other
 MIN_WINDOWS = 2  # below this an average over tokens says nothing
+HELD_WINDOWS = 8  # held back to measure the finished file with,
+HELD_SHARE = 8  # but no more than one window in so many
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Calibration windows and where they came from."""
+    """Calibration windows, those held back from calibration, and where they came from."""
 
     windows: NDArray[np.int32]  # (n_windows, WINDOW)
+    held: NDArray[np.int32]  # (n_held, WINDOW): evenly spread over the text; n_held may be 0
     sources: tuple[str, ...]  # file names
     sha256: str  # of the files' bytes, in order
 
     @property
     def n_tokens(self) -> int:
-        """Tokens over all windows."""
+        """Tokens to calibrate with."""
         return int(self.windows.size)
 
 
@@ -65,10 +68,15 @@ def load(files: Sequence[Path], metadata: Mapping[str, object], max_tokens: int)
             f"the calibration text holds {n_tokens} tokens, at least {MIN_WINDOWS * WINDOW} are needed",
             "give more text, or leave --calibration out to use the text that comes with dsv2",
         )
-    keep = max(MIN_WINDOWS, max_tokens // WINDOW)
-    if len(windows) > keep:
-        windows = [windows[i] for i in np.linspace(0, len(windows) - 1, keep).round().astype(int)]
-    return Corpus(np.stack(windows), tuple(path.name for path in files), digest.hexdigest())
+    every = np.stack(windows)
+    n_held = min(HELD_WINDOWS, len(every) // HELD_SHARE)
+    is_held = np.zeros(len(every), bool)
+    is_held[(np.arange(n_held) * 2 + 1) * len(every) // (2 * n_held or 1)] = True
+    kept = every[~is_held]
+    n_kept = max(MIN_WINDOWS, max_tokens // WINDOW)
+    if len(kept) > n_kept:
+        kept = kept[np.linspace(0, len(kept) - 1, n_kept).round().astype(int)]
+    return Corpus(kept, every[is_held], tuple(path.name for path in files), digest.hexdigest())
 
 
 @contextmanager

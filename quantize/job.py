@@ -61,7 +61,17 @@ class Plan:
     left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for
     keys: Mapping[str, Any]  # the architecture's
     tokenizer: Mapping[str, Any]  # its keys
-    corpus: Corpus | None  # None: the bytes do not depend on calibration
+    corpus: Corpus | None  # None: neither calibrated nor evaluated
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the bytes depend on calibration."""
+        return self.recipe.wants_calibration and (self.options.importance or self.options.awq)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the file will be measured: the text must be long enough to hold some of it back."""
+        return self.options.evaluate and self.corpus is not None and len(self.corpus.held) > 0
 
     @property
     def weighted(self) -> bool:
@@ -112,7 +122,8 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
     tokenizer = read_vocab(checkpoint.path, arch.n_vocab).keys()
     text = None
-    if chosen.wants_calibration and (options.importance or options.awq):
+    calibrated = chosen.wants_calibration and (options.importance or options.awq)
+    if calibrated or options.evaluate:
         text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
     return Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, text)
 

@@ -124,10 +124,16 @@ class Journal:
 
     def discard(self) -> None:
         """Remove the folder; nothing can be recorded after it."""
-        if self._fd >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd < 0:
+            return
+        # What tells whose folder it is goes last: a run may die here too.
+        self._clear(keep=(FINGERPRINT, FINISHED))
+        self._clear(keep=(FINISHED,))
+        self._clear()
+        with suppress(OSError):
+            self.folder.rmdir()
+        os.close(self._fd)
+        self._fd = -1
 
     def close(self) -> None:
         """Let go of the folder; it stays where a later run could go on from it."""
@@ -138,16 +144,20 @@ class Journal:
             self._fd = -1
 
     def _adopt(self, fingerprint: dict[str, Any], restart: bool) -> None:
-        is_ours = (self.folder / f"{FINGERPRINT}.json").exists()
+        finished = (self.folder / f"{FINISHED}.json").exists()
+        is_ours = finished or (self.folder / f"{FINGERPRINT}.json").exists()
         if not is_ours and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise OutputError(f"`{self.folder}` is not a work folder of dsv2", "move it away, or choose another -o")
         if is_ours and restart:
             self.changed = ["--restart"]
         elif is_ours:
             self._known = self.get(SOURCES) or {}
-            self.changed = self._differences(self.get(FINGERPRINT) or {}, fingerprint)
+            before = self.get(FINGERPRINT)
+            if before is not None:  # else it is finished, and was being removed
+                self.changed = self._differences(before, fingerprint)
         if not is_ours or self.changed:
-            self._clear()
+            self._clear(keep=(FINGERPRINT,))
+            self._known = {}
             self._write(f"{FINGERPRINT}.json", lambda file: file.write(json.dumps(fingerprint).encode()))
 
     def _differences(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -159,10 +169,12 @@ class Journal:
                 changed.append(f"{name} was {old}, is {new}" if short else f"{name} changed")
         return changed + [f"{name} changed" for name, stamp in self._known.items() if self._stamps.get(name) != stamp]
 
-    def _clear(self) -> None:
+    def _clear(self, keep: tuple[str, ...] = ()) -> None:
         for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._known = {}
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in [f"{key}.json" for key in keep]:
+                path.unlink()
 
     def _note_sources(self) -> None:
         """Before a record: which files stand behind it and those before."""

@@ -6,7 +6,6 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +18,10 @@ from quantize import recipe, report
 from quantize.awq import FoldResult, Scales, Searcher
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
 from quantize.errors import QuantizeError
+from quantize.evaluate import REFERENCE, Held
 from quantize.evidence import Evidence, n_parts
 from quantize.job import Job
+from quantize.loss import SAMPLE_STEP, LossMeter, TensorLoss
 from quantize.meter import Stage
 from quantize.report import Coverage
 from quantize.tensors import PartReader, Tensor, read
@@ -42,7 +43,8 @@ class Step:
     il: int  # -1: the embeddings; n_layer: the head
     folds: tuple[FoldResult, ...]
     coverage: Coverage | None
-    seconds: float
+    losses: tuple[TensorLoss, ...]
+    seconds: float  # of work on the file when the step was done, earlier runs included
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Step:
@@ -52,6 +54,7 @@ class Step:
             record["il"],
             tuple(FoldResult(**fold) for fold in record["folds"]),
             None if coverage is None else Coverage(coverage["il"], tuple(coverage["counts"]), coverage["few"]),
+            tuple(TensorLoss(**loss) for loss in record["losses"]),
             record["seconds"],
         )
 
@@ -83,8 +86,11 @@ class WriteStage:
         self.types, self.writer = types, writer
         self.steps = done
         self.stream: Stream | None = None
+        self.held: Held | None = None
+        self.earlier = done[-1].seconds if done else 0.0
         self._folds: list[FoldResult] = []
         self._coverage: Coverage | None = None
+        self._losses: dict[str, LossMeter] = {}
         self._nbytes = {t.name: recipe.nbytes(t, types[t.name]) for t in self.plan.tensors}
 
     def run(self) -> list[Step]:
@@ -94,51 +100,69 @@ class WriteStage:
         meter.bytes_written = self.writer.n_done
         meter.begin("write", meter.bytes_written / meter.bytes_total)
         last = len(self.steps) - 2  # steps are numbered from -1
-        if last >= 0 and self.plan.corpus is not None and last < self.arch.n_layer:
-            arrays = self.job.journal.get_arrays(STREAM.format(last))
-            assert arrays is not None, "a step's stream is recorded before the step"
-            self.stream = Stream(self.arch, arrays["x"])
+        if last < self.arch.n_layer and (arrays := self.job.journal.get_arrays(STREAM.format(last))):
+            self.stream = Stream(self.arch, arrays["x"]) if "x" in arrays else None
+            self.held = Held.of(arrays) if "held" in arrays else None
         for il in range(last + 1, self.arch.n_layer + 1):
             self._step(il)
         return self.steps
 
+    @property
+    def seconds(self) -> float:
+        """Of work on the file so far, earlier runs included."""
+        return self.earlier + self.job.meter.seconds
+
     def _step(self, il: int) -> None:
-        started = time.monotonic()
-        self._folds, self._coverage = [], None
+        self._folds, self._coverage, self._losses = [], None, {}
         if il < 0:
             self._embed(self.plan.outside["token_embd"])
         elif il < self.arch.n_layer:
             self._layer(il)
         else:
             self._head()
-        step = Step(il, tuple(self._folds), self._coverage, time.monotonic() - started)
+        losses = tuple(loss.done() for loss in self._losses.values())
+        step = Step(il, tuple(self._folds), self._coverage, losses, self.seconds)
         self.writer.sync()
-        journal = self.job.journal
-        if self.stream is not None and il < self.arch.n_layer:
-            journal.put_arrays(STREAM.format(il), {"x": self.stream.x})
-        journal.put(RECORD.format(il), asdict(step))
-        journal.drop(STREAM.format(il - 1))
+        self._record(step)
         self.steps.append(step)
 
+    def _record(self, step: Step) -> None:
+        """What leaves the step first, then the step, then away with what entered it."""
+        journal, arrays = self.job.journal, {}
+        if self.stream is not None:
+            arrays["x"] = self.stream.x
+        if self.held is not None:
+            arrays |= self.held.arrays()
+        if step.il == self.arch.n_layer:
+            arrays.pop("x", None)
+        if arrays:
+            journal.put_arrays(REFERENCE if step.il == self.arch.n_layer else STREAM.format(step.il), arrays)
+        journal.put(RECORD.format(step.il), asdict(step))
+        journal.drop(STREAM.format(step.il - 1))
+
     def _embed(self, tensor: Tensor) -> None:
-        """Encode the embeddings, and start the calibration stream with those of its tokens."""
-        text = self.plan.corpus
-        ids = text.windows.reshape(-1) if text else np.zeros(0, np.int32)
-        x = np.empty((len(ids), self.arch.n_embd), np.float32)
+        """Encode the embeddings, and start the streams with those of their tokens."""
+        text, n = self.plan.corpus, self.arch.n_embd
+        windows = text.windows if text and self.plan.calibrated else np.zeros((0, 0), np.int32)
+        held = text.held if text and self.plan.evaluated else np.zeros((0, 0), np.int32)
+        ids = np.concatenate([windows.reshape(-1), held.reshape(-1)])
+        x = np.empty((len(ids), n), np.float32)
         for start, values in self.job.slabs(tensor):
             mine = (ids >= start) & (ids < start + len(values))
             x[mine] = values[ids[mine] - start]
             self._write(tensor, values, None)
-        if text is not None:
-            self.stream = Stream(self.arch, x)
+        if windows.size:
+            self.stream = Stream(self.arch, x[: windows.size])
+        if held.size:
+            self.held = Held(x[windows.size :].copy(), self.arch.n_expert_used)
 
     def _layer(self, il: int) -> None:
         layer = self.plan.layers[il]
         by_role = {t.role: t for t in layer}
         read_part = PartReader(self.arch, self.plan.checkpoint)
         evidence, scales = None, Scales()
-        if self.stream is not None:
-            stats = self._calibrate(self.stream, il)
+        stats = self._calibrate(il) if self.stream is not None or self.held is not None else None
+        if stats is not None:
             evidence = Evidence(self.arch, by_role, stats, read_part, self.plan.options.importance)
             if self.plan.options.awq:
                 types = {t.role: self.types[t.name] for t in layer}
@@ -149,17 +173,22 @@ class WriteStage:
         for tensor in layer:
             for part in range(n_parts(tensor)):
                 self._tell("encode", il, encoded / nbytes, evidence is not None)
-                weights = None
+                weights = inputs = None
                 if evidence is not None and recipe.is_matrix(tensor):
                     weights = scales.importance(tensor.role, part, evidence.importance(tensor.role, part))
+                    inputs = _folded_inputs(evidence, scales, tensor.role, part)
                 values = scales.apply(tensor.role, part, read_part(tensor, part))
-                encoded += self._write(tensor, values, weights)
+                encoded += self._write(tensor, values, weights, inputs)
 
-    def _calibrate(self, stream: Stream, il: int) -> LayerStats:
-        """Run the stream through the layer's original weights; they are dropped on return."""
+    def _calibrate(self, il: int) -> LayerStats | None:
+        """Run the streams through the layer's original weights; they are dropped on return."""
+        stats = None
         with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
-            stats = stream.advance(engine, il, lambda f: self._tell("calibrate", il, f))
-        if stats.routed is not None:
+            if self.stream is not None:
+                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f))
+            if self.held is not None:
+                self.held.advance(engine, self.arch.is_dense(il))
+        if stats is not None and stats.routed is not None:
             self._coverage = report.coverage_of(il, stats.routed.counts, FEW_TOKENS)
         return stats
 
@@ -169,22 +198,25 @@ class WriteStage:
         self._write(outside["output_norm"], norm, None)
         if "output" not in outside:
             return
-        weights = None
-        if self.stream is not None and self.plan.options.importance:
-            weights = self.stream.final_inputs(norm).mean_square
+        inputs = self.stream.final_inputs(norm) if self.stream is not None else None
+        weights = inputs.mean_square if inputs is not None and self.plan.options.importance else None
+        sample = inputs.sample[::SAMPLE_STEP] if inputs is not None else None
         for _, values in self.job.slabs(outside["output"]):
-            self._write(outside["output"], values, weights)
+            self._write(outside["output"], values, weights, sample)
 
-    def _write(self, tensor: Tensor, values: F32, importance: F32 | None) -> int:
+    def _write(self, tensor: Tensor, values: F32, importance: F32 | None, inputs: F32 | None = None) -> int:
         """Encode the next rows of a tensor and put them after those before; returns their bytes."""
+        encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
-            data = self.job.encoder.encode(values, self.types[tensor.name], importance)
+            data = encoder.encode(values, type_, importance)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
+        loss = self._losses.setdefault(tensor.name, LossMeter(tensor.name, type_))
+        loss.add(values, encoder.decode(data, type_, values.shape[-1]), inputs, importance)
         self.writer.append(tensor.name, data)
         self.job.meter.wrote(data.nbytes, values.size)
         if tensor.il < 0:
-            self.job.meter.tell("encode", -1, self._within(0))
+            self.job.meter.tell("encode", -1, self.job.meter.bytes_written / self.job.meter.bytes_total)
         return data.nbytes
 
     def _bytes_of(self, il: int) -> int:
@@ -200,3 +232,13 @@ class WriteStage:
         begin, length = STAGE_SHARES[stage] if calibrated else (0.0, 1.0)
         share = self._bytes_of(il) / self.job.meter.bytes_total
         self.job.meter.tell(stage, il, self._within(il) + share * (begin + length * fraction), share)
+
+
+def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> F32 | None:
+    """Some inputs of a part as its folded weights meet them, (m, n); None for k_b, which the queries multiply."""
+    if role == "attn_k_b":
+        return None
+    inputs = evidence.sample(role, part)[::SAMPLE_STEP]
+    squared = scales.importance(role, part, np.ones(inputs.shape[1], np.float32))
+    assert squared is not None, "importance was given"
+    return inputs * np.sqrt(squared)

@@ -23,6 +23,7 @@ class Progress:
     fraction: float
     bytes_written: int
     bytes_total: int
+    n_values: int  # weights of the file
     seconds: float  # since this run began, or went on
     seconds_left: float  # at the pace so far; infinite before there is one
     layer_seconds_left: float  # of this layer in this phase
@@ -35,17 +36,17 @@ OnProgress = Callable[[Progress], None]
 class Meter:
     """Tells on_progress how far the run is. phases: those that the run will go through, in order."""
 
-    def __init__(self, on_progress: OnProgress | None, phases: tuple[Phase, ...], n_layer: int) -> None:
+    def __init__(self, on_progress: OnProgress | None, phases: tuple[Phase, ...], n_layer: int, n_values: int) -> None:
         whole = sum(PHASE_SHARES[phase] for phase in phases)
         self._shares: Mapping[Phase, float] = {phase: PHASE_SHARES[phase] / whole for phase in phases}
         self._on_progress = on_progress
-        self._n_layer = n_layer
+        self._n_layer, self._n_values = n_layer, n_values
         self.started = time.monotonic()
         self.bytes_written = self.bytes_total = 0
         self._before = self._share = 0.0  # of the whole: phases done, this phase
         self._within = 0.0  # of this phase
         self._skipped = 0.0  # of the whole: done by an earlier run
-        self._n_values, self._phase_began = 0, 0.0
+        self._n_written, self._phase_began = 0, 0.0
         self._layer = (-1, 0.0, 0.0)  # number, when it began, how far the phase was
 
     @property
@@ -70,7 +71,7 @@ class Meter:
     def wrote(self, n_bytes: int, n_values: int) -> None:
         """So many bytes of the file, that many weights, were written."""
         self.bytes_written += n_bytes
-        self._n_values += n_values
+        self._n_written += n_values
 
     def tell(self, stage: Stage, il: int = -1, within: float | None = None, layer_share: float = 0.0) -> None:
         """within: how far the phase is; None: as far as before. layer_share: what layer il is of the phase."""
@@ -88,10 +89,11 @@ class Meter:
                 fraction,
                 self.bytes_written,
                 self.bytes_total,
+                self._n_values,
                 self.seconds,
                 _left(self.seconds, fraction - self._skipped, 1.0 - self._skipped),
                 _left(self.seconds - self._layer[1], self._within - self._layer[2], layer_share),
-                self._n_values / max(self.seconds - self._phase_began, 1e-9),
+                self._n_written / max(self.seconds - self._phase_began, 1e-9),
             )
         )
 

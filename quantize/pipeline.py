@@ -7,8 +7,10 @@ run that was killed goes on where it was.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,14 @@ from quantize import recipe, report
 from quantize.calibrate import FEW_TOKENS
 from quantize.checkpoint import Checkpoint
 from quantize.encode import Encoder
+from quantize.errors import disk_error
+from quantize.evaluate import evaluate
 from quantize.job import Job, Options, Plan, make_plan
-from quantize.journal import Journal
+from quantize.journal import FINISHED, Journal, is_finished
 from quantize.layers import Step, WriteStage, steps_done, tensors_of
-from quantize.meter import Meter, OnProgress
+from quantize.meter import Meter, OnProgress, Phase
 from quantize.report import Report
+from quantize.score import Distance
 from quantize.writer import Writer
 
 
@@ -44,11 +49,14 @@ def quantize(
     options, out = options or Options(), Path(out)
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder:
         plan = make_plan(checkpoint, options)
-        meter = Meter(progress, ("write",), plan.arch.n_layer)
+        phases: tuple[Phase, ...] = ("write", "evaluate") if plan.evaluated else ("write",)
+        meter = Meter(progress, phases, plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
         with Journal(out, plan.fingerprint(), checkpoint, restart) as journal:
             if journal.changed:
                 say(f"starting over: {'; '.join(journal.changed)}")
+            if is_finished(out):
+                return _leave(Report.of(journal.get(FINISHED) or {}), journal)
             return _run(Job(plan, journal, encoder, meter, say), out)
 
 
@@ -59,19 +67,44 @@ def _run(job: Job, out: Path) -> Report:
         job.say(_resume_line(job.plan, len(done) - 1))
     infos = [(t.name, t.shape, types[t.name]) for t in job.plan.tensors]
     names = [t.name for step in done for t in tensors_of(job, step.il)]
-    with Writer(out, job.journal.part, _metadata(job.plan, ()), infos, names) as writer:
-        steps = WriteStage(job, types, writer, done).run()
+    with Writer(out, job.journal.part, _metadata(job.plan, (), None), infos, names) as writer:
+        stage = WriteStage(job, types, writer, done)
+        steps = stage.run()
+        distance = evaluate(job, job.journal.part) if job.plan.evaluated else None
         job.meter.tell("finish")
-        writer.finish(_metadata(job.plan, steps))
+        writer.finish(_metadata(job.plan, steps, distance))
+        made = _report(job.plan, out, writer.nbytes, types, steps, distance, stage.seconds)
+        job.journal.put(FINISHED, made.record())
         writer.commit()
-    made = _report(job, out, types, steps)
-    job.journal.discard()
+    return _leave(made, job.journal)
+
+
+def _leave(made: Report, journal: Journal) -> Report:
+    """The file stands under its name: put the report beside it, and the work away."""
+    text = json.dumps(made.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    path = report_path(made.path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+    journal.discard()
     return made
 
 
+def report_path(out: Path) -> Path:
+    """Where the report of a file stands."""
+    return out.with_name(out.name + ".report.json")
+
+
 def _resume_line(plan: Plan, il: int) -> str:
-    where = "the head" if il >= plan.arch.n_layer else f"layer {il + 1} of {plan.arch.n_layer}"
-    return f"continuing at {where}"
+    """il: the step to go on with."""
+    n_layer = plan.arch.n_layer
+    if il < n_layer:
+        return f"continuing at layer {il + 1} of {n_layer}"
+    return "continuing at the head" if il == n_layer else "continuing: all layers are written"
 
 
 def _allocate(plan: Plan) -> dict[str, Type]:
@@ -79,8 +112,9 @@ def _allocate(plan: Plan) -> dict[str, Type]:
     return {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
 
 
-def _metadata(plan: Plan, steps: list[Step] | tuple[()]) -> dict[str, object]:
+def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> dict[str, object]:
     """Every key of the file. Its length never changes during a run: figures that come later are zeros at first."""
+    errors = report.layer_errors((loss for step in steps for loss in step.losses), plan.arch.n_layer)
     keys: dict[str, object] = {
         **plan.keys,
         "general.type": "model",
@@ -88,8 +122,9 @@ def _metadata(plan: Plan, steps: list[Step] | tuple[()]) -> dict[str, object]:
         "general.file_type": int(plan.recipe.file_type),
         "general.quantization_version": 2,
         **plan.tokenizer,
+        "dsv2.layer_error": np.array(errors, np.float32),
     }
-    if plan.corpus is not None:
+    if plan.corpus is not None and plan.calibrated:
         usage = np.zeros((plan.arch.n_layer, plan.arch.n_expert), np.uint32)
         for step in steps:
             if step.coverage is not None:
@@ -101,32 +136,57 @@ def _metadata(plan: Plan, steps: list[Step] | tuple[()]) -> dict[str, object]:
             # Tokens that chose each expert, (block_count, expert_count): which ones to keep near.
             "dsv2.expert_usage": usage.reshape(-1),
         }
+    if plan.evaluated:
+        names = ("perplexity_ratio", "kld_mean", "kld_p99", "top1", "routing")
+        figures = {name: getattr(distance, name, None) or 0.0 for name in names}
+        keys["dsv2.evaluation.tokens"] = distance.n_scored if distance is not None else 0
+        keys |= {f"dsv2.evaluation.{name}": float(value) for name, value in figures.items()}
     return keys
 
 
-def _report(job: Job, out: Path, types: Mapping[str, Type], steps: list[Step]) -> Report:
-    plan = job.plan
+def _report(
+    plan: Plan,
+    out: Path,
+    nbytes: int,
+    types: Mapping[str, Type],
+    steps: Sequence[Step],
+    distance: Distance | None,
+    seconds: float,
+) -> Report:
     sizes = [(t, types[t.name], recipe.nbytes(t, types[t.name])) for t in plan.tensors]
     coverage = tuple(step.coverage for step in steps if step.coverage is not None)
-    notes = report.coverage_notes(coverage, FEW_TOKENS)
-    if plan.left_out and plan.arch.n_nextn:
-        notes.insert(0, f"{plan.arch.n_nextn} multi-token prediction layer(s) left out: GGUF runs the model without")
+    losses = tuple(loss for step in steps for loss in step.losses)
+    text = plan.corpus if plan.calibrated else None
     return Report(
         path=out,
         recipe=plan.recipe.name,
-        nbytes=out.stat().st_size,
+        nbytes=nbytes,
         source_nbytes=plan.checkpoint.nbytes,
         n_values=sum(t.size for t in plan.tensors),
         roles=report.role_sizes(sizes),
+        evaluation=distance,
+        layer_errors=report.layer_errors(losses, plan.arch.n_layer),
+        losses=losses,
         folds=tuple(fold for step in steps for fold in step.folds),
         coverage=coverage,
-        calibration_tokens=plan.corpus.n_tokens if plan.corpus else 0,
-        calibration_sources=plan.corpus.sources if plan.corpus else (),
-        calibration_sha256=plan.corpus.sha256 if plan.corpus else "",
+        calibration_tokens=text.n_tokens if text else 0,
+        calibration_sources=text.sources if text else (),
+        calibration_sha256=text.sha256 if text else "",
         left_out=plan.left_out,
-        notes=tuple(notes),
-        seconds=sum(step.seconds for step in steps),
+        notes=tuple(_notes(plan, coverage)),
+        options={**asdict(plan.options), "calibration": [str(path) for path in plan.options.calibration]},
+        seconds=seconds,
     )
+
+
+def _notes(plan: Plan, coverage: Sequence[report.Coverage]) -> list[str]:
+    """What a person should know."""
+    notes = report.coverage_notes(coverage, FEW_TOKENS)
+    if plan.left_out and plan.arch.n_nextn:
+        notes.insert(0, f"{plan.arch.n_nextn} multi-token prediction layer(s) left out: GGUF runs the model without")
+    if plan.options.evaluate and not plan.evaluated:
+        notes.append("the text is too short to hold some of it back: the file was not measured against the original")
+    return notes
 
 
 def _model_name(folder: Path) -> str:

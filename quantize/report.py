@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.awq import FoldResult
+from quantize.loss import TensorLoss
+from quantize.score import Distance
 from quantize.tensors import Tensor
 
 
@@ -39,7 +42,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run."""
+    """A finished file: what it is, what was lost, and how it was made."""
 
     path: Path
     recipe: str
@@ -47,6 +50,9 @@ class Report:
     source_nbytes: int  # of the checkpoint's tensors
     n_values: int
     roles: tuple[RoleSize, ...]  # most bytes first
+    evaluation: Distance | None  # from the original, on text held back from calibration
+    layer_errors: tuple[float, ...]  # of each layer: the mean of its matrices' relative output errors
+    losses: tuple[TensorLoss, ...]
     folds: tuple[FoldResult, ...]
     coverage: tuple[Coverage, ...]
     calibration_tokens: int  # 0 where none were used
@@ -54,12 +60,73 @@ class Report:
     calibration_sha256: str
     left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for (multi-token prediction layers)
     notes: tuple[str, ...]  # what a person should know, one sentence each
-    seconds: float
+    options: dict[str, Any]
+    seconds: float  # of work, over all runs that the file took
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of the file for each value, headers included."""
         return 8 * self.nbytes / self.n_values
+
+    def as_json(self) -> dict[str, Any]:
+        """For OUT.report.json: the fields under short names, figures first."""
+        fields = asdict(self)
+        evaluation = self.evaluation
+        if evaluation is not None:
+            fields["evaluation"]["perplexity_ratio"] = evaluation.perplexity_ratio
+        roles = [asdict(role) | {"bits_per_weight": role.bits_per_weight} for role in self.roles]
+        return {
+            "path": str(self.path),
+            "type": self.recipe,
+            "nbytes": self.nbytes,
+            "source_nbytes": self.source_nbytes,
+            "n_values": self.n_values,
+            "bits_per_weight": self.bits_per_weight,
+            "roles": roles,
+            "evaluation": fields["evaluation"],
+            "calibration": {
+                "tokens": self.calibration_tokens,
+                "sources": self.calibration_sources,
+                "sha256": self.calibration_sha256,
+            },
+            "expert_coverage": fields["coverage"],
+            "layer_errors": self.layer_errors,
+            "tensors": fields["losses"],
+            "folds": fields["folds"],
+            "left_out": self.left_out,
+            "notes": self.notes,
+            "options": self.options,
+            "seconds": self.seconds,
+            "weights_per_second": self.n_values / self.seconds,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For the journal: what ``of`` takes."""
+        return {**asdict(self), "path": str(self.path)}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Report:
+        """From ``record()``, by way of JSON."""
+        evaluation = record["evaluation"]
+        fields: dict[str, Any] = {
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()},
+            "path": Path(record["path"]),
+            "roles": tuple(RoleSize(**{**role, "types": tuple(role["types"])}) for role in record["roles"]),
+            "evaluation": None if evaluation is None else Distance(**evaluation),
+            "losses": tuple(TensorLoss(**loss) for loss in record["losses"]),
+            "folds": tuple(FoldResult(**fold) for fold in record["folds"]),
+            "coverage": tuple(Coverage(**{**c, "counts": tuple(c["counts"])}) for c in record["coverage"]),
+        }
+        return cls(**fields)
+
+
+def layer_errors(losses: Iterable[TensorLoss], n_layer: int) -> tuple[float, ...]:
+    """The mean error of each layer's quantised matrices; 0 where it has none."""
+    errors: list[list[float]] = [[] for _ in range(n_layer)]
+    for loss in losses:
+        if loss.name.startswith("blk.") and loss.type != "F32":
+            errors[int(loss.name.split(".")[1])].append(loss.error)
+    return tuple(sum(layer) / len(layer) if layer else 0.0 for layer in errors)
 
 
 def role_sizes(tensors: Iterable[tuple[Tensor, Type, int]]) -> tuple[RoleSize, ...]:

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support import checkpoints as make
 
+import cext
 import quantize
-from quantize import Options, Progress
+from quantize import CheckpointError, Options, OutputError, Progress
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
-FLOATS = Options(type="f16", threads=1)
+FLOATS = Options(type="f16", threads=1, evaluate=False)
+# A run that kills itself at an event: anything that reaches the disk or the caller. Prints how many there were.
+RUN = """
+import os, signal, sys
+from pathlib import Path
+import quantize
+limit, events = int(sys.argv[4]), 0
+def event(*args):
+    global events
+    events += 1
+    if events == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+def counted(function):
+    def call(*args, **kwargs):
+        event()
+        value = function(*args, **kwargs)
+        event()
+        return value
+    return call
+for name in ("fsync", "pwrite", "replace", "unlink", "rmdir"):
+    setattr(os, name, counted(getattr(os, name)))
+options = quantize.Options(type="q4_k_m", threads=1, calibration=(Path(sys.argv[3]),))
+quantize.quantize(sys.argv[1], sys.argv[2], options, event, say=print)
+print(events)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,53 +56,272 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration text of a few windows."""
-    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 1200)
+    """A calibration text of some windows, of which one is held back."""
+    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 1300)
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(words))
     return path
+
+
+def start(source: Path, out: Path, text: Path, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", RUN, str(source), str(out), str(text), str(kill_at)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> tuple[bytes, dict[str, Any], int]:
+    """The file of a run that nobody cut short, its report, and how many events it had."""
+    out = tmp_path_factory.mktemp("whole") / "m.gguf"
+    done = start(source, out, text)
+    report = json.loads((out.parent / "m.gguf.report.json").read_text())
+    assert report["evaluation"]["n_windows"] >= 1
+    return out.read_bytes(), report, int(done.stdout.split()[-1])
+
+
+def assert_whole(out: Path, whole: tuple[bytes, dict[str, Any], int]) -> None:
+    assert out.read_bytes() == whole[0]
+    report = json.loads((out.parent / "m.gguf.report.json").read_text())
+    for name in report.keys() - {"path", "seconds", "weights_per_second"}:
+        assert report[name] == whole[1][name], name
+    assert sorted(p.name for p in out.parent.iterdir()) == ["m.gguf", "m.gguf.report.json"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again(
+    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int], seed: int
+) -> None:
+    out, rng = tmp_path / "m.gguf", random.Random(seed)
+    for _ in range(3):
+        if start(source, out, text, rng.randrange(2, whole[2] // 2)).returncode == 0:
+            break
+        assert not out.exists() and not (tmp_path / "m.gguf.report.json").exists()
+    start(source, out, text)
+    assert_whole(out, whole)
+
+
+@pytest.mark.parametrize("before_end", [1, 4, 8])
+def test_killed_in_the_last_instants(
+    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int], before_end: int
+) -> None:
+    """Around the renames: whatever stands under the final name is whole."""
+    out = tmp_path / "m.gguf"
+    assert start(source, out, text, whole[2] - before_end).returncode == -signal.SIGKILL
+    assert not out.exists() or out.read_bytes() == whole[0]
+    start(source, out, text)
+    assert_whole(out, whole)
+
+
+def test_a_killed_run_loses_at_most_a_layer(
+    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int]
+) -> None:
+    out, options = tmp_path / "m.gguf", Options(type="q4_k_m", threads=1, calibration=(text,))
+
+    class Stop(BaseException):
+        pass
+
+    def stop_at(il: int, stage: str) -> list[int]:
+        layers: list[int] = []
+
+        def progress(step: Progress) -> None:
+            layers.append(step.layer)
+            if (step.layer, step.stage) == (il, stage):
+                raise Stop
+
+        said: list[str] = []
+        with pytest.raises(Stop):
+            quantize.quantize(source, out, options, progress, say=said.append)
+        return sorted({*layers} - {-1})
+
+    assert stop_at(0, "encode") == [0]
+    assert stop_at(1, "calibrate") == [0, 1]
+    assert stop_at(2, "search") == [1, 2]
+    assert stop_at(2, "encode") == [2]
+    assert stop_at(-1, "evaluate") == [2]
+    assert stop_at(-1, "finish") == []
+    said: list[str] = []
+    quantize.quantize(source, out, options, say=said.append)
+    assert said == ["continuing: all layers are written"]
+    assert_whole(out, whole)
+
+
+def test_two_runs_at_once(tmp_path: Path, source: Path) -> None:
+    def second(step: Progress) -> None:
+        if step.layer == 1:
+            with pytest.raises(OutputError, match="another run is writing it"):
+                quantize.quantize(source, tmp_path / "m.gguf", FLOATS)
+            seen.append(step.layer)
+
+    seen: list[int] = []
+    quantize.quantize(source, tmp_path / "m.gguf", FLOATS, second)
+    assert seen and (tmp_path / "m.gguf").exists()
+
+
+def interrupted(source: Path, out: Path, options: Options = FLOATS, il: int = 2) -> None:
+    """A run that Ctrl-C stopped in layer il."""
+
+    def stop(step: Progress) -> None:
+        if step.layer == il:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize.quantize(source, out, options, stop)
 
 
 def test_ctrl_c_leaves_what_was_there_and_the_next_run_goes_on(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "m.gguf"
     quantize.quantize(source, tmp_path / "whole.gguf", FLOATS)
     out.write_text("before")
-
-    def stop(step: Progress) -> None:
-        if step.layer == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize.quantize(source, out, FLOATS, stop)
-    assert out.read_text() == "before" and (tmp_path / "m.gguf.work").is_dir()
+    interrupted(source, out)
+    assert out.read_text() == "before" and quantize.work_folder(out).is_dir()
     said: list[str] = []
     steps: list[Progress] = []
     quantize.quantize(source, out, FLOATS, steps.append, say=said.append)
-    assert said == ["continuing at layer 2 of 3"]
-    assert 0 not in {step.layer for step in steps}
+    assert said == ["continuing at layer 3 of 3"]
+    assert {step.layer for step in steps} == {-1, 2}
+    # The first thing shown is how much is there already, and the time left knows that it cost this run nothing.
+    assert next(step for step in steps if step.layer == 2).fraction > 0.5
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "whole.gguf"]
+    assert not quantize.work_folder(out).exists()
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, source: Path, text: Path) -> None:
-    out, options = tmp_path / "m.gguf", Options(type="q4_k_m", threads=1, calibration=(text,))
-    code = (
-        "import sys, time, quantize\nfrom pathlib import Path\n"
-        "def slow(step):\n"
-        "    if step.layer == 1 and step.stage == 'encode': print('there', flush=True); time.sleep(60)\n"
-        "options = quantize.Options(type='q4_k_m', threads=1, calibration=(Path(sys.argv[3]),))\n"
-        "quantize.quantize(sys.argv[1], sys.argv[2], options, slow)"
-    )
-    run = subprocess.Popen([sys.executable, "-P", "-c", code, str(source), str(out), str(text)], stdout=subprocess.PIPE)
-    assert run.stdout is not None and run.stdout.readline() == b"there\n"
-    with pytest.raises(quantize.OutputError, match="another run"):
-        quantize.quantize(source, out, options)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
-    assert not out.exists()
+CHANGES: dict[str, tuple[Options, str]] = {
+    "the type": (Options(type="bf16", threads=1, evaluate=False), "--type was f16, is bf16"),
+    "a switch": (Options(type="f16", threads=1, evaluate=False, awq=False), "--awq was True, is False"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_other_options_start_over(tmp_path: Path, source: Path, case: str) -> None:
+    options, told = CHANGES[case]
+    interrupted(source, tmp_path / "m.gguf")
     said: list[str] = []
-    quantize.quantize(source, out, options, say=said.append)
-    assert said == ["continuing at layer 2 of 3"]
+    quantize.quantize(source, tmp_path / "m.gguf", options, say=said.append)
+    assert said == [f"starting over: {told}"]
+    quantize.quantize(source, tmp_path / "fresh.gguf", options)
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+def test_other_threads_do_not(tmp_path: Path, source: Path) -> None:
+    interrupted(source, tmp_path / "m.gguf")
+    said: list[str] = []
+    quantize.quantize(source, tmp_path / "m.gguf", Options(type="f16", threads=2, evaluate=False), say=said.append)
+    assert said == ["continuing at layer 3 of 3"]
+
+
+def test_another_text_or_source_starts_over(tmp_path: Path, text: Path) -> None:
+    make.write_checkpoint(tmp_path / "hf", SMALL, n_shards=3)
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text.read_text())
+    options = Options(type="q4_0", threads=1, calibration=(mine,), awq=False, evaluate=False)
+    interrupted(tmp_path / "hf", tmp_path / "m.gguf", options)
+    mine.write_text(text.read_text() + " and on")
+    said: list[str] = []
+    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options, say=said.append)
+    assert said == ["starting over: the calibration text changed"]
+    interrupted(tmp_path / "hf", tmp_path / "m.gguf", options)
+    weights = make.random_weights(SMALL, seed=7)
+    make.write_checkpoint(tmp_path / "hf", SMALL, weights, n_shards=3)
+    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options, say=said.append)
+    assert said[1].startswith("starting over: model-00001-of-00003.safetensors changed")
+
+
+def test_restart(tmp_path: Path, source: Path) -> None:
+    interrupted(source, tmp_path / "m.gguf")
+    steps: list[Progress] = []
+    quantize.quantize(source, tmp_path / "m.gguf", FLOATS, steps.append, restart=True)
+    assert {step.layer for step in steps} == {-1, 0, 1, 2}
+
+
+def test_a_lost_part_is_made_again(tmp_path: Path, source: Path) -> None:
+    interrupted(source, tmp_path / "m.gguf")
+    (quantize.work_folder(tmp_path / "m.gguf") / "model.gguf.part").unlink()
+    quantize.quantize(source, tmp_path / "m.gguf", FLOATS)
+    quantize.quantize(source, tmp_path / "fresh.gguf", FLOATS)
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+# What can go wrong on the way, and be put right.
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / str(index["weight_map"][name])
+
+
+LATE = "model.layers.2.mlp.experts.7.down_proj.weight"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_late_nan_is_named_and_its_shard_can_be_replaced(tmp_path: Path, bad: float) -> None:
+    """The layers before it are kept: nothing was read from the bad shard for them."""
+    weights = make.random_weights(SMALL)
+    good = make.write_checkpoint(tmp_path / "good", SMALL, weights, dtype="F32", n_shards=9)
+    quantize.quantize(tmp_path / "good", tmp_path / "good.gguf", FLOATS)
+    (tmp_path / "good").rename(tmp_path / "hf")
+    shard = shard_of(tmp_path / "hf", LATE)
+    repaired = shard.read_bytes()
+    spoilt = {**good, LATE: good[LATE].copy()}
+    spoilt[LATE][5, 3] = bad
+    make.write_checkpoint(tmp_path / "bad", SMALL, spoilt, dtype="F32", n_shards=9)
+    shard.write_bytes(shard_of(tmp_path / "bad", LATE).read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{LATE}.* 1 values that are not finite, the first at \(5, 3\)"):
+        quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS)
+    assert not (tmp_path / "m.gguf").exists()
+    shard.write_bytes(repaired)
+    said: list[str] = []
+    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS, say=said.append)
+    assert said == ["continuing at layer 3 of 3"]
+    one, two = (cext.Gguf(tmp_path / name) for name in ("m.gguf", "good.gguf"))
+    for tensor in two.tensors:
+        np.testing.assert_array_equal(one.raw(tensor.name), two.raw(tensor.name), err_msg=tensor.name)
+
+
+def test_a_shard_that_disappears(tmp_path: Path) -> None:
+    make.write_checkpoint(tmp_path / "hf", SMALL, n_shards=9)
+    shard = shard_of(tmp_path / "hf", LATE)
+
+    def lose(step: Progress) -> None:
+        if step.layer == 1 and shard.exists():
+            shard.rename(tmp_path / "kept")
+
+    with pytest.raises(CheckpointError, match=rf"{shard.name}.*No such file"):
+        quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS, lose)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}.* is missing"):
+        quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS)
+    (tmp_path / "kept").rename(shard)
+    said: list[str] = []
+    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", FLOATS, say=said.append)
+    assert said == ["continuing at layer 3 of 3"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE as Linux has it")
+def test_a_disk_that_fills_up(tmp_path: Path, source: Path, text: Path) -> None:
+    """The kernel refuses the GGUF, then the hidden states that are larger than it; then there is room again."""
+    out = tmp_path / "m.gguf"
+    options = Options(type="q4_0", threads=1, calibration=(text,), awq=False, evaluate=False)
+    code = (
+        "import resource, sys, quantize\nfrom pathlib import Path\n"
+        "limit = int(sys.argv[4])\nresource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "options = quantize.Options('q4_0', (Path(sys.argv[3]),), awq=False, evaluate=False, threads=1)\n"
+        "try: quantize.quantize(sys.argv[1], sys.argv[2], options)\n"
+        "except quantize.OutputError as error: print(error, error.hint)"
+    )
     quantize.quantize(source, tmp_path / "whole.gguf", options)
+    nbytes = (tmp_path / "whole.gguf").stat().st_size
+    for limit in (nbytes // 2, nbytes + 4096):
+        command = [sys.executable, "-P", "-c", code, str(source), str(out), str(text), str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert "File too large" in done.stdout and "GB are free" in done.stdout and done.stderr == ""
+        assert done.stdout.count("\n") == 1 and not out.exists()
+        assert not list(tmp_path.rglob("*.tmp"))
+    quantize.quantize(source, out, options)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        quantize.quantize(source, tmp_path / "locked" / "m.gguf", FLOATS)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv2cli import console
 from dsv2cli.commands.chat import MODEL_HELP
+from dsv2cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.table import Table
 
     from dsv2cli.anatomy import Anatomy
 
 HELP = "Show what a GGUF is made of and what it needs."
-EXAMPLES = ("inspect model.gguf", "inspect model.gguf --ctx 32768 --json")
+EXAMPLES = ("inspect model.gguf", "inspect model.gguf --ctx 32768 --json", "inspect model.gguf --heatmap usage.png")
 SHOWN_ITEMS = 4  # of a list among the metadata
+SHOWN_NOTES = ("dsv2.evaluation.", "dsv2.calibration.", "dsv2.expert_usage", "dsv2.layer_error")
+# label, layout, the keys under dsv2. that it shows and what they must be: a file may say anything
+FIGURES: tuple[tuple[str, str, dict[str, type]], ...] = (
+    ("perplexity ratio", "{:.4f}", {"evaluation.perplexity_ratio": float}),
+    ("KL divergence", "mean {:.4f}, p99 {:.3f} nats", {"evaluation.kld_mean": float, "evaluation.kld_p99": float}),
+    ("same top token", "{:.1%}", {"evaluation.top1": float}),
+    ("same experts", "{:.1%}", {"evaluation.routing": float}),
+    ("measured on", "{} tokens held back from calibration", {"evaluation.tokens": int}),
+)
 
 
 def inspect(
@@ -24,11 +39,16 @@ def inspect(
     context: Annotated[
         int | None, typer.Option("-c", "--ctx", metavar="N", min=1, help="Memory at this context, not a few.")
     ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option("--heatmap", metavar="PNG", help="Write a picture of how often each expert is used.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     from dsv2cli import anatomy, locate
 
     found = anatomy.study(locate.model(model))
+    if heatmap is not None:
+        draw(found, heatmap)
     contexts = (context,) if context else found.contexts
     if as_json:
         console.print_json(describe(found, contexts))
@@ -48,10 +68,63 @@ def show(found: Anatomy, contexts: tuple[int, ...]) -> None:
         out.print(parts_table(found))
         out.print()
         out.print(memory_table(found, contexts))
-    if found.notes:
+    if lines := quality(found.notes):
         out.print()
-        for key, value in found.notes.items():
+        for label, value in lines:
+            out.print(f"[bold]{label:<17}[/bold] {console.printable(value)}", markup=True, soft_wrap=True)
+    if (usage := found.expert_usage) is not None:
+        out.print()
+        show_usage(found, usage)
+    if others := {key: value for key, value in found.notes.items() if not key.startswith(SHOWN_NOTES)}:
+        out.print()
+        for key, value in others.items():
             out.print(f"{key}: {console.printable(brief(value))}", markup=False, soft_wrap=True)
+
+
+def quality(notes: dict[str, Any]) -> list[tuple[str, str]]:
+    """What our quantiser measured and wrote down: (label, value) lines."""
+    from dsv2cli import figures
+
+    lines = [
+        (label, layout.format(*(notes[f"dsv2.{key}"] for key in keys)))
+        for label, layout, keys in FIGURES
+        if all(isinstance(notes.get(f"dsv2.{key}"), kind) for key, kind in keys.items())
+    ]
+    errors = notes.get("dsv2.layer_error")
+    if isinstance(errors, list) and errors and all(isinstance(e, float) and 0 <= e < math.inf for e in errors):
+        worst = max(range(len(errors)), key=lambda il: errors[il])
+        lines.append(("layer errors", f"{figures.spark(errors)} worst {errors[worst]:.2g} (layer {worst + 1})"))
+    sources, digest = notes.get("dsv2.calibration.sources"), notes.get("dsv2.calibration.sha256")
+    if isinstance(sources, list) and isinstance(digest, str):
+        tokens = notes.get("dsv2.calibration.tokens", "unknown")
+        lines.append(("calibrated on", f"{tokens} tokens of {', '.join(map(str, sources))} (sha256 {digest[:12]})"))
+    return lines
+
+
+def show_usage(found: Anatomy, usage: NDArray[np.int64]) -> None:
+    from dsv2cli import figures
+
+    out = console.stdout_console()
+    n_layer, n_expert = usage.shape
+    first = found.keys.get("leading_dense_block_count", 0) + 1
+    out.print(f"[bold]Experts used in calibration[/bold]: {n_layer} layers of {n_expert}, bright is often", markup=True)
+    coloured = console.wants_colour(sys.stdout)
+    for line in figures.heatmap(usage, range(first, first + n_layer), out.width, coloured=coloured):
+        out.print(line)
+
+
+def draw(found: Anatomy, path: Path) -> None:
+    """The expert-usage heatmap as a PNG."""
+    from dsv2cli import figures
+
+    usage = found.expert_usage
+    if usage is None:
+        raise UsageError(
+            f"`{found.path}` does not say how often its experts were used",
+            "only files that dsv2 quantize calibrated do: heatmaps need the key dsv2.expert_usage",
+        )
+    figures.write_png(path, usage, f"{found.name}: tokens that chose each expert; rows are layers, columns experts")
+    console.note(f"wrote {path}")
 
 
 def headline(found: Anatomy) -> list[tuple[str, str]]:

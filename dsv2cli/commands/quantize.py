@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +16,8 @@ from dsv2cli import console
 from dsv2cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quantize import Progress, Report
 
 HELP = "Turn a checkpoint (safetensors) into a calibrated GGUF; prints its path."
@@ -46,8 +52,19 @@ CALIBRATION = typer.Option(
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
+EVALUATE = typer.Option(
+    "--evaluate/--no-evaluate", help="Measure the file against the original on text held back from calibration."
+)
 SHOWN_SHARE = 0.02  # of the file's bytes that a role must have for a line of its own
-STAGES = {"read": "reading", "calibrate": "calibrating", "search": "searching scales", "encode": "encoding"}
+STAGES = {
+    "read": "reading",
+    "calibrate": "calibrating",
+    "search": "searching scales",
+    "encode": "encoding",
+    "evaluate": "measuring",
+    "finish": "finishing",
+}
+LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
 def quantize(
@@ -58,7 +75,11 @@ def quantize(
     kind: Annotated[Type, typer.Option("--type", case_sensitive=False, help="How small.")] = Type.q4_k_m,
     calibration: Annotated[list[Path] | None, CALIBRATION] = None,
     awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = True,
+    evaluate: Annotated[bool, EVALUATE] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the work of a run that was cut short.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no table.")] = False,
@@ -67,24 +88,35 @@ def quantize(
 
     folder = locate.checkpoint(source)
     target = out or Path(default_name(source, folder, kind.value))
-    if target.is_dir():
-        raise UsageError(f"`{target}` is a folder", "-o takes the name of the file to write")
-    if target.exists() and not force:
-        raise UsageError(f"`{target}` exists", "--force replaces it, -o names another")
+    check_target(target, force)
+    if threads is not None:
+        # numpy's BLAS reads it when it is loaded, which is now or never.
+        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
 
     from quantize import Options
     from quantize import quantize as run
 
-    options = Options(type=kind.value, calibration=tuple(calibration or ()), awq=awq, threads=threads)
-    with console.progress(quiet=quiet) as display:
-        bar = display.add_task("quantising", total=1.0, detail="")
-        report = run(folder, target, options, lambda p: display.update(bar, completed=p.fraction, detail=stage(p)))
+    options = Options(
+        type=kind.value, calibration=tuple(calibration or ()), awq=awq, evaluate=evaluate, threads=threads
+    )
+    with keeping_work(target), Display(quiet=quiet) as display:
+        report = run(folder, target, options, display.progress, say=display.say, restart=restart)
     if as_json:
-        console.print_json(describe(report))
+        console.print_json(report.as_json())
         return
     if not quiet:
         show(report)
     print(report.path)
+
+
+def check_target(target: Path, force: bool) -> None:
+    if target.is_dir():
+        raise UsageError(f"`{target}` is a folder", "-o takes the name of the file to write")
+    if target.exists() and not force:
+        from quantize import is_finished
+
+        if not is_finished(target):
+            raise UsageError(f"`{target}` exists", "--force replaces it, -o names another")
 
 
 def default_name(source: str, folder: Path, kind: str) -> str:
@@ -97,14 +129,78 @@ def default_name(source: str, folder: Path, kind: str) -> str:
     return f"{name}-{kind.upper()}.gguf"
 
 
-def stage(progress: Progress) -> str:
-    where = f"layer {progress.layer + 1} of {progress.n_layer}" if progress.layer >= 0 else ""
-    doing = f"{where} {STAGES.get(progress.stage, progress.stage)}".strip()
-    return f"{doing}, {console.format_bytes(progress.bytes_written)} written"
+@contextmanager
+def keeping_work(target: Path) -> Iterator[None]:
+    """Where a run ends early and left something to go on from, says so."""
+    try:
+        yield
+    except BaseException:
+        from quantize import work_folder
+
+        folder = work_folder(target)
+        if (folder / "fingerprint.json").exists():
+            console.note(f"what was done is kept in {folder}: the same command goes on from there, --restart does not")
+        raise
+
+
+class Display:
+    """Progress on a terminal, a line now and then elsewhere, nothing where quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar = console.progress(quiet=quiet, time_left=False)
+        self._quiet = quiet
+        self._logs = not quiet and self._bar.disable
+        self._logged = 0.0
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        self._task = self._bar.add_task("reading", total=1.0, detail="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            self._bar.console.print(line, markup=False, soft_wrap=True)
+
+    def progress(self, step: Progress) -> None:
+        self._bar.update(self._task, completed=step.fraction, description=doing(step), detail=pace(step))
+        if self._logs and step.seconds - self._logged >= LOG_SECONDS:
+            self._logged = step.seconds
+            console.note(f"{doing(step)}, {100 * step.fraction:.0f} %, {pace(step)}")
+
+
+def doing(step: Progress) -> str:
+    what = STAGES.get(step.stage, step.stage)
+    return f"layer {step.layer + 1} of {step.n_layer}, {what}" if step.layer >= 0 else what
+
+
+def pace(step: Progress) -> str:
+    """Times left, of the layer and of all; weights and bytes of the file a second."""
+    parts = []
+    if math.isfinite(step.seconds_left) and step.fraction < 1:
+        parts.append(f"{console.format_seconds(step.seconds_left)} left")
+    if math.isfinite(step.layer_seconds_left) and step.layer >= 0:
+        parts.append(f"{console.format_seconds(step.layer_seconds_left)} of this layer")
+    if step.values_per_second > 0:
+        bits = 8 * step.bytes_total / step.n_values
+        rate = step.values_per_second
+        parts.append(f"{rate / 1e6:.1f} M weights/s, {console.format_bytes(rate * bits / 8)}/s")
+    return ", ".join(parts)
 
 
 def show(report: Report) -> None:
     """The summary, on stderr: stdout has the path."""
+    out = console.stderr_console()
+    out.print(roles_table(report))
+    out.print()
+    out.print(quality_table(report))
+    for note in report.notes:
+        console.warn(note)
+
+
+def roles_table(report: Report) -> Table:
     from dsv2cli.commands.inspect import table
 
     made = table(f"{report.path.name}: {report.bits_per_weight:.2f} bits/weight", "role", "type", "size", "bits/weight")
@@ -114,39 +210,49 @@ def show(report: Report) -> None:
     if rest := [role for role in report.roles if role not in large]:
         nbytes, n_values = sum(role.nbytes for role in rest), sum(role.n_values for role in rest)
         made.add_row(f"{len(rest)} more", "", console.format_bytes(nbytes), f"{8 * nbytes / n_values:.2f}")
-    out = console.stderr_console()
-    out.print(made)
-    kept = [fold for fold in report.folds if fold.kept]
-    lines = [f"{console.format_bytes(report.source_nbytes)} -> {console.format_bytes(report.nbytes)}"]
+    return made
+
+
+def quality_table(report: Report) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, show_edge=False)
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for label, value in quality(report):
+        made.add_row(label, value)
+    return made
+
+
+def quality(report: Report) -> list[tuple[str, str]]:
+    """What was lost, and how it was made: (label, value) lines."""
+    lines = [("size", f"{console.format_bytes(report.nbytes)} of {console.format_bytes(report.source_nbytes)}")]
+    if (found := report.evaluation) is not None:
+        spread = f" +- {found.kld_error:.4f}" if found.kld_error is not None else ""
+        lines += [
+            ("perplexity ratio", f"{found.perplexity_ratio:.4f} ({found.perplexity_reference:.3f} before)"),
+            ("KL divergence", f"mean {found.kld_mean:.4f}{spread}, p99 {found.kld_p99:.3f} nats"),
+            ("same top token", f"{100 * found.top1:.1f} %"),
+        ]
+        if found.routing is not None:
+            lines.append(("same experts", f"{100 * found.routing:.1f} %"))
+        lines.append(("measured on", f"{found.n_scored} tokens held back from calibration"))
     if report.calibration_tokens:
-        lines.append(f"calibrated on {report.calibration_tokens} tokens of {', '.join(report.calibration_sources)}")
+        sources = ", ".join(report.calibration_sources)
+        digest = report.calibration_sha256[:12]
+        lines.append(("calibrated on", f"{report.calibration_tokens} tokens of {sources} (sha256 {digest})"))
+    if report.coverage:
+        counts = [n for layer in report.coverage for n in layer.counts]
+        few = sum(layer.few for layer in report.coverage)
+        lines.append(("expert coverage", f"{min(counts)} to {max(counts)} tokens, {few} of {len(counts)} experts few"))
     if report.folds:
-        lines.append(f"{len(kept)} of {len(report.folds)} scale folds kept")
-    lines.append(f"{console.format_seconds(report.seconds)}")
-    console.note("; ".join(lines))
-    for note in report.notes:
-        console.warn(note)
+        lines.append(("scale folds", f"{sum(fold.kept for fold in report.folds)} of {len(report.folds)} kept"))
+    from dsv2cli import figures
 
-
-def describe(report: Report) -> dict[str, Any]:
-    return {
-        "path": str(report.path),
-        "type": report.recipe,
-        "nbytes": report.nbytes,
-        "source_nbytes": report.source_nbytes,
-        "n_values": report.n_values,
-        "bits_per_weight": report.bits_per_weight,
-        "roles": [
-            {"role": r.role, "types": r.types, "nbytes": r.nbytes, "bits_per_weight": r.bits_per_weight}
-            for r in report.roles
-        ],
-        "calibration": {
-            "tokens": report.calibration_tokens,
-            "sources": report.calibration_sources,
-            "sha256": report.calibration_sha256,
-        },
-        "folds": {"tried": len(report.folds), "kept": sum(f.kept for f in report.folds)},
-        "left_out": report.left_out,
-        "notes": report.notes,
-        "seconds": report.seconds,
-    }
+    worst = max(range(len(report.layer_errors)), key=lambda il: report.layer_errors[il])
+    error = f"{figures.spark(report.layer_errors)} worst {report.layer_errors[worst]:.2g} (layer {worst + 1})"
+    lines.append(("layer errors", error))
+    rate = report.n_values / report.seconds / 1e6
+    lines.append(("time", f"{console.format_seconds(report.seconds)}, {rate:.1f} M weights/s"))
+    return lines

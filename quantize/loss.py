@@ -1,0 +1,58 @@
+"""loss.py: what encoding did to a tensor. Checks every part that leaves for NaN, and measures its output error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from quantize.errors import QuantizeError
+
+F32 = NDArray[np.float32]
+
+SAMPLE_STEP = 4  # one sampled token in so many measures the error: the figure is for reading, not for choosing
+
+
+@dataclass(frozen=True)
+class TensorLoss:
+    """One tensor of the file, and how much of its output encoding changed."""
+
+    name: str
+    type: str
+    error: float  # squared, relative to the squared output on calibration tokens; of the weights where none are fed
+
+
+class LossMeter:
+    """Adds up a tensor's parts."""
+
+    def __init__(self, name: str, type_: Type) -> None:
+        self.name, self.type = name, type_
+        self._error = self._energy = 0.0
+
+    def add(self, exact: F32, decoded: F32, inputs: F32 | None, importance: F32 | None) -> None:
+        """A part (n_row, n) or a norm (n,) as it should be and as it will be read; inputs (m, n) of the exact weights,
+        or what is known of them: importance (n,). Raises QuantizeError where a value is not finite.
+        """
+        if not np.isfinite(decoded).all():
+            raise QuantizeError(
+                f"tensor `{self.name}`: encoding to {self.type.name} gave values that are not finite",
+                "the weights are too large for this type, or calibration went wrong: please report the model",
+            )
+        lost = decoded - exact
+        if inputs is not None:
+            self._error += _square(inputs @ lost.T)
+            self._energy += _square(inputs @ exact.T)
+            return
+        weights = 1.0 if importance is None else np.sqrt(importance)
+        self._error += _square(lost * weights)
+        self._energy += _square(exact * weights)
+
+    def done(self) -> TensorLoss:
+        """The tensor's figure; 0 where its output is."""
+        return TensorLoss(self.name, self.type.name, self._error / self._energy if self._energy > 0 else 0.0)
+
+
+def _square(values: F32) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
