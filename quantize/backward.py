@@ -37,6 +37,7 @@ class Routing(NamedTuple):
     weights: Floats  # (m, n_used)
     scores: Floats  # (m, n_expert), before normalisation
     choice: Floats  # (m, n_expert) what the experts are ranked by, -inf outside the chosen groups
+    bias: Floats | None  # (n_expert,) added to the scores for the choice
 
 
 # (routing, logits (m, n_expert), gradients at the chosen weights (n_grad, m, n_used)) -> more gradients at the logits
@@ -88,7 +89,7 @@ def route(arch: Arch, logits: Floats, bias: Floats | None) -> Routing:
     weights = np.take_along_axis(scores, experts, -1)
     if arch.expert_norm:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(experts, weights * scores.dtype.type(arch.expert_scale), scores, choice)
+    return Routing(experts, weights * scores.dtype.type(arch.expert_scale), scores, choice, bias)
 
 
 def route_backward(arch: Arch, routing: Routing, dweights: Floats) -> Floats:
