@@ -1,5 +1,6 @@
 """Turns a Hugging Face checkpoint of the DeepSeek-V2 family into a calibrated, low-bit GGUF, one layer at a time."""
 
+from quantize.allocate import parse_size
 from quantize.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
 from quantize.job import Options
 from quantize.journal import is_finished, work_folder
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "UnsupportedError",
     "is_finished",
+    "parse_size",
     "quantize",
     "work_folder",
 ]

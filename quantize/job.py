@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -36,15 +37,33 @@ SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 class Options:
     """How to quantise. The defaults are what most people want."""
 
-    type: str = "q4_k_m"  # a name of recipe.RECIPES
+    type: str = "q4_k_m"  # a name of recipe.RECIPES: its bytes are the budget
+    bpw: float | None = None  # instead: bits a weight, over all tensors
+    size: int | None = None  # instead: bytes of the whole file
+    plain_mix: bool = False  # the fixed types of the mix that type names, whatever they cost
+    survey_tokens: int = 8192  # of calibration, that the types are chosen on
     calibration: tuple[Path, ...] = ()  # text and .jsonl chat; none: the text that ships
     max_tokens: int = 65_536  # of calibration, evenly thinned
     importance: bool = True  # weigh the encoders' errors by the calibrated inputs
     awq: bool = True  # search and fold activation-aware scales
+    feedback: bool = True  # encode under the inputs' covariances, with error feedback
     evaluate: bool = True  # measure the file against the original on text held back from calibration
     threads: int | None = None  # None: every core this process may use
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything that is asked for needs calibration."""
+        return self.importance or self.awq or self.feedback
+
     def __post_init__(self) -> None:
+        if self.bpw is not None and self.size is not None:
+            raise QuantizeError("both bits a weight and a size are given", "give --bpw or --size")
+        if self.plain_mix and (self.bpw is not None or self.size is not None):
+            raise QuantizeError("a plain mix has a size of its own", "give --plain-mix with --type alone")
+        if self.bpw is not None and not 0 < self.bpw < math.inf:
+            raise QuantizeError(f"bits a weight are {self.bpw}, expected a positive number")
+        if self.size is not None and self.size < 1:
+            raise QuantizeError(f"size is {self.size} bytes, expected at least 1")
         if self.threads is not None and self.threads < 1:
             raise QuantizeError(f"threads is {self.threads}, expected at least 1")
 
@@ -64,9 +83,23 @@ class Plan:
     corpus: Corpus | None  # None: neither calibrated nor evaluated
 
     @property
+    def label(self) -> str:
+        """What was asked for, in a word or two."""
+        if self.options.size is not None:
+            return f"{self.options.size / 1e9:.4g} GB"
+        if self.options.bpw is not None:
+            return f"{self.options.bpw:g} bpw"
+        return f"{self.recipe.name} (plain mix)" if self.options.plain_mix else self.recipe.name
+
+    @property
+    def allocates(self) -> bool:
+        """Whether types are chosen by measured sensitivity."""
+        return self.recipe.is_budget and not self.options.plain_mix
+
+    @property
     def calibrated(self) -> bool:
         """Whether the bytes depend on calibration."""
-        return self.recipe.wants_calibration and (self.options.importance or self.options.awq)
+        return self.recipe.wants_calibration and self.options.calibrates
 
     @property
     def evaluated(self) -> bool:
@@ -118,12 +151,16 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     chosen = recipe.find(options.type)
     arch = arch_of.parse(checkpoint.config)
     plan = tensors.model_tensors(arch)
+    if options.bpw is not None or options.size is not None:
+        n_values = sum(t.size for t in plan)
+        chosen = recipe.nearest(arch, plan, options.size or int((options.bpw or 0) * n_values / 8))
     left_out = tensors.check(arch, checkpoint, plan)
     keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
     tokenizer = read_vocab(checkpoint.path, arch.n_vocab).keys()
     text = None
-    calibrated = chosen.wants_calibration and (options.importance or options.awq)
-    if calibrated or options.evaluate:
+    calibrated = chosen.wants_calibration and options.calibrates
+    allocates = chosen.is_budget and not options.plain_mix
+    if calibrated or allocates or options.evaluate:
         text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
     return Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, text)
 

@@ -19,7 +19,8 @@ from quantize.awq import FoldResult, Scales, Searcher
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
 from quantize.errors import QuantizeError
 from quantize.evaluate import REFERENCE, Held
-from quantize.evidence import Evidence, n_parts
+from quantize.evidence import Evidence, parts_in_order
+from quantize.feedback import Covariance
 from quantize.job import Job
 from quantize.loss import SAMPLE_STEP, LossMeter, TensorLoss
 from quantize.meter import Stage
@@ -57,6 +58,15 @@ class Step:
             tuple(TensorLoss(**loss) for loss in record["losses"]),
             record["seconds"],
         )
+
+
+@dataclass(frozen=True)
+class Known:
+    """What calibration says of a part's columns, as its folded weights meet them."""
+
+    importance: F32 | None = None  # (n,)
+    covariance: Covariance | None = None
+    inputs: F32 | None = None  # (m, n) of some tokens, to measure with
 
 
 def steps_done(job: Job) -> list[Step]:
@@ -147,10 +157,11 @@ class WriteStage:
         held = text.held if text and self.plan.evaluated else np.zeros((0, 0), np.int32)
         ids = np.concatenate([windows.reshape(-1), held.reshape(-1)])
         x = np.empty((len(ids), n), np.float32)
+        even = Covariance.even(n) if self.plan.options.feedback else None
         for start, values in self.job.slabs(tensor):
             mine = (ids >= start) & (ids < start + len(values))
             x[mine] = values[ids[mine] - start]
-            self._write(tensor, values, None)
+            self._write(tensor, values, Known(covariance=even))
         if windows.size:
             self.stream = Stream(self.arch, x[: windows.size])
         if held.size:
@@ -170,22 +181,24 @@ class WriteStage:
                 scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
                 self._folds += results
         encoded, nbytes = 0, self._bytes_of(il)
-        for tensor in layer:
-            for part in range(n_parts(tensor)):
-                self._tell("encode", il, encoded / nbytes, evidence is not None)
-                weights = inputs = None
-                if evidence is not None and recipe.is_matrix(tensor):
-                    weights = scales.importance(tensor.role, part, evidence.importance(tensor.role, part))
-                    inputs = _folded_inputs(evidence, scales, tensor.role, part)
-                values = scales.apply(tensor.role, part, read_part(tensor, part))
-                encoded += self._write(tensor, values, weights, inputs)
+        for tensor, part in parts_in_order(layer):
+            self._tell("encode", il, encoded / nbytes, evidence is not None)
+            known = Known()
+            if evidence is not None and recipe.is_matrix(tensor):
+                known = Known(
+                    scales.importance(tensor.role, part, evidence.importance(tensor.role, part)),
+                    scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part)),
+                    _folded_inputs(evidence, scales, tensor.role, part),
+                )
+            encoded += self._write(tensor, scales.apply(tensor.role, part, read_part(tensor, part)), known)
 
     def _calibrate(self, il: int) -> LayerStats | None:
         """Run the streams through the layer's original weights; they are dropped on return."""
         stats = None
         with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
             if self.stream is not None:
-                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f))
+                feedback = self.plan.options.feedback
+                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback)
             if self.held is not None:
                 self.held.advance(engine, self.arch.is_dense(il))
         if stats is not None and stats.routed is not None:
@@ -195,24 +208,26 @@ class WriteStage:
     def _head(self) -> None:
         outside = self.plan.outside
         norm = read(self.arch, self.plan.checkpoint, outside["output_norm"])
-        self._write(outside["output_norm"], norm, None)
+        self._write(outside["output_norm"], norm, Known())
         if "output" not in outside:
             return
-        inputs = self.stream.final_inputs(norm) if self.stream is not None else None
-        weights = inputs.mean_square if inputs is not None and self.plan.options.importance else None
-        sample = inputs.sample[::SAMPLE_STEP] if inputs is not None else None
+        known, options = Known(), self.plan.options
+        if self.stream is not None:
+            inputs = self.stream.final_inputs(norm, options.feedback)
+            weights = inputs.mean_square if options.importance else None
+            known = Known(weights, inputs.covariance, inputs.sample[::SAMPLE_STEP])
         for _, values in self.job.slabs(outside["output"]):
-            self._write(outside["output"], values, weights, sample)
+            self._write(outside["output"], values, known)
 
-    def _write(self, tensor: Tensor, values: F32, importance: F32 | None, inputs: F32 | None = None) -> int:
+    def _write(self, tensor: Tensor, values: F32, known: Known) -> int:
         """Encode the next rows of a tensor and put them after those before; returns their bytes."""
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
-            data = encoder.encode(values, type_, importance)
+            data = encoder.encode(values, type_, known.importance, known.covariance)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
         loss = self._losses.setdefault(tensor.name, LossMeter(tensor.name, type_))
-        loss.add(values, encoder.decode(data, type_, values.shape[-1]), inputs, importance)
+        loss.add(values, encoder.decode(data, type_, values.shape[-1]), known.inputs, known.importance)
         self.writer.append(tensor.name, data)
         self.job.meter.wrote(data.nbytes, values.size)
         if tensor.il < 0:

@@ -17,6 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize import recipe, report
+from quantize.budget import settle
 from quantize.calibrate import FEW_TOKENS
 from quantize.checkpoint import Checkpoint
 from quantize.encode import Encoder
@@ -28,7 +29,7 @@ from quantize.layers import Step, WriteStage, steps_done, tensors_of
 from quantize.meter import Meter, OnProgress, Phase
 from quantize.report import Report
 from quantize.score import Distance
-from quantize.writer import Writer
+from quantize.writer import Writer, header_bytes
 
 
 def quantize(
@@ -49,8 +50,12 @@ def quantize(
     options, out = options or Options(), Path(out)
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder:
         plan = make_plan(checkpoint, options)
-        phases: tuple[Phase, ...] = ("write", "evaluate") if plan.evaluated else ("write",)
-        meter = Meter(progress, phases, plan.arch.n_layer, sum(t.size for t in plan.tensors))
+        phases: list[Phase] = ["write"]
+        if plan.allocates:
+            phases.insert(0, "survey")
+        if plan.evaluated:
+            phases.append("evaluate")
+        meter = Meter(progress, tuple(phases), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
         with Journal(out, plan.fingerprint(), checkpoint, restart) as journal:
             if journal.changed:
@@ -61,7 +66,7 @@ def quantize(
 
 
 def _run(job: Job, out: Path) -> Report:
-    types = _allocate(job.plan)
+    types = _allocate(job)
     done = steps_done(job)
     if done:
         job.say(_resume_line(job.plan, len(done) - 1))
@@ -107,9 +112,10 @@ def _resume_line(plan: Plan, il: int) -> str:
     return "continuing at the head" if il == n_layer else "continuing: all layers are written"
 
 
-def _allocate(plan: Plan) -> dict[str, Type]:
+def _allocate(job: Job) -> dict[str, Type]:
     """Every tensor's type, by its name: the same however often a run is cut short."""
-    return {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
+    infos = [(t.name, t.shape, Type.F32) for t in job.plan.tensors]  # a header is as long whatever the types
+    return settle(job, lambda: header_bytes(_metadata(job.plan, (), None), infos))
 
 
 def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> dict[str, object]:
@@ -159,7 +165,7 @@ def _report(
     text = plan.corpus if plan.calibrated else None
     return Report(
         path=out,
-        recipe=plan.recipe.name,
+        recipe=plan.label,
         nbytes=nbytes,
         source_nbytes=plan.checkpoint.nbytes,
         n_values=sum(t.size for t in plan.tensors),

@@ -89,6 +89,11 @@ def _nbytes(shape: tuple[int, ...], type_: Type) -> int:
     return math.prod(shape) // block * size
 
 
+def header_bytes(metadata: Mapping[str, object], tensors: Sequence[tuple[str, tuple[int, ...], Type]]) -> int:
+    """Bytes of a file before its tensors' data, padding included; whatever the tensors' types."""
+    return len(_header(metadata, tensors)[0])
+
+
 def write_vocab_only(path: Path, metadata: Mapping[str, object]) -> None:
     """A GGUF of metadata alone, which llama.cpp can tokenise with. Overwrites path."""
     path.write_bytes(_header(metadata, ())[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -24,6 +25,7 @@ HELP = "Turn a checkpoint (safetensors) into a calibrated GGUF; prints its path.
 EXAMPLES = (
     "quantize lite-chat",
     "quantize path/to/checkpoint --type iq4_xs -o model.gguf",
+    "quantize lite --size 9.5G",
     "quantize lite --calibration my.txt --calibration chats.jsonl",
 )
 
@@ -52,18 +54,23 @@ CALIBRATION = typer.Option(
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
+BPW = typer.Option("--bpw", metavar="BITS", help="How small: bits a weight, as 4.25.")
+SIZE = typer.Option("--size", metavar="SIZE", help="How small: the whole file, as 9.5G (10^9 bytes) or 9.5GiB.")
+PLAIN_MIX = typer.Option("--plain-mix", help="The fixed types of --type's mix, not those that this model needs.")
 EVALUATE = typer.Option(
     "--evaluate/--no-evaluate", help="Measure the file against the original on text held back from calibration."
 )
 SHOWN_SHARE = 0.02  # of the file's bytes that a role must have for a line of its own
 STAGES = {
     "read": "reading",
+    "survey": "surveying",
     "calibrate": "calibrating",
     "search": "searching scales",
     "encode": "encoding",
     "evaluate": "measuring",
     "finish": "finishing",
 }
+BAR_ROOM = 52  # columns of a line of progress before its detail
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
@@ -72,7 +79,13 @@ def quantize(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="GGUF", help="NAME-TYPE.gguf here if left out.")
     ] = None,
-    kind: Annotated[Type, typer.Option("--type", case_sensitive=False, help="How small.")] = Type.q4_k_m,
+    kind: Annotated[
+        Type | None,
+        typer.Option("--type", case_sensitive=False, help="How small: the size of that mix.", show_default="q4_k_m"),
+    ] = None,
+    bpw: Annotated[str | None, BPW] = None,
+    size: Annotated[str | None, SIZE] = None,
+    plain_mix: Annotated[bool, PLAIN_MIX] = False,
     calibration: Annotated[list[Path] | None, CALIBRATION] = None,
     awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = True,
     evaluate: Annotated[bool, EVALUATE] = True,
@@ -86,18 +99,26 @@ def quantize(
 ) -> None:
     from dsv2cli import locate
 
+    check_budget(kind, bpw, size, plain_mix)
     folder = locate.checkpoint(source)
-    target = out or Path(default_name(source, folder, kind.value))
+    target = out or Path(default_name(source, folder, bpw_name(bpw) or size or (kind or Type.q4_k_m).value))
     check_target(target, force)
     if threads is not None:
         # numpy's BLAS reads it when it is loaded, which is now or never.
         os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
 
-    from quantize import Options
+    from quantize import Options, parse_size
     from quantize import quantize as run
 
     options = Options(
-        type=kind.value, calibration=tuple(calibration or ()), awq=awq, evaluate=evaluate, threads=threads
+        type=(kind or Type.q4_k_m).value,
+        bpw=float(bpw) if bpw is not None else None,
+        size=parse_size(size) if size is not None else None,
+        plain_mix=plain_mix,
+        calibration=tuple(calibration or ()),
+        awq=awq,
+        evaluate=evaluate,
+        threads=threads,
     )
     with keeping_work(target), Display(quiet=quiet) as display:
         report = run(folder, target, options, display.progress, say=display.say, restart=restart)
@@ -107,6 +128,22 @@ def quantize(
     if not quiet:
         show(report)
     print(report.path)
+
+
+def check_budget(kind: Type | None, bpw: str | None, size: str | None, plain_mix: bool) -> None:
+    """One way to say how small. Sizes are checked where they are parsed."""
+    given = [name for name, value in (("--type", kind), ("--bpw", bpw), ("--size", size)) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both say how small", "give one of them")
+    if plain_mix and (bpw is not None or size is not None):
+        raise UsageError(f"--plain-mix has the size of its --type, {given[0]} asks for another", "give one of them")
+    if bpw is not None and not re.fullmatch(r"\d+\.?\d*|\.\d+", bpw):
+        raise UsageError(f"--bpw: `{bpw}` is not a number of bits", "as in --bpw 4.25")
+
+
+def bpw_name(bpw: str | None) -> str:
+    """What a file of so many bits a weight is called by."""
+    return f"{bpw}bpw" if bpw is not None else ""
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -139,7 +176,7 @@ def keeping_work(target: Path) -> Iterator[None]:
 
         folder = work_folder(target)
         if (folder / "fingerprint.json").exists():
-            console.note(f"what was done is kept in {folder}: the same command goes on from there, --restart does not")
+            console.note(f"what was done is kept in {folder}: the same command goes on from there")
         raise
 
 
@@ -165,29 +202,32 @@ class Display:
             self._bar.console.print(line, markup=False, soft_wrap=True)
 
     def progress(self, step: Progress) -> None:
-        self._bar.update(self._task, completed=step.fraction, description=doing(step), detail=pace(step))
+        parts = pace(step)
         if self._logs and step.seconds - self._logged >= LOG_SECONDS:
             self._logged = step.seconds
-            console.note(f"{doing(step)}, {100 * step.fraction:.0f} %, {pace(step)}")
+            console.note(f"{where(step)}: {100 * step.fraction:.0f} %, {', '.join(parts)}")
+        room = self._bar.console.width - BAR_ROOM
+        while len(", ".join(parts)) > room and len(parts) > 1:
+            parts.pop()
+        self._bar.update(self._task, completed=step.fraction, description=where(step), detail=", ".join(parts))
 
 
-def doing(step: Progress) -> str:
-    what = STAGES.get(step.stage, step.stage)
-    return f"layer {step.layer + 1} of {step.n_layer}, {what}" if step.layer >= 0 else what
+def where(step: Progress) -> str:
+    return f"layer {step.layer + 1} of {step.n_layer}" if step.layer >= 0 else "all layers"
 
 
-def pace(step: Progress) -> str:
-    """Times left, of the layer and of all; weights and bytes of the file a second."""
-    parts = []
+def pace(step: Progress) -> list[str]:
+    """What is being done, times left, of all and of the layer, weights and bytes of the file a second."""
+    parts = [STAGES.get(step.stage, step.stage)]
     if math.isfinite(step.seconds_left) and step.fraction < 1:
         parts.append(f"{console.format_seconds(step.seconds_left)} left")
-    if math.isfinite(step.layer_seconds_left) and step.layer >= 0:
-        parts.append(f"{console.format_seconds(step.layer_seconds_left)} of this layer")
+        if math.isfinite(step.layer_seconds_left) and step.layer >= 0:
+            parts[-1] += f" (layer {console.format_seconds(step.layer_seconds_left)})"
     if step.values_per_second > 0:
         bits = 8 * step.bytes_total / step.n_values
         rate = step.values_per_second
-        parts.append(f"{rate / 1e6:.1f} M weights/s, {console.format_bytes(rate * bits / 8)}/s")
-    return ", ".join(parts)
+        parts += [f"{rate / 1e6:.1f} M weights/s", f"{console.format_bytes(rate * bits / 8)}/s"]
+    return parts
 
 
 def show(report: Report) -> None:
@@ -231,7 +271,10 @@ def quality(report: Report) -> list[tuple[str, str]]:
     if (found := report.evaluation) is not None:
         spread = f" +- {found.kld_error:.4f}" if found.kld_error is not None else ""
         lines += [
-            ("perplexity ratio", f"{found.perplexity_ratio:.4f} ({found.perplexity_reference:.3f} before)"),
+            (
+                "perplexity ratio",
+                f"{found.perplexity_ratio:.4f} ({found.perplexity:.3f} from {found.perplexity_reference:.3f})",
+            ),
             ("KL divergence", f"mean {found.kld_mean:.4f}{spread}, p99 {found.kld_p99:.3f} nats"),
             ("same top token", f"{100 * found.top1:.1f} %"),
         ]

@@ -1,0 +1,122 @@
+"""dsv2 quantize as a person meets it: progress, Ctrl-C and going on, the table, the report; and inspect of the file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.checkpoints import V2, write_checkpoint
+from support.cli import assert_fails, dsv2, terminal
+
+from dsv2cli import console
+from dsv2cli.commands.quantize import pace, where
+from quantize import Progress
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "Tiny-Model"
+    write_checkpoint(folder, {**V2, "num_hidden_layers": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 2400)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> tuple[Path, str]:
+    """A quantised file, and what was said while it was made."""
+    out = tmp_path_factory.mktemp("made") / "m.gguf"
+    result = dsv2("quantize", source, "-o", out, "--calibration", text, "-t", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{out}\n"
+    return out, result.stderr
+
+
+def test_the_table(made: tuple[Path, str]) -> None:
+    for words in (
+        "bits/weight", "perplexity ratio", "KL divergence", "p99", "same top token", "same experts", "held back",
+        "expert coverage", "text.txt (sha256 ", "layer errors", "M weights/s",
+    ):  # fmt: skip
+        assert words in made[1], words
+
+
+def test_inspect_shows_what_was_measured(made: tuple[Path, str]) -> None:
+    report = json.loads(made[0].with_name("m.gguf.report.json").read_text(encoding="utf-8"))
+    shown = dsv2("inspect", made[0]).stdout
+    assert f"{report['evaluation']['kld_mean']:.4f}" in shown
+    assert f"{report['evaluation']['routing']:.1%}" in shown
+    assert report["calibration"]["sha256"][:12] in shown
+    rows = [line for line in shown.splitlines() if line.startswith(("   2 ", "   3 "))]
+    assert len(rows) == 2 and all(len(row) == 5 + 8 for row in rows)  # two layers with experts, eight of them
+    assert "\x1b" not in shown and "dsv2.expert_usage" not in shown
+    told = json.loads(dsv2("inspect", made[0], "--json").stdout)
+    assert told["metadata"]["dsv2.evaluation.kld_mean"] == pytest.approx(report["evaluation"]["kld_mean"], rel=1e-6)
+
+
+def test_heatmap(tmp_path: Path, made: tuple[Path, str], source: Path) -> None:
+    result = dsv2("inspect", made[0], "--heatmap", tmp_path / "u.png")
+    assert result.returncode == 0 and "u.png" in result.stderr
+    assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
+    plain = tmp_path / "plain.gguf"
+    assert dsv2("quantize", source, "-o", plain, "--type", "f16", "--no-evaluate", "-q").returncode == 0
+    assert_fails(dsv2("inspect", plain, "--heatmap", tmp_path / "v.png"), 2, "does not say", "dsv2.expert_usage")
+    assert_fails(dsv2("inspect", made[0], "--heatmap", tmp_path / "no" / "v.png"), 1, "No such file")
+    with terminal("inspect", made[0], COLORTERM="truecolor") as screen:
+        screen.wait_for("▀{8}")
+        assert screen.exit_code() == 0
+
+
+def test_json_is_the_report(tmp_path: Path, source: Path, text: Path) -> None:
+    out = tmp_path / "m.gguf"
+    result = dsv2("quantize", source, "-o", out, "--type", "q4_0", "--calibration", text, "--no-awq", "--json")
+    assert json.loads(result.stdout) == json.loads(out.with_name("m.gguf.report.json").read_text(encoding="utf-8"))
+
+
+def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:
+    out = tmp_path / "m.gguf"
+    command = ("quantize", source, "-o", out, "--calibration", text, "--type", "q3_k_m")
+    with terminal(*command) as screen:
+        screen.wait_for("layer 2 of 3")
+        screen.type("\x03")
+        screen.wait_for(r"what was done is kept in \S*m\.gguf\.work")
+        assert screen.exit_code() == 128 + signal.SIGINT
+    assert not out.exists()
+    other = dsv2(*command[:-1], "q2_k")
+    assert "starting over: --type was q3_k_m, is q2_k" in other.stderr and out.exists()
+
+
+def test_going_on_says_so(tmp_path: Path, source: Path, text: Path) -> None:
+    out = tmp_path / "m.gguf"
+    command = ("quantize", source, "-o", out, "--calibration", text)
+    for restart, said in ((False, "continuing at layer 2 of 3"), (True, "starting over: --restart")):
+        with terminal(*command) as screen:
+            screen.wait_for("layer 2 of 3")
+            screen.process.send_signal(signal.SIGKILL)
+            screen.process.wait()
+        result = dsv2(*command, "--force", *(["--restart"] if restart else []))
+        assert result.returncode == 0 and said in result.stderr
+        out.unlink()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf.report.json"]
+
+
+@pytest.mark.parametrize(("layer", "shown"), [
+    (6, ("layer 7 of 27", ["encoding", "1 min 40 s left (layer 7.00 s)", "2.0 M weights/s", "1.00 MB/s"])),
+    (-1, ("all layers", ["encoding", "1 min 40 s left", "2.0 M weights/s", "1.00 MB/s"])),
+])  # fmt: skip
+def test_pace(layer: int, shown: tuple[str, list[str]]) -> None:
+    step = Progress("encode", layer, 27, 0.5, 50, 100, 200, 9.0, 100.0, 7.0, 2e6)
+    assert (where(step), pace(step)) == shown
+
+
+def test_pace_before_there_is_one() -> None:
+    assert pace(Progress("read", -1, 27, 0.0, 0, 0, 200, 0.0, float("inf"), float("inf"), 0.0)) == ["reading"]
+    assert console.format_seconds(7) == "7.00 s"
