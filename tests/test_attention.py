@@ -12,9 +12,9 @@ import cext
 from cext import _engine
 
 ISAS = cext.isas()
-KINDS = ("f32", "f16", "i16", "q8_0")
-BLOCK = {"f32": 128, "f16": 128, "i16": 128, "q8_0": 256}  # positions scored at a time, from the start of a call
-SHARE = {"f32": 128, "f16": 128, "i16": 128, "q8_0": 64}  # of these, those whose weights share a scale
+KINDS = ("f32", "i16", "q8_0")
+BLOCK = {"f32": 128, "i16": 128, "q8_0": 256}  # positions scored at a time, from the start of a call
+SHARE = {"f32": 128, "i16": 128, "q8_0": 64}  # of these, those whose weights share a scale
 
 
 def rotation(n):
@@ -37,8 +37,6 @@ def rounding(kind, x, n):
     few = 40 * U * np.abs(x).max(axis=1, keepdims=True)  # the scale and the rotation are float32
     if kind == "f32":
         return np.zeros_like(x)
-    if kind == "f16":
-        return np.maximum(np.abs(x) * 2.0**-11, 2.0**-25)
     if kind == "i16":
         return np.broadcast_to(0.5 * i16_scale(x)[:, None] + few, x.shape)
     head, tail = x[:, :n] @ rotation(n), x[:, n:]
@@ -81,8 +79,6 @@ def test_rows_round_as_they_should(n, n_tail, kind, isa):
     x[3] *= np.float32(1e-20)
     x[4, 0] = 1000  # nearly all of the row
     assert_within(pack(isa, kind, x, n), rotated(kind, x, n), rounding(kind, x, n) * (1 + 1e-6))
-    if kind == "f16":
-        assert (pack(isa, kind, x, n) == x.astype(np.float16)).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -131,19 +127,17 @@ def weight_steps(kind, weights, value_scale, cuts):
 def assert_attends(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visible=None):
     """Compare with softmax attention over the packed rows in float64.
 
-    A score is off by the rounding of the query times the key's size (halves become int16 rows too), and by float32 or
+    A score is off by the rounding of the query times the key's size, and by float32 or
     integer sums; exp makes that a relative error of its weight. Weights are integers of a block's or share's own step.
     """
     m, total, acc = attend(isa, kind, q, keys, values, n=n, v_dim=v_dim, scale=scale, cuts=cuts, visible=visible)
     scale = float(np.float32(scale))
-    products = "i16" if kind == "f16" else kind
     k = pack(isa, kind, keys, n).astype(np.float64)
     v = k[:, :v_dim] if values is None else pack(isa, kind, values, v_dim).astype(np.float64)
     whole = k if values is None else v
-    dq, x = rounding(products, q, n), rotated(kind, q, n)
-    dk = rounding("i16", k, n) if kind == "f16" else np.zeros_like(k)
+    dq, x = rounding(kind, q, n), rotated(kind, q, n)
     scores = x @ k.T * scale
-    off = scale * (dq @ np.abs(k).T + np.abs(x) @ dk.T + dq @ dk.T + (q.shape[1] + 20) * U * (np.abs(x) @ np.abs(k).T))
+    off = scale * (dq @ np.abs(k).T + (q.shape[1] + 20) * U * (np.abs(x) @ np.abs(k).T))
     if visible is not None:
         scores[np.arange(len(k)) >= visible[:, None]] = -np.inf
     top = scores.max(axis=1, keepdims=True)
@@ -162,8 +156,6 @@ def assert_attends(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visi
     steps = weight_steps(kind, weights * (1 + relative), value_scale, cuts) * (1 + 1e-4)
     size = np.abs(v) / np.where(value_scale == 0, 1, value_scale)[:, None] + 0.5
     bound = (relative * weights) @ np.abs(v) + steps @ size
-    if kind == "f16":
-        bound += (weights * (1 + relative)) @ rounding("i16", whole, 0)[:, :v_dim]
     if kind == "q8_0":  # rotated back, every value of a block takes part in every other
         want, bound = want @ rotation(v_dim), bound @ np.abs(rotation(v_dim))
         bound += 40 * U * np.abs(want).max()
@@ -187,8 +179,6 @@ SHAPES = (  # query rows, n, n_tail, v_dim (0: values of their own, 40 wide), po
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(shape, kind, isa):
     n_rows, n, n_tail, v_dim, n_pos = shape
-    if kind == "f16" and not v_dim:
-        pytest.skip("expanded values are not kept as halves")
     rng = np.random.default_rng(11)
     q, keys = random_rows(rng, n_rows, n, n_tail), random_rows(rng, n_pos, n, n_tail, outliers=True)
     values = None if v_dim else random_rows(rng, n_pos, 40, 0, outliers=True)
@@ -247,7 +237,7 @@ EXPANSIONS = ((32, 8, 16, 24), (512, 64, 128, 128), (23, 6, 11, 13), (130, 2, 70
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", ("f32", "f16", "q8_0"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", EXPANSIONS, ids=str)
 @pytest.mark.parametrize("n_pos", (1, 9, 150))
 def test_expansion(shape, n_pos, kind, isa):
@@ -260,19 +250,18 @@ def test_expansion(shape, n_pos, kind, isa):
     _engine._expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values)
     c = pack(isa, kind, latents, rank).astype(np.float64)
     head, tail = c[:, :rank], c[:, rank:]
-    dc = rounding("i16", c, rank)[:, :rank] if kind == "f16" else np.zeros_like(head)
     for got, plain, extra in ((keys, k_b.T, tail), (values, v_b, np.empty((n_pos, 0)))):
         w = rotated(kind, plain, rank)
         if kind == "q8_0":  # what comes out is rotated too
             w = rotation(len(w)) @ w
-        dw = {"f32": np.zeros_like(w), "f16": rounding("i16", w, rank), "q8_0": int8_rounding(w)}[kind]
+        dw = {"f32": np.zeros_like(w), "i16": rounding("i16", w, rank), "q8_0": int8_rounding(w)}[kind]
         want = head @ w.T
-        bound = dc @ np.abs(w).T + np.abs(head) @ dw.T + dc @ dw.T + (rank + 10) * U * (np.abs(head) @ np.abs(w).T)
+        bound = np.abs(head) @ dw.T + (rank + 10) * U * (np.abs(head) @ np.abs(w).T)
         if kind == "q8_0":  # packed again
             bound = bound + int8_rounding(np.abs(want) + bound)
         want = np.concatenate([want, extra], axis=1)
         bound = np.concatenate([bound, 4 * U * np.abs(extra)], axis=1)
-        if kind == "f16":  # packed again, tail and all
+        if kind == "i16":  # packed again, tail and all
             bound = bound + 0.51 * i16_scale(np.abs(want) + bound)[:, None]
         assert_within(got, want, bound + 1e-30)
 

@@ -49,7 +49,6 @@ typedef struct attend_block {
     int n_rows, n; /* rows padded to whole lanes; positions of this block */
     int share;     /* positions whose weights share a scale */
     ds_rows keys, values;
-    const ds_rows *halves;  /* what the keys were converted from, or NULL */
     const int32_t *visible; /* (n_rows) or NULL */
     int first_pos;          /* position of the block's first row */
     float *scores;          /* (n, n_rows) */
@@ -74,15 +73,11 @@ DS_INLINE void attend_scores(const attend_block *b) {
         product_f32(&p);
         return;
     }
+    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes, p.ahead_bytes = p.row_bytes;
     if (b->keys.kind == DS_ROWS_I16) {
-        if (b->halves) {
-            p.ahead_bytes = b->halves->row_bytes;
-            p.ahead = (const char *)b->halves->data + DS_ATTEND_BLOCK * p.ahead_bytes;
-        }
         product_i16(&p);
         return;
     }
-    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes, p.ahead_bytes = p.row_bytes;
     product_query(&p);
     if (!b->q.k_tail) return;
     p.k = b->q.k_tail;
@@ -272,16 +267,6 @@ static void attend_values_q8(const attend_block *b) { attend_values(DOT_WEIGHTS,
 
 /* ---- The job ---- */
 
-/* n rows of halves as int16 in scratch. */
-DS_INLINE ds_rows rows_from_f16(const ds_rows *rows, int n, int width, void *scratch) {
-    const ds_rows out = {
-        .kind = DS_ROWS_I16, .data = scratch, .row_bytes = ds_row_pad(width) * sizeof(int16_t), .scale = rows->scale};
-    for (int j = 0; j < n; j++)
-        i16_put_f16(width, (const uint16_t *)(const void *)((const char *)rows->data + (size_t)j * rows->row_bytes),
-                    rows->scale[j], (int16_t *)(void *)((char *)scratch + (size_t)j * out.row_bytes));
-    return out;
-}
-
 /* How many positions of the job every query sees, and how many the one that sees most. */
 DS_INLINE void attend_limits(const ds_attend *job, int *least, int *most) {
     *least = *most = job->n_pos;
@@ -305,18 +290,13 @@ static void attend(const ds_attend *job) {
                       .scores = job->scratch};
     b.keep = b.scores + (size_t)size * (size_t)n_rows;
     b.gain = b.keep + n_rows;
-    void *rows16 = b.gain + (size_t)(size / b.share) * (size_t)n_rows;
     int least, most;
     attend_limits(job, &least, &most);
     for (int at = 0; at < most; at += size) {
         b.n = most - at < size ? most - at : size;
         b.first_pos = job->first_pos + at;
         b.visible = least < at + b.n ? job->visible : NULL;
-        const ds_rows keys = b.keys = ds_rows_from(&job->keys, at, job->n_tail);
-        if (kind == DS_ROWS_F16) {
-            b.keys = rows_from_f16(&keys, b.n, job->n + job->n_tail, rows16);
-            b.halves = &keys;
-        }
+        b.keys = ds_rows_from(&job->keys, at, job->n_tail);
         b.values = job->values.data ? ds_rows_from(&job->values, at, 0) : b.keys;
         attend_scores(&b);
         for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);

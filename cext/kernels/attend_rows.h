@@ -114,18 +114,6 @@ DS_INLINE float i16_put(int n, const float *x, int16_t *out) {
     return scale;
 }
 
-/* Row of halves (n) with a scale as a padded row of int16. */
-DS_INLINE void i16_put_f16(int n, const uint16_t *x, float scale, int16_t *out) {
-    const float inverse = row_inverse(scale);
-    int i = 0;
-    for (; i + ROW_ORDER16 <= n; i += ROW_ORDER16) i16_pack32_f16(x + i, inverse, out + i);
-    for (; i < (int)ds_row_pad(n); i += ROW_ORDER16) {
-        uint16_t part[ROW_ORDER16] = {0};
-        if (i < n) memcpy(part, x + i, (size_t)(n - i) * sizeof *part);
-        i16_pack32_f16(part, inverse, out + i);
-    }
-}
-
 DS_INLINE float i8_scale(int n, const float *x) {
     const float max = row_abs_max(n, x);
     return max < 0x1p-100f ? 0.0f : max / 127.0f;
@@ -157,9 +145,6 @@ static void rows_put(const ds_rows *rows, int i, int n, int n_tail, float *x) {
     char *row = (char *)rows->data + (size_t)i * rows->row_bytes;
     if (rows->kind == DS_ROWS_F32) {
         memcpy(row, x, (size_t)(n + n_tail) * sizeof *x);
-    } else if (rows->kind == DS_ROWS_F16) {
-        rows->scale[i] = i16_scale(n + n_tail, x);
-        f32_to_f16(n + n_tail, x, (uint16_t *)(void *)row);
     } else if (rows->kind == DS_ROWS_I16) {
         rows->scale[i] = i16_put(n + n_tail, x, (int16_t *)(void *)row);
     } else {

@@ -19,8 +19,7 @@ enum {
 /* How a row of a head and a tail (latent and rotary key) lies in memory. */
 typedef enum ds_row_kind {
     DS_ROWS_F32, /* floats; products in float */
-    DS_ROWS_F16, /* IEEE halves, and the scale at which they become I16 */
-    DS_ROWS_I16, /* int16 and a scale: no product of two rows leaves 31 bits, and steps are still finer than a half's */
+    DS_ROWS_I16, /* int16 and a scale: no product of two rows leaves 31 bits, and steps are on the whole finer than a half's */
     DS_ROWS_Q8,  /* the head rotated, in int8 with a scale; the tail an I16 row of its own: keys suffer most there */
 } ds_row_kind;
 
@@ -45,7 +44,6 @@ static inline int ds_attend_pad(int n_rows) { return (n_rows + DS_ATTEND_ROWS - 
 /* Bytes of a row's head part, or of the whole row where the kind keeps no separate tail. */
 static inline size_t ds_row_bytes_of(ds_row_kind kind, int n, int n_tail) {
     if (kind == DS_ROWS_F32) return (size_t)(n + n_tail) * sizeof(float);
-    if (kind == DS_ROWS_F16) return (size_t)(n + n_tail) * sizeof(uint16_t);
     return kind == DS_ROWS_I16 ? ds_row_pad(n + n_tail) * sizeof(int16_t) : ds_row_pad(n);
 }
 
@@ -59,9 +57,6 @@ static inline ds_rows ds_rows_from(const ds_rows *rows, int i, int n_tail) {
     if (r.sum) r.sum += i;
     return r;
 }
-
-/* The kind that keys and values have when they are expanded from rows of a kind. */
-static inline ds_row_kind ds_expanded_kind(ds_row_kind kind) { return kind == DS_ROWS_F16 ? DS_ROWS_I16 : kind; }
 
 /* Bytes of a pack of n_rows queries (a multiple of DS_ATTEND_ROWS), linear in n_rows. */
 static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_tail) {
@@ -91,10 +86,9 @@ typedef struct ds_attend {
     void *scratch; /* ds_attend_scratch */
 } ds_attend;
 
-static inline size_t ds_attend_scratch(ds_row_kind kind, int n_rows, int n, int n_tail) {
+static inline size_t ds_attend_scratch(int n_rows) {
     size_t per_row = DS_ATTEND_BLOCK_Q8 + 1 + DS_ATTEND_BLOCK_Q8 / DS_ATTEND_SHARE;
-    size_t rows16 = kind == DS_ROWS_F16 ? DS_ATTEND_BLOCK * ds_row_pad(n + n_tail) * sizeof(int16_t) : 0;
-    return (size_t)ds_attend_pad(n_rows) * per_row * sizeof(float) + rows16;
+    return (size_t)ds_attend_pad(n_rows) * per_row * sizeof(float);
 }
 
 /* W_uk and W_uv of one head, packed for ds_expand. */
@@ -120,7 +114,7 @@ typedef struct ds_expand {
     int n_pos, rank, n_tail, k_dim, v_dim;
     const void *weights; /* packed */
     ds_rows latents;
-    ds_rows keys, values; /* rows to fill, of ds_expanded_kind; F32 rows have room for the padded columns */
+    ds_rows keys, values; /* rows to fill, of the latents' kind; F32 rows have room for the padded columns */
     void *scratch;        /* ds_expand_scratch */
 } ds_expand;
 
@@ -131,7 +125,6 @@ static inline size_t ds_expand_ld(int k_dim, int n_tail, int v_dim) {
     return most > v ? most : v;
 }
 
-static inline size_t ds_expand_scratch(ds_row_kind from, int rank, int k_dim, int n_tail, int v_dim) {
-    if (from == DS_ROWS_F32) return 0;
-    return DS_ATTEND_BLOCK * (ds_row_pad(rank) * sizeof(int16_t) + ds_expand_ld(k_dim, n_tail, v_dim) * sizeof(float));
+static inline size_t ds_expand_scratch(ds_row_kind from, int k_dim, int n_tail, int v_dim) {
+    return from == DS_ROWS_F32 ? 0 : DS_ATTEND_BLOCK * ds_expand_ld(k_dim, n_tail, v_dim) * sizeof(float);
 }

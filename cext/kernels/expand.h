@@ -27,7 +27,7 @@ DS_INLINE void expand_put_column(ds_row_kind from, int rank, float *x, int n_col
         scale[col] = 1.0f;
         return;
     }
-    if (from == DS_ROWS_F16) {
+    if (from == DS_ROWS_I16) {
         scale[col] = panel_put_i16(rank, n_cols, col, x, panel);
         return;
     }
@@ -88,12 +88,14 @@ DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
     const char *tail = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
     if (job->latents.kind == DS_ROWS_F32)
         memcpy(out, (const float *)(const void *)tail + job->rank, (size_t)job->n_tail * sizeof *out);
-    else f16_to_f32(job->n_tail, (const uint16_t *)(const void *)tail + job->rank, out);
+    else
+        for (int i = 0; i < job->n_tail; i++)
+            out[i] = job->latents.scale[j] * (float)((const int16_t *)(const void *)tail)[ds_row_place16(job->rank + i)];
 }
 
 /* Floats (n_pos, ld) by one of the panels. */
-DS_INLINE void expand_product(const ds_expand *job, const ds_rows *latents, const expand_pack *e, bool values,
-                              float *out, size_t ld) {
+DS_INLINE void expand_product(const ds_expand *job, const expand_pack *e, bool values, float *out, size_t ld) {
+    const ds_rows *latents = &job->latents;
     const row_product p = {.n = job->n_pos,
                            .k = e->n_dwords,
                            .rows = latents->data,
@@ -113,21 +115,20 @@ DS_INLINE void expand_product(const ds_expand *job, const ds_rows *latents, cons
 /* F32: straight into the rows. */
 DS_INLINE void expand_f32(const ds_expand *job, const expand_pack *e) {
     const size_t ld = job->keys.row_bytes / sizeof(float);
-    expand_product(job, &job->latents, e, false, job->keys.data, ld);
+    expand_product(job, e, false, job->keys.data, ld);
     for (int j = 0; j < job->n_pos; j++) expand_tail(job, j, (float *)job->keys.data + (size_t)j * ld + job->k_dim);
-    expand_product(job, &job->latents, e, true, job->values.data, job->values.row_bytes / sizeof(float));
+    expand_product(job, e, true, job->values.data, job->values.row_bytes / sizeof(float));
 }
 
-DS_INLINE void expand_f16(const ds_expand *job, const expand_pack *e) {
+DS_INLINE void expand_i16(const ds_expand *job, const expand_pack *e) {
     const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim);
-    const ds_rows latents = rows_from_f16(&job->latents, job->n_pos, job->rank, job->scratch);
-    float *floats = (float *)(void *)((char *)job->scratch + DS_ATTEND_BLOCK * latents.row_bytes);
-    expand_product(job, &latents, e, false, floats, ld);
+    float *floats = job->scratch;
+    expand_product(job, e, false, floats, ld);
     for (int j = 0; j < job->n_pos; j++) {
         expand_tail(job, j, floats + (size_t)j * ld + job->k_dim);
         rows_put(&job->keys, j, job->k_dim + job->n_tail, 0, floats + (size_t)j * ld);
     }
-    expand_product(job, &latents, e, true, floats, ld);
+    expand_product(job, e, true, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put(&job->values, j, job->v_dim, 0, floats + (size_t)j * ld);
 }
 
@@ -135,17 +136,17 @@ DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
     const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim),
                  n_tails = (size_t)job->n_pos * ds_row_pad(job->n_tail);
     float *floats = job->scratch;
-    expand_product(job, &job->latents, e, false, floats, ld);
+    expand_product(job, e, false, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->keys, j, job->k_dim, floats + (size_t)j * ld);
     memcpy(job->keys.tail, job->latents.tail, n_tails * sizeof *job->keys.tail);
     memcpy(job->keys.tail_scale, job->latents.tail_scale, (size_t)job->n_pos * sizeof *job->keys.tail_scale);
-    expand_product(job, &job->latents, e, true, floats, ld);
+    expand_product(job, e, true, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->values, j, job->v_dim, floats + (size_t)j * ld);
 }
 
 static void expand(const ds_expand *job) {
     const expand_pack e = expand_at(job->latents.kind, job->rank, job->k_dim, job->v_dim, job->weights);
     if (job->latents.kind == DS_ROWS_F32) expand_f32(job, &e);
-    else if (job->latents.kind == DS_ROWS_F16) expand_f16(job, &e);
+    else if (job->latents.kind == DS_ROWS_I16) expand_i16(job, &e);
     else expand_q8(job, &e);
 }

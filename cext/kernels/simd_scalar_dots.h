@@ -45,9 +45,6 @@ DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
 DS_INLINE void i16_pack32(const float *x, float scale, int16_t out[32]) {
     for (int i = 0; i < 32; i++) out[ds_row_place16(i)] = (int16_t)vf_to_int(x[i] * scale);
 }
-DS_INLINE void i16_pack32_f16(const uint16_t *x, float scale, int16_t out[32]) {
-    for (int i = 0; i < 32; i++) out[ds_row_place16(i)] = (int16_t)vf_to_int(ds_f16_to_f32(x[i]) * scale);
-}
 DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     for (int i = 0; i < 64; i++) out[ds_row_place8(i)] = (int8_t)vf_to_int(x[i] * scale);
 }

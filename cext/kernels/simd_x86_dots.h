@@ -119,12 +119,6 @@ DS_INLINE void i16_pack32(const float *x, float scale, int16_t out[32]) {
     for (int h = 0; h < 16; h += DS_LANES) x86_store16(vf_load(x + h), vf_load(x + 16 + h), vf_set(scale), out + 2 * h);
 }
 
-DS_INLINE void i16_pack32_f16(const uint16_t *x, float scale, int16_t out[32]) {
-    DS_UNROLL
-    for (int h = 0; h < 16; h += DS_LANES)
-        x86_store16(vf_load_f16(x + h), vf_load_f16(x + 16 + h), vf_set(scale), out + 2 * h);
-}
-
 DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     const vf s = vf_set(scale);
     DS_UNROLL

@@ -8,7 +8,7 @@ static const struct {
     const char *name;
     ds_row_kind kind;
 } TYPES[DS_KV_TYPES] = {
-    [DS_KV_F16] = {"f16", DS_ROWS_F16},
+    [DS_KV_F16] = {"f16", DS_ROWS_I16},
     [DS_KV_Q8_0] = {"q8_0", DS_ROWS_Q8},
     [DS_KV_F32] = {"f32", DS_ROWS_F32},
 };

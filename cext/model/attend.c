@@ -244,7 +244,7 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
     const ds_config *c = s->config;
     const ds_attend_lane *own = &lane->own->attend;
     const ds_span *span = &s->spans[i];
-    const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
+    const ds_row_kind kind = kind_of(s, i);
     const ds_expand_weights weights = {.from = kind_of(s, i),
                                        .rank = c->kv_lora_rank,
                                        .k_dim = c->nope_dim,
@@ -338,7 +338,7 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
     const ds_config *c = s->config;
     ds_attend_lane *own = &lane->own->attend;
     const ds_span *span = &s->spans[i];
-    const ds_row_kind kind = ds_expanded_kind(kind_of(s, i));
+    const ds_row_kind kind = kind_of(s, i);
     const size_t ld = ds_row_pad(c->v_dim), floats = ds_expand_ld(c->nope_dim, c->rope_dim, c->v_dim) * sizeof(float);
     const int n_parts = s->scratch->attend.plan.routes[i].n_parts, n_pos = span->pos + span->n;
     const int begin = n_pos / n_parts * part / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;

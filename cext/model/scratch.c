@@ -62,16 +62,16 @@ static ds_rows expanded_rows(carver *c, size_t row_bytes, int n_tail) {
                      .tail_scale = floats(c, DS_ATTEND_BLOCK), .sum = carve(c, DS_ATTEND_BLOCK, sizeof(int32_t))};
 }
 
-/* Float rows take the most room of all kinds in everything but a converted block of halves. */
+/* Float rows take the most room of all kinds in everything but what is expanded. */
 static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
     size_t r = (size_t)g->kv_lora_rank, rows = (size_t)ds_attend_pad(n_tok), row = ds_expand_ld(g->nope_dim, g->rope_dim, g->v_dim) * sizeof(float);
     int width = max2(ds_kv_width(g), ds_qk_dim(g)), n_rows = DS_GROUP_ROWS > DS_QUERY_BLOCK ? DS_GROUP_ROWS : DS_QUERY_BLOCK;
     return (ds_attend_lane){
-        .row = floats(c, (size_t)width), .scratch = carve(c, ds_attend_scratch(DS_ROWS_F16, n_rows, width, 0), 1),
+        .row = floats(c, (size_t)width), .scratch = carve(c, ds_attend_scratch(n_rows), 1),
         .k_b = floats(c, r * (size_t)g->nope_dim), .v_b = floats(c, r * (size_t)g->v_dim), .columns = floats(c, r * DS_ATTEND_ROWS),
         .weights = carve(c, max_size(ds_expand_weights_bytes(DS_ROWS_F32, g->kv_lora_rank, g->nope_dim, g->v_dim),
-                                     ds_expand_weights_bytes(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->v_dim)), 1),
-        .expand = carve(c, ds_expand_scratch(DS_ROWS_F16, g->kv_lora_rank, g->nope_dim, g->rope_dim, g->v_dim), 1),
+                                     ds_expand_weights_bytes(DS_ROWS_I16, g->kv_lora_rank, g->nope_dim, g->v_dim)), 1),
+        .expand = carve(c, ds_expand_scratch(DS_ROWS_I16, g->nope_dim, g->rope_dim, g->v_dim), 1),
         .queries = carve(c, rows, ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(ds_qk_dim(g)), (int)ds_row_pad(g->rope_dim))),
         .keys = expanded_rows(c, row, g->rope_dim), .values = expanded_rows(c, row, 0),
         .visible = carve(c, rows, sizeof(int32_t)), .m = floats(c, rows), .l = floats(c, rows), .acc = floats(c, rows * ds_row_pad(g->v_dim)),

@@ -13,7 +13,6 @@ static const struct {
     ds_row_kind kind;
 } KINDS[] = {
     {"f32", DS_ROWS_F32},
-    {"f16", DS_ROWS_F16},
     {"i16", DS_ROWS_I16},
     {"q8_0", DS_ROWS_Q8},
 };
@@ -77,7 +76,6 @@ static void row_to_floats(const ds_rows *rows, int i, int n, int n_tail, float *
     const char *row = (const char *)rows->data + (size_t)i * rows->row_bytes;
     for (int c = 0; c < n + n_tail; c++) {
         if (rows->kind == DS_ROWS_F32) memcpy(out + c, row + (size_t)c * sizeof(float), sizeof(float));
-        else if (rows->kind == DS_ROWS_F16) out[c] = ds_f16_to_f32(((const uint16_t *)(const void *)row)[c]);
         else if (rows->kind == DS_ROWS_I16)
             out[c] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(c)];
         else if (c < n) out[c] = rows->scale[i] * (float)(int8_t)row[ds_row_place8(c)];
@@ -148,7 +146,7 @@ static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const 
     job->m = take(a, (size_t)padded * sizeof(float));
     job->l = take(a, (size_t)padded * sizeof(float));
     job->acc = take(a, (size_t)padded * job->ld_acc * sizeof(float));
-    job->scratch = take(a, ds_attend_scratch(keys.kind, job->n_rows, job->n, job->n_tail));
+    job->scratch = take(a, ds_attend_scratch(job->n_rows));
     if (PyErr_Occurred()) return;
     for (int i = 0; i < job->n_rows; i++) {
         memcpy(row, q + (size_t)i * (size_t)width, (size_t)width * sizeof *row);
@@ -244,18 +242,17 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
         !holds(&b[2], "v_b", rank * v_dim) || !holds(&b[3], "keys", n_pos * k_width) ||
         !holds(&b[4], "values", n_pos * v_dim) || !positive((int)n_pos, "positions"))
         return finish(b, 5, &a);
-    const ds_row_kind out = ds_expanded_kind(kind);
-    const int tail = out == DS_ROWS_Q8 ? job.n_tail : 0, head = (int)k_width - tail;
+    const int tail = kind == DS_ROWS_Q8 ? job.n_tail : 0, head = (int)k_width - tail;
     const size_t floats = ds_expand_ld(job.k_dim, job.n_tail, job.v_dim) * sizeof(float);
     ds_expand_weights weights = {.from = kind, .rank = job.rank, .k_dim = job.k_dim, .v_dim = job.v_dim};
     weights.k_b = take(&a, (size_t)b[1].len);
     weights.v_b = take(&a, (size_t)b[2].len);
     weights.scratch = take(&a, DS_ATTEND_ROWS * rank * sizeof(float));
     weights.out = take(&a, ds_expand_weights_bytes(kind, job.rank, job.k_dim, job.v_dim));
-    job.scratch = take(&a, ds_expand_scratch(kind, job.rank, job.k_dim, job.n_tail, job.v_dim));
-    rows_new(&a, out, DS_ATTEND_BLOCK, head, tail, &job.keys);
-    rows_new(&a, out, DS_ATTEND_BLOCK, job.v_dim, 0, &job.values);
-    if (out == DS_ROWS_F32) { /* room for padded columns */
+    job.scratch = take(&a, ds_expand_scratch(kind, job.k_dim, job.n_tail, job.v_dim));
+    rows_new(&a, kind, DS_ATTEND_BLOCK, head, tail, &job.keys);
+    rows_new(&a, kind, DS_ATTEND_BLOCK, job.v_dim, 0, &job.values);
+    if (kind == DS_ROWS_F32) { /* room for padded columns */
         job.keys.row_bytes = job.values.row_bytes = floats;
         job.keys.data = take(&a, DS_ATTEND_BLOCK * floats), job.values.data = take(&a, DS_ATTEND_BLOCK * floats);
     }
