@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantize.encode import FLOAT_TYPES, Encoder
 from quantize.evidence import Evidence, ReadPart, n_parts
+from quantize.feedback import Covariance
 from quantize.tensors import Tensor
 
 F32 = NDArray[np.float32]
@@ -80,6 +81,8 @@ class Scales:
 
     columns: dict[str, F32] = field(default_factory=dict)
     rows: dict[str, F32] = field(default_factory=dict)
+    # The last covariance, its columns, and their product, which matrices that share an input ask for in turn.
+    _last: tuple[Covariance, F32, Covariance] | None = field(default=None, init=False, repr=False)
 
     def apply(self, role: str, part: int, values: F32) -> F32:
         """The folded weights of a part: a matrix (n_row, n), or a norm (n,)."""
@@ -97,6 +100,16 @@ class Scales:
             return importance
         factor: F32 = columns if columns.ndim == 1 else columns[part]
         return importance / (factor * factor)
+
+    def covariance(self, role: str, part: int, covariance: Covariance | None) -> Covariance | None:
+        """Of the folded matrix's inputs, likewise."""
+        columns = self.columns.get(role)
+        if columns is None or covariance is None:
+            return covariance
+        if self._last is None or self._last[0] is not covariance or self._last[1] is not columns:
+            factor = 1.0 / (columns if columns.ndim == 1 else columns[part])
+            self._last = covariance, columns, covariance.scaled(factor)
+        return self._last[2]
 
     def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
         """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
+from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
+from quantize.feedback import Covariance, gram
 
 F32 = NDArray[np.float32]
 
@@ -25,7 +27,7 @@ SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output
 FEW_TOKENS = 64
 
 ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads", "ffn_norm")
-EXPERT_TAPS = ("experts", "expert_hidden")
+EXPERT_TAPS = ("experts", "expert_weights", "expert_hidden")
 
 
 class Layer(Protocol):
@@ -51,6 +53,30 @@ class Inputs:
     mean_abs: F32
     mean_square: F32
     sample: F32
+    covariance: Covariance | None = None  # over all tokens, where it was asked for
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """All tokens' inputs of the routed experts, in bfloat16: an expert's covariance is made of them when it is encoded,
+    for those of all experts are far larger. Each counts as the router weighs its expert, squared, for so much does the
+    layer's output feel of its error.
+    """
+
+    input: NDArray[np.uint16]  # (n_tokens, n_embd)
+    experts: NDArray[np.int32]  # (n_tokens, n_used)
+    weights: F32  # (n_tokens, n_used)
+    hidden: NDArray[np.uint16]  # (n_tokens, n_used, n_ff)
+
+    def inputs_of(self, expert: int) -> F32:
+        """(m, n_embd) what gate and up of an expert were fed, times the router's weight."""
+        token, slot = np.nonzero(self.experts == expert)
+        return bf16_to_f32(self.input[token]) * self.weights[token, slot][:, None]
+
+    def hidden_of(self, expert: int) -> F32:
+        """(m, n_ff) what its down was fed, likewise."""
+        token, slot = np.nonzero(self.experts == expert)
+        return bf16_to_f32(self.hidden[token, slot]) * self.weights[token, slot][:, None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class Routed:
     hidden_square: F32  # (n_expert, n_ff)
     sample_experts: NDArray[np.int32]  # (n_sample, n_used) the sampled tokens' choices
     sample_hidden: F32  # (n_sample, n_used, n_ff)
+    rows: RoutedRows | None = None  # where covariances were asked for
 
 
 @dataclass(frozen=True)
@@ -74,10 +101,12 @@ class LayerStats:
 
 
 class _Moments:
-    """Running sums over tokens of |x| and x^2, and the sampled rows."""
+    """Running sums over tokens of |x| and x^2, of x^T x where that is wanted, and the sampled rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, squares: bool) -> None:
         self.n = 0
+        self.squares = squares
+        self.gram: list[F32] = []
         self.abs = np.zeros(0)
         self.square = np.zeros(0)
         self.rows: list[F32] = []
@@ -89,26 +118,44 @@ class _Moments:
         self.abs += np.abs(x).sum(0, dtype=np.float64)
         self.square += np.square(x).sum(0, dtype=np.float64)
         self.rows.append(x[sampled].copy())
+        if self.squares:
+            new = gram(x)
+            for total, more in zip(self.gram, new, strict=False):
+                np.add(total, more, out=total)
+            self.gram = self.gram or new
 
     def done(self) -> Inputs:
         scale = 1.0 / self.n
         return Inputs(
-            (self.abs * scale).astype(np.float32), (self.square * scale).astype(np.float32), np.concatenate(self.rows)
+            (self.abs * scale).astype(np.float32),
+            (self.square * scale).astype(np.float32),
+            np.concatenate(self.rows),
+            Covariance(tuple(self.gram)) if self.squares else None,
         )
 
 
 class _Experts:
-    """Running sums of the routed experts."""
+    """Running sums of the routed experts, and all rows where those are wanted."""
 
-    def __init__(self, arch: Arch) -> None:
-        e, d, f = arch.n_expert, arch.n_embd, arch.n_ff_expert
+    def __init__(self, arch: Arch, n_tokens: int, keep_rows: bool) -> None:
+        e, d, f, used = arch.n_expert, arch.n_embd, arch.n_ff_expert, arch.n_expert_used
+        self.n = 0
+        self.rows = None
+        if keep_rows:
+            self.rows = RoutedRows(
+                np.empty((n_tokens, d), np.uint16),
+                np.empty((n_tokens, used), np.int32),
+                np.empty((n_tokens, used), np.float32),
+                np.empty((n_tokens, used, f), np.uint16),
+            )
         self.counts = np.zeros(e, np.int64)
         self.input_square = np.zeros((e, d))
         self.hidden_abs, self.hidden_square = np.zeros((e, f)), np.zeros((e, f))
         self.chosen: list[NDArray[np.int32]] = []
         self.hidden: list[F32] = []
 
-    def add(self, x: F32, chosen: NDArray[np.int32], hidden: F32, sampled: NDArray[np.intp]) -> None:
+    def add(self, tapped: Mapping[str, NDArray[Any]], sampled: NDArray[np.intp]) -> None:
+        x, chosen, hidden = tapped["ffn_norm"], tapped["experts"], tapped["expert_hidden"]
         n_expert = len(self.counts)
         member = np.zeros((n_expert, len(x)), np.float32)
         member[chosen.T, np.arange(len(x))] = 1.0
@@ -122,6 +169,11 @@ class _Experts:
             self.hidden_square[e] += np.square(rows).sum(0, dtype=np.float64)
         self.chosen.append(chosen[sampled].copy())
         self.hidden.append(hidden[sampled].copy())
+        if self.rows is not None:
+            at = slice(self.n, self.n + len(x))
+            self.rows.input[at], self.rows.experts[at] = f32_to_bf16(x), chosen
+            self.rows.weights[at], self.rows.hidden[at] = tapped["expert_weights"], f32_to_bf16(hidden)
+        self.n += len(x)
 
     def done(self) -> Routed:
         scale = 1.0 / np.maximum(self.counts, 1)[:, None]
@@ -132,6 +184,7 @@ class _Experts:
             (self.hidden_square * scale).astype(np.float32),
             np.concatenate(self.chosen),
             np.concatenate(self.hidden),
+            self.rows,
         )
 
 
@@ -144,10 +197,12 @@ class Stream:
         step = max(1, len(embeddings) // SAMPLE_TOKENS)
         self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
 
-    def advance(self, layer: Layer, il: int, on_chunk: Callable[[float], None] | None = None) -> LayerStats:
+    def advance(
+        self, layer: Layer, il: int, on_chunk: Callable[[float], None] | None = None, covariances: bool = False
+    ) -> LayerStats:
         """Run every token through layer il, replacing x, and return what the layer's parts were fed.
 
-        on_chunk(fraction done) is called as it goes.
+        on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too.
         """
         dense = self.arch.is_dense(il)
         taps = [*ATTENTION_TAPS]
@@ -157,8 +212,8 @@ class Stream:
             taps.append("dense_hidden")
         elif self.arch.n_expert_shared:
             taps.append("shared_hidden")
-        moments = {tap: _Moments() for tap in taps}
-        experts = None if dense else _Experts(self.arch)
+        moments = {tap: _Moments(covariances) for tap in taps}
+        experts = None if dense else _Experts(self.arch, len(self.x), covariances)
         n_tokens = CHUNK_WINDOWS * WINDOW
         for start in range(0, len(self.x), n_tokens):
             chunk = self.x[start : start + n_tokens]
@@ -168,15 +223,15 @@ class Stream:
             for tap in taps:
                 moments[tap].add(tapped[tap], sampled)
             if experts:
-                experts.add(tapped["ffn_norm"], tapped["experts"], tapped["expert_hidden"], sampled)
+                experts.add(tapped, sampled)
             self.x[start : start + len(chunk)] = out
             if on_chunk:
                 on_chunk((start + len(chunk)) / len(self.x))
         return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None)
 
-    def final_inputs(self, norm: F32) -> Inputs:
+    def final_inputs(self, norm: F32, covariances: bool = False) -> Inputs:
         """What the output head is fed: the last hidden states under the final norm, (n_embd,) weights."""
-        moments = _Moments()
+        moments = _Moments(covariances)
         for start in range(0, len(self.x), WINDOW):
             x = self.x[start : start + WINDOW]
             scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + self.arch.rms_eps)

@@ -1,7 +1,8 @@
-"""encode.py: float32 rows -> the bytes of a GGUF tensor, and back. ggml's own block encoders, on every core.
+"""encode.py: float32 rows -> the bytes of a GGUF tensor, and back, on every core.
 
-The encoders come from the libggml-base that llama-cpp-python bundles, called through ctypes, which releases the GIL:
-rows are independent, so threads take slices of them, and the bytes do not depend on how many there are.
+Under an input covariance the encoder is feedback.py's; without one it is ggml's own, from the libggml-base that
+llama-cpp-python bundles, called through ctypes. Both leave the GIL alone: rows are independent, so threads take slices
+of them, and the bytes do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from quantize import feedback
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.errors import QuantizeError
+from quantize.feedback import Covariance, Sweep
 
 FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # ggml's decoders, by the name in the library. Q8_0 and the float types ignore importance weights.
@@ -37,6 +40,9 @@ GRID_TYPES = (Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S)
 NEED_IMPORTANCE = (Type.IQ2_XXS, Type.IQ2_XS)
 GRID_MAX = 1e6
 F16_MAX = 65504.0
+NOT_FINITE_HINT = "the weights are too large for this type"
+# Rows that a thread encodes under a covariance at a time: enough to read its tables once for many.
+MIN_ROWS, MAX_ROWS = 16, 128
 MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
 IMPORTANCE_FLOOR = 1e-6
@@ -110,17 +116,25 @@ class Encoder:
             pass
 
     def encode(
-        self, values: NDArray[np.float32], type_: Type, importance: NDArray[np.float32] | None = None
+        self,
+        values: NDArray[np.float32],
+        type_: Type,
+        importance: NDArray[np.float32] | None = None,
+        covariance: Covariance | None = None,
     ) -> NDArray[np.uint8]:
         """values (..., n) float32 -> (..., row_bytes) uint8.
 
         importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it, and
-        those that need it count all columns alike without. Raises QuantizeError where the type cannot hold the values,
-        ValueError where rows are not whole blocks.
+        those that need it count all columns alike without. covariance: of what multiplies the columns; types that
+        feedback.py encodes follow it instead, where it is positive definite. Raises QuantizeError where the type cannot
+        hold the values, ValueError where rows are not whole blocks.
         """
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
+        if covariance is not None and type_ in feedback.TYPES and covariance.sweeps is not None:
+            self._feed_back(rows, type_, covariance, out)
+            return out.reshape(*values.shape[:-1], out.shape[1])
         if importance is None and type_ in NEED_IMPORTANCE:
             importance = np.ones(n, np.float32)
         weights = None if importance is None or type_ in IGNORES_IMPORTANCE else _usable(importance, n)
@@ -130,6 +144,30 @@ class Encoder:
             _ggml().ggml_quantize_init(int(type_))  # tables of the grid types: once, before threads want them
             self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), rows)
         return out.reshape(*values.shape[:-1], out.shape[1])
+
+    def _feed_back(
+        self, rows: NDArray[np.float32], type_: Type, covariance: Covariance, out: NDArray[np.uint8]
+    ) -> None:
+        if covariance.n != rows.shape[1]:
+            raise ValueError(f"the covariance is of {covariance.n} columns, expected {rows.shape[1]}")
+        if not np.isfinite(rows).all():
+            raise QuantizeError(f"weights that are not finite cannot be encoded to {type_.name}")
+        assert covariance.sweeps is not None
+        for run, sweeps in zip(feedback.chunks(covariance.n), covariance.sweeps, strict=True):
+            part = out[:, row_bytes(type_, run.start) : row_bytes(type_, run.stop)]
+            part[...] = self._feed_back_run(np.ascontiguousarray(rows[:, run]), type_, sweeps)
+        _validate(type_, out)
+
+    def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
+        out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
+        step = max(MIN_ROWS, min(MAX_ROWS, -(-len(rows) // (4 * self.threads))))
+
+        def work(start: int) -> None:
+            feedback.encode_rows(rows[start : start + step], type_, sweeps, out[start : start + step])
+
+        for _ in self._pool.map(work, range(0, len(rows), step)):
+            pass
+        return out
 
     def decode(self, data: NDArray[np.uint8], type_: Type, n: int) -> NDArray[np.float32]:
         """(..., row_bytes) uint8 -> (..., n) float32: what an engine multiplies by."""
@@ -189,13 +227,12 @@ def _encode_blocks(
     lib = _ggml()
     # `not`, so that a NaN is caught too.
     if type_ in GRID_TYPES and not np.abs(rows).max(initial=0.0) <= GRID_MAX:
-        raise QuantizeError(
-            f"encoding to {type_.name}: weights over {GRID_MAX:g} or not finite",
-            "the weights are too large for this type",
-        )
+        raise QuantizeError(f"encoding to {type_.name}: weights over {GRID_MAX:g} or not finite", NOT_FINITE_HINT)
     importance = None if weights is None else _address(weights)
     lib.ggml_quantize_chunk(int(type_), _address(rows), _address(out), 0, rows.shape[0], rows.shape[1], importance)
-    if not lib.ggml_validate_row_data(int(type_), _address(out), out.nbytes):
-        raise QuantizeError(
-            f"encoding to {type_.name} gave scales that are not finite", "the weights are too large for this type"
-        )
+    _validate(type_, out)
+
+
+def _validate(type_: Type, out: NDArray[np.uint8]) -> None:
+    if not _ggml().ggml_validate_row_data(int(type_), _address(out), out.nbytes):
+        raise QuantizeError(f"encoding to {type_.name} gave scales that are not finite", NOT_FINITE_HINT)

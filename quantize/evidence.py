@@ -7,13 +7,14 @@ positive somewhere, however rarely a router picks an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
 from quantize.calibrate import FEW_TOKENS, LayerStats
+from quantize.feedback import Covariance
 from quantize.tensors import Form, Tensor
 
 F32 = NDArray[np.float32]
@@ -44,6 +45,24 @@ def n_parts(tensor: Tensor) -> int:
     return 1 if tensor.form is Form.WHOLE else tensor.shape[0]
 
 
+# An expert's covariance needs as many tokens as it has channels; with fewer it is drawn towards the layer's, and that
+# of its hidden channels, which are hardly correlated, towards its diagonal. In tokens a channel.
+PRIOR_TOKENS = 0.1
+
+
+def parts_in_order(layer: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Every part of a layer's tensors, those of one tensor in order; an expert's gate and up, which share an input and
+    so a covariance, next to each other.
+    """
+    layer = list(layer)
+    up = next((t for t in layer if t.role == "ffn_up_exps"), None)
+    for tensor in layer:
+        for part in range(n_parts(tensor) if tensor is not up else 0):
+            yield tensor, part
+            if tensor.role == "ffn_gate_exps" and up is not None:
+                yield up, part
+
+
 class Evidence:
     """Statistics of one layer's inputs. tensors: the layer's, by role; read: their original weights.
 
@@ -60,6 +79,8 @@ class Evidence:
         self._read = read
         self._q_square: F32 | None = None  # (n_head, nope)
         self._expected: dict[int, tuple[F32, F32]] = {}
+        self._queries: F32 | None = None
+        self._last: tuple[tuple[str, int], Covariance | None] | None = None
 
     def importance(self, role: str, part: int) -> F32 | None:
         """(n,) mean x^2 of each input channel of a part; None where columns shall count alike."""
@@ -74,6 +95,37 @@ class Evidence:
         if routed and role == "ffn_down_exps":
             return self._blend(part, routed.hidden_square[part], lambda: self._hidden_if_chosen(part)[1])
         return self.stats.inputs[FEEDS[role]].mean_square
+
+    def covariance(self, role: str, part: int) -> Covariance | None:
+        """Of the inputs of a part; None where none was collected. The last is kept: parts that share it ask in turn."""
+        key = self._covariance_key(role, part)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # its memory first
+            self._last = key, self._covariance(*key)
+        return self._last[1]
+
+    def _covariance_key(self, role: str, part: int) -> tuple[str, int]:
+        """What a covariance is of: a tap, and a part where that matters."""
+        if self.stats.routed and role.endswith("_exps"):
+            return ("expert_hidden" if role == "ffn_down_exps" else "expert_input"), part
+        return ("queries", part) if role == "attn_k_b" else (FEEDS[role], 0)
+
+    def _covariance(self, tap: str, part: int) -> Covariance | None:
+        whole = self.stats.inputs["ffn_norm" if tap in ("queries", "expert_input", "expert_hidden") else tap].covariance
+        if whole is None:
+            return None
+        if tap == "queries":
+            return Covariance.of(np.ascontiguousarray(self._query_rows()[:, part]))
+        routed = self.stats.routed
+        if routed is None or routed.rows is None or not tap.startswith("expert_"):
+            return whole
+        count = int(routed.counts[part])
+        if tap == "expert_input":
+            own = Covariance.of(routed.rows.inputs_of(part))
+            return own.blend(whole, _prior_share(own.n, count))
+        rows = routed.rows.hidden_of(part) if count else self._hidden_rows(part)
+        own = Covariance.of(rows)
+        return own.diagonal_blend(_prior_share(own.n, len(rows)))
 
     def magnitude(self, role: str, part: int) -> F32:
         """(n,) mean |x| of each input channel, with which a fold's scales grow. Experts differ only in their downs."""
@@ -104,18 +156,33 @@ class Evidence:
     def _hidden_if_chosen(self, expert: int) -> tuple[F32, F32]:
         """Mean |h| and h^2 of an expert's hidden channels had it been given the layer's sampled tokens."""
         if expert not in self._expected:
-            x = self.stats.inputs["ffn_norm"].sample
-            gate = x @ self._read(self.tensors["ffn_gate_exps"], expert).T
-            up = x @ self._read(self.tensors["ffn_up_exps"], expert).T
-            hidden = gate / (1.0 + np.exp(-np.clip(gate, -80.0, 80.0))) * up
+            hidden = self._hidden_rows(expert)
             self._expected[expert] = np.abs(hidden).mean(0), np.square(hidden).mean(0)
         return self._expected[expert]
+
+    def _hidden_rows(self, expert: int) -> F32:
+        """(n_sample, n_ff) hidden channels of an expert for the layer's sampled tokens."""
+        x = self.stats.inputs["ffn_norm"].sample
+        gate = x @ self._read(self.tensors["ffn_gate_exps"], expert).T
+        up = x @ self._read(self.tensors["ffn_up_exps"], expert).T
+        hidden: F32 = gate / (1.0 + np.exp(-np.clip(gate, -80.0, 80.0))) * up
+        return hidden
 
     def _query_square(self) -> F32:
         """Mean q_nope^2 a head, (n_head, nope): k_b multiplies the queries, score = (q_nope W_k) . c."""
         if self._q_square is None:
+            self._q_square = np.square(self._query_rows()).mean(0)
+        return self._q_square
+
+    def _query_rows(self) -> F32:
+        """(n_sample, n_head, nope) queries of the sampled tokens."""
+        if self._queries is None:
             role = "attn_q_b" if self.arch.q_lora_rank else "attn_q"
             q = self.sample(role, 0) @ self._read(self.tensors[role], 0).T
-            heads = q.reshape(len(q), self.arch.n_head, self.arch.nope + self.arch.rope)
-            self._q_square = np.square(heads[:, :, : self.arch.nope]).mean(0)
-        return self._q_square
+            self._queries = q.reshape(len(q), self.arch.n_head, -1)[:, :, : self.arch.nope]
+        return self._queries
+
+
+def _prior_share(n: int, count: int) -> float:
+    """How much of a covariance of n channels is the prior's, where count tokens were seen."""
+    return PRIOR_TOKENS * n / (PRIOR_TOKENS * n + count)

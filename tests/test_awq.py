@@ -180,6 +180,8 @@ class Plain:
         chosen = (np.abs(x[:, :1] * 1000).astype(np.int32) + np.arange(a.n_expert_used, dtype=np.int32)) % a.n_expert
         if name == "experts":
             return chosen
+        if name == "expert_weights":
+            return np.resize(np.abs(x), (n, a.n_expert_used)).astype(np.float32)
         if name == "expert_hidden":
             wide = x[:, None, :1] * (1 + chosen[..., None]) * np.arange(1, a.n_ff_expert + 1)
             return wide.astype(np.float32)

@@ -29,9 +29,8 @@ typedef struct ds_effort {
 
 typedef struct ds_encode_rows {
     int n_rows;
-    const float *w;  /* (n_rows, n) finite */
-    void *out;       /* (n_rows, row bytes) */
-    double *loss;    /* (n_rows) e cov e^T summed over the blocks of the last sweep; may be NULL */
+    const float *w; /* (n_rows, n) finite */
+    void *out;      /* (n_rows, row bytes) */
 } ds_encode_rows;
 
 /* Whether a format can be encoded: those with integer codes. */

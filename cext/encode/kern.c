@@ -57,7 +57,6 @@ static void sweep_block(const block *b, const ds_sweep *sweep, const ds_effort *
         best found = {.c = work->choices[r * n_blocks + i]};
         (again ? solve_again : solve_first)(b, t, effort, &x, &found);
         work->choices[r * n_blocks + i] = found.c;
-        if (rows->loss) rows->loss[r] += (double)found.loss;
         decode(b->grid, n, &found.c, y);
         for (int k = 0; k < n; k++) e[k] = w[k] - y[k];
     }
@@ -68,7 +67,6 @@ static void encode(const ds_grid *g, const ds_sweep *sweeps, int n_sweeps, const
     block b;
     for (int i = 0; i < n_sweeps; i++) {
         const ds_sweep *sweep = &sweeps[i];
-        if (rows->loss) memset(rows->loss, 0, (size_t)rows->n_rows * sizeof *rows->loss);
         for (int first = 0; first < sweep->n; first += WIDTH) {
             block_open(&b, g, sweep, first, sweep->n - first < WIDTH ? sweep->n - first : WIDTH);
             sweep_block(&b, sweep, effort, i > 0, first, rows, work);

@@ -1,0 +1,147 @@
+"""feedback.py: encoding under an input covariance H, so that a matrix's outputs change least: tr(dW H dW^T) is lowered.
+
+The columns are chosen one after the other and what each loses is carried on to those after it, as in GPTQ (Frantar et
+al., 2022), here through H's own factor: H = M diag(v) M^T with a unit upper triangle M, so that a row's loss is
+sum_j v_j (e_j + sum_{i<j} e_i M_ij)^2. Scales and codes of 256 columns are searched together (cext/encode), on the
+targets that the columns before have left; a second sweep goes over all blocks again, given all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from cext import _engine
+
+F32 = NDArray[np.float32]
+Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all, carry, cov, tri, var
+
+TYPES = (
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL,
+    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS,
+)  # fmt: skip
+BLOCK = 256  # columns that are solved together: DS_ENCODE_WIDTH
+# Wider inputs get one covariance for each so many channels, and none between them: 16,384 channels would take 1 GB, and
+# as much again to factor.
+MAX_WIDTH = 6144
+# Added to the diagonal, as a share of its mean. More calibrated output error, less of it elsewhere.
+DAMPING = 0.02
+ROUNDS, POLISH = 2, 4  # of cext/encode: how hard to search in each block
+
+
+def chunks(n: int) -> list[slice]:
+    """The runs of channels that have a covariance each: whole blocks, of even widths."""
+    n_chunks = -(-n // MAX_WIDTH)
+    width = -(-n // (n_chunks * BLOCK)) * BLOCK
+    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+def gram(x: F32) -> list[F32]:
+    """x^T x for inputs x (m, n), a matrix for each chunk."""
+    parts = [np.ascontiguousarray(x[:, c]) for c in chunks(x.shape[1])]
+    return [part.T @ part for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """E[x x^T] of a matrix's inputs, a square for each of chunks(n). The scale does not matter."""
+
+    blocks: tuple[F32, ...]
+
+    @classmethod
+    def of(cls, x: F32) -> Covariance:
+        """Of inputs x (m, n)."""
+        return cls(tuple(gram(x)))
+
+    @property
+    def n(self) -> int:
+        """Channels."""
+        return sum(len(block) for block in self.blocks)
+
+    @cached_property
+    def mean(self) -> float:
+        """The mean square of a channel."""
+        return float(sum(np.trace(block, dtype=np.float64) for block in self.blocks) / self.n)
+
+    def blend(self, other: Covariance, share: float) -> Covariance:
+        """(1 - share) of this and share of the other, of equal mean."""
+        if other.mean <= 0:
+            return self
+        if self.mean <= 0:
+            return other
+        mine, theirs = np.float32((1 - share) / self.mean), np.float32(share / other.mean)
+        return Covariance(tuple(a * mine + b * theirs for a, b in zip(self.blocks, other.blocks, strict=True)))
+
+    def diagonal_blend(self, share: float) -> Covariance:
+        """(1 - share) of what lies off the diagonal."""
+        blocks = []
+        for block in self.blocks:
+            out = block * np.float32(1 - share)
+            np.fill_diagonal(out, block.diagonal())
+            blocks.append(out)
+        return Covariance(tuple(blocks))
+
+    def scaled(self, factor: F32) -> Covariance:
+        """Of the inputs times factor (n,)."""
+        runs = chunks(self.n)
+        return Covariance(tuple(b * np.outer(factor[c], factor[c]) for b, c in zip(self.blocks, runs, strict=True)))
+
+    @classmethod
+    def even(cls, n: int) -> Covariance:
+        """Of inputs that are alike and not correlated: what is left is the search for scales."""
+        return cls(tuple(np.eye(c.stop - c.start, dtype=np.float32) for c in chunks(n)))
+
+    @cached_property
+    def sweeps(self) -> list[list[Sweep]] | None:
+        """What the encoder needs, for each chunk. None where there is nothing to go by: no inputs, or not finite."""
+        if not np.isfinite(self.mean) or self.mean <= 0:
+            return None
+        try:
+            return [_sweeps(block / np.float32(self.mean)) for block in self.blocks]
+        except np.linalg.LinAlgError:
+            return None
+
+
+def _factor(h: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
+    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    root = upper.diagonal()
+    if not np.isfinite(root).all():
+        raise np.linalg.LinAlgError("the factor is not finite")
+    return upper / root, root * root
+
+
+def _sweeps(block: F32) -> list[Sweep]:
+    """First sweep, with what the blocks before have lost; second, with what all others have."""
+    n = len(block)
+    h = block + np.float32(DAMPING) * np.eye(n, dtype=np.float32)
+    m, v = _factor(h)
+    first = (False, np.zeros((n, n), np.float32), *_tables(n))
+    second = (True, np.zeros((n, n), np.float32), *_tables(n))
+    for start in range(0, n, BLOCK):
+        at = slice(start, min(start + BLOCK, n))
+        width = at.stop - start
+        inner = m[at, at].astype(np.float64)
+        _, carry, cov, tri, var = first
+        carry[:start, at] = m[:start, at] @ np.linalg.inv(inner).astype(np.float32)
+        cov[at, :width], tri[at, :width], var[at] = (inner * v[at]) @ inner.T, inner, v[at]
+        own = h[at, at].astype(np.float64)
+        _, carry, cov, tri, var = second
+        carry[:, at] = h[:, at] @ np.linalg.inv(own).astype(np.float32)
+        carry[at, at] = 0
+        cov[at, :width] = own
+        tri[at, :width], var[at] = _factor(own)
+    return [first, second] if n > BLOCK else [first]
+
+
+def _tables(n: int) -> tuple[F32, F32, F32]:
+    return np.zeros((n, BLOCK), np.float32), np.zeros((n, BLOCK), np.float32), np.ones(n, np.float32)
+
+
+def encode_rows(rows: F32, type_: Type, sweeps: list[Sweep], out: NDArray[np.uint8]) -> None:
+    """rows (r, n) contiguous -> out (r, row_bytes). ValueError where a value is not finite."""
+    _engine.encode(int(type_), rows, len(rows), rows.shape[1], sweeps, ROUNDS, POLISH, out)
