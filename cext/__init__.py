@@ -12,7 +12,7 @@ from cext.errors import (
     UnsupportedError,
 )
 from cext.gguf import Gguf, Metadata, TensorInfo
-from cext.layer import Layer
+from cext.layer import Encoded, Layer
 from cext.model import Hparams, Model, Session, Tap, eval_batch
 from cext.sampler import Sampler
 
@@ -20,6 +20,7 @@ __all__ = [
     "ArgumentError",
     "BusyError",
     "ContextFullError",
+    "Encoded",
     "EngineError",
     "FileError",
     "FormatError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +36,18 @@ def _header(metadata: Mapping[str, Any]) -> bytes:
     return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(entries)
 
 
-def _record(name: str, array: NDArray[Any]) -> tuple[str, int, tuple[int, ...], NDArray[Any]]:
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor as a GGUF holds it: its type's id, its shape in ggml's order (the row first), its bytes."""
+
+    type: int
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+def _record(name: str, array: NDArray[Any] | Encoded) -> tuple[str, int, tuple[int, ...], NDArray[Any]]:
+    if isinstance(array, Encoded):
+        return name, array.type, (*array.shape, *(1,) * (4 - len(array.shape))), array.data
     kind = _GGUF_TYPES.get(array.dtype.name)
     if kind is None or not array.flags.c_contiguous:
         raise ValueError(
@@ -45,7 +57,7 @@ def _record(name: str, array: NDArray[Any]) -> tuple[str, int, tuple[int, ...], 
 
 
 class Layer:
-    """One block over borrowed arrays, which stay alive with it.
+    """One block over borrowed arrays, or over a file's own bytes, which stay alive with it.
 
     metadata: the GGUF keys of the whole model (deepseek2.*), as they would stand in the file. il: which block (it
     decides dense or experts). tensors: by GGUF name ("blk.3.attn_norm.weight"), in numpy's order (ggml's shape
@@ -53,7 +65,11 @@ class Layer:
     """
 
     def __init__(
-        self, metadata: Mapping[str, Any], il: int, tensors: Mapping[str, NDArray[Any]], threads: int | None = None
+        self,
+        metadata: Mapping[str, Any],
+        il: int,
+        tensors: Mapping[str, NDArray[Any] | Encoded],
+        threads: int | None = None,
     ) -> None:
         records = [_record(name, array) for name, array in tensors.items()]
         self._handle = _engine.block_open(_header(metadata), il, records, threads or 0)

@@ -1,34 +1,35 @@
 """evaluate.py: measures the finished file against the original, on text that calibration never saw.
 
 The reference needs no second pass over the checkpoint: the held-back windows ride along while the layers are in memory
-for calibration, apart from its statistics, and their last hidden states give the original's logits. The file itself
-runs in the engine as it will for whoever opens it.
+for calibration, apart from its statistics, and their last hidden states give the original's logits. The file's own
+bytes then run in the engine, again a layer at a time, so that a file larger than memory is read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 import cext
 from quantize import score
 from quantize.calibrate import Layer
 from quantize.corpus import WINDOW
+from quantize.encode import row_bytes
 from quantize.errors import QuantizeError
-from quantize.job import Job
-from quantize.score import Distance, Score
+from quantize.job import SLAB_VALUES, Job
+from quantize.score import Distance
 from quantize.tensors import read
 
 F32 = NDArray[np.float32]
 
 SKIPPED = WINDOW // score.SKIPPED_SHARE
 REFERENCE = "evaluate/reference"  # in the journal
-RECORD = "evaluate/window-{}"
+RECORD, STREAM = "evaluate/layer-{}", "evaluate/stream-{}"
 
 
 class Held:
@@ -44,10 +45,14 @@ class Held:
         """From ``arrays()``."""
         return cls(arrays["held"], arrays["held_experts"].shape[-1], arrays["held_experts"])
 
+    @property
+    def experts(self) -> NDArray[np.int32]:
+        """(n_layer_routed, n_token, n_used) so far."""
+        return np.array(self._experts, np.int32).reshape(len(self._experts), len(self.x), self._n_used)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What ``of`` takes: the hidden states, and the choices (n_layer_routed, n_token, n_used)."""
-        shape = (len(self._experts), len(self.x), self._n_used)
-        return {"held": self.x, "held_experts": np.array(self._experts, np.int32).reshape(shape)}
+        """What ``of`` takes."""
+        return {"held": self.x, "held_experts": self.experts}
 
     def advance(self, layer: Layer, dense: bool) -> None:
         """Run every window through a layer, replacing x."""
@@ -62,46 +67,84 @@ class Held:
 
 
 def evaluate(job: Job, path: Path) -> Distance:
-    """Compare the file at path with the original, by the reference that the write stage left in the journal."""
+    """Compare the GGUF at path with the original, by the reference that the write stage left in the journal."""
     assert job.plan.corpus is not None
     windows = job.plan.corpus.held
     job.meter.begin("evaluate")
     reference = job.journal.get_arrays(REFERENCE)
     assert reference is not None, "the write stage records it before its last step"
+    original = Held.of(reference)
+    run = _run_layers(job, path)
     scores = []
-    with cext.Model(path, job.plan.options.threads) as model:
-        for i, window in enumerate(windows):
-            job.meter.tell("evaluate", -1, i / len(windows))
-            record = job.journal.get(RECORD.format(i))
-            if record is None:
-                rows = slice(i * WINDOW + SKIPPED, (i + 1) * WINDOW - 1)
-                x, experts = reference["held"][rows], reference["held_experts"][:, rows]
-                record = asdict(_score(job, model, window, x, experts))
-                job.journal.put(RECORD.format(i), record)
-            scores.append(Score(**record))
+    for i, window in enumerate(windows):
+        rows = slice(i * WINDOW + SKIPPED, (i + 1) * WINDOW - 1)
+        logits = _logits(job, run.x[rows], lambda role: _encoded_slabs(job, path, role))
+        theirs = _logits(job, original.x[rows], lambda role: job.slabs(job.plan.outside[role]))
+        if not np.isfinite(logits).all():
+            raise QuantizeError("the finished file computes values that are not finite", "please report the model")
+        chosen, mine = original.experts[:, rows], run.experts[:, rows]
+        n_alike = sum(score.alike(a, b) for a, b in zip(mine, chosen, strict=True))
+        scores.append(score.score(logits, theirs, window[SKIPPED + 1 :], chosen.size, n_alike))
     return score.summary(scores)
 
 
-def _score(job: Job, model: cext.Model, window: NDArray[np.int32], x: F32, experts: NDArray[np.int32]) -> Score:
-    """One window. x, experts: the original's at the scored positions."""
-    arch = job.plan.arch
-    tap = cext.Tap({f"experts-{il}": None for il in range(arch.n_layer_dense, arch.n_layer)})
-    scored = slice(SKIPPED, WINDOW - 1)
-    logits = model.session(WINDOW, "f32").eval(window, "all", tap=tap)[scored]
-    if not np.isfinite(logits).all():
-        raise QuantizeError("the finished file computes values that are not finite", "please report the model")
-    pairs = zip(tap.values(), experts, strict=True)
-    n_alike = sum(score.alike(np.asarray(mine)[scored], theirs) for mine, theirs in pairs)
-    return score.score(logits, _reference_logits(job, x), window[SKIPPED + 1 :], experts.size, n_alike)
+def _run_layers(job: Job, path: Path) -> Held:
+    """The held-back windows through the file's layers, from where an earlier run got."""
+    arch, journal = job.plan.arch, job.journal
+    records = [il for il in range(arch.n_layer) if journal.get(RECORD.format(il)) is not None]
+    first = len(records)
+    if first == 0:
+        run = Held(_embed(job, path), arch.n_expert_used)
+    else:
+        run = Held.of(journal.get_arrays(STREAM.format(first - 1)) or {})
+    for il in range(first, arch.n_layer):
+        job.meter.tell("evaluate", il, il / arch.n_layer, 1 / arch.n_layer)
+        with cext.Gguf(path) as file:
+            types = {tensor.name: tensor for tensor in file.tensors}
+            tensors = {
+                t.name: cext.Encoded(types[t.name].type, types[t.name].shape, file.raw(t.name))
+                for t in job.plan.layers[il]
+            }
+            with cext.Layer(job.plan.keys, il, tensors, job.plan.options.threads) as layer:
+                run.advance(layer, arch.is_dense(il))
+        journal.put_arrays(STREAM.format(il), run.arrays())
+        journal.put(RECORD.format(il), {})
+        journal.drop(STREAM.format(il - 1))
+    return run
 
 
-def _reference_logits(job: Job, x: F32) -> F32:
-    """The original's logits from its last hidden states (n, n_embd): norm and head, the head in slabs."""
+def _rows(job: Job, path: Path, role: str, rows: slice | NDArray[np.int32]) -> F32:
+    """Rows of a matrix outside the layers, or the whole of a norm, as the file has them."""
+    tensor = job.plan.outside[role]
+    with cext.Gguf(path) as file:
+        type_ = Type(next(t.type for t in file.tensors if t.name == tensor.name))
+        raw = file.raw(tensor.name).reshape(-1, row_bytes(type_, tensor.shape[-1]))
+        return job.encoder.decode(raw[rows], type_, tensor.shape[-1])
+
+
+def _embed(job: Job, path: Path) -> F32:
+    assert job.plan.corpus is not None
+    return _rows(job, path, "token_embd", job.plan.corpus.held.reshape(-1))
+
+
+def _encoded_slabs(job: Job, path: Path, role: str) -> Iterator[tuple[int, F32]]:
+    """As ``job.slabs``, of the file."""
+    n_rows, n = job.plan.outside[role].shape
+    step = max(1, SLAB_VALUES // n)
+    for start in range(0, n_rows, step):
+        yield start, _rows(job, path, role, slice(start, start + step))
+
+
+def _logits(job: Job, x: F32, slabs: Callable[[str], Iterable[tuple[int, F32]]]) -> F32:
+    """(n, n_vocab) from the last hidden states (n, n_embd): norm and head, the head in slabs.
+
+    The final norm is the original's: it stays in float32 in every file.
+    """
     plan = job.plan
     norm = read(plan.arch, plan.checkpoint, plan.outside["output_norm"])
     scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + plan.arch.rms_eps)
     normed = (x * scale * norm).astype(np.float32)
     logits = np.empty((len(x), plan.arch.n_vocab), np.float32)
-    for start, rows in job.slabs(plan.outside.get("output", plan.outside["token_embd"])):
+    for start, rows in slabs("output" if "output" in plan.outside else "token_embd"):
         logits[:, start : start + len(rows)] = normed @ rows.T
     return logits

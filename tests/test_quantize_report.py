@@ -89,14 +89,32 @@ def test_the_distance_is_that_of_two_models(tmp_path: Path, source: Path, text: 
                 alike.append([len({*x} & {*y}) / len(y) for x, y in zip(a, b, strict=True)])
     found = report.evaluation
     assert found is not None and found.n_windows == len(klds) and found.n_scored == np.concatenate(klds).size
-    # The reference in two orders of float32 sums: logits of order 1 to 1e-5, figures likewise.
-    assert found.kld_mean == pytest.approx(np.concatenate(klds).mean(), rel=1e-3)
-    assert found.kld_p99 == pytest.approx(np.percentile(np.concatenate(klds), 99), rel=1e-3)
-    assert found.perplexity == pytest.approx(np.exp(nll[0] / found.n_scored), rel=1e-6)
+    # The session rounds the activations of the head to int8, a percent of the figures; the rest is the same bits.
+    assert found.kld_mean == pytest.approx(np.concatenate(klds).mean(), rel=1e-2)
+    assert found.kld_p99 == pytest.approx(np.percentile(np.concatenate(klds), 99), rel=2e-2)
+    assert found.perplexity == pytest.approx(np.exp(nll[0] / found.n_scored), rel=1e-4)
     assert found.perplexity_reference == pytest.approx(np.exp(nll[1] / found.n_scored), rel=1e-5)
-    assert found.top1 == pytest.approx(np.concatenate(same).mean(), abs=1.5 / found.n_scored)
-    assert found.routing == pytest.approx(np.mean(alike), abs=2e-3)
+    assert found.top1 == pytest.approx(np.concatenate(same).mean(), abs=5e-3)
+    assert found.routing == pytest.approx(np.mean(alike), abs=1e-12)
     assert found.kld_mean > 1e-3 and found.routing is not None and found.routing < 0.999
+
+
+def test_a_layer_of_a_file_s_own_bytes_is_the_model_s(tmp_path: Path, source: Path, text: Path) -> None:
+    quantize.quantize(source, tmp_path / "q.gguf", Options(type="q4_0", calibration=(text,), evaluate=False))
+    window = held(source, text)[0]
+    tap = cext.Tap({f"l_out-{il}": None for il in range(3)})
+    with cext.Model(tmp_path / "q.gguf", 1) as model, cext.Gguf(tmp_path / "q.gguf") as file:
+        model.session(WINDOW, "f32").eval(window, tap=tap)
+        keys = {key: file.metadata[key] for key in file.metadata if key.startswith(("general.arch", "deepseek2."))}
+        for il in (1, 2):
+            tensors = {t.name: cext.Encoded(t.type, t.shape, file.raw(t.name)) for t in file.tensors}
+            mine = {name: tensor for name, tensor in tensors.items() if name.startswith(f"blk.{il}.")}
+            with cext.Layer(keys, il, mine, 1) as layer:
+                out, _ = layer.forward(tap[f"l_out-{il - 1}"], 1)
+            np.testing.assert_array_equal(out, tap[f"l_out-{il}"])
+    wrong = {**mine, "blk.2.attn_output.weight": cext.Encoded(12, (64, 64), np.zeros(2304, np.uint8))}
+    with pytest.raises(ValueError, match=r"attn_output.*not whole blocks of q4_k"):
+        cext.Layer(keys, 2, wrong)
 
 
 def test_a_float_file_is_at_no_distance(tmp_path: Path, source: Path, text: Path) -> None:

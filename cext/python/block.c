@@ -1,4 +1,4 @@
-/* block.c: one transformer block over numpy arrays, for calibration. */
+/* block.c: one transformer block over numpy arrays, for calibration and for models larger than memory. */
 #include "python/py.h"
 
 #include <stdlib.h>
@@ -39,11 +39,13 @@ static bool bind(bound *b, PyObject *record) {
     if (!PyArg_ParseTuple(record, "sI(LLLL)O", &name, &type, &t->ne[0], &t->ne[1], &t->ne[2], &t->ne[3], &buffer)) return false;
     t->gguf_type = type;
     t->format = ds_format_from_gguf(type);
-    if (t->format == DS_FORMAT_COUNT || ds_format_get(t->format)->block_elements != 1) {
-        return PyErr_Format(PyExc_ValueError, "tensor `%s` has type %u: expected f32, f16 or bf16", name, type), false;
+    if (t->format == DS_FORMAT_COUNT) return PyErr_Format(PyExc_ValueError, "tensor `%s` has type %u, which this build lacks", name, type), false;
+    const ds_format_info *format = ds_format_get(t->format);
+    if (t->ne[0] % (int64_t)format->block_elements) {
+        return PyErr_Format(PyExc_ValueError, "tensor `%s`: a row of %lld values is not whole blocks of %s", name, (long long)t->ne[0], format->name), false;
     }
     for (int i = 0; i < 4; i++) values *= (size_t)t->ne[i];
-    t->n_bytes = values * ds_format_get(t->format)->block_bytes;
+    t->n_bytes = values / format->block_elements * format->block_bytes;
     if (!ds_py_buffer(buffer, t->n_bytes, false, &b->views[b->n])) return false;
     t->data = b->views[b->n].buf;
     t->name = strdup(name);
