@@ -1,13 +1,14 @@
 """recipe.py: which type each tensor gets. Data about shapes and names in, types out; no weights are read.
 
-The named recipes choose what llama.cpp's mixes of those names choose, tensor by tensor, so that files compare at equal
-bytes. A recipe is a default and a few exceptions by role; what remains is the shape: rows that a type's block does not
-divide fall back to a type with smaller blocks.
+The named recipes choose what llama.cpp's mixes of those names choose, tensor by tensor: for the file itself under
+--plain-mix, else for its size alone, so that files compare at equal bytes (see budget.py). A recipe is a default and a
+few exceptions by role; what remains is the shape: rows that a type's block does not divide fall back to a type with
+smaller blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
@@ -83,6 +84,11 @@ class Recipe:
         return self.default in FLOAT_TYPES
 
     @property
+    def is_budget(self) -> bool:
+        """Whether the name stands for a size, to be spent as measured; q8_0 and q4_0 mean those very types."""
+        return not self.is_float and self.default not in (Type.Q8_0, Type.Q4_0)
+
+    @property
     def wants_calibration(self) -> bool:
         """Whether the bytes depend on calibration: at 8 bits and above the encoders ignore importance."""
         return not self.is_float and self.default != Type.Q8_0
@@ -152,6 +158,15 @@ def find(name: str) -> Recipe:
     if recipe is None:
         raise QuantizeError(f"unknown type `{name}`", f"one of {', '.join(RECIPES)}")
     return recipe
+
+
+def nearest(arch: Arch, tensors: Sequence[Tensor], budget: int) -> Recipe:
+    """The recipe whose mix comes nearest to so many bytes, of those that stand for a size."""
+
+    def distance(recipe: Recipe) -> int:
+        return abs(budget - sum(nbytes(t, type_of(recipe, arch, t, True)) for t in tensors))
+
+    return min((recipe for recipe in RECIPES.values() if recipe.is_budget), key=distance)
 
 
 def is_matrix(tensor: Tensor) -> bool:

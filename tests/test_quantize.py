@@ -359,7 +359,7 @@ def test_calibrated_run(tmp_path: Path, wide: Path, text: Path) -> None:
     fractions = [s.fraction for s in steps]
     assert fractions[0] == 0.0 and fractions[-1] == 1.0
     assert all(b >= a - 1e-9 for a, b in pairwise(fractions))
-    assert {s.stage for s in steps} == {"read", "calibrate", "search", "encode", "finish"}
+    assert {s.stage for s in steps} == {"read", "survey", "calibrate", "search", "encode", "finish"}
     assert steps[-1].bytes_written == steps[-1].bytes_total
 
 
@@ -368,7 +368,7 @@ def test_bytes_do_not_depend_on_threads_or_slabs(
 ) -> None:
     for threads, slab_values in ((1, 1 << 25), (3, 2560)):
         monkeypatch.setattr(job, "SLAB_VALUES", slab_values)
-        options = Options(type="q2_k", threads=threads, calibration=(text,))
+        options = Options(type="q2_k", plain_mix=True, threads=threads, calibration=(text,))
         quantize.quantize(wide, tmp_path / f"{threads}.gguf", options)
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
 
@@ -379,12 +379,12 @@ def test_an_expert_that_no_token_reaches(tmp_path: Path, text: Path, dtype: str)
     weights = make.random_weights(WIDE_V3)
     weights["model.layers.1.mlp.gate.e_score_correction_bias"][3] = -100.0
     exact = expected_tensors(WIDE_V3, make.write_checkpoint(tmp_path / "hf", WIDE_V3, weights, dtype))
-    options = Options(type="q4_k_m", threads=2, calibration=(text,))
+    options = Options(type="q4_k_m", plain_mix=True, threads=2, calibration=(text,))
     report = quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options)
     assert all(layer.counts[3] == 0 and layer.few >= 1 for layer in report.coverage)
     assert any("fewer than" in note for note in report.notes)
     file = cext.Gguf(tmp_path / "m.gguf")
-    plain = Options(type="q4_k_m", threads=2, calibration=(text,), awq=False)
+    plain = Options(type="q4_k_m", plain_mix=True, threads=2, calibration=(text,), awq=False)
     quantize.quantize(tmp_path / "hf", tmp_path / "plain.gguf", plain)
     unfolded = cext.Gguf(tmp_path / "plain.gguf")
     for kind in ("gate", "up", "down"):
@@ -422,6 +422,6 @@ def test_chat_is_rendered(tmp_path: Path, wide: Path) -> None:
         {"messages": [{"role": "user", "content": "the tin"}, {"role": "assistant", "content": "in the "}]}
     )
     (tmp_path / "c.jsonl").write_text(f"{line}\n\n" * 100)
-    options = Options(type="q6_k", threads=1, calibration=(tmp_path / "c.jsonl",), awq=False)
+    options = Options(type="q6_k", plain_mix=True, threads=1, calibration=(tmp_path / "c.jsonl",), awq=False)
     report = quantize.quantize(wide, tmp_path / "m.gguf", options)
     assert report.calibration_tokens >= 1024 and report.calibration_sources == ("c.jsonl",)

@@ -1,0 +1,117 @@
+"""budget.py: the allocate stage. Every tensor's type, settled before a byte is written.
+
+Named types are budgets: the bytes of llama.cpp's mix of that name, to be spent where the survey says they pay; --bpw
+and --size are other budgets. The names of single types (the floats, q8_0, q4_0) and --plain-mix leave nothing to spend.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
+from gguf.constants import GGMLQuantizationType as Type
+
+from quantize import recipe
+from quantize.allocate import Choice, Item, allocate
+from quantize.errors import QuantizeError
+from quantize.job import Job, Plan
+from quantize.sensitivity import CANDIDATES, SMALL_BLOCKS, candidates
+from quantize.survey import Survey, SurveyStage
+from quantize.tensors import Tensor
+
+# Types far below the budget's mean are not worth encoding samples in; the cheap ones from four bits up always are.
+LEAST_SHARE, ALWAYS_BITS = 0.6, 4.0
+RECORD = "types"
+
+
+def padded_bytes(tensor: Tensor, type_: Type) -> int:
+    """Bytes that a tensor takes of the file, up to where the next one begins."""
+    n = recipe.nbytes(tensor, type_)
+    return n + -n % GGUF_DEFAULT_ALIGNMENT
+
+
+def settle(job: Job, header_bytes: Callable[[], int]) -> dict[str, Type]:
+    """The types by tensor name, from the journal where an earlier run settled them. header_bytes: of the file."""
+    plan = job.plan
+    fixed = {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
+    if not plan.allocates:
+        return fixed
+    known = job.journal.get(RECORD)
+    if known is not None:
+        return {name: Type[type_] for name, type_ in known.items()}
+    budget = budget_bytes(plan, fixed, header_bytes)
+    allowed = allowed_types(8 * budget / sum(t.size for t in plan.tensors))
+    survey = SurveyStage(job, allowed, plan.options.survey_tokens).run()
+    types, damage = spend(plan, survey, allowed, budget)
+    job.journal.put(RECORD, {name: type_.name for name, type_ in types.items()})
+    for line in describe(plan, types, damage):
+        job.say(line)
+    return types
+
+
+def budget_bytes(plan: Plan, fixed: dict[str, Type], header_bytes: Callable[[], int]) -> int:
+    """Bytes that all tensors may take, padding included. QuantizeError where no types come to that."""
+    options, n_values = plan.options, sum(t.size for t in plan.tensors)
+    if options.size is not None:
+        budget = options.size - header_bytes()
+        asked = f"--size {options.size / 1e9:.4g}G"
+    elif options.bpw is not None:
+        budget = int(options.bpw * n_values / 8)
+        asked = f"--bpw {options.bpw:g}"
+    else:
+        return sum(padded_bytes(t, fixed[t.name]) for t in plan.tensors)
+    sizes = [[padded_bytes(t, type_) for type_ in choices(t, (*CANDIDATES, *SMALL_BLOCKS))] for t in plan.tensors]
+    least, most = sum(map(min, sizes)), sum(map(max, sizes))
+    if budget < least:
+        bits, whole = 8 * least / n_values, least + header_bytes()
+        raise QuantizeError(
+            f"{asked}: the smallest types take {bits:.3g} bits a weight, a file of {whole / 1e9:.4g} GB",
+            "ask for more, or quantise a smaller model",
+        )
+    if budget > most:
+        raise QuantizeError(
+            f"{asked}: 16 bits for every weight take only {most / 1e9:.4g} GB", "--type bf16 keeps every bit"
+        )
+    return budget
+
+
+def allowed_types(bits: float) -> tuple[Type, ...]:
+    """The types worth looking at for a budget of so many bits a weight."""
+    least = min(LEAST_SHARE * bits, ALWAYS_BITS)
+    every = dict.fromkeys((*CANDIDATES, *SMALL_BLOCKS))
+    return tuple(t for t in every if 8 * GGML_QUANT_SIZES[t][1] / GGML_QUANT_SIZES[t][0] >= least)
+
+
+def choices(tensor: Tensor, types: Sequence[Type]) -> tuple[Type, ...]:
+    """What a tensor may become."""
+    return candidates(tensor.shape[-1], types) if recipe.is_matrix(tensor) else (Type.F32,)
+
+
+def spend(plan: Plan, survey: Survey, allowed: Sequence[Type], budget: int) -> tuple[dict[str, Type], float]:
+    """The types that cost least, and the KLD that they are predicted to have."""
+    items = []
+    for tensor in plan.tensors:
+        known = survey.costs.get(tensor.name, {})
+        made = []
+        for type_ in choices(tensor, allowed):
+            cost = known.get(type_)  # none: no token of the survey came by, or nothing is lost
+            fisher, routing = (cost.fisher, cost.routing) if cost else (0.0, 0.0)
+            made.append(Choice(type_, padded_bytes(tensor, type_), fisher, routing))
+        items.append(Item(tensor.name, tuple(made)))
+    found = allocate(items, budget, survey.flips)
+    return dict(found.types), found.damage
+
+
+def describe(plan: Plan, types: dict[str, Type], damage: float) -> list[str]:
+    """A line for all, and one a role: its bits a weight and how often it takes which type."""
+    sizes = {t.name: recipe.nbytes(t, types[t.name]) for t in plan.tensors}
+    bits = 8 * sum(sizes.values()) / sum(t.size for t in plan.tensors)
+    lines = [f"types: {bits:.3f} bits a weight, predicted KL divergence {damage:.4f}"]
+    for role in dict.fromkeys(t.role for t in plan.tensors if recipe.is_matrix(t)):
+        mine = [t for t in plan.tensors if t.role == role]
+        counts = Counter(types[t.name].name for t in mine)
+        role_bits = 8 * sum(sizes[t.name] for t in mine) / sum(t.size for t in mine)
+        named = ", ".join(name if n == len(mine) else f"{n} {name}" for name, n in counts.most_common())
+        lines.append(f"  {role:<15} {role_bits:5.2f}  {named}")
+    return lines
