@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,25 @@ from dsv2cli.errors import CliError
 OURS = "dsv2"
 LLAMA = "llama.cpp"
 # What changes llama.cpp's speed from test to test: the faster one of these is compared with.
-VARIANTS: dict[str, tuple[str, ...]] = {OURS: ("",), LLAMA: ("fa=0", "fa=1")}
+VARIANTS: dict[str, tuple[str, ...]] = {OURS: ("kv=f16",), LLAMA: ("fa=0", "fa=1")}
 
 
 @dataclass(frozen=True)
 class Test:
-    """``n`` tokens read at once (prefill) or one by one (decode), after ``depth`` tokens of context."""
+    """``n`` tokens read at once (prefill) or one by one (decode), after ``depth`` tokens of context.
+
+    Decoding may go on in several sequences at once, each with a context of its own.
+    """
 
     kind: str
     n: int
     depth: int = 0
+    sequences: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.n}" + (f" at {self.depth}" if self.depth else "")
+        times = f" x {self.sequences}" if self.sequences > 1 else ""
+        return f"{self.kind} {self.n}{times}" + (f" at {self.depth}" if self.depth else "")
 
 
 @dataclass
@@ -95,9 +100,11 @@ def run(
     threads: int | None,
     rounds: int,
     against: Sequence[str] = (),
+    kv_type: str = "f16",
     told: Callable[[str, int, int], None] = lambda what, done, n: None,
 ) -> Result:
     """Run the tests; ``told(what runs now, steps done, steps)``. CliError where an engine fails."""
+    variants = {**VARIANTS, OURS: (f"kv={kv_type}",)}
     names = (OURS, *against)
     n_ctx = max(test.depth + test.n for test in wanted)
     rows = [Row(test) for test in wanted]
@@ -114,7 +121,7 @@ def run(
                     told(f"{row.test.name}, {name}", done, total)
                     done += 1
                     if round_ == 0:
-                        row.variants[name] = engine.fastest(row.test)
+                        row.variants[name] = engine.fastest(row.test, variants[name])
                     else:
                         row.rates.setdefault(name, []).append(engine.rate(row.test, row.variants[name]))
         told("measuring memory", total, total)
@@ -131,13 +138,13 @@ class Contender:
         self.hello = self._receive()
 
     def rate(self, test: Test, variant: str) -> float:
-        """Tokens a second."""
-        answer = self._ask({"kind": test.kind, "n": test.n, "depth": test.depth, "variant": variant})
-        return test.n / float(answer["seconds"])
+        """Tokens a second, all sequences together."""
+        answer = self._ask({**asdict(test), "variant": variant})
+        return test.n * test.sequences / float(answer["seconds"])
 
-    def fastest(self, test: Test) -> str:
-        """The engine's setting that does this test best."""
-        return max(VARIANTS[self.name], key=lambda variant: self.rate(test, variant))
+    def fastest(self, test: Test, variants: Sequence[str]) -> str:
+        """The setting that does this test best."""
+        return max(variants, key=lambda variant: self.rate(test, variant))
 
     def footprint(self) -> Footprint:
         answer = self._ask({"kind": "memory"})

@@ -1,6 +1,7 @@
 """contender.py: one engine in a process of its own, measured on request. Run by benchmark.py; see there.
 
-Reads a line of JSON, runs it, writes a line of JSON. Tokens are drawn at random: every expert gets its share.
+Reads a line of JSON, runs it, writes a line of JSON. Tokens are drawn at random: every expert gets its share. A context
+is filled once and rewound after every measurement; a deeper one begins with it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2cli.llama_state import lengthened
+
+if TYPE_CHECKING:
+    from cext.model import KvType
+
 SEED = 20240507
+PAUSE = 0.05  # seconds after which the workers of the engine that ran before sleep, and no longer spin
 BATCH = 512  # tokens that llama.cpp computes at once, as many as ours does
 Ids = NDArray[np.int32]
 
@@ -27,38 +34,54 @@ class Engine(Protocol):
     isa: str
     n_vocab: int
 
-    @property
-    def position(self) -> int:
-        """Tokens the context holds."""
+    def select(self, variant: str, sequences: int) -> None:
+        """Run with this setting, so many sequences side by side, from now on."""
 
-    def select(self, variant: str) -> None: ...
-    def eval(self, ids: Ids) -> None: ...
-    def rewind(self, position: int) -> None: ...
+    def fill(self, ids: Ids) -> None:
+        """Make every context hold as many tokens as these, which they may be."""
+
+    def eval(self, ids: Ids) -> None:
+        """Append to the first sequence."""
+
+    def step(self, ids: Ids) -> None:
+        """Append one token to each sequence, together."""
 
 
 class Ours:
-    """dsv2's engine."""
+    """dsv2's engine; a setting is a cache type, "kv=f16"."""
 
     def __init__(self, model: Path, n_ctx: int, threads: int) -> None:
-        from cext import Model
+        from cext import Model, Session
 
         self._model = Model(model, threads or None)
-        self._session = self._model.session(n_ctx)
+        self._n_ctx = n_ctx
+        self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
         self.n_vocab = self._model.hparams["n_vocab"]
+        self.select("kv=f16", 1)
 
-    @property
-    def position(self) -> int:
-        return self._session.n_past
+    def select(self, variant: str, sequences: int) -> None:
+        opened = self._opened.setdefault(variant, [])
+        kv_type = cast("KvType", variant.removeprefix("kv="))
+        opened += [self._model.session(self._n_ctx, kv_type) for _ in range(len(opened), sequences)]
+        self._sessions = opened[:sequences]
 
-    def select(self, variant: str) -> None:
-        """There is nothing to select."""
+    def fill(self, ids: Ids) -> None:
+        for session in self._sessions:
+            session.rewind(min(session.n_past, len(ids)))
+            if session.n_past < len(ids):
+                session.eval(ids[session.n_past :])
 
     def eval(self, ids: Ids) -> None:
-        self._session.eval(ids)
+        self._sessions[0].eval(ids)
 
-    def rewind(self, position: int) -> None:
-        self._session.rewind(position)
+    def step(self, ids: Ids) -> None:
+        from cext import eval_batch
+
+        if len(ids) == 1:
+            self.eval(ids)
+        else:
+            eval_batch([(session, ids[i : i + 1]) for i, session in enumerate(self._sessions)])
 
 
 class LlamaCpp:
@@ -81,13 +104,11 @@ class LlamaCpp:
         self._n_ctx = n_ctx
         self._contexts: dict[str, Any] = {}  # by setting: each keeps its own context filled
         self._positions: dict[str, int] = {}
-        self.select("fa=0")
+        self.select("fa=0", 1)
 
-    @property
-    def position(self) -> int:
-        return self._positions[self._variant]
-
-    def select(self, variant: str) -> None:
+    def select(self, variant: str, sequences: int) -> None:
+        if sequences != 1:
+            raise RuntimeError(f"llama.cpp is measured with one sequence, not {sequences}")
         if variant not in self._contexts:
             params = self._lib.llama_context_default_params()
             params.n_ctx, params.n_batch, params.n_ubatch = self._n_ctx, BATCH, BATCH
@@ -100,6 +121,29 @@ class LlamaCpp:
             self._positions[variant] = 0
         self._variant = variant
 
+    def fill(self, ids: Ids) -> None:
+        self._rewind(min(self._positions[self._variant], len(ids)))
+        if len(ids) - self._positions[self._variant] > 2 * BATCH:
+            self.eval(ids[self._positions[self._variant] :][:BATCH])
+            self._lengthen(len(ids))
+        if self._positions[self._variant] < len(ids):
+            self.eval(ids[self._positions[self._variant] :])
+
+    def _lengthen(self, depth: int) -> None:
+        """Fill the rest of the context with what it holds; where llama.cpp keeps it in another way, leave it."""
+        context = self._contexts[self._variant]
+        state = (ctypes.c_uint8 * self._lib.llama_state_seq_get_size(context, 0))()
+        self._lib.llama_state_seq_get_data(context, state, len(state), 0)
+        longer = lengthened(bytes(state), self._positions[self._variant], depth)
+        if longer is not None:
+            buffer = (ctypes.c_uint8 * len(longer)).from_buffer_copy(longer)
+            if self._lib.llama_state_seq_set_data(context, buffer, len(longer), 0) != len(longer):
+                raise RuntimeError(f"llama.cpp does not take a context lengthened to {depth}")
+            self._positions[self._variant] = depth
+
+    def step(self, ids: Ids) -> None:
+        self.eval(ids)
+
     def eval(self, ids: Ids) -> None:
         context = self._contexts[self._variant]
         for start in range(0, len(ids), BATCH):
@@ -111,29 +155,29 @@ class LlamaCpp:
             self._positions[self._variant] += len(part)
         self._lib.llama_synchronize(context)
 
-    def rewind(self, position: int) -> None:
+    def _rewind(self, position: int) -> None:
         memory = self._lib.llama_get_memory(self._contexts[self._variant])
         self._lib.llama_memory_seq_rm(memory, 0, position, -1)
         self._positions[self._variant] = position
 
 
-def measure(engine: Engine, kind: str, n: int, depth: int, variant: str) -> float:
-    """Seconds for one test. The context up to ``depth`` stays for the next test."""
-    engine.select(variant)
-    ids = np.random.default_rng(SEED).integers(0, engine.n_vocab, depth + n, np.int32)
-    if engine.position > depth:
-        engine.rewind(depth)
-    if engine.position < depth:
-        engine.eval(ids[engine.position : depth])
+def measure(engine: Engine, kind: str, n: int, depth: int, sequences: int, variant: str) -> float:
+    """Seconds for one test: n tokens read at once, or n steps of one token for each sequence; one more wakes it."""
+    rng = np.random.default_rng(SEED)
+    engine.select(variant, sequences)
+    before = rng.integers(0, engine.n_vocab, depth, np.int32)
+    engine.fill(before)
+    ids = rng.integers(0, engine.n_vocab, (n, sequences), np.int32)
+    time.sleep(PAUSE)
+    engine.step(ids[0])
+    engine.fill(before)
     begun = time.perf_counter()
     if kind == "prefill":
-        engine.eval(ids[depth:])
+        engine.eval(np.ascontiguousarray(ids[:, 0]))
     else:
-        for i in range(n):
-            engine.eval(ids[depth + i : depth + i + 1])
-    seconds = time.perf_counter() - begun
-    engine.rewind(depth)
-    return seconds
+        for row in ids:
+            engine.step(row)
+    return time.perf_counter() - begun
 
 
 def memory() -> dict[str, int]:

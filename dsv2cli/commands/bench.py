@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands.chat import MODEL_HELP
+from dsv2cli.commands.chat import KV_HELP, MODEL_HELP, KvType
 from dsv2cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads of every engine.")
     ] = None,
+    kv: Annotated[KvType, typer.Option("--kv", help=KV_HELP)] = "f16",
     against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
@@ -57,6 +58,7 @@ def bench(
             threads=threads,
             rounds=rounds,
             against=(against,) if against else (),
+            kv_type=kv,
             told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
         )
     if as_json:
@@ -79,7 +81,7 @@ def parse_depths(text: str) -> list[int]:
 
 
 def show(result: Result) -> None:
-    from dsv2cli.benchmark import LLAMA
+    from dsv2cli.benchmark import LLAMA, OURS
     from dsv2cli.commands.inspect import table
 
     engines = list(result.footprints)
@@ -91,7 +93,10 @@ def show(result: Result) -> None:
         cells = [row.test.name, *(spread(row.rates[name], 1) for name in engines)]
         made.add_row(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if LLAMA in engines else ()))
     out = console.stdout_console()
-    out.print(f"{result.model.name}: {result.threads} threads, {result.isa}, {result.machine}", soft_wrap=True)
+    setting = result.rows[0].variants[OURS]
+    out.print(
+        f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}", soft_wrap=True
+    )
     out.print(made)
     for name, footprint in result.footprints.items():
         out.print(

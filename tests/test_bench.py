@@ -1,0 +1,128 @@
+"""What measures: contexts filled the short way, sequences side by side, figures on their way to a table."""
+
+import csv
+import struct
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import bench_context
+import numpy as np
+import pytest
+from support.tiny import spec_named, variant
+from support.vocab import write_model
+
+from dsv2cli import benchmark
+from dsv2cli.benchmark import LLAMA, OURS
+from dsv2cli.contender import BATCH, LlamaCpp, Ours, measure
+from dsv2cli.llama_state import lengthened
+
+SPEC = variant(spec_named("lite"), n_ctx=4096, n_layer=27)  # without q-LoRA llama.cpp runs 26, 27 or 48 layers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("bench") / "m.gguf", SPEC)
+
+
+# A saved sequence of llama.cpp, in its own layout.
+
+
+def state(n: int, layers: list[bytes], tail: bytes = b"") -> bytes:
+    """A head, one stream of n cells at positions 0, 1, ..., and for each layer the type, the row's size and n rows."""
+    cells = b"".join(struct.pack("<iIi", i, 1, 0) for i in range(n))
+    keys = b"".join(struct.pack("<iQ", 1, len(rows) // n) + rows for rows in layers)
+    return struct.pack("<IiII", 7, 0, 1, n) + cells + struct.pack("<II", 0, len(layers)) + keys + tail
+
+
+@pytest.mark.parametrize(("depth", "repeated"), [(3, b"aabbcc"), (6, b"aabbcc" * 2), (8, b"aabbccaabbccaabb")])
+def test_rows_are_repeated(depth: int, repeated: bytes) -> None:
+    other = repeated.replace(b"a", b"x")
+    assert lengthened(state(3, [b"aabbcc", b"xxbbcc"]), 3, depth) == state(depth, [repeated, other])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        state(3, [b"aabbcc"], tail=b"values"),
+        state(3, [b"aabbcc"])[:-1],
+        state(3, [b"aabbcc"])[:30],
+        state(3, [b"aabbcc"]).replace(struct.pack("<II", 1, 3), struct.pack("<II", 2, 3), 1),
+        state(4, [b"aabbccdd"]),
+        b"",
+    ],
+)
+def test_other_layouts_are_left_alone(content: bytes) -> None:
+    assert lengthened(content, 3, 6) is None
+
+
+@pytest.mark.parametrize("setting", ["fa=0", "fa=1"])
+def test_llama_cpp_takes_a_lengthened_context(model: Path, setting: str) -> None:
+    depth = 2 * BATCH + 200
+    engine = LlamaCpp(model, depth + 8, 1)
+    engine.select(setting, 1)
+    ids = np.arange(depth, dtype=np.int32) % 200
+    evaluated = []
+    run = engine.eval
+    engine.eval = lambda ids: (evaluated.append(len(ids)), run(ids))  # type: ignore[method-assign,assignment]
+    engine.fill(ids)
+    engine.step(np.array([5], np.int32))
+    assert evaluated == [BATCH, 1]
+    memory = engine._lib.llama_get_memory(engine._contexts[setting])
+    assert engine._lib.llama_memory_seq_pos_max(memory, 0) == depth
+    assert measure(engine, "decode", 2, depth, 1, setting) > 0
+    assert engine._lib.llama_memory_seq_pos_max(memory, 0) == depth + 1
+
+
+# Ours.
+
+
+@pytest.mark.parametrize("setting", ["kv=f16", "kv=q8_0"])
+@pytest.mark.parametrize(("kind", "sequences"), [("prefill", 1), ("decode", 1), ("decode", 3)])
+def test_a_test_leaves_its_context(model: Path, setting: str, kind: str, sequences: int) -> None:
+    engine = Ours(model, 64, 1)
+    for depth in (0, 20, 10):
+        assert measure(engine, kind, 4, depth, sequences, setting) > 0
+        assert [s.n_past for s in engine._sessions] == [depth + 4] * sequences
+        assert {s.kv_type for s in engine._sessions} == {setting.removeprefix("kv=")}
+
+
+def test_the_same_context_whatever_ran_before(model: Path) -> None:
+    """A deeper context begins with the shallower one: what was there is kept, and is what would be filled anew."""
+    kept, fresh = Ours(model, 64, 1), Ours(model, 64, 1)
+    for depth in (8, 40, 24):
+        measure(kept, "decode", 2, depth, 1, "kv=f16")
+    measure(fresh, "decode", 2, 24, 1, "kv=f16")
+    np.testing.assert_allclose(
+        *(e._sessions[0].eval([3]) for e in (kept, fresh)), rtol=0, atol=0.05
+    )  # the prompt was cut differently, over a cache of halves
+
+
+# The script.
+
+
+def test_figures_survive_their_csv(tmp_path: Path) -> None:
+    facts = {"machine": "one, two", "isa": "x", "threads": 2, "model": "m.gguf", "kind": "decode", "n": 4}
+    samples = {
+        (OURS, "kv=f16"): [30.0, 20.0, 25.0],
+        (OURS, "kv=q8_0"): [40.0, 50.0, 60.0],
+        (LLAMA, "fa=0"): [10.0, 5.0, 10.0],
+        (LLAMA, "fa=1"): [9.0, 9.0, 9.0],
+    }
+    rows = list(bench_context.rows_of(samples, **facts, depth=1024, sequences=1))
+    rows += bench_context.rows_of({(OURS, "kv=f16"): [7.0]}, **facts, depth=0, sequences=4)
+    assert [(r.ratio_min, r.ratio_median, r.ratio_max) for r in rows[:2]] == [(2.5, 3.0, 4.0), (4.0, 6.0, 10.0)]
+    path = tmp_path / "speed.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([[f.name for f in fields(bench_context.Row)], *map(astuple, rows)])
+    assert bench_context.read_csv(path) == rows
+    assert bench_context.markdown(rows).splitlines()[4:] == [
+        "| decode 4 at 1024 | 25.0 [20.0, 30.0] | 3.00 | 50.0 [40.0, 60.0] | 6.00 | 10.0 [5.0, 10.0] fa=0 |",
+        "| decode 4 x 4 | 7.0 [7.0, 7.0] | - | - | - | - |",
+    ]
+
+
+def test_llama_cpp_runs_where_it_can() -> None:
+    both = (OURS, LLAMA)
+    assert [len(bench_context.series_of(t, both, 4096)) for t in (
+        benchmark.Test("decode", 1, 4096), benchmark.Test("decode", 1, 8192), benchmark.Test("decode", 1, 0, 4)
+    )] == [4, 2, 2]  # fmt: skip
