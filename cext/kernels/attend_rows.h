@@ -267,7 +267,7 @@ DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const r
     const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
     const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;
     for (int k = 0; k < n; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
-        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
         const vi b0 = vi_load(b), b1 = vi_load(b + (vecs - 1) * DS_LANES);
         DS_UNROLL
         for (int i = 0; i < rows; i++) {
