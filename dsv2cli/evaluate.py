@@ -2,13 +2,13 @@
 
 Method: the text is cut into windows of n_ctx tokens, each beginning with BOS where the vocabulary asks for one; the
 rest of the text that fills no window is left out. The first ``skip`` positions of a window predict from little context
-and are not scored. Log-probabilities are float64. A standard error treats windows, not tokens, as independent.
+and are not scored. quantize.score does the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +18,14 @@ from numpy.typing import NDArray
 from cext import Tap
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.runtime import Runtime
+from quantize import score
+from quantize.score import SKIPPED_SHARE, Distance, Score
 
 if TYPE_CHECKING:
     from cext import Session
     from cext.model import KvType
 
-ROWS = 64  # positions taken to float64 at once: 52 MB for a vocabulary of 102,400
-SKIPPED_SHARE = 4  # one position in so many is not scored, from the beginning of a window
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over the scored positions of one window."""
-
-    n: int
-    nll: float
-    nll_reference: float = 0.0
-    kld: F64 | None = None  # (n,), nats
-    n_top1: int = 0  # positions where both find the same token likeliest
-    n_routed: int = 0  # (position, layer, expert) choices of the reference
-    n_routed_alike: int = 0  # of them, those the model chose too
-
-
-@dataclass(frozen=True)
-class Against:
-    """Distance from the reference model."""
-
-    perplexity: float
-    kld_mean: float
-    kld_error: float | None
-    kld_p99: float
-    kld_max: float
-    top1: float
-    routing: float | None  # share of the reference's expert choices that the model made too; None where not comparable
 
 
 @dataclass(frozen=True)
@@ -66,7 +39,7 @@ class Evaluation:
     nll: float  # nats a token
     perplexity: float
     perplexity_error: float | None
-    reference: Against | None
+    reference: Distance | None
 
 
 def evaluate(
@@ -129,23 +102,15 @@ def _check_same_vocabulary(runtime: Runtime, reference: Runtime) -> None:
 
 
 def _score(session: Session, other: Session | None, window: NDArray[np.int32], skip: int) -> Score:
+    """Without other, the reference's figures are the model's own."""
     targets = window[skip + 1 :]
     taps = (_router_tap(session), _router_tap(other)) if other is not None else (None, None)
     logits = _logits(session, window, skip, taps[0])
     if other is None:
-        nll = -sum(float(_at(row, t).sum()) for row, t in _log_probabilities(logits, targets))
-        return Score(len(targets), nll)
+        nll = score.loss(logits, targets)
+        return Score(len(targets), nll, nll, (), len(targets), 0, 0)
     theirs = _logits(other, window, skip, taps[1])
-    nll = nll_reference = 0.0
-    klds: list[F64] = []
-    pairs = zip(_log_probabilities(logits, targets), _log_probabilities(theirs, targets), strict=True)
-    for (mine, target), (reference, _) in pairs:
-        nll -= float(_at(mine, target).sum())
-        nll_reference -= float(_at(reference, target).sum())
-        klds.append((np.exp(reference) * (reference - mine)).sum(axis=1))
-    n_top1 = int((logits.argmax(axis=1) == theirs.argmax(axis=1)).sum())
-    n_routed, alike = _routed_alike(taps[0] or {}, taps[1] or {}, skip)
-    return Score(len(targets), nll, nll_reference, np.concatenate(klds), n_top1, n_routed, alike)
+    return score.score(logits, theirs, targets, *_routed_alike(taps[0] or {}, taps[1] or {}, skip))
 
 
 def _logits(session: Session, window: NDArray[np.int32], skip: int, tap: Tap | None) -> F32:
@@ -157,19 +122,6 @@ def _logits(session: Session, window: NDArray[np.int32], skip: int, tap: Tap | N
             f"`{session.model.path}` computes values that are not numbers", "the file is damaged: make it again"
         )
     return logits
-
-
-def _log_probabilities(logits: F32, targets: NDArray[np.int32]) -> Iterator[tuple[F64, NDArray[np.int32]]]:
-    """(log-softmax in float64, targets) of ROWS positions at a time."""
-    for start in range(0, len(logits), ROWS):
-        rows = logits[start : start + ROWS].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        yield rows, targets[start : start + ROWS]
-
-
-def _at(rows: F64, targets: NDArray[np.int32]) -> F64:
-    return np.asarray(np.take_along_axis(rows, targets[:, None].astype(np.int64), axis=1), np.float64)
 
 
 def _router_tap(session: Session) -> Tap:
@@ -187,27 +139,14 @@ def _routed_alike(mine: dict[str, Any], theirs: dict[str, Any], skip: int) -> tu
         if a.shape != b.shape:
             return 0, 0
         total += b.size
-        alike += int((b[:, :, None] == a[:, None, :]).sum())  # experts of one token are distinct
+        alike += score.alike(a, b)
     return total, alike
 
 
 def _summary(scores: list[Score], n_ctx: int, skip: int, *, has_reference: bool) -> Evaluation:
     n = sum(s.n for s in scores)
     nll = sum(s.nll for s in scores) / n
-    error = _standard_error([s.nll / s.n for s in scores])
-    against = None
-    if has_reference:
-        kld = np.concatenate([s.kld for s in scores if s.kld is not None])
-        n_routed = sum(s.n_routed for s in scores)
-        against = Against(
-            perplexity=math.exp(sum(s.nll_reference for s in scores) / n),
-            kld_mean=float(kld.mean()),
-            kld_error=_standard_error([float(s.kld.mean()) for s in scores if s.kld is not None]),
-            kld_p99=float(np.percentile(kld, 99)),
-            kld_max=float(kld.max()),
-            top1=sum(s.n_top1 for s in scores) / n,
-            routing=sum(s.n_routed_alike for s in scores) / n_routed if n_routed else None,
-        )
+    error = score.standard_error([s.nll / s.n for s in scores])
     perplexity = math.exp(nll)
     return Evaluation(
         n_windows=len(scores),
@@ -217,10 +156,5 @@ def _summary(scores: list[Score], n_ctx: int, skip: int, *, has_reference: bool)
         nll=nll,
         perplexity=perplexity,
         perplexity_error=perplexity * error if error is not None else None,
-        reference=against,
+        reference=score.summary(scores) if has_reference else None,
     )
-
-
-def _standard_error(means: list[float]) -> float | None:
-    """Of the mean of window means; windows are of equal length."""
-    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None

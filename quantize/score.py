@@ -67,6 +67,11 @@ def at(rows: F64, targets: NDArray[np.int32]) -> F64:
     return np.asarray(np.take_along_axis(rows, targets[:, None].astype(np.int64), axis=1), np.float64)
 
 
+def loss(logits: F32, targets: NDArray[np.int32]) -> float:
+    """Nats over all targets."""
+    return -sum(float(at(rows, some).sum()) for rows, some in log_probabilities(logits, targets))
+
+
 def alike(mine: NDArray[np.integer], reference: NDArray[np.integer]) -> int:
     """How many of the reference's choices (n, k) the same rows of mine hold; the choices of a row are distinct."""
     return int((reference[:, :, None] == mine[:, None, :]).sum())

@@ -78,7 +78,7 @@ def show(found: Evaluation) -> None:
 
     print(f"perplexity {found.perplexity:.4f}{error(found.perplexity_error, 4)}")
     if (against := found.reference) is not None:
-        print(f"reference perplexity {against.perplexity:.4f}, ratio {found.perplexity / against.perplexity:.4f}")
+        print(f"reference perplexity {against.perplexity_reference:.4f}, ratio {against.perplexity_ratio:.4f}")
         print(f"mean KLD {against.kld_mean:.5f}{error(against.kld_error, 5)}")
         print(f"p99 KLD {against.kld_p99:.4f}, max {against.kld_max:.4f}")
         print(f"top-1 agreement {100 * against.top1:.2f} %")
@@ -94,8 +94,10 @@ def show(found: Evaluation) -> None:
 def describe(found: Evaluation, paths: list[Path], text: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    figures = asdict(found)
-    against = figures.pop("reference")
-    if against is not None:
-        against = {"path": str(paths[-1]), **against, "perplexity_ratio": found.perplexity / against["perplexity"]}
+    figures = {name: value for name, value in asdict(found).items() if name != "reference"}
+    against = None
+    if (distance := found.reference) is not None:
+        names = ("kld_mean", "kld_error", "kld_p99", "kld_max", "top1", "routing", "perplexity_ratio")
+        against = {"path": str(paths[-1]), "perplexity": distance.perplexity_reference}
+        against |= {name: getattr(distance, name) for name in names}
     return {"model": str(paths[0]), "text": str(text), **figures, "reference": against}
