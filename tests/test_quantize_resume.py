@@ -41,7 +41,8 @@ def counted(function):
     return call
 for name in ("fsync", "pwrite", "replace", "unlink", "rmdir"):
     setattr(os, name, counted(getattr(os, name)))
-options = quantize.Options(type="q4_k_m", threads=1, calibration=(Path(sys.argv[3]),))
+plain = sys.argv[5] == "plain"
+options = quantize.Options(type="q4_k_m", threads=1, calibration=(Path(sys.argv[3]),), plain_mix=plain)
 quantize.quantize(sys.argv[1], sys.argv[2], options, event, say=print)
 print(events)
 """
@@ -63,24 +64,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(source: Path, out: Path, text: Path, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", RUN, str(source), str(out), str(text), str(kill_at)]
+def start(source: Path, out: Path, text: Path, mix: str, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
+    """mix: "plain" types, or "surveyed"."""
+    command = [sys.executable, "-P", "-c", RUN, str(source), str(out), str(text), str(kill_at), mix]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> tuple[bytes, dict[str, Any], int]:
+Whole = tuple[bytes, dict[str, Any], int]
+
+
+def undisturbed(out: Path, source: Path, text: Path, mix: str) -> Whole:
     """The file of a run that nobody cut short, its report, and how many events it had."""
-    out = tmp_path_factory.mktemp("whole") / "m.gguf"
-    done = start(source, out, text)
+    done = start(source, out, text, mix)
     report = json.loads((out.parent / "m.gguf.report.json").read_text())
     assert report["evaluation"]["n_windows"] >= 1
     return out.read_bytes(), report, int(done.stdout.split()[-1])
 
 
-def assert_whole(out: Path, whole: tuple[bytes, dict[str, Any], int]) -> None:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> Whole:
+    return undisturbed(tmp_path_factory.mktemp("plain") / "m.gguf", source, text, "plain")
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> Whole:
+    return undisturbed(tmp_path_factory.mktemp("surveyed") / "m.gguf", source, text, "surveyed")
+
+
+def assert_whole(out: Path, whole: Whole) -> None:
     assert out.read_bytes() == whole[0]
     report = json.loads((out.parent / "m.gguf.report.json").read_text())
     for name in report.keys() - {"path", "seconds", "weights_per_second"}:
@@ -89,34 +102,29 @@ def assert_whole(out: Path, whole: tuple[bytes, dict[str, Any], int]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_again_and_again(
-    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int], seed: int
-) -> None:
+def test_killed_again_and_again(tmp_path: Path, source: Path, text: Path, surveyed: Whole, seed: int) -> None:
+    """At random points of all stages, the survey included."""
     out, rng = tmp_path / "m.gguf", random.Random(seed)
-    for _ in range(3):
-        if start(source, out, text, rng.randrange(2, whole[2] // 2)).returncode == 0:
+    for _ in range(2):
+        if start(source, out, text, "surveyed", rng.randrange(2, surveyed[2] * 2 // 3)).returncode == 0:
             break
         assert not out.exists() and not (tmp_path / "m.gguf.report.json").exists()
-    start(source, out, text)
-    assert_whole(out, whole)
+    start(source, out, text, "surveyed")
+    assert_whole(out, surveyed)
 
 
 @pytest.mark.parametrize("before_end", [1, 4, 8])
-def test_killed_in_the_last_instants(
-    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int], before_end: int
-) -> None:
+def test_killed_in_the_last_instants(tmp_path: Path, source: Path, text: Path, plain: Whole, before_end: int) -> None:
     """Around the renames: whatever stands under the final name is whole."""
     out = tmp_path / "m.gguf"
-    assert start(source, out, text, whole[2] - before_end).returncode == -signal.SIGKILL
-    assert not out.exists() or out.read_bytes() == whole[0]
-    start(source, out, text)
-    assert_whole(out, whole)
+    assert start(source, out, text, "plain", plain[2] - before_end).returncode == -signal.SIGKILL
+    assert not out.exists() or out.read_bytes() == plain[0]
+    start(source, out, text, "plain")
+    assert_whole(out, plain)
 
 
-def test_a_killed_run_loses_at_most_a_layer(
-    tmp_path: Path, source: Path, text: Path, whole: tuple[bytes, dict[str, Any], int]
-) -> None:
-    out, options = tmp_path / "m.gguf", Options(type="q4_k_m", threads=1, calibration=(text,))
+def test_a_killed_run_loses_at_most_a_layer(tmp_path: Path, source: Path, text: Path, plain: Whole) -> None:
+    out, options = tmp_path / "m.gguf", Options(type="q4_k_m", threads=1, calibration=(text,), plain_mix=True)
 
     class Stop(BaseException):
         pass
@@ -138,12 +146,12 @@ def test_a_killed_run_loses_at_most_a_layer(
     assert stop_at(1, "calibrate") == [0, 1]
     assert stop_at(2, "search") == [1, 2]
     assert stop_at(2, "encode") == [2]
-    assert stop_at(-1, "evaluate") == [2]
-    assert stop_at(-1, "finish") == []
+    assert stop_at(1, "evaluate") == [0, 1, 2]  # layer 2 is written again, then 0 measured
+    assert stop_at(-1, "finish") == [1, 2]
     said: list[str] = []
     quantize.quantize(source, out, options, say=said.append)
     assert said == ["continuing: all layers are written"]
-    assert_whole(out, whole)
+    assert_whole(out, plain)
 
 
 def test_two_runs_at_once(tmp_path: Path, source: Path) -> None:
@@ -214,7 +222,7 @@ def test_another_text_or_source_starts_over(tmp_path: Path, text: Path) -> None:
     make.write_checkpoint(tmp_path / "hf", SMALL, n_shards=3)
     mine = tmp_path / "mine.txt"
     mine.write_text(text.read_text())
-    options = Options(type="q4_0", threads=1, calibration=(mine,), awq=False, evaluate=False)
+    options = Options(type="q4_0", threads=1, calibration=(mine,), awq=False, evaluate=False, plain_mix=True)
     interrupted(tmp_path / "hf", tmp_path / "m.gguf", options)
     mine.write_text(text.read_text() + " and on")
     said: list[str] = []
@@ -300,12 +308,12 @@ def test_a_shard_that_disappears(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up(tmp_path: Path, source: Path, text: Path) -> None:
     """The kernel refuses the GGUF, then the hidden states that are larger than it; then there is room again."""
     out = tmp_path / "m.gguf"
-    options = Options(type="q4_0", threads=1, calibration=(text,), awq=False, evaluate=False)
+    options = Options(type="q4_0", threads=1, calibration=(text,), awq=False, evaluate=False, plain_mix=True)
     code = (
         "import resource, sys, quantize\nfrom pathlib import Path\n"
         "limit = int(sys.argv[4])\nresource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
-        "options = quantize.Options('q4_0', (Path(sys.argv[3]),), awq=False, evaluate=False, threads=1)\n"
-        "try: quantize.quantize(sys.argv[1], sys.argv[2], options)\n"
+        "options = dict(type='q4_0', calibration=(Path(sys.argv[3]),), awq=False, evaluate=False, plain_mix=True)\n"
+        "try: quantize.quantize(sys.argv[1], sys.argv[2], quantize.Options(**options))\n"
         "except quantize.OutputError as error: print(error, error.hint)"
     )
     quantize.quantize(source, tmp_path / "whole.gguf", options)
