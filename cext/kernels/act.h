@@ -34,6 +34,9 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
             m->scale_16[2 * b + h] = scale;
             m->sum_16[2 * b + h] = scale * (float)sums[h];
         }
+#if DS_GRID_PAIRS
+        i8_pairs32(q + i, b, m->pairs);
+#endif
         for (int j = 0; j < 8; j++) m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
     }
 }

@@ -7,6 +7,13 @@ enum {
     ACT_TILE_BLOCK_BYTES = 32 + 4 * 4 /* of one token in a tile: q, scale, less[2], sum */
 };
 
+/* Whether grid formats want their activations by pairs: AVX-512's lookups do (simd_avx512_grid.h). */
+#if defined(__AVX512F__)
+#define DS_GRID_PAIRS 1
+#else
+#define DS_GRID_PAIRS 0
+#endif
+
 /* Of one token and 256 values: what the primitives load whole vectors of. */
 typedef struct act_meta {
     DS_ALIGNED float scale[8]; /* of each 32 values */
@@ -15,6 +22,9 @@ typedef struct act_meta {
     float split_sum_32[8];     /* sum_32 again, so that it stands behind split too */
     float scale_16[16];        /* each scale twice, for each 16 values */
     float sum_16[16];          /* scale times the sum of each 16 */
+#if DS_GRID_PAIRS
+    int8_t pairs[4][64];       /* the values again, by pairs (simd_avx512_grid.h) */
+#endif
     int32_t less_128[64];      /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
 } act_meta;
 

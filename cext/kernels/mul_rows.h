@@ -21,6 +21,9 @@ DS_INLINE uint64_t spread_pairs(uint16_t a) {
 typedef struct row_group {
     v64 q[4];
     row_scales scales;
+#if DS_GRID_PAIRS
+    grid_signs signs; /* grid formats: not yet in q */
+#endif
 } row_group;
 
 typedef void (*row_group_fn)(const void *block, row_group *g);
@@ -33,10 +36,18 @@ typedef struct row_format {
     bool is_signed;   /* q is signed, -128..127, plus DS_CODE_BIAS */
     bool split;       /* q of every second 32 values is 16 times as large */
     bool per_16;      /* scales are per 16 values, not per 32 */
+    bool pairs;       /* q is by pairs, without its signs (simd_avx512_grid.h) */
     float min_factor; /* 0 where there is no minimum */
 } row_format;
 
 DS_INLINE void row_add(row_format f, const row_group *g, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+#if DS_GRID_PAIRS
+    if (f.pairs) {
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) row_sum_add_grid(&sums[t], g->q, &g->signs, &g->scales, a->meta + (size_t)t * a->n_groups + group);
+        return;
+    }
+#endif
     row_scales scales[DS_ROW_TOKENS];
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
@@ -171,54 +182,65 @@ DS_INLINE void row_group_IQ4_XS(const void *block, row_group *g) {
 
 /* ---- Grid formats ---- */
 
-/* (2 sc + 1) unit, for the scales in the top four bits of dwords. */
-DS_INLINE f8 row_tail_scales(v32 tails, float unit) { return f8_fma(f8_dwords(v32_shr(tails, 28)), f8_set(2.0f * unit), f8_set(unit)); }
+DS_INLINE void row_put_signs(row_group *g, grid_signs signs) {
+#if DS_GRID_PAIRS
+    g->signs = signs;
+#else
+    v64_signed(g->q, &signs);
+#endif
+}
+
+DS_INLINE void row_group_store(const row_group *g, uint8_t codes[ACT_GROUP], float scale[16]) {
+#if DS_GRID_PAIRS
+    grid_store(g->q, &g->signs, &g->scales, codes, scale);
+#else
+    grid_store(g->q, &g->scales, codes, scale);
+#endif
+}
 
 DS_INLINE void row_group_IQ2_XXS(const void *block, row_group *g) {
     const ds_block_IQ2_XXS *b = block;
-    const v32 tails = v32_dwords(b->sub, true);
-    const f8 scale = row_tail_scales(tails, f32_of_f16(b->d) / 8.0f);
-    g->scales = row_scales_32(scale, scale);
-    const w32 index = w32_bytes(v32_dwords(b->sub, false));
-    v64_grid8(grid_IQ2_XXS, 256, &index, v32_even(v32_sevens(tails)), g->q);
+    const grid_tails tails = grid_tails_seconds(b->sub);
+    const grid_index index = grid_index_fours(b->sub);
+    g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 8.0f);
+    v64_grid8(grid_IQ2_XXS, 256, &index, g->q);
+    row_put_signs(g, grid_tails_signs(tails));
 }
 
 DS_INLINE void row_group_IQ2_XS(const void *block, row_group *g) {
     const ds_block_IQ2_XS *b = block;
-    const float d = f32_of_f16(b->d) / 8.0f;
-    const v16 sc = v16_odd_nibbles(b->scales);
-    g->scales = row_scales_16(sc, d, sc, d);
-    const w32 index = w32_nines(b->qs);
-    v64_grid8(grid_IQ2_XS, 512, &index, v32_even(v32_top_sevens(b->qs)), g->q);
+    const grid_index index = grid_index_nines(b->qs);
+    g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
+    v64_grid8(grid_IQ2_XS, 512, &index, g->q);
+    row_put_signs(g, grid_signs_top(b->qs));
 }
 
 DS_INLINE void row_group_IQ2_S(const void *block, row_group *g) {
     const ds_block_IQ2_S *b = block;
-    const float d = f32_of_f16(b->d) / 8.0f;
-    const v16 sc = v16_odd_nibbles(b->scales);
-    g->scales = row_scales_16(sc, d, sc, d);
-    const w32 index = w32_tens(b->qs, b->qh);
-    v64_grid8(grid_IQ2_S, 1024, &index, v32_load(b->signs), g->q);
+    const grid_index index = grid_index_tens(b->qs, b->qh);
+    g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
+    v64_grid8(grid_IQ2_S, 1024, &index, g->q);
+    row_put_signs(g, grid_signs_load(b->signs));
 }
 
 DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
     const ds_block_IQ3_XXS *b = block;
-    const v32 tails = v32_load(b->tail);
-    const f8 scale = row_tail_scales(tails, f32_of_f16(b->d) / 4.0f);
-    g->scales = row_scales_32(scale, scale);
-    const w32 index[2] = {w32_bytes(v32_load(b->qs)), w32_bytes(v32_load(b->qs + 32))};
-    v64_grid4(grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index, v32_even(v32_sevens(tails)), g->q);
+    const grid_tails tails = grid_tails_load(b->tail);
+    const grid_index index[2] = {grid_index_seconds(b->qs, false), grid_index_seconds(b->qs, true)};
+    g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 4.0f);
+    v64_grid4(grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index, g->q);
+    row_put_signs(g, grid_tails_signs(tails));
 }
 
 DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
     const ds_block_IQ3_S *b = block;
     const float d = f32_of_f16(b->d);
+    const grid_index index[2] = {grid_index_seconds_nine(b->qs, b->qh, false), grid_index_seconds_nine(b->qs, b->qh, true)};
     uint32_t packed;
     memcpy(&packed, b->scales, sizeof packed);
-    const f8 scale = f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d));
-    g->scales = row_scales_32(scale, scale);
-    const w32 index[2] = {w32_with_bits(b->qs, b->qh), w32_with_bits(b->qs + 32, b->qh + 4)};
-    v64_grid4(grid_IQ3_S, 512, grid_values_IQ3_S, index, v32_load(b->signs), g->q);
+    g->scales = grid_scales_32(f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d)));
+    v64_grid4(grid_IQ3_S, 512, grid_values_IQ3_S, index, g->q);
+    row_put_signs(g, grid_signs_load(b->signs));
 }
 
 /* ---- The product ---- */
@@ -275,8 +297,9 @@ MUL_ROWS(Q5_K, .min_factor = 1)
 MUL_ROWS(Q6_K, .per_16 = true, .min_factor = 32)
 MUL_ROWS(IQ4_NL, .is_signed = true)
 MUL_ROWS(IQ4_XS, .is_signed = true)
-MUL_ROWS(IQ2_XXS, .is_signed = true)
-MUL_ROWS(IQ2_XS, .is_signed = true, .per_16 = true)
-MUL_ROWS(IQ2_S, .is_signed = true, .per_16 = true)
-MUL_ROWS(IQ3_XXS, .is_signed = true)
-MUL_ROWS(IQ3_S, .is_signed = true)
+#define SIGNED_GRID .is_signed = true, .pairs = DS_GRID_PAIRS
+MUL_ROWS(IQ2_XXS, SIGNED_GRID)
+MUL_ROWS(IQ2_XS, SIGNED_GRID, .per_16 = true)
+MUL_ROWS(IQ2_S, SIGNED_GRID, .per_16 = true)
+MUL_ROWS(IQ3_XXS, SIGNED_GRID)
+MUL_ROWS(IQ3_S, SIGNED_GRID)

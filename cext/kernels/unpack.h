@@ -264,28 +264,29 @@ DS_INLINE void unpack_IQ4_XS(const unpacker *u) {
 
 /* Codes plus 2^offset_log2 without a sign, for ISAs that use signed codes as they are (DS_CODE_BIAS of 0). */
 DS_INLINE void unpack_rows(const unpacker *u, row_group_fn group, int n_scales, int offset_log2) {
-    DS_ALIGNED uint8_t q[DS_LANES][ACT_GROUP], scale[DS_LANES][16 * sizeof(float)];
+    DS_ALIGNED uint8_t q[DS_LANES][ACT_GROUP];
+    DS_ALIGNED float scale[DS_LANES][16];
     const uint8_t *rows[DS_LANES], *scales[DS_LANES];
     for (int r = 0; r < DS_LANES; r++) {
         row_group g;
         group(u->rows[r], &g);
-        DS_UNROLL
-        for (int j = 0; j < 4; j++) v64_store(q[r] + 64 * j, g.q[j]);
-        row_scales_store(&g.scales, (float *)(void *)scale[r]);
+        row_group_store(&g, q[r], scale[r]);
         rows[r] = q[r];
-        scales[r] = scale[r];
+        scales[r] = (const uint8_t *)scale[r];
     }
-    for (int i0 = 0; i0 < n_scales; i0 += DS_LANES) {
+    const int step = n_scales == 8 ? DS_GRID_SCALE_STEP : 1;
+    for (int i0 = 0; i0 < n_scales * step; i0 += DS_LANES) {
         vi turned[DS_LANES];
         vi_columns(scales, sizeof(float) * (size_t)i0, turned);
-        for (int i = 0; i < DS_LANES && i0 + i < n_scales; i++) put_scale(u, i0 + i, vi_as_float(turned[i]));
+        DS_UNROLL
+        for (int i = 0; i < DS_LANES; i += step) put_scale(u, (i0 + i) / step, vi_as_float(turned[i]));
     }
     const vi offset = vi_set(DS_CODE_BIAS ? 0 : DS_BYTES(1 << offset_log2));
     for (int i0 = 0; i0 < ACT_GROUP / 4; i0 += DS_LANES) {
         vi turned[DS_LANES];
         vi_columns(rows, 4 * (size_t)i0, turned);
         DS_UNROLL
-        for (int i = 0; i < DS_LANES; i++) put_codes(u, i0 + i, vi_add8(turned[i], offset));
+        for (int i = 0; i < DS_LANES; i++) put_codes(u, grid_place(i0 + i), vi_add8(turned[i], offset));
     }
 }
 
