@@ -25,6 +25,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 SCALE_SUFFIX = "_scale_inv"  # DeepSeek-V3's block scales: weight = stored * scale
 INDEX_NAME = "model.safetensors.index.json"
+ROUNDED_AT_ONCE = 1 << 18  # values: their five copies stay in the cache, and are not five copies of everything
 
 
 def _e4m3_values() -> NDArray[np.float32]:
@@ -47,10 +48,15 @@ def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 to bfloat16 bits, round to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    quiet = (bits >> 16) | np.uint32(0x40)  # rounding could carry a NaN's mantissa into infinity
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+    source = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+    out = np.empty(source.size, np.uint16)
+    for start in range(0, source.size, ROUNDED_AT_ONCE):
+        bits = source[start : start + ROUNDED_AT_ONCE]
+        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        quiet = (bits >> 16) | np.uint32(0x40)  # rounding could carry a NaN's mantissa into infinity
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[start : start + len(bits)] = np.where(is_nan, quiet, rounded)
+    return out.reshape(values.shape)
 
 
 class Checkpoint:

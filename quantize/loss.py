@@ -55,4 +55,5 @@ class LossMeter:
 
 
 def _square(values: F32) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))  # casts as it goes: no copy of all in float64

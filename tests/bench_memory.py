@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="lite")
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--dense", type=int, default=1, help="of the layers, the first ones")
+    parser.add_argument("--vocab", type=int, default=102_400)
     parser.add_argument("--type", default="q4_k_m")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--threads", type=int)
@@ -137,7 +138,12 @@ def main() -> None:
     if args.run:
         quantise(args)
         return
-    config = {**MODELS[args.model], "num_hidden_layers": args.layers, "first_k_dense_replace": args.dense}
+    config = {
+        **MODELS[args.model],
+        "num_hidden_layers": args.layers,
+        "first_k_dense_replace": args.dense,
+        "vocab_size": args.vocab,
+    }
     try:
         n_bytes = write(args.folder / "hf", config)
         environment = {**os.environ, **({"OPENBLAS_NUM_THREADS": str(args.threads)} if args.threads else {})}
