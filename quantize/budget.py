@@ -16,7 +16,7 @@ from quantize import recipe
 from quantize.allocate import Choice, Item, allocate
 from quantize.errors import QuantizeError
 from quantize.job import Job, Plan
-from quantize.sensitivity import CANDIDATES, SMALL_BLOCKS, candidates
+from quantize.sensitivity import CANDIDATES, SMALL_BLOCKS, Cost, candidates
 from quantize.survey import Survey, SurveyStage
 from quantize.tensors import Tensor
 
@@ -92,12 +92,10 @@ def spend(plan: Plan, survey: Survey, allowed: Sequence[Type], budget: int) -> t
     """The types that cost least, and the KLD that they are predicted to have."""
     items = []
     for tensor in plan.tensors:
-        known = survey.costs.get(tensor.name, {})
-        made = []
-        for type_ in choices(tensor, allowed):
-            cost = known.get(type_)  # none: no token of the survey came by, or nothing is lost
-            fisher, routing = (cost.fisher, cost.routing) if cost else (0.0, 0.0)
-            made.append(Choice(type_, padded_bytes(tensor, type_), fisher, routing))
+        costs = survey.costs.get(tensor.name)
+        if costs is None:  # nothing is lost, or no token of the survey came by
+            costs = dict.fromkeys(choices(tensor, allowed), Cost(0.0, 0.0))
+        made = (Choice(t, padded_bytes(tensor, t), c.fisher, c.routing) for t, c in costs.items())
         items.append(Item(tensor.name, tuple(made)))
     found = allocate(items, budget, survey.flips)
     return dict(found.types), found.damage

@@ -12,7 +12,7 @@ from support.checkpoints import V2, write_checkpoint
 from support.cli import assert_fails, dsv2, terminal
 
 from dsv2cli import console
-from dsv2cli.commands.quantize import pace, where
+from dsv2cli.commands.quantize import bpw_name, default_name, pace, where
 from quantize import Progress
 
 
@@ -44,6 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path) -> 
 def test_the_table(made: tuple[Path, str]) -> None:
     for words in (
         "bits/weight", "perplexity ratio", "KL divergence", "p99", "same top token", "same experts", "held back",
+        "types: ", "predicted KL divergence", "  attn_kv_a_mqa ",
         "expert coverage", "text.txt (sha256 ", "layer errors", "M weights/s",
     ):  # fmt: skip
         assert words in made[1], words
@@ -83,7 +84,7 @@ def test_json_is_the_report(tmp_path: Path, source: Path, text: Path) -> None:
 
 def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
-    command = ("quantize", source, "-o", out, "--calibration", text, "--type", "q3_k_m")
+    command = ("quantize", source, "-o", out, "--calibration", text, "--plain-mix", "--type", "q3_k_m")
     with terminal(*command) as screen:
         screen.wait_for("layer 2 of 3")
         screen.type("\x03")
@@ -96,7 +97,7 @@ def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:
 
 def test_going_on_says_so(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
-    command = ("quantize", source, "-o", out, "--calibration", text)
+    command = ("quantize", source, "-o", out, "--calibration", text, "--plain-mix")
     for restart, said in ((False, "continuing at layer 2 of 3"), (True, "starting over: --restart")):
         with terminal(*command) as screen:
             screen.wait_for("layer 2 of 3")
@@ -120,3 +121,32 @@ def test_pace(layer: int, shown: tuple[str, list[str]]) -> None:
 def test_pace_before_there_is_one() -> None:
     assert pace(Progress("read", -1, 27, 0.0, 0, 0, 200, 0.0, float("inf"), float("inf"), 0.0)) == ["reading"]
     assert console.format_seconds(7) == "7.00 s"
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--bpw", "four"], 2, ["--bpw", "`four` is not a number"]),
+        (["--bpw", "nan"], 2, ["`nan` is not a number"]),
+        (["--bpw", "4", "--size", "1G"], 2, ["--bpw and --size both say how small"]),
+        (["--type", "q2_k", "--bpw", "4"], 2, ["--type and --bpw both say how small"]),
+        (["--plain-mix", "--size", "1G"], 2, ["--plain-mix has the size of its --type"]),
+        (["--size", "9,5G"], 1, ["`9,5G` is not a size", "9.5GiB"]),
+        (["--bpw", "0"], 1, ["bits a weight are 0.0"]),
+        (["--bpw", "1.5"], 1, ["--bpw 1.5: the smallest types take", "bits a weight"]),
+        (["--size", "900G"], 1, ["16 bits for every weight take only", "--type bf16"]),
+    ],
+)
+def test_budgets_that_cannot_be(
+    tmp_path: Path, source: Path, text: Path, options: list[str], status: int, said: list[str]
+) -> None:
+    assert_fails(dsv2("quantize", source, "-o", tmp_path / "m.gguf", "--calibration", text, *options), status, *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_in_bits(tmp_path: Path, source: Path, text: Path) -> None:
+    assert default_name(str(source), source, bpw_name("6.5")) == "Tiny-Model-6.5BPW.gguf"
+    options = ("--bpw", "6.5", "--calibration", text, "--no-awq", "--no-evaluate", "--json")
+    report = json.loads(dsv2("quantize", source, "-o", tmp_path / "m.gguf", *options).stdout)
+    assert report["type"] == "6.5 bpw"
+    assert 8 * sum(role["nbytes"] for role in report["roles"]) <= 6.5 * report["n_values"]
