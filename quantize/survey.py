@@ -59,7 +59,10 @@ class SurveyStage:
     def run(self) -> Survey:
         """All passes that are left."""
         n_layer, journal = self.arch.n_layer, self.job.journal
-        self.job.meter.begin("survey", self._done())
+        done = self._done()
+        self.job.meter.begin("survey", done)
+        if 0 < done < 1:
+            self.job.say(f"continuing the survey of what each type costs, {100 * done:.0f} % done")
         if journal.get(COSTS.format(n_layer)) is None:
             self._forward()
             self._head()
@@ -74,6 +77,8 @@ class SurveyStage:
         """The inputs of every layer, and of the head, into the journal."""
         journal, n_layer = self.job.journal, self.arch.n_layer
         start = next((il for il in range(n_layer, -1, -1) if journal.get_arrays(INPUTS.format(il))), -1)
+        if start > 0:
+            self.job.say(f"continuing the survey of what each type costs at layer {start + 1} of {n_layer}")
         if start < 0:
             ids = self.windows.reshape(-1)
             x = np.empty((len(ids), self.arch.n_embd), np.float32)
