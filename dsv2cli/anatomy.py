@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2cli.errors import CliError
+
 if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
 
@@ -33,6 +35,10 @@ PARTS = (
     ("head", re.compile(r"^output\.")),
 )
 OTHER = "other"
+COUNTS = (  # keys that are reckoned with
+    "block_count", "expert_count", "expert_used_count", "leading_dense_block_count", "context_length",
+    "attention.kv_lora_rank", "rope.dimension_count", "expert_group_count",
+)  # fmt: skip
 CONTEXTS = (4096, 16384, 65536)
 
 
@@ -92,11 +98,16 @@ class Anatomy:
     @property
     def expert_usage(self) -> NDArray[np.int64] | None:
         """Calibration tokens that chose each expert, (n_layer, n_expert), with the layers that have experts only."""
-        shape = self.keys.get("block_count", 0), self.keys.get("expert_count", 0)
+        names = ("block_count", "expert_count", "leading_dense_block_count")
+        n_layer, n_expert, n_dense = (self.keys.get(name, 0) for name in names)
         counts = self.notes.get("dsv2.expert_usage")
-        if not isinstance(counts, list) or not counts or len(counts) != shape[0] * shape[1]:
+        if not isinstance(counts, list):
             return None
-        return np.array(counts, np.int64).reshape(shape)[self.keys.get("leading_dense_block_count", 0) :]
+        if not 0 <= n_dense < n_layer or n_expert < 1 or len(counts) != n_layer * n_expert:
+            return None
+        if not all(isinstance(n, int) and 0 <= n < 1 << 48 for n in counts):
+            return None
+        return np.array(counts, np.int64).reshape(n_layer, n_expert)[n_dense:]
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -118,6 +129,12 @@ def study(path: Path) -> Anatomy:
         architecture = str(metadata.get("general.architecture", "unknown"))
         prefix = f"{architecture}."
         keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
+        for name in COUNTS:
+            if not isinstance(keys.get(name, 0), int):
+                raise CliError(
+                    f"`{path}`: `{prefix}{name}` is {keys[name]!r}, expected a count",
+                    "the file is damaged: make it again",
+                )
         return Anatomy(
             path=path,
             name=str(metadata.get("general.name", path.stem)),

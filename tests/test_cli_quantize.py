@@ -14,6 +14,7 @@ from support.cli import assert_fails, dsv2, terminal
 from dsv2cli import console
 from dsv2cli.commands.quantize import bpw_name, default_name, pace, where
 from quantize import Progress
+from quantize.writer import write_vocab_only
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,32 @@ def test_heatmap(tmp_path: Path, made: tuple[Path, str], source: Path) -> None:
     with terminal("inspect", made[0], COLORTERM="truecolor") as screen:
         screen.wait_for("▀{8}")
         assert screen.exit_code() == 0
+
+
+LIES: dict[str, dict[str, object]] = {
+    "not numbers": {"dsv2.expert_usage": ["a"] * 24, "dsv2.layer_error": ["b"], "dsv2.evaluation.kld_mean": "much"},
+    "not finite": {"dsv2.layer_error": np.array([np.nan, np.inf], np.float32), "dsv2.evaluation.top1": float("nan")},
+    "too few": {"dsv2.expert_usage": np.arange(23, dtype=np.uint32), "dsv2.calibration.sources": 7},
+    "too many dense layers": {
+        "dsv2.expert_usage": np.arange(24, dtype=np.uint32), "deepseek2.leading_dense_block_count": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_inspect_believes_no_file(tmp_path: Path, lie: str) -> None:
+    shape = {"deepseek2.block_count": 3, "deepseek2.expert_count": 8, "deepseek2.leading_dense_block_count": 1}
+    write_vocab_only(tmp_path / "m.gguf", {"general.architecture": "deepseek2", **shape, **LIES[lie]})
+    for options in ((), ("--json",)):
+        result = dsv2("inspect", tmp_path / "m.gguf", *options)
+        assert result.returncode == 0, result.stderr
+    assert_fails(dsv2("inspect", tmp_path / "m.gguf", "--heatmap", tmp_path / "u.png"), 2, "does not say")
+
+
+def test_inspect_of_a_shape_in_words(tmp_path: Path) -> None:
+    keys = {"general.architecture": "deepseek2", "deepseek2.block_count": "three"}
+    write_vocab_only(tmp_path / "m.gguf", keys)
+    assert_fails(dsv2("inspect", tmp_path / "m.gguf"), 1, "block_count", "'three'")
 
 
 def test_json_is_the_report(tmp_path: Path, source: Path, text: Path) -> None:

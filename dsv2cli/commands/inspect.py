@@ -51,7 +51,7 @@ def inspect(
         draw(found, heatmap)
     contexts = (context,) if context else found.contexts
     if as_json:
-        console.print_json(describe(found, contexts))
+        console.print_json(finite(describe(found, contexts)))
     else:
         show(found, contexts)
 
@@ -233,6 +233,15 @@ def brief(value: Any) -> str:
     if isinstance(value, list) and len(value) > SHOWN_ITEMS:
         return f"{', '.join(map(str, value[:SHOWN_ITEMS]))}, ... ({len(value)} values)"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON lacks and a file may hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(found: Anatomy, contexts: tuple[int, ...]) -> dict[str, Any]:
