@@ -2,8 +2,9 @@
 
 Multiplying a matrix's input channels by s and dividing what comes before them by s changes nothing in exact arithmetic,
 but gives salient channels more of the quantiser's grid. GROUPS lists every such fold of this architecture; all of them
-end in tensors that the GGUF has anyway. A fold is searched with the real encoder of the target type, importance weights
-on, and kept only if it lowers the output error on tokens that the search did not see.
+end in tensors that the GGUF has anyway. A fold is searched with ggml's encoder of the target type, importance weights
+on, and kept only if it lowers the output error of the encoder that the file is written with, on tokens that the search
+did not see.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ SCALE_LIMIT = 1e4
 # Weights of a matrix that are encoded for each exponent, and to judge the best: rows are independent, so that some
 # of them tell, and the ratio of two errors on the same rows and tokens is far steadier than either.
 SEARCH_VALUES, JUDGE_VALUES = 1 << 17, 1 << 19
-SEARCH_EXPERTS = 16
+SEARCH_EXPERTS, JUDGE_EXPERTS = 16, 4  # judged with the covariance of each, which takes longer than encoding
 SEARCH_TOKENS = 8  # one sampled token in so many is searched with, the others judge
 MIN_SAMPLE = 8  # tokens below which an expert's output error is not evidence
 MIN_GAIN = 0.02  # of the error: smaller gains are the sample's noise
@@ -175,8 +176,8 @@ class Searcher:
                 continue
             errors = [self._error(search, exponent) for exponent in EXPONENTS]
             best = EXPONENTS[int(np.argmin(errors))]
-            before = self._error(judge, 0.0)
-            after = self._error(judge, best) if best else before
+            before = self._error(judge, 0.0, fed_back=best > 0)
+            after = self._error(judge, best, fed_back=True) if best else before
             kept = after < before * (1 - MIN_GAIN)
             results.append(FoldResult(il, group.name, best, before, after, kept))
             if kept:
@@ -206,7 +207,8 @@ class Searcher:
                 few = rows[:: JUDGE_VALUES // SEARCH_VALUES]
                 seen = np.arange(len(inputs)) % SEARCH_TOKENS == 0
                 search.append(_Probe(role, part, self.types[role], few, importance, inputs[seen]))
-                judge.append(_Probe(role, part, self.types[role], rows, importance, inputs[~seen]))
+                if part in parts[:: -(-len(parts) // JUDGE_EXPERTS)]:
+                    judge.append(_Probe(role, part, self.types[role], rows, importance, inputs[~seen]))
         return search, judge
 
     def _parts(self, tensor: Tensor) -> list[int]:
@@ -217,14 +219,18 @@ class Searcher:
         step = -(-len(seen) // SEARCH_EXPERTS) or 1
         return seen[::step]
 
-    def _error(self, probes: list[_Probe], exponent: float) -> float:
-        """Relative squared output error, summed over the roles so that each matrix counts alike."""
+    def _error(self, probes: list[_Probe], exponent: float, fed_back: bool = False) -> float:
+        """Relative squared output error, summed over the roles so that each matrix counts alike. fed_back: of the
+        encoder that the file will be written with, under the inputs' covariance where there is one.
+        """
         error: dict[str, float] = {}
         energy: dict[str, float] = {}
         for probe in probes:
             scale = scale_of(self.evidence.magnitude(probe.role, probe.part), exponent)
             importance = None if probe.importance is None else probe.importance / (scale * scale)
-            data = self._encoder.encode(probe.weights * scale, probe.type, importance)
+            covariance = self.evidence.covariance(probe.role, probe.part) if fed_back else None
+            folded = covariance.scaled(1.0 / scale) if covariance is not None else None
+            data = self._encoder.encode(probe.weights * scale, probe.type, importance, folded)
             lost = self._encoder.decode(data, probe.type, len(scale)) / scale - probe.weights
             error[probe.role] = error.get(probe.role, 0.0) + _square(probe.inputs @ lost.T)
             energy[probe.role] = energy.get(probe.role, 0.0) + probe.energy

@@ -27,8 +27,9 @@ static void decode(const ds_grid *g, int n, const ds_choice *c, float *y) {
 /* One row's block in the first sweep, from scales that suit what each column will lose once those after it have carried
  * its error: it wins over starting from the diagonal of cov, and half a percent from the better of both. */
 static void solve_first(const block *b, const float *t, const ds_effort *effort, trial *x, best *out) {
-    out->loss = FLT_MAX;
     start(b->grid, b->n, t, b->var, &x->c);
+    out->c = x->c; /* where scales overflow no loss is a number: the caller finds them in the bytes */
+    out->loss = FLT_MAX;
     improve(b, t, effort, x, out);
 }
 
