@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 ARCHITECTURE = "deepseek2"
 # Bytes of a layer's cached row: a latent of n values and a rotary key of m, with their scales (cext/memory/kv.c).
 ROW_BYTES: dict[str, Callable[[int, int], int]] = {
-    "f16": lambda n, m: 2 * (n + m) + 4,
-    "q8_0": lambda n, m: n + 2 * m + 12,
+    "f16": lambda n, m: 2 * _padded(n + m) + 4,
+    "q8_0": lambda n, m: _padded(n) + 2 * _padded(m) + 12,
     "f32": lambda n, m: 4 * (n + m),
 }
 # First match wins. What a decoded token reads of a part: all of it, but for the experts it chose and one embedding row.
@@ -196,6 +196,11 @@ def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, .
             size[i] += n
     order = [name for name, _ in PARTS] + [OTHER]
     return tuple(PartSize(name, *sizes[name]) for name in order if name in sizes)
+
+
+def _padded(n: int) -> int:
+    """Values of a row of integers: a whole number of vectors."""
+    return -(-n // 64) * 64
 
 
 def _kv_bytes(keys: dict[str, Any]) -> dict[str, int]:

@@ -445,8 +445,9 @@ def test_inspect_counts_every_byte(name: str, tmp_path: Path) -> None:
     ]
 
 
-def test_inspect_of_the_cache_is_what_a_session_takes(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "wide.gguf", variant(SPEC, kv_lora_rank=512, rope=64))  # rows as real models have
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (256, 32), (SPEC.kv_lora_rank, SPEC.rope)])
+def test_inspect_of_the_cache_is_what_a_session_takes(tmp_path: Path, rank: int, rope: int) -> None:
+    path = write_model(tmp_path / "m.gguf", variant(SPEC, kv_lora_rank=rank, rope=rope))
     told = json.loads(dsv2("inspect", path, "--json").stdout)["kv_bytes_per_token"]
     with cext.Model(path) as opened:
         assert {kv: opened.session(256, kv).kv_bytes // 256 for kv in ("f16", "q8_0", "f32")} == told
