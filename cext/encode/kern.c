@@ -15,7 +15,11 @@ static void carry_errors(const ds_sweep *sweep, int n_rows, const float *e, int 
     const size_t ld = (size_t)sweep->n;
     for (int k0 = from; k0 < to; k0 += CARRY_ROWS) {
         const int k1 = k0 + CARRY_ROWS < to ? k0 + CARRY_ROWS : to;
-        for (int r = 0; r < n_rows; r++)
+        int r = 0;
+        for (; r + 4 <= n_rows; r += 4)
+            for (int k = k0; k < k1; k += 4)
+                axpy4_rows4(n, e + (size_t)r * ld + k, ld, sweep->carry + (size_t)k * ld + first, ld, t + (size_t)r * WIDTH);
+        for (; r < n_rows; r++)
             for (int k = k0; k < k1; k += 4) axpy4(n, e + (size_t)r * ld + k, sweep->carry + (size_t)k * ld + first, ld, t + (size_t)r * WIDTH);
     }
 }

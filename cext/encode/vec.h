@@ -19,6 +19,17 @@ DS_INLINE void axpy4(int n, const float a[4], const float *restrict x, size_t st
     for (int i = 0; i < n; i++) y[i] = y[i] + a0 * x[i] + a1 * x[stride + i] + (a2 * x[2 * stride + i] + a3 * x[3 * stride + i]);
 }
 
+/* The same for four rows of y, WIDTH apart, and of a, `step` apart: x is loaded once for all. Bit for bit axpy4's. */
+DS_INLINE void axpy4_rows4(int n, const float *a, size_t step, const float *restrict x, size_t stride, float *restrict y) {
+    for (int i = 0; i < n; i++) {
+        const float x0 = x[i], x1 = x[stride + i], x2 = x[2 * stride + i], x3 = x[3 * stride + i];
+        for (int r = 0; r < 4; r++) {
+            const float *ar = a + (size_t)r * step;
+            y[r * WIDTH + i] = y[r * WIDTH + i] + ar[0] * x0 + ar[1] * x1 + (ar[2] * x2 + ar[3] * x3);
+        }
+    }
+}
+
 /* Sum of x y in 16 interleaved parts. */
 DS_INLINE float dot(int n, const float *restrict x, const float *restrict y) {
     float part[16] = {0};
