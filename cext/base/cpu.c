@@ -40,6 +40,9 @@ static void detect(ds_cpu *cpu) {
     cpu->avxvnni = cpu->avx2 && (a7_1 >> 4 & 1);
     const bool f = b7 >> 16 & 1, dq = b7 >> 17 & 1, bw = b7 >> 30 & 1, vl = b7 >> 31 & 1, vnni = c7 >> 11 & 1;
     cpu->avx512vnni = cpu->avx2 && zmm && f && dq && bw && vl && vnni;
+#if DS_AVXVNNI_AS_EVEX
+    cpu->avxvnni = cpu->avx512vnni; /* that table is built with AVX-512VL's coding of its instructions */
+#endif
     cpu->avx512bf16 = cpu->avx512vnni && (a7_1 >> 5 & 1);
 }
 

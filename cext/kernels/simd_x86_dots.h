@@ -53,7 +53,7 @@ DS_INLINE vi x86_broadcast(const void *dword) {
 #define X86_DOT_AT(name, sums, a, dword) \
     __asm__(name " %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const x86_dword *)(dword)))
 #elif defined(__AVXVNNI__)
-#define X86_DOT(name, sums, a, b) __asm__("%{vex%} " name " %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define X86_DOT(name, sums, a, b) __asm__(X86_VNNI_CODING name " %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
 #define X86_DOT_AT(name, sums, a, dword) X86_DOT(name, sums, a, x86_broadcast(dword))
 #endif
 

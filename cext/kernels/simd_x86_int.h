@@ -14,6 +14,24 @@
 #define DS_ROW_SPLIT 0
 #endif
 
+#if defined(__AVXVNNI__)
+/* The dot instructions of AVX-VNNI, or for tests on machines without it their twins of AVX-512VL, which differ in coding only. */
+#if DS_AVXVNNI_AS_EVEX
+#define X86_VNNI_CODING "%{evex%} "
+#else
+#define X86_VNNI_CODING "%{vex%} "
+#endif
+
+DS_INLINE __m256i x86_dpbusd(__m256i sums, __m256i u, __m256i s) {
+#if DS_AVXVNNI_AS_EVEX
+    __asm__(X86_VNNI_CODING "vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(u), "x"(s));
+    return sums;
+#else
+    return _mm256_dpbusd_avx_epi32(sums, u, s);
+#endif
+}
+#endif
+
 /* Index of a shuffle that copies byte `byte` of every dword to all four of its bytes. */
 #define X86_COPY_BYTE(byte) _mm_set_epi32((int)(DS_BYTES(12 + (byte))), (int)(DS_BYTES(8 + (byte))), (int)(DS_BYTES(4 + (byte))), (int)(DS_BYTES(byte)))
 
@@ -366,7 +384,7 @@ DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, const int8_t *x, const int32_
     const __m256i s = _mm256_load_si256((const __m256i *)x);
 #if defined(__AVXVNNI__)
     const __m256i start = is_signed ? _mm256_load_si256((const __m256i *)less_128) : _mm256_setzero_si256();
-    return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(start, q, s));
+    return _mm256_cvtepi32_ps(x86_dpbusd(start, q, s));
 #else
     /* |q| times x with q's sign: two products of 128 * 127 just fit 16 bits. */
     const __m256i words = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(s, q)) : _mm256_maddubs_epi16(q, s);
@@ -425,7 +443,7 @@ DS_INLINE vi x86_dot_add(vi acc, vi u, vi s) {
 #if defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(acc, u, s);
 #else
-    return _mm256_dpbusd_avx_epi32(acc, u, s);
+    return x86_dpbusd(acc, u, s);
 #endif
 }
 
