@@ -21,7 +21,8 @@ from quantize.feedback import Covariance, gram
 
 F32 = NDArray[np.float32]
 
-CHUNK_WINDOWS = 4  # windows a forward call: bounds what the taps hold at once
+CHUNK_WINDOWS = 4  # windows a forward call, fewer where attention is wide: bounds what engine and taps hold at once
+CHUNK_VALUES = 1 << 25  # of queries, expanded keys and values, and heads' outputs in a call
 SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output error
 # Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.
 FEW_TOKENS = 64
@@ -188,6 +189,11 @@ class _Experts:
         )
 
 
+def _attention_width(arch: Arch) -> int:
+    """Values a token of a layer's queries, expanded keys and values, and heads' outputs."""
+    return arch.n_head * (2 * (arch.nope + arch.rope) + 2 * arch.v_dim)
+
+
 class Stream:
     """The calibration tokens' hidden states between two layers, (n_windows * WINDOW, n_embd) float32."""
 
@@ -214,7 +220,7 @@ class Stream:
             taps.append("shared_hidden")
         moments = {tap: _Moments(covariances) for tap in taps}
         experts = None if dense else _Experts(self.arch, len(self.x), covariances)
-        n_tokens = CHUNK_WINDOWS * WINDOW
+        n_tokens = WINDOW * max(1, min(CHUNK_WINDOWS, CHUNK_VALUES // (WINDOW * _attention_width(self.arch))))
         for start in range(0, len(self.x), n_tokens):
             chunk = self.x[start : start + n_tokens]
             inside = (self._sampled >= start) & (self._sampled < start + len(chunk))
