@@ -1,5 +1,5 @@
-/* simd_avx2_grid.h: the grid formats with an entry's load for each index. Codes come with their signs and DS_CODE_BIAS (at
- * 128 the negative of such a byte is the negative code's byte), in order. */
+/* simd_avx2_grid.h: the grid formats with an entry's load for each index. Codes come with their signs and DS_CODE_BIAS
+ * (at 128 the negative of such a byte is the negative code's byte), in order. */
 #pragma once
 
 /* Entries as bytes of codes. */
@@ -57,7 +57,8 @@ DS_INLINE grid_index grid_index_nines(const void *p) {
 DS_INLINE __m256i x86_bytes16(const uint8_t *p) { return _mm256_cvtepu8_epi16(v16_load(p)); }
 DS_INLINE grid_index grid_index_tens(const uint8_t low[32], const uint8_t pairs[8]) {
     const int64_t factors = 0x0004001000400100;
-    return x86_index(x86_with_high(x86_bytes16(low), pairs, factors, 0x300), x86_with_high(x86_bytes16(low + 16), pairs + 4, factors, 0x300));
+    return x86_index(x86_with_high(x86_bytes16(low), pairs, factors, 0x300),
+                     x86_with_high(x86_bytes16(low + 16), pairs + 4, factors, 0x300));
 }
 DS_INLINE __m256i x86_seconds(const void *p, bool odd) {
     return odd ? _mm256_srli_epi16(x86_load(p), 8) : _mm256_and_si256(x86_load(p), _mm256_set1_epi16(255));
@@ -76,7 +77,8 @@ DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index
     for (int j = 0; j < 8; j++) {
         const uint16_t *i = index->words + 4 * j;
         *(j % 2 ? &q[j / 2].b : &q[j / 2].a) =
-            _mm256_setr_epi64x((long long)grid[i[0]], (long long)grid[i[1]], (long long)grid[i[2]], (long long)grid[i[3]]);
+            _mm256_setr_epi64x((long long)grid[i[0]], (long long)grid[i[1]], (long long)grid[i[2]],
+                               (long long)grid[i[3]]);
     }
 }
 DS_INLINE void v64_grid4(const grid4_entry *grid, int n, int values, const grid_index index[2], v64 q[4]) {
@@ -114,8 +116,10 @@ DS_INLINE grid_tails grid_tails_seconds(const void *p) {
 DS_INLINE grid_signs grid_tails_signs(grid_tails a) {
     const __m256i seven = _mm256_set1_epi32(127);
     const __m256i first = _mm256_and_si256(a, seven), second = _mm256_and_si256(_mm256_srli_epi32(a, 7), seven);
-    const __m256i third = _mm256_and_si256(_mm256_srli_epi32(a, 14), seven), fourth = _mm256_and_si256(_mm256_srli_epi32(a, 21), seven);
-    const __m256i low = _mm256_or_si256(first, _mm256_slli_epi32(second, 8)), high = _mm256_or_si256(third, _mm256_slli_epi32(fourth, 8));
+    const __m256i third = _mm256_and_si256(_mm256_srli_epi32(a, 14), seven);
+    const __m256i fourth = _mm256_and_si256(_mm256_srli_epi32(a, 21), seven);
+    const __m256i low = _mm256_or_si256(first, _mm256_slli_epi32(second, 8));
+    const __m256i high = _mm256_or_si256(third, _mm256_slli_epi32(fourth, 8));
     return x86_sevens(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
 }
 DS_INLINE row_scales grid_tails_scales(grid_tails tails, float unit) {

@@ -1,8 +1,8 @@
 /* simd_avx512_grid.h: the grid formats with permutes of words.
  *
- * The 256 codes of a group lie in four vectors "by pairs": word i of vector s holds values 8 i + 2 s and 8 i + 2 s + 1, so
- * that a shift alone brings them out of the packed entries, and dword L sums what values 16 L to 16 L + 15 give over all
- * four. Codes are without their signs, which go to the activations, packed in the same order (act_meta.pairs). */
+ * The 256 codes of a group lie in four vectors "by pairs": word i of vector s holds values 8 i + 2 s and 8 i + 2 s + 1,
+ * so that a shift alone brings them out of the packed entries, and dword L sums what values 16 L to 16 L + 15 give over
+ * all four. Codes are without their signs, which go to the activations, packed in the same order (act_meta.pairs). */
 #pragma once
 
 #define X86_VALUE(value) value,
@@ -52,7 +52,8 @@ DS_INLINE grid_index grid_index_seconds(const void *p, bool odd) {
 /* The same with bit 8 from 64 bits. */
 DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8], bool odd) {
     grid_index index = grid_index_seconds(p, odd);
-    index.bit_8 = _mm512_test_epi16_mask(x86_fours(bits), _mm512_set1_epi64(odd ? 0x0080002000080002 : 0x0040001000040001));
+    const long long which = odd ? 0x0080002000080002 : 0x0040001000040001;
+    index.bit_8 = _mm512_test_epi16_mask(x86_fours(bits), _mm512_set1_epi64(which));
     return index;
 }
 
@@ -60,11 +61,13 @@ DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8
  * registers. */
 DS_INLINE __m512i x86_grid_words(const uint16_t *grid, int n, const grid_index *index) {
     const __mmask32 upper[4] = {_mm512_test_epi16_mask(index->words, _mm512_set1_epi16(64)),
-                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)), index->bit_8, index->bit_9};
+                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)),
+                                index->bit_8, index->bit_9};
     __m512i parts[5]; /* [bit]: of 64 << bit entries */
     DS_UNROLL
     for (int i = 0; i < n / 64; i++) {
-        __m512i part = _mm512_permutex2var_epi16(_mm512_load_si512(grid + 64 * i), index->words, _mm512_load_si512(grid + 64 * i + 32));
+        const __m512i low = _mm512_load_si512(grid + 64 * i), high = _mm512_load_si512(grid + 64 * i + 32);
+        __m512i part = _mm512_permutex2var_epi16(low, index->words, high);
         int bit = 0;
         for (; bit < 4 && i >> bit & 1; bit++) part = _mm512_mask_blend_epi16(upper[bit], parts[bit], part);
         parts[bit] = part;
@@ -76,7 +79,8 @@ DS_INLINE __m512i x86_grid_words(const uint16_t *grid, int n, const grid_index *
 DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index, v64 q[4]) {
     const __m512i entries = x86_grid_words(grid, n, index);
     DS_UNROLL
-    for (int s = 0; s < 4; s++) q[s] = v64_lookup(grid_values_IQ2, v64_and(_mm512_srli_epi16(entries, (unsigned)(2 * s)), 3));
+    for (int s = 0; s < 4; s++)
+        q[s] = v64_lookup(grid_values_IQ2, v64_and(_mm512_srli_epi16(entries, (unsigned)(2 * s)), 3));
 }
 /* 64 entries of four values, the even ones and the odd ones. */
 DS_INLINE void v64_grid4(const grid4_entry *grid, int n, const int8_t values[16], const grid_index index[2], v64 q[4]) {
@@ -93,7 +97,8 @@ DS_INLINE void v64_grid4(const grid4_entry *grid, int n, const int8_t values[16]
 typedef __m512i grid_signs;
 
 DS_INLINE grid_signs x86_both_bytes(__m512i words) {
-    return _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14)));
+    const __m128i twice = _mm_setr_epi8(0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+    return _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(twice));
 }
 /* From seven bits in words. */
 DS_INLINE grid_signs x86_sevens(__m512i words) {
@@ -114,12 +119,15 @@ DS_INLINE grid_tails grid_tails_load(const void *p) {
     return _mm512_permutexvar_epi32(twice, _mm512_castsi256_si512(_mm256_loadu_si256(p)));
 }
 /* Every second dword of 64 bytes. */
-DS_INLINE grid_tails grid_tails_seconds(const void *p) { return _mm512_shuffle_epi32(_mm512_loadu_si512(p), _MM_PERM_DDBB); }
+DS_INLINE grid_tails grid_tails_seconds(const void *p) {
+    return _mm512_shuffle_epi32(_mm512_loadu_si512(p), _MM_PERM_DDBB);
+}
 
 DS_INLINE grid_signs grid_tails_signs(grid_tails tails) {
     const __m128i order = _mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 8, 9, 8, 9, 9, 10, 10, 11);
     const __m512i words = _mm512_shuffle_epi8(tails, _mm512_broadcast_i32x4(order));
-    return x86_sevens(_mm512_and_si512(_mm512_srlv_epi16(words, _mm512_set1_epi64(0x0005000600070000)), _mm512_set1_epi16(127)));
+    const __m512i moved = _mm512_srlv_epi16(words, _mm512_set1_epi64(0x0005000600070000));
+    return x86_sevens(_mm512_and_si512(moved, _mm512_set1_epi16(127)));
 }
 /* (2 n + 1) unit. */
 DS_INLINE row_scales grid_tails_scales(grid_tails tails, float unit) {
@@ -141,17 +149,21 @@ DS_INLINE __mmask64 x86_minus(grid_signs signs, int s) {
 DS_INLINE v64 x86_negate(v64 a, __mmask64 minus) { return _mm512_mask_sub_epi8(a, minus, _mm512_setzero_si512(), a); }
 
 /* Add the products of a group and one token's activations. */
-DS_INLINE void row_sum_add_grid(row_sum *sum, const v64 q[4], const grid_signs *signs, const row_scales *scales, const act_meta *x) {
+DS_INLINE void row_sum_add_grid(row_sum *sum, const v64 q[4], const grid_signs *signs, const row_scales *scales,
+                                const act_meta *x) {
     __m512i dots = _mm512_setzero_si512();
     DS_UNROLL
-    for (int s = 0; s < 4; s++) dots = _mm512_dpbusd_epi32(dots, q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(*signs, s)));
-    sum->y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16)), sum->y[0]);
+    for (int s = 0; s < 4; s++)
+        dots = _mm512_dpbusd_epi32(dots, q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(*signs, s)));
+    const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
+    sum->y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sum->y[0]);
 }
 
 /* The codes of a group, biased, and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */
 DS_INLINE int grid_place(int i) { return 2 * (i % 16 / 4 * 8 + i / 16 % 2 * 4 + i % 4) + i / 32; }
 enum { DS_GRID_SCALE_STEP = 2 }; /* scales per 32 values are stored twice */
-DS_INLINE void grid_store(const v64 q[4], const grid_signs *signs, const row_scales *scales, uint8_t codes[256], float scale[16]) {
+DS_INLINE void grid_store(const v64 q[4], const grid_signs *signs, const row_scales *scales, uint8_t codes[256],
+                          float scale[16]) {
     v64 c[4];
     DS_UNROLL
     for (int s = 0; s < 4; s++) c[s] = x86_negate(v64_bias(q[s]), x86_minus(*signs, s));
@@ -166,9 +178,11 @@ DS_INLINE vi vi_add8(vi a, vi b) { return _mm512_add_epi8(a, b); }
 
 /* Pack 32 values, block b of a group, by pairs. */
 DS_INLINE void i8_pairs32(const int8_t q[32], int b, int8_t pairs[4][64]) {
-    const __m256i in_lanes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
-    const __m256i words = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)q), in_lanes);
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i values = _mm256_loadu_si256((const __m256i *)q);
+    const __m256i words = _mm256_shuffle_epi8(values, _mm256_broadcastsi128_si256(order));
     int64_t by_pair[4];
-    _mm256_storeu_si256((__m256i *)by_pair, _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)by_pair, _mm256_permutevar8x32_epi32(words, lanes));
     for (int s = 0; s < 4; s++) memcpy(pairs[s] + 8 * b, &by_pair[s], 8);
 }

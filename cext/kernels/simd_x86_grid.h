@@ -1,5 +1,5 @@
-/* simd_x86_grid.h: 256 codes of the grid formats from their indices and signs. AVX-512 looks all indices up at once in the
- * packed grids of grids.h, with permutes of 64 words; AVX2 has no such permutes and loads entries from tables of codes. */
+/* simd_x86_grid.h: 256 codes of the grid formats from their indices and signs. AVX-512 looks all indices up at once in
+ * the packed grids of grids.h, with permutes of 64 words; AVX2 has none and loads entries from tables of codes. */
 #pragma once
 
 /* 2 n + 1 of the 16 halves n of 8 bytes, low ones first. */
