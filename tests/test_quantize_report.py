@@ -92,7 +92,7 @@ def test_the_distance_is_that_of_two_models(tmp_path: Path, source: Path, text: 
     # The session rounds the activations of the head to int8, a percent of the figures; the rest is the same bits.
     assert found.kld_mean == pytest.approx(np.concatenate(klds).mean(), rel=1e-2)
     assert found.kld_p99 == pytest.approx(np.percentile(np.concatenate(klds), 99), rel=2e-2)
-    assert found.perplexity == pytest.approx(np.exp(nll[0] / found.n_scored), rel=1e-4)
+    assert found.perplexity == pytest.approx(np.exp(nll[0] / found.n_scored), rel=1e-3)
     assert found.perplexity_reference == pytest.approx(np.exp(nll[1] / found.n_scored), rel=1e-5)
     assert found.top1 == pytest.approx(np.concatenate(same).mean(), abs=5e-3)
     assert found.routing == pytest.approx(np.mean(alike), abs=1e-12)
