@@ -132,7 +132,8 @@ class Encoder:
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
-        if covariance is not None and type_ in feedback.TYPES and covariance.sweeps is not None:
+        fed_back = type_ in feedback.TYPES or type_ in GRID_TYPES
+        if covariance is not None and fed_back and covariance.sweeps is not None:
             self._feed_back(rows, type_, covariance, out)
             return out.reshape(*values.shape[:-1], out.shape[1])
         if importance is None and type_ in NEED_IMPORTANCE:
@@ -155,8 +156,21 @@ class Encoder:
         assert covariance.sweeps is not None
         for run, sweeps in zip(feedback.chunks(covariance.n), covariance.sweeps, strict=True):
             part = out[:, row_bytes(type_, run.start) : row_bytes(type_, run.stop)]
-            part[...] = self._feed_back_run(np.ascontiguousarray(rows[:, run]), type_, sweeps)
+            encode = self._feed_back_blocks if type_ in GRID_TYPES else self._feed_back_run
+            part[...] = encode(np.ascontiguousarray(rows[:, run]), type_, sweeps)
         _validate(type_, out)
+
+    def _feed_back_blocks(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
+        """ggml's encoder, block by block, on what the blocks before have left to those after."""
+        _, carry, cov, _, _ = sweeps[0]
+        out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
+        errors = np.zeros_like(rows)
+        for start in range(0, rows.shape[1], feedback.BLOCK):
+            at = slice(start, start + feedback.BLOCK)
+            data = self.encode(rows[:, at] + errors[:, :start] @ carry[:start, at], type_, cov[at].diagonal())
+            errors[:, at] = rows[:, at] - self.decode(data, type_, feedback.BLOCK)
+            out[:, row_bytes(type_, start) : row_bytes(type_, at.stop)] = data
+        return out
 
     def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
         out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
