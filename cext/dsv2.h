@@ -12,7 +12,7 @@ typedef struct ds_model ds_model;
 typedef struct ds_session ds_session;
 typedef struct ds_block ds_block;
 
-enum { DS_MAX_STEP = 512 /* most tokens in one ds_eval */ };
+enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
 
 /* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
  * Weights are mapped, not copied. Close its sessions first. */

@@ -122,10 +122,10 @@ class Evidence:
         count = int(routed.counts[part])
         if tap == "expert_input":
             own = Covariance.of(routed.rows.inputs_of(part))
-            return own.blend(whole, _prior_share(own.n, count))
+            return own.blend(whole, prior_share(own.n, count))
         rows = routed.rows.hidden_of(part) if count else self._hidden_rows(part)
         own = Covariance.of(rows)
-        return own.diagonal_blend(_prior_share(own.n, len(rows)))
+        return own.diagonal_blend(prior_share(own.n, len(rows)))
 
     def magnitude(self, role: str, part: int) -> F32:
         """(n,) mean |x| of each input channel, with which a fold's scales grow. Experts differ only in their downs."""
@@ -183,6 +183,6 @@ class Evidence:
         return self._queries
 
 
-def _prior_share(n: int, count: int) -> float:
+def prior_share(n: int, count: int) -> float:
     """How much of a covariance of n channels is the prior's, where count tokens were seen."""
     return PRIOR_TOKENS * n / (PRIOR_TOKENS * n + count)

@@ -6,6 +6,9 @@ of the text is used). dW comes from the real encoder, on a sample of rows, which
 over their chance of being in the sample; that is larger where gradients are. The product is taken token by token: from
 means over tokens, E[g_r^2] dw_r H dw_r, the first experts' downs come out at half of it.
 
+Where the file will be written with error feedback, a cost is what feedback leaves of it on inputs that it was not
+fitted to: it takes a third off K-quants of correlated inputs and little off grid types, which changes who wins.
+
 The second gradient, of what routers lose, goes through the same sums: see flips.py.
 """
 
@@ -20,7 +23,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize.backward import Floats
-from quantize.encode import NEED_IMPORTANCE, Encoder
+from quantize.encode import GRID_TYPES, NEED_IMPORTANCE, Encoder
+from quantize.evidence import prior_share
+from quantize.feedback import TYPES as FED_BACK
+from quantize.feedback import Covariance
 
 F32 = NDArray[np.float32]
 
@@ -35,6 +41,8 @@ CANDIDATES = (
 SMALL_BLOCKS = (Type.Q4_0, Type.IQ4_NL, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.BF16)
 SAMPLED_VALUES = 1 << 18  # of a tensor, encoded in every type: 2 % of V2-Lite's weights, 0.3 % of V2's
 MIN_ROWS = 2  # of a part
+FEEDBACK_ROWS = 16  # of a part's sampled rows, encoded once more to see what feedback leaves
+MIN_FEEDBACK_TOKENS = 64  # below which a part's inputs do not tell
 PRIOR_TOKENS = 64  # at which a part's own input statistics weigh as much as even ones
 
 
@@ -78,6 +86,7 @@ class CostMeter:
     """Sums the costs of one layer's tensors as their parts come by; ``visit`` is backward.Visit.
 
     n_tokens: of the survey. n_parts: (role) -> parts of that tensor. types: that tensors may become.
+    feedback: whether the file's encoder feeds errors back.
     """
 
     encoder: Encoder
@@ -85,6 +94,7 @@ class CostMeter:
     n_parts: Callable[[str], int]
     types: Sequence[Type]
     sampled_values: int = SAMPLED_VALUES
+    feedback: bool = False
     costs: dict[str, dict[Type, Cost]] = field(default_factory=dict)
 
     def visit(self, role: str, part: int, weights: Floats, inputs: Floats, gradients: Floats) -> None:
@@ -111,9 +121,22 @@ class CostMeter:
         """damage: output errors (m, n_row) -> twice the cost of each row, (n_gradients, n_row), summed over tokens."""
         rows = np.ascontiguousarray(rows)
         importance = _importance(inputs)
+        some = slice(None, None, -(-len(rows) // FEEDBACK_ROWS))
+        fitted = _fitted(inputs[::2]) if self.feedback and len(inputs) >= MIN_FEEDBACK_TOKENS else None
         for type_, error in self.errors(role, rows, importance):
             twice = damage(inputs @ error.T) @ (1 / chance)
+            if fitted is not None:
+                twice *= self.left(type_, rows[some], error[some], inputs[1::2], fitted)
             self.record(role, type_, twice)
+
+    def left(self, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> float:
+        """The share of an encoding's squared output error on the inputs that stays under feedback fitted to others."""
+        before = float(np.square(inputs @ error.T).sum(dtype=np.float64))
+        if before == 0 or not (type_ in FED_BACK or type_ in GRID_TYPES):
+            return 1.0
+        data = self.encoder.encode(rows, type_, None, fitted)
+        error = self.encoder.decode(data, type_, rows.shape[1]) - rows
+        return min(1.0, float(np.square(inputs @ error.T).sum(dtype=np.float64)) / before)
 
     def errors(self, role: str, rows: F32, importance: F32 | None) -> Iterator[tuple[Type, F32]]:
         """What encoding adds to the rows, in every type."""
@@ -135,6 +158,12 @@ def row_mass(squares: NDArray[np.float64], weights: Floats) -> NDArray[np.float6
     shares = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0).sum(0)
     mass: NDArray[np.float64] = shares * np.einsum("rn,rn->r", weights, weights, dtype=np.float64)
     return mass
+
+
+def _fitted(inputs: Floats) -> Covariance:
+    """The covariance that an encoder would be given of these inputs (m, n)."""
+    m, n = inputs.shape
+    return Covariance.of(np.ascontiguousarray(inputs, np.float32)).diagonal_blend(prior_share(n, m))
 
 
 def _importance(inputs: Floats) -> F32:

@@ -155,7 +155,9 @@ class SurveyStage:
         def parts(role: str) -> int:
             return n_parts(by_role[role]) if role in by_role else 1
 
-        return CostMeter(self.job.encoder, self.windows.size, parts, self.types)
+        return CostMeter(
+            self.job.encoder, self.windows.size, parts, self.types, feedback=self.job.plan.options.feedback
+        )
 
     def _array(self, key: str) -> F32:
         arrays = self.job.journal.get_arrays(key)

@@ -133,7 +133,7 @@ def test_batch_arguments(model, tiny_gguf):
 
 def test_nothing_of_a_bad_batch_is_evaluated(model):
     first, second = model.session(600), model.session(600)
-    for bad in ([(first, [1]), (second, [LITE.n_vocab])], [(first, [1] * 300), (second, [1] * 300)]):
+    for bad in ([(first, [1]), (second, [LITE.n_vocab])], [(first, [1] * 600), (second, [1] * 600)]):
         with pytest.raises(ValueError):
             cext.eval_batch(bad)
         assert (first.n_past, second.n_past) == (0, 0)

@@ -68,13 +68,16 @@ def test_tokenizer_cuts_the_text_as_the_checkpoints_does(shared, convert, golden
 
 @pytest.mark.parametrize(("name", "n_windows"), (("fixture-12m", 8), ("storyteller-52m", 3)))
 @pytest.mark.parametrize("type_", ("bf16", "f32"))
-def test_unquantised_token_by_token(convert, golden, name, n_windows, type_):
-    """The same weights, exactly: the loss of every token, with the f16 cache."""
+@pytest.mark.parametrize(("kv_type", "mean", "most"), (("f32", 1e-5, 1e-3), ("f16", 1e-3, 0.1)))
+def test_unquantised_token_by_token(convert, golden, name, n_windows, type_, kv_type, mean, most):
+    """The same weights: the loss of every token. An exact cache gives it exactly; 16 bits move near ties of
+    routers, and with one of them every later token of its window.
+    """
     ids, losses = golden(name)
-    got = trained.losses(engine(convert(name, type_)), ids[:n_windows])
-    assert got.mean() == pytest.approx(losses[:n_windows].mean(), abs=1e-4)
+    got = trained.losses(engine(convert(name, type_), kv_type=kv_type), ids[:n_windows])
+    assert got.mean() == pytest.approx(losses[:n_windows].mean(), abs=mean)
     off = np.abs(got - losses[:n_windows])
-    assert np.quantile(off, 0.99) < 0.02, f"worst at (window, token) {np.unravel_index(off.argmax(), off.shape)}"
+    assert np.quantile(off, 0.99) < most, f"worst at (window, token) {np.unravel_index(off.argmax(), off.shape)}"
 
 
 @pytest.mark.heavy

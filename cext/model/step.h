@@ -12,7 +12,7 @@
 #include "model/weights.h"
 
 enum {
-    DS_CHUNK = 512,      /* most tokens in a step: bounds the scratch */
+    DS_CHUNK = 1024,     /* most tokens in a step: bounds the scratch */
 };
 
 /* Tokens [first, first + n) of a step belong to one sequence, at positions pos, pos + 1, ... of its cache. */

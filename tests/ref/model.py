@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 from ref.hparams import Hparams, from_metadata
 from ref.mla import Queries, UpProjections, mla_absorbed, mla_expanded, split_kv_b
 from ref.rope import rotate
@@ -29,11 +29,10 @@ def silu(x: F64) -> F64:
 
 @dataclass
 class Model:
-    """hp and tensors by GGUF name; cache_dtype rounds the latent cache as the engine's does (float16, say)."""
+    """hp and tensors by GGUF name."""
 
     hp: Hparams
     tensors: Mapping[str, NDArray[Any]]
-    cache_dtype: DTypeLike = np.float64
     absorbed: bool = False
     taps: dict[str, NDArray[Any]] = field(default_factory=dict)
     margins: list[F64] = field(default_factory=list)  # of every routing decision, (n,) a layer
@@ -91,8 +90,8 @@ class Model:
         return self.linear(f"{blk}.attn_output", heads)  # (19)
 
     def cached(self, c_kv: F64, k_pe: F64) -> tuple[F64, F64]:
-        """What the cache gives back of the rows it is given."""
-        return c_kv.astype(self.cache_dtype).astype(np.float64), k_pe.astype(self.cache_dtype).astype(np.float64)
+        """What the cache gives back of the rows it is given: a place to round as the engine's caches do."""
+        return c_kv, k_pe
 
     def up_projections(self, il: int) -> UpProjections:
         if f"blk.{il}.attn_kv_b.weight" in self.tensors:
