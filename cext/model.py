@@ -90,8 +90,9 @@ class Model:
     def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
         """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError.
 
-        kv_type: how a token's latent row (kv_lora_rank + rope values a layer) is kept. "f16": two bytes a value, as int16
-        with a scale a row: as fine as halves, and fit for integer products. "q8_0": a byte a value, the rotary key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
+        kv_type: how a token's latent row (kv_lora_rank + rope values a layer) is kept. "f16": two bytes a value, as
+        int16 with a scale a row: as fine as halves, and fit for integer products. "q8_0": a byte a value, the rotary
+        key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
         """
         session = Session(self, n_ctx, kv_type)
         self._sessions.add(session)
