@@ -27,7 +27,8 @@ def convert(shared, tmp_path_factory):
         key = (name, type_, calibrated)
         if key not in made:
             out = folder / f"{name}-{type_}{'-calibrated' * calibrated}.gguf"
-            options = quantize.Options(type=type_, awq=calibrated, importance=calibrated)
+            parts = {"awq": calibrated, "importance": calibrated, "feedback": calibrated}
+            options = quantize.Options(type=type_, plain_mix=True, evaluate=False, **parts)
             quantize.quantize(shared / "models" / name, out, options)
             made[key] = out
         return made[key]
