@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SEED = 20240507
 PAUSE = 0.05  # seconds after which the workers of the engine that ran before sleep, and no longer spin
-BATCH = 512  # tokens that llama.cpp computes at once, as many as ours does
+BATCH = 512  # tokens that llama.cpp computes at once: its own default
 Ids = NDArray[np.int32]
 
 

@@ -37,6 +37,7 @@ DECODERS = {
 IGNORES_IMPORTANCE = (*FLOAT_TYPES, Type.Q8_0)
 # Of these, ggml's encoders end the process where they meet a value that is not finite or whose square is not.
 GRID_TYPES = (Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S)
+FED_BACK = (*feedback.TYPES, *GRID_TYPES)  # what a covariance changes the encoding of
 NEED_IMPORTANCE = (Type.IQ2_XXS, Type.IQ2_XS)
 GRID_MAX = 1e6
 F16_MAX = 65504.0
@@ -132,8 +133,7 @@ class Encoder:
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
-        fed_back = type_ in feedback.TYPES or type_ in GRID_TYPES
-        if covariance is not None and fed_back and covariance.sweeps is not None:
+        if covariance is not None and type_ in FED_BACK and covariance.sweeps is not None:
             self._feed_back(rows, type_, covariance, out)
             return out.reshape(*values.shape[:-1], out.shape[1])
         if importance is None and type_ in NEED_IMPORTANCE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     left_out = tensors.check(arch, checkpoint, plan)
     keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
     tokenizer = read_vocab(checkpoint.path, arch.n_vocab).keys()
-    text = None
-    calibrated = chosen.wants_calibration and options.calibrates
-    allocates = chosen.is_budget and not options.plain_mix
-    if calibrated or allocates or options.evaluate:
-        text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
-    return Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, text)
+    made = Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, None)
+    if not (made.calibrated or made.allocates or options.evaluate):
+        return made
+    text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
+    return replace(made, corpus=text)
 
 
 @dataclass(frozen=True)
@@ -189,3 +188,11 @@ class Job:
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
             yield start, self.plan.checkpoint.read_rows(tensor.sources[0], start, stop)
+
+    def rows(self, tensor: Tensor, ids: NDArray[Any]) -> F32:
+        """(len(ids), n): these rows of a matrix outside the layers, in the order asked for."""
+        out = np.empty((len(ids), tensor.shape[1]), np.float32)
+        for first, values in self.slabs(tensor):
+            mine = (ids >= first) & (ids < first + len(values))
+            out[mine] = values[ids[mine] - first]
+        return out

@@ -23,9 +23,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize.backward import Floats
-from quantize.encode import GRID_TYPES, NEED_IMPORTANCE, Encoder
+from quantize.encode import FED_BACK, NEED_IMPORTANCE, Encoder
 from quantize.evidence import prior_share
-from quantize.feedback import TYPES as FED_BACK
 from quantize.feedback import Covariance
 
 F32 = NDArray[np.float32]
@@ -132,7 +131,7 @@ class CostMeter:
     def left(self, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> float:
         """The share of an encoding's squared output error on the inputs that stays under feedback fitted to others."""
         before = float(np.square(inputs @ error.T).sum(dtype=np.float64))
-        if before == 0 or not (type_ in FED_BACK or type_ in GRID_TYPES):
+        if before == 0 or type_ not in FED_BACK:
             return 1.0
         data = self.encoder.encode(rows, type_, None, fitted)
         error = self.encoder.decode(data, type_, rows.shape[1]) - rows

@@ -81,11 +81,7 @@ class SurveyStage:
             self.job.say(f"continuing the survey of what each type costs at layer {start + 1} of {n_layer}")
         if start < 0:
             ids = self.windows.reshape(-1)
-            x = np.empty((len(ids), self.arch.n_embd), np.float32)
-            for first, values in self.job.slabs(self.plan.outside["token_embd"]):
-                mine = (ids >= first) & (ids < first + len(values))
-                x[mine] = values[ids[mine] - first]
-            journal.put_arrays(INPUTS.format(0), {"x": x})
+            journal.put_arrays(INPUTS.format(0), {"x": self.job.rows(self.plan.outside["token_embd"], ids)})
             start = 0
         x = self._array(INPUTS.format(start))
         for il in range(start, n_layer):
@@ -134,7 +130,7 @@ class SurveyStage:
         picked, chance = pick_rows(
             np.bincount(place, shares).astype(np.float64), meter.n_rows(tensor.role, self.arch.n_embd)
         )
-        values = self._rows(tensor, rows[picked])
+        values = self.job.rows(tensor, rows[picked])
         for type_, error in meter.errors(tensor.role, values, None):
             twice = np.zeros(N_GRADIENTS)
             for i, row in enumerate(picked):
@@ -142,14 +138,6 @@ class SurveyStage:
                 twice += np.square(met).sum(-1, dtype=np.float64) / chance[i]
             meter.record(tensor.role, type_, twice)
         self._record(-1, None, meter.costs, 0.0)
-
-    def _rows(self, tensor: Tensor, rows: NDArray[Any]) -> F32:
-        """Some rows of a matrix outside the layers, in the order asked for, which rises."""
-        out = np.empty((len(rows), tensor.shape[1]), np.float32)
-        for first, values in self.job.slabs(tensor):
-            mine = (rows >= first) & (rows < first + len(values))
-            out[mine] = values[rows[mine] - first]
-        return out
 
     def _meter(self, by_role: dict[str, Tensor]) -> CostMeter:
         def parts(role: str) -> int:
@@ -269,10 +257,7 @@ class _Head:
     def measure(self, meter: CostMeter) -> None:
         """The costs of a sample of the head's rows. The gradient's expected square is p (1 - p), unsampled."""
         rows, chance = pick_rows(self.mass, meter.n_rows(self.tensor.role, self.tensor.shape[1]))
-        values = np.empty((len(rows), self.tensor.shape[1]), np.float32)
-        for first, slab in self.job.slabs(self.tensor):
-            mine = (rows >= first) & (rows < first + len(slab))
-            values[mine] = slab[rows[mine] - first]
+        values = self.job.rows(self.tensor, rows)
         p = self._probabilities(slice(None), values)
         square = np.zeros((N_GRADIENTS, *p.shape), np.float32)
         square[FISHER] = p * (1 - p)
