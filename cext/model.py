@@ -168,7 +168,7 @@ class Session:
     ) -> NDArray[np.float32]:
         """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
 
-        Runs in chunks of at most 512 tokens with the GIL released, and answers Ctrl-C between chunks (the chunks before
+        Runs in chunks of at most MAX_STEP tokens with the GIL released, and answers Ctrl-C between chunks (the chunks before
         it stay evaluated: see n_past). ValueError for an id out of range or no ids; ContextFullError past n_ctx.
         """
         array = token_ids(ids)
@@ -208,7 +208,7 @@ class Session:
 def eval_batch(batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]]) -> NDArray[np.float32]:
     """Append to several sessions of one model in one step; the logits after each one's last token, (n, n_vocab).
 
-    At most 512 tokens in all. Nothing changes on failure. ValueError, ContextFullError, BusyError.
+    At most MAX_STEP tokens in all. Nothing changes on failure. ValueError, ContextFullError, BusyError.
     """
     if not batch:
         raise ValueError("no sequences to evaluate")

@@ -182,8 +182,18 @@ def by_expert(values, experts):
 
 def test_tapping_changes_nothing(open_model):
     model, ids = open_model(PRO), tokens(PRO, 20)
-    plain = model.session(32).eval(ids)
-    np.testing.assert_array_equal(model.session(32).eval(ids, tap=cext.Tap({"l_out-1": None})), plain)
+    plain = model.session(32).eval(ids, "all")
+    np.testing.assert_array_equal(model.session(32).eval(ids, "all", tap=cext.Tap({"l_out-1": None})), plain)
+
+
+@pytest.mark.parametrize("n", (2, 33, 70))
+def test_last_logits_alone(open_model, n):
+    """With one row of logits wanted, the last block runs for one token: the same logits, and the same cache behind it."""
+    model, ref = open_model(LITE), reference(LITE)
+    ids, _ = firm_prompt(ref, LITE, n + 3, 0)
+    all_rows, last_row = model.session(n + 3, kv_type="f32"), model.session(n + 3, kv_type="f32")
+    assert_close(last_row.eval(ids[:n]), all_rows.eval(ids[:n], "all")[-1])
+    assert_close(last_row.eval(ids[n:], "all"), all_rows.eval(ids[n:], "all"))
 
 
 @pytest.mark.parametrize("spec", (LITE, PRO, V3), ids=lambda s: s.name)

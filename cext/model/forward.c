@@ -18,7 +18,18 @@ static ds_lane lane_of(const ds_worker *worker, const ds_step *step) {
     return lane;
 }
 
-/* The residual stream of the lane's tokens, and the rotary angles of their positions. */
+/* Where the step's tokens stand: the rotary angles of their positions, and attention's plan. */
+static void place(const ds_step *s) {
+    ds_attend_plan_step(s);
+    for (int i = 0; i < s->n_spans; i++) {
+        const ds_span *span = &s->spans[i];
+        for (int t = 0; t < span->n; t++) {
+            ds_rope_angles(s->rope, span->pos + t, s->scratch->rope + (size_t)(span->first + t) * (size_t)s->config->rope_dim);
+        }
+    }
+}
+
+/* The residual stream of the lane's tokens. */
 static void enter(const ds_lane *lane) {
     const ds_step *s = lane->step;
     size_t d = (size_t)s->config->n_embd;
@@ -28,14 +39,21 @@ static void enter(const ds_lane *lane) {
         if (s->ids) s->kern->dequantize[e->format]((int64_t)d, e->data + (size_t)s->ids[t] * e->row_bytes, x);
         else memcpy(x, s->x + (size_t)t * d, d * sizeof *x);
     }
-    if (lane->worker->ith != 0) return;
-    ds_attend_plan_step(s);
-    for (int i = 0; i < s->n_spans; i++) {
-        const ds_span *span = &s->spans[i];
-        for (int t = 0; t < span->n; t++) {
-            ds_rope_angles(s->rope, span->pos + t, s->scratch->rope + (size_t)(span->first + t) * (size_t)s->config->rope_dim);
-        }
+    if (lane->worker->ith == 0) place(s);
+}
+
+/* Go on with the tail: its rows of the residual stream move to the front. */
+static ds_lane enter_tail(const ds_lane *all) {
+    const ds_step *s = all->step, *tail = s->tail;
+    const size_t d = (size_t)s->config->n_embd;
+    ds_lane lane = lane_of(all->worker, tail);
+    ds_barrier(all->worker); /* nobody needs the other rows and their angles any more */
+    for (int t = 0; t < tail->n_tok && (lane.solo || lane.worker->ith == 0); t++) {
+        memmove(lane.x + (size_t)t * d, all->x + (size_t)s->logit_rows[t] * d, d * sizeof *lane.x);
     }
+    if (lane.worker->ith == 0) place(tail);
+    ds_barrier(all->worker);
+    return lane;
 }
 
 /* Final norm and head of the tokens whose logits are wanted. */
@@ -64,6 +82,11 @@ static void run(const ds_worker *worker, void *arg) {
     ds_barrier(worker); /* the angles and the plan */
     for (int il = s->weights->layer_begin; il < s->weights->layer_end; il++) {
         const ds_layer *layer = ds_weights_layer(s->weights, il);
+        if (s->tail && il + 1 == s->weights->layer_end) {
+            ds_mla_remember(&lane, layer, il);
+            if (!s->tail->n_tok) return;
+            lane = enter_tail(&lane);
+        }
         ds_mla(&lane, layer, il);
         ds_feed_forward(&lane, layer, il);
         ds_lane_tap(&lane, DS_TAP_L_OUT, il, lane.x, s->config->n_embd);
@@ -74,4 +97,33 @@ static void run(const ds_worker *worker, void *arg) {
     if (s->weights->output.data) leave(&lane);
 }
 
-void ds_step_run(ds_pool *pool, ds_step *step) { ds_pool_run(pool, run, step); }
+/* Fill `tail` with the tokens whose logits are wanted, if the others may stop before the last block and these are the
+ * last of their spans: one block less for them. A tap wants every row. Returns whether it did. */
+static bool cut_tail(const ds_step *step, ds_step *tail, ds_span *spans) {
+    int taken = 0;
+    if (step->tap || step->x_out || step->n_logits == step->n_tok) return false;
+    *tail = *step;
+    tail->ids = NULL, tail->logit_rows = NULL, tail->spans = spans, tail->n_spans = 0, tail->n_tok = step->n_logits;
+    for (int i = 0; i < step->n_spans; i++) {
+        const ds_span *all = &step->spans[i];
+        ds_span *s = &spans[tail->n_spans];
+        *s = (ds_span){.kv = all->kv, .first = taken};
+        while (taken < step->n_logits && step->logit_rows[taken] < all->first + all->n) {
+            if (step->logit_rows[taken] < all->first) return false;
+            taken++, s->n++;
+        }
+        s->pos = all->pos + all->n - s->n;
+        if (!s->n) continue;
+        if (step->logit_rows[s->first] != all->first + all->n - s->n) return false;
+        tail->n_spans++;
+    }
+    return taken == step->n_logits;
+}
+
+void ds_step_run(ds_pool *pool, ds_step *step) {
+    ds_step tail;
+    ds_span spans[DS_CHUNK];
+    if (cut_tail(step, &tail, spans)) step->tail = &tail;
+    ds_pool_run(pool, run, step);
+    step->tail = NULL;
+}

@@ -7,8 +7,8 @@
 
 #include "model/lane.h"
 
-/* Down-projections, then the query's up-projection; the lane's tokens' c_kv and k_pe go into the cache. */
-static void project(const ds_lane *lane, const ds_layer *l, int il) {
+/* The latents' down-projection and, if queries are wanted, theirs (or all of theirs, where the model has one only). */
+static void project(const ds_lane *lane, const ds_layer *l, int il, bool queries) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
     ds_scratch *b = s->scratch;
@@ -17,12 +17,12 @@ static void project(const ds_lane *lane, const ds_layer *l, int il) {
     ds_job jobs[2];
     const ds_act *act;
     ds_lane_norm(lane, c->n_embd, lane->x, l->attn_norm, lane->xn);
-    act = ds_lane_pack(lane, ds_kind_of(first) | ds_kind_of(&l->kv_a), c->n_embd, lane->xn, &lane->own->act_x, &b->act_x);
+    act = ds_lane_pack(lane, (queries ? ds_kind_of(first) : 0) | ds_kind_of(&l->kv_a), c->n_embd, lane->xn, &lane->own->act_x, &b->act_x);
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_ATTN_NORM, il, lane->xn, c->n_embd);
-    jobs[0] = ds_cpu_job(first, first->data, ds_act_for(act, first), s->n_tok, q_out, (size_t)first->rows);
-    jobs[1] = ds_cpu_job(&l->kv_a, l->kv_a.data, ds_act_for(act, &l->kv_a), s->n_tok, b->kv_a, (size_t)ds_kv_width(c));
-    ds_cpu_mul(lane->worker, s->kern, jobs, 2);
+    jobs[0] = ds_cpu_job(&l->kv_a, l->kv_a.data, ds_act_for(act, &l->kv_a), s->n_tok, b->kv_a, (size_t)ds_kv_width(c));
+    jobs[1] = ds_cpu_job(first, first->data, ds_act_for(act, first), s->n_tok, q_out, (size_t)first->rows);
+    ds_cpu_mul(lane->worker, s->kern, jobs, queries ? 2 : 1);
     ds_barrier(lane->worker);
 }
 
@@ -79,8 +79,13 @@ static void output(const ds_lane *lane, const ds_layer *l, int il) {
     ds_lane_tap(lane, DS_TAP_FFN_INP, il, lane->x, c->n_embd);
 }
 
+void ds_mla_remember(const ds_lane *lane, const ds_layer *layer, int il) {
+    project(lane, layer, il, false);
+    store_latent(lane, layer, il);
+}
+
 void ds_mla(const ds_lane *lane, const ds_layer *layer, int il) {
-    project(lane, layer, il);
+    project(lane, layer, il, true);
     store_latent(lane, layer, il);
     ds_lane_tap(lane, DS_TAP_KV_A_NORM, il, lane->step->scratch->kv_a, ds_kv_width(lane->step->config));
     project_q(lane, layer, il);

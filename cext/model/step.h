@@ -90,6 +90,7 @@ typedef struct ds_step {
     float *logits;          /* (n_logits, n_vocab) */
     float *x_out;           /* (n_tok, n_embd) or NULL: the last block's output */
     ds_tap *tap;            /* or NULL */
+    const struct ds_step *tail; /* the tokens whose last block is read, as a step of their own; NULL: all of them */
 } ds_step;
 
 /* A worker's part in a step. */
@@ -104,6 +105,8 @@ typedef struct ds_lane {
 
 /* Attention and feed-forward of block il: read and update lane->x (owned rows). */
 void ds_mla(const ds_lane *lane, const ds_layer *layer, int il);
+/* Only what later tokens need of these: their latents into the cache of block il. */
+void ds_mla_remember(const ds_lane *lane, const ds_layer *layer, int il);
 void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il);
 
 /* Run the step on the pool. */
