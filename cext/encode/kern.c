@@ -1,84 +1,139 @@
 /* kern.c: the encoder's loops, compiled once per ISA (DS_ISA names it). Plain C that compilers make vectors of. */
 #include "encode/kern.h"
 
-#include <float.h>
+#include <stdbool.h>
 
-#include "encode/vec.h"
+#include "encode/lanes.h"
+#include "encode/block.h"
 #include "encode/start.h"
 #include "encode/solve.h"
 
-/* Blocks of a matrix's columns that are multiplied at a time, so that a piece of carry stays in the second-level cache. */
-enum { CARRY_ROWS = 256 };
+/* What is kept of a group of rows' block between sweeps. */
+typedef struct kept {
+    scales c;
+    int8_t v[WIDTH][LANES];
+} kept;
 
-/* t (n_rows, WIDTH) += e (n_rows, ld) at columns from..to times carry (rows from..to, columns first..first + n). */
-static void carry_errors(const ds_sweep *sweep, int n_rows, const float *e, int from, int to, int first, int n, float *t) {
-    const size_t ld = (size_t)sweep->n;
-    for (int k0 = from; k0 < to; k0 += CARRY_ROWS) {
-        const int k1 = k0 + CARRY_ROWS < to ? k0 + CARRY_ROWS : to;
-        int r = 0;
-        for (; r + 4 <= n_rows; r += 4)
-            for (int k = k0; k < k1; k += 4)
-                axpy4_rows4(n, e + (size_t)r * ld + k, ld, sweep->carry + (size_t)k * ld + first, ld, t + (size_t)r * WIDTH);
-        for (; r < n_rows; r++)
-            for (int k = k0; k < k1; k += 4) axpy4(n, e + (size_t)r * ld + k, sweep->carry + (size_t)k * ld + first, ld, t + (size_t)r * WIDTH);
-    }
-}
+enum { CARRY_ROWS = 256 }; /* of carry, packed at a time: with their errors they stay in the second-level cache */
 
-static void decode(const ds_grid *g, int n, const ds_choice *c, float *y) {
-    for (int i = 0; i < n; i++) y[i] = c->scale[i / g->sub] * value_of(g, c->q[i]) - c->min[i / g->sub];
-}
-
-/* One row's block in the first sweep, from scales that suit what each column will lose once those after it have carried
- * its error: it wins over starting from the diagonal of cov, and half a percent from the better of both. */
-static void solve_first(const block *b, const float *t, const ds_effort *effort, trial *x, best *out) {
-    start(b->grid, b->n, t, b->var, &x->c);
-    out->c = x->c; /* where scales overflow no loss is a number: the caller finds them in the bytes */
-    out->loss = FLT_MAX;
-    improve(b, t, effort, x, out);
-}
-
-/* And in a later one: from what it has. */
-static void solve_again(const block *b, const float *t, const ds_effort *effort, trial *x, best *out) {
-    x->c = out->c;
-    for (int i = 0; i < b->n; i++) x->v[i] = value_of(b->grid, x->c.q[i]);
-    out->loss = measure(b, t, x);
-    polish(b, effort->polish, x);
-    keep(x, dot(b->n, x->e, x->g), out);
-    if (refit(b, x)) keep(x, measure(b, t, x), out);
-    improve(b, t, effort, x, out);
-}
-
-static void sweep_block(const block *b, const ds_sweep *sweep, const ds_effort *effort, bool again, int first, const ds_encode_rows *rows,
-                        const ds_encode_work *work) {
-    const int n = b->n, i = first / WIDTH;
-    const size_t ld = (size_t)sweep->n, n_blocks = (ld + WIDTH - 1) / WIDTH;
-    trial x;
-    for (int r = 0; r < rows->n_rows; r++) memcpy(work->t + (size_t)r * WIDTH, rows->w + r * ld + first, (size_t)n * sizeof(float));
-    carry_errors(sweep, rows->n_rows, work->e, 0, first, first, n, work->t);
-    if (sweep->all) carry_errors(sweep, rows->n_rows, work->e, first + n, sweep->n, first, n, work->t);
-    for (int r = 0; r < rows->n_rows; r++) {
-        const float *t = work->t + (size_t)r * WIDTH, *w = rows->w + r * ld + first;
-        float *e = work->e + r * ld + first, y[WIDTH];
-        best found = {.c = work->choices[r * n_blocks + i]};
-        (again ? solve_again : solve_first)(b, t, effort, &x, &found);
-        work->choices[r * n_blocks + i] = found.c;
-        decode(b->grid, n, &found.c, y);
-        for (int k = 0; k < n; k++) e[k] = w[k] - y[k];
-    }
-}
-
-static void encode(const ds_grid *g, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort, const ds_encode_rows *rows,
-                   const ds_encode_work *work) {
+/* One call's memory: n_groups = ceil(n_rows / LANES), n_blocks = ceil(n / WIDTH). */
+typedef struct work {
     block b;
-    for (int i = 0; i < n_sweeps; i++) {
-        const ds_sweep *sweep = &sweeps[i];
-        for (int first = 0; first < sweep->n; first += WIDTH) {
-            block_open(&b, g, sweep, first, sweep->n - first < WIDTH ? sweep->n - first : WIDTH);
-            sweep_block(&b, sweep, effort, i > 0, first, rows, work);
+    solver s;
+    float carry[N_TILES][CARRY_ROWS][TILE];
+    lanes *w; /* (n_groups, WIDTH) the rows' block */
+    lanes *t; /* (n_groups, WIDTH) its targets */
+    lanes *e; /* (n_groups, n) errors so far; zeros at first */
+    kept *k;  /* (n_groups, n_blocks) */
+} work;
+
+static size_t groups_of(int n_rows) { return ((size_t)n_rows + LANES - 1) / LANES; }
+static size_t blocks_of(int n) { return ((size_t)n + WIDTH - 1) / WIDTH; }
+
+static size_t work_bytes(int n, int n_rows) {
+    const size_t groups = groups_of(n_rows);
+    return sizeof(work) + groups * (2 * WIDTH * sizeof(lanes) + (size_t)n * sizeof(lanes) + blocks_of(n) * sizeof(kept));
+}
+
+static work *work_open(void *memory, int n, int n_rows) {
+    const size_t groups = groups_of(n_rows);
+    work *a = memory;
+    a->w = (lanes *)(a + 1);
+    a->t = a->w + groups * WIDTH;
+    a->e = a->t + groups * WIDTH;
+    a->k = (kept *)(a->e + groups * (size_t)n);
+    memset(a->e, 0, groups * (size_t)n * sizeof *a->e);
+    return a;
+}
+
+/* t += e at columns from..to times carry (rows from..to, columns first..first + n). */
+static void carry_errors(const ds_sweep *sweep, int n_rows, int from, int to, int first, int n, work *a) {
+    const size_t ld = (size_t)sweep->n, groups = groups_of(n_rows);
+    for (int k0 = from; k0 < to; k0 += CARRY_ROWS) {
+        const int n_k = to - k0 < CARRY_ROWS ? to - k0 : CARRY_ROWS;
+        for (int k = 0; k < n_k; k++)
+            for (int c = 0; c < n; c += TILE)
+                memcpy(a->carry[c / TILE][k], sweep->carry + (size_t)(k0 + k) * ld + (size_t)(first + c), sizeof a->carry[0][0]);
+        for (size_t i = 0; i < groups; i++)
+            for (int c = 0; c < n; c += TILE) add_products(n_k, a->e + i * ld + k0, a->carry[c / TILE], a->t + i * WIDTH + c);
+    }
+}
+
+static void take(const block *b, const kept *k, best *found) {
+    found->c = k->c;
+    for (int i = 0; i < b->n; i++)
+        for (int l = 0; l < LANES; l++) ((float *)&found->v[i])[l] = (float)k->v[i][l];
+}
+
+static void leave(const block *b, const best *found, kept *k) {
+    k->c = found->c;
+    for (int i = 0; i < b->n; i++)
+        for (int l = 0; l < LANES; l++) k->v[i][l] = (int8_t)((const float *)&found->v[i])[l];
+}
+
+static void sweep_block(const ds_sweep *sweep, const ds_effort *effort, bool again, int first, const ds_encode_rows *rows, work *a) {
+    const block *b = &a->b;
+    const int n = b->n;
+    const size_t ld = (size_t)sweep->n, groups = groups_of(rows->n_rows);
+    for (size_t i = 0; i < groups; i++) {
+        const int left = rows->n_rows - (int)i * LANES;
+        rows_to_lanes(n, left < LANES ? left : LANES, rows->w + i * LANES * ld + first, ld, a->w + i * WIDTH);
+        memcpy(a->t + i * WIDTH, a->w + i * WIDTH, (size_t)n * sizeof *a->t);
+    }
+    carry_errors(sweep, rows->n_rows, 0, first, first, n, a);
+    if (sweep->all) carry_errors(sweep, rows->n_rows, first + n, sweep->n, first, n, a);
+    for (size_t i = 0; i < groups; i++) {
+        const int left = rows->n_rows - (int)i * LANES;
+        kept *k = a->k + i * blocks_of(sweep->n) + first / WIDTH;
+        lanes *e = a->e + i * ld + first;
+        solver *s = &a->s;
+        memcpy(s->t, a->t + i * WIDTH, (size_t)n * sizeof *s->t);
+        if (again) take(b, k, &s->found);
+        (again ? solve_again : solve_first)(b, effort, left < LANES ? left : LANES, s);
+        leave(b, &s->found, k);
+        for (int c = 0; c < n; c++) {
+            const int run = c / b->grid->sub;
+            e[c] = a->w[i * WIDTH + (size_t)c] - (s->found.v[c] * s->found.c.scale[run] - s->found.c.min[run]);
         }
     }
 }
 
+/* The code of every value of a grid, from -128 on. */
+static void list_codes(const ds_grid *g, int8_t codes[256]) {
+    for (int code = g->q_min; code <= g->q_max; code++) codes[128 + (int)value_of(g, code)] = (int8_t)code;
+}
+
+static void write_rows(ds_format format, int n, const ds_encode_rows *rows, const work *a) {
+    const ds_grid *g = ds_grid_of(format);
+    const size_t row_bytes = ds_row_bytes(format, n), step = ds_row_bytes(format, WIDTH), n_blocks = blocks_of(n);
+    int8_t codes[256] = {0};
+    list_codes(g, codes);
+    for (int r = 0; r < rows->n_rows; r++)
+        for (size_t i = 0; i < n_blocks; i++) {
+            const int l = r % LANES, left = n - (int)i * WIDTH, width = left < WIDTH ? left : WIDTH;
+            const kept *k = a->k + (size_t)(r / LANES) * n_blocks + i;
+            ds_choice c = {.d = k->c.d[l], .dmin = k->c.dmin[l]};
+            for (int s = 0; s < width / g->sub; s++) {
+                c.sc[s] = (int)k->c.sc[s][l], c.m[s] = (int)k->c.m[s][l];
+                c.scale[s] = k->c.scale[s][l], c.min[s] = k->c.min[s][l];
+            }
+            for (int j = 0; j < width; j++) c.q[j] = codes[128 + k->v[j][l]];
+            ds_pack(format, width, &c, (char *)rows->out + (size_t)r * row_bytes + i * step);
+        }
+}
+
+static void encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort, const ds_encode_rows *rows, void *memory) {
+    work *a = work_open(memory, sweeps[0].n, rows->n_rows);
+    for (int i = 0; i < n_sweeps; i++) {
+        const ds_sweep *sweep = &sweeps[i];
+        for (int first = 0; first < sweep->n; first += WIDTH) {
+            block_open(&a->b, ds_grid_of(format), sweep, first, sweep->n - first < WIDTH ? sweep->n - first : WIDTH);
+            sweep_block(sweep, effort, i > 0, first, rows, a);
+        }
+    }
+    write_rows(format, sweeps[0].n, rows, a);
+}
+
 #define DS_NAME2(isa) ds_encode_##isa
 #define DS_NAME(isa) DS_NAME2(isa)
-const ds_encode_fn DS_NAME(DS_ISA) = encode;
+const ds_encode_loops DS_NAME(DS_ISA) = {work_bytes, encode};
