@@ -82,13 +82,13 @@ static void act_pack_tiled(int t, int n_tok, int k, const float *x, void *act) {
 }
 
 /* Callers pack parts of the tokens into one buffer sized for all of them: no part may need more than its share. */
-static size_t act_bytes(ds_act_kind kind, int n_tok, int k) {
+size_t DS_OF(act_bytes)(ds_act_kind kind, int n_tok, int k) {
     if (kind == DS_ACT_F32) return act_round_up((size_t)n_tok * (size_t)k * sizeof(float), DS_ACT_ALIGN);
     const size_t rows = act_rows_bytes(n_tok, k), tiles = act_tiles_bytes(n_tok, k);
     return act_round_up(rows > tiles ? rows : tiles, DS_ACT_ALIGN);
 }
 
-static void act_pack(ds_act_kind kind, int tok_begin, int tok_end, int n_tok, int k, const float *x, size_t ldx,
+void DS_OF(act_pack)(ds_act_kind kind, int tok_begin, int tok_end, int n_tok, int k, const float *x, size_t ldx,
                      const int32_t *rows, void *act) {
     for (int t = tok_begin; t < tok_end; t++) {
         const float *row = x + (size_t)(rows ? rows[t] : t) * ldx;

@@ -25,14 +25,14 @@ DS_INLINE query_pack query_at(ds_row_kind kind, int n_rows, int n, int n_tail, c
     return q;
 }
 
-static void query_put(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x, float scale, void *pack) {
+void DS_OF(query_put)(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x, float scale, void *pack) {
     const query_pack q = query_at(kind, n_rows, n, n_tail, pack);
     scale *= 0x1.715476p+0f; /* log2 e: a score is then an exponent of 2 */
     if (kind == DS_ROWS_F32) {
         panel_put_f32(n + n_tail, n_rows, i, x, q.panel);
         q.scale[i] = scale;
     } else if (kind == DS_ROWS_Q8) {
-        rotate(n, x);
+        DS_OF(rotate)(n, x);
         q.scale[i] = scale * panel_put_i8(n, n_rows, i, x, q.panel);
         q.tail_scale[i] = scale * panel_put_i16(n_tail, n_rows, i, x + n, q.tail);
     } else {
@@ -280,7 +280,7 @@ DS_INLINE void attend_limits(const ds_attend *job, int *least, int *most) {
     if (*most > job->n_pos) *most = job->n_pos;
 }
 
-static void attend(const ds_attend *job) {
+void DS_OF(attend)(const ds_attend *job) {
     const ds_row_kind kind = job->keys.kind;
     const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
     attend_block b = {.job = job,

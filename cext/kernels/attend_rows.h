@@ -55,7 +55,7 @@ DS_INLINE void rotate_lanes(int n_vecs, float *x) {
 
 /* x times an orthogonal and symmetric matrix: Walsh-Hadamard over blocks of the largest power of two in n. An outlier
  * spreads over its block, so that one scale serves a whole row; twice is the identity. */
-static void rotate(int n, float *x) {
+void DS_OF(rotate)(int n, float *x) {
     const int block = n & -n, n_vecs = n / DS_LANES, done = block >= DS_LANES ? DS_LANES : 1;
     for (int i = 0; i < n_vecs && done > 1; i += DS_LANES)
         rotate_lanes(n_vecs - i < DS_LANES ? n_vecs - i : DS_LANES, x + i * DS_LANES);
@@ -141,14 +141,14 @@ DS_INLINE void rows_put_head(const ds_rows *rows, int i, int n, const float *x) 
 }
 
 /* Store x (n + n_tail) as row i; x is overwritten where rows are rotated. */
-static void rows_put(const ds_rows *rows, int i, int n, int n_tail, float *x) {
+void DS_OF(rows_put)(const ds_rows *rows, int i, int n, int n_tail, float *x) {
     char *row = (char *)rows->data + (size_t)i * rows->row_bytes;
     if (rows->kind == DS_ROWS_F32) {
         memcpy(row, x, (size_t)(n + n_tail) * sizeof *x);
     } else if (rows->kind == DS_ROWS_I16) {
         rows->scale[i] = i16_put(n + n_tail, x, (int16_t *)(void *)row);
     } else {
-        rotate(n, x);
+        DS_OF(rotate)(n, x);
         rows_put_head(rows, i, n, x);
         rows->tail_scale[i] = i16_put(n_tail, x + n, rows->tail + (size_t)i * ds_row_pad(n_tail));
     }

@@ -31,7 +31,7 @@ DS_INLINE void expand_put_column(ds_row_kind from, int rank, float *x, int n_col
         scale[col] = panel_put_i16(rank, n_cols, col, x, panel);
         return;
     }
-    rotate(rank, x);
+    DS_OF(rotate)(rank, x);
     scale[col] = panel_put_i8(rank, n_cols, col, x, panel);
 }
 
@@ -64,11 +64,11 @@ DS_INLINE void expand_columns(int rank, int n_cols, int col, int n, const float 
     }
 }
 
-static void expand_weights(const ds_expand_weights *job) {
+void DS_OF(expand_weights)(const ds_expand_weights *job) {
     const expand_pack e = expand_at(job->from, job->rank, job->k_dim, job->v_dim, job->out);
     memset(job->out, 0, ds_expand_weights_bytes(job->from, job->rank, job->k_dim, job->v_dim));
     if (job->from == DS_ROWS_Q8) {
-        for (int r = 0; r < job->rank; r++) rotate(job->k_dim, job->k_b + (size_t)r * (size_t)job->k_dim);
+        for (int r = 0; r < job->rank; r++) DS_OF(rotate)(job->k_dim, job->k_b + (size_t)r * (size_t)job->k_dim);
         rotate_columns(job->v_dim, job->rank, job->v_b);
     }
     for (int col = 0; col < job->k_dim; col += DS_LANES) {
@@ -126,10 +126,10 @@ DS_INLINE void expand_i16(const ds_expand *job, const expand_pack *e) {
     expand_product(job, e, false, floats, ld);
     for (int j = 0; j < job->n_pos; j++) {
         expand_tail(job, j, floats + (size_t)j * ld + job->k_dim);
-        rows_put(&job->keys, j, job->k_dim + job->n_tail, 0, floats + (size_t)j * ld);
+        DS_OF(rows_put)(&job->keys, j, job->k_dim + job->n_tail, 0, floats + (size_t)j * ld);
     }
     expand_product(job, e, true, floats, ld);
-    for (int j = 0; j < job->n_pos; j++) rows_put(&job->values, j, job->v_dim, 0, floats + (size_t)j * ld);
+    for (int j = 0; j < job->n_pos; j++) DS_OF(rows_put)(&job->values, j, job->v_dim, 0, floats + (size_t)j * ld);
 }
 
 DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
@@ -144,7 +144,7 @@ DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->values, j, job->v_dim, floats + (size_t)j * ld);
 }
 
-static void expand(const ds_expand *job) {
+void DS_OF(expand)(const ds_expand *job) {
     const expand_pack e = expand_at(job->latents.kind, job->rank, job->k_dim, job->v_dim, job->weights);
     if (job->latents.kind == DS_ROWS_F32) expand_f32(job, &e);
     else if (job->latents.kind == DS_ROWS_I16) expand_i16(job, &e);

@@ -1,14 +1,6 @@
 /* float_ops.h: operations on single rows of floats: norms, softmax, activation, conversion. */
 #pragma once
 
-/* Run `full` for each whole vector and `tail` for the rest, where i is the index and n - i the number left over. */
-#define DS_FOR_LANES(i, n, full, tail)                     \
-    do {                                                   \
-        int i = 0;                                         \
-        for (; i + DS_LANES <= (n); i += DS_LANES) { full } \
-        if (i < (n)) { tail }                              \
-    } while (0)
-
 /* The sum of squares in double: neither overflow nor lost small values at any width. */
 static double sum_of_squares(int n, const float *x) {
     double s[8] = {0};
@@ -57,12 +49,6 @@ static float exp_sum(int n, float max, float *x) {
                      for (int j = i; j < n; j++) tail_sum += x[j];
                  });
     return vf_sum(sum) + tail_sum;
-}
-
-static void scale_row(int n, float scale, float *x) {
-    const vf s = vf_set(scale);
-    DS_FOR_LANES(i, n, { vf_store(x + i, vf_mul(vf_load(x + i), s)); },
-                 { vf_store_n(x + i, vf_mul(vf_load_n(x + i, n - i), s), n - i); });
 }
 
 static void softmax(int n, float *x) {

@@ -1,4 +1,4 @@
-/* kernels.h: the numeric contract. One table of pure functions per ISA, all compiled from kern.c.
+/* kernels.h: the numeric contract. One table of pure functions per ISA, all compiled from one source (kern.h).
  *
  * A kernel allocates nothing, starts no thread, logs nothing and knows no layer. Integer block sums are bit-equal on
  * every ISA; float results differ by rounding only. A result does not depend on how rows are split between calls as long

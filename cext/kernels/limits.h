@@ -4,7 +4,7 @@
 #if DS_HAS_DOTS
 
 /* XOR of all bytes at p, read once in order. */
-static uint32_t read_all(size_t n_bytes, const void *p) {
+uint32_t DS_OF(read_all)(size_t n_bytes, const void *p) {
     const char *at = p;
     vi x[8];
     DS_UNROLL
@@ -24,7 +24,7 @@ static uint32_t read_all(size_t n_bytes, const void *p) {
 }
 
 /* The inner loop of panels and nothing else, on data in L1. Returns the number of multiply-adds. */
-static int64_t dot_peak(int n_rounds) {
+int64_t DS_OF(dot_peak)(int n_rounds) {
     DS_ALIGNED uint8_t w[8][DS_PANEL_ROWS][4];
     DS_ALIGNED int8_t x[8 * DS_TILE_TOKENS * 4];
     memset(w, 1, sizeof w);
@@ -45,7 +45,7 @@ static int64_t dot_peak(int n_rounds) {
 
 #else
 
-static uint32_t read_all(size_t n_bytes, const void *p) {
+uint32_t DS_OF(read_all)(size_t n_bytes, const void *p) {
     uint32_t sum = 0, x;
     for (size_t i = 0; i + sizeof x <= n_bytes; i += sizeof x) {
         memcpy(&x, (const char *)p + i, sizeof x);
@@ -54,7 +54,7 @@ static uint32_t read_all(size_t n_bytes, const void *p) {
     return sum;
 }
 
-static int64_t dot_peak(int n_rounds) {
+int64_t DS_OF(dot_peak)(int n_rounds) {
     int8_t q[256], x[256];
     int32_t sum = 0;
     memset(q, 1, sizeof q);

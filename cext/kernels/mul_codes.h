@@ -39,7 +39,7 @@ DS_INLINE void mul_codes(const ds_mul *job, int block_elements, size_t block_byt
 
 #define MUL_CODES(id)                                                                                          \
     DS_INLINE void decode_##id(const void *block, ds_codes *codes) { ds_codes_##id(block, codes); }            \
-    static void mul_##id(const ds_mul *job) {                                                            \
+    void DS_OF(mul_##id)(const ds_mul *job) {                                                                  \
         mul_codes(job, (int)(DS_ELEMENTS_##id), sizeof(ds_block_##id), decode_##id);                           \
     }
 DS_CODED_FORMATS(MUL_CODES)

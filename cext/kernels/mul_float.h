@@ -38,6 +38,6 @@ DS_INLINE void mul_kind(float_kind kind, const ds_mul *job) {
             job->y[(size_t)t * job->ldy + (size_t)(job->row_begin + r)] = dot_kind(kind, job->k, w, x + (size_t)t * (size_t)job->k);
 }
 
-static void mul_F32(const ds_mul *job) { mul_kind(KIND_F32, job); }
-static void mul_F16(const ds_mul *job) { mul_kind(KIND_F16, job); }
-static void mul_BF16(const ds_mul *job) { mul_kind(KIND_BF16, job); }
+void DS_OF(mul_F32)(const ds_mul *job) { mul_kind(KIND_F32, job); }
+void DS_OF(mul_F16)(const ds_mul *job) { mul_kind(KIND_F16, job); }
+void DS_OF(mul_BF16)(const ds_mul *job) { mul_kind(KIND_BF16, job); }

@@ -1,4 +1,4 @@
-/* vecmath.h: elementary functions on vectors of floats. */
+/* vecmath.h: elementary functions on vectors of floats, and how to run them over rows. */
 #pragma once
 
 /* e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln(2)/2, e^r by a minimax polynomial (3e-9), times 2^n.
@@ -32,4 +32,18 @@ DS_INLINE vf vf_exp2(vf x) {
     p = vf_fma(p, r, vf_set(0x1.ebf9bcp-3f));
     p = vf_fma(p, r, vf_set(0x1.62e42ap-1f));
     return vf_ldexp(vf_fma(p, r, vf_set(1.0f)), n);
+}
+
+/* Run `full` for each whole vector and `tail` for the rest, where i is the index and n - i the number left over. */
+#define DS_FOR_LANES(i, n, full, tail)                     \
+    do {                                                   \
+        int i = 0;                                         \
+        for (; i + DS_LANES <= (n); i += DS_LANES) { full } \
+        if (i < (n)) { tail }                              \
+    } while (0)
+
+DS_INLINE void scale_row(int n, float scale, float *x) {
+    const vf s = vf_set(scale);
+    DS_FOR_LANES(i, n, { vf_store(x + i, vf_mul(vf_load(x + i), s)); },
+                 { vf_store_n(x + i, vf_mul(vf_load_n(x + i, n - i), s), n - i); });
 }
