@@ -37,7 +37,7 @@ DECODERS = {
 IGNORES_IMPORTANCE = (*FLOAT_TYPES, Type.Q8_0)
 # Of these, ggml's encoders end the process where they meet a value that is not finite or whose square is not.
 GRID_TYPES = (Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S)
-FED_BACK = (*feedback.TYPES, *GRID_TYPES)  # what a covariance changes the encoding of
+FED_BACK = feedback.TYPES  # what a covariance changes the encoding of
 NEED_IMPORTANCE = (Type.IQ2_XXS, Type.IQ2_XS)
 GRID_MAX = 1e6
 F16_MAX = 65504.0
@@ -156,21 +156,8 @@ class Encoder:
         assert covariance.sweeps is not None
         for run, sweeps in zip(feedback.chunks(covariance.n), covariance.sweeps, strict=True):
             part = out[:, row_bytes(type_, run.start) : row_bytes(type_, run.stop)]
-            encode = self._feed_back_blocks if type_ in GRID_TYPES else self._feed_back_run
-            part[...] = encode(np.ascontiguousarray(rows[:, run]), type_, sweeps)
+            part[...] = self._feed_back_run(np.ascontiguousarray(rows[:, run]), type_, sweeps)
         _validate(type_, out)
-
-    def _feed_back_blocks(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
-        """ggml's encoder, block by block, on what the blocks before have left to those after."""
-        _, carry, cov, _, _ = sweeps[0]
-        out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-        errors = np.zeros_like(rows)
-        for start in range(0, rows.shape[1], feedback.BLOCK):
-            at = slice(start, start + feedback.BLOCK)
-            data = self.encode(rows[:, at] + errors[:, :start] @ carry[:start, at], type_, cov[at].diagonal())
-            errors[:, at] = rows[:, at] - self.decode(data, type_, feedback.BLOCK)
-            out[:, row_bytes(type_, start) : row_bytes(type_, at.stop)] = data
-        return out
 
     def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
         out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)

@@ -24,6 +24,7 @@ Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all
 TYPES = (
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL,
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS,
+    Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
 )  # fmt: skip
 BLOCK = 256  # columns that are solved together: DS_ENCODE_WIDTH
 # Wider inputs get one covariance for each so many channels, and none between them: 16,384 channels would take 1 GB, and

@@ -13,7 +13,7 @@ from ref.gptq import gptq, loss
 
 from cext import _engine
 from quantize import feedback
-from quantize.encode import GRID_TYPES, Encoder, row_bytes
+from quantize.encode import Encoder, row_bytes
 from quantize.errors import QuantizeError
 from quantize.feedback import Covariance
 
@@ -63,16 +63,6 @@ def test_loss_is_below_plain_encoding_s(type_: Type, n: int) -> None:
         h = tokens.T.astype(np.float64) @ tokens
         assert loss(w, q, h).sum() < most * loss(w, p, h).sum()
     assert (loss(w, q, damped(own)) <= loss(w, p, damped(own))).all()  # row by row
-
-
-@pytest.mark.parametrize("type_", GRID_TYPES, ids=lambda t: t.name)
-def test_grid_types_carry_errors_between_blocks(type_: Type) -> None:
-    x, w = inputs(512, 2048), matrix(6, 512)
-    data = encode(w, type_, Covariance.of(x))
-    h = x.T.astype(np.float64) @ x
-    q = gguf.quants.dequantize(data, type_)
-    assert loss(w, q, h).sum() < 0.9 * loss(w, plain(w, type_, x), h).sum()
-    np.testing.assert_array_equal(encode(w, type_, Covariance.of(x), threads=3), data)
 
 
 @ALL

@@ -5,6 +5,7 @@
 
 #include "encode/lanes.h"
 #include "encode/block.h"
+#include "encode/points.h"
 #include "encode/start.h"
 #include "encode/solve.h"
 
@@ -106,8 +107,11 @@ static void list_codes(const ds_grid *g, int8_t codes[256]) {
 static void write_rows(ds_format format, int n, const ds_encode_rows *rows, const work *a) {
     const ds_grid *g = ds_grid_of(format);
     const size_t row_bytes = ds_row_bytes(format, n), step = ds_row_bytes(format, WIDTH), n_blocks = blocks_of(n);
+    const int point_width = g->points ? g->points->width : 0;
     int8_t codes[256] = {0};
+    point_table points;
     list_codes(g, codes);
+    if (g->points) list_points(g->points, &points);
     for (int r = 0; r < rows->n_rows; r++)
         for (size_t i = 0; i < n_blocks; i++) {
             const int l = r % LANES, left = n - (int)i * WIDTH, width = left < WIDTH ? left : WIDTH;
@@ -117,7 +121,8 @@ static void write_rows(ds_format format, int n, const ds_encode_rows *rows, cons
                 c.sc[s] = (int)k->c.sc[s][l], c.m[s] = (int)k->c.m[s][l];
                 c.scale[s] = k->c.scale[s][l], c.min[s] = k->c.min[s][l];
             }
-            for (int j = 0; j < width; j++) c.q[j] = codes[128 + k->v[j][l]];
+            for (int j = 0; j < width; j++) c.q[j] = g->points ? k->v[j][l] : codes[128 + k->v[j][l]];
+            for (int j = 0; g->points && j < width; j += point_width) c.point[j / point_width] = points.number[key_of(&points, point_width, &k->v[j][l], LANES)];
             ds_pack(format, width, &c, (char *)rows->out + (size_t)r * row_bytes + i * step);
         }
 }

@@ -39,6 +39,15 @@ typedef struct solver {
     lanes t[WIDTH];
 } solver;
 
+/* Points for the targets of a tile, whose columns are taken for independent: v. */
+DS_INLINE void choose_points(const block *b, int first, lanes inv, const lanes *target, trial *x) {
+    float own[2 * MOST_POINTS];
+    lanes y[TILE];
+    own_costs_of(b->grid->points, b->var + first, own);
+    for (int c = 0; c < TILE; c++) y[c] = target[c] * inv;
+    snap_points(b->grid->points, y, b->var + first, own, x->v + first);
+}
+
 /* Codes under the scales of x, column by column; fills v, e, g and the loss. With u_j = e_j + sum_{i<j} e_i tri_ij, what is
  * left at a column of the target and of what was carried to it, loss = sum var_j u_j^2 and g_i = sum_j tri_ij var_j u_j. */
 DS_INLINE void choose(const block *b, const lanes *t, trial *x) {
@@ -50,9 +59,10 @@ DS_INLINE void choose(const block *b, const lanes *t, trial *x) {
         lanes target[TILE];
         memcpy(target, t + first, sizeof target);
         add_products(first, x->e, tri, target);
+        if (b->grid->points) choose_points(b, first, inv, target, x);
         for (int c = 0; c < TILE; c++) {
             const int j = first + c;
-            const lanes v = snap(b, (target[c] + min) * inv), y = v * scale - min, u = target[c] - y, e = t[j] - y;
+            const lanes v = b->grid->points ? x->v[j] : snap(b, (target[c] + min) * inv), y = v * scale - min, u = target[c] - y, e = t[j] - y;
             x->v[j] = v;
             x->e[j] = e;
             x->g[j] = u * b->var[j];
@@ -122,8 +132,44 @@ DS_INLINE float polish_row(const block *b, int passes, const float *scale, float
     return gained;
 }
 
+/* Change the points of a tile in those rows where that lowers the loss. Whether any did. */
+DS_INLINE bool polish_points(const block *b, int first, trial *x) {
+    const lanes scale = x->c.scale[first / b->grid->sub], inv = inverse(scale);
+    float own[2 * MOST_POINTS], w[TILE];
+    lanes y[TILE], v[TILE], step[TILE], gain = splat(0.0f);
+    for (int c = 0; c < TILE; c++) {
+        w[c] = b->cov[(first + c) * WIDTH + first + c];
+        y[c] = x->v[first + c] + x->g[first + c] * inv * b->inverse[first + c];
+    }
+    own_costs_of(b->grid->points, w, own);
+    snap_points(b->grid->points, y, w, own, v);
+    for (int c = 0; c < TILE; c++) step[c] = (v[c] - x->v[first + c]) * scale;
+    for (int c = 0; c < TILE; c++) {
+        lanes pulled = 2.0f * x->g[first + c];
+        for (int k = 0; k < TILE; k++) pulled -= step[k] * b->cov[(first + c) * WIDTH + first + k];
+        gain += step[c] * pulled;
+    }
+    const mask better = gain > 0.0f;
+    if (!any(better)) return false;
+    for (int c = 0; c < TILE; c++) {
+        x->v[first + c] = pick(better, v[c], x->v[first + c]);
+        step[c] = pick(better, -step[c], splat(0.0f));
+    }
+    x->loss -= pick(better, gain, splat(0.0f));
+    for (int at = 0; at < b->n; at += TILE) add_products(TILE, step, b->all[at / TILE] + first, x->g + at);
+    return true;
+}
+
 DS_INLINE void polish(const block *b, int passes, int n_rows, trial *x, polishing *p) {
     if (passes == 0) return;
+    if (b->grid->points) {
+        bool changed = true;
+        for (int pass = 0; pass < passes && changed; pass++) {
+            changed = false;
+            for (int first = 0; first < b->n; first += TILE) changed |= polish_points(b, first, x);
+        }
+        return;
+    }
     lanes_to_rows(b->n, n_rows, x->v, p->v[0], WIDTH);
     lanes_to_rows(b->n, n_rows, x->g, p->g[0], WIDTH);
     for (int l = 0; l < n_rows; l++) {
@@ -180,7 +226,7 @@ DS_INLINE mask refit_run(const block *b, int s, trial *x, slopes *f) {
     for (int i = 0; i < (integer_min ? 2 : 1); i++) {
         const lanes bm = g->nested ? c->dmin * m : half(larger(want_b, splat(0.0f)));
         const lanes db = bm - c->min[s], want_a = c->scale[s] + (f->ga[s] + db * ab) * over;
-        const lanes sc = g->nested ? nearest_in(want_a * inv, (float)g->sc_min, (float)g->sc_max) : splat(0.0f);
+        const lanes sc = g->nested ? nearest_scale(g, want_a * inv) : splat(0.0f);
         const lanes am = g->nested ? c->d * sc : half(want_a), da = am - c->scale[s];
         const lanes gain = 2.0f * (da * f->ga[s] + db * f->gb[s] + da * db * ab) - da * da * aa - db * db * bb;
         const mask better = usable & (gain > most);
@@ -217,7 +263,7 @@ DS_INLINE mask refit_super(const block *b, trial *x, slopes *f) {
         db = pick(both, (gb * aa + ga * ab) / pick(both, det, splat(1.0f)), splat(0.0f));
         db = larger(db, -c->dmin);
     }
-    const lanes dmin = half(c->dmin + db), d = half(c->d + (ga + (dmin - c->dmin) * ab) * inverse(aa)), da = d - c->d;
+    const lanes dmin = half(c->dmin + db), d = held(b->grid, c->d + (ga + (dmin - c->dmin) * ab) * inverse(aa)), da = d - c->d;
     db = dmin - c->dmin;
     const lanes gain = 2.0f * (da * ga + db * gb + da * db * ab) - da * da * aa - db * db * bb;
     const mask better = usable & (gain > 0.0f);
