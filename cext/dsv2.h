@@ -34,6 +34,9 @@ size_t ds_session_bytes(const ds_session *session); /* of the cache, full */
 const char *ds_session_kv_type(const ds_session *session);
 /* Forget all but the first n tokens (0 <= n <= n_past). */
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err);
+/* Go on to n tokens by repeating those that the session holds: a context that says nothing and costs as much as any, for
+ * measurements at depth. */
+ds_status ds_session_repeat(ds_session *session, int n, ds_error *err);
 
 /* One sequence's share of a step: n >= 1 tokens appended to it. */
 typedef struct ds_input {

@@ -199,6 +199,14 @@ class Session:
             which, rows = (2, out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
             _engine.eval(self.model._handle, [(self._handle, chunk)], which, rows, taps, start)
 
+    def repeat(self, n: int) -> None:
+        """Go on to n tokens by repeating those held: for measuring at depth, where filling takes longer than measuring.
+
+        What such a context predicts means nothing. ArgumentError unless 1 <= n_past <= n <= n_ctx.
+        """
+        with self._alone():
+            _engine.session_repeat(self._handle, n)
+
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens; ArgumentError unless 0 <= n <= n_past."""
         with self._alone():

@@ -1,7 +1,8 @@
 """contender.py: one engine in a process of its own, measured on request. Run by benchmark.py; see there.
 
 Reads a line of JSON, runs it, writes a line of JSON. Tokens are drawn at random: every expert gets its share. A context
-is filled once and rewound after every measurement; a deeper one begins with it.
+is filled once and rewound after every measurement; a deeper one begins with it. A long one is a short one repeated:
+attention takes as long over such rows as over any others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SEED = 20240507
 PAUSE = 0.05  # seconds after which the workers of the engine that ran before sleep, and no longer spin
-BATCH = 512  # tokens that llama.cpp computes at once: its own default
+BATCH = 512  # tokens computed at once where a context is filled; llama.cpp's own default in its batches
 Ids = NDArray[np.int32]
 
 
@@ -69,7 +70,10 @@ class Ours:
     def fill(self, ids: Ids) -> None:
         for session in self._sessions:
             session.rewind(min(session.n_past, len(ids)))
-            if session.n_past < len(ids):
+            if len(ids) - session.n_past > 2 * BATCH:
+                session.eval(ids[session.n_past :][:BATCH])
+                session.repeat(len(ids))
+            elif session.n_past < len(ids):
                 session.eval(ids[session.n_past :])
 
     def eval(self, ids: Ids) -> None:

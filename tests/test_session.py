@@ -88,6 +88,35 @@ def test_rewind_out_of_range(model, n):
     assert session.n_past == 3
 
 
+@pytest.mark.parametrize("kv_type", ("f16", "q8_0", "f32"))
+def test_repeated_context(model, kv_type):
+    """However a context is lengthened, its rows are the first ones in turn; and these stay as they are."""
+    once, twice, plain = (model.session(24, kv_type=kv_type) for _ in range(3))
+    for session in (once, twice, plain):
+        session.eval([1, 2, 3, 4])
+    once.repeat(22)
+    twice.repeat(8)
+    twice.repeat(22)
+    assert once.n_past == twice.n_past == 22
+    long = once.eval([5])
+    np.testing.assert_array_equal(twice.eval([5]), long)
+    short = plain.eval([5])
+    assert np.abs(long - short).max() > 0.01 * np.abs(short).max()
+    once.rewind(4)
+    np.testing.assert_array_equal(once.eval([5]), short)
+
+
+@pytest.mark.parametrize("n", (-1, 2, 9, 1 << 40))
+def test_repeat_out_of_range(model, n):
+    session = model.session(8)
+    with pytest.raises((ValueError, OverflowError)):
+        session.repeat(4)
+    session.eval([1, 2, 3])
+    with pytest.raises((ValueError, OverflowError)):
+        session.repeat(n)
+    assert session.n_past == 3
+
+
 @pytest.mark.parametrize("options", ({"n_ctx": 0}, {"n_ctx": -5}, {"kv_type": "q3"}, {"n_ctx": 1 << 40}), ids=str)
 def test_session_arguments(model, options):
     with pytest.raises((ValueError, OverflowError)):

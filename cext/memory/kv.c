@@ -25,16 +25,19 @@ const char *ds_kv_type_name(ds_kv_type type) { return TYPES[type].name; }
 /* Bytes of each part of a layer's rows, on cache lines of their own. */
 enum { DATA, SCALE, TAIL, TAIL_SCALE, SUM, PARTS };
 
-static void part_sizes(const ds_rows *rows, size_t n_ctx, int n_tail, size_t sizes[PARTS]) {
+/* Of one row. */
+static void part_bytes(const ds_rows *rows, int n_tail, size_t bytes[PARTS]) {
     const bool scaled = rows->kind != DS_ROWS_F32, split = rows->kind == DS_ROWS_Q8;
-    const size_t row_bytes[PARTS] = {
-        [DATA] = rows->row_bytes,
-        [SCALE] = scaled ? sizeof *rows->scale : 0,
-        [TAIL] = split ? ds_row_pad(n_tail) * sizeof *rows->tail : 0,
-        [TAIL_SCALE] = split ? sizeof *rows->tail_scale : 0,
-        [SUM] = split ? sizeof *rows->sum : 0,
-    };
-    for (int i = 0; i < PARTS; i++) sizes[i] = (n_ctx * row_bytes[i] + DS_ACT_ALIGN - 1) / DS_ACT_ALIGN * DS_ACT_ALIGN;
+    bytes[DATA] = rows->row_bytes;
+    bytes[SCALE] = scaled ? sizeof *rows->scale : 0;
+    bytes[TAIL] = split ? ds_row_pad(n_tail) * sizeof *rows->tail : 0;
+    bytes[TAIL_SCALE] = split ? sizeof *rows->tail_scale : 0;
+    bytes[SUM] = split ? sizeof *rows->sum : 0;
+}
+
+static void part_sizes(const ds_rows *rows, size_t n_ctx, int n_tail, size_t sizes[PARTS]) {
+    part_bytes(rows, n_tail, sizes);
+    for (int i = 0; i < PARTS; i++) sizes[i] = (n_ctx * sizes[i] + DS_ACT_ALIGN - 1) / DS_ACT_ALIGN * DS_ACT_ALIGN;
 }
 
 ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_tail, ds_kv *out, ds_error *err) {
@@ -62,6 +65,20 @@ ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_
 void ds_kv_release(ds_kv *kv) {
     ds_pages_release(kv->data, kv->bytes);
     *kv = (ds_kv){0};
+}
+
+void ds_kv_repeat(ds_kv *kv, int n, int n_pos) {
+    size_t bytes[PARTS], sizes[PARTS];
+    part_bytes(&kv->shape, kv->n_tail, bytes);
+    part_sizes(&kv->shape, (size_t)kv->n_ctx, kv->n_tail, sizes);
+    for (int il = 0; il < kv->n_layer; il++) {
+        unsigned char *part = kv->data + (size_t)il * kv->layer_bytes;
+        for (int i = 0; i < PARTS; part += sizes[i++]) {
+            for (int pos = n; pos < n_pos; pos += n) {
+                memcpy(part + (size_t)pos * bytes[i], part, (size_t)(n_pos - pos < n ? n_pos - pos : n) * bytes[i]);
+            }
+        }
+    }
 }
 
 ds_rows ds_kv_rows(const ds_kv *kv, int il, int pos) {

@@ -27,5 +27,8 @@ const char *ds_kv_type_name(ds_kv_type type);
 ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_tail, ds_kv *out, ds_error *err);
 void ds_kv_release(ds_kv *kv);
 
+/* Rows [n, n_pos) of every layer become those of [0, n), over and over. n is at least 1, n_pos at most n_ctx. */
+void ds_kv_repeat(ds_kv *kv, int n, int n_pos);
+
 /* The rows of a layer from position pos on. */
 ds_rows ds_kv_rows(const ds_kv *kv, int il, int pos);

@@ -96,6 +96,16 @@ ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
     return DS_OK;
 }
 
+ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
+    if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
+    if (n < session->n_past || n > session->kv.n_ctx) {
+        return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n, session->n_past, session->kv.n_ctx);
+    }
+    ds_kv_repeat(&session->kv, session->n_past, n);
+    session->n_past = n;
+    return DS_OK;
+}
+
 static ds_status check_input(const ds_model *model, const ds_input *in, ds_error *err) {
     const ds_config *c = &model->core.config;
     const ds_session *s = in->session;

@@ -99,6 +99,20 @@ static PyObject *session_rewind(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *session_repeat(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int n;
+    ds_session *session;
+    ds_status st;
+    ds_error err;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n) || !(session = ds_py_borrow(capsule, DS_PY_SESSION))) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_session_repeat(session, n, &err);
+    Py_END_ALLOW_THREADS
+    if (st != DS_OK) return ds_py_raise(&err);
+    Py_RETURN_NONE;
+}
+
 /* The inputs of a step from [(session, ids buffer)]; views[i] holds the buffer of input i. Returns their number or -1. */
 static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
     Py_ssize_t n = PyList_Size(list);
@@ -152,5 +166,6 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_info", model_info, METH_O, NULL},               {"tap_shape", tap_shape, METH_VARARGS, NULL},
     {"session_open", session_open, METH_VARARGS, NULL},     {"session_close", session_close, METH_O, NULL},
     {"session_info", session_info, METH_O, NULL},           {"session_rewind", session_rewind, METH_VARARGS, NULL},
-    {"eval", eval, METH_VARARGS, NULL},                     {NULL, NULL, 0, NULL},
+    {"session_repeat", session_repeat, METH_VARARGS, NULL}, {"eval", eval, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };
