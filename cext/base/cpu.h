@@ -8,7 +8,7 @@ typedef struct ds_cpu {
     bool avxvnni;    /* the VEX-coded VNNI of consumer processors */
     bool avx512vnni; /* AVX-512 F, BW, DQ, VL, VNNI with ZMM state saved */
     bool avx512bf16;
-    bool neon, dotprod, i8mm;
+    bool neon, dotprod, i8mm; /* ARM: Advanced SIMD, its dot instructions of 8.2, its matrix ones of 8.6 */
 } ds_cpu;
 
 const ds_cpu *ds_cpu_get(void);

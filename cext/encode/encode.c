@@ -18,6 +18,9 @@ extern const ds_encode_loops ds_encode_avxvnni;
 #if DS_HAVE_avx512vnni
 extern const ds_encode_loops ds_encode_avx512vnni;
 #endif
+#if DS_HAVE_i8mm
+extern const ds_encode_loops ds_encode_i8mm;
+#endif
 #if DS_HAVE_neon
 extern const ds_encode_loops ds_encode_neon;
 #endif
@@ -34,6 +37,9 @@ static const ds_encode_loops *find_loops(void) {
 #endif
 #if DS_HAVE_avx512vnni
     if (strcmp(isa, "avx512vnni") == 0) return &ds_encode_avx512vnni;
+#endif
+#if DS_HAVE_i8mm
+    if (strcmp(isa, "i8mm") == 0) return &ds_encode_i8mm;
 #endif
 #if DS_HAVE_neon
     if (strcmp(isa, "neon") == 0) return &ds_encode_neon;

@@ -175,7 +175,7 @@ DS_INLINE float panel_put_i16(int n, int n_cols, int col, const float *x, uint32
         int16_t part[ROW_ORDER16];
         i16_pack_part(n, i, x, inverse, part);
         DS_UNROLL
-        for (int j = 0; j < ROW_ORDER16; j += 2, at += step) memcpy(panel + at, part + j, 4);
+        for (int j = 0; j < ROW_ORDER16; j += 2, at += step) i16_put_pair(panel, at, part + j);
     }
     return scale;
 }

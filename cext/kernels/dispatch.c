@@ -17,6 +17,9 @@ DS_TABLE(avxvnni);
 #if DS_HAVE_avx2
 DS_TABLE(avx2);
 #endif
+#if DS_HAVE_i8mm
+DS_TABLE(i8mm);
+#endif
 #if DS_HAVE_neon
 DS_TABLE(neon);
 #endif
@@ -35,6 +38,9 @@ static int list_tables(const ds_kernels *tables[MAX_TABLES]) {
 #endif
 #if DS_HAVE_avx2
     if (cpu->avx2) tables[n++] = &ds_kernels_avx2;
+#endif
+#if DS_HAVE_i8mm
+    if (cpu->dotprod && cpu->i8mm) tables[n++] = &ds_kernels_i8mm;
 #endif
 #if DS_HAVE_neon
     if (cpu->dotprod) tables[n++] = &ds_kernels_neon;

@@ -56,6 +56,9 @@ DS_TYPE_OF(dot_peak) DS_OF(dot_peak);
 #elif defined(__x86_64__)
 #include "kernels/simd_x86.h"
 #include "kernels/simd_x86_dots.h"
+#elif defined(__aarch64__)
+#include "kernels/simd_neon.h"
+#include "kernels/simd_neon_dots.h"
 #endif
 
 #include "kernels/vecmath.h"

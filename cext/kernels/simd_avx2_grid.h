@@ -2,28 +2,7 @@
  * (at 128 the negative of such a byte is the negative code's byte), in order. */
 #pragma once
 
-/* Entries as bytes of codes. */
-typedef uint64_t grid8_entry;
-typedef uint32_t grid4_entry;
-#define X86_VALUE_IQ2(place) ((place) == 0 ? 8 : (place) == 1 ? 25 : 43)
-#define X86_VALUE_IQ3_XXS(place) ((place) == 7 ? 62 : 8 * (place) + 4)
-#define X86_VALUE_IQ3_S(place) (2 * (place) + 1)
-#define X86_BYTE(value, i) (uint64_t)(uint8_t)((value) + DS_CODE_BIAS) << 8 * (i)
-#define X86_BYTE_2(e, i) X86_BYTE(X86_VALUE_IQ2(DS_GRID_PLACE_IQ2(e, i)), i)
-#define X86_BYTE_3(value, e, i) X86_BYTE(value(DS_GRID_PLACE_IQ3(e, i)), i)
-#define X86_FOUR_3(value, e) \
-    (uint32_t)(X86_BYTE_3(value, e, 0) | X86_BYTE_3(value, e, 1) | X86_BYTE_3(value, e, 2) | X86_BYTE_3(value, e, 3))
-#define X86_GRID_IQ2(e)                                                              \
-    X86_BYTE_2(e, 0) | X86_BYTE_2(e, 1) | X86_BYTE_2(e, 2) | X86_BYTE_2(e, 3) |      \
-        X86_BYTE_2(e, 4) | X86_BYTE_2(e, 5) | X86_BYTE_2(e, 6) | X86_BYTE_2(e, 7),
-#define X86_GRID_IQ3_XXS(e) X86_FOUR_3(X86_VALUE_IQ3_XXS, e),
-#define X86_GRID_IQ3_S(e) X86_FOUR_3(X86_VALUE_IQ3_S, e),
-enum { grid_values_IQ3_XXS, grid_values_IQ3_S }; /* in the entries already */
-
-/* 32 indices, in memory, because they are used one by one. */
-typedef struct grid_index {
-    DS_ALIGNED uint16_t words[32];
-} grid_index;
+#include "kernels/grid_codes.h"
 
 DS_INLINE __m256i x86_load(const void *p) { return _mm256_loadu_si256(p); }
 DS_INLINE grid_index x86_index(__m256i a, __m256i b) {

@@ -11,9 +11,9 @@ DS_ALIGNED static const int8_t grid_values_IQ3_XXS[16] = {DS_GRID_VALUES_IQ3_XXS
 DS_ALIGNED static const int8_t grid_values_IQ3_S[16] = {DS_GRID_VALUES_IQ3_S(X86_VALUE)};
 
 typedef uint16_t grid8_entry, grid4_entry;
-#define X86_GRID_IQ2(entry) entry,
-#define X86_GRID_IQ3_XXS(entry) entry,
-#define X86_GRID_IQ3_S(entry) entry,
+#define GRID_ENTRY_IQ2(entry) entry,
+#define GRID_ENTRY_IQ3_XXS(entry) entry,
+#define GRID_ENTRY_IQ3_S(entry) entry,
 
 /* 32 indices: bits 0 to 7 in words, with anything above; bits 8 and 9 where a grid has as many entries. */
 typedef struct grid_index {

@@ -48,6 +48,8 @@ DS_INLINE void i16_pack32(const float *x, float scale, int16_t out[32]) {
 DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     for (int i = 0; i < 64; i++) out[ds_row_place8(i)] = (int8_t)vf_to_int(x[i] * scale);
 }
+/* The pair of column `at` in a panel. */
+DS_INLINE void i16_put_pair(uint32_t *panel, size_t at, const int16_t pair[2]) { memcpy(panel + at, pair, 4); }
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
     for (int i = 0; i < 32; i++)
         out[i] = (uint16_t)a[ds_row_place16(i)] | (uint32_t)(uint16_t)b[ds_row_place16(i)] << 16;

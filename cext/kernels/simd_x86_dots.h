@@ -130,6 +130,8 @@ DS_INLINE void i8_pack64(const float *x, float scale, int8_t out[64]) {
     }
 }
 
+/* The pair of column `at` in a panel. */
+DS_INLINE void i16_put_pair(uint32_t *panel, size_t at, const int16_t pair[2]) { memcpy(panel + at, pair, 4); }
 /* Dword c holds value c of a, then of b. */
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
     DS_UNROLL

@@ -18,8 +18,4 @@ DS_INLINE v16 v16_odd_nibbles(const uint8_t p[8]) {
 #include "kernels/simd_avx2_grid.h"
 #endif
 
-DS_ALIGNED static const grid8_entry grid_IQ2_XXS[256] = {DS_GRID_IQ2_XXS(X86_GRID_IQ2)};
-DS_ALIGNED static const grid8_entry grid_IQ2_XS[512] = {DS_GRID_IQ2_XS(X86_GRID_IQ2)};
-DS_ALIGNED static const grid8_entry grid_IQ2_S[1024] = {DS_GRID_IQ2_S(X86_GRID_IQ2)};
-DS_ALIGNED static const grid4_entry grid_IQ3_XXS[256] = {DS_GRID_IQ3_XXS(X86_GRID_IQ3_XXS)};
-DS_ALIGNED static const grid4_entry grid_IQ3_S[512] = {DS_GRID_IQ3_S(X86_GRID_IQ3_S)};
+#include "kernels/grid_tables.h"

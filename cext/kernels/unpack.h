@@ -130,7 +130,7 @@ DS_INLINE void unpack_Q4_K(const unpacker *u) {
         DS_UNROLL
         for (int i = 0; i < DS_LANES; i++) {
             /* dword i of 32: sub-blocks 2 (i / 8) and the one after it */
-            const int k4 = (i0 + i) / 8 * 16 + i % 8;
+            const int k4 = (i0 + i) / 8 * 16 + (i0 + i) % 8;
             put_codes(u, k4, low_nibbles(qs[i]));
             put_codes(u, k4 + 8, high_nibbles(qs[i]));
         }
@@ -148,9 +148,9 @@ DS_INLINE void unpack_Q5_K(const unpacker *u) {
         vi_columns(u->rows, offsetof(ds_block_Q5_K, qs) + 4 * (size_t)i0, qs);
         DS_UNROLL
         for (int i = 0; i < DS_LANES; i++) {
-            const int pair = (i0 + i) / 8, k4 = 16 * pair + i % 8;
-            put_codes(u, k4, vi_or(low_nibbles(qs[i]), one_bit(qh[i % 8], 2 * pair, 4)));
-            put_codes(u, k4 + 8, vi_or(high_nibbles(qs[i]), one_bit(qh[i % 8], 2 * pair + 1, 4)));
+            const int pair = (i0 + i) / 8, column = (i0 + i) % 8, k4 = 16 * pair + column;
+            put_codes(u, k4, vi_or(low_nibbles(qs[i]), one_bit(qh[column], 2 * pair, 4)));
+            put_codes(u, k4 + 8, vi_or(high_nibbles(qs[i]), one_bit(qh[column], 2 * pair + 1, 4)));
         }
     }
 }
