@@ -40,6 +40,8 @@ class Routing(NamedTuple):
     bias: Floats | None  # (n_expert,) added to the scores for the choice
 
 
+# Mass of each expert (n_grad, n_expert) -> its chance (n_expert,) to be visited, 0 where it is not.
+Pick = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 # (routing, logits (m, n_expert), gradients at the chosen weights (n_grad, m, n_used)) -> more gradients at the logits
 OnRoute = Callable[[Routing, Floats, Floats], Floats]
 
@@ -159,13 +161,22 @@ class _Head(NamedTuple):
 class Block:
     """One decoder block over n_seq windows of equal length. read gives its weights, a part at a time."""
 
-    def __init__(self, arch: Arch, il: int, read: ReadWeight, n_seq: int, on_route: OnRoute | None = None) -> None:
-        self.arch, self.il, self.read, self.n_seq, self.on_route = arch, il, read, n_seq, on_route
+    def __init__(
+        self,
+        arch: Arch,
+        il: int,
+        read: ReadWeight,
+        n_seq: int,
+        on_route: OnRoute | None = None,
+        pick: Pick | None = None,
+    ) -> None:
+        self.arch, self.il, self.read, self.n_seq, self.on_route, self.pick = arch, il, read, n_seq, on_route, pick
 
     def backward(self, x: Floats, dy: Floats, visit: Visit) -> Floats:
         """The gradients at x (m = n_seq * n_tok, n_embd) from dy (n_grad, m, n_embd) at the block's output.
 
-        Every matrix but the router is visited, k_b and v_b head by head, experts one by one if any token chose them.
+        Every matrix but the router is visited, k_b and v_b head by head, experts one by one if any token chose them, or
+        those that were picked, with gradients over the root of their chance: squares add up as if all had been visited.
         """
         arch = self.arch
         shared = self._project(x)
@@ -279,10 +290,12 @@ class Block:
         dh = np.zeros_like(dy)
         dweights = np.zeros((len(dy), *routing.weights.shape), dy.dtype)
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        chance = self._chances(routing, dy)
         for e in range(arch.n_expert):
             token, slot = np.nonzero(routing.experts == e)
             if len(token):
-                mine = self._gated(roles, e, h[token], dy[:, token], routing.weights[token, slot], visit)
+                met = _with_chance(visit, float(chance[e]))
+                mine = self._gated(roles, e, h[token], dy[:, token], routing.weights[token, slot], met)
                 dh[:, token] += mine[0]
                 dweights[:, token, slot] = mine[1]
         if arch.n_expert_shared:
@@ -292,6 +305,15 @@ class Block:
             dlogits += self.on_route(routing, logits, dweights)
         dh += dlogits @ router
         return dh
+
+    def _chances(self, routing: Routing, dy: Floats) -> NDArray[np.float64]:
+        """Of the experts (n_expert,) to be visited; an expert's mass is what the tokens' gradients get from it."""
+        n_expert = self.arch.n_expert
+        if self.pick is None:
+            return np.ones(n_expert)
+        squares = np.einsum("gtn,gtn->gt", dy, dy)[:, :, None] * np.square(routing.weights)
+        chosen = routing.experts.reshape(-1)
+        return self.pick(np.stack([np.bincount(chosen, s.reshape(-1), n_expert) for s in squares]))
 
     def _gated(
         self, roles: tuple[str, str, str], part: int, x: Floats, dy: Floats, weights: Floats | None, visit: Visit
@@ -314,3 +336,16 @@ class Block:
         visit(roles[1], part, up, x, db)
         dx += db @ up
         return dx, dweights
+
+
+def _with_chance(visit: Visit, chance: float) -> Visit:
+    """visit, for a part that is in a sample with a chance; nothing where that is 0."""
+    if chance == 1:
+        return visit
+    scale = chance**-0.5 if chance > 0 else 0.0
+
+    def scaled(role: str, part: int, weights: Floats, inputs: Floats, gradients: Floats) -> None:
+        if scale > 0:
+            visit(role, part, weights, inputs, gradients * gradients.dtype.type(scale))
+
+    return scaled

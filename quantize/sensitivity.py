@@ -7,13 +7,17 @@ over their chance of being in the sample; that is larger where gradients are. Th
 means over tokens, E[g_r^2] dw_r H dw_r, the first experts' downs come out at half of it.
 
 Where the file will be written with error feedback, a cost is what feedback leaves of it on inputs that it was not
-fitted to: it takes a third off K-quants of correlated inputs and little off grid types, which changes who wins.
+fitted to: it takes a third off K-quants of correlated inputs and little off grid types, which changes who wins. That
+share is measured on some parts of a tensor and taken for all of them.
+
+Of many experts some are looked at, each with a chance in proportion to what the tokens that chose it may lose.
 
 The second gradient, of what routers lose, goes through the same sums: see flips.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -38,9 +42,11 @@ CANDIDATES = (
 )  # fmt: skip
 # For rows that 256 does not divide. What 32 does not divide either stays in 16 bits.
 SMALL_BLOCKS = (Type.Q4_0, Type.IQ4_NL, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.BF16)
-SAMPLED_VALUES = 1 << 18  # of a tensor, encoded in every type: 2 % of V2-Lite's weights, 0.3 % of V2's
+SAMPLED_VALUES = 1 << 17  # of a tensor, encoded in every type: 0.5 % of V2-Lite's weights
+SAMPLED_EXPERTS = 16  # of a layer
 MIN_ROWS = 2  # of a part
-FEEDBACK_ROWS = 16  # of a part's sampled rows, encoded once more to see what feedback leaves
+MAX_TOKENS = 2048  # that the outputs of a part's rows are compared on
+FEEDBACK_ROWS, FEEDBACK_PARTS = 16, 4  # sampled rows of parts that are encoded once more to see what feedback leaves
 MIN_FEEDBACK_TOKENS = 64  # below which a part's inputs do not tell
 PRIOR_TOKENS = 64  # at which a part's own input statistics weigh as much as even ones
 
@@ -80,6 +86,25 @@ def pick_rows(mass: NDArray[np.float64], n: int) -> tuple[NDArray[np.intp], NDAr
     return rows, chance[rows]
 
 
+def pick_experts(mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The chance of each expert (n_expert,) to be looked at, 0 where it is not: all of a few, some of many. mass
+    (n_gradients, n_expert): what may be lost in each.
+    """
+    picked, chance = pick_rows(_shares(mass), SAMPLED_EXPERTS)
+    out = np.zeros(mass.shape[1])
+    out[picked] = chance
+    return out
+
+
+@dataclass
+class _Sums:
+    """Of one tensor in one type."""
+
+    twice: NDArray[np.float64]  # (n_gradients,) twice the plain encoder's cost, summed over tokens
+    plain: float = 0.0  # squared output errors of some rows, and what feedback leaves of them
+    left: float = 0.0
+
+
 @dataclass
 class CostMeter:
     """Sums the costs of one layer's tensors as their parts come by; ``visit`` is backward.Visit.
@@ -94,20 +119,33 @@ class CostMeter:
     types: Sequence[Type]
     sampled_values: int = SAMPLED_VALUES
     feedback: bool = False
-    costs: dict[str, dict[Type, Cost]] = field(default_factory=dict)
+    _sums: dict[str, dict[Type, _Sums]] = field(default_factory=dict)
+    _n_fed_back: Counter[str] = field(default_factory=Counter)
+    _fitted: tuple[Floats, Covariance] | None = None  # the last inputs' covariance: gate's are up's too
+
+    @property
+    def costs(self) -> dict[str, dict[Type, Cost]]:
+        """By role."""
+        half = 0.5 / self.n_tokens
+        out: dict[str, dict[Type, Cost]] = {}
+        for role, types in self._sums.items():
+            for type_, sums in types.items():
+                share = min(1.0, sums.left / sums.plain) if sums.plain > 0 else 1.0
+                fisher, routing = (half * share * sums.twice).tolist()
+                out.setdefault(role, {})[type_] = Cost(fisher, routing)
+        return out
 
     def visit(self, role: str, part: int, weights: Floats, inputs: Floats, gradients: Floats) -> None:
         """One part of a tensor: a sample of its rows in every type, and the noise that each makes."""
-        squares = np.einsum("gtr,gtr->gr", gradients, gradients, dtype=np.float64)
+        squares = np.stack([np.einsum("tr,tr->r", g, g) for g in gradients]).astype(np.float64)
         rows, chance = pick_rows(row_mass(squares, weights), self.n_rows(role, weights.shape[1]))
-        if len(rows) == 0:
-            return
-        square = np.square(gradients[:, :, rows])
-        self.add(role, weights[rows], inputs, chance, lambda e: np.einsum("gtr,tr->gr", square, np.square(e)))
+        if len(rows):
+            self.add(role, weights[rows], inputs, chance, lambda tokens: np.square(gradients[:, tokens][:, :, rows]))
 
     def n_rows(self, role: str, n: int) -> int:
         """Rows to sample of one part."""
-        return max(MIN_ROWS, self.sampled_values // n // self.n_parts(role))
+        n_parts = self.n_parts(role)
+        return max(MIN_ROWS, self.sampled_values // n // (min(n_parts, SAMPLED_EXPERTS)))
 
     def add(
         self,
@@ -115,27 +153,39 @@ class CostMeter:
         rows: Floats,
         inputs: Floats,
         chance: NDArray[np.float64],
-        damage: Callable[[Floats], NDArray[np.float64]],
+        square: Callable[[slice], Floats],
     ) -> None:
-        """damage: output errors (m, n_row) -> twice the cost of each row, (n_gradients, n_row), summed over tokens."""
-        rows = np.ascontiguousarray(rows)
-        importance = _importance(inputs)
+        """square: some tokens -> the squared gradients at the rows' outputs for these, (n_gradients, m, n_row)."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        step = -(-len(inputs) // MAX_TOKENS)
+        met = np.ascontiguousarray(inputs[::step])
+        weights = (square(slice(None, None, step)) * (step / chance).astype(np.float32)).reshape(N_GRADIENTS, -1)
         some = slice(None, None, -(-len(rows) // FEEDBACK_ROWS))
-        fitted = _fitted(inputs[::2]) if self.feedback and len(inputs) >= MIN_FEEDBACK_TOKENS else None
-        for type_, error in self.errors(role, rows, importance):
-            twice = damage(inputs @ error.T) @ (1 / chance)
-            if fitted is not None:
-                twice *= self.left(type_, rows[some], error[some], inputs[1::2], fitted)
-            self.record(role, type_, twice)
+        fitted = self._covariance(role, inputs)
+        for type_, error in self.errors(role, rows, _importance(inputs)):
+            lost = met @ error.T
+            np.square(lost, out=lost)
+            self.record(role, type_, (weights @ lost.reshape(-1)).astype(np.float64))
+            if fitted is not None and type_ in FED_BACK:
+                self._feed_back(self._sums[role][type_], type_, rows[some], error[some], inputs[1 :: 2 * step], fitted)
 
-    def left(self, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> float:
-        """The share of an encoding's squared output error on the inputs that stays under feedback fitted to others."""
-        before = float(np.square(inputs @ error.T).sum(dtype=np.float64))
-        if before == 0 or type_ not in FED_BACK:
-            return 1.0
+    def _covariance(self, role: str, inputs: Floats) -> Covariance | None:
+        """What an encoder would be given of half of these inputs; None where this part is not to be fed back."""
+        if not self.feedback or len(inputs) < MIN_FEEDBACK_TOKENS or self._n_fed_back[role] == FEEDBACK_PARTS:
+            return None
+        self._n_fed_back[role] += 1
+        if self._fitted is None or self._fitted[0] is not inputs:
+            half = np.ascontiguousarray(inputs[::2], np.float32)
+            share = prior_share(half.shape[1], len(half))
+            self._fitted = inputs, Covariance.of(half).diagonal_blend(share)
+        return self._fitted[1]
+
+    def _feed_back(self, sums: _Sums, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> None:
+        """Squared output errors of rows on inputs: the plain encoder's, and those under feedback fitted to others."""
         data = self.encoder.encode(rows, type_, None, fitted)
-        error = self.encoder.decode(data, type_, rows.shape[1]) - rows
-        return min(1.0, float(np.square(inputs @ error.T).sum(dtype=np.float64)) / before)
+        fed_back = self.encoder.decode(data, type_, rows.shape[1]) - rows
+        sums.plain += float(np.square(inputs @ error.T).sum(dtype=np.float64))
+        sums.left += float(np.square(inputs @ fed_back.T).sum(dtype=np.float64))
 
     def errors(self, role: str, rows: F32, importance: F32 | None) -> Iterator[tuple[Type, F32]]:
         """What encoding adds to the rows, in every type."""
@@ -145,24 +195,21 @@ class CostMeter:
 
     def record(self, role: str, type_: Type, twice: NDArray[np.float64]) -> None:
         """Add sums of squares over tokens, (n_gradients,)."""
-        mine = self.costs.setdefault(role, {})
-        before = mine.get(type_, Cost(0.0, 0.0))
-        half = 0.5 / self.n_tokens
-        mine[type_] = Cost(before.fisher + half * float(twice[FISHER]), before.routing + half * float(twice[ROUTING]))
+        mine = self._sums.setdefault(role, {}).setdefault(type_, _Sums(np.zeros(N_GRADIENTS)))
+        mine.twice += twice
 
 
 def row_mass(squares: NDArray[np.float64], weights: Floats) -> NDArray[np.float64]:
     """How much each row may matter, (n_row,), from every gradient's sums of squares (n_gradients, n_row)."""
-    total = squares.sum(-1, keepdims=True)
-    shares = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0).sum(0)
-    mass: NDArray[np.float64] = shares * np.einsum("rn,rn->r", weights, weights, dtype=np.float64)
+    mass: NDArray[np.float64] = _shares(squares) * np.einsum("rn,rn->r", weights, weights, dtype=np.float64)
     return mass
 
 
-def _fitted(inputs: Floats) -> Covariance:
-    """The covariance that an encoder would be given of these inputs (m, n)."""
-    m, n = inputs.shape
-    return Covariance.of(np.ascontiguousarray(inputs, np.float32)).diagonal_blend(prior_share(n, m))
+def _shares(squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) the sum of every gradient's shares (n_gradients, n)."""
+    total = squares.sum(-1, keepdims=True)
+    shares: NDArray[np.float64] = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0).sum(0)
+    return shares
 
 
 def _importance(inputs: Floats) -> F32:

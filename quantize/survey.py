@@ -25,7 +25,7 @@ from quantize.errors import QuantizeError
 from quantize.evidence import n_parts
 from quantize.flips import Flips
 from quantize.job import Job
-from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_rows
+from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.tensors import Form, PartReader, Tensor, read
 
 F32 = NDArray[np.float32]
@@ -112,7 +112,7 @@ class SurveyStage:
         by_role = {t.role: t for t in self.plan.layers[il]}
         meter = self._meter(by_role)
         flips = Flips(self.arch, np.random.default_rng([SEED, il]))
-        block = Block(self.arch, il, _Weights(self.job, by_role), len(self.windows), flips)
+        block = Block(self.arch, il, _Weights(self.job, by_role), len(self.windows), flips, pick_experts)
         dy = self._array(GRADIENTS.format(il + 1))
         dx = block.backward(self._array(INPUTS.format(il)), dy, meter.visit).astype(np.float32, copy=False)
         if not np.isfinite(dx).all():
@@ -261,4 +261,4 @@ class _Head:
         p = self._probabilities(slice(None), values)
         square = np.zeros((N_GRADIENTS, *p.shape), np.float32)
         square[FISHER] = p * (1 - p)
-        meter.add(self.tensor.role, values, self.h, chance, lambda e: np.einsum("gtr,tr->gr", square, np.square(e)))
+        meter.add(self.tensor.role, values, self.h, chance, lambda tokens: square[:, tokens])

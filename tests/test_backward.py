@@ -79,3 +79,34 @@ def test_gradients(spec):
             got = sum(float((gradient * whole[part]).sum()) for part, gradient in parts.items())
             size = np.sqrt(sum(float(np.square(g).sum()) for g in parts.values())) * np.linalg.norm(direction)
             assert abs(got - expected) < TOLERANCE * size, (il, role)
+
+
+def test_picked_experts():
+    """Those without a chance are not visited; the others' gradients come over its root. dx knows nothing of it."""
+    spec = next(s for s in SPECS if s.n_expert > 3)
+    arch, weights = arch_and_weights(spec)
+    il = spec.n_layer - 1
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((N_SEQ * N_TOK, spec.n_embd)), rng.standard_normal((2, N_SEQ * N_TOK, spec.n_embd))
+    met, masses = [], []
+
+    def pick(mass):
+        masses.append(mass)
+        return np.array([0.25, 0.0, *([1.0] * (spec.n_expert - 2))])
+
+    def run(pick):
+        found = {}
+        block = Block(arch, il, reader(weights, il), N_SEQ, None, pick)
+        dx = block.backward(x, dy, lambda role, part, w, i, g: found.__setitem__((role, part), g))
+        met.append(found)
+        return dx
+
+    np.testing.assert_array_equal(run(pick), run(None))
+    some, every = met
+    assert masses[0].shape == (2, spec.n_expert) and (masses[0] >= 0).all() and masses[0].any()
+    for (role, part), gradients in every.items():
+        if role.endswith("_exps") and part == 1:
+            assert (role, part) not in some
+        else:
+            scale = 2.0 if role.endswith("_exps") and part == 0 else 1.0
+            np.testing.assert_allclose(some[role, part], scale * gradients)

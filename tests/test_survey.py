@@ -22,7 +22,15 @@ from quantize.encode import Encoder
 from quantize.flips import Flips
 from quantize.job import Job, make_plan
 from quantize.meter import Meter
-from quantize.sensitivity import CANDIDATES, SMALL_BLOCKS, CostMeter, candidates, pick_rows
+from quantize.sensitivity import (
+    CANDIDATES,
+    SAMPLED_EXPERTS,
+    SMALL_BLOCKS,
+    CostMeter,
+    candidates,
+    pick_experts,
+    pick_rows,
+)
 from quantize.survey import SurveyStage
 
 CONFIG = {
@@ -152,6 +160,35 @@ def test_picked_rows(mass: list[float], n: int, certain: list[int]) -> None:
     assert len(rows) == min(n, np.count_nonzero(mass)) and len(set(rows)) == len(rows)
     assert set(certain) <= set(rows) and all(chance[list(rows).index(i)] == 1 for i in certain)
     assert ((chance > 0) & (chance <= 1)).all() and all(mass[i] > 0 for i in rows)
+
+
+def test_some_experts_of_many_are_looked_at() -> None:
+    rng = np.random.default_rng(0)
+    mass = rng.lognormal(0, 1, (2, 64))
+    mass[:, 5] = 0
+    mass[:, 7] = 1000
+    chance = pick_experts(mass)
+    assert np.count_nonzero(chance) == SAMPLED_EXPERTS and chance[5] == 0 and chance[7] == 1
+    estimate = (mass[:, chance > 0] / chance[chance > 0]).sum(1)
+    assert estimate == pytest.approx(mass.sum(1), rel=0.1)
+    assert (pick_experts(mass[:, 8 : 8 + SAMPLED_EXPERTS]) == 1).all()  # few: all of them
+
+
+def test_feedback_lowers_costs_by_what_some_parts_show() -> None:
+    rng = np.random.default_rng(1)
+    common = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 256))
+    inputs = (common + 0.3 * rng.standard_normal((400, 256))).astype(np.float32)
+    costs = {}
+    with Encoder(1) as encoder:
+        for feedback in (False, True):
+            meter = CostMeter(encoder, 400, lambda role: 8, (Type.Q3_K, Type.BF16), feedback=feedback)
+            for part in range(8):
+                weights = np.random.default_rng(part).standard_normal((64, 256)).astype(np.float32)
+                gradients = np.random.default_rng(part).standard_normal((2, 400, 64)).astype(np.float32)
+                meter.visit("ffn_up_exps", part, weights, inputs, gradients)
+            costs[feedback] = meter.costs["ffn_up_exps"]
+    assert costs[True][Type.Q3_K].fisher < 0.8 * costs[False][Type.Q3_K].fisher
+    assert costs[True][Type.BF16] == costs[False][Type.BF16]
 
 
 def test_flips_go_along_margins() -> None:
