@@ -19,6 +19,7 @@ from cext import _engine
 from quantize.blas import one_thread_if_small
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all, carry, cov, tri, var
 
 TYPES = (
@@ -111,7 +112,7 @@ class Covariance:
             return None
 
 
-def _factor(h: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+def _factor(h: F64) -> tuple[F64, F64]:
     """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
     upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     root = upper.diagonal()
@@ -121,22 +122,29 @@ def _factor(h: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.f
 
 
 def _sweeps(block: F32) -> list[Sweep]:
-    """First sweep, with what the blocks before have lost; second, with what all others have."""
+    """First sweep, with what the blocks before have lost; second, with what all others have.
+
+    The whole's factor is made block by block from the last on, by products of wide matrices: twice as fast as one call.
+    """
     n = len(block)
     h = block + np.float32(DAMPING) * np.eye(n, dtype=np.float32)
-    m, v = _factor(h)
     first = (False, np.zeros((n, n), np.float32), *_tables(n))
-    second = (True, np.zeros((n, n), np.float32), *_tables(n))
-    for start in range(0, n, BLOCK):
+    second = (True, np.empty((n, n), np.float32), *_tables(n))
+    m, mv = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32)  # M and M diag(v), above their diagonal blocks
+    for start in reversed(range(0, n, BLOCK)):
         at = slice(start, min(start + BLOCK, n))
-        width = at.stop - start
-        inner = m[at, at].astype(np.float64)
+        width, after = at.stop - start, slice(at.stop, n)
+        left = h[: at.stop, at] - mv[: at.stop, after] @ m[at, after].T
+        inner, v = _factor(left[at].astype(np.float64))
+        inverse = np.linalg.inv(inner)
+        mv[:start, at] = left[:start] @ inverse.T.astype(np.float32)
+        m[:start, at] = mv[:start, at] / v.astype(np.float32)
         _, carry, cov, tri, var = first
-        carry[:start, at] = m[:start, at] @ np.linalg.inv(inner).astype(np.float32)
-        cov[at, :width], tri[at, :width], var[at] = (inner * v[at]) @ inner.T, inner, v[at]
+        carry[:start, at] = m[:start, at] @ inverse.astype(np.float32)
+        cov[at, :width], tri[at, :width], var[at] = (inner * v) @ inner.T, inner, v
         own = h[at, at].astype(np.float64)
         _, carry, cov, tri, var = second
-        carry[:, at] = h[:, at] @ np.linalg.inv(own).astype(np.float32)
+        np.matmul(h[:, at], np.linalg.inv(own).astype(np.float32), out=carry[:, at])
         carry[at, at] = 0
         cov[at, :width] = own
         tri[at, :width], var[at] = _factor(own)
