@@ -40,7 +40,8 @@ typedef struct row_format {
     float min_factor; /* 0 where there is no minimum */
 } row_format;
 
-DS_INLINE void row_add(row_format f, const row_group *g, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+/* Add the products of the first n values of a group, 64 at a time; grid formats always add all. */
+DS_INLINE void row_add(row_format f, const row_group *g, int n, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
 #if DS_GRID_PAIRS
     if (f.pairs) {
         DS_UNROLL
@@ -53,7 +54,7 @@ DS_INLINE void row_add(row_format f, const row_group *g, int n_tok, const act_ro
     for (int t = 0; t < n_tok; t++)
         scales[t] = row_start(&sums[t], &g->scales, f.per_16, f.split, a->meta + (size_t)t * a->n_groups + group);
     DS_UNROLL
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < n / 64; j++) {
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) {
             const size_t at = (size_t)t * a->n_groups + group;
@@ -248,7 +249,8 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
 DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
     enum { MAX_GROUP_BYTES = 8 * 34 };
     const act_rows a = act_rows_at(job->act, n_tok, job->k);
-    const int whole = job->k / ACT_GROUP * ACT_GROUP;
+    const int whole = job->k / ACT_GROUP * ACT_GROUP, left = f.block_elements < ACT_GROUP ? job->k - whole : 0;
+    char tail[MAX_GROUP_BYTES] = {0}; /* the last blocks of a row that is no multiple of 256; missing ones are zero, scale and all */
     for (int r = job->row_begin; r < job->row_end; r++) {
         const char *w = (const char *)job->w + (size_t)r * job->row_bytes;
         row_sum sums[DS_ROW_TOKENS];
@@ -259,15 +261,18 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
             for (size_t line = 0; line < f.group_bytes; line += 64) __builtin_prefetch(w + DS_PREFETCH_BYTES + line);
             row_group g;
             f.group(w, &g);
-            row_add(f, &g, n_tok, &a, (size_t)i / ACT_GROUP, sums);
+            row_add(f, &g, ACT_GROUP, n_tok, &a, (size_t)i / ACT_GROUP, sums);
         }
-        if (f.block_elements < ACT_GROUP && whole < job->k) {
-            /* The last blocks of a row that is no multiple of 256: missing ones are zero, scale and all. */
-            char tail[MAX_GROUP_BYTES] = {0};
-            memcpy(tail, w, (size_t)(job->k - whole) * f.group_bytes / ACT_GROUP);
+        if (left == ACT_GROUP / 2) { /* an expert's width is often an odd multiple of 128 */
+            memcpy(tail, w, f.group_bytes / 2);
             row_group g;
             f.group(tail, &g);
-            row_add(f, &g, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
+            row_add(f, &g, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
+        } else if (left) {
+            memcpy(tail, w, (size_t)left * f.group_bytes / ACT_GROUP);
+            row_group g;
+            f.group(tail, &g);
+            row_add(f, &g, ACT_GROUP, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
         }
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) job->y[(size_t)t * job->ldy + (size_t)r] = row_sum_total(&sums[t], f.per_16, f.min_factor);
