@@ -42,8 +42,9 @@ NEED_IMPORTANCE = (Type.IQ2_XXS, Type.IQ2_XS)
 GRID_MAX = 1e6
 F16_MAX = 65504.0
 NOT_FINITE_HINT = "the weights are too large for this type"
-# Rows that a thread encodes under a covariance at a time: enough to read its tables once for many.
-MIN_ROWS, MAX_ROWS = 16, 128
+# Rows that a thread encodes under a covariance at a time: enough to read its tables once for many. The encoder takes 16
+# side by side.
+MIN_ROWS, MAX_ROWS = 16, 384
 MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
 IMPORTANCE_FLOOR = 1e-6
@@ -161,7 +162,8 @@ class Encoder:
 
     def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
         out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-        step = max(MIN_ROWS, min(MAX_ROWS, -(-len(rows) // (4 * self.threads))))
+        share = -(-len(rows) // (2 * self.threads * MIN_ROWS)) * MIN_ROWS
+        step = max(MIN_ROWS, min(MAX_ROWS, share))
 
         def work(start: int) -> None:
             feedback.encode_rows(rows[start : start + step], type_, sweeps, out[start : start + step])

@@ -6,9 +6,10 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from quantize import recipe, report
 from quantize.awq import FoldResult, Scales, Searcher
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
+from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
 from quantize.evaluate import REFERENCE, Held
 from quantize.evidence import Evidence, parts_in_order
@@ -29,6 +31,7 @@ from quantize.tensors import PartReader, Tensor, read
 from quantize.writer import Writer
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
 
 # Of a calibrated layer's time, for the progress bar: measured on storyteller-52m, near enough elsewhere.
 STAGE_SHARES: dict[Stage, tuple[float, float]] = {"calibrate": (0.0, 0.5), "search": (0.5, 0.3), "encode": (0.8, 0.2)}
@@ -181,8 +184,16 @@ class WriteStage:
                 scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
                 self._folds += results
         encoded, nbytes = 0, self._bytes_of(il)
-        for tensor, part in parts_in_order(layer):
+        parts = self._prepared(layer, read_part, evidence, scales)
+        for tensor, values, known in ahead(parts) if self.job.encoder.threads > 1 else parts:
             self._tell("encode", il, encoded / nbytes, evidence is not None)
+            encoded += self._write(tensor, values, known)
+
+    def _prepared(
+        self, layer: Sequence[Tensor], read_part: PartReader, evidence: Evidence | None, scales: Scales
+    ) -> Iterator[tuple[Tensor, F32, Known]]:
+        """Every part of a layer, folded, and what is known of its inputs, ready to encode."""
+        for tensor, part in parts_in_order(layer):
             known = Known()
             if evidence is not None and recipe.is_matrix(tensor):
                 known = Known(
@@ -190,7 +201,9 @@ class WriteStage:
                     scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part)),
                     _folded_inputs(evidence, scales, tensor.role, part),
                 )
-            encoded += self._write(tensor, scales.apply(tensor.role, part, read_part(tensor, part)), known)
+                if known.covariance is not None and self.types[tensor.name] in FED_BACK:
+                    _ = known.covariance.sweeps  # here, not in the thread that encodes
+            yield tensor, scales.apply(tensor.role, part, read_part(tensor, part)), known
 
     def _calibrate(self, il: int) -> LayerStats | None:
         """Run the streams through the layer's original weights; they are dropped on return."""
@@ -257,3 +270,14 @@ def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> 
     squared = scales.importance(role, part, np.ones(inputs.shape[1], np.float32))
     assert squared is not None, "importance was given"
     return inputs * np.sqrt(squared)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """items, each made in another thread while the one before it is in use: factors of covariances keep one core busy,
+    encoding all of them.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
