@@ -20,7 +20,7 @@ class TensorInfo(NamedTuple):
     type: int  # the GGUF (ggml) type id
     type_name: str  # "q4_k"; "type 99" where nothing is known of it
     shape: tuple[int, ...]  # ggml's order: ne0 (the row) first
-    offset: int  # bytes from the start of the file
+    offset: int  # bytes from the start of its file
     nbytes: int
 
 
@@ -42,7 +42,7 @@ class Metadata(Mapping[str, Any]):
 
 
 class Gguf:
-    """A GGUF file. Every count, offset and shape in it is checked before use.
+    """A GGUF file, or a model split into several, opened by its first part. All in it is checked before use.
 
     Raises FileError (an OSError) and FormatError.
     """
@@ -50,6 +50,7 @@ class Gguf:
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = fspath(path)
         self._handle = _engine.gguf_open(path)
+        self.nbytes = _engine.gguf_size(self._handle)  # of the file, or of all parts of a split model
         self.metadata = Metadata(self._handle)
         self.tensors = [
             TensorInfo(name, kind, format_name or f"type {kind}", shape, offset, nbytes)

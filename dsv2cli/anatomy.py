@@ -139,7 +139,7 @@ def study(path: Path) -> Anatomy:
             path=path,
             name=str(metadata.get("general.name", path.stem)),
             architecture=architecture,
-            file_bytes=path.stat().st_size,
+            file_bytes=gguf.nbytes,
             keys=keys,
             vocabulary=_vocabulary(gguf),
             types=_types(gguf.tensors),

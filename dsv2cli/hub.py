@@ -38,7 +38,7 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A checkpoint's own files: weights, configuration, tokenizer, licence. Not its Python code, nor copies in subfolders.
 CHECKPOINT_FILE = re.compile(r"[^/]+\.safetensors|[^/]+\.json|tokenizer\.model|LICENSE[^/]*|README\.md")
 GGUF_TYPE = re.compile(r"(?i)[-._](IQ[1-4]_[A-Z]+|Q[2-8]_K(?:_[SML]+)?|Q[458]_[01]|BF16|F16|F32)(?=[-._]|$)")
-GGUF_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+GGUF_SPLIT = re.compile(r"-(\d{5})-of-\d{5}$")  # and the part's number
 INDEX_FILE = "model.safetensors.index.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256_DIGITS = 64

@@ -69,6 +69,8 @@ def _by_name(name: str) -> Path:
 
 
 def _one(found: list[Path], none: str, hint: str) -> Path:
+    """The only model found. A split one is opened by its first part."""
+    found = [path for path in found if not (split := hub.GGUF_SPLIT.search(path.stem)) or int(split[1]) == 1]
     if not found:
         raise CliError(none, hint)
     if len(found) > 1:

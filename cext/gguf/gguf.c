@@ -78,13 +78,27 @@ static ds_status map_file(ds_gguf *g, ds_error *err) {
     return st;
 }
 
-ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err) {
+ds_status ds_gguf_open_one(const char *path, ds_gguf **out, ds_error *err) {
     ds_gguf *g = NULL;
     ds_status st = gguf_new(path, &g, err);
     if (st != DS_OK) {
         return st;
     }
     if ((st = map_file(g, err)) != DS_OK || (st = ds_gguf_parse(g, err)) != DS_OK) {
+        ds_gguf_close(g);
+        return st;
+    }
+    *out = g;
+    return DS_OK;
+}
+
+ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err) {
+    ds_gguf *g = NULL;
+    ds_status st = ds_gguf_open_one(path, &g, err);
+    if (st != DS_OK) {
+        return st;
+    }
+    if (g->n_split > 1 && (st = ds_gguf_join(g, err)) != DS_OK) {
         ds_gguf_close(g);
         return st;
     }
@@ -100,7 +114,10 @@ ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf
     }
     g->base = data;
     g->size = size;
-    if ((st = ds_gguf_parse(g, err)) != DS_OK) {
+    if ((st = ds_gguf_parse(g, err)) == DS_OK && g->n_split > 1) {
+        st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "a part of a split model, in memory: its other parts cannot be found");
+    }
+    if (st != DS_OK) {
         ds_gguf_close(g);
         return st;
     }
@@ -112,6 +129,10 @@ void ds_gguf_close(ds_gguf *gguf) {
     if (!gguf) {
         return;
     }
+    for (int64_t i = 1; gguf->parts && i < gguf->n_split; i++) {
+        ds_gguf_close(gguf->parts[i - 1]);
+    }
+    free(gguf->parts);
     if (gguf->mapped) {
         ds_pages_release((void *)gguf->base, gguf->size);
     }
@@ -129,7 +150,11 @@ const char *ds_gguf_label(const ds_gguf *gguf) {
 }
 
 size_t ds_gguf_size(const ds_gguf *gguf) {
-    return gguf->size;
+    size_t size = gguf->size;
+    for (int64_t i = 1; gguf->parts && i < gguf->n_split; i++) {
+        size += gguf->parts[i - 1]->size;
+    }
+    return size;
 }
 
 size_t ds_gguf_n_kv(const ds_gguf *gguf) {

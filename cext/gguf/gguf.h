@@ -41,17 +41,17 @@ typedef struct ds_tensor {
     int64_t ne[4];       /* ggml's order: ne[0] is the row; unused ones are 1 */
     const void *data;    /* inside the mapping, n_bytes long */
     size_t n_bytes;
-    uint64_t offset;     /* from the start of the file */
+    uint64_t offset;     /* from the start of its file */
 } ds_tensor;
 
-/* Map the file at path. *out is set on success only; close unmaps. */
+/* Map the file at path; of a model split into several, its first part, which brings in the others. *out is set on success only; close unmaps. */
 ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err);
 /* Parse a buffer, aligned to 8 bytes, that the caller keeps alive and unchanged until close; label names it in errors. */
 ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf **out, ds_error *err);
 void ds_gguf_close(ds_gguf *gguf);
 
 const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
-size_t ds_gguf_size(const ds_gguf *gguf);       /* bytes of the file */
+size_t ds_gguf_size(const ds_gguf *gguf);       /* bytes of the file, or of all parts */
 
 size_t ds_gguf_n_kv(const ds_gguf *gguf);
 const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i);

@@ -25,6 +25,9 @@ struct ds_gguf {
     ds_gguf_name *tensor_names;
     char *tensor_text; /* (n_tensors, DS_GGUF_MAX_NAME + 1): the names that the tensors point at */
     size_t n_tensors;
+
+    int64_t split, n_split;  /* which part of how many this file is: 0 of 1 where the model is not split */
+    struct ds_gguf **parts; /* (n_split - 1) the others, owned; NULL where there are none */
 };
 
 enum {
@@ -36,6 +39,11 @@ enum {
 /* Prefix a fault with the file that has it. */
 #define DS_GGUF_FAIL(gguf, err, status, format, ...) \
     ds_fail(err, status, "`%s`: " format, (gguf)->shown, ##__VA_ARGS__)
+
+/* Map and parse the one file at path. */
+ds_status ds_gguf_open_one(const char *path, ds_gguf **out, ds_error *err);
+/* Open the other parts of a split model whose first part is g, and put their tensors behind its own. */
+ds_status ds_gguf_join(ds_gguf *g, ds_error *err);
 
 /* Fill the directory (kv, tensors and their names) from base and size. On failure what was allocated stays in *gguf. */
 ds_status ds_gguf_parse(ds_gguf *gguf, ds_error *err);

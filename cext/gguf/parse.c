@@ -294,9 +294,10 @@ static ds_status parse_metadata(cursor *c) {
 /* Keys that say how to read the rest of the file. */
 static ds_status parse_layout(cursor *c) {
     bool bad = false;
-    int64_t align = DEFAULT_ALIGNMENT, n_split = 1;
+    int64_t align = DEFAULT_ALIGNMENT, n_split = 1, split = 0;
     ds_gguf_get_i64(c->gguf, "general.alignment", &align, &bad, c->err);
     ds_gguf_get_i64(c->gguf, "split.count", &n_split, &bad, c->err);
+    ds_gguf_get_i64(c->gguf, "split.no", &split, &bad, c->err);
     if (bad) {
         return c->err->status;
     }
@@ -305,10 +306,12 @@ static ds_status parse_layout(cursor *c) {
              MAX_ALIGNMENT);
         return ds_hint(c->err, HINT_DAMAGED);
     }
-    if (n_split > 1) {
-        DS_GGUF_FAIL(c->gguf, c->err, DS_EUNSUPPORTED, "one of %" PRId64 " parts of a split model", n_split);
-        return ds_hint(c->err, "join the parts first: llama-gguf-split --merge FIRST-PART OUT.gguf");
+    if (n_split < 0 || split < 0 || split >= (n_split ? n_split : 1)) {
+        FAIL(c, "keys `split.no` and `split.count` are %" PRId64 " and %" PRId64 ", expected a part of so many", split, n_split);
+        return ds_hint(c->err, HINT_DAMAGED);
     }
+    c->gguf->split = split;
+    c->gguf->n_split = n_split ? n_split : 1;
     c->alignment = (size_t)align;
     return DS_OK;
 }

@@ -28,6 +28,11 @@ static PyObject *gguf_close(PyObject *self, PyObject *capsule) {
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
+static PyObject *gguf_size(PyObject *self, PyObject *capsule) {
+    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
+    return gguf ? PyLong_FromSize_t(ds_gguf_size(gguf)) : NULL;
+}
+
 static PyObject *text(ds_str s) { return PyUnicode_DecodeUTF8(s.data, (Py_ssize_t)s.size, "surrogateescape"); }
 
 /* Read one packed value and step past it. */
@@ -145,7 +150,8 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
 
 PyMethodDef ds_py_gguf_methods[] = {
     {"gguf_open", gguf_open, METH_VARARGS, NULL},     {"gguf_close", gguf_close, METH_O, NULL},
-    {"gguf_keys", gguf_keys, METH_O, NULL},           {"gguf_value", gguf_value, METH_VARARGS, NULL},
-    {"gguf_tensors", gguf_tensors, METH_O, NULL},     {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},
-    {"gguf_decode", gguf_decode, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"gguf_size", gguf_size, METH_O, NULL},           {"gguf_keys", gguf_keys, METH_O, NULL},
+    {"gguf_value", gguf_value, METH_VARARGS, NULL},   {"gguf_tensors", gguf_tensors, METH_O, NULL},
+    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},   {"gguf_decode", gguf_decode, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };

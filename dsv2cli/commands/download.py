@@ -59,10 +59,6 @@ def tell_plan(plan: Plan, job: Transfer) -> None:
         f" {console.format_bytes(plan.nbytes)}; {'offline, from the cache' if plan.offline else here};"
         f" {console.format_bytes(hub.free_bytes(job.where))} free in {job.where}"
     )
-    if plan.kind == "gguf" and len(plan.files) > 1:
-        console.warn(
-            f"a GGUF in {len(plan.files)} parts; the engine reads single files: llama-gguf-split --merge joins them"
-        )
 
 
 def fetch(job: Transfer, quiet: bool) -> Path:
