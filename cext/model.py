@@ -168,8 +168,8 @@ class Session:
     ) -> NDArray[np.float32]:
         """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
 
-        Runs in chunks of at most MAX_STEP tokens with the GIL released, and answers Ctrl-C between chunks (the chunks before
-        it stay evaluated: see n_past). ValueError for an id out of range or no ids; ContextFullError past n_ctx.
+        Runs in chunks of at most MAX_STEP tokens with the GIL released, and answers Ctrl-C between chunks (the chunks
+        before it stay evaluated: see n_past). ValueError for an id out of range or no ids; ContextFullError past n_ctx.
         """
         array = token_ids(ids)
         hparams = self.model.hparams

@@ -188,7 +188,7 @@ def test_tapping_changes_nothing(open_model):
 
 @pytest.mark.parametrize("n", (2, 33, 70))
 def test_last_logits_alone(open_model, n):
-    """With one row of logits wanted, the last block runs for one token: the same logits, and the same cache behind it."""
+    """With one row of logits wanted, the last block runs for one token: the same logits, and the same cache."""
     model, ref = open_model(LITE), reference(LITE)
     ids, _ = firm_prompt(ref, LITE, n + 3, 0)
     all_rows, last_row = model.session(n + 3, kv_type="f32"), model.session(n + 3, kv_type="f32")
