@@ -110,7 +110,12 @@ def repeat(parts: list[Path]) -> Path:
         (swap, cext.FormatError, "00002-of-00005.gguf.*part 3 of 5, expected 2 of 5", "one folder"),
         (repeat, cext.FormatError, "stands in two parts|parts hold", "one folder"),
         (lambda parts: parts[1], cext.UnsupportedError, "part 2 of 5", "open the first part"),
-        (lambda parts: parts[0].rename(parts[0].with_name("x.gguf")), cext.UnsupportedError, "does not end in", "names"),
+        (
+            lambda parts: parts[0].rename(parts[0].with_name("x.gguf")),
+            cext.UnsupportedError,
+            "does not end in",
+            "names",
+        ),
     ],
     ids=("lost", "cut", "swapped", "repeated", "second", "renamed"),
 )
