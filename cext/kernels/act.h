@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/act_layout.h"
+#include "kernels/tile.h"
 
 DS_INLINE size_t act_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -41,7 +42,7 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
     }
 }
 
-/* ---- Tile order: [group of 256 values][tile of tokens][block of 32 values], each (8 dwords of q, n) bytes then rows of n
+/* ---- Tile order: [group of 256 values][tile of tokens][block of 32 values], each 32 n bytes of q (tile_dword) then rows of n
  * floats or ints: scale, less[2] (the sums of 16, negated), sum (scale times the sum of 32). ---- */
 
 DS_INLINE int act_n_tiles(int n_tok) { return (n_tok + DS_TILE_TOKENS - 1) / DS_TILE_TOKENS; }
@@ -69,7 +70,7 @@ static void act_pack_tiled(int t, int n_tok, int k, const float *x, void *act) {
             int8_t q[32];
             int sums[2];
             const float scale = act_quantize(x + b, q, sums);
-            for (size_t d = 0; d < 8; d++) memcpy(block + 4 * (d * n + (size_t)column), q + 4 * d, 4);
+            for (size_t d = 0; d < 8; d++) memcpy(block + tile_dword(d, n, (size_t)column), q + 4 * d, 4);
             float *scales = (float *)(void *)(block + 32 * n) + column;
             int32_t *less = (int32_t *)(void *)(scales + n);
             float *sum = (float *)(void *)(less + 2 * n);

@@ -4,7 +4,7 @@
 
 enum {
     PANEL_TOKENS = 256, /* float sums of a panel on the stack: 32 KB */
-    PANEL_VECS = DS_PANEL_ROWS / DS_LANES,
+    TILE_SUMS = DS_TILE_TOKENS * DS_PANEL_ROWS,
 };
 
 /* What the tile loop needs to know of a format; constant where it is used. */
@@ -43,62 +43,64 @@ DS_INLINE tile_meta tile_meta_at(const char *block, int n_tok) {
 }
 
 /* The start of integer sums: what an offset of 2^log2 in all codes adds up to, taken off. */
-DS_INLINE vi panel_start(int log2, int32_t less) { return log2 ? vi_shl(vi_set((uint32_t)less), log2) : vi_set(0); }
+DS_INLINE vi panel_start(int log2, vi less) { return log2 ? vi_shl(less, log2) : vi_set(0); }
 
 /* 32 values with one scale: y += w_scale x_scale dots - w_min x_sum. */
 DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
     const tile_meta m = tile_meta_at(act, n_tok);
+    const int n = tile_vecs(n_tok);
     vi acc[DS_TILE_TOKENS][2];
     DS_UNROLL
-    for (int t = 0; t < n_tok; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, m.less[0][t] + m.less[1][t]);
+    for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, tile_ints2(m.less[0], m.less[1], t));
     panel_dot(f.range, 8, n_tok, p->q[8 * b][row], (const int8_t *)act, acc);
     DS_UNROLL
     for (int v = 0; v < 2; v++) {
-        const vf scale = vf_load(p->scale[b] + row + v * DS_LANES);
         DS_UNROLL
-        for (int t = 0; t < n_tok; t++) y[t][v] = vf_fma(vi_to_float(acc[t][v]), vf_mul(scale, vf_set(m.scale[t])), y[t][v]);
+        for (int t = 0; t < n; t++) {
+            const vf scale = vf_mul(tile_rows(p->scale[b] + row, t, v), tile_tokens(m.scale, t));
+            y[t][v] = vf_fma(vi_to_float(acc[t][v]), scale, y[t][v]);
+        }
         if (!f.has_min) continue;
-        const vf min = vf_load(p->min[b] + row + v * DS_LANES);
         DS_UNROLL
-        for (int t = 0; t < n_tok; t++) y[t][v] = vf_fnma(min, vf_set(m.sum[t]), y[t][v]);
+        for (int t = 0; t < n; t++) y[t][v] = vf_fnma(tile_rows(p->min[b] + row, t, v), tile_tokens(m.sum, t), y[t][v]);
     }
 }
 
 /* 32 values with two scales: y += x_scale (sum over both of w_scale dots - w_min sum). */
 DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
     const tile_meta m = tile_meta_at(act, n_tok);
+    const int n = tile_vecs(n_tok);
     vf both[DS_TILE_TOKENS][2];
     DS_UNROLL
     for (int h = 0; h < 2; h++) {
         vi acc[DS_TILE_TOKENS][2];
         DS_UNROLL
-        for (int t = 0; t < n_tok; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, m.less[h][t]);
+        for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, tile_ints(m.less[h], t));
         panel_dot(f.range, 4, n_tok, p->q[8 * b + 4 * h][row], (const int8_t *)act + 16 * h * n_tok, acc);
         DS_UNROLL
         for (int v = 0; v < 2; v++) {
-            const vf scale = vf_load(p->scale[2 * b + h] + row + v * DS_LANES);
             DS_UNROLL
-            for (int t = 0; t < n_tok; t++) {
-                const vf dots = vi_to_float(acc[t][v]);
+            for (int t = 0; t < n; t++) {
+                const vf dots = vi_to_float(acc[t][v]), scale = tile_rows(p->scale[2 * b + h] + row, t, v);
                 both[t][v] = h ? vf_fma(scale, dots, both[t][v]) : vf_mul(scale, dots);
             }
             if (!f.has_min) continue;
-            const vf min = vf_load(p->min[2 * b + h] + row + v * DS_LANES);
             DS_UNROLL
-            for (int t = 0; t < n_tok; t++) both[t][v] = vf_fma(min, vi_to_float(vi_set((uint32_t)m.less[h][t])), both[t][v]);
+            for (int t = 0; t < n; t++)
+                both[t][v] = vf_fma(tile_rows(p->min[2 * b + h] + row, t, v), vi_to_float(tile_ints(m.less[h], t)), both[t][v]);
         }
     }
     DS_UNROLL
-    for (int t = 0; t < n_tok; t++)
-        DS_UNROLL for (int v = 0; v < 2; v++) y[t][v] = vf_fma(both[t][v], vf_set(m.scale[t]), y[t][v]);
+    for (int t = 0; t < n; t++)
+        DS_UNROLL for (int v = 0; v < 2; v++) y[t][v] = vf_fma(both[t][v], tile_tokens(m.scale, t), y[t][v]);
 }
 
-/* One tile of n_tok tokens (a constant) against two vectors of a panel's rows: sums (n_tok, DS_PANEL_ROWS) grow. */
+/* One tile of n_tok tokens (a constant) against two vectors of a panel's rows: sums (tile_vecs, DS_PANEL_ROWS) grow. */
 DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, const char *act, int n_blocks, float *sums,
                           read_ahead *ahead) {
     vf y[DS_TILE_TOKENS][2];
     DS_UNROLL
-    for (int t = 0; t < n_tok; t++)
+    for (int t = 0; t < tile_vecs(n_tok); t++)
         DS_UNROLL for (int v = 0; v < 2; v++) y[t][v] = vf_load(sums + t * DS_PANEL_ROWS + row + v * DS_LANES);
     for (int b = 0; b < n_blocks; b++, act += (size_t)n_tok * ACT_TILE_BLOCK_BYTES) {
         read_ahead_step(ahead);
@@ -106,7 +108,7 @@ DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, co
         else panel_block(f, n_tok, p, row, b, act, y);
     }
     DS_UNROLL
-    for (int t = 0; t < n_tok; t++)
+    for (int t = 0; t < tile_vecs(n_tok); t++)
         DS_UNROLL for (int v = 0; v < 2; v++) vf_store(sums + t * DS_PANEL_ROWS + row + v * DS_LANES, y[t][v]);
 }
 
@@ -127,9 +129,9 @@ DS_INLINE void panel_tile_any(panel_format f, int n_tok, const panel *p, const c
     }
 }
 
-/* Rows [row, row + 32) of the job for the tiles [tile_begin, tile_end): sums (tokens, DS_PANEL_ROWS). */
+/* Rows [row, row + 32) of the job for the tiles [tile_begin, tile_end): sums (tiles, TILE_SUMS). */
 DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_begin, int tile_end, float *sums) {
-    const int n_tiles = act_n_tiles(job->n_tok), first = act_tile_begin(tile_begin, job->n_tok, n_tiles);
+    const int n_tiles = act_n_tiles(job->n_tok);
     const char *w = (const char *)job->w + (size_t)row * job->row_bytes;
     const size_t group_bytes = f.block_bytes * (size_t)(ACT_GROUP / f.block_elements);
     panel p;
@@ -148,10 +150,11 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
             }
             f.unpack(&u);
         }
+        tile_weights(n_blocks * ACT_BLOCK / 4, p.q);
         for (int tile = tile_begin; tile < tile_end; tile++) {
             const int t = act_tile_begin(tile, job->n_tok, n_tiles), end = act_tile_begin(tile + 1, job->n_tok, n_tiles);
             panel_tile_any(f, end - t, &p, (const char *)job->act + act_tile_at(i, t, job->n_tok, job->k), n_blocks,
-                           sums + (t - first) * DS_PANEL_ROWS, &ahead);
+                           sums + (tile - tile_begin) * TILE_SUMS, &ahead);
         }
     }
 }
@@ -163,11 +166,15 @@ DS_INLINE void mul_panels(panel_format f, const ds_mul *job) {
         const size_t n_rows = (size_t)(job->row_end - row < DS_PANEL_ROWS ? job->row_end - row : DS_PANEL_ROWS);
         for (int tile = 0; tile < n_tiles; tile += PANEL_TOKENS / DS_TILE_TOKENS) {
             const int end = tile + PANEL_TOKENS / DS_TILE_TOKENS < n_tiles ? tile + PANEL_TOKENS / DS_TILE_TOKENS : n_tiles;
-            const int t0 = act_tile_begin(tile, job->n_tok, n_tiles), t1 = act_tile_begin(end, job->n_tok, n_tiles);
-            memset(sums, 0, (size_t)(t1 - t0) * DS_PANEL_ROWS * sizeof *sums);
+            memset(sums, 0, (size_t)(end - tile) * TILE_SUMS * sizeof *sums);
             panel_mul(f, job, row, tile, end, sums);
-            for (int t = t0; t < t1; t++)
-                memcpy(job->y + (size_t)t * job->ldy + (size_t)row, sums + (t - t0) * DS_PANEL_ROWS, n_rows * sizeof *sums);
+            for (int i = tile; i < end; i++) {
+                const int t0 = act_tile_begin(i, job->n_tok, n_tiles), t1 = act_tile_begin(i + 1, job->n_tok, n_tiles);
+                float line[DS_PANEL_ROWS];
+                for (int t = t0; t < t1; t++)
+                    memcpy(job->y + (size_t)t * job->ldy + (size_t)row, tile_line(sums + (i - tile) * TILE_SUMS, t - t0, line),
+                           n_rows * sizeof *line);
+            }
         }
     }
 }

@@ -257,13 +257,20 @@ DS_INLINE float f32_max_abs32(const float *x) {
     return vmaxvq_f32(max);
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#include "kernels/simd_neon_mm.h"
+#else
+
 #define DS_TILE_TOKENS 6
 
-/* n dwords, n < 4 without reading past them. */
+/* The first n of four dwords, without reading past them. */
 DS_INLINE int8x16_t neon_tokens(int n, const int8_t *p) {
-    int32_t x[4] = {0};
-    memcpy(x, p, n < 4 ? 4 * (size_t)n : sizeof x);
-    return vreinterpretq_s8_s32(vld1q_s32(x));
+    if (n >= 4) return vld1q_s8(p);
+    int32_t last = 0;
+    memcpy(&last, p + 4 * (n - 1), sizeof last);
+    if (n == 1) return vreinterpretq_s8_s32((int32x4_t){last});
+    const int8x8_t two = vld1_s8(p);
+    return vcombine_s8(two, n == 3 ? vreinterpret_s8_s32((int32x2_t){last}) : vdup_n_s8(0));
 }
 /* acc + dots of w with one dword of x; the instruction wants the dword's place as a literal. */
 DS_INLINE vi neon_dot_lane(vi acc, int8x16_t w, int8x16_t x, int lane) {
@@ -291,3 +298,5 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
         }
     }
 }
+
+#endif
