@@ -14,6 +14,7 @@ typedef struct block {
     float mass[DS_MAX_SUBS][DS_MAX_SUBS];    /* and over pairs of runs */
     _Alignas(64) float inverse[WIDTH];       /* of the diagonal of cov */
     float middle[16], step[16];              /* grids with values: between a value and the next */
+    halves halves;                           /* grids of points */
 } block;
 
 DS_INLINE float value_of(const ds_grid *g, int code) { return (float)(g->values ? g->values[code] : code); }
@@ -36,6 +37,7 @@ DS_INLINE void block_open(block *b, const ds_grid *g, const ds_sweep *sweep, int
         for (int j = 0; j < n; j++) b->ones[i][j / g->sub] += row[j];
         for (int s = 0; s < b->n_subs; s++) b->mass[i / g->sub][s] += b->ones[i][s];
     }
+    if (g->points) list_halves(g->points, &b->halves);
     for (int k = 0; g->values && k < g->q_max; k++) {
         b->middle[k] = 0.5f * (float)(g->values[k] + g->values[k + 1]);
         b->step[k] = (float)(g->values[k + 1] - g->values[k]);

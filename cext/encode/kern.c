@@ -4,8 +4,8 @@
 #include <stdbool.h>
 
 #include "encode/lanes.h"
-#include "encode/block.h"
 #include "encode/points.h"
+#include "encode/block.h"
 #include "encode/start.h"
 #include "encode/solve.h"
 

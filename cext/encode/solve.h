@@ -41,11 +41,9 @@ typedef struct solver {
 
 /* Points for the targets of a tile, whose columns are taken for independent: v. */
 DS_INLINE void choose_points(const block *b, int first, lanes inv, const lanes *target, trial *x) {
-    float own[2 * MOST_POINTS];
     lanes y[TILE];
-    own_costs_of(b->grid->points, b->var + first, own);
     for (int c = 0; c < TILE; c++) y[c] = target[c] * inv;
-    snap_points(b->grid->points, y, b->var + first, own, x->v + first);
+    snap_points(b->grid->points, &b->halves, y, b->var + first, x->v + first);
 }
 
 /* Codes under the scales of x, column by column; fills v, e, g and the loss. With u_j = e_j + sum_{i<j} e_i tri_ij, what is
@@ -135,14 +133,13 @@ DS_INLINE float polish_row(const block *b, int passes, const float *scale, float
 /* Change the points of a tile in those rows where that lowers the loss. Whether any did. */
 DS_INLINE bool polish_points(const block *b, int first, trial *x) {
     const lanes scale = x->c.scale[first / b->grid->sub], inv = inverse(scale);
-    float own[2 * MOST_POINTS], w[TILE];
+    float w[TILE];
     lanes y[TILE], v[TILE], step[TILE], gain = splat(0.0f);
     for (int c = 0; c < TILE; c++) {
         w[c] = b->cov[(first + c) * WIDTH + first + c];
         y[c] = x->v[first + c] + x->g[first + c] * inv * b->inverse[first + c];
     }
-    own_costs_of(b->grid->points, w, own);
-    snap_points(b->grid->points, y, w, own, v);
+    snap_points(b->grid->points, &b->halves, y, w, v);
     for (int c = 0; c < TILE; c++) step[c] = (v[c] - x->v[first + c]) * scale;
     for (int c = 0; c < TILE; c++) {
         lanes pulled = 2.0f * x->g[first + c];

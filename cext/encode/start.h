@@ -89,11 +89,9 @@ DS_INLINE void start_points(const block *b, const lanes *t, const float *w, lane
         const lanes inv = inv_widest * (p->most * (0.75f + 0.5f * (float)k / POINT_STEPS));
         lanes wvv = splat(0.0f), wvt = wvv;
         for (int first = 0; first < b->grid->sub; first += TILE) {
-            float own[2 * MOST_POINTS];
             lanes y[TILE], v[TILE];
-            own_costs_of(p, w + first, own);
             for (int c = 0; c < TILE; c++) y[c] = t[first + c] * inv;
-            snap_points(p, y, w + first, own, v);
+            snap_points(p, &b->halves, y, w + first, v);
             for (int c = 0; c < TILE; c++) {
                 wvv += v[c] * v[c] * w[first + c];
                 wvt += v[c] * t[first + c] * w[first + c];
