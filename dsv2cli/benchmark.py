@@ -193,10 +193,31 @@ def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterat
         process.communicate()
 
 
+# Arm's own cores, by the part number in their identification register.
+ARM_PARTS = {
+    0xD03: "Cortex-A53", 0xD05: "Cortex-A55", 0xD08: "Cortex-A72", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1",
+    0xD40: "Neoverse-V1", 0xD41: "Cortex-A78", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510", 0xD47: "Cortex-A710",
+    0xD48: "Cortex-X2", 0xD49: "Neoverse-N2", 0xD4D: "Cortex-A715", 0xD4E: "Cortex-X3", 0xD4F: "Neoverse-V2",
+    0xD80: "Cortex-A520", 0xD81: "Cortex-A720", 0xD82: "Cortex-X4", 0xD84: "Neoverse-V3", 0xD8E: "Neoverse-N3",
+}  # fmt: skip
+ARM_LIMITED = 0x41
+
+
+def processor_name(cpuinfo: str) -> str | None:
+    """The name in the text of /proc/cpuinfo: written out on x86, the numbers of maker and part on ARM."""
+    facts = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
+    if names := [value for key, value in facts if key == "model name"]:
+        return names[0]
+    makers = [int(value, 16) for key, value in facts if key == "CPU implementer"]
+    parts = [int(value, 16) for key, value in facts if key == "CPU part"]
+    kinds = dict.fromkeys(zip(makers, parts, strict=False))  # large and small cores
+    names = [(maker == ARM_LIMITED and ARM_PARTS.get(part)) or f"ARM {maker:#x}:{part:#x}" for maker, part in kinds]
+    return " + ".join(names) or None
+
+
 def machine() -> str:
     """The processor's name and number of processors, for the record."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} processors"
+    name = None
+    with contextlib.suppress(OSError):
+        name = processor_name(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} processors"

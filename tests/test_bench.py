@@ -24,6 +24,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("bench") / "m.gguf", SPEC)
 
 
+ARM = "processor\t: {}\nBogoMIPS\t: 108.00\nCPU implementer\t: {}\nCPU part\t: {}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t\t: a: b\n", "AMD EPYC 9B14"),
+        (ARM.format(0, "0x41", "0xd0c") + ARM.format(1, "0x41", "0xd0c"), "Neoverse-N1"),
+        (ARM.format(0, "0x41", "0xd05") + ARM.format(1, "0x41", "0xd0b"), "Cortex-A55 + Cortex-A76"),
+        (ARM.format(0, "0x61", "0x032"), "ARM 0x61:0x32"),
+        ("processor\t: 0\nisa\t: rv64imafdc\n", None),
+    ],
+    ids=["x86", "one kind", "two kinds", "unknown", "neither"],
+)
+def test_processors_are_named(cpuinfo: str, name: str | None) -> None:
+    assert benchmark.processor_name(cpuinfo) == name
+
+
 # A saved sequence of llama.cpp, in its own layout.
 
 

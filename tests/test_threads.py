@@ -1,4 +1,5 @@
-"""The number of workers by default: physical cores of the affinity mask, never more than the cgroup's quota."""
+"""The number of workers by default: physical cores of the affinity mask, of the fast kind, never more than the cgroup's
+quota."""
 
 import os
 import subprocess
@@ -16,10 +17,16 @@ CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 pytestmark = pytest.mark.skipif(not CPUS, reason="needs affinity masks, as Linux has them")
 
 
+def capacity(cpu: int) -> int:
+    path = TOPOLOGY / f"cpu{cpu}" / "cpu_capacity"
+    return int(path.read_text(encoding="utf-8")) if path.is_file() else 0
+
+
 def cores(cpus: list[int]) -> int:
-    """Physical cores of processors: how many different sets of siblings they belong to."""
+    """Physical cores: how many different sets of siblings the processors at least half as fast as the fastest have."""
     siblings = set()
-    for cpu in cpus:
+    fastest = max(map(capacity, cpus))
+    for cpu in (cpu for cpu in cpus if 2 * capacity(cpu) >= fastest):
         path = TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list"
         siblings.add(path.read_text(encoding="utf-8") if path.is_file() else str(cpu))
     return len(siblings)

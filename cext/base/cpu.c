@@ -103,7 +103,15 @@ static bool read_line(const char *path, char *line, size_t size) {
     return ok;
 }
 
-/* Physical cores among the processors of the affinity mask: a processor counts if no lower one in the mask shares its core. */
+/* How fast a processor is beside the others, where the system tells: ARM's large and small cores. */
+static long capacity(int cpu) {
+    char path[96], line[32];
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
+    return read_line(path, line, sizeof line) ? strtol(line, NULL, 10) : 0;
+}
+
+/* Physical cores among the processors of the affinity mask: a processor counts if no lower one in the mask shares its core,
+ * and if it is at least half as fast as the fastest, because a team waits for its slowest member. */
 static int affine_cores(void) {
     cpu_set_t mask;
     CPU_ZERO(&mask);
@@ -112,8 +120,13 @@ static int affine_cores(void) {
         return online > 0 ? (int)online : 1;
     }
     int cores = 0;
+    long fastest = 0;
     for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-        if (!CPU_ISSET(cpu, &mask)) continue;
+        const long speed = CPU_ISSET(cpu, &mask) ? capacity(cpu) : 0;
+        if (speed > fastest) fastest = speed;
+    }
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, &mask) || 2 * capacity(cpu) < fastest) continue;
         char path[96], siblings[256];
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
         bool first = true;
