@@ -10,8 +10,8 @@ engine (dsv2 with its caches; llama.cpp with and without flash attention, an f16
 round after round; the first round warms up and is not counted. A figure is the median of its rounds, with the least and
 the most; a ratio is the median of the ratios of one round, to llama.cpp's setting with the best median in that test.
 Contexts are filled once and rewound; a long one repeats the rows of a short one, which takes attention as long
-(dsv2cli/llama_state.py does it for llama.cpp). Beyond --llama-depth llama.cpp is left out. The table is of one number of
-threads; the CSV has all.
+(dsv2cli/llama_state.py does it for llama.cpp). Beyond --llama-depth llama.cpp is left out. The table is of one number
+of threads; the CSV has all.
 The plot needs matplotlib: pip install 'dsv2[bench]'.
 """
 

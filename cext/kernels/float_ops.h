@@ -74,12 +74,6 @@ static void add_scaled(int n, float scale, const float *x, float *y) {
                  { vf_store_n(y + i, vf_fma(s, vf_load_n(x + i, n - i), vf_load_n(y + i, n - i)), n - i); });
 }
 
-static void f32_to_f16(int n, const float *x, uint16_t *y) {
-    DS_FOR_LANES(i, n, { vf_store_f16(y + i, vf_load(x + i)); }, {
-        for (int j = i; j < n; j++) y[j] = ds_f32_to_f16(x[j]);
-    });
-}
-
 static void f16_to_f32(int n, const uint16_t *x, float *y) {
     DS_FOR_LANES(i, n, { vf_store(y + i, vf_load_f16(x + i)); },
                  { vf_store_n(y + i, vf_load_f16_n(x + i, n - i), n - i); });

@@ -33,8 +33,6 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA, ) = {
     .softmax = softmax,
     .silu_mul = silu_mul,
     .add_scaled = add_scaled,
-    .f32_to_f16 = f32_to_f16,
-    .f16_to_f32 = f16_to_f32,
     .read_all = DS_OF(read_all),
     .dot_peak = DS_OF(dot_peak),
 };

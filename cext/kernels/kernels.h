@@ -63,8 +63,6 @@ typedef struct ds_kernels {
     void (*softmax)(int n, float *x);                                      /* in place, max subtracted */
     void (*silu_mul)(int n, const float *gate, const float *up, float *y); /* y = gate * sigmoid(gate) * up */
     void (*add_scaled)(int n, float scale, const float *x, float *y);      /* y += scale * x */
-    void (*f32_to_f16)(int n, const float *x, uint16_t *y);
-    void (*f16_to_f32)(int n, const uint16_t *x, float *y);
 
     /* Yardsticks for benchmarks: read memory in order (returns the XOR of its dwords, up to a tail), and run the int8 dot
      * instruction on data in L1 (returns the number of multiply-adds). */

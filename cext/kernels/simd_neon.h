@@ -55,7 +55,6 @@ DS_INLINE uint16x4_t neon_halves_n(const uint16_t *p, int n) {
 }
 DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return vcvt_f32_f16(vreinterpret_f16_u16(neon_halves_n(p, n))); }
 DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return neon_bf16(neon_halves_n(p, n)); }
-DS_INLINE void vf_store_f16(uint16_t *p, vf a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 
 /* v[i] lane j becomes v[j] lane i. */
 DS_INLINE void vf_transpose(vf v[4]) {

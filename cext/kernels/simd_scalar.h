@@ -38,7 +38,6 @@ DS_INLINE vf vf_load_f16(const uint16_t *p) { return ds_f16_to_f32(*p); }
 DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return ds_f16_to_f32(*p); }
 DS_INLINE vf vf_load_bf16(const uint16_t *p) { return ds_bf16_to_f32(*p); }
 DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return ds_bf16_to_f32(*p); }
-DS_INLINE void vf_store_f16(uint16_t *p, vf a) { *p = ds_f32_to_f16(a); }
 /* v[i] lane j becomes v[j] lane i. */
 DS_INLINE void vf_transpose(vf v[DS_LANES]) {}
 

@@ -37,9 +37,6 @@ DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return _mm512_cvtph_ps(_m
 DS_INLINE vf x86_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 DS_INLINE vf vf_load_bf16(const uint16_t *p) { return x86_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return x86_bf16(_mm256_maskz_loadu_epi16(x86_first(n), p)); }
-DS_INLINE void vf_store_f16(uint16_t *p, vf a) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 /* v[i] lane j becomes v[j] lane i: 4x4 within the 128-bit quarters, then the quarters. */
 DS_INLINE void vf_transpose(vf v[16]) {
@@ -125,9 +122,6 @@ DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return _mm256_cvtph_ps(x8
 DS_INLINE vf x86_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 DS_INLINE vf vf_load_bf16(const uint16_t *p) { return x86_bf16(_mm_loadu_si128((const __m128i *)p)); }
 DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return x86_bf16(x86_halves_n(p, n)); }
-DS_INLINE void vf_store_f16(uint16_t *p, vf a) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 /* v[i] lane j becomes v[j] lane i: 4x4 within the 128-bit halves, then the halves. */
 DS_INLINE void vf_transpose(vf v[8]) {

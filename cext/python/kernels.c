@@ -166,7 +166,7 @@ static PyObject *py_gemm(PyObject *self, PyObject *args) {
 
 PyDoc_STRVAR(row_doc, "_row(isa, op, x, other, y, number) -> float: an operation on a row: 'rms_norm' (other: weight or None, number: "
                       "eps), 'exp_sum' (number: max) and 'softmax' (in place in y; x is not read), 'silu_mul' (x gate, other up), "
-                      "'add_scaled' (number: scale), 'f32_to_f16', 'f16_to_f32'. Returns exp_sum's sum, otherwise 0.");
+                      "'add_scaled' (number: scale). Returns exp_sum's sum, otherwise 0.");
 
 static PyObject *py_row(PyObject *self, PyObject *args) {
     Py_buffer b[3] = {{0}};
@@ -174,18 +174,15 @@ static PyObject *py_row(PyObject *self, PyObject *args) {
     float number, result = 0.0f;
     if (!PyArg_ParseTuple(args, "ssy*z*w*f:_row", &isa, &op, &b[0], &b[1], &b[2], &number)) return finish(b, 3);
     const ds_kernels *table = find_isa(isa);
-    const size_t out_bytes = strcmp(op, "f32_to_f16") == 0 ? 2 : 4, in_bytes = strcmp(op, "f16_to_f32") == 0 ? 2 : 4;
-    const size_t n = (size_t)b[2].len / out_bytes;
+    const size_t n = (size_t)b[2].len / sizeof(float);
     const bool has_other = b[1].buf != NULL;
-    if (table && holds(&b[0], "x", n, in_bytes) && (!has_other || holds(&b[1], "other", n, sizeof(float)))) {
+    if (table && holds(&b[0], "x", n, sizeof(float)) && (!has_other || holds(&b[1], "other", n, sizeof(float)))) {
         const int count = (int)n;
         if (strcmp(op, "rms_norm") == 0) table->rms_norm(count, b[0].buf, b[1].buf, number, b[2].buf);
         else if (strcmp(op, "exp_sum") == 0) result = table->exp_sum(count, number, b[2].buf);
         else if (strcmp(op, "softmax") == 0) table->softmax(count, b[2].buf);
         else if (strcmp(op, "silu_mul") == 0 && has_other) table->silu_mul(count, b[0].buf, b[1].buf, b[2].buf);
         else if (strcmp(op, "add_scaled") == 0) table->add_scaled(count, number, b[0].buf, b[2].buf);
-        else if (strcmp(op, "f32_to_f16") == 0) table->f32_to_f16(count, b[0].buf, b[2].buf);
-        else if (strcmp(op, "f16_to_f32") == 0) table->f16_to_f32(count, b[0].buf, b[2].buf);
         else PyErr_Format(PyExc_ValueError, "unknown row operation '%s'", op);
     }
     PyObject *none = finish(b, 3);
