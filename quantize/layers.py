@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from quantize import recipe, report
 from quantize.awq import FoldResult, Scales, Searcher
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
+from quantize.effort import Effort
 from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
 from quantize.evaluate import REFERENCE, Held
@@ -33,8 +34,6 @@ from quantize.writer import Writer
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 
-# Of a calibrated layer's time, for the progress bar: measured on storyteller-52m, near enough elsewhere.
-STAGE_SHARES: dict[Stage, tuple[float, float]] = {"calibrate": (0.0, 0.5), "search": (0.5, 0.3), "encode": (0.8, 0.2)}
 RECORDS = "write"  # of this stage in the journal
 RECORD = RECORDS + "/step-{}"
 STREAM = RECORDS + "/stream-{}"
@@ -104,6 +103,10 @@ class WriteStage:
         self._folds: list[FoldResult] = []
         self._coverage: Coverage | None = None
         self._losses: dict[str, LossMeter] = {}
+        self._written = 0  # bytes of the step
+        effort = Effort(job.plan, types)
+        self._efforts = [effort.write(il) for il in range(-1, self.arch.n_layer + 1)]
+        self._effort = sum(step.all for step in self._efforts)
         self._nbytes = {t.name: recipe.nbytes(t, types[t.name]) for t in self.plan.tensors}
 
     def run(self) -> list[Step]:
@@ -111,7 +114,7 @@ class WriteStage:
         meter = self.job.meter
         meter.bytes_total = sum(self._nbytes.values())
         meter.bytes_written = self.writer.n_done
-        meter.begin("write", meter.bytes_written / meter.bytes_total)
+        meter.begin("write", sum(step.all for step in self._efforts[: len(self.steps)]) / self._effort)
         last = len(self.steps) - 2  # steps are numbered from -1
         if last < self.arch.n_layer and (arrays := self.job.journal.get_arrays(STREAM.format(last))):
             self.stream = Stream(self.arch, arrays["x"]) if "x" in arrays else None
@@ -126,7 +129,7 @@ class WriteStage:
         return self.earlier + self.job.meter.seconds
 
     def _step(self, il: int) -> None:
-        self._folds, self._coverage, self._losses = [], None, {}
+        self._folds, self._coverage, self._losses, self._written = [], None, {}, 0
         if il < 0:
             self._embed(self.plan.outside["token_embd"])
         elif il < self.arch.n_layer:
@@ -183,11 +186,11 @@ class WriteStage:
                 searcher = Searcher(evidence, types, read_part, self.job.encoder)
                 scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
                 self._folds += results
-        encoded, nbytes = 0, self._bytes_of(il)
+        nbytes = self._bytes_of(il)
         parts = self._prepared(layer, read_part, evidence, scales)
         for tensor, values, known in ahead(parts) if self.job.encoder.threads > 1 else parts:
-            self._tell("encode", il, encoded / nbytes, evidence is not None)
-            encoded += self._write(tensor, values, known)
+            self._tell("encode", il, self._written / nbytes)
+            self._write(tensor, values, known)
 
     def _prepared(
         self, layer: Sequence[Tensor], read_part: PartReader, evidence: Evidence | None, scales: Scales
@@ -232,8 +235,8 @@ class WriteStage:
         for _, values in self.job.slabs(outside["output"]):
             self._write(outside["output"], values, known)
 
-    def _write(self, tensor: Tensor, values: F32, known: Known) -> int:
-        """Encode the next rows of a tensor and put them after those before; returns their bytes."""
+    def _write(self, tensor: Tensor, values: F32, known: Known) -> None:
+        """Encode the next rows of a tensor and put them after those before."""
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
             data = encoder.encode(values, type_, known.importance, known.covariance)
@@ -243,23 +246,26 @@ class WriteStage:
         loss.add(values, encoder.decode(data, type_, values.shape[-1]), known.inputs, known.importance)
         self.writer.append(tensor.name, data)
         self.job.meter.wrote(data.nbytes, values.size)
+        self._written += data.nbytes
         if tensor.il < 0:
-            self.job.meter.tell("encode", -1, self.job.meter.bytes_written / self.job.meter.bytes_total)
-        return data.nbytes
+            il = -1 if tensor.role == "token_embd" else self.arch.n_layer
+            self._tell("encode", il, self._written / self._bytes_of(il))
 
     def _bytes_of(self, il: int) -> int:
         return sum(self._nbytes[t.name] for t in tensors_of(self.job, il))
 
-    def _within(self, il: int) -> float:
-        """How far the phase is where layer il begins."""
-        before = sum(self._bytes_of(i) for i in range(-1, il))
-        return before / self.job.meter.bytes_total
-
-    def _tell(self, stage: Stage, il: int, fraction: float, calibrated: bool = True) -> None:
-        """fraction: of this stage of layer il."""
-        begin, length = STAGE_SHARES[stage] if calibrated else (0.0, 1.0)
-        share = self._bytes_of(il) / self.job.meter.bytes_total
-        self.job.meter.tell(stage, il, self._within(il) + share * (begin + length * fraction), share)
+    def _tell(self, stage: Stage, il: int, fraction: float) -> None:
+        """fraction: of this stage of the step."""
+        step = self._efforts[il + 1]  # steps are numbered from -1
+        done = sum(before.all for before in self._efforts[: il + 1])
+        if stage == "calibrate":
+            done += fraction * step.calibrate
+        elif stage == "search":
+            done += step.calibrate + fraction * step.search
+        else:
+            done += step.calibrate + step.search + fraction * step.encode
+        layer = il if il < self.arch.n_layer else -1
+        self.job.meter.tell(stage, layer, done / self._effort, step.all / self._effort)
 
 
 def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> F32 | None:

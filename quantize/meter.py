@@ -9,8 +9,6 @@ from typing import Literal
 
 Phase = Literal["survey", "write", "evaluate"]
 Stage = Literal["read", "survey", "allocate", "calibrate", "search", "encode", "evaluate", "finish"]
-# Of the time of a whole run, measured on storyteller-52m; only those phases count that a run has.
-PHASE_SHARES: dict[Phase, float] = {"survey": 0.35, "write": 0.6, "evaluate": 0.05}
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,15 @@ OnProgress = Callable[[Progress], None]
 
 
 class Meter:
-    """Tells on_progress how far the run is. phases: those that the run will go through, in order."""
+    """Tells on_progress how far the run is. phases: those that the run will go through, in order, and what they take
+    next to each other.
+    """
 
-    def __init__(self, on_progress: OnProgress | None, phases: tuple[Phase, ...], n_layer: int, n_values: int) -> None:
-        whole = sum(PHASE_SHARES[phase] for phase in phases)
-        self._shares: Mapping[Phase, float] = {phase: PHASE_SHARES[phase] / whole for phase in phases}
+    def __init__(
+        self, on_progress: OnProgress | None, phases: Mapping[Phase, float], n_layer: int, n_values: int
+    ) -> None:
+        whole = sum(phases.values())
+        self._shares = {phase: effort / whole for phase, effort in phases.items()}
         self._on_progress = on_progress
         self._n_layer, self._n_values = n_layer, n_values
         self.started = time.monotonic()

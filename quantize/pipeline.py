@@ -20,13 +20,14 @@ from quantize import recipe, report
 from quantize.budget import settle
 from quantize.calibrate import FEW_TOKENS
 from quantize.checkpoint import Checkpoint
+from quantize.effort import Effort
 from quantize.encode import Encoder
 from quantize.errors import disk_error
 from quantize.evaluate import evaluate
 from quantize.job import Job, Options, Plan, make_plan
 from quantize.journal import FINISHED, Journal, is_finished
 from quantize.layers import Step, WriteStage, steps_done, tensors_of
-from quantize.meter import Meter, OnProgress, Phase
+from quantize.meter import Meter, OnProgress
 from quantize.report import Report
 from quantize.score import Distance
 from quantize.writer import Writer, header_bytes
@@ -50,12 +51,7 @@ def quantize(
     options, out = options or Options(), Path(out)
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder:
         plan = make_plan(checkpoint, options)
-        phases: list[Phase] = ["write"]
-        if plan.allocates:
-            phases.insert(0, "survey")
-        if plan.evaluated:
-            phases.append("evaluate")
-        meter = Meter(progress, tuple(phases), plan.arch.n_layer, sum(t.size for t in plan.tensors))
+        meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
         with Journal(out, plan.fingerprint(), checkpoint, restart) as journal:
             if journal.changed:

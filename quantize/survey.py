@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from quantize.backward import Block, norm, norm_backward
 from quantize.corpus import WINDOW
+from quantize.effort import Effort
 from quantize.errors import QuantizeError
 from quantize.evidence import n_parts
 from quantize.flips import Flips
@@ -34,7 +35,6 @@ Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a s
 INPUTS, GRADIENTS, COSTS = "survey/inputs-{}", "survey/gradients-{}", "survey/costs-{}"
 CHUNK_WINDOWS = 4  # of a forward call
 CHUNK_TOKENS = 1024  # at the head, whose outputs are as wide as the vocabulary
-FORWARD_SHARE = 0.25  # of the survey's time
 SEED = 20240507  # of the sampled tokens and signs: any will do, but always the same
 
 
@@ -55,6 +55,9 @@ class SurveyStage:
         windows = self.plan.corpus.windows
         keep = min(len(windows), max(1, n_tokens // WINDOW))
         self.windows = windows[np.linspace(0, len(windows) - 1, keep).round().astype(int)]
+        effort = Effort(self.plan)
+        self._forward_effort, self._back_effort = effort.survey_forward(), effort.survey_back()
+        self._effort = sum(self._forward_effort) + sum(self._back_effort)
 
     def run(self) -> Survey:
         """All passes that are left."""
@@ -85,7 +88,7 @@ class SurveyStage:
             start = 0
         x = self._array(INPUTS.format(start))
         for il in range(start, n_layer):
-            self._tell(il, FORWARD_SHARE * il / n_layer, FORWARD_SHARE / n_layer)
+            self._tell(il, sum(self._forward_effort[:il]), self._forward_effort[il])
             with self.job.engine(il) as engine:
                 for at in range(0, len(x), CHUNK_WINDOWS * WINDOW):
                     chunk = x[at : at + CHUNK_WINDOWS * WINDOW]
@@ -98,7 +101,7 @@ class SurveyStage:
         x = self._array(INPUTS.format(n_layer))
         weight = read(self.arch, self.plan.checkpoint, self.plan.outside["output_norm"])
         head = _Head(self.job, norm(x, weight, self.arch.rms_eps).astype(np.float32))
-        self._tell(-1, FORWARD_SHARE)
+        self._tell(-1, sum(self._forward_effort))
         gradients = np.zeros((N_GRADIENTS, *x.shape), np.float32)
         gradients[FISHER] = norm_backward(x, weight, self.arch.rms_eps, head.gradient())
         meter = self._meter({})
@@ -106,9 +109,8 @@ class SurveyStage:
         self._record(n_layer, gradients, meter.costs, 0.0)
 
     def _layer(self, il: int) -> None:
-        n_layer = self.arch.n_layer
-        share = (1 - FORWARD_SHARE) / n_layer
-        self._tell(il, FORWARD_SHARE + share * (n_layer - 1 - il), share)
+        later = sum(self._back_effort[il + 2 :])  # steps are numbered from -1
+        self._tell(il, sum(self._forward_effort) + later, self._back_effort[il + 1])
         by_role = {t.role: t for t in self.plan.layers[il]}
         meter = self._meter(by_role)
         flips = Flips(self.arch, np.random.default_rng([SEED, il]))
@@ -169,8 +171,8 @@ class SurveyStage:
 
     def _done(self) -> float:
         """The fraction that earlier runs did."""
-        n_done = sum(record is not None for _, record in self._steps())
-        return FORWARD_SHARE + (1 - FORWARD_SHARE) * (n_done - 1) / (self.arch.n_layer + 1) if n_done else 0.0
+        back = [effort for (_, record), effort in zip(self._steps(), self._back_effort, strict=True) if record]
+        return (sum(self._forward_effort) + sum(back)) / self._effort if back else 0.0
 
     def _survey(self) -> Survey:
         """The records together. A tied head's costs are the embeddings' too."""
@@ -187,8 +189,8 @@ class SurveyStage:
                     mine[Type[type_]] = Cost(before.fisher + fisher, before.routing + routing)
         return Survey(costs, flips)
 
-    def _tell(self, il: int, within: float, share: float = 0.0) -> None:
-        self.job.meter.tell("survey", il, within, share)
+    def _tell(self, il: int, done: float, layer: float = 0.0) -> None:
+        self.job.meter.tell("survey", il, done / self._effort, layer / self._effort)
 
 
 class _Weights:

@@ -87,7 +87,9 @@ def made(source: Path, records: Records, options: Options | None = None) -> Surv
     options = options or Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
     plan = make_plan(Checkpoint(source), options)
     whole: Any = records
-    work = Job(plan, whole, Encoder(1), Meter(None, ("survey", "write"), plan.arch.n_layer, 1), lambda line: None)
+    work = Job(
+        plan, whole, Encoder(1), Meter(None, {"survey": 1.0, "write": 1.0}, plan.arch.n_layer, 1), lambda line: None
+    )
     return SurveyStage(work, TYPES, 512)
 
 

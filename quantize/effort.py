@@ -1,0 +1,167 @@
+"""effort.py: how long the steps of a run take next to each other, so that the time left can be told from the start.
+
+Everything is counted in multiply-adds of one core at the engine's pace; work of other kinds is counted as what was
+measured beside it (Zen 4, V2-Lite's widths). Only ratios matter: the pace itself shows as the run goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gguf.constants import GGMLQuantizationType as Type
+
+from quantize import recipe
+from quantize.arch import Arch
+from quantize.corpus import WINDOW
+from quantize.encode import FED_BACK, FLOAT_TYPES, GRID_TYPES, n_cores
+from quantize.job import Plan
+from quantize.meter import Phase
+from quantize.sensitivity import SAMPLED_VALUES
+from quantize.tensors import Tensor
+
+BACKWARD = 6.0  # a token's gradients, of its way forward
+PRICE = 7.5e5  # a sampled weight of the survey, in all types
+PRICE_CORES = 3  # that the survey's many small steps keep busy
+STATISTICS = 2e3  # a hidden channel of an expert and a token, counted and kept
+SEARCH = 3e11  # the folds of a layer
+FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
+FED, FED_GRID = 4e3, 2.6e4  # and under a covariance,
+FED_COLUMN = 1.5  # with as much for each column beside it
+# Bits a weight at which grid types begin to be chosen, and where most are.
+FEW_GRIDS, MOST_GRIDS = 3.9, 3.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the write stage."""
+
+    calibrate: float = 0.0
+    search: float = 0.0
+    encode: float = 0.0
+
+    @property
+    def all(self) -> float:
+        """The whole step."""
+        return self.calibrate + self.search + self.encode
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Of a plan's steps. types: by tensor name, as far as they are settled."""
+
+    plan: Plan
+    types: Mapping[str, Type] | None = None
+
+    @property
+    def threads(self) -> int:
+        """That compute."""
+        return self.plan.options.threads or n_cores()
+
+    def phases(self) -> dict[Phase, float]:
+        """The phases that the plan has, in order."""
+        found: dict[Phase, float] = {}
+        if self.plan.allocates:
+            found["survey"] = sum(self.survey_forward()) + sum(self.survey_back())
+        found["write"] = sum(self.write(il).all for il in range(-1, self.plan.arch.n_layer + 1))
+        if self.plan.evaluated:
+            found["evaluate"] = self._evaluate()
+        return found
+
+    def survey_forward(self) -> list[float]:
+        """Layer by layer."""
+        n = self._survey_tokens()
+        return [n * forward(self.plan.arch, il) / self.threads for il in range(self.plan.arch.n_layer)]
+
+    def survey_back(self) -> list[float]:
+        """The embeddings, layer by layer, the head."""
+        arch, n, cores = self.plan.arch, self._survey_tokens(), min(self.threads, PRICE_CORES)
+        price = PRICE * SAMPLED_VALUES * (1 + self._grids())
+        layers = [
+            n * BACKWARD * forward(arch, il) + price * sum(map(recipe.is_matrix, self.plan.layers[il]))
+            for il in range(arch.n_layer)
+        ]
+        head = 3.0 * n * arch.n_vocab * arch.n_embd + price
+        return [effort / cores for effort in (price, *layers, head)]
+
+    def write(self, il: int) -> Step:
+        """The step of the embeddings (-1), of a layer, or of the head (n_layer)."""
+        plan, arch = self.plan, self.plan.arch
+        if not 0 <= il < arch.n_layer:
+            role = "token_embd" if il < 0 else "output"
+            return Step(encode=self._encode(plan.outside[role]) / self.threads if role in plan.outside else 0.0)
+        n_held = plan.corpus.held.size if plan.corpus is not None and plan.evaluated else 0
+        calibrate, search, prepare = n_held * forward(arch, il) / self.threads, 0.0, 0.0
+        encode = sum(map(self._encode, plan.layers[il])) / self.threads
+        if plan.corpus is not None and plan.calibrated:
+            n_tokens, feedback = plan.corpus.windows.size, plan.options.feedback
+            calibrate += n_tokens * forward(arch, il) / self.threads
+            if not arch.is_dense(il):
+                calibrate += STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert
+            calibrate += n_tokens * _taps(arch, il) if feedback else 0.0
+            search = SEARCH / self.threads if plan.options.awq else 0.0
+            prepare = _prepare(arch, il, n_tokens) if feedback else 0.0
+        together = prepare + encode if self.threads == 1 else max(prepare, encode + prepare / self.threads)
+        return Step(calibrate, search, together)
+
+    def _survey_tokens(self) -> int:
+        assert self.plan.corpus is not None
+        return min(self.plan.options.survey_tokens, self.plan.corpus.windows.size)
+
+    def _encode(self, tensor: Tensor) -> float:
+        type_ = self._type(tensor)
+        if type_ in FLOAT_TYPES:
+            return FLOAT * tensor.size
+        fed_back = self.plan.calibrated and self.plan.options.feedback and type_ in FED_BACK
+        codes, grids = (FED, FED_GRID) if fed_back else (PLAIN, PLAIN_GRID)
+        share = float(type_ in GRID_TYPES) if self.types is not None or not self.plan.allocates else self._grids()
+        return tensor.size * (codes + share * (grids - codes) + (FED_COLUMN * tensor.shape[-1] if fed_back else 0.0))
+
+    def _type(self, tensor: Tensor) -> Type:
+        if self.types is not None:
+            return self.types[tensor.name]
+        return recipe.type_of(self.plan.recipe, self.plan.arch, tensor, self.plan.weighted)
+
+    def _grids(self) -> float:
+        """The share of weights that will come out in grid types, before they are chosen."""
+        options, n_values = self.plan.options, sum(t.size for t in self.plan.tensors)
+        if options.bpw is not None:
+            bits = options.bpw
+        elif options.size is not None:
+            bits = 8 * options.size / n_values
+        else:
+            bits = 8 * sum(recipe.nbytes(t, self._type(t)) for t in self.plan.tensors) / n_values
+        return min(1.0, max(0.0, (FEW_GRIDS - bits) / (FEW_GRIDS - MOST_GRIDS)))
+
+    def _evaluate(self) -> float:
+        assert self.plan.corpus is not None
+        arch, n = self.plan.arch, self.plan.corpus.held.size
+        layers = sum(forward(arch, il) for il in range(arch.n_layer))
+        return n * (layers + 2.0 * arch.n_vocab * arch.n_embd) / self.threads
+
+
+def forward(arch: Arch, il: int) -> float:
+    """Multiply-adds of a token through layer il, in the middle of a window."""
+    head = arch.nope + arch.rope
+    queries = arch.q_lora_rank * (arch.n_embd + arch.n_head * head) or arch.n_embd * arch.n_head * head
+    latent = arch.kv_lora_rank * arch.n_head * (arch.nope + arch.v_dim) + arch.n_embd * (arch.kv_lora_rank + arch.rope)
+    attention = queries + latent + arch.n_head * (arch.v_dim * arch.n_embd + WINDOW // 2 * (head + arch.v_dim))
+    n_ff = arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * (arch.n_expert_used + arch.n_expert_shared)
+    return float(attention + 3 * arch.n_embd * n_ff)
+
+
+def _taps(arch: Arch, il: int) -> float:
+    """A token's part in the covariances of what a layer's matrices are fed."""
+    widths = [arch.n_embd, arch.q_lora_rank, arch.kv_lora_rank, arch.n_head * arch.v_dim, arch.n_embd]
+    widths.append(arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * arch.n_expert_shared)
+    return sum(n * n / 2 for n in widths)
+
+
+def _prepare(arch: Arch, il: int, n_tokens: int) -> float:
+    """The covariances of a layer's parts that have their own, and the factors of all, on one core."""
+    whole = 2 * arch.n_embd**3 + (arch.n_head * arch.v_dim) ** 3 + arch.q_lora_rank**3
+    if arch.is_dense(il):
+        return float(whole + arch.n_ff**3)
+    n = arch.n_expert_used * n_tokens / arch.n_expert
+    expert = sum(width**3 + n * width**2 / 2 for width in (arch.n_embd, arch.n_ff_expert))
+    return float(whole + arch.n_expert * expert)

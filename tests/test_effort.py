@@ -1,0 +1,84 @@
+"""quantize.effort and meter: what the time left is told from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+from support import checkpoints as make
+
+from quantize import Options, Progress, quantize
+from quantize.checkpoint import Checkpoint
+from quantize.effort import Effort, forward
+from quantize.job import Plan, make_plan
+from quantize.meter import Meter
+
+CONFIG = {**make.V2_LITE, "num_hidden_layers": 3, "hidden_size": 256, "moe_intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("effort") / "hf"
+    make.write_checkpoint(folder, CONFIG)
+    (folder / "text.txt").write_text(" ".join(f"word {i} and {i * i % 97}," for i in range(700)))
+    return folder
+
+
+def planned(source: Path, **options: Any) -> Plan:
+    return make_plan(Checkpoint(source), Options(calibration=(source / "text.txt",), threads=2, **options))
+
+
+def test_phases_are_those_of_the_plan(source: Path) -> None:
+    assert list(Effort(planned(source)).phases()) == ["survey", "write", "evaluate"]
+    assert list(Effort(planned(source, plain_mix=True, evaluate=False)).phases()) == ["write"]
+    assert all(effort > 0 for effort in Effort(planned(source)).phases().values())
+
+
+def test_steps_grow_with_their_work(source: Path) -> None:
+    plan = planned(source)
+    arch = plan.arch
+    few = replace(arch, n_expert_used=1)
+    assert forward(arch, arch.n_layer - 1) > forward(few, arch.n_layer - 1) and forward(arch, 0) == forward(few, 0)
+    il = arch.n_layer - 1
+    plain = Effort(plan, {t.name: Type.Q4_K for t in plan.tensors})
+    grids = Effort(plan, {t.name: Type.IQ2_S for t in plan.tensors})
+    floats = Effort(plan, {t.name: Type.BF16 for t in plan.tensors})
+    assert grids.write(il).encode > plain.write(il).encode > floats.write(il).encode > 0
+    assert plain.write(il).calibrate > 0 and plain.write(il).search > 0
+    alone = planned(source, importance=False, awq=False, feedback=False, evaluate=False)
+    assert Effort(alone).write(il).search == Effort(alone).write(il).calibrate == 0
+    assert Effort(planned(source, bpw=3.0)).phases()["write"] > Effort(planned(source, bpw=5.0)).phases()["write"]
+    assert plain.write(arch.n_layer).calibrate == 0 < plain.write(-1).encode
+
+
+def test_time_left_follows_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase of three quarters that is half done took 30 s: 50 s are left."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    seen: list[Progress] = []
+    meter = Meter(seen.append, {"survey": 3.0, "write": 1.0}, 2, 100)
+    meter.begin("survey")
+    clock[0] = 30.0
+    meter.tell("survey", 0, 0.5)
+    assert (seen[-1].fraction, seen[-1].seconds_left) == (pytest.approx(0.375), pytest.approx(50.0))
+    meter.begin("write")
+    clock[0] = 70.0
+    meter.tell("encode", 1, 0.5)
+    assert (seen[-1].fraction, seen[-1].seconds_left) == (pytest.approx(0.875), pytest.approx(10.0))
+
+
+@pytest.mark.parametrize("plain_mix", [False, True])
+def test_progress_only_grows(source: Path, tmp_path: Path, plain_mix: bool) -> None:
+    seen: list[Progress] = []
+    options = Options(
+        calibration=(source / "text.txt",), threads=2, survey_tokens=512, plain_mix=plain_mix, max_tokens=1024
+    )
+    quantize(source, tmp_path / "m.gguf", options, seen.append)
+    fractions = np.array([step.fraction for step in seen])
+    assert (np.diff(fractions) >= 0).all() and fractions[-1] == 1
+    assert np.diff(fractions).max() < 0.5  # no stage goes by unseen
+    assert {step.stage for step in seen} >= {"calibrate", "search", "encode", "evaluate", "finish"}
