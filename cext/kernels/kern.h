@@ -1,5 +1,5 @@
-/* kern.h: what the units of a table share. Three are compiled once per ISA (DS_ISA names it): kern.c, products.c, attention.c;
- * one source, and the primitives of simd_*.h under it. */
+/* kern.h: what the units of a table share. Three are compiled once per ISA (DS_ISA names it): kern.c, products.c,
+ * attention.c; one source, and the primitives of simd_*.h under it. */
 #pragma once
 
 #include <float.h>
@@ -13,7 +13,8 @@
 #define DS_INLINE static inline __attribute__((always_inline, unused))
 #define DS_UNROLL _Pragma("GCC unroll 32")
 #define DS_ALIGNED __attribute__((aligned(64)))
-enum { DS_PREFETCH_BYTES = 4096 }; /* ahead of a row being read in order: about the bytes that arrive in one memory latency */
+/* Ahead of a row being read in order: about the bytes that arrive in one memory latency. */
+enum { DS_PREFETCH_BYTES = 4096 };
 
 /* A 32-bit pattern of four bytes alike. */
 #define DS_BYTES(x) (0x01010101u * (uint32_t)(x))

@@ -1,7 +1,7 @@
 /* simd_neon_dots.h: the integer primitives of attention on ARM: dots of rows in int16 and int8, and their packing.
  *
- * There is no dot of int16 that sums into int32, but a multiply-add of four values by one. Vectors of pairs therefore hold the
- * first value of four columns, then the second of them. */
+ * There is no dot of int16 that sums into int32, but a multiply-add of four values by one. Vectors of pairs therefore
+ * hold the first value of four columns, then the second of them. */
 #pragma once
 
 #define DS_ROW_TILE 8   /* rows by two vectors of sums in registers */
@@ -74,7 +74,8 @@ DS_INLINE void i16_put_pair(uint32_t *panel, size_t at, const int16_t pair[2]) {
 DS_INLINE void i16_pairs(const int16_t a[32], const int16_t b[32], uint32_t out[32]) {
     DS_UNROLL
     for (int h = 0; h < 16; h += 4) {
-        const uint64x2_t x = vreinterpretq_u64_s16(vld1q_s16(a + 2 * h)), y = vreinterpretq_u64_s16(vld1q_s16(b + 2 * h));
+        const uint64x2_t x = vreinterpretq_u64_s16(vld1q_s16(a + 2 * h)),
+                         y = vreinterpretq_u64_s16(vld1q_s16(b + 2 * h));
         vi_store(out + h, vreinterpretq_u32_u64(vzip1q_u64(x, y)));
         vi_store(out + 16 + h, vreinterpretq_u32_u64(vzip2q_u64(x, y)));
     }
@@ -87,8 +88,10 @@ DS_INLINE void i8_quads(const int8_t *const rows[4], uint32_t out[64]) {
         uint8x16_t r[4];
         DS_UNROLL
         for (int i = 0; i < 4; i++) r[i] = neon_bytes(vi_load(rows[i] + 4 * h));
-        const uint16x8_t a = vreinterpretq_u16_u8(vzip1q_u8(r[0], r[1])), b = vreinterpretq_u16_u8(vzip1q_u8(r[2], r[3]));
-        const uint16x8_t c = vreinterpretq_u16_u8(vzip2q_u8(r[0], r[1])), d = vreinterpretq_u16_u8(vzip2q_u8(r[2], r[3]));
+        const uint16x8_t a = vreinterpretq_u16_u8(vzip1q_u8(r[0], r[1])),
+                         b = vreinterpretq_u16_u8(vzip1q_u8(r[2], r[3]));
+        const uint16x8_t c = vreinterpretq_u16_u8(vzip2q_u8(r[0], r[1])),
+                         d = vreinterpretq_u16_u8(vzip2q_u8(r[2], r[3]));
         vi_store(out + h, vreinterpretq_u32_u16(vzip1q_u16(a, b)));
         vi_store(out + 16 + h, vreinterpretq_u32_u16(vzip2q_u16(a, b)));
         vi_store(out + 32 + h, vreinterpretq_u32_u16(vzip1q_u16(c, d)));

@@ -1,5 +1,5 @@
-/* simd_neon_grid.h: 256 codes of the grid formats from their indices and signs, with an entry's load for each index. Codes
- * come with their signs, in order. */
+/* simd_neon_grid.h: 256 codes of the grid formats from their indices and signs, with an entry's load for each index.
+ * Codes come with their signs, in order. */
 #pragma once
 
 #include "kernels/grid_codes.h"
@@ -13,7 +13,8 @@ DS_INLINE v16 v16_odd_nibbles(const uint8_t p[8]) {
 
 DS_INLINE void neon_put_index(grid_index *index, int i, uint16x8_t words) { vst1q_u16(index->words + 8 * i, words); }
 DS_INLINE uint16x8_t neon_words(const void *p, int i) { return vld1q_u16((const uint16_t *)p + 8 * i); }
-/* Of each of two bytes four words: two bits of it, from the lowest pair up, whose first is moved up by `shift`; `mask` of that. */
+/* Of each of two bytes four words: two bits of it, from the lowest pair up, whose first is moved up by `shift`; `mask`
+ * of that. */
 DS_INLINE uint16x8_t neon_high_bits(const uint8_t bytes[2], int shift, int mask) {
     static const int16_t steps[8] = {0, -2, -4, -6, 0, -2, -4, -6};
     const uint16x8_t copies = vcombine_u16(vdup_n_u16(bytes[0]), vdup_n_u16(bytes[1]));
@@ -70,7 +71,8 @@ DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8
 DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index, v64 q[4]) {
     DS_UNROLL
     for (int i = 0; i < 16; i++)
-        q[i / 4].part[i % 4] = vcombine_u8(vcreate_u8(grid[index->words[2 * i]]), vcreate_u8(grid[index->words[2 * i + 1]]));
+        q[i / 4].part[i % 4] =
+            vcombine_u8(vcreate_u8(grid[index->words[2 * i]]), vcreate_u8(grid[index->words[2 * i + 1]]));
 }
 /* 64 entries of four values, the even ones and the odd ones. */
 DS_INLINE void v64_grid4(const grid4_entry *grid, int n, int values, const grid_index index[2], v64 q[4]) {
@@ -89,7 +91,9 @@ typedef struct grid_signs {
 
 /* The eighth sign makes the number of signs even. */
 DS_INLINE uint8x16_t neon_sevens(uint8x16_t a) { return vorrq_u8(a, vshlq_n_u8(vcntq_u8(a), 7)); }
-DS_INLINE grid_signs grid_signs_load(const uint8_t signs[32]) { return (grid_signs){{vld1q_u8(signs), vld1q_u8(signs + 16)}}; }
+DS_INLINE grid_signs grid_signs_load(const uint8_t signs[32]) {
+    return (grid_signs){{vld1q_u8(signs), vld1q_u8(signs + 16)}};
+}
 /* From the top seven bits of words. */
 DS_INLINE grid_signs grid_signs_top(const void *p) {
     grid_signs signs;
@@ -106,7 +110,9 @@ typedef struct grid_tails {
     uint32x4_t half[2];
 } grid_tails;
 
-DS_INLINE grid_tails grid_tails_load(const void *p) { return (grid_tails){{vi_load(p), vi_load((const char *)p + 16)}}; }
+DS_INLINE grid_tails grid_tails_load(const void *p) {
+    return (grid_tails){{vi_load(p), vi_load((const char *)p + 16)}};
+}
 /* Every second dword of 64 bytes. */
 DS_INLINE grid_tails grid_tails_seconds(const void *p) {
     return (grid_tails){{vld2q_u32(p).val[1], vld2q_u32((const uint32_t *)p + 8).val[1]}};

@@ -1,5 +1,5 @@
-/* simd_neon_int.h: the integer primitives on ARM, for products with coded weights: the dot instructions of ARMv8.2 (sdot),
- * and where the table has them the matrix ones of ARMv8.6 (i8mm).
+/* simd_neon_int.h: the integer primitives on ARM, for products with coded weights: the dot instructions of ARMv8.2
+ * (sdot), and where the table has them the matrix ones of ARMv8.6 (i8mm).
  *
  * vi: DS_LANES dwords; in a panel a lane is a weight row and its dword four consecutive values of it.
  * v64, v16, f8: 64 or 16 bytes and 8 floats, whatever the ISA, for products along a row. */
@@ -41,7 +41,8 @@ DS_INLINE vi vi_fifth_bits(vi a, vi bits, int g) {
     return vorrq_u32(a, neon_dwords(neon_sixteens(copies, neon_bytes(vi_set(g % 2 ? 0x80402010u : 0x08040201u)))));
 }
 DS_INLINE vf vi_to_float(vi a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
-DS_INLINE vf vi_low_f16(vi a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); } /* of each dword's low half */
+/* Of each dword's low half. */
+DS_INLINE vf vi_low_f16(vi a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); }
 DS_INLINE vi vf_as_int(vf a) { return vreinterpretq_u32_f32(a); }
 DS_INLINE vf vi_as_float(vi a) { return vreinterpretq_f32_u32(a); }
 
@@ -54,7 +55,9 @@ DS_INLINE void vi_columns4(const uint8_t *const rows[DS_LANES], size_t at, vi ou
     DS_UNROLL
     for (int i = 0; i < 4; i++) out[i] = vf_as_int(t[i]);
 }
-DS_INLINE void vi_columns(const uint8_t *const rows[DS_LANES], size_t at, vi out[DS_LANES]) { vi_columns4(rows, at, out); }
+DS_INLINE void vi_columns(const uint8_t *const rows[DS_LANES], size_t at, vi out[DS_LANES]) {
+    vi_columns4(rows, at, out);
+}
 
 /* ---- Along a row: 64 bytes of one, and what their dots make ---- */
 
@@ -186,7 +189,9 @@ typedef struct row_scales {
     float32x4_t scale[4], min[4];
 } row_scales;
 
-DS_INLINE row_scales row_scales_32(f8 scale, f8 min) { return (row_scales){.scale = {scale.a, scale.b}, .min = {min.a, min.b}}; }
+DS_INLINE row_scales row_scales_32(f8 scale, f8 min) {
+    return (row_scales){.scale = {scale.a, scale.b}, .min = {min.a, min.b}};
+}
 /* From 8 bytes of scales, then 8 of minimums; and the halves d and dmin at p. */
 DS_INLINE row_scales row_scales_k4(v16 bytes, const void *p) {
     uint16_t d[2];
@@ -197,9 +202,12 @@ DS_INLINE row_scales row_scales_k4(v16 bytes, const void *p) {
 /* sc * d and m * dmin, for signed bytes. */
 DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
     const int8x16_t s = vreinterpretq_s8_u8(sc), t = vreinterpretq_s8_u8(m);
-    const f8 scale[2] = {f8_mul(neon_f8_signed(vget_low_s8(s)), f8_set(d)), f8_mul(neon_f8_signed(vget_high_s8(s)), f8_set(d))};
-    const f8 min[2] = {f8_mul(neon_f8_signed(vget_low_s8(t)), f8_set(dmin)), f8_mul(neon_f8_signed(vget_high_s8(t)), f8_set(dmin))};
-    return (row_scales){.scale = {scale[0].a, scale[0].b, scale[1].a, scale[1].b}, .min = {min[0].a, min[0].b, min[1].a, min[1].b}};
+    const f8 scale[2] = {f8_mul(neon_f8_signed(vget_low_s8(s)), f8_set(d)),
+                         f8_mul(neon_f8_signed(vget_high_s8(s)), f8_set(d))};
+    const f8 min[2] = {f8_mul(neon_f8_signed(vget_low_s8(t)), f8_set(dmin)),
+                       f8_mul(neon_f8_signed(vget_high_s8(t)), f8_set(dmin))};
+    return (row_scales){.scale = {scale[0].a, scale[0].b, scale[1].a, scale[1].b},
+                        .min = {min[0].a, min[0].b, min[1].a, min[1].b}};
 }
 /* The scales times a token's, a lane for each sum that row_sum_add makes; the minimums' part of the sums. */
 DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
@@ -230,7 +238,8 @@ DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const
         const int32x4_t start = per_16 || i % 2 == 0 ? vdupq_n_s32(0) : dots[i / 2];
         dots[per_16 ? i : i / 2] = vdotq_s32(start, vreinterpretq_s8_u8(q.part[i]), vld1q_s8(x + 16 * i));
     }
-    const int32x4_t sums = per_16 ? vpaddq_s32(vpaddq_s32(dots[0], dots[1]), vpaddq_s32(dots[2], dots[3])) : vpaddq_s32(dots[0], dots[1]);
+    const int32x4_t sums =
+        per_16 ? vpaddq_s32(vpaddq_s32(dots[0], dots[1]), vpaddq_s32(dots[2], dots[3])) : vpaddq_s32(dots[0], dots[1]);
     s->y[j % 2] = vfmaq_f32(s->y[j % 2], vcvtq_f32_s32(sums), scales->scale[j]);
 }
 
@@ -281,9 +290,10 @@ DS_INLINE vi neon_dot_lane(vi acc, int8x16_t w, int8x16_t x, int lane) {
                                              : vdotq_laneq_s32(a, w, x, 3));
 }
 
-/* acc[t][v] += dots over n_k4 dwords of k: w is (n_k4, DS_PANEL_ROWS) dwords, of which two vectors of rows are used; a is
- * (n_k4, n_tok) dwords. n_tok and n_k4 are constants. */
-DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
+/* acc[t][v] += dots over n_k4 dwords of k: w is (n_k4, DS_PANEL_ROWS) dwords, of which two vectors of rows are used; a
+ * is (n_k4, n_tok) dwords. n_tok and n_k4 are constants. */
+DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a,
+                         vi acc[DS_TILE_TOKENS][2]) {
     DS_UNROLL
     for (int i = 0; i < n_k4; i++) {
         const int8_t *rows = (const int8_t *)w + (size_t)i * 4 * DS_PANEL_ROWS, *tokens = a + 4 * i * n_tok;

@@ -1,6 +1,7 @@
-/* simd_neon_mm.h: products with panels on ARM's matrix instruction (i8mm). It multiplies two rows of weights by two tokens,
- * eight values of each: vector 2 p + h of row vector v holds rows 4 v + 2 h and the one after it, each by tokens 2 p and
- * 2 p + 1. Past an odd number of tokens the last pair's second half is whatever lies there, and is never used. */
+/* simd_neon_mm.h: products with panels on ARM's matrix instruction (i8mm). It multiplies two rows of weights by two
+ * tokens, eight values of each: vector 2 p + h of row vector v holds rows 4 v + 2 h and the one after it, each by
+ * tokens 2 p and 2 p + 1. Past an odd number of tokens the last pair's second half is whatever lies there, and is never
+ * used. */
 #pragma once
 
 #define DS_TILE_PAIRS 1
@@ -41,7 +42,8 @@ DS_INLINE const float *tile_line(const float *sums, int t, float line[DS_PANEL_R
 }
 
 /* acc[2 p + h][v] += dots over n_k4 dwords of k. n_tok and n_k4 are constants. */
-DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
+DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a,
+                         vi acc[DS_TILE_TOKENS][2]) {
     DS_UNROLL
     for (int i = 0; i < n_k4; i += 2) {
         const int8_t *rows = (const int8_t *)w + (size_t)i * 4 * DS_PANEL_ROWS, *tokens = a + 4 * i * n_tok;
@@ -50,7 +52,8 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
         for (int t = 0; t < n_tok; t += 2) x[t / 2] = vld1q_s8(tokens + 8 * t);
         DS_UNROLL
         for (int h = 0; h < 2; h++) {
-            const int8x16_t w0 = vld1q_s8(rows + h * 4 * DS_PANEL_ROWS), w1 = vld1q_s8(rows + h * 4 * DS_PANEL_ROWS + 16);
+            const int8x16_t w0 = vld1q_s8(rows + h * 4 * DS_PANEL_ROWS),
+                            w1 = vld1q_s8(rows + h * 4 * DS_PANEL_ROWS + 16);
             DS_UNROLL
             for (int t = h; t < tile_vecs(n_tok); t += 2) {
                 acc[t][0] = vreinterpretq_u32_s32(vmmlaq_s32(vreinterpretq_s32_u32(acc[t][0]), w0, x[t / 2]));

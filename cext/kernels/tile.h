@@ -1,5 +1,5 @@
-/* tile.h: how the sums of a tile of tokens lie in vectors, for products with panels: a vector of sums holds DS_LANES rows of
- * one token, unless the ISA's own order (DS_TILE_PAIRS) is defined beside its primitives. */
+/* tile.h: how the sums of a tile of tokens lie in vectors, for products with panels: a vector of sums holds DS_LANES
+ * rows of one token, unless the ISA's own order (DS_TILE_PAIRS) is defined beside its primitives. */
 #pragma once
 
 #if !DS_TILE_PAIRS
@@ -16,6 +16,8 @@ DS_INLINE size_t tile_dword(size_t d, size_t n, size_t token) { return 4 * (d * 
 /* The codes of a panel, of n_k4 dwords, as panel_dot wants them. */
 DS_INLINE void tile_weights(int n_k4, uint8_t (*q)[DS_PANEL_ROWS][4]) {}
 /* The sums of token t over all rows, in place or in `line`. */
-DS_INLINE const float *tile_line(const float *sums, int t, float line[DS_PANEL_ROWS]) { return sums + t * DS_PANEL_ROWS; }
+DS_INLINE const float *tile_line(const float *sums, int t, float line[DS_PANEL_ROWS]) {
+    return sums + t * DS_PANEL_ROWS;
+}
 
 #endif

@@ -16,8 +16,8 @@ typedef struct check {
     int n_compared, n_wrong;
 } check;
 
-/* Zeroed memory whose last byte (rounded up to 64) is followed by a page that cannot be touched. Never freed: the program is
- * short, and `release` gives back all at once. */
+/* Zeroed memory whose last byte (rounded up to 64) is followed by a page that cannot be touched. Never freed: the
+ * program is short, and `release` gives back all at once. */
 void *buffer(size_t bytes);
 void release(void);
 

@@ -26,8 +26,8 @@ static ds_rows new_rows(ds_row_kind kind, int n_rows, int n, int n_tail) {
     return rows;
 }
 
-/* Row i, normal but for one value in the head and one in the tail that are most of it: then its scale comes of that value
- * alone, and is the same on every ISA. `alike`: the same scale in all rows. */
+/* Row i, normal but for one value in the head and one in the tail that are most of it: then its scale comes of that
+ * value alone, and is the same on every ISA. `alike`: the same scale in all rows. */
 static void random_row(const shape *s, int i, bool outlier, bool alike, float *x) {
     for (int j = 0; j < s->n + s->n_tail; j++) x[j] = random_normal();
     if (!outlier) return;
@@ -62,7 +62,8 @@ static void check_rotation(check *c) {
 
 static void check_packing(check *c, const shape *s) {
     float *x = buffer((size_t)(s->n + s->n_tail) * sizeof *x), *y = buffer((size_t)(s->n + s->n_tail) * sizeof *y);
-    const ds_rows got = new_rows(s->kind, s->n_pos, s->n, s->n_tail), want = new_rows(s->kind, s->n_pos, s->n, s->n_tail);
+    const ds_rows got = new_rows(s->kind, s->n_pos, s->n, s->n_tail),
+                  want = new_rows(s->kind, s->n_pos, s->n, s->n_tail);
     const size_t n_pos = (size_t)s->n_pos;
     for (int i = 0; i < s->n_pos; i++) {
         random_row(s, i, true, false, x);
@@ -84,8 +85,8 @@ typedef struct outcome {
 } outcome;
 
 /* Queries (n_rows, n + n_tail) over positions [first, first + n_pos) of the keys. */
-static outcome attend(const ds_kernels *table, const shape *s, const float *queries, float scale, const ds_rows *keys, const ds_rows *values,
-                      int first, int n_pos, const int32_t *visible) {
+static outcome attend(const ds_kernels *table, const shape *s, const float *queries, float scale, const ds_rows *keys,
+                      const ds_rows *values, int first, int n_pos, const int32_t *visible) {
     const int n_rows = ds_attend_pad(s->n_rows), width = s->n + s->n_tail;
     outcome o = {.ld = ds_row_pad(s->v_dim)};
     o.m = buffer((size_t)n_rows * sizeof(float));
@@ -99,9 +100,20 @@ static outcome attend(const ds_kernels *table, const shape *s, const float *quer
         else memset(x, 0, (size_t)width * sizeof *x);
         table->query_put(s->kind, i, n_rows, s->n, s->n_tail, x, scale, pack);
     }
-    ds_attend job = {.n_rows = s->n_rows, .n_pos = n_pos, .n = s->n, .n_tail = s->n_tail, .v_dim = s->v_dim, .q = pack,
-                     .keys = ds_rows_from(keys, first, s->n_tail), .visible = visible, .first_pos = first, .m = o.m, .l = o.l,
-                     .acc = o.acc, .ld_acc = o.ld, .scratch = buffer(ds_attend_scratch(n_rows))};
+    ds_attend job = {.n_rows = s->n_rows,
+                     .n_pos = n_pos,
+                     .n = s->n,
+                     .n_tail = s->n_tail,
+                     .v_dim = s->v_dim,
+                     .q = pack,
+                     .keys = ds_rows_from(keys, first, s->n_tail),
+                     .visible = visible,
+                     .first_pos = first,
+                     .m = o.m,
+                     .l = o.l,
+                     .acc = o.acc,
+                     .ld_acc = o.ld,
+                     .scratch = buffer(ds_attend_scratch(n_rows))};
     if (values) job.values = *values;
     table->attend(&job);
     return o;
@@ -114,8 +126,8 @@ static float *random_queries(const shape *s, bool outlier) {
     return q;
 }
 
-/* One position at a time the maximum is the score: integer sums times scales, the same bits on every ISA. Over Q8 rows of the
- * heads alone: tails are added to them, fused or not, and are what I16 rows are. */
+/* One position at a time the maximum is the score: integer sums times scales, the same bits on every ISA. Over Q8 rows
+ * of the heads alone: tails are added to them, fused or not, and are what I16 rows are. */
 static void check_scores(check *c, const shape *of) {
     shape alone = *of;
     if (of->kind == DS_ROWS_Q8) alone.n_tail = 0;
@@ -129,17 +141,19 @@ static void check_scores(check *c, const shape *of) {
     }
 }
 
-/* Queries of zero weigh all positions alike, and rows of one scale then have the same integer weights everywhere: up to a
- * block, sums are the same bits. */
+/* Queries of zero weigh all positions alike, and rows of one scale then have the same integer weights everywhere: up to
+ * a block, sums are the same bits. */
 static void check_values(check *c, const shape *s) {
     const ds_rows keys = random_rows(c->scalar, s, s->n_pos, true, true);
     const float *q = buffer((size_t)s->n_rows * (size_t)(s->n + s->n_tail) * sizeof *q);
-    for (int n_pos = 1; n_pos <= s->n_pos && n_pos <= (s->kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : DS_ATTEND_BLOCK); n_pos += 21) {
+    for (int n_pos = 1; n_pos <= s->n_pos && n_pos <= (s->kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : DS_ATTEND_BLOCK);
+         n_pos += 21) {
         const outcome got = attend(c->isa, s, q, 1.0f, &keys, NULL, 0, n_pos, NULL);
         const outcome want = attend(c->scalar, s, q, 1.0f, &keys, NULL, 0, n_pos, NULL);
         same_floats(c, "sums of weights", (size_t)s->n_rows, got.l, want.l);
         for (int i = 0; i < s->n_rows; i++)
-            same_floats(c, "sums of values", (size_t)s->v_dim, got.acc + (size_t)i * got.ld, want.acc + (size_t)i * want.ld);
+            same_floats(c, "sums of values", (size_t)s->v_dim, got.acc + (size_t)i * got.ld,
+                        want.acc + (size_t)i * want.ld);
     }
 }
 
@@ -148,12 +162,13 @@ static void row_floats(const ds_rows *rows, int i, int width, float *x) {
     const char *row = (const char *)rows->data + (size_t)i * rows->row_bytes;
     for (int j = 0; j < width; j++) {
         if (rows->kind == DS_ROWS_F32) x[j] = ((const float *)(const void *)row)[j];
-        else if (rows->kind == DS_ROWS_I16) x[j] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(j)];
+        else if (rows->kind == DS_ROWS_I16)
+            x[j] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(j)];
         else x[j] = rows->scale[i] * (float)((const int8_t *)row)[ds_row_place8(j)];
     }
 }
 
-/* Anything at all: weights may come out a step apart, so that sums may differ by a step of each weight times its value. */
+/* Anything at all: weights may come out a step apart, and sums then differ by a step of each weight times its value. */
 static void check_attending(check *c, const shape *s, bool causal) {
     const ds_rows keys = random_rows(c->scalar, s, s->n_pos, false, false);
     const shape of_values = {.kind = s->kind, .n = s->v_dim};
@@ -169,7 +184,8 @@ static void check_attending(check *c, const shape *s, bool causal) {
     const size_t n_rows = (size_t)s->n_rows;
     double *bound = buffer((n_rows + (size_t)s->v_dim) * sizeof *bound);
     /* Queries' scales differ by a rounding or two; their integers then by one step here and there. */
-    for (size_t i = 0; i < n_rows; i++) bound[i] = (s->kind == DS_ROWS_F32 ? 1e-5 : 1e-3) * (1 + fabs((double)want.m[i]));
+    for (size_t i = 0; i < n_rows; i++)
+        bound[i] = (s->kind == DS_ROWS_F32 ? 1e-5 : 1e-3) * (1 + fabs((double)want.m[i]));
     close_floats(c, "maxima", n_rows, got.m, want.m, bound);
     for (size_t i = 0; i < n_rows; i++) bound[i] = (s->kind == DS_ROWS_F32 ? 1e-5 : 2e-3) * want.l[i];
     close_floats(c, "sums of weights", n_rows, got.l, want.l, bound);
@@ -181,10 +197,12 @@ static void check_attending(check *c, const shape *s, bool causal) {
             row_floats(&values, j, s->v_dim, x);
             for (int d = 0; d < s->v_dim; d++) size[d] += fabsf(x[d]);
         }
-        const double step = s->kind == DS_ROWS_F32 ? 1e-5 : s->kind == DS_ROWS_I16 ? n_pos / 32700.0 + 3e-3 : 1 / 255.0 + 3e-3;
+        const double step = s->kind == DS_ROWS_F32   ? 1e-5
+                            : s->kind == DS_ROWS_I16 ? n_pos / 32700.0 + 3e-3
+                                                     : 1 / 255.0 + 3e-3;
         for (int d = 0; d < s->v_dim; d++) bound[d] = step * size[d] + 1e-6;
-        close_floats(c, causal ? "values, causal" : "values", (size_t)s->v_dim, got.acc + (size_t)i * got.ld, want.acc + (size_t)i * want.ld,
-                     bound);
+        close_floats(c, causal ? "values, causal" : "values", (size_t)s->v_dim, got.acc + (size_t)i * got.ld,
+                     want.acc + (size_t)i * want.ld, bound);
     }
 }
 
@@ -202,11 +220,23 @@ static void check_expansion(check *c, ds_row_kind kind, int rank, int n_tail, in
         memcpy(k_b, weights, n_k * sizeof *k_b);
         memcpy(v_b, weights + n_k, n_v * sizeof *v_b);
         void *pack = buffer(ds_expand_weights_bytes(kind, rank, k_dim, v_dim));
-        const ds_expand_weights put = {.from = kind, .rank = rank, .k_dim = k_dim, .v_dim = v_dim, .k_b = k_b, .v_b = v_b,
-                                       .scratch = buffer(DS_ATTEND_ROWS * (size_t)rank * sizeof(float)), .out = pack};
+        const ds_expand_weights put = {.from = kind,
+                                       .rank = rank,
+                                       .k_dim = k_dim,
+                                       .v_dim = v_dim,
+                                       .k_b = k_b,
+                                       .v_b = v_b,
+                                       .scratch = buffer(DS_ATTEND_ROWS * (size_t)rank * sizeof(float)),
+                                       .out = pack};
         table->expand_weights(&put);
         ds_expand *job = &jobs[which];
-        *job = (ds_expand){.n_pos = n_pos, .rank = rank, .n_tail = n_tail, .k_dim = k_dim, .v_dim = v_dim, .weights = pack, .latents = latents,
+        *job = (ds_expand){.n_pos = n_pos,
+                           .rank = rank,
+                           .n_tail = n_tail,
+                           .k_dim = k_dim,
+                           .v_dim = v_dim,
+                           .weights = pack,
+                           .latents = latents,
                            .scratch = buffer(ds_expand_scratch(kind, k_dim, n_tail, v_dim) + 64)};
         const size_t ld = ds_expand_ld(k_dim, n_tail, v_dim);
         job->keys = new_rows(kind, n_pos, kind == DS_ROWS_F32 ? (int)ld : k_dim, kind == DS_ROWS_F32 ? 0 : n_tail);
@@ -230,16 +260,20 @@ static void check_expansion(check *c, ds_row_kind kind, int rank, int n_tail, in
 
 void check_attention(check *c) {
     static const shape SHAPES[] = {
-        {.n_rows = 1, .n_pos = 1, .n = 8, .n_tail = 0, .v_dim = 8},        {.n_rows = 3, .n_pos = 70, .n = 32, .n_tail = 8, .v_dim = 32},
-        {.n_rows = 16, .n_pos = 300, .n = 512, .n_tail = 64, .v_dim = 512}, {.n_rows = 5, .n_pos = 19, .n = 36, .n_tail = 6, .v_dim = 36},
-        {.n_rows = 33, .n_pos = 257, .n = 64, .n_tail = 8, .v_dim = 64},   {.n_rows = 17, .n_pos = 140, .n = 30, .n_tail = 0, .v_dim = 40},
+        {.n_rows = 1, .n_pos = 1, .n = 8, .n_tail = 0, .v_dim = 8},
+        {.n_rows = 3, .n_pos = 70, .n = 32, .n_tail = 8, .v_dim = 32},
+        {.n_rows = 16, .n_pos = 300, .n = 512, .n_tail = 64, .v_dim = 512},
+        {.n_rows = 5, .n_pos = 19, .n = 36, .n_tail = 6, .v_dim = 36},
+        {.n_rows = 33, .n_pos = 257, .n = 64, .n_tail = 8, .v_dim = 64},
+        {.n_rows = 17, .n_pos = 140, .n = 30, .n_tail = 0, .v_dim = 40},
     };
     check_rotation(c);
     for (int kind = DS_ROWS_F32; kind <= DS_ROWS_Q8; kind++) {
         for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
             shape s = SHAPES[i];
             s.kind = (ds_row_kind)kind;
-            snprintf(c->what, sizeof c->what, "attention, %s, %d rows, %d positions, %d + %d", KINDS[kind], s.n_rows, s.n_pos, s.n, s.n_tail);
+            snprintf(c->what, sizeof c->what, "attention, %s, %d rows, %d positions, %d + %d", KINDS[kind], s.n_rows,
+                     s.n_pos, s.n, s.n_tail);
             check_packing(c, &s);
             release();
             if (kind != DS_ROWS_F32) check_scores(c, &s);

@@ -21,8 +21,9 @@ typedef struct coded {
 #define D(id, of_one) {DS_FORMAT_##id, offsetof(ds_block_##id, d), NO_HALF, of_one}
 #define DM(id, min) {DS_FORMAT_##id, offsetof(ds_block_##id, d), offsetof(ds_block_##id, min), 1.0f}
 static const coded CODED[] = {
-    D(Q4_0, 1), DM(Q4_1, m), D(Q5_0, 1), DM(Q5_1, m), D(Q8_0, 1), DM(Q2_K, dmin), D(Q3_K, 1), DM(Q4_K, dmin), DM(Q5_K, dmin), D(Q6_K, 1),
-    D(IQ4_NL, 1), D(IQ4_XS, 1), D(IQ2_XXS, 8), D(IQ2_XS, 8), D(IQ2_S, 8), D(IQ3_XXS, 4), D(IQ3_S, 1),
+    D(Q4_0, 1),    DM(Q4_1, m),    D(Q5_0, 1),     DM(Q5_1, m),   D(Q8_0, 1),   DM(Q2_K, dmin),
+    D(Q3_K, 1),    DM(Q4_K, dmin), DM(Q5_K, dmin), D(Q6_K, 1),    D(IQ4_NL, 1), D(IQ4_XS, 1),
+    D(IQ2_XXS, 8), D(IQ2_XS, 8),   D(IQ2_S, 8),    D(IQ3_XXS, 4), D(IQ3_S, 1),
 };
 enum { N_CODED = sizeof CODED / sizeof *CODED };
 
@@ -89,10 +90,12 @@ static weights random_floats(ds_format format, int n_rows, int k) {
     return w;
 }
 
-/* Activations (n_tok, k). Whole: each 32 values have a scale of 1, and but for a few tokens with extremes sums stay exact. */
+/* Activations (n_tok, k). Whole: each 32 values have a scale of 1, and but for a few tokens with extremes sums stay
+ * exact. */
 static float *random_activations(int n_tok, int k, bool whole) {
     float *x = buffer((size_t)n_tok * (size_t)k * sizeof *x);
-    for (int i = 0; i < n_tok * k; i++) x[i] = whole ? (float)(i % 32 ? random_int(-1, 1) : 127) : random_normal() * (i % 97 ? 1.0f : 50.0f);
+    for (int i = 0; i < n_tok * k; i++)
+        x[i] = whole ? (float)(i % 32 ? random_int(-1, 1) : 127) : random_normal() * (i % 97 ? 1.0f : 50.0f);
     return x;
 }
 
@@ -102,7 +105,8 @@ static void *pack(const ds_kernels *table, ds_act_kind kind, int n_tok, int k, c
     return act;
 }
 
-static void multiply(const ds_kernels *table, ds_format format, const weights *w, int begin, int end, int n_tok, const void *act, float *y) {
+static void multiply(const ds_kernels *table, ds_format format, const weights *w, int begin, int end, int n_tok,
+                     const void *act, float *y) {
     const ds_mul job = {.w = w->rows, .row_bytes = w->row_bytes, .k = w->k, .row_begin = begin, .row_end = end,
                         .act = act, .n_tok = n_tok, .y = y, .ldy = (size_t)w->n_rows};
     table->mul[format](&job);
@@ -129,9 +133,11 @@ static void check_product(check *c, ds_format format, const weights *w, int n_to
     float *got = buffer(n * sizeof *got), *parts = buffer(n * sizeof *parts), *want = buffer(n * sizeof *want);
     multiply(c->isa, format, w, 0, w->n_rows, n_tok, act, got);
     for (int begin = 0; begin < w->n_rows; begin += DS_PANEL_ROWS)
-        multiply(c->isa, format, w, begin, begin + DS_PANEL_ROWS < w->n_rows ? begin + DS_PANEL_ROWS : w->n_rows, n_tok, act, parts);
+        multiply(c->isa, format, w, begin, begin + DS_PANEL_ROWS < w->n_rows ? begin + DS_PANEL_ROWS : w->n_rows, n_tok,
+                 act, parts);
     same_floats(c, "rows in pieces", n, parts, got);
-    multiply(c->scalar, format, w, 0, w->n_rows, n_tok, pack(c->scalar, ds_format_get(format)->act, n_tok, w->k, x), want);
+    multiply(c->scalar, format, w, 0, w->n_rows, n_tok, pack(c->scalar, ds_format_get(format)->act, n_tok, w->k, x),
+             want);
     if (whole) {
         same_floats(c, "whole numbers", n, got, want);
         return;
@@ -159,7 +165,8 @@ static void check_format(check *c, ds_format format, const coded *f) {
             const weights w = f ? random_coded(f, ROWS[r], k, false) : random_floats(format, ROWS[r], k);
             snprintf(c->what, sizeof c->what, "%s (%d, %d)", ds_format_get(format)->name, ROWS[r], k);
             check_decoder(c, format, &w);
-            for (size_t t = r % 2; t < sizeof TOKENS / sizeof *TOKENS; t += 2) check_product(c, format, &w, TOKENS[t], false);
+            for (size_t t = r % 2; t < sizeof TOKENS / sizeof *TOKENS; t += 2)
+                check_product(c, format, &w, TOKENS[t], false);
             release();
         }
     for (size_t t = 0; f && t < sizeof TOKENS / sizeof *TOKENS; t++) {
@@ -176,7 +183,8 @@ static void check_limits(check *c) {
     for (size_t i = 0; i < n; i++) words[i] = random_bits();
     strcpy(c->what, "yardsticks");
     /* A whole number of every table's steps: what is left over may be passed over. */
-    const uint32_t got = c->isa->read_all(4096 * sizeof *words, words), want = c->scalar->read_all(4096 * sizeof *words, words);
+    const uint32_t got = c->isa->read_all(4096 * sizeof *words, words),
+                   want = c->scalar->read_all(4096 * sizeof *words, words);
     same_bytes(c, "read_all", sizeof got, &got, &want);
     const bool counts = c->isa->dot_peak(3) > 0, yes = true;
     same_bytes(c, "dot_peak", sizeof counts, &counts, &yes);

@@ -99,7 +99,8 @@ static void check_gemm(check *c, int m, int n, int k) {
             for (int j = 0; j < n; j++) {
                 double sum = add ? fabs((double)start[(size_t)i * ldc + (size_t)j]) : 0.0;
                 for (int p = 0; p < k; p++)
-                    sum += fabs((double)a[(size_t)i * lda + (size_t)p] * (double)(add ? b[(size_t)p * ldb + (size_t)j] : b[(size_t)j * ldb + (size_t)p]));
+                    sum += fabs((double)a[(size_t)i * lda + (size_t)p] *
+                                (double)(add ? b[(size_t)p * ldb + (size_t)j] : b[(size_t)j * ldb + (size_t)p]));
                 bound[(size_t)i * ldc + (size_t)j] = 2 * (k + 8) * U * sum;
             }
         float *got = copied(size, start), *want = copied(size, start);
@@ -116,7 +117,8 @@ static void check_gemm(check *c, int m, int n, int k) {
 
 void check_rows(check *c) {
     static const int LENGTHS[] = {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 100, 1408};
-    static const int SHAPES[][3] = {{1, 1, 1}, {3, 5, 7}, {16, 33, 64}, {13, 70, 192}, {25, 31, 577}, {1, 128, 200}, {40, 1, 10}};
+    static const int SHAPES[][3] = {{1, 1, 1},     {3, 5, 7},     {16, 33, 64}, {13, 70, 192},
+                                    {25, 31, 577}, {1, 128, 200}, {40, 1, 10}};
     for (size_t i = 0; i < sizeof LENGTHS / sizeof *LENGTHS; i++) {
         snprintf(c->what, sizeof c->what, "rows of %d", LENGTHS[i]);
         check_norm(c, LENGTHS[i]);

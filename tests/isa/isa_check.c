@@ -19,7 +19,8 @@ static struct {
 static int n_buffers;
 
 void *buffer(size_t bytes) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + 63) / 64 * 64, mapped = (whole + page - 1) / page * page + page;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + 63) / 64 * 64,
+                 mapped = (whole + page - 1) / page * page + page;
     char *at = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED || n_buffers == MAX_BUFFERS || mprotect(at + mapped - page, page, PROT_NONE) != 0) {
         fprintf(stderr, "isa_check: no memory\n");
@@ -52,13 +53,15 @@ float random_normal(void) {
 
 static void wrong(check *c, const char *name, size_t i, double got, double want, double bound) {
     if (c->n_wrong++ < MESSAGES)
-        printf("%s: %s, %s: [%zu] is %.9g, expected %.9g within %.3g\n", c->isa->isa, c->what, name, i, got, want, bound);
+        printf("%s: %s, %s: [%zu] is %.9g, expected %.9g within %.3g\n", c->isa->isa, c->what, name, i, got, want,
+               bound);
 }
 
 void same_floats(check *c, const char *name, size_t n, const float *got, const float *want) {
     c->n_compared += (int)n;
     for (size_t i = 0; i < n; i++)
-        if (memcmp(got + i, want + i, sizeof *got) != 0 && !(isnan(got[i]) && isnan(want[i]))) wrong(c, name, i, got[i], want[i], 0);
+        if (memcmp(got + i, want + i, sizeof *got) != 0 && !(isnan(got[i]) && isnan(want[i])))
+            wrong(c, name, i, got[i], want[i], 0);
 }
 
 void same_bytes(check *c, const char *name, size_t n, const void *got, const void *want) {
