@@ -20,13 +20,14 @@ from quantize.meter import Phase
 from quantize.sensitivity import SAMPLED_VALUES
 from quantize.tensors import Tensor
 
-BACKWARD = 6.0  # a token's gradients, of its way forward
-PRICE = 7.5e5  # a sampled weight of the survey, in all types
+READ = 150.0  # a weight of a layer, into memory
+BACKWARD = 3.2  # a token's gradients, of its way forward
+PRICE = 3e5  # a sampled weight of the survey, in all types
 PRICE_CORES = 3  # that the survey's many small steps keep busy
-STATISTICS = 2e3  # a hidden channel of an expert and a token, counted and kept
+STATISTICS = 1.5e3  # a hidden channel of an expert and a token, counted and kept
 SEARCH = 3e11  # the folds of a layer
 FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
-FED, FED_GRID = 4e3, 2.6e4  # and under a covariance,
+FED, FED_GRID = 4e3, 2.1e4  # and under a covariance,
 FED_COLUMN = 1.5  # with as much for each column beside it
 # Bits a weight at which grid types begin to be chosen, and where most are.
 FEW_GRIDS, MOST_GRIDS = 3.9, 3.0
@@ -70,8 +71,8 @@ class Effort:
 
     def survey_forward(self) -> list[float]:
         """Layer by layer."""
-        n = self._survey_tokens()
-        return [n * forward(self.plan.arch, il) / self.threads for il in range(self.plan.arch.n_layer)]
+        n, arch = self._survey_tokens(), self.plan.arch
+        return [n * forward(arch, il) / self.threads + self._read(il) for il in range(arch.n_layer)]
 
     def survey_back(self) -> list[float]:
         """The embeddings, layer by layer, the head."""
@@ -95,7 +96,7 @@ class Effort:
         encode = sum(map(self._encode, plan.layers[il])) / self.threads
         if plan.corpus is not None and plan.calibrated:
             n_tokens, feedback = plan.corpus.windows.size, plan.options.feedback
-            calibrate += n_tokens * forward(arch, il) / self.threads
+            calibrate += n_tokens * forward(arch, il) / self.threads + self._read(il)
             if not arch.is_dense(il):
                 calibrate += STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert
             calibrate += n_tokens * _taps(arch, il) if feedback else 0.0
@@ -103,6 +104,9 @@ class Effort:
             prepare = _prepare(arch, il, n_tokens) if feedback else 0.0
         together = prepare + encode if self.threads == 1 else max(prepare, encode + prepare / self.threads)
         return Step(calibrate, search, together)
+
+    def _read(self, il: int) -> float:
+        return READ * sum(t.size for t in self.plan.layers[il])
 
     def _survey_tokens(self) -> int:
         assert self.plan.corpus is not None
