@@ -28,6 +28,7 @@ SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output
 FEW_TOKENS = 64
 
 ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads", "ffn_norm")
+DRIFTING = ("attn_norm", "q_a_norm", "kv_a_norm", "attn_heads")  # what attention is fed
 EXPERT_TAPS = ("experts", "expert_weights", "expert_hidden")
 
 
@@ -99,20 +100,25 @@ class LayerStats:
 
     inputs: dict[str, Inputs]
     routed: Routed | None
+    exact: NDArray[np.uint16] | None = None  # (n_tokens, n_embd) "ffn_norm" of all tokens, where the stream has drifted
 
 
 class _Moments:
-    """Running sums over tokens of |x| and x^2, of x^T x where that is wanted, and the sampled rows."""
+    """Running sums over tokens of |x| and x^2, of x^T x where that is wanted, and the sampled rows; of x^T (exact - x)
+    where the original's inputs are another stream's, and of x^T lacking for what the outputs lack.
+    """
 
     def __init__(self, squares: bool) -> None:
         self.n = 0
         self.squares = squares
         self.gram: list[F32] = []
+        self.drift: F32 | None = None
+        self.residual: F32 | None = None
         self.abs = np.zeros(0)
         self.square = np.zeros(0)
         self.rows: list[F32] = []
 
-    def add(self, x: F32, sampled: NDArray[np.intp]) -> None:
+    def add(self, x: F32, sampled: NDArray[np.intp], exact: F32 | None = None, lacking: F32 | None = None) -> None:
         if self.n == 0:
             self.abs, self.square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
         self.n += len(x)
@@ -124,6 +130,12 @@ class _Moments:
             for total, more in zip(self.gram, new, strict=False):
                 np.add(total, more, out=total)
             self.gram = self.gram or new
+            if exact is not None and len(new) == 1:
+                more = x.T @ (exact - x)
+                self.drift = more if self.drift is None else np.add(self.drift, more, out=self.drift)
+            if lacking is not None and len(new) == 1:
+                more = x.T @ lacking
+                self.residual = more if self.residual is None else np.add(self.residual, more, out=self.residual)
 
     def done(self) -> Inputs:
         scale = 1.0 / self.n
@@ -131,7 +143,7 @@ class _Moments:
             (self.abs * scale).astype(np.float32),
             (self.square * scale).astype(np.float32),
             np.concatenate(self.rows),
-            Covariance(tuple(self.gram)) if self.squares else None,
+            Covariance(tuple(self.gram), self.drift, self.residual) if self.squares else None,
         )
 
 
@@ -195,20 +207,30 @@ def _attention_width(arch: Arch) -> int:
 
 
 class Stream:
-    """The calibration tokens' hidden states between two layers, (n_windows * WINDOW, n_embd) float32."""
+    """The calibration tokens' hidden states between two layers, (n_windows * WINDOW, n_embd) float32: the original's,
+    and those that the file computes, where calibration is sequential.
+    """
 
-    def __init__(self, arch: Arch, embeddings: F32) -> None:
+    def __init__(self, arch: Arch, embeddings: F32, drifted: F32 | None = None) -> None:
         self.arch = arch
         self.x = embeddings
+        self.drifted = drifted
         step = max(1, len(embeddings) // SAMPLE_TOKENS)
         self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
 
     def advance(
-        self, layer: Layer, il: int, on_chunk: Callable[[float], None] | None = None, covariances: bool = False
+        self,
+        layer: Layer,
+        il: int,
+        on_chunk: Callable[[float], None] | None = None,
+        covariances: bool = False,
+        attention: Layer | None = None,
     ) -> LayerStats:
         """Run every token through layer il, replacing x, and return what the layer's parts were fed.
 
-        on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too.
+        on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. attention: the layer
+        up to its feed-forward network. With it the statistics of attention's inputs are those of the drifted states,
+        which stay where they are; drift.py has the others.
         """
         dense = self.arch.is_dense(il)
         taps = [*ATTENTION_TAPS]
@@ -218,29 +240,61 @@ class Stream:
             taps.append("dense_hidden")
         elif self.arch.n_expert_shared:
             taps.append("shared_hidden")
-        moments = {tap: _Moments(covariances) for tap in taps}
-        experts = None if dense else _Experts(self.arch, len(self.x), covariances)
-        n_tokens = WINDOW * max(1, min(CHUNK_WINDOWS, CHUNK_VALUES // (WINDOW * _attention_width(self.arch))))
+        paired = [tap for tap in taps if tap in DRIFTING and attention]
+        moments = {tap: _Moments(covariances and (tap in paired or not attention)) for tap in taps}
+        experts = None if dense else _Experts(self.arch, len(self.x), covariances and not attention)
+        exact = np.empty(self.x.shape, np.uint16) if attention else None
+        n_tokens = self._chunk_tokens()
         for start in range(0, len(self.x), n_tokens):
             chunk = self.x[start : start + n_tokens]
             inside = (self._sampled >= start) & (self._sampled < start + len(chunk))
             sampled = self._sampled[inside] - start
             out, tapped = layer.forward(chunk, len(chunk) // WINDOW, [*taps, *(EXPERT_TAPS if experts else ())])
+            if attention:
+                assert self.drifted is not None and exact is not None
+                here = self.drifted[start : start + len(chunk)]
+                _, ours = attention.forward(here, len(chunk) // WINDOW, paired)
+                for tap in paired:
+                    lacking = chunk - here if tap == "attn_heads" else None
+                    moments[tap].add(ours[tap], sampled, tapped[tap], lacking)
+                exact[start : start + len(chunk)] = f32_to_bf16(tapped["ffn_norm"])
             for tap in taps:
-                moments[tap].add(tapped[tap], sampled)
+                if tap not in paired:
+                    moments[tap].add(tapped[tap], sampled)
             if experts:
                 experts.add(tapped, sampled)
             self.x[start : start + len(chunk)] = out
             if on_chunk:
                 on_chunk((start + len(chunk)) / len(self.x))
-        return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None)
+        return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None, exact)
+
+    def attend(self, attention: Layer) -> NDArray[np.uint16]:
+        """Run the drifted states through the file's attention, replacing them; what the feed-forward network is fed."""
+        assert self.drifted is not None
+        fed = np.empty(self.drifted.shape, np.uint16)
+        n_tokens = self._chunk_tokens()
+        for start in range(0, len(fed), n_tokens):
+            chunk = self.drifted[start : start + n_tokens]
+            chunk[...], tapped = attention.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"])
+            fed[start : start + n_tokens] = f32_to_bf16(tapped["ffn_norm"])
+        return fed
+
+    def _chunk_tokens(self) -> int:
+        return WINDOW * max(1, min(CHUNK_WINDOWS, CHUNK_VALUES // (WINDOW * _attention_width(self.arch))))
 
     def final_inputs(self, norm: F32, covariances: bool = False) -> Inputs:
         """What the output head is fed: the last hidden states under the final norm, (n_embd,) weights."""
         moments = _Moments(covariances)
         for start in range(0, len(self.x), WINDOW):
-            x = self.x[start : start + WINDOW]
-            scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + self.arch.rms_eps)
+            x = self._normed(self.x[start : start + WINDOW], norm)
             sampled = self._sampled[(self._sampled >= start) & (self._sampled < start + WINDOW)] - start
-            moments.add((x * scale * norm).astype(np.float32), sampled)
+            if self.drifted is None:
+                moments.add(x, sampled)
+            else:
+                moments.add(self._normed(self.drifted[start : start + WINDOW], norm), sampled, x)
         return moments.done()
+
+    def _normed(self, x: F32, norm: F32) -> F32:
+        scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + self.arch.rms_eps)
+        out: F32 = (x * scale * norm).astype(np.float32)
+        return out

@@ -7,7 +7,7 @@ positive somewhere, however rarely a router picks an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ FEEDS = {
     "ffn_gate_exps": "ffn_norm",
     "ffn_up_exps": "ffn_norm",
 }
+EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 ReadPart = Callable[[Tensor, int], F32]  # a part of a tensor of this layer, original weights, float32
 
 
@@ -50,17 +51,19 @@ def n_parts(tensor: Tensor) -> int:
 PRIOR_TOKENS = 0.1
 
 
-def parts_in_order(layer: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Every part of a layer's tensors, those of one tensor in order; an expert's gate and up, which share an input and
-    so a covariance, next to each other.
+def parts_in_order(layer: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Every part of a layer's tensors, those of one tensor in order; an expert's gate, up and down one after the other:
+    the first two share an input and so a covariance, and their output is the third's input.
     """
-    layer = list(layer)
-    up = next((t for t in layer if t.role == "ffn_up_exps"), None)
+    experts = [t for t in layer if t.role in EXPERT_ROLES]
     for tensor in layer:
-        for part in range(n_parts(tensor) if tensor is not up else 0):
-            yield tensor, part
-            if tensor.role == "ffn_gate_exps" and up is not None:
-                yield up, part
+        if tensor.role not in EXPERT_ROLES:
+            for part in range(n_parts(tensor)):
+                yield tensor, part
+        elif tensor is experts[0]:
+            for part in range(n_parts(tensor)):
+                for one in experts:
+                    yield one, part
 
 
 class Evidence:
@@ -99,10 +102,11 @@ class Evidence:
     def covariance(self, role: str, part: int) -> Covariance | None:
         """Of the inputs of a part; None where none was collected. The last is kept: parts that share it ask in turn."""
         key = self._covariance_key(role, part)
-        if self._last is None or self._last[0] != key:
+        last = self._last  # threads ask at once: none may find another's
+        if last is None or last[0] != key:
             self._last = None  # its memory first
-            self._last = key, self._covariance(*key)
-        return self._last[1]
+            self._last = last = key, self._covariance(*key)
+        return last[1]
 
     def _covariance_key(self, role: str, part: int) -> tuple[str, int]:
         """What a covariance is of: a tap, and a part where that matters."""
@@ -111,7 +115,8 @@ class Evidence:
         return ("queries", part) if role == "attn_k_b" else (FEEDS[role], 0)
 
     def _covariance(self, tap: str, part: int) -> Covariance | None:
-        whole = self.stats.inputs["ffn_norm" if tap in ("queries", "expert_input", "expert_hidden") else tap].covariance
+        source = {"queries": "attn_norm", "expert_input": "ffn_norm", "expert_hidden": "ffn_norm"}.get(tap, tap)
+        whole = self.stats.inputs[source].covariance
         if whole is None:
             return None
         if tap == "queries":

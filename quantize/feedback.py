@@ -9,14 +9,14 @@ targets that the columns before have left; a second sweep goes over all blocks a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import one_thread_if_small
+from quantize.blas import one_thread, spread
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -28,11 +28,14 @@ TYPES = (
     Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
 )  # fmt: skip
 BLOCK = 256  # columns that are solved together: DS_ENCODE_WIDTH
+PIECE = 512  # rows and columns of a matrix that one core computes
 # Wider inputs get one covariance for each so many channels, and none between them: 16,384 channels would take 1 GB, and
 # as much again to factor.
 MAX_WIDTH = 6144
 # Added to the diagonal, as a share of its mean. More calibrated output error, less of it elsewhere.
 DAMPING = 0.02
+# Sequential calibration: what inputs lack is made up for in full only as far as it repeats itself on other text.
+CORRECTION, CORRECTION_DAMPING = 0.5, 0.05
 ROUNDS, POLISH = 2, 4  # of cext/encode: how hard to search in each block
 SWEEPS = 2  # the second takes another 2 to 3 % off the error of correlated inputs
 
@@ -46,16 +49,34 @@ def chunks(n: int) -> list[slice]:
 
 def gram(x: F32) -> list[F32]:
     """x^T x for inputs x (m, n), a matrix for each chunk."""
-    parts = [np.ascontiguousarray(x[:, c]) for c in chunks(x.shape[1])]
-    with one_thread_if_small(parts[0].shape[1]):
-        return [part.T @ part for part in parts]
+    return [_square(np.ascontiguousarray(x[:, c])) for c in chunks(x.shape[1])]
+
+
+def _square(x: F32) -> F32:
+    n = x.shape[1]
+    out = np.empty((n, n), np.float32)
+    pieces = [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
+
+    def multiply(rows: slice, columns: slice) -> None:
+        np.matmul(x[:, rows].T, x[:, columns], out=out[rows, columns])
+        if rows is not columns:
+            out[columns, rows] = out[rows, columns].T
+
+    spread([partial(multiply, a, b) for i, a in enumerate(pieces) for b in pieces[i:]])
+    return out
 
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
-    """E[x x^T] of a matrix's inputs, a square for each of chunks(n). The scale does not matter."""
+    """E[x x^T] of a matrix's inputs x, a square for each of chunks(n). The scale does not matter.
+
+    Where x has drifted from the original's x + d: drift E[x d^T] (n, n); and where a matrix of n_row rows shall make up
+    for what its output lacks, r: residual E[x r^T] (n, n_row), both on the same scale.
+    """
 
     blocks: tuple[F32, ...]
+    drift: F32 | None = None
+    residual: F32 | None = None
 
     @classmethod
     def of(cls, x: F32) -> Covariance:
@@ -79,7 +100,10 @@ class Covariance:
         if self.mean <= 0:
             return other
         mine, theirs = np.float32((1 - share) / self.mean), np.float32(share / other.mean)
-        return Covariance(tuple(a * mine + b * theirs for a, b in zip(self.blocks, other.blocks, strict=True)))
+        drift = self.drift * mine if self.drift is not None else None
+        if drift is not None and other.drift is not None:
+            drift += other.drift * theirs
+        return Covariance(tuple(a * mine + b * theirs for a, b in zip(self.blocks, other.blocks, strict=True)), drift)
 
     def diagonal_blend(self, share: float) -> Covariance:
         """(1 - share) of what lies off the diagonal."""
@@ -88,25 +112,55 @@ class Covariance:
             out = block * np.float32(1 - share)
             np.fill_diagonal(out, block.diagonal())
             blocks.append(out)
-        return Covariance(tuple(blocks))
+        drift, residual = (None if x is None else x * np.float32(1 - share) for x in (self.drift, self.residual))
+        return Covariance(tuple(blocks), drift, residual)
 
     def scaled(self, factor: F32) -> Covariance:
         """Of the inputs times factor (n,)."""
         runs = chunks(self.n)
-        return Covariance(tuple(b * np.outer(factor[c], factor[c]) for b, c in zip(self.blocks, runs, strict=True)))
+        blocks = tuple(b * np.outer(factor[c], factor[c]) for b, c in zip(self.blocks, runs, strict=True))
+        drift = None if self.drift is None else self.drift * np.outer(factor, factor)
+        residual = None if self.residual is None else self.residual * factor[:, None]
+        return Covariance(blocks, drift, residual)
+
+    def corrected(self, rows: F32) -> F32:
+        """rows (n_row, n) moved towards those that give, of x, what they gave of x + d, and r."""
+        if (self.drift is None and self.residual is None) or not np.isfinite(self.mean) or self.mean <= 0:
+            return rows
+        (block,) = self.blocks
+        wanted = np.zeros((self.n, len(rows)), np.float32)
+        if self.drift is not None:
+            wanted += self.drift @ rows.T
+        if self.residual is not None:
+            wanted += self.residual
+        damped = block / np.float32(self.mean) + np.float32(CORRECTION_DAMPING) * np.eye(self.n, dtype=np.float32)
+        try:
+            with one_thread():
+                moved = np.linalg.solve(damped, wanted * np.float32(CORRECTION / self.mean)).T
+        except np.linalg.LinAlgError:
+            return rows
+        return np.ascontiguousarray(rows + moved) if np.isfinite(moved).all() else rows
 
     @classmethod
     def even(cls, n: int) -> Covariance:
         """Of inputs that are alike and not correlated: what is left is the search for scales."""
         return cls(tuple(np.eye(c.stop - c.start, dtype=np.float32) for c in chunks(n)))
 
-    @cached_property
+    @property
     def sweeps(self) -> list[list[Sweep]] | None:
-        """What the encoder needs, for each chunk. None where there is nothing to go by: no inputs, or not finite."""
+        """What the encoder needs, for each chunk. None where there is nothing to go by: no inputs, or not finite. Kept
+        by hand: cached_property has one lock for all covariances up to Python 3.11, and threads make many at once.
+        """
+        if "made" not in self.__dict__:
+            self.__dict__["made"] = self._make_sweeps()
+        made: list[list[Sweep]] | None = self.__dict__["made"]
+        return made
+
+    def _make_sweeps(self) -> list[list[Sweep]] | None:
         if not np.isfinite(self.mean) or self.mean <= 0:
             return None
         try:
-            with one_thread_if_small(max(len(block) for block in self.blocks)):
+            with one_thread():
                 return [_sweeps(block / np.float32(self.mean)) for block in self.blocks]
         except np.linalg.LinAlgError:
             return None
@@ -122,33 +176,54 @@ def _factor(h: F64) -> tuple[F64, F64]:
 
 
 def _sweeps(block: F32) -> list[Sweep]:
-    """First sweep, with what the blocks before have lost; second, with what all others have.
-
-    The whole's factor is made block by block from the last on, by products of wide matrices: twice as fast as one call.
-    """
+    """First sweep, with what the blocks before have lost; second, with what all others have."""
     n = len(block)
     h = block + np.float32(DAMPING) * np.eye(n, dtype=np.float32)
     first = (False, np.zeros((n, n), np.float32), *_tables(n))
     second = (True, np.empty((n, n), np.float32), *_tables(n))
+    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    _fill_first(h, blocks, first)
+    if len(blocks) == 1:
+        return [first]
+    spread([partial(_fill_second, h, at, second) for at in blocks])
+    return [first, second][:SWEEPS]
+
+
+def _fill_first(h: F32, blocks: list[slice], sweep: Sweep) -> None:
+    """The whole's factor, block by block from the last on, by products of wide matrices in pieces for all cores: on one
+    it takes half as long as one call for all.
+    """
+    _, carry, cov, tri, var = sweep
+    n = len(h)
     m, mv = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32)  # M and M diag(v), above their diagonal blocks
-    for start in reversed(range(0, n, BLOCK)):
-        at = slice(start, min(start + BLOCK, n))
-        width, after = at.stop - start, slice(at.stop, n)
-        left = h[: at.stop, at] - mv[: at.stop, after] @ m[at, after].T
+
+    def settle(rows: slice, at: slice, inverse: F32, v: F32) -> None:
+        mv[rows, at] = left[rows] @ inverse.T
+        m[rows, at] = mv[rows, at] / v
+        carry[rows, at] = m[rows, at] @ inverse
+
+    def subtract(rows: slice, at: slice) -> None:
+        after = slice(at.stop, n)
+        left[rows] = h[rows, at] - mv[rows, after] @ m[at, after].T
+
+    for at in reversed(blocks):
+        left = np.empty((at.stop, at.stop - at.start), np.float32)
+        pieces = [slice(start, min(start + PIECE, at.start)) for start in range(0, at.start, PIECE)]
+        spread([partial(subtract, rows, at) for rows in (*pieces, at)])
         inner, v = _factor(left[at].astype(np.float64))
-        inverse = np.linalg.inv(inner)
-        mv[:start, at] = left[:start] @ inverse.T.astype(np.float32)
-        m[:start, at] = mv[:start, at] / v.astype(np.float32)
-        _, carry, cov, tri, var = first
-        carry[:start, at] = m[:start, at] @ inverse.astype(np.float32)
-        cov[at, :width], tri[at, :width], var[at] = (inner * v) @ inner.T, inner, v
-        own = h[at, at].astype(np.float64)
-        _, carry, cov, tri, var = second
-        np.matmul(h[:, at], np.linalg.inv(own).astype(np.float32), out=carry[:, at])
-        carry[at, at] = 0
-        cov[at, :width] = own
-        tri[at, :width], var[at] = _factor(own)
-    return [first, second][:SWEEPS] if n > BLOCK else [first]
+        inverse = np.linalg.inv(inner).astype(np.float32)
+        if pieces:
+            spread([partial(settle, rows, at, inverse, v.astype(np.float32)) for rows in pieces])
+        cov[at, : len(v)], tri[at, : len(v)], var[at] = (inner * v) @ inner.T, inner, v
+
+
+def _fill_second(h: F32, at: slice, sweep: Sweep) -> None:
+    _, carry, cov, tri, var = sweep
+    own = h[at, at].astype(np.float64)
+    np.matmul(h[:, at], np.linalg.inv(own).astype(np.float32), out=carry[:, at])
+    carry[at, at] = 0
+    cov[at, : len(own)] = own
+    tri[at, : len(own)], var[at] = _factor(own)
 
 
 def _tables(n: int) -> tuple[F32, F32, F32]:

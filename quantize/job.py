@@ -30,6 +30,7 @@ from quantize.vocab import read_vocab
 F32 = NDArray[np.float32]
 
 FORMAT_VERSION = 1  # of the journal's records
+SILENT = 32  # channels of a feed-forward network that adds nothing
 SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 
 
@@ -47,6 +48,7 @@ class Options:
     importance: bool = True  # weigh the encoders' errors by the calibrated inputs
     awq: bool = True  # search and fold activation-aware scales
     feedback: bool = True  # encode under the inputs' covariances, with error feedback
+    sequential: bool = True  # with feedback: for the inputs that the file's own layers give, see drift.py
     evaluate: bool = True  # measure the file against the original on text held back from calibration
     threads: int | None = None  # None: every core this process may use
 
@@ -105,6 +107,11 @@ class Plan:
     def evaluated(self) -> bool:
         """Whether the file will be measured: the text must be long enough to hold some of it back."""
         return self.options.evaluate and self.corpus is not None and len(self.corpus.held) > 0
+
+    @property
+    def sequential(self) -> bool:
+        """Whether layers are calibrated on what the file's own layers before them give."""
+        return self.calibrated and self.options.feedback and self.options.sequential
 
     @property
     def weighted(self) -> bool:
@@ -176,11 +183,29 @@ class Job:
 
     def engine(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> cext.Layer:
         """Layer il with its original weights, whole in memory until it is closed; on_tensor before each is read."""
-        plan, weights = self.plan, {}
-        for tensor in plan.layers[il]:
+        return cext.Layer(self.plan.keys, il, self.weights(il, on_tensor), self.plan.options.threads)
+
+    def weights(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> dict[str, NDArray[Any]]:
+        """The original weights of layer il as the engine takes them, by tensor; on_tensor before each is read."""
+        weights: dict[str, NDArray[Any]] = {}
+        for tensor in self.plan.layers[il]:
             on_tensor()
-            weights[tensor.name] = tensors.read_half(plan.arch, plan.checkpoint, tensor)
-        return cext.Layer(plan.keys, il, weights, plan.options.threads)
+            weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
+        return weights
+
+    def attention(self, il: int, weights: Mapping[str, NDArray[Any]]) -> cext.Layer:
+        """Layer il up to its feed-forward network, of these weights: what it puts out is the residual there."""
+        plan = self.plan
+        keys = {
+            **plan.keys,
+            f"{ARCHITECTURE}.leading_dense_block_count": plan.arch.n_layer,
+            f"{ARCHITECTURE}.feed_forward_length": SILENT,
+        }
+        mine = {name: array for name, array in weights.items() if ".attn_" in name or ".ffn_norm." in name}
+        for role in ("ffn_gate", "ffn_up", "ffn_down"):
+            shape = (plan.arch.n_embd, SILENT) if role == "ffn_down" else (SILENT, plan.arch.n_embd)
+            mine[f"blk.{il}.{role}.weight"] = np.zeros(shape, np.float16)
+        return cext.Layer(keys, il, mine, plan.options.threads)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
         """(first row, rows) of a matrix outside the layers: a vocabulary can be larger than a layer."""

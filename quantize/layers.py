@@ -6,6 +6,7 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,9 +16,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+import cext
 from quantize import recipe, report
 from quantize.awq import FoldResult, Scales, Searcher
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
+from quantize.drift import ROUTER, Drift
 from quantize.effort import Effort
 from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
@@ -117,7 +120,7 @@ class WriteStage:
         meter.begin("write", sum(step.all for step in self._efforts[: len(self.steps)]) / self._effort)
         last = len(self.steps) - 2  # steps are numbered from -1
         if last < self.arch.n_layer and (arrays := self.job.journal.get_arrays(STREAM.format(last))):
-            self.stream = Stream(self.arch, arrays["x"]) if "x" in arrays else None
+            self.stream = Stream(self.arch, arrays["x"], arrays.get("drifted")) if "x" in arrays else None
             self.held = Held.of(arrays) if "held" in arrays else None
         for il in range(last + 1, self.arch.n_layer + 1):
             self._step(il)
@@ -147,10 +150,13 @@ class WriteStage:
         journal, arrays = self.job.journal, {}
         if self.stream is not None:
             arrays["x"] = self.stream.x
+            if self.stream.drifted is not None:
+                arrays["drifted"] = self.stream.drifted
         if self.held is not None:
             arrays |= self.held.arrays()
         if step.il == self.arch.n_layer:
             arrays.pop("x", None)
+            arrays.pop("drifted", None)
         if arrays:
             journal.put_arrays(REFERENCE if step.il == self.arch.n_layer else STREAM.format(step.il), arrays)
         journal.put(RECORD.format(step.il), asdict(step))
@@ -163,13 +169,17 @@ class WriteStage:
         held = text.held if text and self.plan.evaluated else np.zeros((0, 0), np.int32)
         ids = np.concatenate([windows.reshape(-1), held.reshape(-1)])
         x = np.empty((len(ids), n), np.float32)
+        drifted = np.empty((windows.size, n), np.float32) if self.plan.sequential else None
         even = Covariance.even(n) if self.plan.options.feedback else None
         for start, values in self.job.slabs(tensor):
             mine = (ids >= start) & (ids < start + len(values))
             x[mine] = values[ids[mine] - start]
-            self._write(tensor, values, Known(covariance=even))
+            decoded = self._write(tensor, values, Known(covariance=even))
+            if drifted is not None:
+                mine = mine[: windows.size]
+                drifted[mine] = decoded[ids[: windows.size][mine] - start]
         if windows.size:
-            self.stream = Stream(self.arch, x[: windows.size])
+            self.stream = Stream(self.arch, x[: windows.size], drifted)
         if held.size:
             self.held = Held(x[windows.size :].copy(), self.arch.n_expert_used)
 
@@ -187,34 +197,58 @@ class WriteStage:
                 scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
                 self._folds += results
         nbytes = self._bytes_of(il)
-        parts = self._prepared(layer, read_part, evidence, scales)
-        for tensor, values, known in ahead(parts) if self.job.encoder.threads > 1 else parts:
+        drift = (
+            Drift(self.job, il, self.stream, stats, scales, read_part)
+            if self.stream and stats and stats.exact is not None
+            else None
+        )
+        parts = self._prepared(layer, read_part, evidence, scales, drift)
+        # A part may need those before it as they were written.
+        alone = drift is not None or self.job.encoder.threads == 1
+        for tensor, part, values, known in parts if alone else ahead(parts):
             self._tell("encode", il, self._written / nbytes)
-            self._write(tensor, values, known)
+            decoded = self._write(tensor, values, known)
+            if drift is not None:
+                drift.wrote(tensor, part, decoded)
 
     def _prepared(
-        self, layer: Sequence[Tensor], read_part: PartReader, evidence: Evidence | None, scales: Scales
-    ) -> Iterator[tuple[Tensor, F32, Known]]:
+        self,
+        layer: Sequence[Tensor],
+        read_part: PartReader,
+        evidence: Evidence | None,
+        scales: Scales,
+        drift: Drift | None,
+    ) -> Iterator[tuple[Tensor, int, F32, Known]]:
         """Every part of a layer, folded, and what is known of its inputs, ready to encode."""
         for tensor, part in parts_in_order(layer):
-            known = Known()
-            if evidence is not None and recipe.is_matrix(tensor):
+            known, values = Known(), scales.apply(tensor.role, part, read_part(tensor, part))
+            if evidence is not None and (recipe.is_matrix(tensor) or (drift is not None and tensor.role == ROUTER)):
+                covariance = drift.covariance(tensor.role, part) if drift is not None else None
+                if covariance is None:
+                    covariance = scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part))
                 known = Known(
                     scales.importance(tensor.role, part, evidence.importance(tensor.role, part)),
-                    scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part)),
+                    covariance,
                     _folded_inputs(evidence, scales, tensor.role, part),
                 )
-                if known.covariance is not None and self.types[tensor.name] in FED_BACK:
-                    _ = known.covariance.sweeps  # here, not in the thread that encodes
-            yield tensor, scales.apply(tensor.role, part, read_part(tensor, part)), known
+                if known.covariance is not None:
+                    values = known.covariance.corrected(values)
+                    if self.types[tensor.name] in FED_BACK:
+                        _ = known.covariance.sweeps  # here, not in the thread that encodes
+            yield tensor, part, values, known
 
     def _calibrate(self, il: int) -> LayerStats | None:
         """Run the streams through the layer's original weights; they are dropped on return."""
         stats = None
-        with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
+        weights = self.job.weights(il, lambda: self._tell("calibrate", il, 0.0))
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(cext.Layer(self.plan.keys, il, weights, self.plan.options.threads))
+            attention = None
+            if self.stream is not None and self.stream.drifted is not None:
+                attention = stack.enter_context(self.job.attention(il, weights))
             if self.stream is not None:
                 feedback = self.plan.options.feedback
-                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback)
+                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback, attention)
             if self.held is not None:
                 self.held.advance(engine, self.arch.is_dense(il))
         if stats is not None and stats.routed is not None:
@@ -233,23 +267,26 @@ class WriteStage:
             weights = inputs.mean_square if options.importance else None
             known = Known(weights, inputs.covariance, inputs.sample[::SAMPLE_STEP])
         for _, values in self.job.slabs(outside["output"]):
-            self._write(outside["output"], values, known)
+            moved = known.covariance.corrected(values) if known.covariance is not None else values
+            self._write(outside["output"], moved, known)
 
-    def _write(self, tensor: Tensor, values: F32, known: Known) -> None:
-        """Encode the next rows of a tensor and put them after those before."""
+    def _write(self, tensor: Tensor, values: F32, known: Known) -> F32:
+        """Encode the next rows of a tensor and put them after those before; returns them as they will be read."""
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
             data = encoder.encode(values, type_, known.importance, known.covariance)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
         loss = self._losses.setdefault(tensor.name, LossMeter(tensor.name, type_))
-        loss.add(values, encoder.decode(data, type_, values.shape[-1]), known.inputs, known.importance)
+        decoded = encoder.decode(data, type_, values.shape[-1])
+        loss.add(values, decoded, known.inputs, known.importance)
         self.writer.append(tensor.name, data)
         self.job.meter.wrote(data.nbytes, values.size)
         self._written += data.nbytes
         if tensor.il < 0:
             il = -1 if tensor.role == "token_embd" else self.arch.n_layer
             self._tell("encode", il, self._written / self._bytes_of(il))
+        return decoded
 
     def _bytes_of(self, il: int) -> int:
         return sum(self._nbytes[t.name] for t in tensors_of(self.job, il))

@@ -66,7 +66,8 @@ def test_quantised_fp8_runs_as_its_weights_say(
     words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 1300)
     (tmp_path / "text.txt").write_text(" ".join(words))
     text = (tmp_path / "text.txt",)
-    logits, report = converted(folders[0], tmp_path / "m.gguf", type=type_, calibration=text, plain_mix=True, awq=False)
+    asked = {"type": type_, "calibration": text, "plain_mix": True, "awq": False, "sequential": False}
+    logits, report = converted(folders[0], tmp_path / "m.gguf", **asked)
     decoded = hf.logits(hf.from_gguf(folders[1], tmp_path / "m.gguf"), IDS)
     true = hf.logits(hf.load(folders[1], CONFIG["rms_norm_eps"]), IDS)
     lost = divergence(true, logits)

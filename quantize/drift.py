@@ -1,0 +1,248 @@
+"""drift.py: a layer's feed-forward half under sequential calibration.
+
+Two streams of the same tokens run through the layer: the original's, and what the file computes, which has drifted from
+it by all that was encoded before. A matrix is encoded for the inputs that the file will give it, and for the outputs
+that the original had: its weights are moved by the regression of what is missing on its inputs first (feedback.py's
+Covariance.corrected). Here that runs matrix by matrix, so that a down sees what its encoded gate and up give, and
+the last matrices to be encoded make up for what is missing at the layer's output. Attention's half is calibrate.py's.
+
+Memory: two inputs of all tokens in bfloat16, and CHUNK_TOKENS times the widest hidden layer, a few times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.arch import Arch
+from quantize.awq import Scales
+from quantize.backward import Routing, route, sigmoid
+from quantize.calibrate import LayerStats, Stream
+from quantize.checkpoint import bf16_to_f32
+from quantize.encode import F16_MAX
+from quantize.evidence import prior_share
+from quantize.feedback import Covariance, gram
+from quantize.job import Job
+from quantize.tensors import PartReader, Tensor
+
+F32 = NDArray[np.float32]
+ReadFolded = Callable[[str, int], F32]  # (role, part) -> the original weights, folded as the file's are
+
+CHUNK_TOKENS = 4096
+DOWNS = {
+    "ffn_down": ("ffn_gate", "ffn_up"),
+    "ffn_down_shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "ffn_down_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+ROUTER = "ffn_gate_inp"
+
+
+class Tokens(NamedTuple):
+    """What reaches a matrix, and how much of its output counts."""
+
+    rows: NDArray[np.intp]  # (m,) of the stream
+    weights: F32  # (m,)
+
+
+class Drift:
+    """A layer as it is written under sequential calibration: the drifted states go through what stands in the file.
+
+    stats: of the layer's calibration; exact holds what its feed-forward network was fed in the original.
+    """
+
+    def __init__(
+        self, job: Job, il: int, stream: Stream, stats: LayerStats, scales: Scales, read_part: PartReader
+    ) -> None:
+        assert stats.exact is not None
+        self._job, self._il, self._stream, self._exact = job, il, stream, stats.exact
+        self._tensors = {t.role: t for t in job.plan.layers[il]}
+        self._scales, self._read_part = scales, read_part
+        self._written: dict[Tensor, list[F32]] = {}
+        self._ffn: FeedForward | None = None
+
+    def covariance(self, role: str, part: int) -> Covariance | None:
+        """Of what feeds a part of the feed-forward network; None for attention's, and where no token comes."""
+        return None if self._ffn is None else self._ffn.covariance(role, part)
+
+    def wrote(self, tensor: Tensor, part: int, decoded: F32) -> None:
+        """A part as it will be read. The norm of the feed-forward network's input ends attention."""
+        if self._ffn is not None:
+            self._ffn.wrote(tensor.role, part, decoded)
+            return
+        self._written.setdefault(tensor, []).append(decoded)
+        if tensor.role == "ffn_norm":
+            self._attend()
+
+    def _attend(self) -> None:
+        weights: dict[str, NDArray[np.floating]] = {}
+        for tensor, parts in self._written.items():
+            whole = np.stack(parts).reshape(tensor.shape)
+            fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
+            weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
+        self._written = {}
+        with self._job.attention(self._il, weights) as attention:
+            drifted = self._stream.attend(attention)
+        arch, out = self._job.plan.arch, self._stream.drifted
+        assert out is not None
+        scale = self._scales.columns.get("ffn_gate" if arch.is_dense(self._il) else "ffn_gate_exps")
+        fed = Fed(self._exact, drifted, scale)
+        self._ffn = FeedForward(arch, self._tensors, self._read, fed, self._stream.x, out)
+
+    def _read(self, role: str, part: int) -> F32:
+        return self._scales.apply(role, part, self._read_part(self._tensors[role], part))
+
+
+class Fed(NamedTuple):
+    """Normed inputs of a feed-forward network, (n_tokens, n_embd) as bfloat16 bits."""
+
+    exact: NDArray[np.uint16]
+    drifted: NDArray[np.uint16]
+    scale: F32 | None  # (n_embd,) what a fold divides them by, if one does: drifted is already
+
+    def of(self, rows: NDArray[np.intp]) -> F32:
+        """(m, n_embd) what the file computes."""
+        return bf16_to_f32(self.drifted[rows])
+
+    def exactly(self, rows: NDArray[np.intp]) -> F32:
+        """(m, n_embd) what the original does, folded."""
+        values = bf16_to_f32(self.exact[rows])
+        return values if self.scale is None else values / self.scale
+
+
+class FeedForward:
+    """One layer's, matrix by matrix as it is encoded.
+
+    target: (n_tokens, n_embd) the original's output. out: the file's; at first the residual, to which it is added.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        tensors: Mapping[str, Tensor],
+        read: ReadFolded,
+        fed: Fed,
+        target: F32,
+        out: F32,
+    ) -> None:
+        self.arch, self.tensors, self._read = arch, tensors, read
+        self._fed, self._target, self._out = fed, target, out
+        self._routing: Routing | None = None
+        self._decoded: dict[str, F32] = {}
+        self._last: tuple[tuple[str, int], Covariance | None] | None = None
+        every = Tokens(np.arange(len(out)), np.ones(len(out), np.float32))
+        self._every, self.whole = every, self._of_inputs(every)
+
+    def covariance(self, role: str, part: int) -> Covariance | None:
+        """Of a part's inputs, with what is to be made up for; None for an expert that no token reaches."""
+        key = (role if role in DOWNS else "experts" if role.endswith("_exps") else "every"), part
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = key, self._covariance(role, part)
+        return self._last[1]
+
+    def wrote(self, role: str, part: int, decoded: F32) -> None:
+        """A part as the file has it."""
+        if role == ROUTER:
+            self._route(decoded)
+        if role not in DOWNS:
+            self._decoded[role] = decoded
+            return
+        gate, up = (self._decoded[name] for name in DOWNS[role])
+        for rows, weights in _chunks(self._tokens(role, part)):
+            hidden = _hidden(self._fed.of(rows), gate, up)
+            self._out[rows] += weights[:, None] * (hidden @ decoded.T)
+
+    def _covariance(self, role: str, part: int) -> Covariance | None:
+        tokens = self._tokens(role, part)
+        if role in DOWNS:
+            if len(tokens.rows) == 0:
+                return None
+            own = self._of_hidden(role, part, tokens)
+            return own.diagonal_blend(prior_share(own.n, len(tokens.rows))) if role.endswith("_exps") else own
+        if not role.endswith("_exps"):
+            return self.whole
+        if len(tokens.rows) == 0:
+            return self.whole
+        own = self._of_inputs(tokens)
+        return own.blend(self.whole, prior_share(own.n, len(tokens.rows)))
+
+    def _tokens(self, role: str, part: int) -> Tokens:
+        if not role.endswith("_exps"):
+            return self._every
+        assert self._routing is not None, "the router is written before its experts"
+        rows, slot = np.nonzero(self._routing.experts == part)
+        return Tokens(rows, self._routing.weights[rows, slot])
+
+    def _route(self, router: F32) -> None:
+        logits = np.empty((len(self._out), len(router)), np.float32)
+        for rows, _ in _chunks(self._every):
+            logits[rows] = self._fed.of(rows) @ router.T
+        bias = self._read("exp_probs_b", 0) if "exp_probs_b" in self.tensors else None
+        self._routing = route(self.arch, logits, bias)
+
+    def _of_inputs(self, tokens: Tokens) -> Covariance:
+        sums = _Sums()
+        for rows, weights in _chunks(tokens):
+            x = self._fed.of(rows)
+            sums.add(x * weights[:, None], missing=(self._fed.exactly(rows) - x) * weights[:, None])
+        return sums.done()
+
+    def _of_hidden(self, role: str, part: int, tokens: Tokens) -> Covariance:
+        """An expert's down makes up for its own hidden channels' drift, the others for all that is missing yet."""
+        gate, up = (self._decoded[name] for name in DOWNS[role])
+        exact = [self._read(name, part) for name in DOWNS[role]] if role.endswith("_exps") else None
+        down = self._read(role, part) if exact is None else None
+        sums = _Sums()
+        for rows, weights in _chunks(tokens):
+            hidden = _hidden(self._fed.of(rows), gate, up)
+            weighted = hidden * weights[:, None]
+            if exact is not None:
+                drift = _hidden(self._fed.exactly(rows), *exact) - hidden
+                sums.add(weighted, missing=drift * weights[:, None])
+            else:
+                assert down is not None
+                sums.add(weighted, residual=self._target[rows] - self._out[rows] - hidden @ down.T)
+        return sums.done()
+
+
+class _Sums:
+    """Running sums of a covariance."""
+
+    def __init__(self) -> None:
+        self._gram: list[F32] = []
+        self._drift: F32 | None = None
+        self._residual: F32 | None = None
+
+    def add(self, x: F32, missing: F32 | None = None, residual: F32 | None = None) -> None:
+        new = gram(x)
+        for total, more in zip(self._gram, new, strict=False):
+            np.add(total, more, out=total)
+        self._gram = self._gram or new
+        if missing is not None and len(new) == 1:
+            self._drift = _sum(self._drift, x.T @ missing)
+        if residual is not None and len(new) == 1:
+            self._residual = _sum(self._residual, x.T @ residual)
+
+    def done(self) -> Covariance:
+        return Covariance(tuple(self._gram), self._drift, self._residual)
+
+
+def _sum(total: F32 | None, more: F32) -> F32:
+    return more if total is None else np.add(total, more, out=total)
+
+
+def _chunks(tokens: Tokens) -> Iterator[Tokens]:
+    for start in range(0, len(tokens.rows), CHUNK_TOKENS):
+        yield Tokens(tokens.rows[start : start + CHUNK_TOKENS], tokens.weights[start : start + CHUNK_TOKENS])
+
+
+def _hidden(x: F32, gate: F32, up: F32) -> F32:
+    """(m, n_ff) silu(x gate^T) * x up^T."""
+    hidden = x @ gate.T
+    hidden *= sigmoid(hidden)
+    hidden *= x @ up.T
+    out: F32 = hidden
+    return out
