@@ -43,7 +43,6 @@ static void detect(ds_cpu *cpu) {
 #if DS_AVXVNNI_AS_EVEX
     cpu->avxvnni = cpu->avx512vnni; /* that table is built with AVX-512VL's coding of its instructions */
 #endif
-    cpu->avx512bf16 = cpu->avx512vnni && (a7_1 >> 5 & 1);
 }
 
 #elif defined(__aarch64__) && defined(__linux__)
@@ -52,8 +51,7 @@ static void detect(ds_cpu *cpu) {
 static void detect(ds_cpu *cpu) {
     /* Bits of the arm64 kernel interface: ASIMD 1 and ASIMDDP 20 of HWCAP, I8MM 13 of HWCAP2. */
     const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
-    cpu->neon = hwcap >> 1 & 1;
-    cpu->dotprod = cpu->neon && (hwcap >> 20 & 1);
+    cpu->neon = (hwcap >> 1 & 1) && (hwcap >> 20 & 1);
     cpu->i8mm = cpu->neon && (hwcap2 >> 13 & 1);
 }
 
@@ -65,9 +63,8 @@ static bool sysctl_flag(const char *name) {
 }
 
 static void detect(ds_cpu *cpu) {
-    cpu->neon = true; /* every Apple processor of this architecture */
-    cpu->dotprod = sysctl_flag("hw.optional.arm.FEAT_DotProd");
-    cpu->i8mm = sysctl_flag("hw.optional.arm.FEAT_I8MM");
+    cpu->neon = sysctl_flag("hw.optional.arm.FEAT_DotProd"); /* all of them have Advanced SIMD */
+    cpu->i8mm = cpu->neon && sysctl_flag("hw.optional.arm.FEAT_I8MM");
 }
 
 #else
@@ -79,6 +76,7 @@ const ds_cpu *ds_cpu_get(void) {
     static atomic_int state; /* 0 unasked, 1 being asked, 2 known */
     int expected = 0;
     if (atomic_compare_exchange_strong(&state, &expected, 1)) {
+        found.scalar = true;
         detect(&found);
         atomic_store(&state, 2);
     }

@@ -3,12 +3,14 @@
 
 #include <stdbool.h>
 
+/* By the names of the kernel tables (isas.h, made by CMakeLists.txt). */
 typedef struct ds_cpu {
+    bool scalar;     /* everywhere */
     bool avx2;       /* AVX2 + FMA + F16C + BMI2, with YMM state saved by the system */
     bool avxvnni;    /* the VEX-coded VNNI of consumer processors */
     bool avx512vnni; /* AVX-512 F, BW, DQ, VL, VNNI with ZMM state saved */
-    bool avx512bf16;
-    bool neon, dotprod, i8mm; /* ARM: Advanced SIMD, its dot instructions of 8.2, its matrix ones of 8.6 */
+    bool neon;       /* ARM: Advanced SIMD with the dot instructions of 8.2 */
+    bool i8mm;       /* and the matrix ones of 8.6 */
 } ds_cpu;
 
 const ds_cpu *ds_cpu_get(void);

@@ -4,48 +4,21 @@
 #include <string.h>
 
 #include "base/cpu.h"
+#include "isas.h"
 #include "kernels/kernels.h"
-
-#define DS_TABLE(isa) extern const ds_kernels ds_kernels_##isa
-DS_TABLE(scalar);
-#if DS_HAVE_avx512vnni
-DS_TABLE(avx512vnni);
-#endif
-#if DS_HAVE_avxvnni
-DS_TABLE(avxvnni);
-#endif
-#if DS_HAVE_avx2
-DS_TABLE(avx2);
-#endif
-#if DS_HAVE_i8mm
-DS_TABLE(i8mm);
-#endif
-#if DS_HAVE_neon
-DS_TABLE(neon);
-#endif
 
 enum { MAX_TABLES = 8 };
 
+#define DECLARE(isa) extern const ds_kernels ds_kernels_##isa;
+DS_ISAS(DECLARE)
+
+/* The best first. */
 static int list_tables(const ds_kernels *tables[MAX_TABLES]) {
     const ds_cpu *cpu = ds_cpu_get();
     int n = 0;
-    (void)cpu;
-#if DS_HAVE_avx512vnni
-    if (cpu->avx512vnni) tables[n++] = &ds_kernels_avx512vnni;
-#endif
-#if DS_HAVE_avxvnni
-    if (cpu->avxvnni) tables[n++] = &ds_kernels_avxvnni;
-#endif
-#if DS_HAVE_avx2
-    if (cpu->avx2) tables[n++] = &ds_kernels_avx2;
-#endif
-#if DS_HAVE_i8mm
-    if (cpu->dotprod && cpu->i8mm) tables[n++] = &ds_kernels_i8mm;
-#endif
-#if DS_HAVE_neon
-    if (cpu->dotprod) tables[n++] = &ds_kernels_neon;
-#endif
-    tables[n++] = &ds_kernels_scalar;
+#define LIST(isa) \
+    if (cpu->isa) tables[n++] = &ds_kernels_##isa;
+    DS_ISAS(LIST)
     return n;
 }
 
