@@ -107,10 +107,11 @@ class Scales:
         columns = self.columns.get(role)
         if columns is None or covariance is None:
             return covariance
-        if self._last is None or self._last[0] is not covariance or self._last[1] is not columns:
+        last = self._last  # threads ask at once: none may find another's
+        if last is None or last[0] is not covariance or last[1] is not columns:
             factor = 1.0 / (columns if columns.ndim == 1 else columns[part])
-            self._last = covariance, columns, covariance.scaled(factor)
-        return self._last[2]
+            self._last = last = covariance, columns, covariance.scaled(factor)
+        return last[2]
 
     def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
         """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""

@@ -1,4 +1,4 @@
-"""blas.py: numpy's linear algebra on one thread for a while.
+"""blas.py: numpy's linear algebra on one thread for a while, or on all in pieces of our own.
 
 OpenBLAS, which numpy's wheels bring, wakes all its threads for matrices of a few hundred rows and lets them spin: on a
 machine with anything else to do, factoring 512 rows then takes 1.7 s in place of 0.05. Where another library serves
@@ -8,7 +8,10 @@ numpy, or its switch is not found, nothing changes.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,22 +39,54 @@ def _switch() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     return None
 
 
-SMALL = 2048  # rows up to which one thread is enough
+class _Count:
+    """How many are in one_thread, and the threads that there were before the first."""
+
+    lock = threading.Lock()
+    inside, before = 0, 1
 
 
 @contextmanager
-def one_thread_if_small(n: int) -> Iterator[None]:
-    """Inside, products and factors of matrices of n rows run on the calling thread alone, unless they are large enough
-    for more to pay. Not to be entered twice at once.
+def one_thread() -> Iterator[None]:
+    """Inside, products and factors run on the thread that calls them, for all threads of the process: to be used by
+    several at once, each with work of its own. The bits of a result then do not depend on who else is at work.
     """
     switch = _switch()
-    if switch is None or n > SMALL:
+    if switch is None:
         yield
         return
     get, put = switch
-    before = get()
-    put(1)
+    with _Count.lock:
+        if _Count.inside == 0:
+            _Count.before = get()
+            put(1)
+        _Count.inside += 1
     try:
         yield
     finally:
-        put(before)
+        with _Count.lock:
+            _Count.inside -= 1
+            if _Count.inside == 0:
+                put(_Count.before)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_cores(), thread_name_prefix="blas")
+
+
+def spread(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run tasks, each with results of its own, on all cores. Not from within a task. Who cuts work into the same pieces
+    whatever the number of cores, gets the same bits.
+    """
+    with one_thread():
+        if len(tasks) == 1:
+            tasks[0]()
+            return
+        for done in [_pool().submit(task) for task in tasks]:
+            done.result()
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

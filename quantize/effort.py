@@ -13,8 +13,9 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from quantize import recipe
 from quantize.arch import Arch
+from quantize.blas import n_cores
 from quantize.corpus import WINDOW
-from quantize.encode import FED_BACK, FLOAT_TYPES, GRID_TYPES, n_cores
+from quantize.encode import FED_BACK, FLOAT_TYPES, GRID_TYPES
 from quantize.job import Plan
 from quantize.meter import Phase
 from quantize.sensitivity import SAMPLED_VALUES

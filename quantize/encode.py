@@ -8,7 +8,6 @@ of them, and the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,6 +21,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize import feedback
+from quantize.blas import n_cores
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.errors import QuantizeError
 from quantize.feedback import Covariance, Sweep
@@ -82,11 +82,6 @@ def _ggml() -> ctypes.CDLL:
 
 def _address(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoder:
