@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,8 +226,7 @@ class Block:
         scores = q_nope @ k_nope.swapaxes(1, 2)
         scores += q_pe @ shared.k_pe.swapaxes(1, 2)
         scores *= scores.dtype.type(rotary.scale)
-        n_tok = scores.shape[-1]
-        scores[:, np.triu(np.ones((n_tok, n_tok), bool), 1)] = -np.inf
+        scores += _future(scores.shape[-1]).astype(scores.dtype, copy=False)
         scores -= scores.max(-1, keepdims=True)
         probs = np.exp(scores, out=scores)
         probs /= probs.sum(-1, keepdims=True)
@@ -336,6 +336,12 @@ class Block:
         visit(roles[1], part, up, x, db)
         dx += db @ up
         return dx, dweights
+
+
+@lru_cache(maxsize=1)
+def _future(n_tok: int) -> NDArray[np.float32]:
+    """(n_tok, n_tok) what scores get for tokens to come, so that their probability is 0."""
+    return np.triu(np.full((n_tok, n_tok), -np.inf, np.float32), 1)
 
 
 def _with_chance(visit: Visit, chance: float) -> Visit:

@@ -39,7 +39,7 @@ def test_phases_are_those_of_the_plan(source: Path) -> None:
 
 
 def test_steps_grow_with_their_work(source: Path) -> None:
-    plan = planned(source)
+    plan = planned(source, awq=True)
     arch = plan.arch
     few = replace(arch, n_expert_used=1)
     assert forward(arch, arch.n_layer - 1) > forward(few, arch.n_layer - 1) and forward(arch, 0) == forward(few, 0)
@@ -73,7 +73,7 @@ def test_time_left_follows_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_only_grows(source: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
-    options = Options(calibration=(source / "text.txt",), threads=2, survey_tokens=512, max_tokens=1024)
+    options = Options(calibration=(source / "text.txt",), threads=2, survey_tokens=512, max_tokens=1024, awq=True)
     quantize(source, tmp_path / "m.gguf", options, seen.append)
     fractions = np.array([step.fraction for step in seen])
     assert (np.diff(fractions) >= 0).all() and fractions[-1] == 1
