@@ -46,7 +46,7 @@ class Options:
     calibration: tuple[Path, ...] = ()  # text and .jsonl chat; none: the text that ships
     max_tokens: int = 65_536  # of calibration, evenly thinned
     importance: bool = True  # weigh the encoders' errors by the calibrated inputs
-    awq: bool = True  # search and fold activation-aware scales
+    awq: bool = False  # search and fold activation-aware scales: slow, and feedback leaves little for them
     feedback: bool = True  # encode under the inputs' covariances, with error feedback
     sequential: bool = True  # with feedback: for the inputs that the file's own layers give, see drift.py
     evaluate: bool = True  # measure the file against the original on text held back from calibration

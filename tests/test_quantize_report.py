@@ -34,10 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of some 20 windows."""
-    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 3000)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(words))
-    return path
+    return make.write_text(tmp_path_factory.mktemp("text") / "text.txt", 3000)
 
 
 def held(source: Path, text: Path) -> np.ndarray:
@@ -67,7 +64,9 @@ def test_held_windows_are_not_calibrated_with(source: Path, text: Path) -> None:
 
 def test_the_distance_is_that_of_two_models(tmp_path: Path, source: Path, text: Path) -> None:
     """An exact float32 file of the same checkpoint takes the streamed reference's place: the figures must agree."""
-    report = quantize.quantize(source, tmp_path / "q.gguf", Options(type="q4_0", calibration=(text,), threads=1))
+    report = quantize.quantize(
+        source, tmp_path / "q.gguf", Options(type="q4_0", calibration=(text,), threads=1, sequential=False)
+    )
     plain = Options(type="f32", calibration=(text,), threads=1, evaluate=False)
     quantize.quantize(source, tmp_path / "f.gguf", plain)
     taps = {f"experts-{il}": None for il in (1, 2)}

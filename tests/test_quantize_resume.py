@@ -58,10 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text of some windows, of which one is held back."""
-    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 1300)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(words))
-    return path
+    return make.write_text(tmp_path_factory.mktemp("text") / "text.txt", 1300)
 
 
 def start(source: Path, out: Path, text: Path, mix: str, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
@@ -196,7 +193,7 @@ def test_ctrl_c_leaves_what_was_there_and_the_next_run_goes_on(tmp_path: Path, s
 
 CHANGES: dict[str, tuple[Options, str]] = {
     "the type": (Options(type="bf16", threads=1, evaluate=False), "--type was f16, is bf16"),
-    "a switch": (Options(type="f16", threads=1, evaluate=False, awq=False), "--awq was True, is False"),
+    "a switch": (Options(type="f16", threads=1, evaluate=False, awq=True), "--awq was False, is True"),
 }
 
 

@@ -87,7 +87,7 @@ def quantize(
     size: Annotated[str | None, SIZE] = None,
     plain_mix: Annotated[bool, PLAIN_MIX] = False,
     calibration: Annotated[list[Path] | None, CALIBRATION] = None,
-    awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = True,
+    awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = False,
     evaluate: Annotated[bool, EVALUATE] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
     restart: Annotated[
