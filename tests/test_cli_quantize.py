@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.checkpoints import V2, write_checkpoint
+from support.checkpoints import V2, write_checkpoint, write_text
 from support.cli import assert_fails, dsv2, terminal
 
 from dsv2cli import console
@@ -26,10 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 2400)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(words))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 2400)
 
 
 @pytest.fixture(scope="module")

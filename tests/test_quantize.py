@@ -321,10 +321,7 @@ def test_files_run_in_llama_cpp(tmp_path: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text of a few windows."""
-    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], 1200)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(words))
-    return path
+    return make.write_text(tmp_path_factory.mktemp("text") / "text.txt", 1200)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ import signal
 import threading
 import time
 
-import gguf
 import numpy as np
 import pytest
-from support.tiny import SPECS, Checkpoint, add_key, gguf_metadata, gguf_tensors, spec_named, tokens, variant
+from support.tiny import SPECS, Checkpoint, gguf_metadata, gguf_tensors, spec_named, tokens, variant, write_tensors
 
 import cext
 
@@ -248,19 +247,6 @@ def test_one_thread_a_session_shares_a_model(model):
     assert not wrong
 
 
-def write(path, metadata, tensors, arch="deepseek2"):
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in metadata.items():
-        add_key(writer, key, value)
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def every_tensor():
     """(spec, legacy, tensor) over the forms a block can take, one layer of each kind."""
     seen = set()
@@ -278,11 +264,11 @@ def test_a_tensor_missing_or_misshapen_is_named(tmp_path, spec, legacy, name):
     if name != "output.weight":  # without it the embeddings serve
         without = {key: value for key, value in tensors.items() if key != name}
         with pytest.raises(cext.FormatError, match=name.removesuffix("b.weight").removesuffix("_")):
-            cext.Model(write(tmp_path / "missing.gguf", metadata, without))
+            cext.Model(write_tensors(tmp_path / "missing.gguf", metadata, without))
     for axis in range(tensors[name].ndim):
         misshapen = tensors | {name: np.ascontiguousarray(np.delete(tensors[name], 0, axis))}
         with pytest.raises(cext.FormatError, match=name):
-            cext.Model(write(tmp_path / f"shape{axis}.gguf", metadata, misshapen))
+            cext.Model(write_tensors(tmp_path / f"shape{axis}.gguf", metadata, misshapen))
 
 
 REQUIRED = (
@@ -303,7 +289,7 @@ REQUIRED = (
 def test_a_missing_key_is_named(tmp_path, key):
     metadata = {k: v for k, v in gguf_metadata(LITE).items() if k != f"deepseek2.{key}"}
     with pytest.raises(cext.FormatError, match=key):
-        cext.Model(write(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
+        cext.Model(write_tensors(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
 
 
 @pytest.mark.parametrize(
@@ -326,24 +312,26 @@ def test_a_missing_key_is_named(tmp_path, key):
 def test_impossible_values_are_refused(tmp_path, key, value):
     metadata = gguf_metadata(LITE) | {f"deepseek2.{key}": value}
     with pytest.raises(cext.EngineError):
-        cext.Model(write(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
+        cext.Model(write_tensors(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
 
 
 def test_another_architecture(tmp_path):
     with pytest.raises(cext.UnsupportedError, match="llama") as caught:
-        cext.Model(write(tmp_path / "m.gguf", {"llama.block_count": 1}, {"t": np.ones(4, np.float32)}, arch="llama"))
+        cext.Model(
+            write_tensors(tmp_path / "m.gguf", {"llama.block_count": 1}, {"t": np.ones(4, np.float32)}, arch="llama")
+        )
     assert caught.value.hint
 
 
 def test_another_rope_scaling(tmp_path):
     metadata = gguf_metadata(LITE) | {"deepseek2.rope.scaling.type": "longrope"}
     with pytest.raises(cext.UnsupportedError, match="longrope"):
-        cext.Model(write(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
+        cext.Model(write_tensors(tmp_path / "m.gguf", metadata, gguf_tensors(Checkpoint(LITE))))
 
 
 def test_router_without_a_bias(tmp_path):
     """V3's selection bias is a tensor that a sigmoid router may do without."""
     spec = variant(V3, n_layer=2)
     tensors = {k: v for k, v in gguf_tensors(Checkpoint(spec)).items() if "exp_probs_b" not in k}
-    with cext.Model(write(tmp_path / "m.gguf", gguf_metadata(spec), tensors)) as model:
+    with cext.Model(write_tensors(tmp_path / "m.gguf", gguf_metadata(spec), tensors)) as model:
         assert np.isfinite(model.session(4).eval([1, 2])).all()

@@ -237,6 +237,13 @@ def byte_tokens() -> list[str]:
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
+def write_text(path: Path, n_words: int) -> Path:
+    """A text in words that the tokenizer's merges know."""
+    words = np.random.default_rng(5).choice(["the", "inner", "ether", "there", "tin", "nether"], n_words)
+    path.write_text(" ".join(words), encoding="utf-8")
+    return path
+
+
 def write_tokenizer(folder: Path, pre: str = "deepseek-llm") -> None:
     """tokenizer.json and tokenizer_config.json: 256 bytes, BOS, EOS, one user-defined token, and a few merges."""
     vocab = {token: i for i, token in enumerate(byte_tokens())}

@@ -393,12 +393,20 @@ def gguf_byte(i: int) -> str:
 
 def write_gguf(path: Path, spec: Spec, *, legacy: bool = False, dtype: type[np.floating[Any]] = np.float32) -> Path:
     """The spec's model as a GGUF; dtype is that of the matrices (float32 or float16), vectors and router stay f32."""
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    for key, value in (gguf_metadata(spec, legacy) | gguf_vocabulary(spec.n_vocab)).items():
+    tensors = {
+        name: value if value.ndim == 1 or "ffn_gate_inp" in name else value.astype(dtype)
+        for name, value in gguf_tensors(Checkpoint(spec), legacy).items()
+    }
+    return write_tensors(path, gguf_metadata(spec, legacy) | gguf_vocabulary(spec.n_vocab), tensors)
+
+
+def write_tensors(path: Path, keys: dict[str, Any], tensors: dict[str, Any], arch: str = "deepseek2") -> Path:
+    """Any keys and tensors as a GGUF, by gguf-py."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in keys.items():
         add_key(writer, key, value)
-    for name, value in gguf_tensors(Checkpoint(spec), legacy).items():
-        keep = value.ndim == 1 or "ffn_gate_inp" in name
-        writer.add_tensor(name, value if keep else value.astype(dtype))
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 from support.tiny import Checkpoint as TinyCheckpoint
-from support.tiny import Spec, add_key, gguf_byte, gguf_metadata, gguf_tensors, variant
+from support.tiny import Spec, gguf_byte, gguf_metadata, gguf_tensors, variant, write_tensors
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -58,7 +57,7 @@ def vocabulary(template: str | None = V2_TEMPLATE, **changes: Any) -> dict[str, 
 
 def write_vocab(path: Path, template: str | None = V2_TEMPLATE, **changes: Any) -> Path:
     """A GGUF that holds the vocabulary and no weights."""
-    return _write(path, {"general.name": "vocabulary"} | vocabulary(template, **changes), {})
+    return write_tensors(path, {"general.name": "vocabulary"} | vocabulary(template, **changes), {})
 
 
 def write_model(path: Path, spec: Spec, template: str | None = V2_TEMPLATE, dtype: Any = None) -> Path:
@@ -67,17 +66,4 @@ def write_model(path: Path, spec: Spec, template: str | None = V2_TEMPLATE, dtyp
     tensors = gguf_tensors(TinyCheckpoint(spec))
     if dtype is not None:
         tensors = {n: t if t.ndim == 1 or "ffn_gate_inp" in n else t.astype(dtype) for n, t in tensors.items()}
-    return _write(path, gguf_metadata(spec) | vocabulary(template), tensors)
-
-
-def _write(path: Path, keys: dict[str, Any], tensors: dict[str, Any]) -> Path:
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    for key, value in keys.items():
-        add_key(writer, key, value)
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_tensors(path, gguf_metadata(spec) | vocabulary(template), tensors)
