@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
+from quantize.blas import spread
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
 from quantize.feedback import Covariance, gram
@@ -176,10 +178,13 @@ class _Experts:
         self.input_square += member @ np.square(x)
         flat, order = hidden.reshape(-1, hidden.shape[-1]), np.argsort(chosen.reshape(-1), kind="stable")
         bounds = np.searchsorted(chosen.reshape(-1)[order], np.arange(n_expert + 1))
-        for e in range(n_expert):
+
+        def add_hidden(e: int) -> None:
             rows = flat[order[bounds[e] : bounds[e + 1]]]
             self.hidden_abs[e] += np.abs(rows).sum(0, dtype=np.float64)
             self.hidden_square[e] += np.square(rows).sum(0, dtype=np.float64)
+
+        spread([partial(add_hidden, e) for e in range(n_expert)])
         self.chosen.append(chosen[sampled].copy())
         self.hidden.append(hidden[sampled].copy())
         if self.rows is not None:

@@ -24,7 +24,7 @@ from quantize.tensors import Tensor
 READ = 150.0  # a weight of a layer, into memory
 BACKWARD = 3.2  # a token's gradients, of its way forward
 PRICE = 3e5  # a sampled weight of the survey, in all types
-PRICE_CORES = 3  # that the survey's many small steps keep busy
+FEW_CORES = 3  # that many small steps keep busy
 STATISTICS = 1.5e3  # a hidden channel of an expert and a token, counted and kept
 SEARCH = 3e11  # the folds of a layer
 FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
@@ -77,7 +77,7 @@ class Effort:
 
     def survey_back(self) -> list[float]:
         """The embeddings, layer by layer, the head."""
-        arch, n, cores = self.plan.arch, self._survey_tokens(), min(self.threads, PRICE_CORES)
+        arch, n, cores = self.plan.arch, self._survey_tokens(), min(self.threads, FEW_CORES)
         price = PRICE * SAMPLED_VALUES * (1 + self._grids())
         layers = [
             n * BACKWARD * forward(arch, il) + price * sum(map(recipe.is_matrix, self.plan.layers[il]))
@@ -99,12 +99,16 @@ class Effort:
             n_tokens, feedback = plan.corpus.windows.size, plan.options.feedback
             calibrate += n_tokens * forward(arch, il) / self.threads + self._read(il)
             if not arch.is_dense(il):
-                calibrate += STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert
-            calibrate += n_tokens * _taps(arch, il) if feedback else 0.0
+                calibrate += (
+                    STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert / min(self.threads, FEW_CORES)
+                )
+            calibrate += n_tokens * _taps(arch, il) / self.threads if feedback else 0.0
             search = SEARCH / self.threads if plan.options.awq else 0.0
-            prepare = _prepare(arch, il, n_tokens) if feedback else 0.0
-        together = prepare + encode if self.threads == 1 else max(prepare, encode + prepare / self.threads)
-        return Step(calibrate, search, together)
+            prepare = _prepare(arch, il, n_tokens) / self.threads if feedback else 0.0
+            if plan.sequential:
+                calibrate += n_tokens * _attention(arch) / self.threads
+                prepare += n_tokens * (_attention(arch) + _drift(arch, il)) / self.threads
+        return Step(calibrate, search, prepare + encode)
 
     def _read(self, il: int) -> float:
         return READ * sum(t.size for t in self.plan.layers[il])
@@ -147,12 +151,30 @@ class Effort:
 
 def forward(arch: Arch, il: int) -> float:
     """Multiply-adds of a token through layer il, in the middle of a window."""
+    n_ff = arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * (arch.n_expert_used + arch.n_expert_shared)
+    return _attention(arch) + 3.0 * arch.n_embd * n_ff
+
+
+def _attention(arch: Arch) -> float:
     head = arch.nope + arch.rope
     queries = arch.q_lora_rank * (arch.n_embd + arch.n_head * head) or arch.n_embd * arch.n_head * head
     latent = arch.kv_lora_rank * arch.n_head * (arch.nope + arch.v_dim) + arch.n_embd * (arch.kv_lora_rank + arch.rope)
-    attention = queries + latent + arch.n_head * (arch.v_dim * arch.n_embd + WINDOW // 2 * (head + arch.v_dim))
-    n_ff = arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * (arch.n_expert_used + arch.n_expert_shared)
-    return float(attention + 3 * arch.n_embd * n_ff)
+    return float(queries + latent + arch.n_head * (arch.v_dim * arch.n_embd + WINDOW // 2 * (head + arch.v_dim)))
+
+
+def _drift(arch: Arch, il: int) -> float:
+    """A token's way through drift.py: hidden channels three times, an output, and what inputs and hidden channels lack
+    beside their covariances.
+    """
+    n = arch.n_embd
+
+    def network(n_ff: int) -> float:
+        return 7.0 * n * n_ff + n_ff * n_ff
+
+    if arch.is_dense(il):
+        return n * n + network(arch.n_ff)
+    shared = network(arch.n_expert_shared * arch.n_ff_expert)
+    return n * n + shared + arch.n_expert_used * (n * n + network(arch.n_ff_expert))
 
 
 def _taps(arch: Arch, il: int) -> float:
@@ -163,7 +185,7 @@ def _taps(arch: Arch, il: int) -> float:
 
 
 def _prepare(arch: Arch, il: int, n_tokens: int) -> float:
-    """The covariances of a layer's parts that have their own, and the factors of all, on one core."""
+    """The covariances of a layer's parts that have their own, and the factors of all."""
     whole = 2 * arch.n_embd**3 + (arch.n_head * arch.v_dim) ** 3 + arch.q_lora_rank**3
     if arch.is_dense(il):
         return float(whole + arch.n_ff**3)
