@@ -141,7 +141,7 @@ def test_a_killed_run_loses_at_most_a_layer(tmp_path: Path, source: Path, text: 
 
     assert stop_at(0, "encode") == [0]
     assert stop_at(1, "calibrate") == [0, 1]
-    assert stop_at(2, "search") == [1, 2]
+    assert stop_at(2, "calibrate") == [1, 2]
     assert stop_at(2, "encode") == [2]
     assert stop_at(1, "evaluate") == [0, 1, 2]  # layer 2 is written again, then 0 measured
     assert stop_at(-1, "finish") == [1, 2]
