@@ -29,6 +29,7 @@ BELOW = {
 }
 """What a room of the engine may include beside itself."""
 
+MADE = {"kernels/isas.h"}  # by CMakeLists.txt, in the build folder
 MAX_LINES = 1000
 
 INTRINSICS = re.compile(r"\w*intrin\.h|arm_\w+\.h")
@@ -123,7 +124,7 @@ def test_c_includes_run_one_way(room: str) -> None:
             if not quoted:
                 continue
             target = ENGINE / name
-            assert target.is_file(), f"{path.relative_to(ROOT)} includes {name}: name it from cext/"
+            assert target.is_file() or name in MADE, f"{path.relative_to(ROOT)} includes {name}: name it from cext/"
             # model/*.c is where the public interface is implemented.
             implements = room == "model" and path.suffix == ".c" and name == "dsv2.h"
             if room_of(target) not in BELOW[room] | {room} and not implements:

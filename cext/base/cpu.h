@@ -3,7 +3,7 @@
 
 #include <stdbool.h>
 
-/* By the names of the kernel tables (isas.h, made by CMakeLists.txt). */
+/* By the names of the kernel tables. */
 typedef struct ds_cpu {
     bool scalar;     /* everywhere */
     bool avx2;       /* AVX2 + FMA + F16C + BMI2, with YMM state saved by the system */

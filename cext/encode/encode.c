@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "encode/kern.h"
-#include "isas.h"
+#include "kernels/isas.h"
 #include "kernels/kernels.h"
 
 #define DECLARE(isa) extern const ds_encode_loops ds_encode_##isa;

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "base/cpu.h"
-#include "isas.h"
+#include "kernels/isas.h"
 #include "kernels/kernels.h"
 
 enum { MAX_TABLES = 8 };
