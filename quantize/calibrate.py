@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
-from quantize.blas import spread
+from quantize.blas import one_thread, spread
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
 from quantize.feedback import Covariance, gram
@@ -105,6 +105,13 @@ class LayerStats:
     exact: NDArray[np.uint16] | None = None  # (n_tokens, n_embd) "ffn_norm" of all tokens, where the stream has drifted
 
 
+def product(x: F32, y: F32) -> F32:
+    """x^T y, the same bits whatever the number of cores."""
+    with one_thread():
+        out: F32 = x.T @ y
+    return out
+
+
 class _Moments:
     """Running sums over tokens of |x| and x^2, of x^T x where that is wanted, and the sampled rows; of x^T (exact - x)
     where the original's inputs are another stream's, and of x^T lacking for what the outputs lack.
@@ -133,10 +140,10 @@ class _Moments:
                 np.add(total, more, out=total)
             self.gram = self.gram or new
             if exact is not None and len(new) == 1:
-                more = x.T @ (exact - x)
+                more = product(x, exact - x)
                 self.drift = more if self.drift is None else np.add(self.drift, more, out=self.drift)
             if lacking is not None and len(new) == 1:
-                more = x.T @ lacking
+                more = product(x, lacking)
                 self.residual = more if self.residual is None else np.add(self.residual, more, out=self.residual)
 
     def done(self) -> Inputs:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route, sigmoid
+from quantize.blas import one_thread
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
@@ -133,18 +134,25 @@ class FeedForward:
         self._decoded: dict[str, F32] = {}
         self._last: tuple[tuple[str, int], Covariance | None] | None = None
         every = Tokens(np.arange(len(out)), np.ones(len(out), np.float32))
-        self._every, self.whole = every, self._of_inputs(every)
+        self._every = every
+        with one_thread():
+            self.whole = self._of_inputs(every)
 
     def covariance(self, role: str, part: int) -> Covariance | None:
         """Of a part's inputs, with what is to be made up for; None for an expert that no token reaches."""
         key = (role if role in DOWNS else "experts" if role.endswith("_exps") else "every"), part
         if self._last is None or self._last[0] != key:
             self._last = None
-            self._last = key, self._covariance(role, part)
+            with one_thread():
+                self._last = key, self._covariance(role, part)
         return self._last[1]
 
     def wrote(self, role: str, part: int, decoded: F32) -> None:
         """A part as the file has it."""
+        with one_thread():
+            self._take(role, part, decoded)
+
+    def _take(self, role: str, part: int, decoded: F32) -> None:
         if role == ROUTER:
             self._route(decoded)
         if role not in DOWNS:

@@ -130,7 +130,8 @@ class Covariance:
         (block,) = self.blocks
         wanted = np.zeros((self.n, len(rows)), np.float32)
         if self.drift is not None:
-            wanted += self.drift @ rows.T
+            with one_thread():
+                wanted += self.drift @ rows.T
         if self.residual is not None:
             wanted += self.residual
         damped = block / np.float32(self.mean) + np.float32(CORRECTION_DAMPING) * np.eye(self.n, dtype=np.float32)
