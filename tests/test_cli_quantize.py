@@ -61,6 +61,19 @@ def test_inspect_shows_what_was_measured(made: tuple[Path, str]) -> None:
     assert told["metadata"]["dsv2.evaluation.kld_mean"] == pytest.approx(report["evaluation"]["kld_mean"], rel=1e-6)
 
 
+def test_less_calibration(tmp_path: Path, source: Path, text: Path) -> None:
+    """Fewer tokens, and one stream through the layers in place of two."""
+    asked = ("--calibration", text, "--calibration-tokens", "1024", "--plain-mix", "--no-evaluate", "--json", "-q")
+    files = []
+    for flag in ("--sequential", "--no-sequential"):
+        result = dsv2("quantize", source, "-o", tmp_path / f"{flag}.gguf", flag, *asked)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["calibration"]["tokens"] == 1024
+        files.append((tmp_path / f"{flag}.gguf").read_bytes())
+    assert files[0] != files[1]
+    assert_fails(dsv2("quantize", source, "--calibration-tokens", "100"), 2, "--calibration-tokens", "1024")
+
+
 def test_heatmap(tmp_path: Path, made: tuple[Path, str], source: Path) -> None:
     result = dsv2("inspect", made[0], "--heatmap", tmp_path / "u.png")
     assert result.returncode == 0 and "u.png" in result.stderr

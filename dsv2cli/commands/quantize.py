@@ -54,6 +54,13 @@ CALIBRATION = typer.Option(
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
+TOKENS = typer.Option(
+    "--calibration-tokens", metavar="N", min=1024, help="Of the calibration text, evenly thinned: fewer take less time."
+)
+SEQUENTIAL = typer.Option(
+    "--sequential/--no-sequential",
+    help="Encode each layer for what the file's layers before it give: truer, and half of the time or more.",
+)
 BPW = typer.Option("--bpw", metavar="BITS", help="How small: bits a weight, as 4.25.")
 SIZE = typer.Option("--size", metavar="SIZE", help="How small: the whole file, as 9.5G (10^9 bytes) or 9.5GiB.")
 PLAIN_MIX = typer.Option("--plain-mix", help="The fixed types of --type's mix, not those that this model needs.")
@@ -87,6 +94,8 @@ def quantize(
     size: Annotated[str | None, SIZE] = None,
     plain_mix: Annotated[bool, PLAIN_MIX] = False,
     calibration: Annotated[list[Path] | None, CALIBRATION] = None,
+    calibration_tokens: Annotated[int, TOKENS] = 65_536,
+    sequential: Annotated[bool, SEQUENTIAL] = True,
     awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = False,
     evaluate: Annotated[bool, EVALUATE] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
@@ -116,6 +125,8 @@ def quantize(
         size=parse_size(size) if size is not None else None,
         plain_mix=plain_mix,
         calibration=tuple(calibration or ()),
+        max_tokens=calibration_tokens,
+        sequential=sequential,
         awq=awq,
         evaluate=evaluate,
         threads=threads,
