@@ -13,11 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+F32 = NDArray[np.float32]
+PIECE = 512  # rows of a product that one core computes
 SWITCHES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
 
@@ -75,7 +78,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_cores(), thread_name_prefix="blas")
 
 
-def spread(tasks: Sequence[Callable[[], None]]) -> None:
+def spread(tasks: Sequence[Callable[[], object]]) -> None:
     """Run tasks, each with results of its own, on all cores. Not from within a task. Who cuts work into the same pieces
     whatever the number of cores, gets the same bits.
     """
@@ -85,6 +88,18 @@ def spread(tasks: Sequence[Callable[[], None]]) -> None:
             return
         for done in [_pool().submit(task) for task in tasks]:
             done.result()
+
+
+def pieces(n: int) -> list[slice]:
+    """Rows [0, n) in runs of PIECE."""
+    return [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
+
+
+def product(a: F32, b: F32) -> F32:
+    """a (m, k) b (k, n) on all cores, the same bits on any number of them. Not from within a task."""
+    out = np.empty((len(a), b.shape[1]), np.float32)
+    spread([partial(np.matmul, a[rows], b, out=out[rows]) for rows in pieces(len(a))])
+    return out
 
 
 def n_cores() -> int:

@@ -12,6 +12,7 @@ Memory: two inputs of all tokens in bfloat16, and CHUNK_TOKENS times the widest 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route, sigmoid
-from quantize.blas import one_thread
+from quantize.blas import pieces, product, spread
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
@@ -135,24 +136,18 @@ class FeedForward:
         self._last: tuple[tuple[str, int], Covariance | None] | None = None
         every = Tokens(np.arange(len(out)), np.ones(len(out), np.float32))
         self._every = every
-        with one_thread():
-            self.whole = self._of_inputs(every)
+        self.whole = self._of_inputs(every)
 
     def covariance(self, role: str, part: int) -> Covariance | None:
         """Of a part's inputs, with what is to be made up for; None for an expert that no token reaches."""
         key = (role if role in DOWNS else "experts" if role.endswith("_exps") else "every"), part
         if self._last is None or self._last[0] != key:
             self._last = None
-            with one_thread():
-                self._last = key, self._covariance(role, part)
+            self._last = key, self._covariance(role, part)
         return self._last[1]
 
     def wrote(self, role: str, part: int, decoded: F32) -> None:
         """A part as the file has it."""
-        with one_thread():
-            self._take(role, part, decoded)
-
-    def _take(self, role: str, part: int, decoded: F32) -> None:
         if role == ROUTER:
             self._route(decoded)
         if role not in DOWNS:
@@ -161,7 +156,7 @@ class FeedForward:
         gate, up = (self._decoded[name] for name in DOWNS[role])
         for rows, weights in _chunks(self._tokens(role, part)):
             hidden = _hidden(self._fed.of(rows), gate, up)
-            self._out[rows] += weights[:, None] * (hidden @ decoded.T)
+            self._out[rows] += weights[:, None] * product(hidden, decoded.T)
 
     def _covariance(self, role: str, part: int) -> Covariance | None:
         tokens = self._tokens(role, part)
@@ -187,7 +182,7 @@ class FeedForward:
     def _route(self, router: F32) -> None:
         logits = np.empty((len(self._out), len(router)), np.float32)
         for rows, _ in _chunks(self._every):
-            logits[rows] = self._fed.of(rows) @ router.T
+            logits[rows] = product(self._fed.of(rows), router.T)
         bias = self._read("exp_probs_b", 0) if "exp_probs_b" in self.tensors else None
         self._routing = route(self.arch, logits, bias)
 
@@ -212,7 +207,7 @@ class FeedForward:
                 sums.add(weighted, missing=drift * weights[:, None])
             else:
                 assert down is not None
-                sums.add(weighted, residual=self._target[rows] - self._out[rows] - hidden @ down.T)
+                sums.add(weighted, residual=self._target[rows] - self._out[rows] - product(hidden, down.T))
         return sums.done()
 
 
@@ -230,9 +225,9 @@ class _Sums:
             np.add(total, more, out=total)
         self._gram = self._gram or new
         if missing is not None and len(new) == 1:
-            self._drift = _sum(self._drift, x.T @ missing)
+            self._drift = _sum(self._drift, product(x.T, missing))
         if residual is not None and len(new) == 1:
-            self._residual = _sum(self._residual, x.T @ residual)
+            self._residual = _sum(self._residual, product(x.T, residual))
 
     def done(self) -> Covariance:
         return Covariance(tuple(self._gram), self._drift, self._residual)
@@ -249,8 +244,13 @@ def _chunks(tokens: Tokens) -> Iterator[Tokens]:
 
 def _hidden(x: F32, gate: F32, up: F32) -> F32:
     """(m, n_ff) silu(x gate^T) * x up^T."""
-    hidden = x @ gate.T
-    hidden *= sigmoid(hidden)
-    hidden *= x @ up.T
-    out: F32 = hidden
+    out = np.empty((len(x), len(gate)), np.float32)
+
+    def fill(rows: slice) -> None:
+        hidden = out[rows]
+        np.matmul(x[rows], gate.T, out=hidden)
+        hidden *= sigmoid(hidden)
+        hidden *= x[rows] @ up.T
+
+    spread([partial(fill, rows) for rows in pieces(len(x))])
     return out

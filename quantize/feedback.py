@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import one_thread, spread
+from quantize.blas import one_thread, pieces, product, spread
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -28,7 +28,6 @@ TYPES = (
     Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
 )  # fmt: skip
 BLOCK = 256  # columns that are solved together: DS_ENCODE_WIDTH
-PIECE = 512  # rows and columns of a matrix that one core computes
 # Wider inputs get one covariance for each so many channels, and none between them: 16,384 channels would take 1 GB, and
 # as much again to factor.
 MAX_WIDTH = 6144
@@ -55,14 +54,14 @@ def gram(x: F32) -> list[F32]:
 def _square(x: F32) -> F32:
     n = x.shape[1]
     out = np.empty((n, n), np.float32)
-    pieces = [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
+    runs = pieces(n)
 
     def multiply(rows: slice, columns: slice) -> None:
         np.matmul(x[:, rows].T, x[:, columns], out=out[rows, columns])
         if rows is not columns:
             out[columns, rows] = out[rows, columns].T
 
-    spread([partial(multiply, a, b) for i, a in enumerate(pieces) for b in pieces[i:]])
+    spread([partial(multiply, a, b) for i, a in enumerate(runs) for b in runs[i:]])
     return out
 
 
@@ -130,8 +129,7 @@ class Covariance:
         (block,) = self.blocks
         wanted = np.zeros((self.n, len(rows)), np.float32)
         if self.drift is not None:
-            with one_thread():
-                wanted += self.drift @ rows.T
+            wanted += product(self.drift, rows.T)
         if self.residual is not None:
             wanted += self.residual
         damped = block / np.float32(self.mean) + np.float32(CORRECTION_DAMPING) * np.eye(self.n, dtype=np.float32)
@@ -209,12 +207,12 @@ def _fill_first(h: F32, blocks: list[slice], sweep: Sweep) -> None:
 
     for at in reversed(blocks):
         left = np.empty((at.stop, at.stop - at.start), np.float32)
-        pieces = [slice(start, min(start + PIECE, at.start)) for start in range(0, at.start, PIECE)]
-        spread([partial(subtract, rows, at) for rows in (*pieces, at)])
+        above = pieces(at.start)
+        spread([partial(subtract, rows, at) for rows in (*above, at)])
         inner, v = _factor(left[at].astype(np.float64))
         inverse = np.linalg.inv(inner).astype(np.float32)
-        if pieces:
-            spread([partial(settle, rows, at, inverse, v.astype(np.float32)) for rows in pieces])
+        if above:
+            spread([partial(settle, rows, at, inverse, v.astype(np.float32)) for rows in above])
         cov[at, : len(v)], tri[at, : len(v)], var[at] = (inner * v) @ inner.T, inner, v
 
 
