@@ -10,7 +10,7 @@ import pytest
 from support import checkpoints as make
 
 import cext
-from quantize import recipe, tensors
+from quantize import blas, recipe, tensors
 from quantize.arch import Arch, parse
 from quantize.awq import Scales
 from quantize.calibrate import LayerStats, Stream
@@ -158,3 +158,15 @@ def test_folds_share_a_scaled_one(case: Case) -> None:
     assert gate is up and gate is not None
     np.testing.assert_allclose(gate.blocks[0], plain.blocks[0] / np.outer(columns, columns), rtol=1e-5)
     assert scales.covariance("attn_output", 0, plain) is plain
+
+
+@pytest.mark.parametrize("m", (1, 512, 513, 1300))
+def test_product_in_pieces(m: int) -> None:
+    """The same bits as each piece on one thread, whatever the cores; and the product."""
+    rng = np.random.default_rng(m)
+    a, b = rng.standard_normal((m, 700), np.float32), rng.standard_normal((700, 300), np.float32)
+    got = blas.product(a, b)
+    with blas.one_thread():
+        expected = np.concatenate([a[i : i + blas.PIECE] @ b for i in range(0, m, blas.PIECE)])
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(got, a.astype(np.float64) @ b, rtol=0, atol=700 * 2**-23 * 16)
