@@ -246,6 +246,13 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
 
 /* ---- The product ---- */
 
+/* Decode the group at w and add the products of its first n values. */
+DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+    row_group g;
+    f.group(w, &g);
+    row_add(f, &g, n, n_tok, a, group, sums);
+}
+
 DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
     enum { MAX_GROUP_BYTES = 8 * 34 };
     const act_rows a = act_rows_at(job->act, n_tok, job->k);
@@ -259,20 +266,14 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
         for (int i = 0; i < whole; i += ACT_GROUP, w += f.group_bytes) {
             DS_UNROLL
             for (size_t line = 0; line < f.group_bytes; line += 64) __builtin_prefetch(w + DS_PREFETCH_BYTES + line);
-            row_group g;
-            f.group(w, &g);
-            row_add(f, &g, ACT_GROUP, n_tok, &a, (size_t)i / ACT_GROUP, sums);
+            row_take(f, w, ACT_GROUP, n_tok, &a, (size_t)i / ACT_GROUP, sums);
         }
         if (left == ACT_GROUP / 2) { /* an expert's width is often an odd multiple of 128 */
             memcpy(tail, w, f.group_bytes / 2);
-            row_group g;
-            f.group(tail, &g);
-            row_add(f, &g, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
+            row_take(f, tail, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
         } else if (left) {
             memcpy(tail, w, (size_t)left * f.group_bytes / ACT_GROUP);
-            row_group g;
-            f.group(tail, &g);
-            row_add(f, &g, ACT_GROUP, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
+            row_take(f, tail, ACT_GROUP, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
         }
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) job->y[(size_t)t * job->ldy + (size_t)r] = row_sum_total(&sums[t], f.per_16, f.min_factor);

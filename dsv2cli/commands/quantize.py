@@ -59,7 +59,7 @@ TOKENS = typer.Option(
 )
 SEQUENTIAL = typer.Option(
     "--sequential/--no-sequential",
-    help="Encode each layer for what the file's layers before it give: truer, and half of the time or more.",
+    help="Encode each layer for what the file's layers before it give: truer, for about twice the time.",
 )
 BPW = typer.Option("--bpw", metavar="BITS", help="How small: bits a weight, as 4.25.")
 SIZE = typer.Option("--size", metavar="SIZE", help="How small: the whole file, as 9.5G (10^9 bytes) or 9.5GiB.")
