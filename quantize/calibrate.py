@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
-from quantize.blas import one_thread, spread
+from quantize.blas import spread
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
-from quantize.feedback import Covariance, gram
+from quantize.feedback import Covariance, Sums
 
 F32 = NDArray[np.float32]
 
@@ -105,13 +105,6 @@ class LayerStats:
     exact: NDArray[np.uint16] | None = None  # (n_tokens, n_embd) "ffn_norm" of all tokens, where the stream has drifted
 
 
-def product(x: F32, y: F32) -> F32:
-    """x^T y, the same bits whatever the number of cores."""
-    with one_thread():
-        out: F32 = x.T @ y
-    return out
-
-
 class _Moments:
     """Running sums over tokens of |x| and x^2, of x^T x where that is wanted, and the sampled rows; of x^T (exact - x)
     where the original's inputs are another stream's, and of x^T lacking for what the outputs lack.
@@ -119,10 +112,7 @@ class _Moments:
 
     def __init__(self, squares: bool) -> None:
         self.n = 0
-        self.squares = squares
-        self.gram: list[F32] = []
-        self.drift: F32 | None = None
-        self.residual: F32 | None = None
+        self.covariance = Sums() if squares else None
         self.abs = np.zeros(0)
         self.square = np.zeros(0)
         self.rows: list[F32] = []
@@ -134,17 +124,8 @@ class _Moments:
         self.abs += np.abs(x).sum(0, dtype=np.float64)
         self.square += np.square(x).sum(0, dtype=np.float64)
         self.rows.append(x[sampled].copy())
-        if self.squares:
-            new = gram(x)
-            for total, more in zip(self.gram, new, strict=False):
-                np.add(total, more, out=total)
-            self.gram = self.gram or new
-            if exact is not None and len(new) == 1:
-                more = product(x, exact - x)
-                self.drift = more if self.drift is None else np.add(self.drift, more, out=self.drift)
-            if lacking is not None and len(new) == 1:
-                more = product(x, lacking)
-                self.residual = more if self.residual is None else np.add(self.residual, more, out=self.residual)
+        if self.covariance is not None:
+            self.covariance.add(x, None if exact is None else exact - x, lacking)
 
     def done(self) -> Inputs:
         scale = 1.0 / self.n
@@ -152,7 +133,7 @@ class _Moments:
             (self.abs * scale).astype(np.float32),
             (self.square * scale).astype(np.float32),
             np.concatenate(self.rows),
-            Covariance(tuple(self.gram), self.drift, self.residual) if self.squares else None,
+            self.covariance.done() if self.covariance is not None else None,
         )
 
 

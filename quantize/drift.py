@@ -26,7 +26,7 @@ from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
 from quantize.evidence import prior_share
-from quantize.feedback import Covariance, gram
+from quantize.feedback import Covariance, Sums
 from quantize.job import Job
 from quantize.tensors import PartReader, Tensor
 
@@ -187,7 +187,7 @@ class FeedForward:
         self._routing = route(self.arch, logits, bias)
 
     def _of_inputs(self, tokens: Tokens) -> Covariance:
-        sums = _Sums()
+        sums = Sums()
         for rows, weights in _chunks(tokens):
             x = self._fed.of(rows)
             sums.add(x * weights[:, None], missing=(self._fed.exactly(rows) - x) * weights[:, None])
@@ -198,7 +198,7 @@ class FeedForward:
         gate, up = (self._decoded[name] for name in DOWNS[role])
         exact = [self._read(name, part) for name in DOWNS[role]] if role.endswith("_exps") else None
         down = self._read(role, part) if exact is None else None
-        sums = _Sums()
+        sums = Sums()
         for rows, weights in _chunks(tokens):
             hidden = _hidden(self._fed.of(rows), gate, up)
             weighted = hidden * weights[:, None]
@@ -209,32 +209,6 @@ class FeedForward:
                 assert down is not None
                 sums.add(weighted, residual=self._target[rows] - self._out[rows] - product(hidden, down.T))
         return sums.done()
-
-
-class _Sums:
-    """Running sums of a covariance."""
-
-    def __init__(self) -> None:
-        self._gram: list[F32] = []
-        self._drift: F32 | None = None
-        self._residual: F32 | None = None
-
-    def add(self, x: F32, missing: F32 | None = None, residual: F32 | None = None) -> None:
-        new = gram(x)
-        for total, more in zip(self._gram, new, strict=False):
-            np.add(total, more, out=total)
-        self._gram = self._gram or new
-        if missing is not None and len(new) == 1:
-            self._drift = _sum(self._drift, product(x.T, missing))
-        if residual is not None and len(new) == 1:
-            self._residual = _sum(self._residual, product(x.T, residual))
-
-    def done(self) -> Covariance:
-        return Covariance(tuple(self._gram), self._drift, self._residual)
-
-
-def _sum(total: F32 | None, more: F32) -> F32:
-    return more if total is None else np.add(total, more, out=total)
 
 
 def _chunks(tokens: Tokens) -> Iterator[Tokens]:

@@ -165,6 +165,33 @@ class Covariance:
             return None
 
 
+class Sums:
+    """Running sums of a covariance over inputs that come some at a time."""
+
+    def __init__(self) -> None:
+        self._gram: list[F32] = []
+        self._drift: F32 | None = None
+        self._residual: F32 | None = None
+
+    def add(self, x: F32, missing: F32 | None = None, residual: F32 | None = None) -> None:
+        """Inputs x (m, n), what they lack (m, n), and what the outputs lack (m, n_row)."""
+        new = gram(x)
+        for total, more in zip(self._gram, new, strict=False):
+            np.add(total, more, out=total)
+        self._gram = self._gram or new
+        if missing is not None and len(new) == 1:
+            self._drift = _sum(self._drift, product(x.T, missing))
+        if residual is not None and len(new) == 1:
+            self._residual = _sum(self._residual, product(x.T, residual))
+
+    def done(self) -> Covariance:
+        return Covariance(tuple(self._gram), self._drift, self._residual)
+
+
+def _sum(total: F32 | None, more: F32) -> F32:
+    return more if total is None else np.add(total, more, out=total)
+
+
 def _factor(h: F64) -> tuple[F64, F64]:
     """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
     upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
