@@ -218,18 +218,9 @@ DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weight
     DS_UNROLL
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
     for (int p = 0; p < k; p++, weights += n_rows, panel += n_cols) {
-        const vi b0 = vi_load(panel), b1 = vi_load(panel + DS_LANES);
+        const vi columns[2] = {vi_load(panel), vi_load(panel + DS_LANES)};
         DS_UNROLL
-        for (int i = 0; i < rows; i++) {
-            if (type == DOT_WEIGHTS) { /* the instruction's broadcast side is the signed one */
-                const vi x = vi_set(weights[i]);
-                sums[i][0] = vi_dot_weights(sums[i][0], x, b0);
-                sums[i][1] = vi_dot_weights(sums[i][1], x, b1);
-            } else {
-                sums[i][0] = dot_at(type, sums[i][0], (const char *)(weights + i), b0);
-                sums[i][1] = dot_at(type, sums[i][1], (const char *)(weights + i), b1);
-            }
-        }
+        for (int i = 0; i < rows; i++) dot_vecs(type, 2, sums[i], (const char *)(weights + i), columns);
     }
     DS_UNROLL
     for (int i = 0; i < rows; i++, acc += ld) {

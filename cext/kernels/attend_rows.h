@@ -206,13 +206,18 @@ typedef enum dot_type {
     DOT_WEIGHTS, /* four unsigned weights, four int8 of rows */
 } dot_type;
 
-/* sums + a . b, where a is a dword in memory, one for all lanes. */
-DS_INLINE vi dot_at(dot_type type, vi sums, const char *a, vi b) {
-    if (type == DOT_I16) return vi_dot16_at(sums, b, a);
-    if (type == DOT_QUERY) return vi_dot_query_at(sums, b, a);
-    float x;
-    memcpy(&x, a, sizeof x);
-    return vf_as_int(vf_fma(vf_set(x), vi_as_float(b), vi_as_float(sums)));
+/* sums[v] + a . b[v], where a is a dword in memory, one for all lanes: broadcast once, for loads are as scarce as dots. */
+DS_INLINE void dot_vecs(dot_type type, int vecs, vi sums[2], const char *a, const vi b[2]) {
+    float x = 0;
+    if (type == DOT_F32) memcpy(&x, a, sizeof x);
+    const vi_dword dword = vi_dword_load(a);
+    DS_UNROLL
+    for (int v = 0; v < vecs; v++) {
+        if (type == DOT_F32) sums[v] = vf_as_int(vf_fma(vf_set(x), vi_as_float(b[v]), vi_as_float(sums[v])));
+        else if (type == DOT_I16) sums[v] = vi_dot16(sums[v], b[v], dword);
+        else if (type == DOT_QUERY) sums[v] = vi_dot_query(sums[v], b[v], dword);
+        else sums[v] = vi_dot_weights(sums[v], dword, b[v]);
+    }
 }
 
 /* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c */
@@ -268,12 +273,9 @@ DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const r
     const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;
     for (int k = 0; k < n; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
-        const vi b0 = vi_load(b), b1 = vi_load(b + (vecs - 1) * DS_LANES);
+        const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};
         DS_UNROLL
-        for (int i = 0; i < rows; i++) {
-            sums[i][0] = dot_at(type, sums[i][0], a + (size_t)i * row_bytes, b0);
-            if (vecs > 1) sums[i][1] = dot_at(type, sums[i][1], a + (size_t)i * row_bytes, b1);
-        }
+        for (int i = 0; i < rows; i++) dot_vecs(type, vecs, sums[i], a + (size_t)i * row_bytes, columns);
     }
     product_store(type, add, rows, vecs, p, row, col, sums);
 }

@@ -13,27 +13,30 @@ DS_INLINE vf vf_below(vf x, int i, vi limit) {
     return vbslq_f32(vcgtq_s32(vreinterpretq_s32_u32(limit), vdupq_n_s32(i)), x, vdupq_n_f32(-INFINITY));
 }
 
-/* A dword in memory in the first lane: what the instructions broadcast from. */
-DS_INLINE int32x2_t neon_dword(const void *p) {
+/* A dword of memory in the first lane: what the instructions broadcast from. */
+typedef int32x2_t vi_dword;
+
+DS_INLINE vi_dword vi_dword_load(const void *p) {
     int32_t x;
     memcpy(&x, p, sizeof x);
     return (int32x2_t){x, 0};
 }
 
-/* sums + a . b over the two int16 of each column, where b is one dword for all of them. */
-DS_INLINE vi vi_dot16_at(vi sums, vi a, const void *b) {
+/* sums + a . b over the two int16 of each column. */
+DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {
     const int16x8_t pairs = vreinterpretq_s16_u32(a);
-    const int16x4_t x = vreinterpret_s16_s32(neon_dword(b));
+    const int16x4_t x = vreinterpret_s16_s32(b);
     const int32x4_t first = vmlal_lane_s16(vreinterpretq_s32_u32(sums), vget_low_s16(pairs), x, 0);
     return vreinterpretq_u32_s32(vmlal_high_lane_s16(first, pairs, x, 1));
 }
-/* sums + q . c over the four bytes of each dword, c one dword for all lanes. */
-DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
+/* sums + q . c over the four bytes of each dword. */
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi_dword c) {
     return vreinterpretq_u32_s32(
-        vdotq_lane_s32(vreinterpretq_s32_u32(sums), vreinterpretq_s8_u32(q), vreinterpret_s8_s32(neon_dword(c)), 0));
+        vdotq_lane_s32(vreinterpretq_s32_u32(sums), vreinterpretq_s8_u32(q), vreinterpret_s8_s32(c), 0));
 }
 /* sums + p . c over the four bytes of each dword, p unsigned and c within -127..127. */
-DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+DS_INLINE vi vi_dot_weights(vi sums, vi_dword x, vi c) {
+    const vi p = vdupq_lane_u32(vreinterpret_u32_s32(x), 0);
 #if defined(__ARM_FEATURE_MATMUL_INT8)
     return vreinterpretq_u32_s32(vusdotq_s32(vreinterpretq_s32_u32(sums), neon_bytes(p), vreinterpretq_s8_u32(c)));
 #else

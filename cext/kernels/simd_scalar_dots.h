@@ -4,7 +4,7 @@
 #define DS_ROW_TILE 4
 #define DS_QUERY_BIAS 0
 
-typedef uint32_t vi;
+typedef uint32_t vi, vi_dword;
 
 DS_INLINE vi vi_load(const void *p) {
     vi a;
@@ -28,16 +28,15 @@ DS_INLINE vf vi_as_float(vi a) {
 DS_INLINE vi vf_to_int(vf a) { return vf_as_int(a + 0x1.8p23f) - 0x4b400000u; }
 DS_INLINE vf vf_below(vf x, int i, vi limit) { return (int32_t)limit > i ? x : -INFINITY; }
 
-DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
+DS_INLINE vi_dword vi_dword_load(const void *p) { return vi_load(p); }
+DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {
     return sums + (vi)((int16_t)a * (int16_t)b) + (vi)((int16_t)(a >> 16) * (int16_t)(b >> 16));
 }
-DS_INLINE vi vi_dot16_at(vi sums, vi a, const void *b) { return vi_dot16(sums, a, vi_load(b)); }
-DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *at) {
-    const vi c = vi_load(at);
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi_dword c) {
     for (int i = 0; i < 32; i += 8) sums += (vi)((int8_t)(q >> i) * (int8_t)(c >> i));
     return sums;
 }
-DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+DS_INLINE vi vi_dot_weights(vi sums, vi_dword p, vi c) {
     for (int i = 0; i < 32; i += 8) sums += (vi)((uint8_t)(p >> i) * (int8_t)(c >> i));
     return sums;
 }

@@ -36,12 +36,10 @@ DS_INLINE vi x86_pair8(vi a, vi b, int high) { return high ? _mm256_unpackhi_epi
 
 #endif
 
-/* A dword in memory, to be broadcast. */
-typedef struct x86_dword {
-    char bytes[4];
-} x86_dword;
+/* A dword of memory in all lanes. */
+typedef vi vi_dword;
 
-DS_INLINE vi x86_broadcast(const void *dword) {
+DS_INLINE vi_dword vi_dword_load(const void *dword) {
     int32_t x;
     memcpy(&x, dword, sizeof x);
     return vi_set((uint32_t)x);
@@ -50,23 +48,12 @@ DS_INLINE vi x86_broadcast(const void *dword) {
 /* The dot instructions as assembly: with the compiler's functions gcc copies every sum twice a step and spills some. */
 #if defined(__AVX512VNNI__)
 #define X86_DOT(name, sums, a, b) __asm__(name " %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
-#define X86_DOT_AT(name, sums, a, dword) \
-    __asm__(name " %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const x86_dword *)(dword)))
 #elif defined(__AVXVNNI__)
 #define X86_DOT(name, sums, a, b) __asm__(X86_VNNI_CODING name " %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
-#define X86_DOT_AT(name, sums, a, dword) X86_DOT(name, sums, a, x86_broadcast(dword))
 #endif
 
-/* sums + a . b over the two int16 of each dword, where b is one dword for all lanes. */
-DS_INLINE vi vi_dot16_at(vi sums, vi a, const void *b) {
-#if defined(X86_DOT)
-    X86_DOT_AT("vpdpwssd", sums, a, b);
-    return sums;
-#else
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, x86_broadcast(b)));
-#endif
-}
-DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
+/* sums + a . b over the two int16 of each dword. */
+DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {
 #if defined(X86_DOT)
     X86_DOT("vpdpwssd", sums, a, b);
     return sums;
@@ -79,13 +66,13 @@ DS_INLINE vi vi_dot16(vi sums, vi a, vi b) {
 
 #define DS_QUERY_BIAS 128 /* queries are stored with it: the dot instruction wants one side unsigned */
 
-/* sums + (q + DS_QUERY_BIAS) . c over the four bytes of each dword, c within -127..127 and one dword for all lanes. */
-DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
-    X86_DOT_AT("vpdpbusd", sums, q, c);
+/* sums + (q + DS_QUERY_BIAS) . c over the four bytes of each dword, c within -127..127. */
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi_dword c) {
+    X86_DOT("vpdpbusd", sums, q, c);
     return sums;
 }
 /* sums + p . c over the four bytes of each dword, p unsigned and c within -127..127. */
-DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+DS_INLINE vi vi_dot_weights(vi sums, vi_dword p, vi c) {
     X86_DOT("vpdpbusd", sums, p, c);
     return sums;
 }
@@ -94,12 +81,12 @@ DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
 
 #define DS_QUERY_BIAS 0
 
-DS_INLINE vi vi_dot_query_at(vi sums, vi q, const void *c) {
-    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x86_broadcast(c), q));
+DS_INLINE vi vi_dot_query(vi sums, vi q, vi_dword c) {
+    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(c, q));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
 /* Even and odd bytes apart, because two products of 255 * 127 do not fit 16 bits. */
-DS_INLINE vi vi_dot_weights(vi sums, vi p, vi c) {
+DS_INLINE vi vi_dot_weights(vi sums, vi_dword p, vi c) {
     const vi even = _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)),
                                       _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
     const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(p, 8), _mm256_srai_epi16(c, 8));
