@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-PIECE = 512  # rows of a product that one core computes
+PIECE = 256  # rows of a product that one core computes
 SWITCHES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
 

@@ -16,10 +16,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import one_thread, pieces, product, spread
+from quantize.blas import pieces, product, spread
+from quantize.factor import BLOCK, Factor, unit_upper
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all, carry, cov, tri, var
 
 TYPES = (
@@ -27,7 +27,6 @@ TYPES = (
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS,
     Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
 )  # fmt: skip
-BLOCK = 256  # columns that are solved together: DS_ENCODE_WIDTH
 # Wider inputs get one covariance for each so many channels, and none between them: 16,384 channels would take 1 GB, and
 # as much again to factor.
 MAX_WIDTH = 6144
@@ -132,10 +131,10 @@ class Covariance:
             wanted += product(self.drift, rows.T)
         if self.residual is not None:
             wanted += self.residual
-        damped = block / np.float32(self.mean) + np.float32(CORRECTION_DAMPING) * np.eye(self.n, dtype=np.float32)
         try:
-            with one_thread():
-                moved = np.linalg.solve(damped, wanted * np.float32(CORRECTION / self.mean)).T
+            if "damped" not in self.__dict__:  # gate and up share it
+                self.__dict__["damped"] = Factor(_damped(block / np.float32(self.mean), CORRECTION_DAMPING))
+            moved = self.__dict__["damped"].solve(wanted * np.float32(CORRECTION / self.mean)).T
         except np.linalg.LinAlgError:
             return rows
         return np.ascontiguousarray(rows + moved) if np.isfinite(moved).all() else rows
@@ -159,8 +158,7 @@ class Covariance:
         if not np.isfinite(self.mean) or self.mean <= 0:
             return None
         try:
-            with one_thread():
-                return [_sweeps(block / np.float32(self.mean)) for block in self.blocks]
+            return [_sweeps(block / np.float32(self.mean)) for block in self.blocks]
         except np.linalg.LinAlgError:
             return None
 
@@ -192,55 +190,30 @@ def _sum(total: F32 | None, more: F32) -> F32:
     return more if total is None else np.add(total, more, out=total)
 
 
-def _factor(h: F64) -> tuple[F64, F64]:
-    """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
-    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    root = upper.diagonal()
-    if not np.isfinite(root).all():
-        raise np.linalg.LinAlgError("the factor is not finite")
-    return upper / root, root * root
+def _damped(block: F32, share: float) -> F32:
+    return block + np.float32(share) * np.eye(len(block), dtype=np.float32)
 
 
 def _sweeps(block: F32) -> list[Sweep]:
     """First sweep, with what the blocks before have lost; second, with what all others have."""
     n = len(block)
-    h = block + np.float32(DAMPING) * np.eye(n, dtype=np.float32)
+    h = _damped(block, DAMPING)
     first = (False, np.zeros((n, n), np.float32), *_tables(n))
     second = (True, np.empty((n, n), np.float32), *_tables(n))
-    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-    _fill_first(h, blocks, first)
-    if len(blocks) == 1:
+    factor = Factor(h)
+    spread([partial(_fill_first, factor, i, first) for i in range(len(factor.blocks))])
+    if len(factor.blocks) == 1:
         return [first]
-    spread([partial(_fill_second, h, at, second) for at in blocks])
+    spread([partial(_fill_second, h, at, second) for at in factor.blocks])
     return [first, second][:SWEEPS]
 
 
-def _fill_first(h: F32, blocks: list[slice], sweep: Sweep) -> None:
-    """The whole's factor, block by block from the last on, by products of wide matrices in pieces for all cores: on one
-    it takes half as long as one call for all.
-    """
+def _fill_first(factor: Factor, i: int, sweep: Sweep) -> None:
     _, carry, cov, tri, var = sweep
-    n = len(h)
-    m, mv = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32)  # M and M diag(v), above their diagonal blocks
-
-    def settle(rows: slice, at: slice, inverse: F32, v: F32) -> None:
-        mv[rows, at] = left[rows] @ inverse.T
-        m[rows, at] = mv[rows, at] / v
-        carry[rows, at] = m[rows, at] @ inverse
-
-    def subtract(rows: slice, at: slice) -> None:
-        after = slice(at.stop, n)
-        left[rows] = h[rows, at] - mv[rows, after] @ m[at, after].T
-
-    for at in reversed(blocks):
-        left = np.empty((at.stop, at.stop - at.start), np.float32)
-        above = pieces(at.start)
-        spread([partial(subtract, rows, at) for rows in (*above, at)])
-        inner, v = _factor(left[at].astype(np.float64))
-        inverse = np.linalg.inv(inner).astype(np.float32)
-        if above:
-            spread([partial(settle, rows, at, inverse, v.astype(np.float32)) for rows in above])
-        cov[at, : len(v)], tri[at, : len(v)], var[at] = (inner * v) @ inner.T, inner, v
+    at, inner = factor.blocks[i], factor.inner[i]
+    v = factor.v[at]
+    carry[: at.start, at] = factor.above[: at.start, at] @ factor.inverse[i]
+    cov[at, : len(v)], tri[at, : len(v)], var[at] = (inner * v) @ inner.T, inner, v
 
 
 def _fill_second(h: F32, at: slice, sweep: Sweep) -> None:
@@ -249,7 +222,7 @@ def _fill_second(h: F32, at: slice, sweep: Sweep) -> None:
     np.matmul(h[:, at], np.linalg.inv(own).astype(np.float32), out=carry[:, at])
     carry[at, at] = 0
     cov[at, : len(own)] = own
-    tri[at, : len(own)], var[at] = _factor(own)
+    tri[at, : len(own)], var[at] = unit_upper(own)
 
 
 def _tables(n: int) -> tuple[F32, F32, F32]:

@@ -1,0 +1,87 @@
+"""factor.py: triangular factors of covariances, and equations solved by them, on all cores.
+
+Blocks of columns, and pieces of what is computed from them, are the same whatever the number of cores: so are the bits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.blas import one_thread, pieces, spread
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+BLOCK = 256  # columns that are factored together, in float64, and encoded together: DS_ENCODE_WIDTH
+
+
+def unit_upper(h: F64) -> tuple[F64, F64]:
+    """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
+    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    root = upper.diagonal()
+    if not np.isfinite(root).all():
+        raise np.linalg.LinAlgError("the factor is not finite")
+    return upper / root, root * root
+
+
+class Factor:
+    """h (n, n) as M diag(v) M^T with a unit upper triangle M. LinAlgError unless h is positive definite.
+
+    From the last block on, by products of wide matrices: on one core that takes half as long as one call for all.
+    """
+
+    def __init__(self, h: F32) -> None:
+        n = len(h)
+        self.blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+        self.above = np.zeros((n, n), np.float32)  # M above its diagonal blocks
+        self.inner: list[F64] = []  # M's diagonal blocks, from the first
+        self.inverse: list[F32] = []  # and their inverses
+        self.v = np.empty(n)  # float64
+        with one_thread():
+            self._fill(h)
+
+    def _fill(self, h: F32) -> None:
+        n = len(h)
+        weighted = np.zeros((n, n), np.float32)  # M diag(v), where `above` is
+
+        def subtract(rows: slice, at: slice) -> None:
+            after = slice(at.stop, n)
+            left[rows] = h[rows, at] - weighted[rows, after] @ self.above[at, after].T
+
+        def settle(rows: slice, at: slice, inverse: F32, v: F32) -> None:
+            weighted[rows, at] = left[rows] @ inverse.T
+            self.above[rows, at] = weighted[rows, at] / v
+
+        for at in reversed(self.blocks):
+            left = np.empty((at.stop, at.stop - at.start), np.float32)
+            rows_above = pieces(at.start)
+            spread([partial(subtract, rows, at) for rows in (*rows_above, at)])
+            inner, v = unit_upper(left[at].astype(np.float64))
+            inverse = np.linalg.inv(inner).astype(np.float32)
+            if rows_above:
+                spread([partial(settle, rows, at, inverse, v.astype(np.float32)) for rows in rows_above])
+            self.inner.insert(0, inner)
+            self.inverse.insert(0, inverse)
+            self.v[at] = v
+
+    def solve(self, b: F32) -> F32:
+        """x (n, k) with h x = b."""
+        x = np.array(b, np.float32)
+        inverse_v = (1.0 / self.v).astype(np.float32)[:, None]
+
+        def columns(run: slice) -> None:
+            part = x[:, run].copy()
+            for at, inverse in zip(reversed(self.blocks), reversed(self.inverse), strict=True):
+                part[at] = inverse @ part[at]
+                part[: at.start] -= self.above[: at.start, at] @ part[at]
+            part *= inverse_v
+            for at, inverse in zip(self.blocks, self.inverse, strict=True):
+                part[at] -= self.above[: at.start, at].T @ part[: at.start]
+                part[at] = inverse.T @ part[at]
+            x[:, run] = part
+
+        spread([partial(columns, run) for run in pieces(x.shape[1])])
+        return x
