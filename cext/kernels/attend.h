@@ -220,7 +220,7 @@ DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weight
     for (int p = 0; p < k; p++, weights += n_rows, panel += n_cols) {
         const vi columns[2] = {vi_load(panel), vi_load(panel + DS_LANES)};
         DS_UNROLL
-        for (int i = 0; i < rows; i++) dot_vecs(type, 2, sums[i], (const char *)(weights + i), columns);
+        for (int i = 0; i < rows; i++) dot_vecs(type, 2, sums[i], vi_dword_load(weights + i), columns);
     }
     DS_UNROLL
     for (int i = 0; i < rows; i++, acc += ld) {

@@ -154,43 +154,49 @@ void DS_OF(rows_put)(const ds_rows *rows, int i, int n, int n_tail, float *x) {
     }
 }
 
-/* ---- Panels: columns of dwords, in groups of ROW_COLS ---- */
+/* ---- Panels: columns of dwords, in groups of ROW_COLS ----
+ *
+ * A last group of DS_LANES columns would leave a tile one vector of columns for each broadcast dword. Where the ISA can
+ * broadcast two dwords (DS_PAIRED), such a group is kept in pairs, neighbouring dwords of a column side by side, so that
+ * two vectors of half the columns each share a broadcast. */
 
-/* Where dword 0 of a column lies, and the distance to the next dword, in a panel of k dwords by n_cols columns. */
-DS_INLINE size_t panel_column(int k, int n_cols, int col, size_t *step) {
-    const int group = col / ROW_COLS * ROW_COLS;
-    *step = (size_t)(n_cols - group < ROW_COLS ? n_cols - group : ROW_COLS);
-    return (size_t)group * (size_t)k + (size_t)(col - group);
+/* Where dword i of a column of k dwords lies in a panel of n_cols columns. */
+DS_INLINE size_t panel_place(bool paired, int k, int n_cols, int col, int i) {
+    const int group = col / ROW_COLS * ROW_COLS, c = col - group, half = (DS_LANES + 1) / 2;
+    const size_t base = (size_t)group * (size_t)k;
+    if (n_cols - group >= ROW_COLS) return base + (size_t)(i * ROW_COLS + c);
+    if (!paired) return base + (size_t)(i * DS_LANES + c);
+    return base + (size_t)(i / 2 * ROW_COLS + c / half * DS_LANES + c % half * 2 + i % 2);
 }
 
 DS_INLINE void panel_put_f32(int n, int n_cols, int col, const float *x, uint32_t *panel) {
-    size_t step, at = panel_column(n, n_cols, col, &step);
-    for (int i = 0; i < n; i++, at += step) memcpy(panel + at, x + i, sizeof *x);
+    for (int i = 0; i < n; i++) memcpy(panel + panel_place(false, n, n_cols, col, i), x + i, sizeof *x);
 }
 
 DS_INLINE float panel_put_i16(int n, int n_cols, int col, const float *x, uint32_t *panel) {
-    size_t step, at = panel_column((int)ds_row_pad(n) / 2, n_cols, col, &step);
+    const int n_pad = (int)ds_row_pad(n);
     const float scale = i16_scale(n, x), inverse = row_inverse(scale);
-    for (int i = 0; i < (int)ds_row_pad(n); i += ROW_ORDER16) {
+    for (int i = 0; i < n_pad; i += ROW_ORDER16) {
         int16_t part[ROW_ORDER16];
         i16_pack_part(n, i, x, inverse, part);
         DS_UNROLL
-        for (int j = 0; j < ROW_ORDER16; j += 2, at += step) i16_put_pair(panel, at, part + j);
+        for (int j = 0; j < ROW_ORDER16; j += 2)
+            i16_put_pair(panel, panel_place(DS_PAIRED, n_pad / 2, n_cols, col, (i + j) / 2), part + j);
     }
     return scale;
 }
 
 DS_INLINE float panel_put_i8(int n, int n_cols, int col, const float *x, uint32_t *panel) {
-    size_t step, at = panel_column((int)ds_row_pad(n) / 4, n_cols, col, &step);
+    const int k = (int)ds_row_pad(n) / 4;
     const float scale = i8_scale(n, x), inverse = row_inverse(scale);
     for (int i = 0; i < n; i += ROW_ORDER8) {
         int8_t part[ROW_ORDER8];
         i8_pack_part(n, i, x, inverse, part);
         DS_UNROLL
-        for (int j = 0; j < ROW_ORDER8; j += 4, at += step) {
+        for (int j = 0; j < ROW_ORDER8; j += 4) {
             uint32_t four;
             memcpy(&four, part + j, sizeof four);
-            panel[at] = four ^ DS_BYTES(DS_QUERY_BIAS);
+            panel[panel_place(DS_PAIRED, k, n_cols, col, (i + j) / 4)] = four ^ DS_BYTES(DS_QUERY_BIAS);
         }
     }
     return scale;
@@ -206,17 +212,14 @@ typedef enum dot_type {
     DOT_WEIGHTS, /* four unsigned weights, four int8 of rows */
 } dot_type;
 
-/* sums[v] + a . b[v], where a is a dword in memory, one for all lanes: broadcast once, for loads are as scarce as dots. */
-DS_INLINE void dot_vecs(dot_type type, int vecs, vi sums[2], const char *a, const vi b[2]) {
-    float x = 0;
-    if (type == DOT_F32) memcpy(&x, a, sizeof x);
-    const vi_dword dword = vi_dword_load(a);
+/* sums[v] + a . b[v], where a is a dword for all lanes: broadcast once, for loads are as scarce as dots. */
+DS_INLINE void dot_vecs(dot_type type, int vecs, vi sums[2], vi_dword a, const vi b[2]) {
     DS_UNROLL
     for (int v = 0; v < vecs; v++) {
-        if (type == DOT_F32) sums[v] = vf_as_int(vf_fma(vf_set(x), vi_as_float(b[v]), vi_as_float(sums[v])));
-        else if (type == DOT_I16) sums[v] = vi_dot16(sums[v], b[v], dword);
-        else if (type == DOT_QUERY) sums[v] = vi_dot_query(sums[v], b[v], dword);
-        else sums[v] = vi_dot_weights(sums[v], dword, b[v]);
+        if (type == DOT_F32) sums[v] = vf_as_int(vf_fma(vi_dword_as_float(a), vi_as_float(b[v]), vi_as_float(sums[v])));
+        else if (type == DOT_I16) sums[v] = vi_dot16(sums[v], b[v], a);
+        else if (type == DOT_QUERY) sums[v] = vi_dot_query(sums[v], b[v], a);
+        else sums[v] = vi_dot_weights(sums[v], a, b[v]);
     }
 }
 
@@ -256,43 +259,54 @@ DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const 
     }
 }
 
-DS_INLINE void product_tile(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col,
-                            const uint32_t *b) {
+/* What the bias of queries adds to a row's sums, taken off. */
+DS_INLINE vi product_start(dot_type type, const row_product *p, int row) {
+    return vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row]) : 0);
+}
+
+/* rows by vecs vectors of columns (constants); paired: two vectors that become one. */
+DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int vecs, const row_product *p, int row,
+                            int col, const uint32_t *b) {
     vi sums[2 * DS_ROW_TILE][2];
     const size_t row_bytes = p->row_bytes;
     const char *a = (const char *)p->rows + (size_t)row * row_bytes;
-    const int n = p->k;
+    const int n = paired ? p->k / 2 : p->k;
     DS_UNROLL
-    for (int i = 0; i < rows; i++) {
-        const vi start = vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row + i]) : 0);
-        DS_UNROLL
-        for (int v = 0; v < vecs; v++) sums[i][v] = start;
-    }
+    for (int i = 0; i < rows; i++)
+        DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, p, row + i);
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
     const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
     const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;
-    for (int k = 0; k < n; k++, a += 4, b += vecs * DS_LANES, ahead += step) {
+    for (int k = 0; k < n; k++, a += paired ? 8 : 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
         const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};
         DS_UNROLL
-        for (int i = 0; i < rows; i++) dot_vecs(type, vecs, sums[i], a + (size_t)i * row_bytes, columns);
+        for (int i = 0; i < rows; i++) {
+            const char *at = a + (size_t)i * row_bytes;
+            dot_vecs(type, vecs, sums[i], paired ? vi_two_dwords_load(at) : vi_dword_load(at), columns);
+        }
     }
-    product_store(type, add, rows, vecs, p, row, col, sums);
+    DS_UNROLL
+    for (int i = 0; i < rows; i++)
+        if (paired) sums[i][0] = vi_add(vi_join_pairs(sums[i][0], sums[i][1]), product_start(type, p, row + i));
+    product_store(type, add, rows, paired ? 1 : vecs, p, row, col, sums);
 }
 
 /* All columns of one group against all rows: whole tiles, then single rows. */
-DS_INLINE void product_group(dot_type type, bool add, int vecs, const row_product *p, int col) {
+DS_INLINE void product_group(dot_type type, bool add, bool paired, int vecs, const row_product *p, int col) {
     const int tile = 2 * DS_ROW_TILE / vecs;
     const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
     int row = 0;
-    for (; row + tile <= p->n; row += tile) product_tile(type, add, tile, vecs, p, row, col, panel);
-    for (; row < p->n; row++) product_tile(type, add, 1, vecs, p, row, col, panel);
+    for (; row + tile <= p->n; row += tile) product_tile(type, add, paired, tile, vecs, p, row, col, panel);
+    for (; row < p->n; row++) product_tile(type, add, paired, 1, vecs, p, row, col, panel);
 }
 
 DS_INLINE void product(dot_type type, bool add, const row_product *p) {
+    const bool paired = DS_PAIRED && type != DOT_F32;
     for (int col = 0; col < p->n_cols; col += ROW_COLS) {
-        if (p->n_cols - col >= ROW_COLS) product_group(type, add, 2, p, col);
-        else product_group(type, add, 1, p, col);
+        if (p->n_cols - col >= ROW_COLS) product_group(type, add, false, 2, p, col);
+        else if (paired) product_group(type, add, true, 2, p, col);
+        else product_group(type, add, false, 1, p, col);
     }
 }
 

@@ -28,7 +28,14 @@ DS_INLINE vf vi_as_float(vi a) {
 DS_INLINE vi vf_to_int(vf a) { return vf_as_int(a + 0x1.8p23f) - 0x4b400000u; }
 DS_INLINE vf vf_below(vf x, int i, vi limit) { return (int32_t)limit > i ? x : -INFINITY; }
 
+DS_INLINE vi vi_add(vi a, vi b) { return a + b; }
 DS_INLINE vi_dword vi_dword_load(const void *p) { return vi_load(p); }
+DS_INLINE vf vi_dword_as_float(vi_dword a) { return vi_as_float(a); }
+
+#define DS_PAIRED false /* no panel has half a group */
+DS_INLINE vi_dword vi_two_dwords_load(const void *p) { return vi_load(p); }
+DS_INLINE vi vi_join_pairs(vi a, vi b) { return a; }
+
 DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {
     return sums + (vi)((int16_t)a * (int16_t)b) + (vi)((int16_t)(a >> 16) * (int16_t)(b >> 16));
 }

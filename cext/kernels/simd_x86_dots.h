@@ -44,6 +44,32 @@ DS_INLINE vi_dword vi_dword_load(const void *dword) {
     memcpy(&x, dword, sizeof x);
     return vi_set((uint32_t)x);
 }
+DS_INLINE vf vi_dword_as_float(vi_dword a) { return vi_as_float(a); }
+
+#if defined(__AVX512F__)
+
+#define DS_PAIRED true
+
+/* Two dwords of memory, in even and in odd lanes. */
+DS_INLINE vi_dword vi_two_dwords_load(const void *dwords) {
+    int64_t x;
+    memcpy(&x, dwords, sizeof x);
+    return _mm512_set1_epi64(x);
+}
+/* Sums of neighbouring lanes: of a, then of b. */
+DS_INLINE vi vi_join_pairs(vi a, vi b) {
+    const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const vi odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+}
+
+#else
+
+#define DS_PAIRED false /* no panel has half a group */
+DS_INLINE vi_dword vi_two_dwords_load(const void *dwords) { return vi_dword_load(dwords); }
+DS_INLINE vi vi_join_pairs(vi a, vi b) { return a; }
+
+#endif
 
 /* The dot instructions as assembly: with the compiler's functions gcc copies every sum twice a step and spills some. */
 #if defined(__AVX512VNNI__)
