@@ -83,14 +83,30 @@ void DS_OF(expand_weights)(const ds_expand_weights *job) {
                           e.v);
 }
 
+/* ROW_ORDER16 values of an int16 row times its scale, in order (ds_row_place16). */
+DS_INLINE void i16_unpack32(const int16_t *in, float scale, float *out) {
+    DS_UNROLL
+    for (int four = 0; four < ROW_ORDER16 / 4; four++)
+        DS_UNROLL for (int i = 0; i < 4; i++)
+            out[four % 2 * 16 + four / 2 * 4 + i] = scale * (float)in[4 * four + i];
+}
+
 /* The tail of latent row j as floats. */
 DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
-    const char *tail = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
-    if (job->latents.kind == DS_ROWS_F32)
-        memcpy(out, (const float *)(const void *)tail + job->rank, (size_t)job->n_tail * sizeof *out);
-    else
-        for (int i = 0; i < job->n_tail; i++)
-            out[i] = job->latents.scale[j] * (float)((const int16_t *)(const void *)tail)[ds_row_place16(job->rank + i)];
+    const char *row = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
+    if (job->latents.kind == DS_ROWS_F32) {
+        memcpy(out, (const float *)(const void *)row + job->rank, (size_t)job->n_tail * sizeof *out);
+        return;
+    }
+    const int16_t *values = (const int16_t *)(const void *)row;
+    for (int i = 0; i < job->n_tail;) {
+        const int inside = (job->rank + i) % ROW_ORDER16, left = job->n_tail - i;
+        const int n = left < ROW_ORDER16 - inside ? left : ROW_ORDER16 - inside;
+        float part[ROW_ORDER16];
+        i16_unpack32(values + job->rank + i - inside, job->latents.scale[j], n == ROW_ORDER16 ? out + i : part);
+        if (n < ROW_ORDER16) memcpy(out + i, part + inside, (size_t)n * sizeof *part);
+        i += n;
+    }
 }
 
 /* Floats (n_pos, ld) by one of the panels. */
