@@ -8,7 +8,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.blas import one_thread
+from quantize.blas import product
 from quantize.errors import QuantizeError
 
 F32 = NDArray[np.float32]
@@ -43,9 +43,8 @@ class LossMeter:
             )
         lost = decoded - exact
         if inputs is not None:
-            with one_thread():
-                self._error += _square(inputs @ lost.T)
-                self._energy += _square(inputs @ exact.T)
+            self._error += _square(product(lost, inputs.T))
+            self._energy += _square(product(exact, inputs.T))
             return
         weights = 1.0 if importance is None else np.sqrt(importance)
         self._error += _square(lost * weights)
