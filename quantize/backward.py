@@ -330,13 +330,13 @@ class Block:
         del s
         slope *= hidden
         hidden *= silu
+        weighted = dy if weights is None else dy * weights[:, None]
+        visit(roles[2], part, down, hidden, weighted)
         dhidden = dy @ down
         dweights = np.einsum("gmn,mn->gm", dhidden, hidden)
+        del hidden
         if weights is not None:
             dhidden *= weights[:, None]
-            dy = dy * weights[:, None]
-        visit(roles[2], part, down, hidden, dy)
-        del hidden
         da = dhidden * slope
         del slope
         visit(roles[0], part, gate, x, da)

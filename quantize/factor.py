@@ -44,19 +44,15 @@ class Factor:
             self._fill(h)
 
     def _fill(self, h: F32) -> None:
-        n = len(h)
-        weighted = np.zeros((n, n), np.float32)  # M diag(v), where `above` is
-
         def subtract(rows: slice, at: slice) -> None:
-            after = slice(at.stop, n)
-            left[rows] = h[rows, at] - weighted[rows, after] @ self.above[at, after].T
+            left[rows] = h[rows, at] - self.above[rows, at.stop :] @ weighted.T
 
         def settle(rows: slice, at: slice, inverse: F32, v: F32) -> None:
-            weighted[rows, at] = left[rows] @ inverse.T
-            self.above[rows, at] = weighted[rows, at] / v
+            self.above[rows, at] = left[rows] @ inverse.T / v
 
         for at in reversed(self.blocks):
             left = np.empty((at.stop, at.stop - at.start), np.float32)
+            weighted = self.above[at, at.stop :] * self.v[at.stop :].astype(np.float32)
             rows_above = pieces(at.start)
             spread([partial(subtract, rows, at) for rows in (*rows_above, at)])
             inner, v = unit_upper(left[at].astype(np.float64))

@@ -191,7 +191,9 @@ def _sum(total: F32 | None, more: F32) -> F32:
 
 
 def _damped(block: F32, share: float) -> F32:
-    return block + np.float32(share) * np.eye(len(block), dtype=np.float32)
+    out = block.copy()
+    out.reshape(-1)[:: len(out) + 1] += np.float32(share)
+    return out
 
 
 def _sweeps(block: F32) -> list[Sweep]:

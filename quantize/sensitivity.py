@@ -17,6 +17,7 @@ The second gradient, of what routers lose, goes through the same sums: see flips
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,8 @@ class CostMeter:
     feedback: bool = False
     _sums: dict[str, dict[Type, _Sums]] = field(default_factory=dict)
     _n_fed_back: Counter[str] = field(default_factory=Counter)
-    _fitted: tuple[Floats, Covariance] | None = None  # the last inputs' covariance: gate's are up's too
+    # The last inputs' covariance, which goes when they do: gate's are up's too, a down's are large.
+    _fitted: tuple[weakref.ref[Floats], Covariance] | None = None
 
     @property
     def costs(self) -> dict[str, dict[Type, Cost]]:
@@ -174,11 +176,15 @@ class CostMeter:
         if not self.feedback or len(inputs) < MIN_FEEDBACK_TOKENS or self._n_fed_back[role] == FEEDBACK_PARTS:
             return None
         self._n_fed_back[role] += 1
-        if self._fitted is None or self._fitted[0] is not inputs:
+        if self._fitted is None or self._fitted[0]() is not inputs:
             half = np.ascontiguousarray(inputs[::2], np.float32)
             share = prior_share(half.shape[1], len(half))
-            self._fitted = inputs, Covariance.of(half).diagonal_blend(share)
+            self._fitted = weakref.ref(inputs, self._forget), Covariance.of(half).diagonal_blend(share)
         return self._fitted[1]
+
+    def _forget(self, inputs: weakref.ref[Floats]) -> None:
+        if self._fitted is not None and self._fitted[0] is inputs:
+            self._fitted = None
 
     def _feed_back(self, sums: _Sums, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> None:
         """Squared output errors of rows on inputs: the plain encoder's, and those under feedback fitted to others."""

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--type", default="q4_k_m")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--no-awq", dest="awq", action="store_false")
+    parser.add_argument("--awq", action="store_true")
     parser.add_argument("--plain-mix", action="store_true", help="llama.cpp's types: no survey of what tensors cost")
     parser.add_argument("--encode-seconds", type=float)
     parser.add_argument("--folder", type=Path, required=True, help="made here, and removed afterwards")
