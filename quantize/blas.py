@@ -102,6 +102,26 @@ def product(a: F32, b: F32) -> F32:
     return out
 
 
+def padded(n: int) -> int:
+    """n rounded up to whole pieces. What BLAS makes of a number can depend on where it stands in a matrix, and on the
+    matrix's size: only whole pieces are computed alike wherever they come from.
+    """
+    return -(-n // PIECE) * PIECE
+
+
+def by_pieces(a: F32, b: F32) -> F32:
+    """a (m, k) b^T for b (n, k) on all cores: some pieces of b's rows at a time give the same bits as all."""
+    whole = np.zeros((padded(len(b)), b.shape[1]), np.float32)
+    whole[: len(b)] = b
+    out = np.empty((len(a), len(whole)), np.float32)
+
+    def multiply(rows: slice) -> None:
+        out[:, rows] = a @ whole[rows].T
+
+    spread([partial(multiply, rows) for rows in pieces(len(whole))])
+    return out[:, : len(b)]
+
+
 def n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.blas import one_thread, pieces, spread
+from quantize.blas import one_thread, padded, pieces, spread
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -64,8 +64,10 @@ class Factor:
             self.v[at] = v
 
     def solve(self, b: F32) -> F32:
-        """x (n, k) with h x = b."""
-        x = np.array(b, np.float32)
+        """x (n, k) with h x = b. Columns are padded to whole pieces: some at a time give the same bits as all."""
+        n_columns = b.shape[1]
+        x = np.zeros((len(b), padded(n_columns)), np.float32)
+        x[:, :n_columns] = b
         inverse_v = (1.0 / self.v).astype(np.float32)[:, None]
 
         def columns(run: slice) -> None:
@@ -80,4 +82,4 @@ class Factor:
             x[:, run] = part
 
         spread([partial(columns, run) for run in pieces(x.shape[1])])
-        return x
+        return x[:, :n_columns]

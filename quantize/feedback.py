@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import pieces, product, spread
+from quantize.blas import by_pieces, pieces, product, spread
 from quantize.factor import BLOCK, Factor, unit_upper
 
 F32 = NDArray[np.float32]
@@ -128,7 +128,7 @@ class Covariance:
         (block,) = self.blocks
         wanted = np.zeros((self.n, len(rows)), np.float32)
         if self.drift is not None:
-            wanted += product(self.drift, rows.T)
+            wanted += by_pieces(self.drift, rows)
         if self.residual is not None:
             wanted += self.residual
         try:

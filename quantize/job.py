@@ -17,6 +17,7 @@ import cext
 from quantize import arch as arch_of
 from quantize import corpus, recipe, tensors
 from quantize.arch import ARCHITECTURE, Arch
+from quantize.blas import padded
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import Corpus
 from quantize.encode import Encoder
@@ -208,8 +209,8 @@ class Job:
         return cext.Layer(keys, il, mine, plan.options.threads)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
-        """(first row, rows) of a matrix outside the layers: a vocabulary can be larger than a layer."""
-        n_rows = max(1, SLAB_VALUES // tensor.shape[1])
+        """(first row, rows) of a matrix outside the layers, whole pieces: a vocabulary can be larger than a layer."""
+        n_rows = padded(max(1, SLAB_VALUES // tensor.shape[1]))
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
             yield start, self.plan.checkpoint.read_rows(tensor.sources[0], start, stop)
