@@ -23,7 +23,7 @@ from quantize.report import Report
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
 # Of the difference of two logits by int8 activations, as a share of the logits' deviation: a block's largest is about
-# 2.2 times its deviation, so that rounding to 1/127 of it has one of 2.2 / 127 / sqrt(12), 0.5 %; two logits, twice over.
+# 2.2 times its deviation, so that rounding to 1/127 of it has one of 2.2 / 127 / sqrt(12), 0.5 %; two logits, twice.
 ROUNDING = 0.015
 
 
