@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize.encode import FLOAT_TYPES, Encoder
-from quantize.evidence import Evidence, ReadPart, n_parts
+from quantize.evidence import Evidence, Last, ReadPart, n_parts
 from quantize.feedback import Covariance
 from quantize.tensors import Tensor
 
@@ -82,8 +82,7 @@ class Scales:
 
     columns: dict[str, F32] = field(default_factory=dict)
     rows: dict[str, F32] = field(default_factory=dict)
-    # The last covariance, its columns, and their product, which matrices that share an input ask for in turn.
-    _last: tuple[Covariance, F32, Covariance] | None = field(default=None, init=False, repr=False)
+    _last: Last = field(default_factory=Last, init=False, repr=False, compare=False)
 
     def apply(self, role: str, part: int, values: F32) -> F32:
         """The folded weights of a part: a matrix (n_row, n), or a norm (n,)."""
@@ -107,11 +106,8 @@ class Scales:
         columns = self.columns.get(role)
         if columns is None or covariance is None:
             return covariance
-        last = self._last  # threads ask at once: none may find another's
-        if last is None or last[0] is not covariance or last[1] is not columns:
-            factor = 1.0 / (columns if columns.ndim == 1 else columns[part])
-            self._last = last = covariance, columns, covariance.scaled(factor)
-        return last[2]
+        factor = 1.0 / (columns if columns.ndim == 1 else columns[part])
+        return self._last.of((covariance, id(columns)), lambda: covariance.scaled(factor))
 
     def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
         """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""

@@ -10,16 +10,20 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
+Made = TypeVar("Made")
 PIECE = 256  # rows of a product that one core computes
 SWITCHES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
@@ -88,6 +92,28 @@ def spread(tasks: Sequence[Callable[[], object]]) -> None:
             return
         for done in [_pool().submit(task) for task in tasks]:
             done.result()
+
+
+def side_by_side(work: Callable[[T], Made], items: Iterable[T], n_lanes: int) -> Iterator[Made]:
+    """What work makes of each item, in the order of the items, n_lanes of them in the making: while one takes a step
+    that only one core can, the others spread over the rest. One that is made waits for those before it, so that
+    n_lanes + 1 exist at most. With one lane there is no other thread.
+    """
+    if n_lanes == 1:
+        yield from map(work, items)
+        return
+    with one_thread(), ThreadPoolExecutor(n_lanes, thread_name_prefix="lane") as lanes:
+        coming: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                coming.append(lanes.submit(work, item))
+                if len(coming) > n_lanes:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for made in coming:
+                made.cancel()
 
 
 def pieces(n: int) -> list[slice]:

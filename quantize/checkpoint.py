@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Checkpoint:
         self.tensors = _index(self.path)
         self.scale_block = _scale_block(self.path, self.config)
         self._fds: dict[Path, int] = {}
+        self._opening = threading.Lock()
         self.touched: set[str] = set()  # names of the shards that weights were read from
 
     def __enter__(self) -> Checkpoint:
@@ -218,9 +220,10 @@ class Checkpoint:
         view = out.reshape(-1).view(np.uint8).data
         done = 0
         try:
-            if tensor.shard not in self._fds:
-                self._fds[tensor.shard] = os.open(tensor.shard, os.O_RDONLY)
-            fd = self._fds[tensor.shard]
+            with self._opening:  # threads read at once
+                if tensor.shard not in self._fds:
+                    self._fds[tensor.shard] = os.open(tensor.shard, os.O_RDONLY)
+                fd = self._fds[tensor.shard]
             self.touched.add(tensor.shard.name)
             while done < tensor.nbytes:
                 n = os.preadv(fd, [view[done:]], tensor.offset + done)

@@ -6,7 +6,10 @@ that the original had: its weights are moved by the regression of what is missin
 Covariance.corrected). Here that runs matrix by matrix, so that a down sees what its encoded gate and up give, and
 the last matrices to be encoded make up for what is missing at the layer's output. Attention's half is calibrate.py's.
 
-Memory: two inputs of all tokens in bfloat16, and CHUNK_TOKENS times the widest hidden layer, a few times over.
+Experts are encoded side by side, and give their outputs in turn.
+
+Memory: two inputs of all tokens in bfloat16, CHUNK_TOKENS times the widest hidden layer, a few times over, and
+``expert_bytes`` for each expert in the making.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from quantize.blas import pieces, product, spread
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
-from quantize.evidence import prior_share
+from quantize.evidence import Last, prior_share
 from quantize.feedback import Covariance, Sums
 from quantize.job import Job
 from quantize.tensors import PartReader, Tensor
@@ -33,13 +36,18 @@ from quantize.tensors import PartReader, Tensor
 F32 = NDArray[np.float32]
 ReadFolded = Callable[[str, int], F32]  # (role, part) -> the original weights, folded as the file's are
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 2048
 DOWNS = {
     "ffn_down": ("ffn_gate", "ffn_up"),
     "ffn_down_shexp": ("ffn_gate_shexp", "ffn_up_shexp"),
     "ffn_down_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
 ROUTER = "ffn_gate_inp"
+
+
+def expert_bytes(arch: Arch) -> int:
+    """An expert in the making: covariance, drift, factor and the encoder's tables; its inputs in both streams."""
+    return 4 * arch.n_embd * (8 * arch.n_embd + 4 * CHUNK_TOKENS)
 
 
 class Tokens(NamedTuple):
@@ -61,7 +69,9 @@ class Drift:
         assert stats.exact is not None
         self._job, self._il, self._stream, self._exact = job, il, stream, stats.exact
         self._tensors = {t.role: t for t in job.plan.layers[il]}
-        self._scales, self._read_part = scales, read_part
+        self._scale = scales.columns.get("ffn_gate" if job.plan.arch.is_dense(il) else "ffn_gate_exps")
+        # Not a method: what holds this must not be held by it, or its matrices outlive the layer.
+        self._read = partial(_read_folded, self._tensors, scales, read_part)
         self._written: dict[Tensor, list[F32]] = {}
         self._ffn: FeedForward | None = None
 
@@ -70,13 +80,20 @@ class Drift:
         return None if self._ffn is None else self._ffn.covariance(role, part)
 
     def wrote(self, tensor: Tensor, part: int, decoded: F32) -> None:
-        """A part as it will be read. The norm of the feed-forward network's input ends attention."""
+        """A part as it will be read. The norm of the feed-forward network's input ends attention. Experts may come side
+        by side.
+        """
         if self._ffn is not None:
             self._ffn.wrote(tensor.role, part, decoded)
             return
         self._written.setdefault(tensor, []).append(decoded)
         if tensor.role == "ffn_norm":
             self._attend()
+
+    def add(self, tensor: Tensor, part: int) -> None:
+        """What a part that was written gives to the layer's output: sums depend on the order, which is the file's."""
+        if self._ffn is not None:
+            self._ffn.add(tensor.role, part)
 
     def _attend(self) -> None:
         weights: dict[str, NDArray[np.floating]] = {}
@@ -89,12 +106,12 @@ class Drift:
             drifted = self._stream.attend(attention)
         arch, out = self._job.plan.arch, self._stream.drifted
         assert out is not None
-        scale = self._scales.columns.get("ffn_gate" if arch.is_dense(self._il) else "ffn_gate_exps")
-        fed = Fed(self._exact, drifted, scale)
+        fed = Fed(self._exact, drifted, self._scale)
         self._ffn = FeedForward(arch, self._tensors, self._read, fed, self._stream.x, out)
 
-    def _read(self, role: str, part: int) -> F32:
-        return self._scales.apply(role, part, self._read_part(self._tensors[role], part))
+
+def _read_folded(tensors: Mapping[str, Tensor], scales: Scales, read_part: PartReader, role: str, part: int) -> F32:
+    return scales.apply(role, part, read_part(tensors[role], part))
 
 
 class Fed(NamedTuple):
@@ -132,8 +149,8 @@ class FeedForward:
         self.arch, self.tensors, self._read = arch, tensors, read
         self._fed, self._target, self._out = fed, target, out
         self._routing: Routing | None = None
-        self._decoded: dict[str, F32] = {}
-        self._last: tuple[tuple[str, int], Covariance | None] | None = None
+        self._decoded: dict[tuple[str, int], F32] = {}
+        self._last = Last()
         every = Tokens(np.arange(len(out)), np.ones(len(out), np.float32))
         self._every = every
         self.whole = self._of_inputs(every)
@@ -141,22 +158,22 @@ class FeedForward:
     def covariance(self, role: str, part: int) -> Covariance | None:
         """Of a part's inputs, with what is to be made up for; None for an expert that no token reaches."""
         key = (role if role in DOWNS else "experts" if role.endswith("_exps") else "every"), part
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            self._last = key, self._covariance(role, part)
-        return self._last[1]
+        return self._last.of(key, lambda: self._covariance(role, part))
 
     def wrote(self, role: str, part: int, decoded: F32) -> None:
         """A part as the file has it."""
         if role == ROUTER:
             self._route(decoded)
+        self._decoded[role, part] = decoded
+
+    def add(self, role: str, part: int) -> None:
+        """A network's output to that of all, when its down is written."""
         if role not in DOWNS:
-            self._decoded[role] = decoded
             return
-        gate, up = (self._decoded[name] for name in DOWNS[role])
+        gate, up, down = (self._decoded.pop((name, part)) for name in (*DOWNS[role], role))
         for rows, weights in _chunks(self._tokens(role, part)):
             hidden = _hidden(self._fed.of(rows), gate, up)
-            self._out[rows] += weights[:, None] * product(hidden, decoded.T)
+            self._out[rows] += weights[:, None] * product(hidden, down.T)
 
     def _covariance(self, role: str, part: int) -> Covariance | None:
         tokens = self._tokens(role, part)
@@ -195,7 +212,7 @@ class FeedForward:
 
     def _of_hidden(self, role: str, part: int, tokens: Tokens) -> Covariance:
         """An expert's down makes up for its own hidden channels' drift, the others for all that is missing yet."""
-        gate, up = (self._decoded[name] for name in DOWNS[role])
+        gate, up = (self._decoded[name, part] for name in DOWNS[role])
         exact = [self._read(name, part) for name in DOWNS[role]] if role.endswith("_exps") else None
         down = self._read(role, part) if exact is None else None
         sums = Sums()

@@ -7,6 +7,7 @@ positive somewhere, however rarely a router picks an expert.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -51,19 +52,35 @@ def n_parts(tensor: Tensor) -> int:
 PRIOR_TOKENS = 0.1
 
 
-def parts_in_order(layer: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Every part of a layer's tensors, those of one tensor in order; an expert's gate, up and down one after the other:
-    the first two share an input and so a covariance, and their output is the third's input.
+Bundle = list[tuple[Tensor, int]]  # parts that are encoded one after the other
+
+
+def bundles(layer: Sequence[Tensor]) -> Iterator[list[Bundle]]:
+    """Every part of a layer's tensors, those of one tensor in order: sets of bundles that do not know of each other,
+    each set after the one before. An expert is a bundle: its gate and up share an input and so a covariance, and their
+    output is its down's input.
     """
     experts = [t for t in layer if t.role in EXPERT_ROLES]
     for tensor in layer:
         if tensor.role not in EXPERT_ROLES:
-            for part in range(n_parts(tensor)):
-                yield tensor, part
+            yield from ([[(tensor, part)]] for part in range(n_parts(tensor)))
         elif tensor is experts[0]:
-            for part in range(n_parts(tensor)):
-                for one in experts:
-                    yield one, part
+            yield [[(one, part) for one in experts] for part in range(n_parts(tensor))]
+
+
+class Last(threading.local):
+    """The last covariance that a thread asked for, which parts that share it want in turn."""
+
+    key: object = None
+    made: Covariance | None = None
+
+    def of(self, key: object, make: Callable[[], Covariance | None]) -> Covariance | None:
+        """The one of this key, made unless it is the last."""
+        if key != self.key:
+            self.key = self.made = None  # its memory first
+            self.made = make()
+            self.key = key
+        return self.made
 
 
 class Evidence:
@@ -83,7 +100,7 @@ class Evidence:
         self._q_square: F32 | None = None  # (n_head, nope)
         self._expected: dict[int, tuple[F32, F32]] = {}
         self._queries: F32 | None = None
-        self._last: tuple[tuple[str, int], Covariance | None] | None = None
+        self._last = Last()
 
     def importance(self, role: str, part: int) -> F32 | None:
         """(n,) mean x^2 of each input channel of a part; None where columns shall count alike."""
@@ -100,13 +117,9 @@ class Evidence:
         return self.stats.inputs[FEEDS[role]].mean_square
 
     def covariance(self, role: str, part: int) -> Covariance | None:
-        """Of the inputs of a part; None where none was collected. The last is kept: parts that share it ask in turn."""
+        """Of the inputs of a part; None where none was collected."""
         key = self._covariance_key(role, part)
-        last = self._last  # threads ask at once: none may find another's
-        if last is None or last[0] != key:
-            self._last = None  # its memory first
-            self._last = last = key, self._covariance(*key)
-        return last[1]
+        return self._last.of(key, lambda: self._covariance(*key))
 
     def _covariance_key(self, role: str, part: int) -> tuple[str, int]:
         """What a covariance is of: a tap, and a part where that matters."""

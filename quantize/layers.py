@@ -7,39 +7,40 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 import cext
-from quantize import recipe, report
+from quantize import heap, loss, recipe, report
+from quantize.arch import Arch
 from quantize.awq import FoldResult, Scales, Searcher
+from quantize.blas import side_by_side
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
-from quantize.drift import ROUTER, Drift
+from quantize.drift import ROUTER, Drift, expert_bytes
 from quantize.effort import Effort
-from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
 from quantize.evaluate import REFERENCE, Held
-from quantize.evidence import Evidence, parts_in_order
+from quantize.evidence import Bundle, Evidence, bundles
 from quantize.feedback import Covariance
 from quantize.job import Job
-from quantize.loss import SAMPLE_STEP, LossMeter, TensorLoss
+from quantize.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
 from quantize.meter import Stage
 from quantize.report import Coverage
 from quantize.tensors import PartReader, Tensor, read
 from quantize.writer import Writer
 
 F32 = NDArray[np.float32]
-T = TypeVar("T")
 
 RECORDS = "write"  # of this stage in the journal
 RECORD = RECORDS + "/step-{}"
 STREAM = RECORDS + "/stream-{}"
+LANE_BYTES = 1 << 30  # that experts in the making may take together
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class Known:
     importance: F32 | None = None  # (n,)
     covariance: Covariance | None = None
     inputs: F32 | None = None  # (m, n) of some tokens, to measure with
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A part of a tensor, encoded."""
+
+    tensor: Tensor
+    part: int
+    data: NDArray[np.uint8]
+    decoded: F32  # (n_row, n), as it will be read
+    lost: Loss
 
 
 def steps_done(job: Job) -> list[Step]:
@@ -133,13 +145,14 @@ class WriteStage:
 
     def _step(self, il: int) -> None:
         self._folds, self._coverage, self._losses, self._written = [], None, {}, 0
+        heap.trim()
         if il < 0:
             self._embed(self.plan.outside["token_embd"])
         elif il < self.arch.n_layer:
             self._layer(il)
         else:
             self._head()
-        losses = tuple(loss.done() for loss in self._losses.values())
+        losses = tuple(meter.done() for meter in self._losses.values())
         step = Step(il, tuple(self._folds), self._coverage, losses, self.seconds)
         self.writer.sync()
         self._record(step)
@@ -189,6 +202,7 @@ class WriteStage:
         read_part = PartReader(self.arch, self.plan.checkpoint)
         evidence, scales = None, Scales()
         stats = self._calibrate(il) if self.stream is not None or self.held is not None else None
+        heap.trim()
         if stats is not None:
             evidence = Evidence(self.arch, by_role, stats, read_part, self.plan.options.importance)
             if self.plan.options.awq:
@@ -202,40 +216,40 @@ class WriteStage:
             if self.stream and stats and stats.exact is not None
             else None
         )
-        parts = self._prepared(layer, read_part, evidence, scales, drift)
-        # A part may need those before it as they were written.
-        alone = drift is not None or self.job.encoder.threads == 1
-        for tensor, part, values, known in parts if alone else ahead(parts):
-            self._tell("encode", il, self._written / nbytes)
-            decoded = self._write(tensor, values, known)
-            if drift is not None:
-                drift.wrote(tensor, part, decoded)
+        known = partial(self._known, evidence, scales, drift)
 
-    def _prepared(
-        self,
-        layer: Sequence[Tensor],
-        read_part: PartReader,
-        evidence: Evidence | None,
-        scales: Scales,
-        drift: Drift | None,
-    ) -> Iterator[tuple[Tensor, int, F32, Known]]:
-        """Every part of a layer, folded, and what is known of its inputs, ready to encode."""
-        for tensor, part in parts_in_order(layer):
-            known, values = Known(), scales.apply(tensor.role, part, read_part(tensor, part))
-            if evidence is not None and (recipe.is_matrix(tensor) or (drift is not None and tensor.role == ROUTER)):
-                covariance = drift.covariance(tensor.role, part) if drift is not None else None
-                if covariance is None:
-                    covariance = scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part))
-                known = Known(
-                    scales.importance(tensor.role, part, evidence.importance(tensor.role, part)),
-                    covariance,
-                    _folded_inputs(evidence, scales, tensor.role, part),
-                )
-                if known.covariance is not None:
-                    values = known.covariance.corrected(values)
-                    if self.types[tensor.name] in FED_BACK:
-                        _ = known.covariance.sweeps  # here, not in the thread that encodes
-            yield tensor, part, values, known
+        def encode(bundle: Bundle) -> list[Encoded]:
+            made = []
+            for tensor, part in bundle:
+                values = scales.apply(tensor.role, part, read_part(tensor, part))
+                made.append(self._encode(tensor, part, *known(tensor, part, values)))
+                if drift is not None:
+                    drift.wrote(tensor, part, made[-1].decoded)
+            return made
+
+        for some in bundles(layer):
+            for made in side_by_side(encode, some, n_lanes(self.arch, self.job.encoder.threads) if some[1:] else 1):
+                for encoded in made:
+                    self._tell("encode", il, self._written / nbytes)
+                    self._put(encoded)
+                    if drift is not None:
+                        drift.add(encoded.tensor, encoded.part)
+
+    def _known(
+        self, evidence: Evidence | None, scales: Scales, drift: Drift | None, tensor: Tensor, part: int, values: F32
+    ) -> tuple[F32, Known]:
+        """A part's folded values, moved to make up for what its inputs lack, and what is known of these."""
+        if evidence is None or not (recipe.is_matrix(tensor) or (drift is not None and tensor.role == ROUTER)):
+            return values, Known()
+        covariance = drift.covariance(tensor.role, part) if drift is not None else None
+        if covariance is None:
+            covariance = scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part))
+        known = Known(
+            scales.importance(tensor.role, part, evidence.importance(tensor.role, part)),
+            covariance,
+            _folded_inputs(evidence, scales, tensor.role, part),
+        )
+        return (values if covariance is None else covariance.corrected(values)), known
 
     def _calibrate(self, il: int) -> LayerStats | None:
         """Run the streams through the layer's original weights; they are dropped on return."""
@@ -271,22 +285,32 @@ class WriteStage:
             self._write(outside["output"], moved, known)
 
     def _write(self, tensor: Tensor, values: F32, known: Known) -> F32:
-        """Encode the next rows of a tensor and put them after those before; returns them as they will be read."""
+        """Encode the next rows of a tensor outside the layers and put them after those before; returns them as they
+        will be read.
+        """
+        encoded = self._encode(tensor, 0, values, known)
+        self._put(encoded)
+        il = -1 if tensor.role == "token_embd" else self.arch.n_layer
+        self._tell("encode", il, self._written / self._bytes_of(il))
+        return encoded.decoded
+
+    def _encode(self, tensor: Tensor, part: int, values: F32, known: Known) -> Encoded:
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
             data = encoder.encode(values, type_, known.importance, known.covariance)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
-        loss = self._losses.setdefault(tensor.name, LossMeter(tensor.name, type_))
         decoded = encoder.decode(data, type_, values.shape[-1])
-        loss.add(values, decoded, known.inputs, known.importance)
-        self.writer.append(tensor.name, data)
-        self.job.meter.wrote(data.nbytes, values.size)
-        self._written += data.nbytes
-        if tensor.il < 0:
-            il = -1 if tensor.role == "token_embd" else self.arch.n_layer
-            self._tell("encode", il, self._written / self._bytes_of(il))
-        return decoded
+        lost = loss.measure(tensor.name, type_, values, decoded, known.inputs, known.importance)
+        return Encoded(tensor, part, data, decoded, lost)
+
+    def _put(self, encoded: Encoded) -> None:
+        """After what was put of its tensor before."""
+        tensor = encoded.tensor
+        self._losses.setdefault(tensor.name, LossMeter(tensor.name, self.types[tensor.name])).add(encoded.lost)
+        self.writer.append(tensor.name, encoded.data)
+        self.job.meter.wrote(encoded.data.nbytes, encoded.decoded.size)
+        self._written += encoded.data.nbytes
 
     def _bytes_of(self, il: int) -> int:
         return sum(self._nbytes[t.name] for t in tensors_of(self.job, il))
@@ -315,12 +339,6 @@ def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> 
     return inputs * np.sqrt(squared)
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """items, each made in another thread while the one before it is in use: factors of covariances keep one core busy,
-    encoding all of them.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+def n_lanes(arch: Arch, threads: int) -> int:
+    """Experts in the making at a time: those that LANE_BYTES hold."""
+    return max(1, min(threads, LANE_BYTES // expert_bytes(arch)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -25,6 +26,29 @@ class TensorLoss:
     error: float  # squared, relative to the squared output on calibration tokens; of the weights where none are fed
 
 
+class Loss(NamedTuple):
+    """What encoding changed of a part's output, and that output, both squared."""
+
+    error: float
+    energy: float
+
+
+def measure(name: str, type_: Type, exact: F32, decoded: F32, inputs: F32 | None, importance: F32 | None) -> Loss:
+    """A part (n_row, n) or a norm (n,) as it should be and as it will be read; inputs (m, n) of the exact weights, or
+    what is known of them: importance (n,). Raises QuantizeError where a value is not finite.
+    """
+    if not np.isfinite(decoded).all():
+        raise QuantizeError(
+            f"tensor `{name}`: encoding to {type_.name} gave values that are not finite",
+            "the weights are too large for this type, or calibration went wrong: please report the model",
+        )
+    lost = decoded - exact
+    if inputs is not None:
+        return Loss(_square(product(lost, inputs.T)), _square(product(exact, inputs.T)))
+    weights = 1.0 if importance is None else np.sqrt(importance)
+    return Loss(_square(lost * weights), _square(exact * weights))
+
+
 class LossMeter:
     """Adds up a tensor's parts."""
 
@@ -32,23 +56,10 @@ class LossMeter:
         self.name, self.type = name, type_
         self._error = self._energy = 0.0
 
-    def add(self, exact: F32, decoded: F32, inputs: F32 | None, importance: F32 | None) -> None:
-        """A part (n_row, n) or a norm (n,) as it should be and as it will be read; inputs (m, n) of the exact weights,
-        or what is known of them: importance (n,). Raises QuantizeError where a value is not finite.
-        """
-        if not np.isfinite(decoded).all():
-            raise QuantizeError(
-                f"tensor `{self.name}`: encoding to {self.type.name} gave values that are not finite",
-                "the weights are too large for this type, or calibration went wrong: please report the model",
-            )
-        lost = decoded - exact
-        if inputs is not None:
-            self._error += _square(product(lost, inputs.T))
-            self._energy += _square(product(exact, inputs.T))
-            return
-        weights = 1.0 if importance is None else np.sqrt(importance)
-        self._error += _square(lost * weights)
-        self._energy += _square(exact * weights)
+    def add(self, part: Loss) -> None:
+        """One of them."""
+        self._error += part.error
+        self._energy += part.energy
 
     def done(self) -> TensorLoss:
         """The tensor's figure; 0 where its output is."""

@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from quantize import heap
 from quantize.backward import Block, norm, norm_backward
 from quantize.corpus import WINDOW
 from quantize.effort import Effort
@@ -109,6 +110,7 @@ class SurveyStage:
         self._record(n_layer, gradients, meter.costs, 0.0)
 
     def _layer(self, il: int) -> None:
+        heap.trim()
         later = sum(self._back_effort[il + 2 :])  # steps are numbered from -1
         self._tell(il, sum(self._forward_effort) + later, self._back_effort[il + 1])
         by_role = {t.role: t for t in self.plan.layers[il]}

@@ -16,7 +16,7 @@ from quantize.awq import Scales
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
-from quantize.evidence import PRIOR_TOKENS, Evidence, n_parts, parts_in_order
+from quantize.evidence import PRIOR_TOKENS, Evidence, bundles, n_parts
 from quantize.tensors import PartReader, Tensor
 
 IL = 1
@@ -131,7 +131,8 @@ def test_parts_come_in_order(case: Case) -> None:
     """Every part once, a tensor's own in order, and an expert's gate and up together, with one covariance."""
     seen: dict[str, list[int]] = {}
     evidence, last = case.evidence(), None
-    for tensor, part in parts_in_order(case.layer.values()):
+    every = (of for some in bundles(list(case.layer.values())) for bundle in some for of in bundle)
+    for tensor, part in every:
         seen.setdefault(tensor.role, []).append(part)
         if tensor.role == "ffn_gate_exps":
             last = evidence.covariance(tensor.role, part)

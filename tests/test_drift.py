@@ -18,7 +18,7 @@ from quantize.calibrate import Stream
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
 from quantize.drift import Drift
-from quantize.evidence import Evidence, parts_in_order
+from quantize.evidence import Evidence, bundles
 from quantize.feedback import Covariance
 from quantize.job import Job
 from quantize.tensors import PartReader
@@ -66,7 +66,8 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
         with cext.Layer(keys, il, weights, 1) as engine, job.attention(il, weights) as attention:
             stats = stream.advance(engine, il, covariances=True, attention=attention)
         drift, evidence = Drift(job, il, stream, stats, Scales(), read), Evidence(arch, layer, stats, read)
-        for tensor, part in parts_in_order(list(layer.values())):
+        every = (of for some in bundles(list(layer.values())) for bundle in some for of in bundle)
+        for tensor, part in every:
             values = read(tensor, part)
             if recipe.is_matrix(tensor):
                 covariance = drift.covariance(tensor.role, part) or evidence.covariance(tensor.role, part)
@@ -75,6 +76,7 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
                 size = noise * float(values.std())
                 values = values + np.float32(size) * rng.standard_normal(values.shape).astype(np.float32)
             drift.wrote(tensor, part, values)
+            drift.add(tensor, part)
     assert stream.drifted is not None
     return stream.x, stream.drifted
 

@@ -18,7 +18,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
 from quantize.evaluate import SKIPPED
 from quantize.job import make_plan
-from quantize.loss import LossMeter
+from quantize.loss import LossMeter, measure
 from quantize.report import Report
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
@@ -184,13 +184,14 @@ def test_loss_of_outputs_and_weights() -> None:
     x = rng.standard_normal((5, 8)).astype(np.float32)
     weights = rng.random(8).astype(np.float32)
     meter = LossMeter("t", Type.Q4_K)
-    meter.add(exact[0], lossy[0], x, weights)
-    meter.add(exact[1], lossy[1], None, weights)
+    meter.add(measure("t", Type.Q4_K, exact[0], lossy[0], x, weights))
+    meter.add(measure("t", Type.Q4_K, exact[1], lossy[1], None, weights))
     lost = np.square(x @ (lossy[0] - exact[0]).T).sum() + (np.square(lossy[1] - exact[1]) * weights).sum()
     whole = np.square(x @ exact[0].T).sum() + (np.square(exact[1]) * weights).sum()
     assert meter.done().error == pytest.approx(lost / whole, rel=1e-5)
     nothing = LossMeter("z", Type.Q4_K)
-    nothing.add(np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32), None, None)
+    zeros = np.zeros((1, 8), np.float32)
+    nothing.add(measure("z", Type.Q4_K, zeros, zeros, None, None))
     assert nothing.done().error == 0.0
 
 
@@ -199,7 +200,7 @@ def test_what_is_not_finite_does_not_leave(bad: float) -> None:
     decoded = np.zeros((2, 8), np.float32)
     decoded[1, 3] = bad
     with pytest.raises(QuantizeError, match=r"blk\.7\.ffn_up\.weight.*Q4_K.*not finite"):
-        LossMeter("blk.7.ffn_up.weight", Type.Q4_K).add(np.zeros((2, 8), np.float32), decoded, None, None)
+        measure("blk.7.ffn_up.weight", Type.Q4_K, np.zeros((2, 8), np.float32), decoded, None, None)
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65])
