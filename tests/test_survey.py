@@ -83,12 +83,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(source: Path, records: Records, options: Options | None = None) -> SurveyStage:
+def made(source: Path, records: Records, options: Options | None = None, threads: int = 1) -> SurveyStage:
     options = options or Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
     plan = make_plan(Checkpoint(source), options)
     whole: Any = records
     work = Job(
-        plan, whole, Encoder(1), Meter(None, {"survey": 1.0, "write": 1.0}, plan.arch.n_layer, 1), lambda line: None
+        plan,
+        whole,
+        Encoder(threads),
+        Meter(None, {"survey": 1.0, "write": 1.0}, plan.arch.n_layer, 1),
+        lambda line: None,
     )
     return SurveyStage(work, TYPES, 512)
 
@@ -109,6 +113,16 @@ def test_the_same_after_any_interruption_and_in_any_slabs(source: Path, monkeypa
             assert got.costs[name].keys() == types.keys()
             for type_, cost in types.items():
                 assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=1e-2, abs=1e-9), (name, type_)
+
+
+def test_the_same_on_any_number_of_threads(source: Path) -> None:
+    """Parts that come by in another order are summed in theirs."""
+    expected, got = made(source, Records()).run(), made(source, Records(), threads=3).run()
+    assert got.flips == pytest.approx(expected.flips, rel=1e-3)
+    for name, types in expected.costs.items():
+        assert list(got.costs[name]) == list(types)
+        for type_, cost in types.items():
+            assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=1e-2, abs=1e-9), (name, type_)
 
 
 def test_every_matrix_costs_less_with_more_bits(source: Path) -> None:
