@@ -8,7 +8,7 @@ chosen experts' weights; what the choice itself is worth, a caller adds through 
 (arXiv 2405.04434).
 
 Memory, float32, for m tokens and 2 gradients: (m, n_embd) nine times; queries, heads and their gradients; one head's
-scores or one expert's matrices a lane. 236B (n_embd 5120, 128 heads of 192, dense width 12288), m = 8192: 1.5 GB of
+scores or one expert's matrices at a time. 236B (n_embd 5120, 128 heads of 192, dense width 12288), m = 8192: 1.5 GB of
 hidden states, 2.4 GB of queries, 1.6 GB of heads, a head's scores and an expert's matrices 0.1 GB: under 6 GB. The
 dense layer's hidden channels come later and take less: 6 x 0.4 GB. Half of it with half the tokens.
 """
@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
-from quantize.blas import side_by_side
 
 Floats = NDArray[np.floating[Any]]  # float32 in use; float64 where tests want its precision
 ReadWeight = Callable[[str, int], Floats]  # (role, part) -> a matrix (n_row, n), a norm (n,); part: expert or head
@@ -161,9 +160,7 @@ class _Head(NamedTuple):
 
 
 class Block:
-    """One decoder block over n_seq windows of equal length. read gives its weights, a part at a time. Heads and experts
-    run in n_lanes: read and visit are called from as many threads, and what is summed is summed in their order.
-    """
+    """One decoder block over n_seq windows of equal length. read gives its weights, a part at a time."""
 
     def __init__(
         self,
@@ -173,10 +170,8 @@ class Block:
         n_seq: int,
         on_route: OnRoute | None = None,
         pick: Pick | None = None,
-        n_lanes: int = 1,
     ) -> None:
         self.arch, self.il, self.read, self.n_seq, self.on_route, self.pick = arch, il, read, n_seq, on_route, pick
-        self.n_lanes = n_lanes
 
     def backward(self, x: Floats, dy: Floats, visit: Visit) -> Floats:
         """The gradients at x (m = n_seq * n_tok, n_embd) from dy (n_grad, m, n_embd) at the block's output.
@@ -188,9 +183,8 @@ class Block:
         shared = self._project(x)
         rotary = Rotary(arch, len(x) // self.n_seq, x.dtype)
         heads = np.empty((len(x), arch.n_head, arch.v_dim), x.dtype)
-        outputs = side_by_side(lambda i: self._head(shared, rotary, i).out, range(arch.n_head), self.n_lanes)
-        for i, out in enumerate(outputs):
-            heads[:, i] = out.reshape(len(x), -1)
+        for i in range(arch.n_head):
+            heads[:, i] = self._head(shared, rotary, i).out.reshape(len(x), -1)
         joined = heads.reshape(len(x), -1)
         output = self.read("attn_output", 0)
         middle = x + joined @ output.T
@@ -245,8 +239,7 @@ class Block:
         dc = np.zeros((n_grad, *shared.c.shape), dheads.dtype)
         dk_pe = np.zeros((n_grad, *shared.k_pe.shape), dheads.dtype)
         dq = np.empty((n_grad, *shared.q.shape), dheads.dtype)
-
-        def backward(i: int) -> tuple[Floats, Floats]:
+        for i in range(arch.n_head):
             head = self._head(shared, rotary, i)
             k_b, v_b = self.read("attn_k_b", i), self.read("attn_v_b", i)
             dout = self._windows(dheads[:, :, i])
@@ -256,16 +249,13 @@ class Block:
             dscores *= head.probs
             dscores *= dscores.dtype.type(rotary.scale)
             dk_nope = dscores.swapaxes(-1, -2) @ head.q_nope
+            dk_pe += dscores.swapaxes(-1, -2) @ head.q_pe
+            dc += dk_nope @ k_b.T + dv @ v_b
             # Both as the absorbed form has them, by query: score = (W_uk q_nope) . c, head = W_uv (probs c).
             visit("attn_k_b", i, k_b, head.q_nope.reshape(m, -1), (dscores @ shared.c).reshape(flat))
             visit("attn_v_b", i, v_b, (head.probs @ shared.c).reshape(m, -1), dout.reshape(flat))
             dq[:, :, i, : arch.nope] = (dscores @ head.k_nope).reshape(flat)
             dq[:, :, i, arch.nope :] = rotary.turn(dscores @ shared.k_pe, back=True).reshape(flat)
-            return dscores.swapaxes(-1, -2) @ head.q_pe, dk_nope @ k_b.T + dv @ v_b
-
-        for key, latent in side_by_side(backward, range(arch.n_head), self.n_lanes):
-            dk_pe += key
-            dc += latent
         dkv = np.empty((n_grad, *shared.kv.shape), dheads.dtype)
         dkv[..., : arch.kv_lora_rank] = norm_backward(
             shared.kv[:, : arch.kv_lora_rank], self.read("attn_kv_a_norm", 0), arch.rms_eps, dc.reshape(flat)
@@ -301,19 +291,13 @@ class Block:
         dweights = np.zeros((len(dy), *routing.weights.shape), dy.dtype)
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
         chance = self._chances(routing, dy)
-
-        def backward(e: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats, Floats] | None:
+        for e in range(arch.n_expert):
             token, slot = np.nonzero(routing.experts == e)
-            if len(token) == 0:
-                return None
-            met = _with_chance(visit, float(chance[e]))
-            return token, slot, *self._gated(roles, e, h[token], dy[:, token], routing.weights[token, slot], met)
-
-        for found in side_by_side(backward, range(arch.n_expert), self.n_lanes):
-            if found is not None:
-                token, slot, inputs, weights = found
-                dh[:, token] += inputs
-                dweights[:, token, slot] = weights
+            if len(token):
+                met = _with_chance(visit, float(chance[e]))
+                mine = self._gated(roles, e, h[token], dy[:, token], routing.weights[token, slot], met)
+                dh[:, token] += mine[0]
+                dweights[:, token, slot] = mine[1]
         if arch.n_expert_shared:
             dh += self._gated(("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"), 0, h, dy, None, visit)[0]
         dlogits = route_backward(arch, routing, dweights)

@@ -116,11 +116,6 @@ def side_by_side(work: Callable[[T], Made], items: Iterable[T], n_lanes: int) ->
                 made.cancel()
 
 
-def n_lanes(threads: int, room: int, nbytes: int) -> int:
-    """Lanes for items of nbytes each, as many of the threads as have room."""
-    return max(1, min(threads, room // nbytes))
-
-
 def pieces(n: int) -> list[slice]:
     """Rows [0, n) in runs of PIECE."""
     return [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 import cext
 from quantize import heap, loss, recipe, report
+from quantize.arch import Arch
 from quantize.awq import FoldResult, Scales, Searcher
-from quantize.blas import n_lanes, side_by_side
+from quantize.blas import side_by_side
 from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
 from quantize.drift import ROUTER, Drift, expert_bytes
 from quantize.effort import Effort
@@ -226,9 +227,8 @@ class WriteStage:
                     drift.wrote(tensor, part, made[-1].decoded)
             return made
 
-        lanes = n_lanes(self.job.encoder.threads, LANE_BYTES, expert_bytes(self.arch))
         for some in bundles(layer):
-            for made in side_by_side(encode, some, lanes if some[1:] else 1):
+            for made in side_by_side(encode, some, n_lanes(self.arch, self.job.encoder.threads) if some[1:] else 1):
                 for encoded in made:
                     self._tell("encode", il, self._written / nbytes)
                     self._put(encoded)
@@ -337,3 +337,8 @@ def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> 
     squared = scales.importance(role, part, np.ones(inputs.shape[1], np.float32))
     assert squared is not None, "importance was given"
     return inputs * np.sqrt(squared)
+
+
+def n_lanes(arch: Arch, threads: int) -> int:
+    """Experts in the making at a time: those that LANE_BYTES hold."""
+    return max(1, min(threads, LANE_BYTES // expert_bytes(arch)))

@@ -18,6 +18,7 @@ The second gradient, of what routers lose, goes through the same sums: see flips
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from quantize.backward import Floats
 from quantize.encode import FED_BACK, NEED_IMPORTANCE, Encoder
-from quantize.evidence import EXPERT_ROLES, prior_share
+from quantize.evidence import prior_share
 from quantize.feedback import Covariance
 
 F32 = NDArray[np.float32]
@@ -98,7 +99,7 @@ def pick_experts(mass: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass
 class _Sums:
-    """Of one part in one type."""
+    """Of one tensor in one type."""
 
     twice: NDArray[np.float64]  # (n_gradients,) twice the plain encoder's cost, summed over tokens
     plain: float = 0.0  # squared output errors of some rows, and what feedback leaves of them
@@ -107,7 +108,7 @@ class _Sums:
 
 @dataclass
 class CostMeter:
-    """Sums the costs of one layer's tensors as their parts come by; ``visit`` is backward.Visit, from any thread.
+    """Sums the costs of one layer's tensors as their parts come by; ``visit`` is backward.Visit.
 
     n_tokens: of the survey. n_parts: (role) -> parts of that tensor. types: that tensors may become.
     feedback: whether the file's encoder feeds errors back.
@@ -119,40 +120,29 @@ class CostMeter:
     types: Sequence[Type]
     sampled_values: int = SAMPLED_VALUES
     feedback: bool = False
-    _sums: dict[tuple[str, Type], dict[int, _Sums]] = field(default_factory=dict)  # by part
-    _experts: frozenset[int] | None = None  # those fed back
-    # Covariances by their inputs' id, which go when these do: gate's are up's too, a down's are large.
-    _fitted: dict[int, tuple[weakref.ref[Floats], Covariance]] = field(default_factory=dict)
+    _sums: dict[str, dict[Type, _Sums]] = field(default_factory=dict)
+    _n_fed_back: Counter[str] = field(default_factory=Counter)
+    # The last inputs' covariance, which goes when they do: gate's are up's too, a down's are large.
+    _fitted: tuple[weakref.ref[Floats], Covariance] | None = None
 
     @property
     def costs(self) -> dict[str, dict[Type, Cost]]:
         """By role."""
         half = 0.5 / self.n_tokens
         out: dict[str, dict[Type, Cost]] = {}
-        for (role, type_), parts in self._sums.items():
-            ordered = [parts[part] for part in sorted(parts)]  # sums that do not depend on who came first
-            plain, left = sum(s.plain for s in ordered), sum(s.left for s in ordered)
-            share = min(1.0, left / plain) if plain > 0 else 1.0
-            fisher, routing = (half * share * np.sum([s.twice for s in ordered], 0)).tolist()
-            out.setdefault(role, {})[type_] = Cost(fisher, routing)
+        for role, types in self._sums.items():
+            for type_, sums in types.items():
+                share = min(1.0, sums.left / sums.plain) if sums.plain > 0 else 1.0
+                fisher, routing = (half * share * sums.twice).tolist()
+                out.setdefault(role, {})[type_] = Cost(fisher, routing)
         return out
-
-    def pick(self, mass: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The chance of each expert to be visited, as ``pick_experts``: a backward.Pick."""
-        chance = pick_experts(mass)
-        self._experts = frozenset(np.flatnonzero(chance)[:FEEDBACK_PARTS].tolist())
-        return chance
 
     def visit(self, role: str, part: int, weights: Floats, inputs: Floats, gradients: Floats) -> None:
         """One part of a tensor: a sample of its rows in every type, and the noise that each makes."""
         squares = np.stack([np.einsum("tr,tr->r", g, g) for g in gradients]).astype(np.float64)
         rows, chance = pick_rows(row_mass(squares, weights), self.n_rows(role, weights.shape[1]))
-
-        def square(tokens: slice) -> Floats:
-            return np.square(gradients[:, tokens][:, :, rows])
-
         if len(rows):
-            self.add(role, weights[rows], inputs, chance, square, part)
+            self.add(role, weights[rows], inputs, chance, lambda tokens: np.square(gradients[:, tokens][:, :, rows]))
 
     def n_rows(self, role: str, n: int) -> int:
         """Rows to sample of one part."""
@@ -166,7 +156,6 @@ class CostMeter:
         inputs: Floats,
         chance: NDArray[np.float64],
         square: Callable[[slice], Floats],
-        part: int = 0,
     ) -> None:
         """square: some tokens -> the squared gradients at the rows' outputs for these, (n_gradients, m, n_row)."""
         rows = np.ascontiguousarray(rows, np.float32)
@@ -174,26 +163,28 @@ class CostMeter:
         met = np.ascontiguousarray(inputs[::step])
         weights = (square(slice(None, None, step)) * (step / chance).astype(np.float32)).reshape(N_GRADIENTS, -1)
         some = slice(None, None, -(-len(rows) // FEEDBACK_ROWS))
-        fitted = self._covariance(role, part, inputs)
+        fitted = self._covariance(role, inputs)
         for type_, error in self.errors(role, rows, _importance(inputs)):
             lost = met @ error.T
             np.square(lost, out=lost)
-            sums = self.record(role, type_, (weights @ lost.reshape(-1)).astype(np.float64), part)
+            self.record(role, type_, (weights @ lost.reshape(-1)).astype(np.float64))
             if fitted is not None and type_ in FED_BACK:
-                self._feed_back(sums, type_, rows[some], error[some], inputs[1 :: 2 * step], fitted)
+                self._feed_back(self._sums[role][type_], type_, rows[some], error[some], inputs[1 :: 2 * step], fitted)
 
-    def _covariance(self, role: str, part: int, inputs: Floats) -> Covariance | None:
+    def _covariance(self, role: str, inputs: Floats) -> Covariance | None:
         """What an encoder would be given of half of these inputs; None where this part is not to be fed back."""
-        chosen = part in self._experts if self._experts is not None and role in EXPERT_ROLES else part < FEEDBACK_PARTS
-        if not (self.feedback and chosen and len(inputs) >= MIN_FEEDBACK_TOKENS):
+        if not self.feedback or len(inputs) < MIN_FEEDBACK_TOKENS or self._n_fed_back[role] == FEEDBACK_PARTS:
             return None
-        key = id(inputs)
-        if key not in self._fitted:
+        self._n_fed_back[role] += 1
+        if self._fitted is None or self._fitted[0]() is not inputs:
             half = np.ascontiguousarray(inputs[::2], np.float32)
             share = prior_share(half.shape[1], len(half))
-            forget = weakref.ref(inputs, lambda _: self._fitted.pop(key, None))
-            self._fitted[key] = forget, Covariance.of(half).diagonal_blend(share)
-        return self._fitted[key][1]
+            self._fitted = weakref.ref(inputs, self._forget), Covariance.of(half).diagonal_blend(share)
+        return self._fitted[1]
+
+    def _forget(self, inputs: weakref.ref[Floats]) -> None:
+        if self._fitted is not None and self._fitted[0] is inputs:
+            self._fitted = None
 
     def _feed_back(self, sums: _Sums, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> None:
         """Squared output errors of rows on inputs: the plain encoder's, and those under feedback fitted to others."""
@@ -208,11 +199,10 @@ class CostMeter:
             data = self.encoder.encode(rows, type_, importance)
             yield type_, self.encoder.decode(data, type_, rows.shape[1]) - rows
 
-    def record(self, role: str, type_: Type, twice: NDArray[np.float64], part: int = 0) -> _Sums:
-        """A part's sums of squares over tokens, (n_gradients,)."""
-        mine = self._sums.setdefault((role, type_), {}).setdefault(part, _Sums(np.zeros(N_GRADIENTS)))
+    def record(self, role: str, type_: Type, twice: NDArray[np.float64]) -> None:
+        """Add sums of squares over tokens, (n_gradients,)."""
+        mine = self._sums.setdefault(role, {}).setdefault(type_, _Sums(np.zeros(N_GRADIENTS)))
         mine.twice += twice
-        return mine
 
 
 def row_mass(squares: NDArray[np.float64], weights: Floats) -> NDArray[np.float64]:

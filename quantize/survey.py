@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 
 from quantize import heap
 from quantize.backward import Block, norm, norm_backward
-from quantize.blas import n_lanes
 from quantize.corpus import WINDOW
 from quantize.effort import Effort
 from quantize.errors import QuantizeError
 from quantize.evidence import n_parts
 from quantize.flips import Flips
 from quantize.job import Job
-from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_rows
+from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.tensors import Form, PartReader, Tensor, read
 
 F32 = NDArray[np.float32]
@@ -36,7 +35,6 @@ Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a s
 
 INPUTS, GRADIENTS, COSTS = "survey/inputs-{}", "survey/gradients-{}", "survey/costs-{}"
 CHUNK_WINDOWS = 4  # of a forward call
-LANE_BYTES = 2 << 30  # that heads and experts side by side may take
 CHUNK_TOKENS = 1024  # at the head, whose outputs are as wide as the vocabulary
 SEED = 20240507  # of the sampled tokens and signs: any will do, but always the same
 
@@ -118,21 +116,12 @@ class SurveyStage:
         by_role = {t.role: t for t in self.plan.layers[il]}
         meter = self._meter(by_role)
         flips = Flips(self.arch, np.random.default_rng([SEED, il]))
-        block = Block(self.arch, il, _Weights(self.job, by_role), len(self.windows), flips, meter.pick, self._n_lanes())
+        block = Block(self.arch, il, _Weights(self.job, by_role), len(self.windows), flips, pick_experts)
         dy = self._array(GRADIENTS.format(il + 1))
         dx = block.backward(self._array(INPUTS.format(il)), dy, meter.visit).astype(np.float32, copy=False)
         if not np.isfinite(dx).all():
             raise QuantizeError(f"layer {il}: the survey's gradients are not finite", "--plain-mix does without them")
         self._record(il, dx, meter.costs, flips.total)
-
-    def _n_lanes(self) -> int:
-        """For a head's probabilities, scores and their gradients, or an expert's weights, channels and gradients."""
-        arch, n = self.arch, self.windows.size
-        head = n * (8 * WINDOW + 8 * arch.kv_lora_rank)
-        expert = 3 * arch.n_embd * arch.n_ff_expert
-        if arch.n_expert:
-            expert += n * arch.n_expert_used // arch.n_expert * (6 * arch.n_embd + 12 * arch.n_ff_expert)
-        return n_lanes(self.job.encoder.threads, LANE_BYTES, 4 * max(head, expert))
 
     def _embeddings(self) -> None:
         """Rows of token_embd: the gradient meets each row's error as it is."""

@@ -57,10 +57,3 @@ def test_products_of_a_lane_run_on_its_thread() -> None:
     before = switch[0]()
     assert set(blas.side_by_side(lambda i: switch[0](), range(4), 2)) == {1}
     assert switch[0]() == before
-
-
-@pytest.mark.parametrize(
-    ("threads", "room", "nbytes", "expected"), [(1, 100, 1, 1), (8, 100, 30, 3), (8, 100, 200, 1), (2, 100, 1, 2)]
-)
-def test_lanes_have_room(threads: int, room: int, nbytes: int, expected: int) -> None:
-    assert blas.n_lanes(threads, room, nbytes) == expected
