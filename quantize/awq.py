@@ -106,8 +106,8 @@ class Scales:
         columns = self.columns.get(role)
         if columns is None or covariance is None:
             return covariance
-        factor = 1.0 / (columns if columns.ndim == 1 else columns[part])
-        return self._last.of((covariance, id(columns)), lambda: covariance.scaled(factor))
+        own = columns if columns.ndim == 1 else columns[part]
+        return self._last.of((covariance, id(columns)), lambda: covariance.scaled(1.0 / own))
 
     def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
         """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""

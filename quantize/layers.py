@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -216,13 +215,12 @@ class WriteStage:
             if self.stream and stats and stats.exact is not None
             else None
         )
-        known = partial(self._known, evidence, scales, drift)
 
         def encode(bundle: Bundle) -> list[Encoded]:
             made = []
             for tensor, part in bundle:
                 values = scales.apply(tensor.role, part, read_part(tensor, part))
-                made.append(self._encode(tensor, part, *known(tensor, part, values)))
+                made.append(self._encode(tensor, part, *self._known(evidence, scales, drift, tensor, part, values)))
                 if drift is not None:
                     drift.wrote(tensor, part, made[-1].decoded)
             return made

@@ -116,7 +116,7 @@ def test_the_same_after_any_interruption_and_in_any_slabs(source: Path, monkeypa
 
 
 def test_the_same_on_any_number_of_threads(source: Path) -> None:
-    """Parts that come by in another order are summed in theirs."""
+    """Encoding on several gives the same costs, and the types in the same order."""
     expected, got = made(source, Records()).run(), made(source, Records(), threads=3).run()
     assert got.flips == pytest.approx(expected.flips, rel=1e-3)
     for name, types in expected.costs.items():
