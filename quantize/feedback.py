@@ -146,13 +146,17 @@ class Covariance:
 
     @property
     def sweeps(self) -> list[list[Sweep]] | None:
-        """What the encoder needs, for each chunk. None where there is nothing to go by: no inputs, or not finite. Kept
-        by hand: cached_property has one lock for all covariances up to Python 3.11, and threads make many at once.
+        """What the encoder needs, for each chunk. None where there is nothing to go by: no inputs, or not finite."""
+        made: list[list[Sweep]] | None = self.prepared().__dict__["made"]
+        return made
+
+    def prepared(self) -> Covariance:
+        """This, with its sweeps made, on all cores: before threads share it. Kept by hand: cached_property has one lock
+        for all covariances up to Python 3.11, and threads make many at once.
         """
         if "made" not in self.__dict__:
             self.__dict__["made"] = self._make_sweeps()
-        made: list[list[Sweep]] | None = self.__dict__["made"]
-        return made
+        return self
 
     def _make_sweeps(self) -> list[list[Sweep]] | None:
         if not np.isfinite(self.mean) or self.mean <= 0:

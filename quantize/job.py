@@ -45,7 +45,7 @@ class Options:
     plain_mix: bool = False  # the fixed types of the mix that type names, whatever they cost
     survey_tokens: int = 8192  # of calibration, that the types are chosen on
     calibration: tuple[Path, ...] = ()  # text and .jsonl chat; none: the text that ships
-    max_tokens: int = 65_536  # of calibration, evenly thinned
+    max_tokens: int | None = None  # of calibration, evenly thinned; None: corpus.enough
     importance: bool = True  # weigh the encoders' errors by the calibrated inputs
     awq: bool = False  # search and fold activation-aware scales: slow, and feedback leaves little for them
     feedback: bool = True  # encode under the inputs' covariances, with error feedback
@@ -168,7 +168,8 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     made = Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, None)
     if not (made.calibrated or made.allocates or options.evaluate):
         return made
-    text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, options.max_tokens)
+    max_tokens = options.max_tokens or corpus.enough(arch.n_embd)
+    text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, max_tokens)
     return replace(made, corpus=text)
 
 

@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
@@ -28,7 +29,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize.backward import Floats
-from quantize.encode import FED_BACK, NEED_IMPORTANCE, Encoder
+from quantize.blas import spread
+from quantize.encode import FED_BACK, GRID_TYPES, NEED_IMPORTANCE, Encoder
 from quantize.evidence import prior_share
 from quantize.feedback import Covariance
 
@@ -163,13 +165,23 @@ class CostMeter:
         met = np.ascontiguousarray(inputs[::step])
         weights = (square(slice(None, None, step)) * (step / chance).astype(np.float32)).reshape(N_GRADIENTS, -1)
         some = slice(None, None, -(-len(rows) // FEEDBACK_ROWS))
-        fitted = self._covariance(role, inputs)
-        for type_, error in self.errors(role, rows, _importance(inputs)):
+        unseen = inputs[1 :: 2 * step]
+        importance, fitted = _importance(inputs), self._covariance(role, inputs)
+        found: dict[Type, _Sums] = {}
+
+        def price(type_: Type) -> None:
+            error = self._error(rows, type_, importance)
             lost = met @ error.T
             np.square(lost, out=lost)
-            self.record(role, type_, (weights @ lost.reshape(-1)).astype(np.float64))
-            if fitted is not None and type_ in FED_BACK:
-                self._feed_back(self._sums[role][type_], type_, rows[some], error[some], inputs[1 :: 2 * step], fitted)
+            twice = (weights @ lost.reshape(-1)).astype(np.float64)
+            fed_back = fitted if type_ in FED_BACK else None
+            found[type_] = _Sums(twice, *self._left(type_, rows[some], error[some], unseen, fed_back))
+
+        types = self._candidates(rows, importance)
+        # A type at a time on each core: of so few rows not even one encoder has work for all.
+        spread([partial(price, type_) for type_ in sorted(types, key=lambda type_: type_ not in GRID_TYPES)])
+        for type_ in types:
+            self._add(role, type_, found[type_])
 
     def _covariance(self, role: str, inputs: Floats) -> Covariance | None:
         """What an encoder would be given of half of these inputs; None where this part is not to be fed back."""
@@ -179,30 +191,44 @@ class CostMeter:
         if self._fitted is None or self._fitted[0]() is not inputs:
             half = np.ascontiguousarray(inputs[::2], np.float32)
             share = prior_share(half.shape[1], len(half))
-            self._fitted = weakref.ref(inputs, self._forget), Covariance.of(half).diagonal_blend(share)
+            self._fitted = weakref.ref(inputs, self._forget), Covariance.of(half).diagonal_blend(share).prepared()
         return self._fitted[1]
 
     def _forget(self, inputs: weakref.ref[Floats]) -> None:
         if self._fitted is not None and self._fitted[0] is inputs:
             self._fitted = None
 
-    def _feed_back(self, sums: _Sums, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance) -> None:
+    def _left(
+        self, type_: Type, rows: F32, error: F32, inputs: Floats, fitted: Covariance | None
+    ) -> tuple[float, float]:
         """Squared output errors of rows on inputs: the plain encoder's, and those under feedback fitted to others."""
-        data = self.encoder.encode(rows, type_, None, fitted)
-        fed_back = self.encoder.decode(data, type_, rows.shape[1]) - rows
-        sums.plain += float(np.square(inputs @ error.T).sum(dtype=np.float64))
-        sums.left += float(np.square(inputs @ fed_back.T).sum(dtype=np.float64))
+        if fitted is None:
+            return 0.0, 0.0
+        fed_back = self._error(rows, type_, None, fitted)
+        plain, left = (np.square(inputs @ e.T).sum(dtype=np.float64) for e in (error, fed_back))
+        return float(plain), float(left)
 
-    def errors(self, role: str, rows: F32, importance: F32 | None) -> Iterator[tuple[Type, F32]]:
+    def errors(self, rows: F32, importance: F32 | None) -> Iterator[tuple[Type, F32]]:
         """What encoding adds to the rows, in every type."""
-        for type_ in candidates(rows.shape[1], self.types, importance is not None):
-            data = self.encoder.encode(rows, type_, importance)
-            yield type_, self.encoder.decode(data, type_, rows.shape[1]) - rows
+        for type_ in self._candidates(rows, importance):
+            yield type_, self._error(rows, type_, importance)
+
+    def _candidates(self, rows: F32, importance: F32 | None) -> tuple[Type, ...]:
+        return candidates(rows.shape[1], self.types, importance is not None)
+
+    def _error(self, rows: F32, type_: Type, importance: F32 | None, fitted: Covariance | None = None) -> F32:
+        data = self.encoder.encode(rows, type_, importance, fitted)
+        return self.encoder.decode(data, type_, rows.shape[1]) - rows
 
     def record(self, role: str, type_: Type, twice: NDArray[np.float64]) -> None:
         """Add sums of squares over tokens, (n_gradients,)."""
+        self._add(role, type_, _Sums(twice))
+
+    def _add(self, role: str, type_: Type, more: _Sums) -> None:
         mine = self._sums.setdefault(role, {}).setdefault(type_, _Sums(np.zeros(N_GRADIENTS)))
-        mine.twice += twice
+        mine.twice += more.twice
+        mine.plain += more.plain
+        mine.left += more.left
 
 
 def row_mass(squares: NDArray[np.float64], weights: Floats) -> NDArray[np.float64]:

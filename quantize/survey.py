@@ -135,7 +135,7 @@ class SurveyStage:
             np.bincount(place, shares).astype(np.float64), meter.n_rows(tensor.role, self.arch.n_embd)
         )
         values = self.job.rows(tensor, rows[picked])
-        for type_, error in meter.errors(tensor.role, values, None):
+        for type_, error in meter.errors(values, None):
             twice = np.zeros(N_GRADIENTS)
             for i, row in enumerate(picked):
                 met = gradients[:, place == row] @ error[i]  # (n_gradients, tokens of this row)

@@ -65,6 +65,14 @@ def test_held_windows_are_not_calibrated_with(source: Path, text: Path) -> None:
     assert len(thinned.windows) == 4 and {window.tobytes() for window in thinned.windows} <= seen
 
 
+def test_narrow_models_are_calibrated_with_more(monkeypatch: pytest.MonkeyPatch, source: Path, text: Path) -> None:
+    assert [corpus.enough(n) for n in (512, 2048, 5120)] == [262_144, 65_536, 65_536]
+    monkeypatch.setattr(corpus, "enough", lambda n_embd: 1536)
+    with Checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint, Options(calibration=(text,)))
+    assert plan.corpus is not None and plan.corpus.n_tokens == 1536
+
+
 def test_the_distance_is_that_of_two_models(tmp_path: Path, source: Path, text: Path) -> None:
     """An exact float32 file of the same checkpoint takes the streamed reference's place: the figures must agree."""
     report = quantize.quantize(

@@ -55,7 +55,11 @@ CALIBRATION = typer.Option(
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
 TOKENS = typer.Option(
-    "--calibration-tokens", metavar="N", min=1024, help="Of the calibration text, evenly thinned: fewer take less time."
+    "--calibration-tokens",
+    metavar="N",
+    min=1024,
+    help="Of the calibration text, evenly thinned: fewer take less time and memory.",
+    show_default="65536, more for narrow models",
 )
 SEQUENTIAL = typer.Option(
     "--sequential/--no-sequential",
@@ -94,7 +98,7 @@ def quantize(
     size: Annotated[str | None, SIZE] = None,
     plain_mix: Annotated[bool, PLAIN_MIX] = False,
     calibration: Annotated[list[Path] | None, CALIBRATION] = None,
-    calibration_tokens: Annotated[int, TOKENS] = 65_536,
+    calibration_tokens: Annotated[int | None, TOKENS] = None,
     sequential: Annotated[bool, SEQUENTIAL] = True,
     awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = False,
     evaluate: Annotated[bool, EVALUATE] = True,
