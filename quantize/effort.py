@@ -24,7 +24,7 @@ from quantize.tensors import Tensor
 READ = 150.0  # a weight of a layer, into memory
 BACKWARD = 3.2  # a token's gradients, of its way forward
 PRICE = 3e5  # a sampled weight of the survey, in all types
-FEW_CORES = 3  # that many small steps keep busy
+FEW_CORES = 2.5  # that many the steps between wide products keep busy: 16 of a Xeon take half as long as 2
 STATISTICS = 1.5e3  # a hidden channel of an expert and a token, counted and kept
 SEARCH = 3e11  # the folds of a layer
 FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
@@ -60,6 +60,11 @@ class Effort:
         """That compute."""
         return self.plan.options.threads or n_cores()
 
+    @property
+    def cores(self) -> float:
+        """That steps of many small pieces make use of."""
+        return min(self.threads, FEW_CORES)
+
     def phases(self) -> dict[Phase, float]:
         """The phases that the plan has, in order."""
         found: dict[Phase, float] = {}
@@ -77,14 +82,14 @@ class Effort:
 
     def survey_back(self) -> list[float]:
         """The embeddings, layer by layer, the head."""
-        arch, n, cores = self.plan.arch, self._survey_tokens(), min(self.threads, FEW_CORES)
+        arch, n = self.plan.arch, self._survey_tokens()
         price = PRICE * SAMPLED_VALUES * (1 + self._grids())
         layers = [
             n * BACKWARD * forward(arch, il) + price * sum(map(recipe.is_matrix, self.plan.layers[il]))
             for il in range(arch.n_layer)
         ]
         head = 3.0 * n * arch.n_vocab * arch.n_embd + price
-        return [effort / cores for effort in (price, *layers, head)]
+        return [effort / self.cores for effort in (price, *layers, head)]
 
     def write(self, il: int) -> Step:
         """The step of the embeddings (-1), of a layer, or of the head (n_layer)."""
@@ -94,20 +99,18 @@ class Effort:
             return Step(encode=self._encode(plan.outside[role]) / self.threads if role in plan.outside else 0.0)
         n_held = plan.corpus.held.size if plan.corpus is not None and plan.evaluated else 0
         calibrate, search, prepare = n_held * forward(arch, il) / self.threads, 0.0, 0.0
-        encode = sum(map(self._encode, plan.layers[il])) / self.threads
+        encode = sum(map(self._encode, plan.layers[il])) / self.cores
         if plan.corpus is not None and plan.calibrated:
             n_tokens, feedback = plan.corpus.windows.size, plan.options.feedback
             calibrate += n_tokens * forward(arch, il) / self.threads + self._read(il)
             if not arch.is_dense(il):
-                calibrate += (
-                    STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert / min(self.threads, FEW_CORES)
-                )
+                calibrate += STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert / self.cores
             calibrate += n_tokens * _taps(arch, il) / self.threads if feedback else 0.0
             search = SEARCH / self.threads if plan.options.awq else 0.0
-            prepare = _prepare(arch, il, n_tokens) / self.threads if feedback else 0.0
+            prepare = _prepare(arch, il, n_tokens) / self.cores if feedback else 0.0
             if plan.sequential:
                 calibrate += n_tokens * _attention(arch) / self.threads
-                prepare += n_tokens * (_attention(arch) + _drift(arch, il)) / self.threads
+                prepare += n_tokens * (_attention(arch) / self.threads + _drift(arch, il) / self.cores)
         return Step(calibrate, search, prepare + encode)
 
     def _read(self, il: int) -> float:

@@ -37,10 +37,11 @@ static void release(call *c) {
     free(c);
 }
 
-static bool all_finite(const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (!isfinite(x[i])) return PyErr_Format(PyExc_ValueError, "value %zu is not finite", i), false;
-    return true;
+/* The first of n values that is not finite; n where all are. */
+static size_t first_not_finite(const float *x, size_t n) {
+    size_t i = 0;
+    while (i < n && isfinite(x[i])) i++;
+    return i;
 }
 
 /* encode(GGUF type, w, n_rows, n, sweeps, rounds, polish, out) */
@@ -61,12 +62,16 @@ static PyObject *encode(PyObject *self, PyObject *args) {
     if (!c) return PyErr_NoMemory();
     bool ok = ds_py_buffer(w, (size_t)n_rows * (size_t)n * sizeof(float), false, &c->w) && ds_py_buffer(out, (size_t)n_rows * ds_row_bytes(format, n), true, &c->out);
     for (Py_ssize_t i = 0; i < n_sweeps && ok; i++) ok = take_sweep(c, PyList_GetItem(list, i), n);
-    if (ok && all_finite(c->w.buf, (size_t)n_rows * (size_t)n)) {
+    if (ok) {
         const ds_encode_rows rows = {.n_rows = n_rows, .w = c->w.buf, .out = c->out.buf};
+        const size_t n_values = (size_t)n_rows * (size_t)n;
+        size_t bad;
         Py_BEGIN_ALLOW_THREADS
-        ok = n_rows == 0 || ds_encode(format, c->sweeps, c->n_sweeps, &effort, &rows);
+        bad = first_not_finite(rows.w, n_values);
+        if (bad == n_values) ok = n_rows == 0 || ds_encode(format, c->sweeps, c->n_sweeps, &effort, &rows);
         Py_END_ALLOW_THREADS
-        result = ok ? Py_NewRef(Py_None) : PyErr_NoMemory();
+        if (bad < n_values) PyErr_Format(PyExc_ValueError, "value %zu is not finite", bad);
+        else result = ok ? Py_NewRef(Py_None) : PyErr_NoMemory();
     }
     release(c);
     return result;
