@@ -24,9 +24,9 @@ from quantize.writer import write_vocab_only
 DEFAULT_FILES = (Path(__file__).with_name("calibration.txt"), Path(__file__).with_name("calibration-chat.jsonl"))
 WINDOW = 512  # tokens that attend to each other
 MIN_WINDOWS = 2  # below this an average over tokens says nothing
-# Tokens to calibrate with where nobody says how many: no fewer than the first, and more as long as their hidden states
-# are no more values than the second, 1.6 GB of memory with sequential calibration.
-ENOUGH_TOKENS, ENOUGH_VALUES = 1 << 16, 1 << 27
+# Tokens to calibrate with where nobody says how many: as many as have so many hidden states, 1.6 GB of memory with
+# sequential calibration, within limits.
+ENOUGH_VALUES, LEAST_TOKENS, MOST_TOKENS = 1 << 27, 1 << 16, 1 << 18
 HELD_WINDOWS = 8  # held back to measure the finished file with,
 HELD_SHARE = 8  # but no more than one window in so many
 
@@ -48,7 +48,7 @@ class Corpus:
 
 def enough(n_embd: int) -> int:
     """Tokens to calibrate a model of that width with. Four times as many take 8 % off the divergence of narrow ones."""
-    return max(ENOUGH_TOKENS, ENOUGH_VALUES // n_embd)
+    return min(max(LEAST_TOKENS, ENOUGH_VALUES // n_embd), MOST_TOKENS)
 
 
 def load(files: Sequence[Path], metadata: Mapping[str, object], max_tokens: int) -> Corpus:

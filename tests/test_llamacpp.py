@@ -3,36 +3,13 @@
 import gguf
 import numpy as np
 import pytest
-from ref.hparams import Yarn
 from ref.model import Model as Reference
 from support import llama
 from support.scoring import perplexity, relative_error
-from support.tiny import SPECS, Spec, tokens, variant, write_gguf
+from support.tiny import SPECS, WIDE, tokens, variant, write_gguf
 
 import cext
 
-# llama.cpp takes q-LoRA for granted unless a model has V2-Lite's 27 layers. Rows of 256 hold every block format;
-# k_b's rows of 64 and the experts' down rows of 32 fall back to the formats of 32, as V2-Lite's 1408 do.
-WIDE = Spec(
-    "wide",
-    seed=30,
-    n_layer=3,
-    n_embd=256,
-    n_head=4,
-    q_lora_rank=256,
-    kv_lora_rank=256,
-    nope=64,
-    rope=32,
-    v=64,
-    n_ff_dense=512,
-    n_ff_expert=256,
-    n_expert=4,
-    n_used=2,
-    n_shared=1,
-    n_vocab=320,
-    yarn=Yarn(40.0, 64, 0.707),
-    block_gain=0.25,
-)
 NARROW = variant(WIDE, name="narrow", n_ff_expert=96, n_shared=2, n_layer=2)
 LITE_27 = variant(SPECS[0], name="lite_27", n_layer=27, seed=31)
 FLOAT32 = 1e-5  # 27 layers of 6 products of sqrt(k) 2^-24: where neither rounds activations

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ref.hparams import Yarn
 from ref.model import Model as Reference
 from support import llama
 from support.checkpoints import write_tokenizer
 from support.scoring import perplexity, relative_error
-from support.tiny import SPECS, Checkpoint, gguf_tensors, spec_named, tokens, variant
+from support.tiny import SPECS, WIDE, Checkpoint, gguf_tensors, spec_named, tokens, variant
 
 import cext
 import quantize
@@ -17,26 +16,6 @@ import quantize
 FLOAT32 = 1.2e-5  # see test_model.py
 # The tokenizer that the checkpoints are given has 260 entries.
 WITH_VOCABULARY = [variant(spec, n_vocab=288) for spec in (*SPECS, spec_named("all_odd"))]
-WIDE = variant(
-    SPECS[1],
-    name="wide",
-    n_embd=256,
-    q_lora_rank=256,
-    kv_lora_rank=256,
-    nope=64,
-    rope=32,
-    v=64,
-    n_ff_dense=512,
-    n_ff_expert=256,
-    n_expert=4,
-    n_used=2,
-    n_group=1,
-    n_group_used=1,
-    n_vocab=320,
-    scale=1.0,
-    yarn=Yarn(40.0, 64, 0.707),
-    block_gain=0.25,
-)
 
 
 def convert(folder: Path, spec, **options) -> Path:
@@ -44,7 +23,7 @@ def convert(folder: Path, spec, **options) -> Path:
     checkpoint = Checkpoint(spec).write(folder / "hf")
     write_tokenizer(checkpoint)
     out = folder / f"{spec.name}.gguf"
-    quantize.quantize(checkpoint, out, quantize.Options(threads=1, **options))
+    quantize.quantize(checkpoint, out, quantize.Options(threads=1, max_tokens=8192, **options))
     return out
 
 

@@ -27,7 +27,7 @@ def convert(shared, tmp_path_factory):
         key = (name, type_, calibrated)
         if key not in made:
             out = folder / f"{name}-{type_}{'-calibrated' * calibrated}.gguf"
-            parts = {"awq": calibrated, "importance": calibrated, "feedback": calibrated}
+            parts = {"awq": calibrated, "importance": calibrated, "feedback": calibrated, "max_tokens": 53_760}
             options = quantize.Options(type=type_, plain_mix=True, evaluate=False, **parts)
             quantize.quantize(shared / "models" / name, out, options)
             made[key] = out

@@ -136,6 +136,29 @@ NUMPY_ONLY = (
 # What a GGUF cannot say: only the numpy oracle is compared with transformers.
 TWO_MSCALES = Spec("two_mscales", seed=96, yarn=Yarn(40.0, 64, mscale_all_dim=0.707, mscale=1.0))
 
+# llama.cpp takes q-LoRA for granted unless a model has V2-Lite's 27 layers. Rows of 256 hold every block format;
+# k_b's rows of 64 and the experts' down rows of 32 fall back to the formats of 32, as V2-Lite's 1408 do.
+WIDE = Spec(
+    "wide",
+    seed=30,
+    n_layer=3,
+    n_embd=256,
+    n_head=4,
+    q_lora_rank=256,
+    kv_lora_rank=256,
+    nope=64,
+    rope=32,
+    v=64,
+    n_ff_dense=512,
+    n_ff_expert=256,
+    n_expert=4,
+    n_used=2,
+    n_shared=1,
+    n_vocab=320,
+    yarn=Yarn(40.0, 64, 0.707),
+    block_gain=0.25,
+)
+
 
 def spec_named(name: str) -> Spec:
     return next(s for s in (*SPECS, *NUMPY_ONLY, TWO_MSCALES) if s.name == name)
