@@ -63,7 +63,7 @@ class Meter:
         self._share = self._shares[phase]
         self._skipped += self._share * done
         self._within = done
-        self._phase_began = self.seconds
+        self._n_written, self._phase_began = 0, self.seconds
         self._layer = (-1, self.seconds, done)
 
     def skip(self, phase: Phase) -> None:

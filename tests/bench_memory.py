@@ -88,6 +88,7 @@ def quantise(args: argparse.Namespace) -> None:
     peak: list[Any] = [0, ""]
     done, where = threading.Event(), ""
     last: quantize.Progress | None = None
+    rate = 0.0
     began: float | None = None
 
     def watch() -> None:
@@ -96,11 +97,11 @@ def quantise(args: argparse.Namespace) -> None:
                 peak[:] = [now, where]
 
     def progress(step: quantize.Progress) -> None:
-        nonlocal where, last, began
+        nonlocal where, last, rate, began
         if where != (where := f"{step.stage} layer {step.layer}"):
             print(f"{step.seconds:8.1f} s {where}, peak so far {peak[0] / 1e9:.2f} GB", file=sys.stderr)
 
-        last = step
+        last, rate = step, step.values_per_second if step.stage == "encode" else rate
         if step.stage == "encode" and step.layer == step.n_layer - 1:
             began = step.seconds if began is None else began
             if args.encode_seconds is not None and step.seconds - began > args.encode_seconds:
@@ -116,7 +117,7 @@ def quantise(args: argparse.Namespace) -> None:
     assert last is not None
     print(json.dumps({
         "rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "anonymous": peak[0], "at": peak[1],
-        "seconds": last.seconds, "fraction": last.bytes_written / last.bytes_total, "rate": last.values_per_second,
+        "seconds": last.seconds, "fraction": last.bytes_written / last.bytes_total, "rate": rate,
     }))  # fmt: skip
 
 

@@ -67,8 +67,14 @@ def test_time_left_follows_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (seen[-1].fraction, seen[-1].seconds_left) == (pytest.approx(0.375), pytest.approx(50.0))
     meter.begin("write")
     clock[0] = 70.0
+    meter.wrote(50, 80)
     meter.tell("encode", 1, 0.5)
     assert (seen[-1].fraction, seen[-1].seconds_left) == (pytest.approx(0.875), pytest.approx(10.0))
+    assert seen[-1].values_per_second == pytest.approx(2.0)
+    meter.begin("survey")
+    clock[0] = 71.0
+    meter.tell("survey", 0, 0.5)
+    assert (seen[-1].values_per_second, seen[-1].bytes_written) == (0, 50)  # the rate is a phase's
 
 
 def test_progress_only_grows(source: Path, tmp_path: Path) -> None:
