@@ -47,7 +47,7 @@ class Corpus:
 
 
 def enough(n_embd: int) -> int:
-    """Tokens to calibrate a model of that width with. Four times as many take 5 to 8 % off a narrow one's divergence."""
+    """Tokens to calibrate a model that wide with. Four times as many take 5 to 8 % off a narrow one's divergence."""
     return min(max(LEAST_TOKENS, ENOUGH_VALUES // n_embd), MOST_TOKENS)
 
 
