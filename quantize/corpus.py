@@ -24,8 +24,8 @@ from quantize.writer import write_vocab_only
 DEFAULT_FILES = (Path(__file__).with_name("calibration.txt"), Path(__file__).with_name("calibration-chat.jsonl"))
 WINDOW = 512  # tokens that attend to each other
 MIN_WINDOWS = 2  # below this an average over tokens says nothing
-# Tokens to calibrate with where nobody says how many: as many as have so many hidden states, 1.6 GB of memory with
-# sequential calibration, within limits.
+# Tokens to calibrate with where nobody says how many: as many as have so many values in their hidden states (1.6 GB of
+# memory with sequential calibration), within limits.
 ENOUGH_VALUES, LEAST_TOKENS, MOST_TOKENS = 1 << 27, 1 << 16, 1 << 18
 HELD_WINDOWS = 8  # held back to measure the finished file with,
 HELD_SHARE = 8  # but no more than one window in so many

@@ -168,7 +168,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     made = Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, None)
     if not (made.calibrated or made.allocates or options.evaluate):
         return made
-    max_tokens = options.max_tokens or corpus.enough(arch.n_embd)
+    max_tokens = corpus.enough(arch.n_embd) if options.max_tokens is None else options.max_tokens
     text = corpus.load(options.calibration or corpus.DEFAULT_FILES, {**keys, **tokenizer}, max_tokens)
     return replace(made, corpus=text)
 
