@@ -23,7 +23,7 @@ from quantize.feedback import Covariance, Sums
 
 F32 = NDArray[np.float32]
 
-CHUNK_WINDOWS = 4  # windows a forward call, fewer where attention is wide: bounds what engine and taps hold at once
+CHUNK_WINDOWS = 2  # windows a forward call, fewer where attention is wide: bounds what engine and taps hold at once
 CHUNK_VALUES = 1 << 25  # of queries, expanded keys and values, and heads' outputs in a call
 SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output error
 # Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.

@@ -25,6 +25,7 @@ from quantize.blas import n_cores
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.errors import QuantizeError
 from quantize.feedback import Covariance, Sweep
+from quantize.outputs import Rows
 
 FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # ggml's decoders, by the name in the library. Q8_0 and the float types ignore importance weights.
@@ -118,19 +119,24 @@ class Encoder:
         type_: Type,
         importance: NDArray[np.float32] | None = None,
         covariance: Covariance | None = None,
+        outputs: Rows | None = None,
     ) -> NDArray[np.uint8]:
         """values (..., n) float32 -> (..., row_bytes) uint8.
 
         importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it, and
         those that need it count all columns alike without. covariance: of what multiplies the columns; types that
-        feedback.py encodes follow it instead, where it is positive definite. Raises QuantizeError where the type cannot
-        hold the values, ValueError where rows are not whole blocks.
+        feedback.py encodes follow it instead, where it is positive definite. outputs: what rows are worth, which they
+        follow too. Raises QuantizeError where the type cannot hold the values, ValueError where rows are not whole
+        blocks.
         """
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
         if covariance is not None and type_ in FED_BACK and covariance.sweeps is not None:
-            self._feed_back(rows, type_, covariance, out)
+            if outputs is None:
+                self._feed_back(rows, type_, covariance, out)
+            else:
+                self._follow(outputs, rows, type_, covariance, out)
             return out.reshape(*values.shape[:-1], out.shape[1])
         if importance is None and type_ in NEED_IMPORTANCE:
             importance = np.ones(n, np.float32)
@@ -141,6 +147,24 @@ class Encoder:
             _ggml().ggml_quantize_init(int(type_))  # tables of the grid types: once, before threads want them
             self.map(lambda part: _encode_blocks(rows[part], type_, weights, out[part]), rows)
         return out.reshape(*values.shape[:-1], out.shape[1])
+
+    def _follow(
+        self, outputs: Rows, rows: NDArray[np.float32], type_: Type, covariance: Covariance, out: NDArray[np.uint8]
+    ) -> None:
+        """Each step's rows for what those of the steps before have lost; blocks of rows side by side."""
+        if outputs.order.size != len(rows):
+            raise ValueError(f"the outputs are {outputs.order.size} rows, expected {len(rows)}")
+        n = rows.shape[1]
+        lost = np.empty((outputs.n_blocks, n, outputs.m), np.float32)
+        for at in outputs.steps:
+            picked = outputs.order[:, at]
+            carried = [outputs.carried(i, at, block) for i, block in enumerate(lost)]
+            target = (rows[picked] - np.stack(carried)).reshape(-1, n)
+            data = np.empty((len(target), out.shape[1]), np.uint8)
+            self._feed_back(target, type_, covariance, data)
+            decoded = self.decode(data, type_, n).reshape(*picked.shape, n)
+            lost[:, :, at] = (decoded - rows[picked]).swapaxes(1, 2)
+            out[picked.reshape(-1)] = data
 
     def _feed_back(
         self, rows: NDArray[np.float32], type_: Type, covariance: Covariance, out: NDArray[np.uint8]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,9 @@ from quantize.feedback import Covariance
 from quantize.job import Job
 from quantize.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
 from quantize.meter import Stage
+from quantize.outputs import Outputs, Rows
 from quantize.report import Coverage
+from quantize.survey import EMBEDDINGS, OUTPUTS
 from quantize.tensors import PartReader, Tensor, read
 from quantize.writer import Writer
 
@@ -72,6 +74,7 @@ class Known:
     importance: F32 | None = None  # (n,)
     covariance: Covariance | None = None
     inputs: F32 | None = None  # (m, n) of some tokens, to measure with
+    outputs: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -182,11 +185,11 @@ class WriteStage:
         ids = np.concatenate([windows.reshape(-1), held.reshape(-1)])
         x = np.empty((len(ids), n), np.float32)
         drifted = np.empty((windows.size, n), np.float32) if self.plan.sequential else None
-        even = Covariance.even(n) if self.plan.options.feedback else None
+        channels = self._embedding_channels()
         for start, values in self.job.slabs(tensor):
             mine = (ids >= start) & (ids < start + len(values))
             x[mine] = values[ids[mine] - start]
-            decoded = self._write(tensor, values, Known(covariance=even))
+            decoded = self._write(tensor, values, Known(covariance=channels))
             if drifted is not None:
                 mine = mine[: windows.size]
                 drifted[mine] = decoded[ids[: windows.size][mine] - start]
@@ -194,6 +197,13 @@ class WriteStage:
             self.stream = Stream(self.arch, x[: windows.size], drifted)
         if held.size:
             self.held = Held(x[windows.size :].copy(), self.arch.n_expert_used)
+
+    def _embedding_channels(self) -> Covariance | None:
+        """What they are worth: as the survey found, else all alike."""
+        if not self.plan.options.feedback:
+            return None
+        arrays = self.job.journal.get_arrays(EMBEDDINGS)
+        return Covariance.even(self.arch.n_embd) if arrays is None else Covariance(tuple(arrays.values()))
 
     def _layer(self, il: int) -> None:
         layer = self.plan.layers[il]
@@ -210,6 +220,7 @@ class WriteStage:
                 scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
                 self._folds += results
         nbytes = self._bytes_of(il)
+        outputs = Outputs(self.job.journal.get_arrays(OUTPUTS.format(il)) or {}, scales.rows)
         drift = (
             Drift(self.job, il, self.stream, stats, scales, read_part)
             if self.stream and stats and stats.exact is not None
@@ -220,7 +231,8 @@ class WriteStage:
             made = []
             for tensor, part in bundle:
                 values = scales.apply(tensor.role, part, read_part(tensor, part))
-                made.append(self._encode(tensor, part, *self._known(evidence, scales, drift, tensor, part, values)))
+                values, known = self._known(evidence, scales, drift, tensor, part, values)
+                made.append(self._encode(tensor, part, values, replace(known, outputs=outputs.rows(tensor.role, part))))
                 if drift is not None:
                     drift.wrote(tensor, part, made[-1].decoded)
             return made
@@ -295,7 +307,7 @@ class WriteStage:
     def _encode(self, tensor: Tensor, part: int, values: F32, known: Known) -> Encoded:
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
-            data = encoder.encode(values, type_, known.importance, known.covariance)
+            data = encoder.encode(values, type_, known.importance, known.covariance, known.outputs)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
         decoded = encoder.decode(data, type_, values.shape[-1])

@@ -208,10 +208,10 @@ class CostMeter:
         plain, left = (np.square(inputs @ e.T).sum(dtype=np.float64) for e in (error, fed_back))
         return float(plain), float(left)
 
-    def errors(self, rows: F32, importance: F32 | None) -> Iterator[tuple[Type, F32]]:
+    def errors(self, rows: F32, importance: F32 | None, fitted: Covariance | None = None) -> Iterator[tuple[Type, F32]]:
         """What encoding adds to the rows, in every type."""
         for type_ in self._candidates(rows, importance):
-            yield type_, self._error(rows, type_, importance)
+            yield type_, self._error(rows, type_, importance, fitted)
 
     def _candidates(self, rows: F32, importance: F32 | None) -> tuple[Type, ...]:
         return candidates(rows.shape[1], self.types, importance is not None)

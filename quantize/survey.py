@@ -6,7 +6,8 @@ read once more, its gradients go on to the layer before, and the costs of its te
 only while it runs; a run that dies goes on at the layer that it died in.
 
 Disk, in the work folder: (n_layer + 3) x (tokens, n_embd) in float32; 236B with 8,192 tokens: 10.6 GB, all of it gone
-when the survey ends. Memory: backward.py.
+when the survey ends; what outputs are worth stays until the file is finished, outputs.py: V2-Lite 0.8 GB, 236B 12 GB.
+Memory: backward.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize import heap
-from quantize.backward import Block, norm, norm_backward
+from quantize.backward import Block, Floats, norm, norm_backward
 from quantize.corpus import WINDOW
 from quantize.effort import Effort
+from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
-from quantize.evidence import n_parts
+from quantize.evidence import n_parts, prior_share
+from quantize.feedback import Covariance
 from quantize.flips import Flips
 from quantize.job import Job
+from quantize.outputs import Outputs, OutputSums
 from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.tensors import Form, PartReader, Tensor, read
 
@@ -34,6 +38,8 @@ F32 = NDArray[np.float32]
 Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a survey
 
 INPUTS, GRADIENTS, COSTS = "survey/inputs-{}", "survey/gradients-{}", "survey/costs-{}"
+# What outputs are worth, which the write stage goes by: of a layer's matrices, and of the embeddings' channels.
+OUTPUTS, EMBEDDINGS = "survey/outputs-{}", "survey/outputs-embeddings"
 CHUNK_WINDOWS = 4  # of a forward call
 CHUNK_TOKENS = 1024  # at the head, whose outputs are as wide as the vocabulary
 SEED = 20240507  # of the sampled tokens and signs: any will do, but always the same
@@ -117,11 +123,23 @@ class SurveyStage:
         meter = self._meter(by_role)
         flips = Flips(self.arch, np.random.default_rng([SEED, il]))
         block = Block(self.arch, il, _Weights(self.job, by_role), len(self.windows), flips, pick_experts)
+        sums = OutputSums(self.arch) if self.plan.follows_outputs else None
+
+        def visit(role: str, part: int, weights: Floats, inputs: Floats, gradients: Floats) -> None:
+            meter.visit(role, part, weights, inputs, gradients)
+            if sums is not None:
+                sums.visit(role, part, gradients[FISHER])
+
         dy = self._array(GRADIENTS.format(il + 1))
-        dx = block.backward(self._array(INPUTS.format(il)), dy, meter.visit).astype(np.float32, copy=False)
+        dx = block.backward(self._array(INPUTS.format(il)), dy, visit).astype(np.float32, copy=False)
         if not np.isfinite(dx).all():
             raise QuantizeError(f"layer {il}: the survey's gradients are not finite", "--plain-mix does without them")
-        self._record(il, dx, meter.costs, flips.total)
+        costs = meter.costs
+        if sums is not None:
+            arrays = sums.arrays(self.windows.size)
+            self.job.journal.put_arrays(OUTPUTS.format(il), arrays)
+            costs = _followed(costs, Outputs(arrays))
+        self._record(il, dx, costs, flips.total)
 
     def _embeddings(self) -> None:
         """Rows of token_embd: the gradient meets each row's error as it is."""
@@ -135,7 +153,11 @@ class SurveyStage:
             np.bincount(place, shares).astype(np.float64), meter.n_rows(tensor.role, self.arch.n_embd)
         )
         values = self.job.rows(tensor, rows[picked])
-        for type_, error in meter.errors(values, None):
+        fitted = None
+        if self.plan.follows_outputs:
+            fitted = Covariance.of(gradients[FISHER]).diagonal_blend(prior_share(self.arch.n_embd, len(ids)))
+            self.job.journal.put_arrays(EMBEDDINGS, {str(i): block for i, block in enumerate(fitted.blocks)})
+        for type_, error in meter.errors(values, None, fitted):
             twice = np.zeros(N_GRADIENTS)
             for i, row in enumerate(picked):
                 met = gradients[:, place == row] @ error[i]  # (n_gradients, tokens of this row)
@@ -193,6 +215,15 @@ class SurveyStage:
 
     def _tell(self, il: int, done: float, layer: float = 0.0) -> None:
         self.job.meter.tell("survey", il, done / self._effort, layer / self._effort)
+
+
+def _followed(costs: Costs, outputs: Outputs) -> Costs:
+    """Costs of one layer, by role, where the encoder follows what its outputs are worth."""
+    found: Costs = {}
+    for role, types in costs.items():
+        share = outputs.share(role)
+        found[role] = {t: Cost(c.fisher * share, c.routing * share) if t in FED_BACK else c for t, c in types.items()}
+    return found
 
 
 class _Weights:

@@ -27,7 +27,10 @@ from quantize import Options, feedback, quantize
 
 WINDOW, SKIP = 512, 128
 FEWER = {"max_tokens": 53_760}  # the parts are compared on less calibration text than the default takes
-OFF = {**FEWER, "importance": False, "awq": False, "feedback": False, "sequential": False, "plain_mix": True}
+OFF = {
+    **FEWER, "importance": False, "awq": False, "feedback": False, "sequential": False, "follow_outputs": False,
+    "plain_mix": True,
+}  # fmt: skip
 FIELDS = (
     "model", "type", "variant", "bytes", "bits_per_weight", "ppl_ratio",
     "kld", "kld_error", "kld_p99", "same_top", "n_tokens", "seconds",
@@ -51,12 +54,14 @@ VARIANTS = {
     "feedback+awq": Variant({**OFF, "importance": True, "feedback": True, "awq": True}),
     "allocation": Variant({**OFF, "importance": True, "plain_mix": False}),
     "allocation+feedback": Variant({**OFF, "importance": True, "feedback": True, "plain_mix": False}),
-    "sequential": Variant(FEWER),
+    "sequential": Variant({**FEWER, "follow_outputs": False}),
+    "more text": Variant({"follow_outputs": False}),
     "all": Variant({}),
     "all+awq": Variant({"awq": True}),
 }
 """gptq: each column chosen once, scales from one pass; feedback: with scales refitted and codes polished, twice.
-sequential: and allocation, feedback, sequential calibration. all: the default, which takes more text.
+sequential: and allocation, feedback, sequential calibration; more text: and the default's calibration text.
+all: the default, where rows follow what outputs are worth too.
 """
 
 
