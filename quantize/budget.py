@@ -42,7 +42,7 @@ def settle(job: Job, header_bytes: Callable[[], int]) -> dict[str, Type]:
         return {name: Type[type_] for name, type_ in known.items()}
     budget = budget_bytes(plan, fixed, header_bytes)
     allowed = allowed_types(8 * budget / sum(t.size for t in plan.tensors))
-    survey = SurveyStage(job, allowed, plan.options.survey_tokens).run()
+    survey = SurveyStage(job, allowed).run()
     types, damage = spend(plan, survey, allowed, budget)
     job.journal.put(RECORD, {name: type_.name for name, type_ in types.items()})
     for line in describe(plan, types, damage):

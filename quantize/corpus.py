@@ -27,6 +27,7 @@ MIN_WINDOWS = 2  # below this an average over tokens says nothing
 # Tokens to calibrate with where nobody says how many: as many as have so many values in their hidden states (1.6 GB of
 # memory with sequential calibration), within limits.
 ENOUGH_VALUES, LEAST_TOKENS, MOST_TOKENS = 1 << 27, 1 << 16, 1 << 18
+SURVEY_VALUES, LEAST_SURVEY, MOST_SURVEY = 1 << 24, 1 << 13, 3 << 13  # likewise of the survey
 HELD_WINDOWS = 8  # held back to measure the finished file with,
 HELD_SHARE = 8  # but no more than one window in so many
 
@@ -49,6 +50,11 @@ class Corpus:
 def enough(n_embd: int) -> int:
     """Tokens to calibrate a model that wide with. Four times as many take 5 to 8 % off a narrow one's divergence."""
     return min(max(LEAST_TOKENS, ENOUGH_VALUES // n_embd), MOST_TOKENS)
+
+
+def enough_to_survey(n_embd: int) -> int:
+    """Tokens to survey a model that wide with: three times as many take 1 to 6 % off a narrow one's divergence."""
+    return min(max(LEAST_SURVEY, SURVEY_VALUES // n_embd), MOST_SURVEY)
 
 
 def load(files: Sequence[Path], metadata: Mapping[str, object], max_tokens: int) -> Corpus:

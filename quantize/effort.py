@@ -78,12 +78,12 @@ class Effort:
 
     def survey_forward(self) -> list[float]:
         """Layer by layer."""
-        n, arch = self._survey_tokens(), self.plan.arch
+        n, arch = self.plan.survey_tokens, self.plan.arch
         return [n * forward(arch, il) / self.threads + self._read(il) for il in range(arch.n_layer)]
 
     def survey_back(self) -> list[float]:
         """The embeddings, layer by layer, the head."""
-        arch, n = self.plan.arch, self._survey_tokens()
+        arch, n = self.plan.arch, self.plan.survey_tokens
         price = PRICE * SAMPLED_VALUES * (1 + self._grids())
         layers = [
             n * BACKWARD * forward(arch, il) + price * sum(map(recipe.is_matrix, self.plan.layers[il]))
@@ -116,10 +116,6 @@ class Effort:
 
     def _read(self, il: int) -> float:
         return READ * sum(t.size for t in self.plan.layers[il])
-
-    def _survey_tokens(self) -> int:
-        assert self.plan.corpus is not None
-        return min(self.plan.options.survey_tokens, self.plan.corpus.windows.size)
 
     def _encode(self, tensor: Tensor) -> float:
         type_ = self._type(tensor)

@@ -43,7 +43,7 @@ class Options:
     bpw: float | None = None  # instead: bits a weight, over all tensors
     size: int | None = None  # instead: bytes of the whole file
     plain_mix: bool = False  # the fixed types of the mix that type names, whatever they cost
-    survey_tokens: int = 8192  # of calibration, that the types are chosen on
+    survey_tokens: int | None = None  # of calibration, that types are chosen on; None: corpus.enough_to_survey
     calibration: tuple[Path, ...] = ()  # text and .jsonl chat; none: the text that ships
     max_tokens: int | None = None  # of calibration, evenly thinned; None: corpus.enough
     importance: bool = True  # weigh the encoders' errors by the calibrated inputs
@@ -109,6 +109,14 @@ class Plan:
     def evaluated(self) -> bool:
         """Whether the file will be measured: the text must be long enough to hold some of it back."""
         return self.options.evaluate and self.corpus is not None and len(self.corpus.held) > 0
+
+    @property
+    def survey_tokens(self) -> int:
+        """Calibration tokens to be surveyed, whole windows."""
+        asked = self.options.survey_tokens
+        n_tokens = corpus.enough_to_survey(self.arch.n_embd) if asked is None else asked
+        n_windows = len(self.corpus.windows) if self.corpus is not None else 0
+        return corpus.WINDOW * min(n_windows, max(1, n_tokens // corpus.WINDOW))
 
     @property
     def sequential(self) -> bool:

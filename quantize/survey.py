@@ -26,11 +26,11 @@ from quantize.corpus import WINDOW
 from quantize.effort import Effort
 from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
-from quantize.evidence import n_parts, prior_share
+from quantize.evidence import n_parts
 from quantize.feedback import Covariance
 from quantize.flips import Flips
 from quantize.job import Job
-from quantize.outputs import Outputs, OutputSums
+from quantize.outputs import Outputs, OutputSums, prior_share
 from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.tensors import Form, PartReader, Tensor, read
 
@@ -56,11 +56,11 @@ class Survey:
 class SurveyStage:
     """Surveys a job's model. types: what tensors may become."""
 
-    def __init__(self, job: Job, types: Sequence[Type], n_tokens: int) -> None:
+    def __init__(self, job: Job, types: Sequence[Type]) -> None:
         self.job, self.plan, self.arch, self.types = job, job.plan, job.plan.arch, types
         assert self.plan.corpus is not None
         windows = self.plan.corpus.windows
-        keep = min(len(windows), max(1, n_tokens // WINDOW))
+        keep = self.plan.survey_tokens // WINDOW
         self.windows = windows[np.linspace(0, len(windows) - 1, keep).round().astype(int)]
         effort = Effort(self.plan)
         self._forward_effort, self._back_effort = effort.survey_forward(), effort.survey_back()

@@ -67,6 +67,7 @@ def test_held_windows_are_not_calibrated_with(source: Path, text: Path) -> None:
 
 def test_narrow_models_are_calibrated_with_more(monkeypatch: pytest.MonkeyPatch, source: Path, text: Path) -> None:
     assert [corpus.enough(n) for n in (64, 512, 1024, 2048, 5120)] == [262_144, 262_144, 131_072, 65_536, 65_536]
+    assert [corpus.enough_to_survey(n) for n in (64, 512, 1024, 2048, 5120)] == [24_576, 24_576, 16_384, 8192, 8192]
     monkeypatch.setattr(corpus, "enough", lambda n_embd: 1536)
     with Checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint, Options(calibration=(text,)))

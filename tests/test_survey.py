@@ -13,12 +13,12 @@ from gguf.constants import GGMLQuantizationType as Type
 from support import checkpoints as make
 
 import quantize
-from quantize import Options, job
+from quantize import Options, job, outputs
 from quantize import arch as arch_of
 from quantize.backward import Routing, route
 from quantize.budget import allowed_types, budget_bytes, padded_bytes, spend
 from quantize.checkpoint import Checkpoint
-from quantize.encode import Encoder
+from quantize.encode import FED_BACK, Encoder
 from quantize.flips import Flips
 from quantize.job import Job, make_plan
 from quantize.meter import Meter
@@ -84,7 +84,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(source: Path, records: Records, options: Options | None = None, threads: int = 1) -> SurveyStage:
-    options = options or Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
+    asked = options or Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
+    options = replace(asked, survey_tokens=512)
     plan = make_plan(Checkpoint(source), options)
     whole: Any = records
     work = Job(
@@ -94,7 +95,7 @@ def made(source: Path, records: Records, options: Options | None = None, threads
         Meter(None, {"survey": 1.0, "write": 1.0}, plan.arch.n_layer, 1),
         lambda line: None,
     )
-    return SurveyStage(work, TYPES, 512)
+    return SurveyStage(work, TYPES)
 
 
 def test_the_same_after_any_interruption_and_in_any_slabs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +125,26 @@ def test_the_same_on_any_number_of_threads(source: Path) -> None:
         assert list(got.costs[name]) == list(types)
         for type_, cost in types.items():
             assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=1e-2, abs=1e-9), (name, type_)
+
+
+def test_what_follows_its_outputs_costs_less(source: Path) -> None:
+    """In the types that errors are fed back in; the rest costs what it did."""
+    records, asked = Records(), Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
+    alone = made(source, records, replace(asked, follow_outputs=False)).run()
+    assert not any("outputs" in key for key in records.kept)
+    stage = made(source, Records(), asked)
+    followed = stage.run()
+    for tensor in (t for t in stage.plan.tensors if t.name in alone.costs):
+        for type_, before in alone.costs[tensor.name].items():
+            after = followed.costs[tensor.name][type_]
+            follows = type_ in FED_BACK and tensor.role in outputs.ROLES
+            if follows:
+                assert 0.05 * before.fisher < after.fisher < before.fisher, (tensor.name, type_)
+                assert after.routing <= before.routing
+            elif tensor.role != "token_embd" or type_ not in FED_BACK:
+                assert after == before, (tensor.name, type_)
+    embeddings = (found.costs["token_embd.weight"][Type.Q2_K].fisher for found in (followed, alone))
+    assert next(embeddings) < next(embeddings)
 
 
 def test_every_matrix_costs_less_with_more_bits(source: Path) -> None:
