@@ -181,7 +181,8 @@ class Encoder:
 
     def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
         out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-        share = -(-len(rows) // (2 * self.threads * MIN_ROWS)) * MIN_ROWS
+        n_parts = self.threads * (2 if len(rows) > self.threads * MAX_ROWS // 2 else 1)
+        share = -(-len(rows) // (n_parts * MIN_ROWS)) * MIN_ROWS
         step = max(MIN_ROWS, min(MAX_ROWS, share))
 
         def work(start: int) -> None:

@@ -34,8 +34,9 @@ DAMPING = 0.02  # added to the diagonal, as a share of its mean
 # At which a block's own gradients weigh as much as none off the diagonal, in tokens a row. The survey has few: with 4 a
 # row (V2-Lite's residual stream) 0.1 would lose 3 % of a down's loss, this gains 5 to 10 of the 15 that many tokens do.
 PRIOR_TOKENS = 2.0
-# Rows that are encoded together, and so do not make up for each other: few of a block's, and enough for the cores.
-STEPS, MIN_STEP = 32, 8
+# Steps of a block, whose rows are encoded together and so do not make up for each other: many of few rows, and of many
+# rows enough at a time that the encoder's tables, which it reads for each step, do not cost more than the rows.
+STEPS, WIDE_STEPS, WIDE, MIN_STEP = 32, 16, 1024, 8
 
 
 class Rows:
@@ -45,7 +46,7 @@ class Rows:
 
     def __init__(self, g: F32) -> None:
         self.n_blocks, self.m = g.shape[:2]
-        self.step = -(-self.m // (STEPS * MIN_STEP)) * MIN_STEP
+        self.step = -(-self.m // ((STEPS if self.m <= WIDE else WIDE_STEPS) * MIN_STEP)) * MIN_STEP
         self.order = np.empty((self.n_blocks, self.m), np.intp)  # rows of the matrix
         self._upper = np.empty(g.shape, np.float32)  # M of each block, in that order
         counts = []

@@ -44,7 +44,7 @@ def loss(e: np.ndarray, g: np.ndarray, h: np.ndarray) -> float:
     return float(np.einsum("rs,ri,ij,sj->", g, e, h, e, optimize=True))
 
 
-@pytest.mark.parametrize("m", [8, 20, 96, 300, 576])
+@pytest.mark.parametrize("m", [8, 20, 96, 300, 576, 1100])
 def test_a_row_makes_up_for_those_before(m: int) -> None:
     """What the rows of a step are moved by, and how much all count, is what eliminating the rows after them gives."""
     g = worth(m)
