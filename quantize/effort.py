@@ -30,7 +30,7 @@ SEARCH = 3e11  # the folds of a layer
 FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
 FED, FED_GRID = 4e3, 2.1e4  # and under a covariance,
 FED_COLUMN = 1.5  # with as much for each column beside it
-FOLLOWED_ROW = 1.0  # and for each row that comes before or after, where rows follow what outputs are worth
+FOLLOWED = 2.5  # times that, where rows follow what outputs are worth: the tables are read for few at a time
 # Bits a weight at which grid types begin to be chosen, and where most are.
 FEW_GRIDS, MOST_GRIDS = 3.9, 3.0
 
@@ -124,10 +124,9 @@ class Effort:
         fed_back = self.plan.calibrated and self.plan.options.feedback and type_ in FED_BACK
         codes, grids = (FED, FED_GRID) if fed_back else (PLAIN, PLAIN_GRID)
         share = float(type_ in GRID_TYPES) if self.types is not None or not self.plan.allocates else self._grids()
-        beside = FED_COLUMN * tensor.shape[-1] if fed_back else 0.0
-        if fed_back and self.plan.follows_outputs and tensor.role in outputs.ROLES:
-            beside += FOLLOWED_ROW * tensor.shape[-2] / (self.plan.arch.n_head if tensor.role in outputs.BY_HEAD else 1)
-        return tensor.size * (codes + share * (grids - codes) + beside)
+        cost = codes + share * (grids - codes) + (FED_COLUMN * tensor.shape[-1] if fed_back else 0.0)
+        follows = fed_back and self.plan.follows_outputs and tensor.role in outputs.ROLES
+        return tensor.size * cost * (FOLLOWED if follows else 1.0)
 
     def _type(self, tensor: Tensor) -> Type:
         if self.types is not None:

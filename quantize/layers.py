@@ -74,7 +74,7 @@ class Known:
     importance: F32 | None = None  # (n,)
     covariance: Covariance | None = None
     inputs: F32 | None = None  # (m, n) of some tokens, to measure with
-    outputs: Rows | None = None
+    outputs: Rows | None = None  # what its rows are worth
 
 
 @dataclass(frozen=True)
