@@ -201,6 +201,6 @@ class Evidence:
         return self._queries
 
 
-def prior_share(n: int, count: int) -> float:
+def prior_share(n: int, count: int, prior_tokens: float = PRIOR_TOKENS) -> float:
     """How much of a covariance of n channels is the prior's, where count tokens were seen."""
-    return PRIOR_TOKENS * n / (PRIOR_TOKENS * n + count)
+    return prior_tokens * n / (prior_tokens * n + count)

@@ -18,6 +18,13 @@ F64 = NDArray[np.float64]
 BLOCK = 256  # columns that are factored together, in float64, and encoded together: DS_ENCODE_WIDTH
 
 
+def damped(h: F32, share: float) -> F32:
+    """h (n, n) with share added to its diagonal."""
+    out = h.copy()
+    out.reshape(-1)[:: len(out) + 1] += np.float32(share)
+    return out
+
+
 def unit_upper(h: F64) -> tuple[F64, F64]:
     """M, unit upper, and v with h = M diag(v) M^T. LinAlgError unless h is positive definite."""
     upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]

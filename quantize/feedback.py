@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cext import _engine
 from quantize.blas import by_pieces, pieces, product, spread
-from quantize.factor import BLOCK, Factor, unit_upper
+from quantize.factor import BLOCK, Factor, damped, unit_upper
 
 F32 = NDArray[np.float32]
 Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all, carry, cov, tri, var
@@ -133,7 +133,7 @@ class Covariance:
             wanted += self.residual
         try:
             if "damped" not in self.__dict__:  # gate and up share it
-                self.__dict__["damped"] = Factor(_damped(block / np.float32(self.mean), CORRECTION_DAMPING))
+                self.__dict__["damped"] = Factor(damped(block / np.float32(self.mean), CORRECTION_DAMPING))
             moved = self.__dict__["damped"].solve(wanted * np.float32(CORRECTION / self.mean)).T
         except np.linalg.LinAlgError:
             return rows
@@ -194,16 +194,10 @@ def _sum(total: F32 | None, more: F32) -> F32:
     return more if total is None else np.add(total, more, out=total)
 
 
-def _damped(block: F32, share: float) -> F32:
-    out = block.copy()
-    out.reshape(-1)[:: len(out) + 1] += np.float32(share)
-    return out
-
-
 def _sweeps(block: F32) -> list[Sweep]:
     """First sweep, with what the blocks before have lost; second, with what all others have."""
     n = len(block)
-    h = _damped(block, DAMPING)
+    h = damped(block, DAMPING)
     first = (False, np.zeros((n, n), np.float32), *_tables(n))
     second = (True, np.empty((n, n), np.float32), *_tables(n))
     factor = Factor(h)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 from quantize.arch import Arch
 from quantize.backward import Floats
 from quantize.blas import product
-from quantize.factor import Factor
+from quantize.evidence import prior_share
+from quantize.factor import Factor, damped
 
 F32 = NDArray[np.float32]
 
@@ -46,7 +46,8 @@ class Rows:
 
     def __init__(self, g: F32) -> None:
         self.n_blocks, self.m = g.shape[:2]
-        self.step = -(-self.m // ((STEPS if self.m <= WIDE else WIDE_STEPS) * MIN_STEP)) * MIN_STEP
+        step = -(-self.m // ((STEPS if self.m <= WIDE else WIDE_STEPS) * MIN_STEP)) * MIN_STEP
+        self.steps = [slice(start, min(start + step, self.m)) for start in range(0, self.m, step)]  # of a block's rows
         self.order = np.empty((self.n_blocks, self.m), np.intp)  # rows of the matrix
         self._upper = np.empty(g.shape, np.float32)  # M of each block, in that order
         counts = []
@@ -55,8 +56,7 @@ class Rows:
             if not (np.isfinite(mean) and mean > 0):
                 raise np.linalg.LinAlgError("no gradient reaches these rows, or one that is not finite")
             own = np.argsort(-block.diagonal(), kind="stable")  # the most weighty first: the most is left to make up
-            h = block[np.ix_(own, own)] / np.float32(mean)
-            h.reshape(-1)[:: self.m + 1] += np.float32(DAMPING)
+            h = damped(block[np.ix_(own, own)] / np.float32(mean), DAMPING)
             factor = Factor(h)
             self.order[i], self._upper[i] = i * self.m + own, factor.above
             for at, inner in zip(factor.blocks, factor.inner, strict=True):
@@ -66,20 +66,10 @@ class Rows:
 
     def _counts(self, block: int, v: NDArray[np.float64]) -> float:
         """What all rows count, those of a step each by itself."""
-        total = 0.0
-        for at in self.steps:
-            total += float((np.square(self._upper[block, at, at]) @ v[at]).sum())
-        return total
-
-    @cached_property
-    def steps(self) -> list[slice]:
-        """Of a block's rows, in order."""
-        return [slice(start, min(start + self.step, self.m)) for start in range(0, self.m, self.step)]
+        return sum(float((np.square(self._upper[block, at, at]) @ v[at]).sum()) for at in self.steps)
 
     def carried(self, block: int, at: slice, lost: F32) -> F32:
         """(rows of at, n) what the rows before have lost, lost (n, m), as the rows at feel it."""
-        if at.start == 0:
-            return np.zeros((at.stop, len(lost)), np.float32)
         upper = self._upper[block]
         weights = upper[: at.start, at] @ np.linalg.inv(upper[at, at])
         return product(lost[:, : at.start], weights).T
@@ -116,18 +106,15 @@ class OutputSums:
         }
 
 
-def prior_share(n: int, n_tokens: int) -> float:
-    """How much of what lies off the diagonal of a covariance of n gradients is not to be believed."""
-    return PRIOR_TOKENS * n / (PRIOR_TOKENS * n + n_tokens)
-
-
 def _kept(blocks: F32, n_tokens: int) -> NDArray[np.float16]:
-    out = np.empty(blocks.shape, np.float16)
+    """Zeros where no gradient came."""
+    out = np.zeros(blocks.shape, np.float16)
+    share = prior_share(blocks.shape[1], n_tokens, PRIOR_TOKENS)
     for block, kept in zip(blocks, out, strict=True):
         mean = float(block.diagonal().mean(dtype=np.float64))
-        own = block * np.float32((1 - prior_share(len(block), n_tokens)) / mean if mean > 0 else 0.0)
-        np.fill_diagonal(own, block.diagonal() / mean if mean > 0 else 0.0)
-        kept[...] = own
+        if mean > 0:
+            kept[...] = block * np.float32((1 - share) / mean)
+            np.fill_diagonal(kept, block.diagonal() / mean)
     return out
 
 
@@ -138,18 +125,20 @@ class Outputs:
 
     def __init__(self, arrays: Mapping[str, NDArray[np.float16]], scales: Mapping[str, F32] | None = None) -> None:
         self._arrays, self._scales = arrays, scales or {}
-        self._made: dict[str, tuple[int, Rows | None]] = {}
+        self._last: tuple[str, int] | None = None
+        self._made: Rows | None = None
         self._lock = threading.Lock()
 
     def rows(self, role: str, part: int) -> Rows | None:
         """Of a part; None where nothing is known, or it cannot be used."""
         if role not in self._arrays:
             return None
-        at = part if role in BY_PART else 0
+        key = role, part if role in BY_PART else 0
         with self._lock:
-            if self._made.get(role, (-1, None))[0] != at:
-                self._made = {role: (at, self._make(role, at))}
-            return self._made[role][1]
+            if self._last != key:
+                self._made = None  # its memory first
+                self._last, self._made = key, self._make(*key)
+            return self._made
 
     def share(self, role: str) -> float:
         """Of a tensor's loss, that the rows leave of it."""

@@ -26,11 +26,11 @@ from quantize.corpus import WINDOW
 from quantize.effort import Effort
 from quantize.encode import FED_BACK
 from quantize.errors import QuantizeError
-from quantize.evidence import n_parts
+from quantize.evidence import n_parts, prior_share
 from quantize.feedback import Covariance
 from quantize.flips import Flips
 from quantize.job import Job
-from quantize.outputs import Outputs, OutputSums, prior_share
+from quantize.outputs import PRIOR_TOKENS, Outputs, OutputSums
 from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.tensors import Form, PartReader, Tensor, read
 
@@ -155,7 +155,8 @@ class SurveyStage:
         values = self.job.rows(tensor, rows[picked])
         fitted = None
         if self.plan.follows_outputs:
-            fitted = Covariance.of(gradients[FISHER]).diagonal_blend(prior_share(self.arch.n_embd, len(ids)))
+            share = prior_share(self.arch.n_embd, len(ids), PRIOR_TOKENS)
+            fitted = Covariance.of(gradients[FISHER]).diagonal_blend(share)
             self.job.journal.put_arrays(EMBEDDINGS, {str(i): block for i, block in enumerate(fitted.blocks)})
         for type_, error in meter.errors(values, None, fitted):
             twice = np.zeros(N_GRADIENTS)
