@@ -4,7 +4,8 @@ Damage has two parts. Noise in what a matrix puts out adds up in squares: a tens
 reaches a router makes tokens change experts, as often as the noise's size says: the root of the sum of the tensors'
 ``routing`` (sensitivity.py derives both). With the root's slope at the point reached in place of the root, the sum is
 separable, and the best types are a knapsack's, solved over the budget in steps fine enough to be all but exact. The
-slope then follows the result until they agree: the root is concave, so that each round can only lower the damage.
+slope then follows the result until they agree: the root is concave, so that each round can only lower the damage. Where
+it ends depends on where it began, so that it begins at several slopes, and the best end counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.errors import QuantizeError
 
-MAX_ROUNDS = 12  # of the slope; it settles in three or four
+STARTS = (0.0, 1.0, 10.0, 100.0, 1000.0)  # slopes to begin with: the steeper, the fewer bits are missing
+MAX_ROUNDS = 12  # of each; it settles in three or four
 MAX_STEPS = 1 << 15  # of the budget: exact where it holds fewer of the sizes' common divisor
 TIE = 0.02  # of a cost: below it the type that runs faster wins, where it takes no more bytes
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -68,7 +70,7 @@ def allocate(items: Sequence[Item], budget: int, flips: float = 0.0) -> Allocati
     least = sum(min(c.nbytes for c in item.choices) for item in items)
     if least > budget:
         raise ValueError(f"the smallest types take {least} bytes, the budget is {budget}")
-    starts = (0.0, 1.0) if flips > 0 else (0.0,)
+    starts = STARTS if flips > 0 else STARTS[:1]
     return min((_settle(items, budget, flips, slope) for slope in starts), key=lambda result: result.damage)
 
 
