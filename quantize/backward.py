@@ -317,7 +317,7 @@ class Block:
 
     def _gated(
         self, roles: tuple[str, str, str], part: int, x: Floats, dy: Floats, weights: Floats | None, visit: Visit
-    ) -> tuple[Floats, Floats]:
+    ) -> tuple[Floats, Floats | None]:
         """down(silu(gate x) * up x), each token times weights (m,), backwards: the gradients at x and at weights."""
         gate, up, down = (self.read(role, part) for role in roles)
         # A wide layer's hidden channels of all tokens are large: no more of them at a time than it takes.
@@ -332,10 +332,14 @@ class Block:
         hidden *= silu
         weighted = dy if weights is None else dy * weights[:, None]
         visit(roles[2], part, down, hidden, weighted)
-        dhidden = dy @ down
-        dweights = np.einsum("gmn,mn->gm", dhidden, hidden)
-        del hidden
-        if weights is not None:
+        dweights: Floats | None = None
+        if weights is None:
+            del hidden
+            dhidden = dy @ down
+        else:
+            dhidden = dy @ down
+            dweights = np.einsum("gmn,mn->gm", dhidden, hidden)
+            del hidden
             dhidden *= weights[:, None]
         da = dhidden * slope
         del slope

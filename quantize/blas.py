@@ -121,10 +121,21 @@ def pieces(n: int) -> list[slice]:
     return [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
 
 
-def product(a: F32, b: F32) -> F32:
-    """a (m, k) b (k, n) on all cores, the same bits on any number of them. Not from within a task."""
-    out = np.empty((len(a), b.shape[1]), np.float32)
-    spread([partial(np.matmul, a[rows], b, out=out[rows]) for rows in pieces(len(a))])
+def by_rows(work: Callable[[slice], object], n_rows: int) -> None:
+    """Run work on the pieces of n_rows, as spread does."""
+    spread([partial(work, rows) for rows in pieces(n_rows)])
+
+
+def product(a: F32, b: F32, onto: F32 | None = None) -> F32:
+    """a (m, k) b (k, n) on all cores, the same bits on any number of them; added to what is in onto (m, n), where that
+    is given, with no more memory than pieces take. Not from within a task.
+    """
+    out = np.zeros((len(a), b.shape[1]), np.float32) if onto is None else onto
+
+    def multiply(rows: slice) -> None:
+        out[rows] += a[rows] @ b
+
+    by_rows(multiply, len(a))
     return out
 
 
@@ -135,17 +146,21 @@ def padded(n: int) -> int:
     return -(-n // PIECE) * PIECE
 
 
+def whole_piece(rows: F32) -> F32:
+    """rows (m, n) of the last piece, zeros below them where m is less than a piece."""
+    return rows if len(rows) == PIECE else np.pad(rows, ((0, PIECE - len(rows)), (0, 0)))
+
+
 def by_pieces(a: F32, b: F32) -> F32:
     """a (m, k) b^T for b (n, k) on all cores: some pieces of b's rows at a time give the same bits as all."""
-    whole = np.zeros((padded(len(b)), b.shape[1]), np.float32)
-    whole[: len(b)] = b
-    out = np.empty((len(a), len(whole)), np.float32)
+    out = np.empty((len(a), len(b)), np.float32)
 
     def multiply(rows: slice) -> None:
-        out[:, rows] = a @ whole[rows].T
+        piece = b[rows]
+        out[:, rows] = (a @ whole_piece(piece).T)[:, : len(piece)]
 
-    spread([partial(multiply, rows) for rows in pieces(len(whole))])
-    return out[:, : len(b)]
+    by_rows(multiply, len(b))
+    return out
 
 
 def n_cores() -> int:

@@ -44,7 +44,9 @@ E4M3_VALUES = _e4m3_values()
 
 def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """bfloat16 bit patterns to float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

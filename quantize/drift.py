@@ -164,6 +164,8 @@ class FeedForward:
         """A part as the file has it."""
         if role == ROUTER:
             self._route(decoded)
+        if role in DOWNS:
+            self._last.drop()
         self._decoded[role, part] = decoded
 
     def add(self, role: str, part: int) -> None:

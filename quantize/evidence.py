@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
+from quantize.backward import sigmoid
+from quantize.blas import product
 from quantize.calibrate import FEW_TOKENS, LayerStats
 from quantize.feedback import Covariance
 from quantize.tensors import Form, Tensor
@@ -77,10 +79,14 @@ class Last(threading.local):
     def of(self, key: object, make: Callable[[], Covariance | None]) -> Covariance | None:
         """The one of this key, made unless it is the last."""
         if key != self.key:
-            self.key = self.made = None  # its memory first
+            self.drop()  # its memory first
             self.made = make()
             self.key = key
         return self.made
+
+    def drop(self) -> None:
+        """Nobody will ask for it again."""
+        self.key = self.made = None
 
 
 class Evidence:
@@ -181,10 +187,10 @@ class Evidence:
     def _hidden_rows(self, expert: int) -> F32:
         """(n_sample, n_ff) hidden channels of an expert for the layer's sampled tokens."""
         x = self.stats.inputs["ffn_norm"].sample
-        gate = x @ self._read(self.tensors["ffn_gate_exps"], expert).T
-        up = x @ self._read(self.tensors["ffn_up_exps"], expert).T
-        hidden: F32 = gate / (1.0 + np.exp(-np.clip(gate, -80.0, 80.0))) * up
-        return hidden
+        gate, up = (product(x, self._read(self.tensors[role], expert).T) for role in ("ffn_gate_exps", "ffn_up_exps"))
+        gate *= sigmoid(gate)
+        gate *= up
+        return gate
 
     def _query_square(self) -> F32:
         """Mean q_nope^2 a head, (n_head, nope): k_b multiplies the queries, score = (q_nope W_k) . c."""

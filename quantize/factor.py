@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.blas import one_thread, padded, pieces, spread
+from quantize.blas import PIECE, by_rows, one_thread, pieces, spread
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -18,9 +18,14 @@ F64 = NDArray[np.float64]
 BLOCK = 256  # columns that are factored together, in float64, and encoded together: DS_ENCODE_WIDTH
 
 
-def damped(h: F32, share: float) -> F32:
-    """h (n, n) with share added to its diagonal."""
-    out = h.copy()
+def damped(h: F32, mean: float, share: float) -> F32:
+    """h (n, n) over the mean of its diagonal, with share added to that."""
+    out = np.empty_like(h)
+
+    def scale(rows: slice) -> None:
+        np.divide(h[rows], np.float32(mean), out=out[rows])
+
+    by_rows(scale, len(h))
     out.reshape(-1)[:: len(out) + 1] += np.float32(share)
     return out
 
@@ -71,14 +76,14 @@ class Factor:
             self.v[at] = v
 
     def solve(self, b: F32) -> F32:
-        """x (n, k) with h x = b. Columns are padded to whole pieces: some at a time give the same bits as all."""
-        n_columns = b.shape[1]
-        x = np.zeros((len(b), padded(n_columns)), np.float32)
-        x[:, :n_columns] = b
+        """x (k, n) with h x^T = b (n, k). A piece of b's columns at a time: some give the same bits as all."""
+        x = np.empty(b.shape[::-1], np.float32)
         inverse_v = (1.0 / self.v).astype(np.float32)[:, None]
 
         def columns(run: slice) -> None:
-            part = x[:, run].copy()
+            part = np.zeros((len(b), PIECE), np.float32)
+            n_columns = run.stop - run.start
+            part[:, :n_columns] = b[:, run]
             for at, inverse in zip(reversed(self.blocks), reversed(self.inverse), strict=True):
                 part[at] = inverse @ part[at]
                 part[: at.start] -= self.above[: at.start, at] @ part[at]
@@ -86,7 +91,7 @@ class Factor:
             for at, inverse in zip(self.blocks, self.inverse, strict=True):
                 part[at] -= self.above[: at.start, at].T @ part[: at.start]
                 part[at] = inverse.T @ part[at]
-            x[:, run] = part
+            x[run] = part[:, :n_columns].T
 
-        spread([partial(columns, run) for run in pieces(x.shape[1])])
-        return x[:, :n_columns]
+        by_rows(columns, len(x))
+        return x

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import by_pieces, pieces, product, spread
+from quantize.blas import by_pieces, by_rows, pieces, product, spread
 from quantize.factor import BLOCK, Factor, damped, unit_upper
 
 F32 = NDArray[np.float32]
@@ -45,23 +45,24 @@ def chunks(n: int) -> list[slice]:
     return [slice(start, min(start + width, n)) for start in range(0, n, width)]
 
 
-def gram(x: F32) -> list[F32]:
-    """x^T x for inputs x (m, n), a matrix for each chunk."""
-    return [_square(np.ascontiguousarray(x[:, c])) for c in chunks(x.shape[1])]
+def gram(x: F32, onto: list[F32] | None = None) -> list[F32]:
+    """x^T x for inputs x (m, n), a matrix for each chunk; added to those in onto, where they are given."""
+    out = [np.zeros((c.stop - c.start,) * 2, np.float32) for c in chunks(x.shape[1])] if onto is None else onto
+    for c, total in zip(chunks(x.shape[1]), out, strict=True):
+        _add_square(total, np.ascontiguousarray(x[:, c]))
+    return out
 
 
-def _square(x: F32) -> F32:
-    n = x.shape[1]
-    out = np.empty((n, n), np.float32)
-    runs = pieces(n)
+def _add_square(total: F32, x: F32) -> None:
+    """x^T x, piece by piece, half of it mirrored."""
+    runs = pieces(x.shape[1])
 
     def multiply(rows: slice, columns: slice) -> None:
-        np.matmul(x[:, rows].T, x[:, columns], out=out[rows, columns])
+        total[rows, columns] += x[:, rows].T @ x[:, columns]
         if rows is not columns:
-            out[columns, rows] = out[rows, columns].T
+            total[columns, rows] = total[rows, columns].T
 
     spread([partial(multiply, a, b) for i, a in enumerate(runs) for b in runs[i:]])
-    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +99,11 @@ class Covariance:
         if self.mean <= 0:
             return other
         mine, theirs = np.float32((1 - share) / self.mean), np.float32(share / other.mean)
-        drift = self.drift * mine if self.drift is not None else None
-        if drift is not None and other.drift is not None:
-            drift += other.drift * theirs
-        return Covariance(tuple(a * mine + b * theirs for a, b in zip(self.blocks, other.blocks, strict=True)), drift)
+        drift = None
+        if self.drift is not None:
+            drift = self.drift * mine if other.drift is None else _mixed(self.drift, mine, other.drift, theirs)
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return Covariance(tuple(_mixed(a, mine, b, theirs) for a, b in pairs), drift)
 
     def diagonal_blend(self, share: float) -> Covariance:
         """(1 - share) of what lies off the diagonal."""
@@ -125,19 +127,20 @@ class Covariance:
         """rows (n_row, n) moved towards those that give, of x, what they gave of x + d, and r."""
         if (self.drift is None and self.residual is None) or not np.isfinite(self.mean) or self.mean <= 0:
             return rows
-        (block,) = self.blocks
-        wanted = np.zeros((self.n, len(rows)), np.float32)
-        if self.drift is not None:
-            wanted += by_pieces(self.drift, rows)
+        wanted = np.zeros((self.n, len(rows)), np.float32) if self.drift is None else by_pieces(self.drift, rows)
         if self.residual is not None:
             wanted += self.residual
+        wanted *= np.float32(CORRECTION / self.mean)
         try:
             if "damped" not in self.__dict__:  # gate and up share it
-                self.__dict__["damped"] = Factor(damped(block / np.float32(self.mean), CORRECTION_DAMPING))
-            moved = self.__dict__["damped"].solve(wanted * np.float32(CORRECTION / self.mean)).T
+                self.__dict__["damped"] = Factor(damped(self.blocks[0], self.mean, CORRECTION_DAMPING))
+            moved: F32 = self.__dict__["damped"].solve(wanted)
         except np.linalg.LinAlgError:
             return rows
-        return np.ascontiguousarray(rows + moved) if np.isfinite(moved).all() else rows
+        if not np.isfinite(moved).all():
+            return rows
+        moved += rows
+        return moved
 
     @classmethod
     def even(cls, n: int) -> Covariance:
@@ -162,9 +165,20 @@ class Covariance:
         if not np.isfinite(self.mean) or self.mean <= 0:
             return None
         try:
-            return [_sweeps(block / np.float32(self.mean)) for block in self.blocks]
+            return [_sweeps(damped(block, self.mean, DAMPING)) for block in self.blocks]
         except np.linalg.LinAlgError:
             return None
+
+
+def _mixed(a: F32, mine: np.float32, b: F32, theirs: np.float32) -> F32:
+    out = np.empty_like(a)
+
+    def fill(rows: slice) -> None:
+        np.multiply(a[rows], mine, out=out[rows])
+        out[rows] += b[rows] * theirs
+
+    by_rows(fill, len(a))
+    return out
 
 
 class Sums:
@@ -177,42 +191,35 @@ class Sums:
 
     def add(self, x: F32, missing: F32 | None = None, residual: F32 | None = None) -> None:
         """Inputs x (m, n), what they lack (m, n), and what the outputs lack (m, n_row)."""
-        new = gram(x)
-        for total, more in zip(self._gram, new, strict=False):
-            np.add(total, more, out=total)
-        self._gram = self._gram or new
-        if missing is not None and len(new) == 1:
-            self._drift = _sum(self._drift, product(x.T, missing))
-        if residual is not None and len(new) == 1:
-            self._residual = _sum(self._residual, product(x.T, residual))
+        self._gram = gram(x, self._gram or None)
+        if missing is not None and len(self._gram) == 1:
+            self._drift = product(x.T, missing, self._drift)
+        if residual is not None and len(self._gram) == 1:
+            self._residual = product(x.T, residual, self._residual)
 
     def done(self) -> Covariance:
         return Covariance(tuple(self._gram), self._drift, self._residual)
 
 
-def _sum(total: F32 | None, more: F32) -> F32:
-    return more if total is None else np.add(total, more, out=total)
-
-
-def _sweeps(block: F32) -> list[Sweep]:
+def _sweeps(h: F32) -> list[Sweep]:
     """First sweep, with what the blocks before have lost; second, with what all others have."""
-    n = len(block)
-    h = damped(block, DAMPING)
-    first = (False, np.zeros((n, n), np.float32), *_tables(n))
-    second = (True, np.empty((n, n), np.float32), *_tables(n))
+    n = len(h)
     factor = Factor(h)
+    first = (False, factor.above, *_tables(n))
     spread([partial(_fill_first, factor, i, first) for i in range(len(factor.blocks))])
     if len(factor.blocks) == 1:
         return [first]
+    second = (True, np.empty((n, n), np.float32), *_tables(n))
     spread([partial(_fill_second, h, at, second) for at in factor.blocks])
     return [first, second][:SWEEPS]
 
 
 def _fill_first(factor: Factor, i: int, sweep: Sweep) -> None:
+    """carry: the factor's own columns, which this takes over."""
     _, carry, cov, tri, var = sweep
     at, inner = factor.blocks[i], factor.inner[i]
     v = factor.v[at]
-    carry[: at.start, at] = factor.above[: at.start, at] @ factor.inverse[i]
+    carry[: at.start, at] = carry[: at.start, at] @ factor.inverse[i]
     cov[at, : len(v)], tri[at, : len(v)], var[at] = (inner * v) @ inner.T, inner, v
 
 

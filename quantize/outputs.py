@@ -56,7 +56,7 @@ class Rows:
             if not (np.isfinite(mean) and mean > 0):
                 raise np.linalg.LinAlgError("no gradient reaches these rows, or one that is not finite")
             own = np.argsort(-block.diagonal(), kind="stable")  # the most weighty first: the most is left to make up
-            h = damped(block[np.ix_(own, own)] / np.float32(mean), DAMPING)
+            h = damped(block[np.ix_(own, own)], mean, DAMPING)
             factor = Factor(h)
             self.order[i], self._upper[i] = i * self.m + own, factor.above
             for at, inner in zip(factor.blocks, factor.inner, strict=True):
@@ -88,13 +88,12 @@ class OutputSums:
             return
         n_blocks = self._arch.n_head if role in BY_HEAD else 1
         m = gradients.shape[1] // n_blocks
-        new = np.empty((n_blocks, m, m), np.float32)
-        for i, block in enumerate(new):
+        parts, at = self._sums.setdefault(role, {}), part if role in BY_PART else 0
+        if at not in parts:
+            parts[at] = np.zeros((n_blocks, m, m), np.float32)
+        for i, block in enumerate(parts[at]):
             g = np.ascontiguousarray(gradients[:, i * m : (i + 1) * m], np.float32)
-            block[:] = product(g.T, g)
-        parts = self._sums.setdefault(role, {})
-        at = part if role in BY_PART else 0
-        parts[at] = parts[at] + new if at in parts else new
+            product(g.T, g, block)
 
     def arrays(self, n_tokens: int) -> dict[str, NDArray[np.float16]]:
         """(n_blocks, m, m) by role, those of parts one after the other; each block's mean diagonal is 1. Few tokens

@@ -189,7 +189,7 @@ class CostMeter:
             return None
         self._n_fed_back[role] += 1
         if self._fitted is None or self._fitted[0]() is not inputs:
-            half = np.ascontiguousarray(inputs[::2], np.float32)
+            half = inputs[::2].astype(np.float32, copy=False)
             share = prior_share(half.shape[1], len(half))
             self._fitted = weakref.ref(inputs, self._forget), Covariance.of(half).diagonal_blend(share).prepared()
         return self._fitted[1]

@@ -37,7 +37,7 @@ def test_the_factor_multiplies_to_the_matrix(n: int) -> None:
 @pytest.mark.parametrize("k", COLUMNS)
 def test_equations_are_solved(n: int, k: int) -> None:
     h, b = covariance(n), np.random.default_rng(1).standard_normal((n, k)).astype(np.float32)
-    x = Factor(h).solve(b)
+    x = Factor(h).solve(b).T
     assert x.dtype == np.float32 and x.shape == b.shape
     exact = np.linalg.solve(h.astype(np.float64), b.astype(np.float64))
     condition = np.linalg.cond(h.astype(np.float64))
@@ -47,7 +47,8 @@ def test_equations_are_solved(n: int, k: int) -> None:
 def test_bits_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     h, b = covariance(WIDTHS[-1]), np.random.default_rng(1).standard_normal((WIDTHS[-1], 600)).astype(np.float32)
     many = Factor(h).solve(b)
-    monkeypatch.setattr("quantize.factor.spread", lambda tasks: [task() for task in tasks])
+    for module in ("factor", "blas"):
+        monkeypatch.setattr(f"quantize.{module}.spread", lambda tasks: [task() for task in tasks])
     with blas.one_thread():
         assert np.array_equal(Factor(h).solve(b), many)
 

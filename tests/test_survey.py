@@ -98,23 +98,29 @@ def made(source: Path, records: Records, options: Options | None = None, threads
     return SurveyStage(work, TYPES)
 
 
-def test_the_same_after_any_interruption_and_in_any_slabs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_after_any_interruption(source: Path) -> None:
     records = Records()
     expected = made(source, records).run()
     n_records = -records.dies_at - 1
     left = {f"survey/costs-{il}" for il in (-1, 0, 1, 2)}  # arrays go as soon as they can, but what the encoder needs
     assert set(records.kept) == left | {f"survey/outputs-{what}" for what in (0, 1, "embeddings")}
-    monkeypatch.setattr(job, "SLAB_VALUES", 256 * 50)
     for dies_at in range(1, n_records + 1):
         again = Records(dies_at=dies_at)
         with pytest.raises(KeyboardInterrupt):
             made(source, again).run()
-        got = made(source, again).run()
-        assert got.flips == pytest.approx(expected.flips, rel=1e-3)
-        for name, types in expected.costs.items():
-            assert got.costs[name].keys() == types.keys()
-            for type_, cost in types.items():
-                assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=1e-2, abs=1e-9), (name, type_)
+        assert made(source, again).run() == expected
+
+
+def test_the_same_in_any_slabs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for rounding: of two scales that are as good, another may be chosen."""
+    expected = made(source, Records()).run()
+    monkeypatch.setattr(job, "SLAB_VALUES", 256 * 50)
+    got = made(source, Records()).run()
+    assert got.flips == pytest.approx(expected.flips, rel=1e-3)
+    for name, types in expected.costs.items():
+        assert got.costs[name].keys() == types.keys()
+        for type_, cost in types.items():
+            assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=0.05, abs=1e-9), (name, type_)
 
 
 def test_the_same_on_any_number_of_threads(source: Path) -> None:
