@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import llama_cpp
 import numpy as np
@@ -48,23 +50,33 @@ def quantize(source: Path, target: Path, file_type: int, *, pure: bool = False) 
     return target
 
 
+def _plain_weights() -> Any:
+    """A model's parameters, weights as the file has them: where a CPU has AMX, llama.cpp would put f16 experts into a
+    layout that it then cannot run, and end the process.
+    """
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    return params
+
+
 def logits(path: Path, ids: ArrayLike, *, kv_type: str = "f32", threads: int = 1) -> NDArray[np.float32]:
     """Logits after each token, (n, n_vocab), in one batch."""
     silence()
     ids = [int(i) for i in np.asarray(ids)]
     cache = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16}[kv_type]
-    llama = llama_cpp.Llama(
-        str(path),
-        n_gpu_layers=0,
-        n_ctx=len(ids),
-        n_batch=len(ids),
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,
-        type_k=cache,
-        type_v=cache,
-        verbose=False,
-    )
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", _plain_weights):
+        llama = llama_cpp.Llama(
+            str(path),
+            n_gpu_layers=0,
+            n_ctx=len(ids),
+            n_batch=len(ids),
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=True,
+            type_k=cache,
+            type_v=cache,
+            verbose=False,
+        )
     with contextlib.closing(llama):
         llama.eval(ids)
         scores: NDArray[np.float32] = llama.scores[: len(ids)].copy()
