@@ -12,11 +12,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,21 +77,86 @@ def one_thread() -> Iterator[None]:
                 put(_Count.before)
 
 
+class Crew:
+    """Threads for the tasks of all who call; callers lend a hand. A context manager: close() ends the threads."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._callers = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def share(self) -> Iterator[int]:
+        """Of the threads, how many a caller should take, now that so many call at once: to wake one costs more than
+        small tasks do.
+        """
+        with self._lock:
+            self._callers += 1
+            mine = -(-self.threads // self._callers)
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                self._callers -= 1
+
+    def run(self, tasks: Sequence[Callable[[], object]], n_threads: int) -> None:
+        """All tasks, by n_threads, the caller's one of them. After an error no more are begun."""
+        left = iter(tasks)  # which they share
+        others = [self._pool.submit(_run_each, left) for _ in range(min(n_threads, len(tasks)) - 1)]
+        try:
+            _run_each(left)
+        finally:
+            others = [other for other in others if not other.cancel()]
+            wait(others)
+        for other in others:
+            other.result()
+
+
+def _run_each(tasks: Iterator[Callable[[], object]]) -> None:
+    try:
+        for task in tasks:
+            task()
+    except BaseException:
+        deque(tasks, maxlen=0)
+        raise
+
+
+_CREWS: list[Crew] = []  # employed, the last of them at work
+
+
+@contextmanager
+def employed(crew: Crew) -> Iterator[None]:
+    """Inside, spread's tasks are this crew's."""
+    _CREWS.append(crew)
+    try:
+        yield
+    finally:
+        _CREWS.remove(crew)
+
+
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_cores(), thread_name_prefix="blas")
+def _every_core() -> Crew:
+    return Crew(n_cores(), "blas")
 
 
 def spread(tasks: Sequence[Callable[[], object]]) -> None:
-    """Run tasks, each with results of its own, on all cores. Not from within a task. Who cuts work into the same pieces
-    whatever the number of cores, gets the same bits.
+    """Run tasks, each with results of its own, on the crew that is employed, else on all cores. Who cuts work into the
+    same pieces whatever the number of threads, gets the same bits.
     """
-    with one_thread():
-        if len(tasks) == 1:
-            tasks[0]()
-            return
-        for done in [_pool().submit(task) for task in tasks]:
-            done.result()
+    crew = _CREWS[-1] if _CREWS else _every_core()
+    with one_thread(), crew.share() as n_threads:
+        crew.run(tasks, n_threads)
 
 
 def side_by_side(work: Callable[[T], Made], items: Iterable[T], n_lanes: int) -> Iterator[Made]:
@@ -128,7 +193,7 @@ def by_rows(work: Callable[[slice], object], n_rows: int) -> None:
 
 def product(a: F32, b: F32, onto: F32 | None = None) -> F32:
     """a (m, k) b (k, n) on all cores, the same bits on any number of them; added to what is in onto (m, n), where that
-    is given, with no more memory than pieces take. Not from within a task.
+    is given, with no more memory than pieces take.
     """
     out = np.zeros((len(a), b.shape[1]), np.float32) if onto is None else onto
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize import feedback
-from quantize.blas import n_cores
+from quantize.blas import Crew, n_cores
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.errors import QuantizeError
 from quantize.feedback import Covariance, Sweep
@@ -46,7 +45,8 @@ NOT_FINITE_HINT = "the weights are too large for this type"
 # Rows that a thread encodes under a covariance at a time: enough to read its tables once for many. The encoder takes 16
 # side by side.
 MIN_ROWS, MAX_ROWS = 16, 384
-MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding
+MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding,
+MIN_DECODED = 1 << 18  # and of decoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
 IMPORTANCE_FLOOR = 1e-6
 
@@ -85,33 +85,19 @@ def _address(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-class Encoder:
-    """Encodes and decodes rows on a pool of threads. A context manager; close() ends the threads."""
+class Encoder(Crew):
+    """Encodes and decodes rows on so many threads, all cores unless told."""
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
-        self.threads = threads or n_cores()
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="encode")
+        super().__init__(threads or n_cores(), "encode")
 
-    def __enter__(self) -> Encoder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(self, work: Callable[[slice], None], rows: NDArray[Any]) -> None:
-        """Run work over slices of rows, a few for each thread; here, where they are not worth waking one."""
-        n_parts = min(4 * self.threads, rows.size // MIN_SLICE)
-        if self.threads == 1 or n_parts < 2:
-            work(slice(0, len(rows)))
-            return
-        for _ in self._pool.map(work, _slices(len(rows), n_parts)):
-            pass
+    def map(self, work: Callable[[slice], None], rows: NDArray[Any], min_values: int = MIN_SLICE) -> None:
+        """Run work over slices of rows, a few for each thread, of min_values or more."""
+        with self.share() as n_threads:
+            n_parts = max(1, min(4 * n_threads, rows.size // min_values))
+            self.run([partial(work, part) for part in _slices(len(rows), n_parts)], n_threads)
 
     def encode(
         self,
@@ -181,15 +167,14 @@ class Encoder:
 
     def _feed_back_run(self, rows: NDArray[np.float32], type_: Type, sweeps: list[Sweep]) -> NDArray[np.uint8]:
         out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-        n_parts = self.threads * (2 if len(rows) > self.threads * MAX_ROWS // 2 else 1)
-        share = -(-len(rows) // (n_parts * MIN_ROWS)) * MIN_ROWS
-        step = max(MIN_ROWS, min(MAX_ROWS, share))
 
-        def work(start: int) -> None:
-            feedback.encode_rows(rows[start : start + step], type_, sweeps, out[start : start + step])
+        def work(at: slice) -> None:
+            feedback.encode_rows(rows[at], type_, sweeps, out[at])
 
-        for _ in self._pool.map(work, range(0, len(rows), step)):
-            pass
+        with self.share() as n_threads:
+            n_parts = n_threads * (2 if len(rows) > n_threads * MAX_ROWS // 2 else 1)
+            step = -(-len(rows) // (n_parts * MIN_ROWS)) * MIN_ROWS
+            self.run([partial(work, at) for at in _steps(len(rows), min(MAX_ROWS, step))], n_threads)
         return out
 
     def decode(self, data: NDArray[np.uint8], type_: Type, n: int) -> NDArray[np.float32]:
@@ -207,14 +192,16 @@ class Encoder:
         def work(part: slice) -> None:
             function(_address(rows[part]), _address(out[part]), ctypes.c_int64(out[part].size))
 
-        self.map(work, out)
+        self.map(work, out, MIN_DECODED)
         return out.reshape(*data.shape[:-1], n)
 
 
 def _slices(n_rows: int, n_parts: int) -> Iterator[slice]:
-    step = max(1, -(-n_rows // n_parts))
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
+    return _steps(n_rows, max(1, -(-n_rows // n_parts)))
+
+
+def _steps(n_rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def _usable(importance: NDArray[np.float32], n: int) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize import recipe, report
+from quantize.blas import employed
 from quantize.budget import settle
 from quantize.calibrate import FEW_TOKENS
 from quantize.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ def quantize(
     this thread. Raises QuantizeError, of one of its kinds.
     """
     options, out = options or Options(), Path(out)
-    with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder:
+    with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder, employed(encoder):
         plan = make_plan(checkpoint, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")

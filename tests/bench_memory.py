@@ -88,8 +88,8 @@ def quantise(args: argparse.Namespace) -> None:
     peak: list[Any] = [0, ""]
     done, where = threading.Event(), ""
     last: quantize.Progress | None = None
-    rate = 0.0
-    began: float | None = None
+    rate = cores = 0.0
+    began: tuple[float, float] | None = None  # of the last layer's encoding: seconds of the run, of all cores
 
     def watch() -> None:
         while not done.wait(0.02):
@@ -97,14 +97,18 @@ def quantise(args: argparse.Namespace) -> None:
                 peak[:] = [now, where]
 
     def progress(step: quantize.Progress) -> None:
-        nonlocal where, last, rate, began
+        nonlocal where, last, rate, cores, began
         if where != (where := f"{step.stage} layer {step.layer}"):
             print(f"{step.seconds:8.1f} s {where}, peak so far {peak[0] / 1e9:.2f} GB", file=sys.stderr)
 
         last, rate = step, step.values_per_second if step.stage == "encode" else rate
         if step.stage == "encode" and step.layer == step.n_layer - 1:
-            began = step.seconds if began is None else began
-            if args.encode_seconds is not None and step.seconds - began > args.encode_seconds:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            now = step.seconds, used.ru_utime + used.ru_stime
+            began = began or now
+            took = now[0] - began[0]
+            cores = (now[1] - began[1]) / took if took else 0.0
+            if args.encode_seconds is not None and took > args.encode_seconds:
                 raise Enough
 
     threading.Thread(target=watch, daemon=True).start()
@@ -118,6 +122,7 @@ def quantise(args: argparse.Namespace) -> None:
     print(json.dumps({
         "rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "anonymous": peak[0], "at": peak[1],
         "seconds": last.seconds, "fraction": last.bytes_written / last.bytes_total, "rate": rate,
+        "cores": cores,
     }))  # fmt: skip
 
 
@@ -167,7 +172,7 @@ def main() -> None:
         f"peak {found['anonymous'] / 1e9:.2f} GB anonymous ({found['at']}), {found['rss'] / 1e9:.2f} GB with mapped "
         f"files; bound {bound / 1e9:.2f} GB (layer {max(layers.values()) / 1e9:.2f}, activations "
         f"{activations / 1e9:.2f}); {100 * found['fraction']:.0f} % written in {found['seconds']:.0f} s, "
-        f"{found['rate'] / 1e6:.1f} M weights/s"
+        f"{found['rate'] / 1e6:.1f} M weights/s; {found['cores']:.1f} cores busy while the last layer is encoded"
     )
 
 

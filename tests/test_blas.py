@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -57,3 +59,59 @@ def test_products_of_a_lane_run_on_its_thread() -> None:
     before = switch[0]()
     assert set(blas.side_by_side(lambda i: switch[0](), range(4), 2)) == {1}
     assert switch[0]() == before
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("n_tasks", [0, 1, 3, 40])
+def test_every_task_of_every_caller_runs_once(n_threads: int, n_tasks: int) -> None:
+    ran: list[tuple[int, int]] = []
+    with blas.Crew(n_threads, "crew") as crew, ThreadPoolExecutor(3) as callers:
+        tasks = [[partial(ran.append, (i, j)) for j in range(n_tasks)] for i in range(3)]
+        list(callers.map(lambda mine: crew.run(mine, n_threads), tasks))
+    assert sorted(ran) == [(i, j) for i in range(3) for j in range(n_tasks)]
+
+
+def test_a_caller_does_not_wait_for_threads_that_are_busy() -> None:
+    held = threading.Event()
+    with blas.Crew(2, "crew") as crew:
+        others = [crew._pool.submit(held.wait, 30) for _ in range(2)]
+        ran: list[int] = []
+        crew.run([partial(ran.append, i) for i in range(5)], 3)
+        assert ran == [0, 1, 2, 3, 4] and not any(other.done() for other in others)
+        held.set()
+
+
+def test_threads_are_shared_among_callers() -> None:
+    with blas.Crew(8, "crew") as crew, crew.share() as alone:
+        with crew.share() as second, crew.share() as third:
+            assert (alone, second, third) == (8, 4, 3)
+        with crew.share() as again:
+            assert again == 4
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_after_an_error_no_task_is_begun(n_threads: int) -> None:
+    begun: list[int] = []
+
+    def work(i: int) -> None:
+        begun.append(i)
+        time.sleep(0.001)
+        if i == 4:
+            raise ValueError("the fifth")
+
+    with blas.Crew(n_threads, "crew") as crew, pytest.raises(ValueError, match="the fifth"):
+        crew.run([partial(work, i) for i in range(1000)], n_threads)
+    assert len(begun) < 500  # but for those that others begin while it is raised
+
+
+def test_products_are_the_employed_crews() -> None:
+    names: set[str] = set()
+    meeting = threading.Barrier(3, timeout=30)
+
+    def work() -> None:
+        names.add(threading.current_thread().name.split("_")[0])
+        meeting.wait()
+
+    with blas.Crew(3, "hired") as crew, blas.employed(crew):
+        blas.spread([work] * 3)
+    assert names == {"hired", threading.current_thread().name}

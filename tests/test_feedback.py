@@ -10,6 +10,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from ref.gptq import gptq, loss
+from support.inputs import correlated
 
 from cext import _engine
 from quantize import feedback
@@ -21,11 +22,7 @@ ALL = pytest.mark.parametrize("type_", feedback.TYPES, ids=lambda t: t.name)
 
 
 def inputs(n: int, n_tokens: int, rank: int = 16, seed: int = 0) -> np.ndarray:
-    """Correlated inputs: a few common directions, channels of different size, and noise."""
-    rng = np.random.default_rng(seed)
-    common = rng.standard_normal((n_tokens, rank)) @ rng.standard_normal((rank, n))
-    x = (common + rng.standard_normal((n_tokens, n))) * np.exp(rng.normal(0, 0.5, n))
-    return x.astype(np.float32)
+    return correlated(np.random.default_rng(seed), n_tokens, n, rank, 0.5)
 
 
 def matrix(n_rows: int, n: int, seed: int = 1) -> np.ndarray:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from support.inputs import correlated
 
 from quantize.encode import Encoder
 from quantize.feedback import Covariance
@@ -17,14 +18,13 @@ from quantize.outputs import DAMPING, Outputs, OutputSums, Rows
 RNG = np.random.default_rng(3)
 
 
-def correlated(n_tokens: int, n: int, rank: int = 6) -> np.ndarray:
-    common = RNG.standard_normal((n_tokens, rank)) @ RNG.standard_normal((rank, n))
-    return ((common + RNG.standard_normal((n_tokens, n))) * np.exp(RNG.normal(0, 0.4, n))).astype(np.float32)
+def some(n_tokens: int, n: int) -> np.ndarray:
+    return correlated(RNG, n_tokens, n, 6, 0.4)
 
 
 def worth(m: int, n_blocks: int = 1) -> np.ndarray:
     """(n_blocks, m, m) covariances of correlated gradients."""
-    gradients = [correlated(4 * m, m) for _ in range(n_blocks)]
+    gradients = [some(4 * m, m) for _ in range(n_blocks)]
     return np.stack([g.T @ g / len(g) for g in gradients])
 
 
@@ -68,7 +68,7 @@ def test_a_row_makes_up_for_those_before(m: int) -> None:
 @pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q2_K, Type.IQ3_S, Type.IQ4_NL, Type.Q8_0], ids=lambda t: t.name)
 @pytest.mark.parametrize(("m", "n_blocks"), [(96, 1), (20, 3)])
 def test_the_loss_is_lower(type_: Type, m: int, n_blocks: int) -> None:
-    g, x = worth(m, n_blocks), correlated(1024, 256)
+    g, x = worth(m, n_blocks), some(1024, 256)
     covariance, rows = Covariance.of(x), Rows(g)
     w = (RNG.standard_normal((n_blocks * m, 256)) * 0.03).astype(np.float32)
     h = x.T.astype(np.float64) @ x
@@ -84,7 +84,7 @@ def test_the_loss_is_lower(type_: Type, m: int, n_blocks: int) -> None:
 
 
 def test_the_same_on_any_number_of_threads() -> None:
-    rows, covariance = Rows(worth(40, 4)), Covariance.of(correlated(900, 512))
+    rows, covariance = Rows(worth(40, 4)), Covariance.of(some(900, 512))
     w = RNG.standard_normal((160, 512)).astype(np.float32)
     made = []
     for threads in (1, 3):
@@ -97,7 +97,7 @@ def test_sums_of_gradients() -> None:
     """By head, by part, and of all experts together; what follows no outputs is left alone."""
     arch: Any = SimpleNamespace(n_head=3)
     sums = OutputSums(arch)
-    g = {role: [correlated(200, m) for _ in range(n)] for role, m, n in (
+    g = {role: [some(200, m) for _ in range(n)] for role, m, n in (
         ("attn_q", 36, 1), ("attn_k_b", 16, 3), ("ffn_down_exps", 24, 2), ("ffn_gate_exps", 24, 2)
     )}  # fmt: skip
     for role, parts in g.items():
@@ -139,6 +139,6 @@ def test_outputs_of_a_layer() -> None:
 
 
 def test_wrong_sizes_are_refused() -> None:
-    covariance = Covariance.of(correlated(400, 256))
+    covariance = Covariance.of(some(400, 256))
     with Encoder(1) as encoder, pytest.raises(ValueError, match="24 rows, expected 23"):
         encoder.encode(np.zeros((23, 256), np.float32), Type.Q4_K, None, covariance, Rows(worth(24)))
