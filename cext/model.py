@@ -116,9 +116,11 @@ class Model:
 
 
 class _Alone:
-    """Holds a session for one thread, or raises BusyError."""
+    """Holds a session for one thread, or raises BusyError. Ctrl-C can come when the lock is taken and the with block
+    not yet begun, or over and the lock not yet free: it is one that its thread can take again.
+    """
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: threading.RLock) -> None:
         self._lock = lock
 
     def __enter__(self) -> None:
@@ -148,7 +150,7 @@ class Session:
     def __init__(self, model: Model, n_ctx: int, kv_type: KvType) -> None:
         self.model = model
         self._handle = _engine.session_open(model._handle, n_ctx, kv_type)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.n_ctx, _, self.kv_bytes, self.kv_type = _engine.session_info(self._handle)
 
     @property

@@ -335,3 +335,20 @@ def test_router_without_a_bias(tmp_path):
     tensors = {k: v for k, v in gguf_tensors(Checkpoint(spec)).items() if "exp_probs_b" not in k}
     with cext.Model(write_tensors(tmp_path / "m.gguf", gguf_metadata(spec), tensors)) as model:
         assert np.isfinite(model.session(4).eval([1, 2])).all()
+
+
+def test_ctrl_c_at_the_lock_leaves_the_session_usable(model):
+    """It can come when the lock is taken and nothing is begun: the thread goes on, others are told."""
+    session, told = model.session(8), []
+    session._alone().__enter__()
+    assert session.eval([1, 2]).shape == (LITE.n_vocab,)
+
+    def other():
+        with pytest.raises(cext.BusyError) as caught:
+            session.eval([3])
+        told.append(caught.value)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert told and session.n_past == 2
