@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from quantize.arch import Arch
 from quantize.awq import Scales
-from quantize.backward import Routing, route, sigmoid
-from quantize.blas import pieces, product, spread
+from quantize.backward import Routing, route
+from quantize.blas import product
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
-from quantize.evidence import Last, prior_share
+from quantize.evidence import Last, hidden_channels, prior_share
 from quantize.feedback import Covariance, Sums
 from quantize.job import Job
 from quantize.tensors import PartReader, Tensor
@@ -174,7 +174,7 @@ class FeedForward:
             return
         gate, up, down = (self._decoded.pop((name, part)) for name in (*DOWNS[role], role))
         for rows, weights in _chunks(self._tokens(role, part)):
-            hidden = _hidden(self._fed.of(rows), gate, up)
+            hidden = hidden_channels(self._fed.of(rows), gate, up)
             self._out[rows] += weights[:, None] * product(hidden, down.T)
 
     def _covariance(self, role: str, part: int) -> Covariance | None:
@@ -219,10 +219,10 @@ class FeedForward:
         down = self._read(role, part) if exact is None else None
         sums = Sums()
         for rows, weights in _chunks(tokens):
-            hidden = _hidden(self._fed.of(rows), gate, up)
+            hidden = hidden_channels(self._fed.of(rows), gate, up)
             weighted = hidden * weights[:, None]
             if exact is not None:
-                drift = _hidden(self._fed.exactly(rows), *exact) - hidden
+                drift = hidden_channels(self._fed.exactly(rows), *exact) - hidden
                 sums.add(weighted, missing=drift * weights[:, None])
             else:
                 assert down is not None
@@ -233,17 +233,3 @@ class FeedForward:
 def _chunks(tokens: Tokens) -> Iterator[Tokens]:
     for start in range(0, len(tokens.rows), CHUNK_TOKENS):
         yield Tokens(tokens.rows[start : start + CHUNK_TOKENS], tokens.weights[start : start + CHUNK_TOKENS])
-
-
-def _hidden(x: F32, gate: F32, up: F32) -> F32:
-    """(m, n_ff) silu(x gate^T) * x up^T."""
-    out = np.empty((len(x), len(gate)), np.float32)
-
-    def fill(rows: slice) -> None:
-        hidden = out[rows]
-        np.matmul(x[rows], gate.T, out=hidden)
-        hidden *= sigmoid(hidden)
-        hidden *= x[rows] @ up.T
-
-    spread([partial(fill, rows) for rows in pieces(len(x))])
-    return out

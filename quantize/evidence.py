@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantize.arch import Arch
 from quantize.backward import sigmoid
-from quantize.blas import product
+from quantize.blas import by_rows
 from quantize.calibrate import FEW_TOKENS, LayerStats
 from quantize.feedback import Covariance
 from quantize.tensors import Form, Tensor
@@ -187,10 +187,8 @@ class Evidence:
     def _hidden_rows(self, expert: int) -> F32:
         """(n_sample, n_ff) hidden channels of an expert for the layer's sampled tokens."""
         x = self.stats.inputs["ffn_norm"].sample
-        gate, up = (product(x, self._read(self.tensors[role], expert).T) for role in ("ffn_gate_exps", "ffn_up_exps"))
-        gate *= sigmoid(gate)
-        gate *= up
-        return gate
+        gate, up = (self._read(self.tensors[role], expert) for role in ("ffn_gate_exps", "ffn_up_exps"))
+        return hidden_channels(x, gate, up)
 
     def _query_square(self) -> F32:
         """Mean q_nope^2 a head, (n_head, nope): k_b multiplies the queries, score = (q_nope W_k) . c."""
@@ -210,3 +208,17 @@ class Evidence:
 def prior_share(n: int, count: int, prior_tokens: float = PRIOR_TOKENS) -> float:
     """How much of a covariance of n channels is the prior's, where count tokens were seen."""
     return prior_tokens * n / (prior_tokens * n + count)
+
+
+def hidden_channels(x: F32, gate: F32, up: F32) -> F32:
+    """(m, n_ff) silu(x gate^T) * x up^T, for inputs x (m, n)."""
+    out = np.empty((len(x), len(gate)), np.float32)
+
+    def fill(rows: slice) -> None:
+        hidden = out[rows]
+        np.matmul(x[rows], gate.T, out=hidden)
+        hidden *= sigmoid(hidden)
+        hidden *= x[rows] @ up.T
+
+    by_rows(fill, len(x))
+    return out

@@ -112,15 +112,20 @@ def test_the_same_after_any_interruption(source: Path) -> None:
 
 
 def test_the_same_in_any_slabs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for rounding: of two scales that are as good, another may be chosen."""
+    """But for rounding: of two scales that are as good, another may be chosen, in one type of one tensor."""
     expected = made(source, Records()).run()
     monkeypatch.setattr(job, "SLAB_VALUES", 256 * 50)
     got = made(source, Records()).run()
     assert got.flips == pytest.approx(expected.flips, rel=1e-3)
+    apart = []
     for name, types in expected.costs.items():
         assert got.costs[name].keys() == types.keys()
         for type_, cost in types.items():
-            assert got.costs[name][type_].fisher == pytest.approx(cost.fisher, rel=0.05, abs=1e-9), (name, type_)
+            here = got.costs[name][type_].fisher
+            assert here == pytest.approx(cost.fisher, rel=0.05, abs=1e-9), (name, type_)
+            if here != pytest.approx(cost.fisher, rel=1e-2, abs=1e-9):
+                apart.append((name, type_))
+    assert len(apart) <= 1, apart
 
 
 def test_the_same_on_any_number_of_threads(source: Path) -> None:
