@@ -36,13 +36,23 @@ def eval(
     tap_row: int,
 ) -> None: ...
 def block_open(
-    header: Buffer, il: int, tensors: list[tuple[str, int, tuple[int, ...], Buffer]], threads: int
+    header: Buffer,
+    il: int,
+    tensors: list[tuple[str, int, tuple[int, ...], Buffer]],
+    threads: int,
+    attention_only: bool,
 ) -> Handle: ...
 def block_close(block: Handle) -> None: ...
 def block_hparams(block: Handle) -> dict[str, Any]: ...
 def block_tap_shape(block: Handle, name: str) -> tuple[int, bool]: ...
 def block_forward(
-    block: Handle, x: Buffer, n_seq: int, n_tok: int, y: Buffer, taps: list[tuple[str, Buffer]]
+    block: Handle,
+    x: Buffer,
+    n_seq: int,
+    n_tok: int,
+    attention_only: bool,
+    y: Buffer,
+    taps: list[tuple[str, Buffer]],
 ) -> None: ...
 def sampler_open(
     temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, repeat_last_n: int, seed: int

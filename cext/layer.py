@@ -61,7 +61,8 @@ class Layer:
 
     metadata: the GGUF keys of the whole model (deepseek2.*), as they would stand in the file. il: which block (it
     decides dense or experts). tensors: by GGUF name ("blk.3.attn_norm.weight"), in numpy's order (ggml's shape
-    reversed): float32, float16, or uint16 holding bfloat16 bits. Raises FormatError, UnsupportedError, ValueError.
+    reversed): float32, float16, or uint16 holding bfloat16 bits. attention_only: there are none of the feed-forward
+    network but its norm, and forward ends there. Raises FormatError, UnsupportedError, ValueError.
     """
 
     def __init__(
@@ -70,18 +71,20 @@ class Layer:
         il: int,
         tensors: Mapping[str, NDArray[Any] | Encoded],
         threads: int | None = None,
+        attention_only: bool = False,
     ) -> None:
         records = [_record(name, array) for name, array in tensors.items()]
-        self._handle = _engine.block_open(_header(metadata), il, records, threads or 0)
+        self._handle = _engine.block_open(_header(metadata), il, records, threads or 0, attention_only)
         self.il = il
         self.hparams = cast(Hparams, _engine.block_hparams(self._handle))
 
     def forward(
-        self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = ()
+        self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = (), attention_only: bool = False
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
         """The block's output for x (n_seq * n_tok, n_embd): n_seq windows of equal length, each from position 0.
 
         Returns (output of x's shape, {name: array}) for the tapped names, given without their "-il" (see ``Tap``).
+        attention_only: the output is the residual after attention; of what comes later ffn_norm alone can be tapped.
         """
         x = np.ascontiguousarray(x, np.float32)
         rows = len(x)
@@ -93,7 +96,7 @@ class Layer:
             shape = _engine.block_tap_shape(self._handle, f"{name}-{self.il}")
             taps[name] = tap_array(name, shape, rows, self.hparams)
         named = [(f"{name}-{self.il}", array) for name, array in taps.items()]
-        _engine.block_forward(self._handle, x, n_seq, rows // n_seq, out, named)
+        _engine.block_forward(self._handle, x, n_seq, rows // n_seq, attention_only, out, named)
         return out, taps
 
     def close(self) -> None:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 Made = TypeVar("Made")
-PIECE = 256  # rows of a product that one core computes
+PIECE = 256  # rows of a product that one core computes,
+MAX_COLUMNS = 2048  # and columns: OpenBLAS keeps a copy of the second factor for each thread that ever ran one
 SWITCHES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
 
@@ -181,9 +182,9 @@ def side_by_side(work: Callable[[T], Made], items: Iterable[T], n_lanes: int) ->
                 made.cancel()
 
 
-def pieces(n: int) -> list[slice]:
-    """Rows [0, n) in runs of PIECE."""
-    return [slice(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
+def pieces(n: int, most: int = PIECE) -> list[slice]:
+    """[0, n) in runs of most."""
+    return [slice(start, min(start + most, n)) for start in range(0, n, most)]
 
 
 def by_rows(work: Callable[[slice], object], n_rows: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
-from quantize.blas import spread
+from quantize.blas import pieces, spread
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
 from quantize.feedback import Covariance, Sums
@@ -37,17 +37,10 @@ EXPERT_TAPS = ("experts", "expert_weights", "expert_hidden")
 class Layer(Protocol):
     """What calibration needs of ``cext.Layer``."""
 
-    def forward(self, x: F32, n_seq: int, tap: Iterable[str] = ()) -> tuple[F32, dict[str, NDArray[Any]]]:
-        """Output of x (n_seq * n_tok, n_embd), and the tapped arrays by name."""
-
-
-class LayerFactory(Protocol):
-    """Builds a layer from GGUF keys and arrays, as ``cext.Layer`` does."""
-
-    def __call__(
-        self, metadata: Mapping[str, Any], il: int, tensors: Mapping[str, NDArray[Any]], threads: int | None = None
-    ) -> Layer:
-        """The layer il."""
+    def forward(
+        self, x: F32, n_seq: int, tap: Iterable[str] = (), attention_only: bool = False
+    ) -> tuple[F32, dict[str, NDArray[Any]]]:
+        """Output of x (n_seq * n_tok, n_embd), or of its attention, and the tapped arrays by name."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class _Moments:
         self.n += len(x)
         self.abs += np.abs(x).sum(0, dtype=np.float64)
         self.square += np.square(x).sum(0, dtype=np.float64)
-        self.rows.append(x[sampled].copy())
+        self.rows.append(x[sampled])
         if self.covariance is not None:
             self.covariance.add(x, None if exact is None else exact - x, lacking)
 
@@ -140,7 +133,7 @@ class _Moments:
 class _Experts:
     """Running sums of the routed experts, and all rows where those are wanted."""
 
-    def __init__(self, arch: Arch, n_tokens: int, keep_rows: bool) -> None:
+    def __init__(self, arch: Arch, n_tokens: int, n_sampled: int, keep_rows: bool) -> None:
         e, d, f, used = arch.n_expert, arch.n_embd, arch.n_ff_expert, arch.n_expert_used
         self.n = 0
         self.rows = None
@@ -154,8 +147,8 @@ class _Experts:
         self.counts = np.zeros(e, np.int64)
         self.input_square = np.zeros((e, d))
         self.hidden_abs, self.hidden_square = np.zeros((e, f)), np.zeros((e, f))
-        self.chosen: list[NDArray[np.int32]] = []
-        self.hidden: list[F32] = []
+        self.n_sampled = 0
+        self.chosen, self.hidden = np.empty((n_sampled, used), np.int32), np.empty((n_sampled, used, f), np.float32)
 
     def add(self, tapped: Mapping[str, NDArray[Any]], sampled: NDArray[np.intp]) -> None:
         x, chosen, hidden = tapped["ffn_norm"], tapped["experts"], tapped["expert_hidden"]
@@ -173,8 +166,9 @@ class _Experts:
             self.hidden_square[e] += np.square(rows).sum(0, dtype=np.float64)
 
         spread([partial(add_hidden, e) for e in range(n_expert)])
-        self.chosen.append(chosen[sampled].copy())
-        self.hidden.append(hidden[sampled].copy())
+        at = slice(self.n_sampled, self.n_sampled + len(sampled))
+        self.chosen[at], self.hidden[at] = chosen[sampled], hidden[sampled]
+        self.n_sampled += len(sampled)
         if self.rows is not None:
             at = slice(self.n, self.n + len(x))
             self.rows.input[at], self.rows.experts[at] = f32_to_bf16(x), chosen
@@ -188,8 +182,8 @@ class _Experts:
             (self.input_square * scale).astype(np.float32),
             (self.hidden_abs * scale).astype(np.float32),
             (self.hidden_square * scale).astype(np.float32),
-            np.concatenate(self.chosen),
-            np.concatenate(self.hidden),
+            self.chosen,
+            self.hidden,
             self.rows,
         )
 
@@ -217,13 +211,12 @@ class Stream:
         il: int,
         on_chunk: Callable[[float], None] | None = None,
         covariances: bool = False,
-        attention: Layer | None = None,
     ) -> LayerStats:
         """Run every token through layer il, replacing x, and return what the layer's parts were fed.
 
-        on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. attention: the layer
-        up to its feed-forward network. With it the statistics of attention's inputs are those of the drifted states,
-        which stay where they are; drift.py has the others.
+        on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. Where states drift,
+        the statistics of attention's inputs are those of the drifted, which stay where they are; drift.py has the
+        others.
         """
         dense = self.arch.is_dense(il)
         taps = [*ATTENTION_TAPS]
@@ -233,42 +226,47 @@ class Stream:
             taps.append("dense_hidden")
         elif self.arch.n_expert_shared:
             taps.append("shared_hidden")
-        paired = [tap for tap in taps if tap in DRIFTING and attention]
-        moments = {tap: _Moments(covariances and (tap in paired or not attention)) for tap in taps}
-        experts = None if dense else _Experts(self.arch, len(self.x), covariances and not attention)
-        exact = np.empty(self.x.shape, np.uint16) if attention else None
-        n_tokens = self._chunk_tokens()
-        for start in range(0, len(self.x), n_tokens):
-            chunk = self.x[start : start + n_tokens]
-            inside = (self._sampled >= start) & (self._sampled < start + len(chunk))
-            sampled = self._sampled[inside] - start
+        drifted = self.drifted
+        paired = [tap for tap in taps if tap in DRIFTING and drifted is not None]
+        moments = {tap: _Moments(covariances and (tap in paired or drifted is None)) for tap in taps}
+        experts = (
+            None if dense else _Experts(self.arch, len(self.x), len(self._sampled), covariances and drifted is None)
+        )
+        exact = None if drifted is None else np.empty(self.x.shape, np.uint16)
+
+        def run(at: slice) -> None:  # what is tapped of a chunk is gone before the next
+            chunk = self.x[at]
+            inside = (self._sampled >= at.start) & (self._sampled < at.stop)
+            sampled = self._sampled[inside] - at.start
             out, tapped = layer.forward(chunk, len(chunk) // WINDOW, [*taps, *(EXPERT_TAPS if experts else ())])
-            if attention:
-                assert self.drifted is not None and exact is not None
-                here = self.drifted[start : start + len(chunk)]
-                _, ours = attention.forward(here, len(chunk) // WINDOW, paired)
+            if drifted is not None and exact is not None:
+                here = drifted[at]
+                _, ours = layer.forward(here, len(chunk) // WINDOW, paired, attention_only=True)
                 for tap in paired:
                     lacking = chunk - here if tap == "attn_heads" else None
                     moments[tap].add(ours[tap], sampled, tapped[tap], lacking)
-                exact[start : start + len(chunk)] = f32_to_bf16(tapped["ffn_norm"])
+                exact[at] = f32_to_bf16(tapped["ffn_norm"])
             for tap in taps:
                 if tap not in paired:
                     moments[tap].add(tapped[tap], sampled)
             if experts:
                 experts.add(tapped, sampled)
-            self.x[start : start + len(chunk)] = out
+            self.x[at] = out
+
+        for at in pieces(len(self.x), self._chunk_tokens()):
+            run(at)
             if on_chunk:
-                on_chunk((start + len(chunk)) / len(self.x))
+                on_chunk(at.stop / len(self.x))
         return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None, exact)
 
-    def attend(self, attention: Layer) -> NDArray[np.uint16]:
+    def attend(self, layer: Layer) -> NDArray[np.uint16]:
         """Run the drifted states through the file's attention, replacing them; what the feed-forward network is fed."""
         assert self.drifted is not None
         fed = np.empty(self.drifted.shape, np.uint16)
         n_tokens = self._chunk_tokens()
         for start in range(0, len(fed), n_tokens):
             chunk = self.drifted[start : start + n_tokens]
-            chunk[...], tapped = attention.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"])
+            chunk[...], tapped = layer.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"], attention_only=True)
             fed[start : start + n_tokens] = f32_to_bf16(tapped["ffn_norm"])
         return fed
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+import cext
 from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route
@@ -102,12 +103,13 @@ class Drift:
             fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
             weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
         self._written = {}
-        with self._job.attention(self._il, weights) as attention:
-            drifted = self._stream.attend(attention)
-        arch, out = self._job.plan.arch, self._stream.drifted
+        plan = self._job.plan
+        with cext.Layer(plan.keys, self._il, weights, plan.options.threads, attention_only=True) as layer:
+            drifted = self._stream.attend(layer)
+        out = self._stream.drifted
         assert out is not None
         fed = Fed(self._exact, drifted, self._scale)
-        self._ffn = FeedForward(arch, self._tensors, self._read, fed, self._stream.x, out)
+        self._ffn = FeedForward(plan.arch, self._tensors, self._read, fed, self._stream.x, out)
 
 
 def _read_folded(tensors: Mapping[str, Tensor], scales: Scales, read_part: PartReader, role: str, part: int) -> F32:

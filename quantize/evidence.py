@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
 from quantize.backward import sigmoid
-from quantize.blas import by_rows
+from quantize.blas import MAX_COLUMNS, pieces, spread
 from quantize.calibrate import FEW_TOKENS, LayerStats
 from quantize.feedback import Covariance
 from quantize.tensors import Form, Tensor
@@ -214,11 +215,11 @@ def hidden_channels(x: F32, gate: F32, up: F32) -> F32:
     """(m, n_ff) silu(x gate^T) * x up^T, for inputs x (m, n)."""
     out = np.empty((len(x), len(gate)), np.float32)
 
-    def fill(rows: slice) -> None:
-        hidden = out[rows]
-        np.matmul(x[rows], gate.T, out=hidden)
+    def fill(rows: slice, channels: slice) -> None:
+        hidden = x[rows] @ gate[channels].T
         hidden *= sigmoid(hidden)
-        hidden *= x[rows] @ up.T
+        np.multiply(hidden, x[rows] @ up[channels].T, out=out[rows, channels])
 
-    by_rows(fill, len(x))
+    columns = pieces(len(gate), MAX_COLUMNS)
+    spread([partial(fill, rows, channels) for rows in pieces(len(x)) for channels in columns])
     return out

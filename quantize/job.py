@@ -31,7 +31,6 @@ from quantize.vocab import read_vocab
 F32 = NDArray[np.float32]
 
 FORMAT_VERSION = 1  # of the journal's records
-SILENT = 32  # channels of a feed-forward network that adds nothing
 SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 
 
@@ -208,20 +207,6 @@ class Job:
             on_tensor()
             weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
         return weights
-
-    def attention(self, il: int, weights: Mapping[str, NDArray[Any]]) -> cext.Layer:
-        """Layer il up to its feed-forward network, of these weights: what it puts out is the residual there."""
-        plan = self.plan
-        keys = {
-            **plan.keys,
-            f"{ARCHITECTURE}.leading_dense_block_count": plan.arch.n_layer,
-            f"{ARCHITECTURE}.feed_forward_length": SILENT,
-        }
-        mine = {name: array for name, array in weights.items() if ".attn_" in name or ".ffn_norm." in name}
-        for role in ("ffn_gate", "ffn_up", "ffn_down"):
-            shape = (plan.arch.n_embd, SILENT) if role == "ffn_down" else (SILENT, plan.arch.n_embd)
-            mine[f"blk.{il}.{role}.weight"] = np.zeros(shape, np.float16)
-        return cext.Layer(keys, il, mine, plan.options.threads)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
         """(first row, rows) of a matrix outside the layers, whole pieces: a vocabulary can be larger than a layer."""

@@ -6,7 +6,6 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -265,14 +264,10 @@ class WriteStage:
         """Run the streams through the layer's original weights; they are dropped on return."""
         stats = None
         weights = self.job.weights(il, lambda: self._tell("calibrate", il, 0.0))
-        with contextlib.ExitStack() as stack:
-            engine = stack.enter_context(cext.Layer(self.plan.keys, il, weights, self.plan.options.threads))
-            attention = None
-            if self.stream is not None and self.stream.drifted is not None:
-                attention = stack.enter_context(self.job.attention(il, weights))
+        with cext.Layer(self.plan.keys, il, weights, self.plan.options.threads) as engine:
             if self.stream is not None:
                 feedback = self.plan.options.feedback
-                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback, attention)
+                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback)
             if self.held is not None:
                 self.held.advance(engine, self.arch.is_dense(il))
         if stats is not None and stats.routed is not None:

@@ -20,7 +20,6 @@ from quantize.corpus import WINDOW
 from quantize.drift import Drift
 from quantize.evidence import Evidence, bundles
 from quantize.feedback import Covariance
-from quantize.job import Job
 from quantize.tensors import PartReader
 
 CONFIGS = {"grouped": make.V2_GROUPED, "lite": make.V2_LITE, "v3": make.V3}
@@ -60,11 +59,10 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
         layer = {t.role: t for t in tensors.layer_tensors(arch, il)}
         plan = SimpleNamespace(arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()})
         job: Any = SimpleNamespace(plan=plan)
-        job.attention = lambda il, weights: Job.attention(job, il, weights)
         weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in layer.values()}
         stream, read = Stream(arch, x, drifted), PartReader(arch, checkpoint)
-        with cext.Layer(keys, il, weights, 1) as engine, job.attention(il, weights) as attention:
-            stats = stream.advance(engine, il, covariances=True, attention=attention)
+        with cext.Layer(keys, il, weights, 1) as engine:
+            stats = stream.advance(engine, il, covariances=True)
         drift, evidence = Drift(job, il, stream, stats, Scales(), read), Evidence(arch, layer, stats, read)
         every = (of for some in bundles(list(layer.values())) for bundle in some for of in bundle)
         for tensor, part in every:

@@ -80,6 +80,27 @@ def test_legacy_kv_b():
     np.testing.assert_allclose(legacy, split, rtol=0, atol=FLOAT32 * np.ptp(split))
 
 
+@pytest.mark.parametrize("il", [0, 2])
+def test_attention_alone(il):
+    """As far as its residual, of a whole block and of one that has no more; nothing beyond can be tapped."""
+    spec = spec_named("pro")
+    tensors, x = layer_tensors(spec, il), hidden(spec, 2 * 17)
+    with cext.Layer(gguf_metadata(spec), il, tensors) as layer:
+        _, expected = layer.forward(x, 2, ["ffn_inp", "ffn_norm", "attn_heads"])
+        got = layer.forward(x, 2, ["ffn_norm", "attn_heads"], attention_only=True)
+        with pytest.raises(ValueError, match="feed-forward"):
+            layer.forward(x, 2, ["l_out"], attention_only=True)
+    half = {name: array for name, array in tensors.items() if ".attn_" in name or ".ffn_norm." in name}
+    with cext.Layer(gguf_metadata(spec), il, half, attention_only=True) as layer:
+        same = layer.forward(x, 2, ["ffn_norm", "attn_heads"])
+    with pytest.raises(cext.EngineError, match=r"ffn_.* is missing"):
+        cext.Layer(gguf_metadata(spec), il, half)
+    for out, taps in (got, same):
+        np.testing.assert_array_equal(out, expected["ffn_inp"])
+        for name in taps:
+            np.testing.assert_array_equal(taps[name], expected[name])
+
+
 def test_arrays_are_kept_alive():
     spec = spec_named("pro")
     tensors = {name: value.copy() for name, value in layer_tensors(spec, 2).items()}

@@ -9,6 +9,7 @@ enum { TARGET_TOKENS = 2048 /* windows run together up to this many tokens: an e
 
 struct ds_block {
     ds_core core;
+    bool attention_only;
     const ds_tensor *tensors;
     int n_tensors;
 };
@@ -21,15 +22,17 @@ static const ds_tensor *find_in_table(const void *ctx, const char *name) {
     return NULL;
 }
 
-ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_block **out, ds_error *err) {
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, bool attention_only, ds_block **out,
+                        ds_error *err) {
     ds_block *block = calloc(1, sizeof *block);
     ds_source source = {find_in_table, block, ds_gguf_label(header)};
     ds_status st;
     if (!block) return ds_fail(err, DS_ENOMEM, "no memory for a block");
     block->tensors = tensors;
     block->n_tensors = n_tensors;
+    block->attention_only = attention_only;
     if (il < 0 || il > 1 << 20) st = ds_fail(err, DS_EINVAL, "layer %d: expected a number from 0", il);
-    else st = ds_core_create(header, source, il, il + 1, false, n_threads, NULL, &block->core, err);
+    else st = ds_core_create(header, source, il, il + 1, attention_only ? DS_SCOPE_ATTENTION : DS_SCOPE_BLOCKS, n_threads, NULL, &block->core, err);
     if (st == DS_OK) *out = block;
     else free(block);
     return st;
@@ -44,28 +47,32 @@ void ds_block_close(ds_block *block) {
 const ds_config *ds_block_config(const ds_block *block) { return &block->core.config; }
 
 /* Run windows [first, first + n) together, each with a fresh exact cache. */
-static ds_status run_windows(ds_block *block, const float *x, int first, int n, int n_tok, float *y, ds_tap *tap, ds_kv *kv, ds_span *spans, ds_error *err) {
+static ds_status run_windows(ds_block *block, ds_step step, int first, int n, int n_tok, ds_kv *kv, ds_span *spans, ds_error *err) {
     size_t at = (size_t)first * (size_t)n_tok * (size_t)block->core.config.n_embd;
-    ds_step step = {.n_tok = n * n_tok, .x = x + at, .x_out = y + at, .spans = spans, .n_spans = n, .tap = tap};
     ds_status st;
+    step.n_tok = n * n_tok, step.x += at, step.x_out += at, step.spans = spans, step.n_spans = n;
     for (int i = 0; i < n; i++) spans[i] = (ds_span){&kv[i], i * n_tok, n_tok, 0};
     if ((st = ds_core_run(&block->core, &step, err)) != DS_OK) return st;
-    for (int i = 0; tap && i < tap->n; i++) tap->entries[i].row += step.n_tok;
+    for (int i = 0; step.tap && i < step.tap->n; i++) step.tap->entries[i].row += step.n_tok;
     return DS_OK;
 }
 
-ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap, ds_error *err) {
+ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, bool attention_only, float *y, ds_tap *tap, ds_error *err) {
+    const ds_step step = {.x = x, .x_out = y, .tap = tap, .attention_only = attention_only || block->attention_only};
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
     ds_kv *kv;
     ds_span *spans;
     ds_status st = DS_OK;
+    for (int i = 0; step.attention_only && tap && i < tap->n; i++) {
+        if (tap->entries[i].point > DS_TAP_FFN_NORM) return ds_fail(err, DS_EINVAL, "a tap of the feed-forward network where attention is run alone");
+    }
     if (together > n_seq) together = n_seq;
     kv = calloc((size_t)together, sizeof *kv);
     spans = calloc((size_t)together, sizeof *spans);
     if (!kv || !spans) st = ds_fail(err, DS_ENOMEM, "no memory for %d windows", together);
     for (int i = 0; i < together && st == DS_OK; i++) st = ds_kv_create(DS_KV_F32, 1, n_tok, block->core.config.kv_lora_rank, block->core.config.rope_dim, &kv[i], err);
     for (int i = 0; i < n_seq && st == DS_OK; i += together) {
-        st = run_windows(block, x, i, n_seq - i < together ? n_seq - i : together, n_tok, y, tap, kv, spans, err);
+        st = run_windows(block, step, i, n_seq - i < together ? n_seq - i : together, n_tok, kv, spans, err);
     }
     for (int i = 0; kv && i < together; i++) ds_kv_release(&kv[i]);
     free(kv);

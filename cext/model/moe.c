@@ -271,6 +271,7 @@ void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il) {
     act = ds_lane_pack(lane, kinds, c->n_embd, lane->xn, &lane->own->act_x, &lane->step->scratch->act_x);
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_FFN_NORM, il, lane->xn, c->n_embd);
+    if (lane->step->attention_only) return;
     if (is_dense) dense(lane, layer, act, il);
     else experts(lane, layer, act, il);
 }

@@ -90,6 +90,7 @@ typedef struct ds_step {
     float *logits;          /* (n_logits, n_vocab) */
     float *x_out;           /* (n_tok, n_embd) or NULL: the last block's output */
     ds_tap *tap;            /* or NULL */
+    bool attention_only;    /* blocks end at the residual after attention, and its norm */
     const struct ds_step *tail; /* the tokens whose last block is read, as a step of their own; NULL: all of them */
 } ds_step;
 

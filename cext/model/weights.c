@@ -194,17 +194,17 @@ static void bind_ends(binder *b) {
     w->output_norm = vector(b, true, c->n_embd, "output_norm.weight");
 }
 
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, ds_scope scope,
                           ds_weights *out, ds_error *err) {
     ds_weights w = {.layer_begin = layer_begin, .layer_end = layer_end};
     binder b = {config, source, &w, DS_OK, err};
     if (!(w.layers = calloc((size_t)(layer_end - layer_begin), sizeof *w.layers))) {
         return ds_fail(err, DS_ENOMEM, "%s: no memory for %d layers", source.label, layer_end - layer_begin);
     }
-    if (ends) bind_ends(&b);
+    if (scope == DS_SCOPE_MODEL) bind_ends(&b);
     for (int il = layer_begin; il < layer_end && b.status == DS_OK; il++) {
         bind_attention(&b, ds_weights_layer(&w, il), il);
-        bind_feed_forward(&b, ds_weights_layer(&w, il), il);
+        if (scope != DS_SCOPE_ATTENTION) bind_feed_forward(&b, ds_weights_layer(&w, il), il);
     }
     if (b.status == DS_OK) *out = w;
     else ds_weights_release(&w);

@@ -39,8 +39,12 @@ typedef struct ds_weights {
     size_t owned_bytes;
 } ds_weights;
 
-/* Bind blocks [layer_begin, layer_end), and the embeddings and head where `ends` is set. On failure nothing is kept. */
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+/* What is bound: blocks with embeddings and head, blocks alone, or of these what comes before the feed-forward network's
+ * matrices. */
+typedef enum ds_scope { DS_SCOPE_MODEL, DS_SCOPE_BLOCKS, DS_SCOPE_ATTENTION } ds_scope;
+
+/* Bind blocks [layer_begin, layer_end), and the ends where the scope has them. On failure nothing is kept. */
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, ds_scope scope,
                           ds_weights *out, ds_error *err);
 void ds_weights_release(ds_weights *weights);
 
