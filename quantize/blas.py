@@ -192,6 +192,17 @@ def by_rows(work: Callable[[slice], object], n_rows: int) -> None:
     spread([partial(work, rows) for rows in pieces(n_rows)])
 
 
+def made(make: Callable[[slice], F32], n_rows: int, n: int) -> F32:
+    """(n_rows, n), of which make gives the rows that it is asked for, as spread does."""
+    out = np.empty((n_rows, n), np.float32)
+
+    def fill(rows: slice) -> None:
+        out[rows] = make(rows)
+
+    by_rows(fill, n_rows)
+    return out
+
+
 def product(a: F32, b: F32, onto: F32 | None = None) -> F32:
     """a (m, k) b (k, n) on all cores, the same bits on any number of them; added to what is in onto (m, n), where that
     is given, with no more memory than pieces take.

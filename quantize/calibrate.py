@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.arch import Arch
-from quantize.blas import pieces, spread
+from quantize.blas import by_rows, pieces, spread
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.corpus import WINDOW
 from quantize.feedback import Covariance, Sums
@@ -114,11 +114,14 @@ class _Moments:
         if self.n == 0:
             self.abs, self.square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
         self.n += len(x)
-        self.abs += np.abs(x).sum(0, dtype=np.float64)
-        self.square += np.square(x).sum(0, dtype=np.float64)
+        by_rows(lambda channels: self._add_channels(channels, x[:, channels]), x.shape[1])
         self.rows.append(x[sampled])
         if self.covariance is not None:
             self.covariance.add(x, None if exact is None else exact - x, lacking)
+
+    def _add_channels(self, channels: slice, x: F32) -> None:
+        self.abs[channels] += np.abs(x).sum(0, dtype=np.float64)
+        self.square[channels] += np.square(x).sum(0, dtype=np.float64)
 
     def done(self) -> Inputs:
         scale = 1.0 / self.n

@@ -25,7 +25,7 @@ import cext
 from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route
-from quantize.blas import product
+from quantize.blas import by_rows, made, product
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
@@ -125,12 +125,12 @@ class Fed(NamedTuple):
 
     def of(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the file computes."""
-        return bf16_to_f32(self.drifted[rows])
+        return made(lambda at: bf16_to_f32(self.drifted[rows[at]]), len(rows), self.drifted.shape[1])
 
     def exactly(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the original does, folded."""
-        values = bf16_to_f32(self.exact[rows])
-        return values if self.scale is None else values / self.scale
+        scale = np.float32(1) if self.scale is None else self.scale
+        return made(lambda at: bf16_to_f32(self.exact[rows[at]]) / scale, len(rows), self.exact.shape[1])
 
 
 class FeedForward:
@@ -176,8 +176,13 @@ class FeedForward:
             return
         gate, up, down = (self._decoded.pop((name, part)) for name in (*DOWNS[role], role))
         for rows, weights in _chunks(self._tokens(role, part)):
-            hidden = hidden_channels(self._fed.of(rows), gate, up)
-            self._out[rows] += weights[:, None] * product(hidden, down.T)
+            self._give(rows, weights, hidden_channels(self._fed.of(rows), gate, up), down)
+
+    def _give(self, rows: NDArray[np.intp], weights: F32, hidden: F32, down: F32) -> None:
+        def add(at: slice) -> None:
+            self._out[rows[at]] += weights[at, None] * (hidden[at] @ down.T)
+
+        by_rows(add, len(rows))
 
     def _covariance(self, role: str, part: int) -> Covariance | None:
         tokens = self._tokens(role, part)
@@ -211,7 +216,7 @@ class FeedForward:
         sums = Sums()
         for rows, weights in _chunks(tokens):
             x = self._fed.of(rows)
-            sums.add(x * weights[:, None], missing=(self._fed.exactly(rows) - x) * weights[:, None])
+            sums.add(_weighted(x, weights), _weighted(self._fed.exactly(rows), weights, less=x))
         return sums.done()
 
     def _of_hidden(self, role: str, part: int, tokens: Tokens) -> Covariance:
@@ -222,14 +227,29 @@ class FeedForward:
         sums = Sums()
         for rows, weights in _chunks(tokens):
             hidden = hidden_channels(self._fed.of(rows), gate, up)
-            weighted = hidden * weights[:, None]
+            weighted = _weighted(hidden, weights)
             if exact is not None:
-                drift = hidden_channels(self._fed.exactly(rows), *exact) - hidden
-                sums.add(weighted, missing=drift * weights[:, None])
+                theirs = hidden_channels(self._fed.exactly(rows), *exact)
+                sums.add(weighted, _weighted(theirs, weights, less=hidden))
             else:
                 assert down is not None
-                sums.add(weighted, residual=self._target[rows] - self._out[rows] - product(hidden, down.T))
+                sums.add(weighted, residual=self._lacking(rows, hidden, down))
         return sums.done()
+
+    def _lacking(self, rows: NDArray[np.intp], hidden: F32, down: F32) -> F32:
+        """(m, n_embd) what is missing at the output of these tokens, but for a down to come."""
+        target, out = self._target, self._out
+        return made(lambda at: target[rows[at]] - out[rows[at]] - hidden[at] @ down.T, len(rows), out.shape[1])
+
+
+def _weighted(values: F32, weights: F32, less: F32 | None = None) -> F32:
+    """values (m, n), less those, a weight (m,) to a row."""
+
+    def make(at: slice) -> F32:
+        rows = values[at] if less is None else values[at] - less[at]
+        return rows * weights[at, None]
+
+    return made(make, *values.shape)
 
 
 def _chunks(tokens: Tokens) -> Iterator[Tokens]:
