@@ -192,7 +192,7 @@ def by_rows(work: Callable[[slice], object], n_rows: int) -> None:
     spread([partial(work, rows) for rows in pieces(n_rows)])
 
 
-def made(make: Callable[[slice], F32], n_rows: int, n: int) -> F32:
+def from_rows(make: Callable[[slice], F32], n_rows: int, n: int) -> F32:
     """(n_rows, n), of which make gives the rows that it is asked for, as spread does."""
     out = np.empty((n_rows, n), np.float32)
 

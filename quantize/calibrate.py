@@ -266,11 +266,10 @@ class Stream:
         """Run the drifted states through the file's attention, replacing them; what the feed-forward network is fed."""
         assert self.drifted is not None
         fed = np.empty(self.drifted.shape, np.uint16)
-        n_tokens = self._chunk_tokens()
-        for start in range(0, len(fed), n_tokens):
-            chunk = self.drifted[start : start + n_tokens]
+        for at in pieces(len(fed), self._chunk_tokens()):
+            chunk = self.drifted[at]
             chunk[...], tapped = layer.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"], attention_only=True)
-            fed[start : start + n_tokens] = f32_to_bf16(tapped["ffn_norm"])
+            fed[at] = f32_to_bf16(tapped["ffn_norm"])
         return fed
 
     def _chunk_tokens(self) -> int:

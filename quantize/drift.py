@@ -25,7 +25,7 @@ import cext
 from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route
-from quantize.blas import by_rows, made, product
+from quantize.blas import by_rows, from_rows, pieces, product
 from quantize.calibrate import LayerStats, Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
@@ -125,12 +125,16 @@ class Fed(NamedTuple):
 
     def of(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the file computes."""
-        return made(lambda at: bf16_to_f32(self.drifted[rows[at]]), len(rows), self.drifted.shape[1])
+        return from_rows(lambda at: bf16_to_f32(self.drifted[rows[at]]), len(rows), self.drifted.shape[1])
 
     def exactly(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the original does, folded."""
-        scale = np.float32(1) if self.scale is None else self.scale
-        return made(lambda at: bf16_to_f32(self.exact[rows[at]]) / scale, len(rows), self.exact.shape[1])
+
+        def make(at: slice) -> F32:
+            values = bf16_to_f32(self.exact[rows[at]])
+            return values if self.scale is None else values / self.scale
+
+        return from_rows(make, len(rows), self.exact.shape[1])
 
 
 class FeedForward:
@@ -239,7 +243,7 @@ class FeedForward:
     def _lacking(self, rows: NDArray[np.intp], hidden: F32, down: F32) -> F32:
         """(m, n_embd) what is missing at the output of these tokens, but for a down to come."""
         target, out = self._target, self._out
-        return made(lambda at: target[rows[at]] - out[rows[at]] - hidden[at] @ down.T, len(rows), out.shape[1])
+        return from_rows(lambda at: target[rows[at]] - out[rows[at]] - hidden[at] @ down.T, len(rows), out.shape[1])
 
 
 def _weighted(values: F32, weights: F32, less: F32 | None = None) -> F32:
@@ -249,9 +253,9 @@ def _weighted(values: F32, weights: F32, less: F32 | None = None) -> F32:
         rows = values[at] if less is None else values[at] - less[at]
         return rows * weights[at, None]
 
-    return made(make, *values.shape)
+    return from_rows(make, *values.shape)
 
 
 def _chunks(tokens: Tokens) -> Iterator[Tokens]:
-    for start in range(0, len(tokens.rows), CHUNK_TOKENS):
-        yield Tokens(tokens.rows[start : start + CHUNK_TOKENS], tokens.weights[start : start + CHUNK_TOKENS])
+    for at in pieces(len(tokens.rows), CHUNK_TOKENS):
+        yield Tokens(tokens.rows[at], tokens.weights[at])

@@ -8,7 +8,7 @@ of them, and the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from quantize import feedback
-from quantize.blas import Crew, n_cores
+from quantize.blas import Crew, n_cores, pieces
 from quantize.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.errors import QuantizeError
 from quantize.feedback import Covariance, Sweep
@@ -174,7 +174,7 @@ class Encoder(Crew):
         with self.share() as n_threads:
             n_parts = n_threads * (2 if len(rows) > n_threads * MAX_ROWS // 2 else 1)
             step = -(-len(rows) // (n_parts * MIN_ROWS)) * MIN_ROWS
-            self.run([partial(work, at) for at in _steps(len(rows), min(MAX_ROWS, step))], n_threads)
+            self.run([partial(work, at) for at in pieces(len(rows), min(MAX_ROWS, step))], n_threads)
         return out
 
     def decode(self, data: NDArray[np.uint8], type_: Type, n: int) -> NDArray[np.float32]:
@@ -196,12 +196,8 @@ class Encoder(Crew):
         return out.reshape(*data.shape[:-1], n)
 
 
-def _slices(n_rows: int, n_parts: int) -> Iterator[slice]:
-    return _steps(n_rows, max(1, -(-n_rows // n_parts)))
-
-
-def _steps(n_rows: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+def _slices(n_rows: int, n_parts: int) -> list[slice]:
+    return pieces(n_rows, max(1, -(-n_rows // n_parts)))
 
 
 def _usable(importance: NDArray[np.float32], n: int) -> NDArray[np.float32]:

@@ -47,7 +47,7 @@ class Factor:
 
     def __init__(self, h: F32) -> None:
         n = len(h)
-        self.blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+        self.blocks = pieces(n, BLOCK)
         self.above = np.zeros((n, n), np.float32)  # M above its diagonal blocks
         self.inner: list[F64] = []  # M's diagonal blocks, from the first
         self.inverse: list[F32] = []  # and their inverses

@@ -198,15 +198,11 @@ class Job:
 
     def engine(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> cext.Layer:
         """Layer il with its original weights, whole in memory until it is closed; on_tensor before each is read."""
-        return cext.Layer(self.plan.keys, il, self.weights(il, on_tensor), self.plan.options.threads)
-
-    def weights(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> dict[str, NDArray[Any]]:
-        """The original weights of layer il as the engine takes them, by tensor; on_tensor before each is read."""
         weights: dict[str, NDArray[Any]] = {}
         for tensor in self.plan.layers[il]:
             on_tensor()
             weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
-        return weights
+        return cext.Layer(self.plan.keys, il, weights, self.plan.options.threads)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
         """(first row, rows) of a matrix outside the layers, whole pieces: a vocabulary can be larger than a layer."""

@@ -14,7 +14,6 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-import cext
 from quantize import heap, loss, recipe, report
 from quantize.arch import Arch
 from quantize.awq import FoldResult, Scales, Searcher
@@ -263,8 +262,7 @@ class WriteStage:
     def _calibrate(self, il: int) -> LayerStats | None:
         """Run the streams through the layer's original weights; they are dropped on return."""
         stats = None
-        weights = self.job.weights(il, lambda: self._tell("calibrate", il, 0.0))
-        with cext.Layer(self.plan.keys, il, weights, self.plan.options.threads) as engine:
+        with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
             if self.stream is not None:
                 feedback = self.plan.options.feedback
                 stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback)
