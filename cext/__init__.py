@@ -12,7 +12,7 @@ from cext.errors import (
     UnsupportedError,
 )
 from cext.gguf import Gguf, Metadata, TensorInfo
-from cext.layer import Encoded, Layer
+from cext.layer import Encoded, Layer, Sublayer
 from cext.model import Hparams, Model, Session, Tap, eval_batch
 from cext.sampler import Sampler
 
@@ -32,6 +32,7 @@ __all__ = [
     "OutOfMemoryError",
     "Sampler",
     "Session",
+    "Sublayer",
     "Tap",
     "TensorInfo",
     "UnsupportedError",

@@ -40,7 +40,7 @@ def block_open(
     il: int,
     tensors: list[tuple[str, int, tuple[int, ...], Buffer]],
     threads: int,
-    attention_only: bool,
+    sublayer: int,
 ) -> Handle: ...
 def block_close(block: Handle) -> None: ...
 def block_hparams(block: Handle) -> dict[str, Any]: ...
@@ -50,7 +50,6 @@ def block_forward(
     x: Buffer,
     n_seq: int,
     n_tok: int,
-    attention_only: bool,
     y: Buffer,
     taps: list[tuple[str, Buffer]],
 ) -> None: ...

@@ -53,12 +53,12 @@ typedef enum ds_logits { DS_LOGITS_NONE, DS_LOGITS_LAST, DS_LOGITS_ALL } ds_logi
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap, ds_error *err);
 
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
- * tensors); both stay alive until close. attention_only: the feed-forward network's matrices are not looked for, and
- * forward always stops before them. */
-ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, bool attention_only, ds_block **out,
+ * tensors); both stay alive until close. sublayer: of one, the other's tensors are not looked for; ffn_norm
+ * belongs to both. */
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_sublayer sublayer, ds_block **out,
                         ds_error *err);
 void ds_block_close(ds_block *block);
 const ds_config *ds_block_config(const ds_block *block);
-/* y (n_seq * n_tok, n_embd) = the block applied to x: n_seq windows of n_tok tokens, each from position 0.
- * attention_only: y is the residual after attention, and what comes later cannot be tapped but its norm. */
-ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, bool attention_only, float *y, ds_tap *tap, ds_error *err);
+/* y (n_seq * n_tok, n_embd) = the block, or its sublayer, applied to x: n_seq windows of n_tok tokens, each from position 0.
+ * Of one sublayer nothing of the other can be tapped but ffn_norm. */
+ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap, ds_error *err);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cext import _engine
 from cext.model import Hparams, tap_array
 
+Sublayer = Literal["attention", "feed_forward"]
+_SUBLAYERS = (None, *get_args(Sublayer))  # as the engine counts them
 _GGUF_TYPES = {"float32": 0, "float16": 1, "uint16": 30}  # uint16 holds bfloat16 bits
 
 
@@ -61,8 +63,9 @@ class Layer:
 
     metadata: the GGUF keys of the whole model (deepseek2.*), as they would stand in the file. il: which block (it
     decides dense or experts). tensors: by GGUF name ("blk.3.attn_norm.weight"), in numpy's order (ggml's shape
-    reversed): float32, float16, or uint16 holding bfloat16 bits. attention_only: there are none of the feed-forward
-    network but its norm, and forward ends there. Raises FormatError, UnsupportedError, ValueError.
+    reversed): float32, float16, or uint16 holding bfloat16 bits. sublayer: attention alone
+    ends at the residual after it, where the other begins; tensors of what is not run may be absent, but for ffn_norm.
+    Raises FormatError, UnsupportedError, ValueError.
     """
 
     def __init__(
@@ -71,20 +74,21 @@ class Layer:
         il: int,
         tensors: Mapping[str, NDArray[Any] | Encoded],
         threads: int | None = None,
-        attention_only: bool = False,
+        sublayer: Sublayer | None = None,
     ) -> None:
         records = [_record(name, array) for name, array in tensors.items()]
-        self._handle = _engine.block_open(_header(metadata), il, records, threads or 0, attention_only)
+        self._handle = _engine.block_open(_header(metadata), il, records, threads or 0, _SUBLAYERS.index(sublayer))
         self.il = il
         self.hparams = cast(Hparams, _engine.block_hparams(self._handle))
 
     def forward(
-        self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = (), attention_only: bool = False
+        self, x: NDArray[np.float32], n_seq: int, tap: Iterable[str] = ()
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        """The block's output for x (n_seq * n_tok, n_embd): n_seq windows of equal length, each from position 0.
+        """The output, of the block or its sublayer, for x (n_seq * n_tok, n_embd): n_seq windows of equal length, each
+        from position 0.
 
-        Returns (output of x's shape, {name: array}) for the tapped names, given without their "-il" (see ``Tap``).
-        attention_only: the output is the residual after attention; of what comes later ffn_norm alone can be tapped.
+        Returns (output of x's shape, {name: array}) for the tapped names, given without their "-il" (see ``Tap``); of
+        one sublayer nothing of the other can be tapped but ffn_norm.
         """
         x = np.ascontiguousarray(x, np.float32)
         rows = len(x)
@@ -96,7 +100,7 @@ class Layer:
             shape = _engine.block_tap_shape(self._handle, f"{name}-{self.il}")
             taps[name] = tap_array(name, shape, rows, self.hparams)
         named = [(f"{name}-{self.il}", array) for name, array in taps.items()]
-        _engine.block_forward(self._handle, x, n_seq, rows // n_seq, attention_only, out, named)
+        _engine.block_forward(self._handle, x, n_seq, rows // n_seq, out, named)
         return out, taps
 
     def close(self) -> None:

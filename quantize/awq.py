@@ -151,7 +151,7 @@ class _Probe:
 
 
 class Searcher:
-    """Searches the folds of one layer. types: the target type of each tensor, by role."""
+    """Searches the folds of one sublayer. types: the target type of each tensor, by role."""
 
     def __init__(self, evidence: Evidence, types: Mapping[str, Type], read: ReadPart, encoder: Encoder) -> None:
         self.evidence = evidence
@@ -165,9 +165,10 @@ class Searcher:
         on_group(fraction done) is called before each.
         """
         scales, results = Scales(), []
-        for i, group in enumerate(GROUPS):
+        groups = [group for group in GROUPS if not self.evidence.tensors.keys().isdisjoint(group.targets)]
+        for i, group in enumerate(groups):
             if on_group:
-                on_group(i / len(GROUPS))
+                on_group(i / len(groups))
             search, judge = self._probes(group)
             if not search:
                 continue

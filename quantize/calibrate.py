@@ -22,6 +22,7 @@ from quantize.corpus import WINDOW
 from quantize.feedback import Covariance, Sums
 
 F32 = NDArray[np.float32]
+OnChunk = Callable[[float], None]
 
 CHUNK_WINDOWS = 2  # windows a forward call, fewer where attention is wide: bounds what engine and taps hold at once
 CHUNK_VALUES = 1 << 25  # of queries, expanded keys and values, and heads' outputs in a call
@@ -29,18 +30,15 @@ SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output
 # Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.
 FEW_TOKENS = 64
 
-ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads", "ffn_norm")
-DRIFTING = ("attn_norm", "q_a_norm", "kv_a_norm", "attn_heads")  # what attention is fed
+ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads")
 EXPERT_TAPS = ("experts", "expert_weights", "expert_hidden")
 
 
 class Layer(Protocol):
     """What calibration needs of ``cext.Layer``."""
 
-    def forward(
-        self, x: F32, n_seq: int, tap: Iterable[str] = (), attention_only: bool = False
-    ) -> tuple[F32, dict[str, NDArray[Any]]]:
-        """Output of x (n_seq * n_tok, n_embd), or of its attention, and the tapped arrays by name."""
+    def forward(self, x: F32, n_seq: int, tap: Iterable[str] = ()) -> tuple[F32, dict[str, NDArray[Any]]]:
+        """Output of x (n_seq * n_tok, n_embd), and the tapped arrays by name."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class RoutedRows:
 
 @dataclass(frozen=True)
 class Routed:
-    """What the routed experts were fed. Their common input over all tokens is ``LayerStats.inputs["ffn_norm"]``."""
+    """What the routed experts were fed. Their common input over all tokens is ``SublayerStats.inputs["ffn_norm"]``."""
 
     counts: NDArray[np.int64]  # (n_expert,) tokens that chose each
     input_square: F32  # (n_expert, n_embd) mean x^2 of gate's and up's input, 0 where no token came
@@ -90,11 +88,11 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class LayerStats:
-    """Everything collected from one layer. inputs is keyed by tap: "attn_norm", "q_a_norm", "ffn_norm", ..."""
+class SublayerStats:
+    """Everything collected from a sublayer. inputs is keyed by tap: "attn_norm", "q_a_norm", "ffn_norm", ..."""
 
     inputs: dict[str, Inputs]
-    routed: Routed | None
+    routed: Routed | None = None
     exact: NDArray[np.uint16] | None = None  # (n_tokens, n_embd) "ffn_norm" of all tokens, where the stream has drifted
 
 
@@ -197,80 +195,91 @@ def _attention_width(arch: Arch) -> int:
 
 
 class Stream:
-    """The calibration tokens' hidden states between two layers, (n_windows * WINDOW, n_embd) float32: the original's,
-    and those that the file computes, where calibration is sequential.
+    """The calibration tokens' hidden states between two sublayers, (n_windows * WINDOW, n_embd) float32: the
+    original's, and those that the file computes, where calibration is sequential.
     """
 
     def __init__(self, arch: Arch, embeddings: F32, drifted: F32 | None = None) -> None:
         self.arch = arch
         self.x = embeddings
         self.drifted = drifted
+        self.fed: NDArray[np.uint16] | None = None  # what the file's attention gives to its feed-forward network
         step = max(1, len(embeddings) // SAMPLE_TOKENS)
         self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
 
-    def advance(
-        self,
-        layer: Layer,
-        il: int,
-        on_chunk: Callable[[float], None] | None = None,
-        covariances: bool = False,
-    ) -> LayerStats:
-        """Run every token through layer il, replacing x, and return what the layer's parts were fed.
+    def attention(self, layer: Layer, on_chunk: OnChunk | None = None, covariances: bool = False) -> SublayerStats:
+        """Run every token through a layer's attention, replacing x; returns what its matrices were fed.
 
         on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. Where states drift,
-        the statistics of attention's inputs are those of the drifted, which stay where they are; drift.py has the
-        others.
+        the statistics are those of the drifted, which stay where they are.
         """
-        dense = self.arch.is_dense(il)
-        taps = [*ATTENTION_TAPS]
-        if self.arch.q_lora_rank:
-            taps.append("q_a_norm")
-        if dense:
-            taps.append("dense_hidden")
-        elif self.arch.n_expert_shared:
-            taps.append("shared_hidden")
+        taps = [*ATTENTION_TAPS, *(("q_a_norm",) if self.arch.q_lora_rank else ())]
+        moments = {tap: _Moments(covariances) for tap in taps}
         drifted = self.drifted
-        paired = [tap for tap in taps if tap in DRIFTING and drifted is not None]
-        moments = {tap: _Moments(covariances and (tap in paired or drifted is None)) for tap in taps}
-        experts = (
-            None if dense else _Experts(self.arch, len(self.x), len(self._sampled), covariances and drifted is None)
-        )
-        exact = None if drifted is None else np.empty(self.x.shape, np.uint16)
 
         def run(at: slice) -> None:  # what is tapped of a chunk is gone before the next
-            chunk = self.x[at]
-            inside = (self._sampled >= at.start) & (self._sampled < at.stop)
-            sampled = self._sampled[inside] - at.start
-            out, tapped = layer.forward(chunk, len(chunk) // WINDOW, [*taps, *(EXPERT_TAPS if experts else ())])
-            if drifted is not None and exact is not None:
-                here = drifted[at]
-                _, ours = layer.forward(here, len(chunk) // WINDOW, paired, attention_only=True)
-                for tap in paired:
-                    lacking = chunk - here if tap == "attn_heads" else None
-                    moments[tap].add(ours[tap], sampled, tapped[tap], lacking)
-                exact[at] = f32_to_bf16(tapped["ffn_norm"])
-            for tap in taps:
-                if tap not in paired:
+            chunk, sampled = self.x[at], self._sampled_of(at)
+            out, tapped = layer.forward(chunk, len(chunk) // WINDOW, taps)
+            if drifted is None:
+                for tap in taps:
                     moments[tap].add(tapped[tap], sampled)
-            if experts:
-                experts.add(tapped, sampled)
+            else:
+                _, ours = layer.forward(drifted[at], len(chunk) // WINDOW, taps)
+                for tap in taps:
+                    lacking = chunk - drifted[at] if tap == "attn_heads" else None
+                    moments[tap].add(ours[tap], sampled, tapped[tap], lacking)
             self.x[at] = out
 
-        for at in pieces(len(self.x), self._chunk_tokens()):
-            run(at)
-            if on_chunk:
-                on_chunk(at.stop / len(self.x))
-        return LayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None, exact)
+        self._each_chunk(run, on_chunk)
+        return SublayerStats({tap: m.done() for tap, m in moments.items()})
 
-    def attend(self, layer: Layer) -> NDArray[np.uint16]:
-        """Run the drifted states through the file's attention, replacing them; what the feed-forward network is fed."""
+    def feed_forward(
+        self, layer: Layer, il: int, on_chunk: OnChunk | None = None, covariances: bool = False
+    ) -> SublayerStats:
+        """Run every token on through layer il's feed-forward network, likewise. Where states drift, the statistics are
+        the original's, without covariances: drift.py has those.
+        """
+        dense, covariances = self.arch.is_dense(il), covariances and self.drifted is None
+        hidden = ("dense_hidden",) if dense else ("shared_hidden",) if self.arch.n_expert_shared else ()
+        moments = {tap: _Moments(covariances) for tap in ("ffn_norm", *hidden)}
+        experts = None if dense else _Experts(self.arch, len(self.x), len(self._sampled), covariances)
+        taps = [*moments, *(EXPERT_TAPS if experts else ())]
+        exact = None if self.drifted is None else np.empty(self.x.shape, np.uint16)
+
+        def run(at: slice) -> None:
+            chunk, sampled = self.x[at], self._sampled_of(at)
+            self.x[at], tapped = layer.forward(chunk, len(chunk) // WINDOW, taps)
+            if exact is not None:
+                exact[at] = f32_to_bf16(tapped["ffn_norm"])
+            for tap, sums in moments.items():
+                sums.add(tapped[tap], sampled)
+            if experts:
+                experts.add(tapped, sampled)
+
+        self._each_chunk(run, on_chunk)
+        return SublayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None, exact)
+
+    def attend(self, layer: Layer) -> None:
+        """Run the drifted states through the file's attention, replacing them, and keep what comes of it as fed."""
         assert self.drifted is not None
         fed = np.empty(self.drifted.shape, np.uint16)
         for at in pieces(len(fed), self._chunk_tokens()):
             chunk = self.drifted[at]
-            chunk[...], tapped = layer.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"], attention_only=True)
+            chunk[...], tapped = layer.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"])
             fed[at] = f32_to_bf16(tapped["ffn_norm"])
-        return fed
+        self.fed = fed
+
+    def _each_chunk(self, run: Callable[[slice], None], on_chunk: OnChunk | None) -> None:
+        for at in pieces(len(self.x), self._chunk_tokens()):
+            run(at)
+            if on_chunk:
+                on_chunk(at.stop / len(self.x))
+
+    def _sampled_of(self, at: slice) -> NDArray[np.intp]:
+        """The sampled tokens of a run, counted from its start."""
+        inside = (self._sampled >= at.start) & (self._sampled < at.stop)
+        counted: NDArray[np.intp] = self._sampled[inside] - at.start
+        return counted
 
     def _chunk_tokens(self) -> int:
         return WINDOW * max(1, min(CHUNK_WINDOWS, CHUNK_VALUES // (WINDOW * _attention_width(self.arch))))
@@ -280,7 +289,7 @@ class Stream:
         moments = _Moments(covariances)
         for start in range(0, len(self.x), WINDOW):
             x = self._normed(self.x[start : start + WINDOW], norm)
-            sampled = self._sampled[(self._sampled >= start) & (self._sampled < start + WINDOW)] - start
+            sampled = self._sampled_of(slice(start, start + WINDOW))
             if self.drifted is None:
                 moments.add(x, sampled)
             else:

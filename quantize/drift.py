@@ -14,8 +14,7 @@ Memory: two inputs of all tokens in bfloat16, CHUNK_TOKENS times the widest hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,16 +25,15 @@ from quantize.arch import Arch
 from quantize.awq import Scales
 from quantize.backward import Routing, route
 from quantize.blas import by_rows, from_rows, pieces, product
-from quantize.calibrate import LayerStats, Stream
+from quantize.calibrate import Stream
 from quantize.checkpoint import bf16_to_f32
 from quantize.encode import F16_MAX
-from quantize.evidence import Last, hidden_channels, prior_share
+from quantize.evidence import Last, ReadPart, hidden_channels, prior_share
 from quantize.feedback import Covariance, Sums
 from quantize.job import Job
-from quantize.tensors import PartReader, Tensor
+from quantize.tensors import Tensor, read
 
 F32 = NDArray[np.float32]
-ReadFolded = Callable[[str, int], F32]  # (role, part) -> the original weights, folded as the file's are
 
 CHUNK_TOKENS = 2048
 DOWNS = {
@@ -58,62 +56,20 @@ class Tokens(NamedTuple):
     weights: F32  # (m,)
 
 
-class Drift:
-    """A layer as it is written under sequential calibration: the drifted states go through what stands in the file.
-
-    stats: of the layer's calibration; exact holds what its feed-forward network was fed in the original.
+def attend(job: Job, il: int, stream: Stream, written: Mapping[Tensor, Sequence[F32]]) -> None:
+    """The drifted states through layer il's attention as it stands in the file. written: its tensors' parts, as they
+    will be read.
     """
-
-    def __init__(
-        self, job: Job, il: int, stream: Stream, stats: LayerStats, scales: Scales, read_part: PartReader
-    ) -> None:
-        assert stats.exact is not None
-        self._job, self._il, self._stream, self._exact = job, il, stream, stats.exact
-        self._tensors = {t.role: t for t in job.plan.layers[il]}
-        self._scale = scales.columns.get("ffn_gate" if job.plan.arch.is_dense(il) else "ffn_gate_exps")
-        # Not a method: what holds this must not be held by it, or its matrices outlive the layer.
-        self._read = partial(_read_folded, self._tensors, scales, read_part)
-        self._written: dict[Tensor, list[F32]] = {}
-        self._ffn: FeedForward | None = None
-
-    def covariance(self, role: str, part: int) -> Covariance | None:
-        """Of what feeds a part of the feed-forward network; None for attention's, and where no token comes."""
-        return None if self._ffn is None else self._ffn.covariance(role, part)
-
-    def wrote(self, tensor: Tensor, part: int, decoded: F32) -> None:
-        """A part as it will be read. The norm of the feed-forward network's input ends attention. Experts may come side
-        by side.
-        """
-        if self._ffn is not None:
-            self._ffn.wrote(tensor.role, part, decoded)
-            return
-        self._written.setdefault(tensor, []).append(decoded)
-        if tensor.role == "ffn_norm":
-            self._attend()
-
-    def add(self, tensor: Tensor, part: int) -> None:
-        """What a part that was written gives to the layer's output: sums depend on the order, which is the file's."""
-        if self._ffn is not None:
-            self._ffn.add(tensor.role, part)
-
-    def _attend(self) -> None:
-        weights: dict[str, NDArray[np.floating]] = {}
-        for tensor, parts in self._written.items():
-            whole = np.stack(parts).reshape(tensor.shape)
-            fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
-            weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
-        self._written = {}
-        plan = self._job.plan
-        with cext.Layer(plan.keys, self._il, weights, plan.options.threads, attention_only=True) as layer:
-            drifted = self._stream.attend(layer)
-        out = self._stream.drifted
-        assert out is not None
-        fed = Fed(self._exact, drifted, self._scale)
-        self._ffn = FeedForward(plan.arch, self._tensors, self._read, fed, self._stream.x, out)
-
-
-def _read_folded(tensors: Mapping[str, Tensor], scales: Scales, read_part: PartReader, role: str, part: int) -> F32:
-    return scales.apply(role, part, read_part(tensors[role], part))
+    plan = job.plan
+    weights: dict[str, NDArray[np.floating]] = {}
+    for tensor, parts in written.items():
+        whole = np.stack(parts).reshape(tensor.shape)
+        fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
+        weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
+    norm = next(tensor for tensor in plan.layers[il] if tensor.role == "ffn_norm")
+    weights[norm.name] = read(plan.arch, plan.checkpoint, norm)
+    with cext.Layer(plan.keys, il, weights, plan.options.threads, "attention") as layer:
+        stream.attend(layer)
 
 
 class Fed(NamedTuple):
@@ -121,45 +77,51 @@ class Fed(NamedTuple):
 
     exact: NDArray[np.uint16]
     drifted: NDArray[np.uint16]
-    scale: F32 | None  # (n_embd,) what a fold divides them by, if one does: drifted is already
+    scale: F32 | None  # (n_embd,) what a fold divides both by, if one does
 
     def of(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the file computes."""
-        return from_rows(lambda at: bf16_to_f32(self.drifted[rows[at]]), len(rows), self.drifted.shape[1])
+        return self._folded(self.drifted, rows)
 
     def exactly(self, rows: NDArray[np.intp]) -> F32:
         """(m, n_embd) what the original does, folded."""
+        return self._folded(self.exact, rows)
 
+    def _folded(self, inputs: NDArray[np.uint16], rows: NDArray[np.intp]) -> F32:
         def make(at: slice) -> F32:
-            values = bf16_to_f32(self.exact[rows[at]])
+            values = bf16_to_f32(inputs[rows[at]])
             return values if self.scale is None else values / self.scale
 
-        return from_rows(make, len(rows), self.exact.shape[1])
+        return from_rows(make, len(rows), inputs.shape[1])
 
 
 class FeedForward:
-    """One layer's, matrix by matrix as it is encoded.
+    """One layer's, matrix by matrix as it is encoded. tensors: by role.
 
-    target: (n_tokens, n_embd) the original's output. out: the file's; at first the residual, to which it is added.
+    The stream has come through the original's layer, and through the file's attention: to its drifted states, the
+    residual, the file's networks are added. exact: (n_tokens, n_embd) what the original's were fed, as bfloat16 bits.
     """
 
     def __init__(
         self,
         arch: Arch,
         tensors: Mapping[str, Tensor],
-        read: ReadFolded,
-        fed: Fed,
-        target: F32,
-        out: F32,
+        stream: Stream,
+        exact: NDArray[np.uint16],
+        scales: Scales,
+        read_part: ReadPart,
     ) -> None:
-        self.arch, self.tensors, self._read = arch, tensors, read
-        self._fed, self._target, self._out = fed, target, out
+        assert stream.drifted is not None
+        assert stream.fed is not None, "attend comes first"
+        self.arch, self.tensors, self._scales, self._read_part = arch, tensors, scales, read_part
+        self._target, self._out = stream.x, stream.drifted
+        scale = scales.columns.get("ffn_gate" if "ffn_gate" in tensors else "ffn_gate_exps")
+        self._fed = Fed(exact, stream.fed, scale)
         self._routing: Routing | None = None
         self._decoded: dict[tuple[str, int], F32] = {}
         self._last = Last()
-        every = Tokens(np.arange(len(out)), np.ones(len(out), np.float32))
-        self._every = every
-        self.whole = self._of_inputs(every)
+        self._every = Tokens(np.arange(len(exact)), np.ones(len(exact), np.float32))
+        self.whole = self._of_inputs(self._every)
 
     def covariance(self, role: str, part: int) -> Covariance | None:
         """Of a part's inputs, with what is to be made up for; None for an expert that no token reaches."""
@@ -167,7 +129,7 @@ class FeedForward:
         return self._last.of(key, lambda: self._covariance(role, part))
 
     def wrote(self, role: str, part: int, decoded: F32) -> None:
-        """A part as the file has it."""
+        """A part as the file has it. Experts may come side by side."""
         if role == ROUTER:
             self._route(decoded)
         if role in DOWNS:
@@ -175,7 +137,7 @@ class FeedForward:
         self._decoded[role, part] = decoded
 
     def add(self, role: str, part: int) -> None:
-        """A network's output to that of all, when its down is written."""
+        """A network's output to that of all, when its down is written: sums hang on the order, which is the file's."""
         if role not in DOWNS:
             return
         gate, up, down = (self._decoded.pop((name, part)) for name in (*DOWNS[role], role))
@@ -215,6 +177,10 @@ class FeedForward:
             logits[rows] = product(self._fed.of(rows), router.T)
         bias = self._read("exp_probs_b", 0) if "exp_probs_b" in self.tensors else None
         self._routing = route(self.arch, logits, bias)
+
+    def _read(self, role: str, part: int) -> F32:
+        """The original weights, folded as the file's are."""
+        return self._scales.apply(role, part, self._read_part(self.tensors[role], part))
 
     def _of_inputs(self, tokens: Tokens) -> Covariance:
         sums = Sums()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGMLQuantizationType as Type
 
+from cext import Sublayer
 from quantize import outputs, recipe
 from quantize.arch import Arch
 from quantize.blas import n_cores
@@ -19,7 +20,7 @@ from quantize.encode import FED_BACK, FLOAT_TYPES, GRID_TYPES
 from quantize.job import Plan
 from quantize.meter import Phase
 from quantize.sensitivity import SAMPLED_VALUES
-from quantize.tensors import Tensor
+from quantize.tensors import SUBLAYERS, Tensor
 
 READ = 150.0  # a weight of a layer, into memory
 BACKWARD = 3.2  # a token's gradients, of its way forward
@@ -36,16 +37,18 @@ FEW_GRIDS, MOST_GRIDS = 3.9, 3.0
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of the write stage."""
+class Work:
+    """A piece of the write stage: a layer's sublayer, the embeddings (il -1) or the head (il n_layer)."""
 
+    il: int
+    sublayer: Sublayer | None
     calibrate: float = 0.0
     search: float = 0.0
     encode: float = 0.0
 
     @property
     def all(self) -> float:
-        """The whole step."""
+        """The whole piece."""
         return self.calibrate + self.search + self.encode
 
 
@@ -71,7 +74,7 @@ class Effort:
         found: dict[Phase, float] = {}
         if self.plan.allocates:
             found["survey"] = sum(self.survey_forward()) + sum(self.survey_back())
-        found["write"] = sum(self.write(il).all for il in range(-1, self.plan.arch.n_layer + 1))
+        found["write"] = sum(work.all for work in self.write())
         if self.plan.evaluated:
             found["evaluate"] = self._evaluate()
         return found
@@ -92,27 +95,36 @@ class Effort:
         head = 3.0 * n * arch.n_vocab * arch.n_embd + price
         return [effort / self.cores for effort in (price, *layers, head)]
 
-    def write(self, il: int) -> Step:
-        """The step of the embeddings (-1), of a layer, or of the head (n_layer)."""
+    def write(self) -> list[Work]:
+        """All pieces, in order."""
+        n_layer = self.plan.arch.n_layer
+        layers = [self._sublayer(il, sublayer) for il in range(n_layer) for sublayer in SUBLAYERS]
+        return [self._outside(-1, "token_embd"), *layers, self._outside(n_layer, "output")]
+
+    def _outside(self, il: int, role: str) -> Work:
+        tensor = self.plan.outside.get(role)
+        return Work(il, None, encode=self._encode(tensor) / self.threads if tensor else 0.0)
+
+    def _sublayer(self, il: int, sublayer: Sublayer) -> Work:
         plan, arch = self.plan, self.plan.arch
-        if not 0 <= il < arch.n_layer:
-            role = "token_embd" if il < 0 else "output"
-            return Step(encode=self._encode(plan.outside[role]) / self.threads if role in plan.outside else 0.0)
+        layer = [t for t in plan.layers[il] if t.sublayer == sublayer]
+        through = _attention(arch) if sublayer == "attention" else _feed_forward(arch, il)
         n_held = plan.corpus.held.size if plan.corpus is not None and plan.evaluated else 0
-        calibrate, search, prepare = n_held * forward(arch, il) / self.threads, 0.0, 0.0
-        encode = sum(map(self._encode, plan.layers[il])) / self.cores
+        calibrate, search, prepare = n_held * through / self.threads, 0.0, 0.0
         if plan.corpus is not None and plan.calibrated:
             n_tokens, feedback = plan.corpus.windows.size, plan.options.feedback
-            calibrate += n_tokens * forward(arch, il) / self.threads + self._read(il)
-            if not arch.is_dense(il):
+            calibrate += n_tokens * through / self.threads + READ * sum(t.size for t in layer)
+            if sublayer == "feed_forward" and not arch.is_dense(il):
                 calibrate += STATISTICS * n_tokens * arch.n_expert_used * arch.n_ff_expert / self.cores
-            calibrate += n_tokens * _taps(arch, il) / self.threads if feedback else 0.0
-            search = SEARCH / self.threads if plan.options.awq else 0.0
-            prepare = _prepare(arch, il, n_tokens) / self.cores if feedback else 0.0
-            if plan.sequential:
+            calibrate += n_tokens * _taps(arch, il, sublayer) / self.threads if feedback else 0.0
+            search = SEARCH / len(SUBLAYERS) / self.threads if plan.options.awq else 0.0
+            prepare = _prepare(arch, il, sublayer, n_tokens) / self.cores if feedback else 0.0
+            if plan.sequential and sublayer == "attention":
                 calibrate += n_tokens * _attention(arch) / self.threads
-                prepare += n_tokens * (_attention(arch) / self.threads + _drift(arch, il) / self.cores)
-        return Step(calibrate, search, prepare + encode)
+                prepare += n_tokens * _attention(arch) / self.threads
+            elif plan.sequential:
+                prepare += n_tokens * _drift(arch, il) / self.cores
+        return Work(il, sublayer, calibrate, search, prepare + sum(map(self._encode, layer)) / self.cores)
 
     def _read(self, il: int) -> float:
         return READ * sum(t.size for t in self.plan.layers[il])
@@ -153,8 +165,12 @@ class Effort:
 
 def forward(arch: Arch, il: int) -> float:
     """Multiply-adds of a token through layer il, in the middle of a window."""
+    return _attention(arch) + _feed_forward(arch, il)
+
+
+def _feed_forward(arch: Arch, il: int) -> float:
     n_ff = arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * (arch.n_expert_used + arch.n_expert_shared)
-    return _attention(arch) + 3.0 * arch.n_embd * n_ff
+    return 3.0 * arch.n_embd * n_ff
 
 
 def _attention(arch: Arch) -> float:
@@ -179,18 +195,21 @@ def _drift(arch: Arch, il: int) -> float:
     return n * n + shared + arch.n_expert_used * (n * n + network(arch.n_ff_expert))
 
 
-def _taps(arch: Arch, il: int) -> float:
-    """A token's part in the covariances of what a layer's matrices are fed."""
-    widths = [arch.n_embd, arch.q_lora_rank, arch.kv_lora_rank, arch.n_head * arch.v_dim, arch.n_embd]
-    widths.append(arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * arch.n_expert_shared)
+def _taps(arch: Arch, il: int, sublayer: Sublayer) -> float:
+    """A token's share in the covariances of what a sublayer's matrices are fed."""
+    if sublayer == "attention":
+        widths = [arch.n_embd, arch.q_lora_rank, arch.kv_lora_rank, arch.n_head * arch.v_dim]
+    else:
+        widths = [arch.n_embd, arch.n_ff if arch.is_dense(il) else arch.n_ff_expert * arch.n_expert_shared]
     return sum(n * n / 2 for n in widths)
 
 
-def _prepare(arch: Arch, il: int, n_tokens: int) -> float:
-    """The covariances of a layer's parts that have their own, and the factors of all."""
-    whole = 2 * arch.n_embd**3 + (arch.n_head * arch.v_dim) ** 3 + arch.q_lora_rank**3
+def _prepare(arch: Arch, il: int, sublayer: Sublayer, n_tokens: int) -> float:
+    """The covariances of a sublayer's matrices that have their own, and the factors of all."""
+    if sublayer == "attention":
+        return float(arch.n_embd**3 + (arch.n_head * arch.v_dim) ** 3 + arch.q_lora_rank**3)
     if arch.is_dense(il):
-        return float(whole + arch.n_ff**3)
+        return float(arch.n_embd**3 + arch.n_ff**3)
     n = arch.n_expert_used * n_tokens / arch.n_expert
     expert = sum(width**3 + n * width**2 / 2 for width in (arch.n_embd, arch.n_ff_expert))
-    return float(whole + arch.n_expert * expert)
+    return float(arch.n_embd**3 + arch.n_expert * expert)

@@ -54,14 +54,14 @@ class Held:
         """What ``of`` takes."""
         return {"held": self.x, "held_experts": self.experts}
 
-    def advance(self, layer: Layer, dense: bool) -> None:
-        """Run every window through a layer, replacing x."""
+    def advance(self, layer: Layer, routed: bool) -> None:
+        """Run every window through a layer, or part of one, replacing x. routed: experts are chosen in it."""
         chosen = []
         for start in range(0, len(self.x), WINDOW):
             window = self.x[start : start + WINDOW]
-            out, tapped = layer.forward(window, 1, () if dense else ("experts",))
+            out, tapped = layer.forward(window, 1, ("experts",) if routed else ())
             window[...] = out
-            chosen += [] if dense else [tapped["experts"]]
+            chosen += [tapped["experts"]] if routed else []
         if chosen:
             self._experts.append(np.concatenate(chosen))
 
@@ -106,7 +106,7 @@ def _run_layers(job: Job, path: Path) -> Held:
                 for t in job.plan.layers[il]
             }
             with cext.Layer(job.plan.keys, il, tensors, job.plan.options.threads) as layer:
-                run.advance(layer, arch.is_dense(il))
+                run.advance(layer, not arch.is_dense(il))
         journal.put_arrays(STREAM.format(il), run.arrays())
         journal.put(RECORD.format(il), {})
         journal.drop(STREAM.format(il - 1))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from quantize.arch import Arch
 from quantize.backward import sigmoid
 from quantize.blas import MAX_COLUMNS, pieces, spread
-from quantize.calibrate import FEW_TOKENS, LayerStats
+from quantize.calibrate import FEW_TOKENS, SublayerStats
 from quantize.feedback import Covariance
 from quantize.tensors import Form, Tensor
 
@@ -91,13 +91,13 @@ class Last(threading.local):
 
 
 class Evidence:
-    """Statistics of one layer's inputs. tensors: the layer's, by role; read: their original weights.
+    """Statistics of one sublayer's inputs. tensors: its own, by role; read: their original weights.
 
     weighted False says nothing about importance, for encoders that shall weigh every column alike.
     """
 
     def __init__(
-        self, arch: Arch, tensors: dict[str, Tensor], stats: LayerStats, read: ReadPart, weighted: bool = True
+        self, arch: Arch, tensors: dict[str, Tensor], stats: SublayerStats, read: ReadPart, weighted: bool = True
     ) -> None:
         self.arch = arch
         self.tensors = tensors

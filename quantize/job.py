@@ -196,13 +196,18 @@ class Job:
     meter: Meter
     say: Callable[[str], None]  # a line for the person who waits
 
-    def engine(self, il: int, on_tensor: Callable[[], None] = lambda: None) -> cext.Layer:
-        """Layer il with its original weights, whole in memory until it is closed; on_tensor before each is read."""
+    def engine(
+        self, il: int, sublayer: cext.Sublayer | None = None, on_tensor: Callable[[], None] = lambda: None
+    ) -> cext.Layer:
+        """Layer il, or one sublayer of it, with its original weights, all in memory until it is closed; on_tensor
+        before each is read.
+        """
         weights: dict[str, NDArray[Any]] = {}
         for tensor in self.plan.layers[il]:
-            on_tensor()
-            weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
-        return cext.Layer(self.plan.keys, il, weights, self.plan.options.threads)
+            if sublayer in (None, tensor.sublayer) or tensor.role == "ffn_norm":
+                on_tensor()
+                weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
+        return cext.Layer(self.plan.keys, il, weights, self.plan.options.threads, sublayer)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
         """(first row, rows) of a matrix outside the layers, whole pieces: a vocabulary can be larger than a layer."""

@@ -6,20 +6,22 @@ what is to be reported of it go to the journal: a run that dies here goes on at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from cext import Sublayer
 from quantize import heap, loss, recipe, report
 from quantize.arch import Arch
 from quantize.awq import FoldResult, Scales, Searcher
 from quantize.blas import side_by_side
-from quantize.calibrate import FEW_TOKENS, LayerStats, Stream
-from quantize.drift import ROUTER, Drift, expert_bytes
+from quantize.calibrate import FEW_TOKENS, Stream, SublayerStats
+from quantize.drift import ROUTER, FeedForward, attend, expert_bytes
 from quantize.effort import Effort
 from quantize.errors import QuantizeError
 from quantize.evaluate import REFERENCE, Held
@@ -118,10 +120,10 @@ class WriteStage:
         self._folds: list[FoldResult] = []
         self._coverage: Coverage | None = None
         self._losses: dict[str, LossMeter] = {}
-        self._written = 0  # bytes of the step
-        effort = Effort(job.plan, types)
-        self._efforts = [effort.write(il) for il in range(-1, self.arch.n_layer + 1)]
-        self._effort = sum(step.all for step in self._efforts)
+        self._works = Effort(job.plan, types).write()
+        self._effort = sum(work.all for work in self._works)
+        self._work = 0  # which of them is under way,
+        self._written = 0  # and bytes of it
         self._nbytes = {t.name: recipe.nbytes(t, types[t.name]) for t in self.plan.tensors}
 
     def run(self) -> list[Step]:
@@ -129,8 +131,8 @@ class WriteStage:
         meter = self.job.meter
         meter.bytes_total = sum(self._nbytes.values())
         meter.bytes_written = self.writer.n_done
-        meter.begin("write", sum(step.all for step in self._efforts[: len(self.steps)]) / self._effort)
         last = len(self.steps) - 2  # steps are numbered from -1
+        meter.begin("write", sum(work.all for work in self._works if work.il <= last) / self._effort)
         if last < self.arch.n_layer and (arrays := self.job.journal.get_arrays(STREAM.format(last))):
             self.stream = Stream(self.arch, arrays["x"], arrays.get("drifted")) if "x" in arrays else None
             self.held = Held.of(arrays) if "held" in arrays else None
@@ -144,13 +146,14 @@ class WriteStage:
         return self.earlier + self.job.meter.seconds
 
     def _step(self, il: int) -> None:
-        self._folds, self._coverage, self._losses, self._written = [], None, {}, 0
-        heap.trim()
+        self._folds, self._coverage, self._losses = [], None, {}
         if il < 0:
+            self._begin(il, None)
             self._embed(self.plan.outside["token_embd"])
         elif il < self.arch.n_layer:
             self._layer(il)
         else:
+            self._begin(il, None)
             self._head()
         losses = tuple(meter.done() for meter in self._losses.values())
         step = Step(il, tuple(self._folds), self._coverage, losses, self.seconds)
@@ -204,70 +207,75 @@ class WriteStage:
         return Covariance.even(self.arch.n_embd) if arrays is None else Covariance(tuple(arrays.values()))
 
     def _layer(self, il: int) -> None:
-        layer = self.plan.layers[il]
-        by_role = {t.role: t for t in layer}
+        """Its attention, then its feed-forward network: of one at a time the weights and sums are in memory."""
+        written = self._sublayer(il, "attention")
+        if self.stream is not None and self.stream.drifted is not None:
+            attend(self.job, il, self.stream, written)
+        written.clear()
+        self._sublayer(il, "feed_forward")
+        if self.stream is not None:
+            self.stream.fed = None
+
+    def _sublayer(self, il: int, sublayer: Sublayer) -> dict[Tensor, list[F32]]:
+        """Calibrate, fold, encode and write it; returns attention's tensors, as they will be read."""
+        self._begin(il, sublayer)
+        tensors = {t.role: t for t in self.plan.layers[il] if t.sublayer == sublayer}
         read_part = PartReader(self.arch, self.plan.checkpoint)
-        evidence, scales = None, Scales()
-        stats = self._calibrate(il) if self.stream is not None or self.held is not None else None
+        stats = self._calibrate(il, sublayer) if self.stream is not None or self.held is not None else None
         heap.trim()
+        evidence, scales, drift = None, Scales(), None
         if stats is not None:
-            evidence = Evidence(self.arch, by_role, stats, read_part, self.plan.options.importance)
+            evidence = Evidence(self.arch, tensors, stats, read_part, self.plan.options.importance)
             if self.plan.options.awq:
-                types = {t.role: self.types[t.name] for t in layer}
-                searcher = Searcher(evidence, types, read_part, self.job.encoder)
-                scales, results = searcher.run(il, lambda f: self._tell("search", il, f))
-                self._folds += results
-        nbytes = self._bytes_of(il)
+                scales = self._search(il, evidence, read_part)
+            if self.stream is not None and stats.exact is not None:
+                drift = FeedForward(self.arch, tensors, self.stream, stats.exact, scales, read_part)
         outputs = Outputs(self.job.journal.get_arrays(OUTPUTS.format(il)) or {}, scales.rows)
-        drift = (
-            Drift(self.job, il, self.stream, stats, scales, read_part)
-            if self.stream and stats and stats.exact is not None
-            else None
-        )
+        parts = _Parts(read_part, evidence, scales, drift, outputs)
+        written: dict[Tensor, list[F32]] = {}
+        for encoded in self._encode_parts(list(tensors.values()), parts):
+            self._put(encoded)
+            if sublayer == "attention":
+                written.setdefault(encoded.tensor, []).append(encoded.decoded)
+            if drift is not None:
+                drift.add(encoded.tensor.role, encoded.part)
+        return written
+
+    def _encode_parts(self, tensors: Sequence[Tensor], parts: _Parts) -> Iterator[Encoded]:
+        """In the order of bundles, experts side by side."""
 
         def encode(bundle: Bundle) -> list[Encoded]:
             made = []
             for tensor, part in bundle:
-                values = scales.apply(tensor.role, part, read_part(tensor, part))
-                values, known = self._known(evidence, scales, drift, tensor, part, values)
-                made.append(self._encode(tensor, part, values, replace(known, outputs=outputs.rows(tensor.role, part))))
-                if drift is not None:
-                    drift.wrote(tensor, part, made[-1].decoded)
+                made.append(self._encode(tensor, part, *parts.get(tensor, part)))
+                parts.wrote(made[-1])
             return made
 
-        for some in bundles(layer):
+        nbytes = sum(self._nbytes[t.name] for t in tensors)
+        for some in bundles(tensors):
             for made in side_by_side(encode, some, n_lanes(self.arch, self.job.encoder.threads) if some[1:] else 1):
                 for encoded in made:
-                    self._tell("encode", il, self._written / nbytes)
-                    self._put(encoded)
-                    if drift is not None:
-                        drift.add(encoded.tensor, encoded.part)
+                    self._tell("encode", self._written / nbytes)
+                    yield encoded
 
-    def _known(
-        self, evidence: Evidence | None, scales: Scales, drift: Drift | None, tensor: Tensor, part: int, values: F32
-    ) -> tuple[F32, Known]:
-        """A part's folded values, moved to make up for what its inputs lack, and what is known of these."""
-        if evidence is None or not (recipe.is_matrix(tensor) or (drift is not None and tensor.role == ROUTER)):
-            return values, Known()
-        covariance = drift.covariance(tensor.role, part) if drift is not None else None
-        if covariance is None:
-            covariance = scales.covariance(tensor.role, part, evidence.covariance(tensor.role, part))
-        known = Known(
-            scales.importance(tensor.role, part, evidence.importance(tensor.role, part)),
-            covariance,
-            _folded_inputs(evidence, scales, tensor.role, part),
-        )
-        return (values if covariance is None else covariance.corrected(values)), known
+    def _search(self, il: int, evidence: Evidence, read_part: PartReader) -> Scales:
+        types = {role: self.types[t.name] for role, t in evidence.tensors.items()}
+        searcher = Searcher(evidence, types, read_part, self.job.encoder)
+        scales, results = searcher.run(il, lambda f: self._tell("search", f))
+        self._folds += results
+        return scales
 
-    def _calibrate(self, il: int) -> LayerStats | None:
-        """Run the streams through the layer's original weights; they are dropped on return."""
-        stats = None
-        with self.job.engine(il, lambda: self._tell("calibrate", il, 0.0)) as engine:
-            if self.stream is not None:
-                feedback = self.plan.options.feedback
-                stats = self.stream.advance(engine, il, lambda f: self._tell("calibrate", il, f), feedback)
+    def _calibrate(self, il: int, sublayer: Sublayer) -> SublayerStats | None:
+        """Run the streams through its original weights; they are dropped on return."""
+        stats, routed = None, sublayer == "feed_forward" and not self.arch.is_dense(il)
+        covariances, tell = self.plan.options.feedback, partial(self._tell, "calibrate")
+        with self.job.engine(il, sublayer, partial(tell, 0.0)) as engine:
+            if self.stream is not None and sublayer == "attention":
+                stats = self.stream.attention(engine, tell, covariances)
+            elif self.stream is not None:
+                stats = self.stream.feed_forward(engine, il, tell, covariances)
             if self.held is not None:
-                self.held.advance(engine, self.arch.is_dense(il))
+                self.held.advance(engine, routed)
         if stats is not None and stats.routed is not None:
             self._coverage = report.coverage_of(il, stats.routed.counts, FEW_TOKENS)
         return stats
@@ -293,8 +301,8 @@ class WriteStage:
         """
         encoded = self._encode(tensor, 0, values, known)
         self._put(encoded)
-        il = -1 if tensor.role == "token_embd" else self.arch.n_layer
-        self._tell("encode", il, self._written / self._bytes_of(il))
+        il = self._works[self._work].il
+        self._tell("encode", self._written / sum(self._nbytes[t.name] for t in tensors_of(self.job, il)))
         return encoded.decoded
 
     def _encode(self, tensor: Tensor, part: int, values: F32, known: Known) -> Encoded:
@@ -315,21 +323,54 @@ class WriteStage:
         self.job.meter.wrote(encoded.data.nbytes, encoded.decoded.size)
         self._written += encoded.data.nbytes
 
-    def _bytes_of(self, il: int) -> int:
-        return sum(self._nbytes[t.name] for t in tensors_of(self.job, il))
+    def _begin(self, il: int, sublayer: Sublayer | None) -> None:
+        """Progress from here on is of this piece of work."""
+        heap.trim()
+        self._work = next(i for i, work in enumerate(self._works) if (work.il, work.sublayer) == (il, sublayer))
+        self._written = 0
 
-    def _tell(self, stage: Stage, il: int, fraction: float) -> None:
-        """fraction: of this stage of the step."""
-        step = self._efforts[il + 1]  # steps are numbered from -1
-        done = sum(before.all for before in self._efforts[: il + 1])
+    def _tell(self, stage: Stage, fraction: float) -> None:
+        """fraction: of this stage of the work."""
+        work, layer = self._works[self._work], [work for work in self._works if work.il == self._works[self._work].il]
+        done = sum(before.all for before in self._works[: self._work])
         if stage == "calibrate":
-            done += fraction * step.calibrate
+            done += fraction * work.calibrate
         elif stage == "search":
-            done += step.calibrate + fraction * step.search
+            done += work.calibrate + fraction * work.search
         else:
-            done += step.calibrate + step.search + fraction * step.encode
-        layer = il if il < self.arch.n_layer else -1
-        self.job.meter.tell(stage, layer, done / self._effort, step.all / self._effort)
+            done += work.calibrate + work.search + fraction * work.encode
+        il = work.il if work.il < self.arch.n_layer else -1
+        self.job.meter.tell(stage, il, done / self._effort, sum(work.all for work in layer) / self._effort)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of one sublayer's tensors, as they are to be encoded. Threads may share it."""
+
+    read: PartReader
+    evidence: Evidence | None
+    scales: Scales
+    drift: FeedForward | None
+    outputs: Outputs
+
+    def get(self, tensor: Tensor, part: int) -> tuple[F32, Known]:
+        """Folded weights, moved to make up for what their inputs lack, and what is known of these."""
+        role, outputs = tensor.role, self.outputs.rows(tensor.role, part)
+        values = self.scales.apply(role, part, self.read(tensor, part))
+        judged = recipe.is_matrix(tensor) or (self.drift is not None and role == ROUTER)
+        if self.evidence is None or not judged:
+            return values, Known(outputs=outputs)
+        covariance = self.drift.covariance(role, part) if self.drift is not None else None
+        if covariance is None:
+            covariance = self.scales.covariance(role, part, self.evidence.covariance(role, part))
+        importance = self.scales.importance(role, part, self.evidence.importance(role, part))
+        known = Known(importance, covariance, _folded_inputs(self.evidence, self.scales, role, part), outputs)
+        return (values if covariance is None else covariance.corrected(values)), known
+
+    def wrote(self, encoded: Encoded) -> None:
+        """What comes after it in its bundle goes by it."""
+        if self.drift is not None:
+            self.drift.wrote(encoded.tensor.role, encoded.part, encoded.decoded)
 
 
 def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> F32 | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize import recipe, report
+from quantize import heap, recipe, report
 from quantize.blas import employed
 from quantize.budget import settle
 from quantize.calibrate import FEW_TOKENS
@@ -50,6 +50,7 @@ def quantize(
     this thread. Raises QuantizeError, of one of its kinds.
     """
     options, out = options or Options(), Path(out)
+    heap.map_large()
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder, employed(encoder):
         plan = make_plan(checkpoint, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))

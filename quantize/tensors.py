@@ -16,9 +16,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cext import Sublayer
 from quantize.arch import Arch
 from quantize.checkpoint import SCALE_SUFFIX, Checkpoint
 from quantize.errors import UnsupportedError
+
+SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
 
 
 class Form(Enum):
@@ -45,6 +48,11 @@ class Tensor:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def sublayer(self) -> Sublayer:
+        """Where it belongs in its layer."""
+        return "attention" if self.role.startswith("attn_") else "feed_forward"
 
     @property
     def source_shape(self) -> tuple[int, ...]:

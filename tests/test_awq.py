@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from support import calibrated
 from support import checkpoints as make
 
 import cext
 from quantize import tensors
 from quantize.arch import Arch, parse
 from quantize.awq import EXPONENTS, GROUPS, Scales, Searcher, scale_of
-from quantize.calibrate import CHUNK_WINDOWS, FEW_TOKENS, SAMPLE_TOKENS, Inputs, LayerStats, Routed, Stream
+from quantize.calibrate import CHUNK_WINDOWS, FEW_TOKENS, SAMPLE_TOKENS, Inputs, Routed, Stream, SublayerStats
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
 from quantize.encode import Encoder
@@ -122,7 +123,7 @@ def made_up(config: dict[str, Any], folder: Path, outliers: bool) -> tuple[Evide
 
     widths = {"attn_norm": arch.n_embd, "q_a_norm": arch.q_lora_rank, "kv_a_norm": arch.kv_lora_rank}
     widths |= {"attn_heads": arch.n_head * arch.v_dim, "ffn_norm": arch.n_embd, "dense_hidden": arch.n_ff}
-    stats = LayerStats({tap: inputs(n) for tap, n in widths.items()}, None)
+    stats = SublayerStats({tap: inputs(n) for tap, n in widths.items()}, None)
     layer = {t.role: t for t in tensors.layer_tensors(arch, 0)}
 
     def read(tensor: Tensor, part: int) -> np.ndarray:
@@ -200,15 +201,19 @@ def test_statistics(n_windows: int, il: int) -> None:
     x = rng.standard_normal((n_windows * WINDOW, arch.n_embd)).astype(np.float32)
     stream, layer = Stream(arch, x.copy()), Plain(arch)
     done: list[float] = []
-    stats = stream.advance(layer, il, done.append)
+    attention = stream.attention(layer, done.append)
     np.testing.assert_array_equal(stream.x, x + 1)
     assert sum(layer.calls) == n_windows and max(layer.calls) <= CHUNK_WINDOWS and done[-1] == 1.0
-    tapped = {name: [] for name in (*stats.inputs, "experts", "expert_hidden")}
+    stats = stream.feed_forward(layer, il, done.append)
+    np.testing.assert_array_equal(stream.x, (x + 1) + 1)
+    assert sum(layer.calls) == 2 * n_windows and done[-1] == 1.0 and attention.routed is None
+    tapped = {name: [] for name in (*attention.inputs, *stats.inputs, "experts", "expert_hidden")}
     for start in range(0, len(x), CHUNK_WINDOWS * WINDOW):
         for name, parts in tapped.items():
-            parts.append(layer.tapped(name, x[start : start + CHUNK_WINDOWS * WINDOW]))
+            fed = x if name in attention.inputs else x + 1
+            parts.append(layer.tapped(name, fed[start : start + CHUNK_WINDOWS * WINDOW]))
     whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in tapped.items()}
-    for name, inputs in stats.inputs.items():
+    for name, inputs in (attention.inputs | stats.inputs).items():
         np.testing.assert_allclose(inputs.mean_abs, np.abs(whole[name]).mean(0), rtol=1e-5)
         np.testing.assert_allclose(inputs.mean_square, np.square(whole[name]).mean(0), rtol=1e-5)
         assert len(inputs.sample) <= SAMPLE_TOKENS and len(inputs.sample) >= min(len(x), SAMPLE_TOKENS) // 2
@@ -243,8 +248,7 @@ def test_stream_is_the_model(tmp_path: Path) -> None:
         stream = Stream(arch, checkpoint.read_f32("model.embed_tokens.weight")[ids])
         for il in range(arch.n_layer):
             weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in tensors.layer_tensors(arch, il)}
-            with cext.Layer(keys, il, weights, 1) as layer:
-                stream.advance(layer, il)
+            calibrated.layer(stream, keys, il, weights)
         final = stream.final_inputs(checkpoint.read_f32("model.norm.weight"))
     squares = []
     with cext.Model(tmp_path / "m.gguf", threads=1) as model:
@@ -278,7 +282,7 @@ def test_starved_experts_are_blended(tmp_path: Path) -> None:
         evidence = Evidence(
             arch,
             layer,
-            LayerStats({"ffn_norm": shared}, routed),
+            SublayerStats({"ffn_norm": shared}, routed),
             lambda tensor, part: checkpoint.read_f32(tensor.sources[part]),
         )
         gate = x @ checkpoint.read_f32(layer["ffn_gate_exps"].sources[1]).T.astype(np.float64)

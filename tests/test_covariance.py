@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from support import calibrated
 from support import checkpoints as make
 
 import cext
 from quantize import blas, recipe, tensors
 from quantize.arch import Arch, parse
 from quantize.awq import Scales
-from quantize.calibrate import LayerStats, Stream
+from quantize.calibrate import Stream, SublayerStats
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
 from quantize.evidence import PRIOR_TOKENS, Evidence, bundles, n_parts
@@ -28,10 +29,10 @@ class Case:
     arch: Arch
     layer: dict[str, Tensor]
     taps: dict[str, np.ndarray]  # of all tokens
-    stats: LayerStats
+    stats: SublayerStats
     read: PartReader
 
-    def evidence(self, stats: LayerStats | None = None) -> Evidence:
+    def evidence(self, stats: SublayerStats | None = None) -> Evidence:
         return Evidence(self.arch, self.layer, stats or self.stats, self.read)
 
 
@@ -50,7 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         keys = {"general.architecture": "deepseek2", **arch.keys()}
         with cext.Layer(keys, IL, weights, 1) as engine:
             _, taps = engine.forward(x, 6, names)
-            stats = Stream(arch, x.copy()).advance(engine, IL, covariances=True)
+        stats = calibrated.layer(Stream(arch, x.copy()), keys, IL, weights, covariances=True)
         yield Case(arch, layer, taps, stats, PartReader(arch, checkpoint))
 
 

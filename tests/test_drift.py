@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import calibrated
 from support import checkpoints as make
 
-import cext
 from quantize import feedback, recipe, tensors
 from quantize.arch import parse
 from quantize.awq import Scales
 from quantize.calibrate import Stream
 from quantize.checkpoint import Checkpoint
 from quantize.corpus import WINDOW
-from quantize.drift import Drift
+from quantize.drift import FeedForward, attend
 from quantize.evidence import Evidence, bundles
 from quantize.feedback import Covariance
 from quantize.tensors import PartReader
@@ -57,24 +57,34 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
     keys = {"general.architecture": "deepseek2", **arch.keys()}
     with Checkpoint(folder) as checkpoint:
         layer = {t.role: t for t in tensors.layer_tensors(arch, il)}
-        plan = SimpleNamespace(arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()})
+        plan = SimpleNamespace(
+            arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()}, checkpoint=checkpoint
+        )
         job: Any = SimpleNamespace(plan=plan)
         weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in layer.values()}
         stream, read = Stream(arch, x, drifted), PartReader(arch, checkpoint)
-        with cext.Layer(keys, il, weights, 1) as engine:
-            stats = stream.advance(engine, il, covariances=True)
-        drift, evidence = Drift(job, il, stream, stats, Scales(), read), Evidence(arch, layer, stats, read)
-        every = (of for some in bundles(list(layer.values())) for bundle in some for of in bundle)
-        for tensor, part in every:
-            values = read(tensor, part)
-            if recipe.is_matrix(tensor):
-                covariance = drift.covariance(tensor.role, part) or evidence.covariance(tensor.role, part)
-                if covariance is not None and correct:
-                    values = covariance.corrected(values)
-                size = noise * float(values.std())
-                values = values + np.float32(size) * rng.standard_normal(values.shape).astype(np.float32)
-            drift.wrote(tensor, part, values)
-            drift.add(tensor, part)
+        done: dict[tensors.Tensor, list[np.ndarray]] = {}
+        for sublayer in tensors.SUBLAYERS:
+            mine = {role: t for role, t in layer.items() if t.sublayer == sublayer}
+            stats = getattr(calibrated, sublayer)(stream, keys, il, weights, covariances=True)
+            evidence, drift = Evidence(arch, mine, stats, read), None
+            if stats.exact is not None:
+                drift = FeedForward(arch, mine, stream, stats.exact, Scales(), read)
+            for tensor, part in (of for some in bundles(list(mine.values())) for bundle in some for of in bundle):
+                values = read(tensor, part)
+                if recipe.is_matrix(tensor):
+                    covariance = drift.covariance(tensor.role, part) if drift else None
+                    covariance = covariance or evidence.covariance(tensor.role, part)
+                    if covariance is not None and correct:
+                        values = covariance.corrected(values)
+                    size = noise * float(values.std())
+                    values = values + np.float32(size) * rng.standard_normal(values.shape).astype(np.float32)
+                done.setdefault(tensor, []).append(values)
+                if drift:
+                    drift.wrote(tensor.role, part, values)
+                    drift.add(tensor.role, part)
+            if sublayer == "attention":
+                attend(job, il, stream, done)
     assert stream.drifted is not None
     return stream.x, stream.drifted
 

@@ -16,6 +16,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.effort import Effort, forward
 from quantize.job import Plan, make_plan
 from quantize.meter import Meter
+from quantize.tensors import SUBLAYERS
 
 CONFIG = {**make.V2_LITE, "num_hidden_layers": 2, "hidden_size": 256, "moe_intermediate_size": 256}
 
@@ -43,16 +44,18 @@ def test_steps_grow_with_their_work(source: Path) -> None:
     arch = plan.arch
     few = replace(arch, n_expert_used=1)
     assert forward(arch, arch.n_layer - 1) > forward(few, arch.n_layer - 1) and forward(arch, 0) == forward(few, 0)
-    il = arch.n_layer - 1
-    plain = Effort(plan, {t.name: Type.Q4_K for t in plan.tensors})
-    grids = Effort(plan, {t.name: Type.IQ2_S for t in plan.tensors})
-    floats = Effort(plan, {t.name: Type.BF16 for t in plan.tensors})
-    assert grids.write(il).encode > plain.write(il).encode > floats.write(il).encode > 0
-    assert plain.write(il).calibrate > 0 and plain.write(il).search > 0
-    alone = planned(source, importance=False, awq=False, feedback=False, evaluate=False)
-    assert Effort(alone).write(il).search == Effort(alone).write(il).calibrate == 0
+    plain, grids, floats = (
+        Effort(plan, {t.name: type_ for t in plan.tensors}).write() for type_ in (Type.Q4_K, Type.IQ2_S, Type.BF16)
+    )
+    assert [(work.il, work.sublayer) for work in plain] == [
+        (-1, None), *((il, sublayer) for il in range(arch.n_layer) for sublayer in SUBLAYERS), (arch.n_layer, None),
+    ]  # fmt: skip
+    for more, usual, less in zip(grids, plain, floats, strict=True):
+        assert more.encode > usual.encode > less.encode > 0
+        assert (usual.calibrate > 0) == (usual.search > 0) == (usual.sublayer is not None)
+    alone = Effort(planned(source, importance=False, awq=False, feedback=False, evaluate=False)).write()
+    assert all(work.search == work.calibrate == 0 for work in alone)
     assert Effort(planned(source, bpw=3.0)).phases()["write"] > Effort(planned(source, bpw=5.0)).phases()["write"]
-    assert plain.write(arch.n_layer).calibrate == 0 < plain.write(-1).encode
 
 
 def test_time_left_follows_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:

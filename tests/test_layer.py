@@ -81,24 +81,29 @@ def test_legacy_kv_b():
 
 
 @pytest.mark.parametrize("il", [0, 2])
-def test_attention_alone(il):
-    """As far as its residual, of a whole block and of one that has no more; nothing beyond can be tapped."""
+def test_one_sublayer_after_the_other(il):
+    """The same bits as both at once; neither needs the other's tensors, nor can they be tapped."""
     spec = spec_named("pro")
     tensors, x = layer_tensors(spec, il), hidden(spec, 2 * 17)
+    first, second = ["attn_norm", "attn_heads", "ffn_inp", "ffn_norm"], ["ffn_norm", "l_out"]
     with cext.Layer(gguf_metadata(spec), il, tensors) as layer:
-        _, expected = layer.forward(x, 2, ["ffn_inp", "ffn_norm", "attn_heads"])
-        got = layer.forward(x, 2, ["ffn_norm", "attn_heads"], attention_only=True)
-        with pytest.raises(ValueError, match="feed-forward"):
-            layer.forward(x, 2, ["l_out"], attention_only=True)
-    half = {name: array for name, array in tensors.items() if ".attn_" in name or ".ffn_norm." in name}
-    with cext.Layer(gguf_metadata(spec), il, half, attention_only=True) as layer:
-        same = layer.forward(x, 2, ["ffn_norm", "attn_heads"])
-    with pytest.raises(cext.EngineError, match=r"ffn_.* is missing"):
-        cext.Layer(gguf_metadata(spec), il, half)
-    for out, taps in (got, same):
-        np.testing.assert_array_equal(out, expected["ffn_inp"])
-        for name in taps:
-            np.testing.assert_array_equal(taps[name], expected[name])
+        expected, all_taps = layer.forward(x, 2, {*first, *second})
+    for sublayer, points, own, alien in (
+        ("attention", first, (".attn_", ".ffn_norm."), "l_out"),
+        ("feed_forward", second, (".ffn_", ".exp_probs_b."), "attn_heads"),
+    ):
+        mine = {name: array for name, array in tensors.items() if any(part in name for part in own)}
+        with cext.Layer(gguf_metadata(spec), il, mine, sublayer=sublayer) as layer:
+            x, taps = layer.forward(x, 2, points)
+            with pytest.raises(ValueError, match="sublayer"):
+                layer.forward(x, 2, [alien])
+        for name, tapped in taps.items():
+            np.testing.assert_array_equal(tapped, all_taps[name])
+        with pytest.raises(cext.EngineError, match=r"is missing"):
+            cext.Layer(gguf_metadata(spec), il, mine)
+    np.testing.assert_array_equal(x, expected)
+    with pytest.raises(ValueError):
+        cext.Layer(gguf_metadata(spec), il, tensors, sublayer="both")
 
 
 def test_arrays_are_kept_alive():

@@ -9,7 +9,6 @@ enum { TARGET_TOKENS = 2048 /* windows run together up to this many tokens: an e
 
 struct ds_block {
     ds_core core;
-    bool attention_only;
     const ds_tensor *tensors;
     int n_tensors;
 };
@@ -22,7 +21,7 @@ static const ds_tensor *find_in_table(const void *ctx, const char *name) {
     return NULL;
 }
 
-ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, bool attention_only, ds_block **out,
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_sublayer sublayer, ds_block **out,
                         ds_error *err) {
     ds_block *block = calloc(1, sizeof *block);
     ds_source source = {find_in_table, block, ds_gguf_label(header)};
@@ -30,9 +29,8 @@ ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors,
     if (!block) return ds_fail(err, DS_ENOMEM, "no memory for a block");
     block->tensors = tensors;
     block->n_tensors = n_tensors;
-    block->attention_only = attention_only;
     if (il < 0 || il > 1 << 20) st = ds_fail(err, DS_EINVAL, "layer %d: expected a number from 0", il);
-    else st = ds_core_create(header, source, il, il + 1, attention_only ? DS_SCOPE_ATTENTION : DS_SCOPE_BLOCKS, n_threads, NULL, &block->core, err);
+    else st = ds_core_create(header, source, il, il + 1, false, sublayer, n_threads, NULL, &block->core, err);
     if (st == DS_OK) *out = block;
     else free(block);
     return st;
@@ -57,14 +55,14 @@ static ds_status run_windows(ds_block *block, ds_step step, int first, int n, in
     return DS_OK;
 }
 
-ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, bool attention_only, float *y, ds_tap *tap, ds_error *err) {
-    const ds_step step = {.x = x, .x_out = y, .tap = tap, .attention_only = attention_only || block->attention_only};
+ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap, ds_error *err) {
+    const ds_step step = {.x = x, .x_out = y, .tap = tap};
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
     ds_kv *kv;
     ds_span *spans;
     ds_status st = DS_OK;
-    for (int i = 0; step.attention_only && tap && i < tap->n; i++) {
-        if (tap->entries[i].point > DS_TAP_FFN_NORM) return ds_fail(err, DS_EINVAL, "a tap of the feed-forward network where attention is run alone");
+    for (int i = 0; tap && i < tap->n; i++) {
+        if (!ds_tap_within(block->core.weights.sublayer, tap->entries[i].point)) return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");
     }
     if (together > n_seq) together = n_seq;
     kv = calloc((size_t)together, sizeof *kv);

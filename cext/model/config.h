@@ -9,6 +9,9 @@ typedef enum ds_gating { DS_GATING_SOFTMAX = 1, DS_GATING_SIGMOID = 2 } ds_gatin
 
 enum { DS_MAX_NAME = 96 };
 
+/* A block has two: as far as the residual after attention, and from there on. */
+typedef enum ds_sublayer { DS_SUBLAYER_BOTH, DS_SUBLAYER_ATTENTION, DS_SUBLAYER_FEED_FORWARD } ds_sublayer;
+
 typedef struct ds_config {
     char arch[DS_MAX_NAME], name[DS_MAX_NAME];
     int n_layer, n_ctx_train, n_embd, n_vocab, n_head;

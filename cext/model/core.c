@@ -19,7 +19,7 @@ static ds_status choose_kernels(const char *isa, const ds_kernels **out, ds_erro
     return err->status;
 }
 
-ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, ds_scope scope, int n_threads, const char *isa,
+ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer, int n_threads, const char *isa,
                          ds_core *out, ds_error *err) {
     ds_core c = {0};
     ds_status st;
@@ -30,7 +30,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_be
         return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, c.config.n_layer - 1);
     }
     if ((st = choose_kernels(isa, &c.kern, err)) != DS_OK) return st;
-    if ((st = ds_weights_bind(&c.config, source, layer_begin, layer_end, scope, &c.weights, err)) != DS_OK) return st;
+    if ((st = ds_weights_bind(&c.config, source, layer_begin, layer_end, ends, sublayer, &c.weights, err)) != DS_OK) return st;
     if ((st = ds_rope_create(&c.config, &c.rope, err)) == DS_OK &&
         (st = ds_pool_create(n_threads ? n_threads : ds_cpu_default_threads(), &c.pool, err)) == DS_OK) {
         *out = c;

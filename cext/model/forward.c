@@ -77,6 +77,7 @@ static void run(const ds_worker *worker, void *arg) {
     const ds_step *s = arg;
     ds_lane lane = lane_of(worker, s);
     size_t row = (size_t)s->config->n_embd * sizeof(float);
+    ds_sublayer sublayer = s->weights->sublayer;
     enter(&lane);
     ds_lane_tap(&lane, DS_TAP_INP_EMBD, -1, lane.x, s->config->n_embd);
     ds_barrier(worker); /* the angles and the plan */
@@ -87,8 +88,9 @@ static void run(const ds_worker *worker, void *arg) {
             if (!s->tail->n_tok) return;
             lane = enter_tail(&lane);
         }
-        ds_mla(&lane, layer, il);
-        ds_feed_forward(&lane, layer, il);
+        if (sublayer != DS_SUBLAYER_FEED_FORWARD) ds_mla(&lane, layer, il);
+        if (sublayer != DS_SUBLAYER_ATTENTION) ds_feed_forward(&lane, layer, il);
+        else ds_feed_forward_norm(&lane, layer, il);
         ds_lane_tap(&lane, DS_TAP_L_OUT, il, lane.x, s->config->n_embd);
     }
     if (s->x_out && !(lane.solo && worker->ith)) {

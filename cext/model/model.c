@@ -26,7 +26,7 @@ static const ds_tensor *find_in_gguf(const void *ctx, const char *name) { return
 static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_model **out, ds_error *err) {
     ds_source source = {find_in_gguf, gguf, ds_gguf_label(gguf)};
     ds_model *model = calloc(1, sizeof *model);
-    ds_status st = model ? ds_core_create(gguf, source, 0, -1, DS_SCOPE_MODEL, n_threads, isa, &model->core, err)
+    ds_status st = model ? ds_core_create(gguf, source, 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, &model->core, err)
                          : ds_fail(err, DS_ENOMEM, "no memory for a model");
     if (st != DS_OK) {
         ds_gguf_close(gguf);

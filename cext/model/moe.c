@@ -260,6 +260,11 @@ static void dense(const ds_lane *lane, const ds_layer *l, const ds_act *act, int
     for (int t = lane->t0; t < lane->t1; t++) s->kern->add_scaled((int)d, 1.0f, b->y + (size_t)t * d, lane->x + (size_t)t * d);
 }
 
+void ds_feed_forward_norm(const ds_lane *lane, const ds_layer *layer, int il) {
+    ds_lane_norm(lane, lane->step->config->n_embd, lane->x, layer->ffn_norm, lane->xn);
+    ds_lane_tap(lane, DS_TAP_FFN_NORM, il, lane->xn, lane->step->config->n_embd);
+}
+
 void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il) {
     const ds_config *c = lane->step->config;
     bool is_dense = il < c->n_layer_dense;
@@ -271,7 +276,6 @@ void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il) {
     act = ds_lane_pack(lane, kinds, c->n_embd, lane->xn, &lane->own->act_x, &lane->step->scratch->act_x);
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_FFN_NORM, il, lane->xn, c->n_embd);
-    if (lane->step->attention_only) return;
     if (is_dense) dense(lane, layer, act, il);
     else experts(lane, layer, act, il);
 }

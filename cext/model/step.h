@@ -90,7 +90,6 @@ typedef struct ds_step {
     float *logits;          /* (n_logits, n_vocab) */
     float *x_out;           /* (n_tok, n_embd) or NULL: the last block's output */
     ds_tap *tap;            /* or NULL */
-    bool attention_only;    /* blocks end at the residual after attention, and its norm */
     const struct ds_step *tail; /* the tokens whose last block is read, as a step of their own; NULL: all of them */
 } ds_step;
 
@@ -109,6 +108,8 @@ void ds_mla(const ds_lane *lane, const ds_layer *layer, int il);
 /* Only what later tokens need of these: their latents into the cache of block il. */
 void ds_mla_remember(const ds_lane *lane, const ds_layer *layer, int il);
 void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il);
+/* Its norm alone, for who taps it: the end of a block that is attention only. */
+void ds_feed_forward_norm(const ds_lane *lane, const ds_layer *layer, int il);
 
 /* Run the step on the pool. */
 void ds_step_run(ds_pool *pool, ds_step *step);

@@ -3,8 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/config.h"
-
 static const struct { const char *name; bool is_int; } POINTS[DS_TAP_COUNT] = {
 #define P(id, name, integer, width) [DS_TAP_##id] = {name, integer},
     DS_TAP_POINTS(P)
@@ -13,7 +11,7 @@ static const struct { const char *name; bool is_int; } POINTS[DS_TAP_COUNT] = {
 
 static bool outside_blocks(ds_tap_point point) { return point == DS_TAP_INP_EMBD || point == DS_TAP_RESULT_NORM; }
 
-bool ds_tap_parse(const struct ds_config *config, const char *name, ds_tap_point *point, int *il) {
+bool ds_tap_parse(const ds_config *config, const char *name, ds_tap_point *point, int *il) {
     const char *dash = strrchr(name, '-');
     size_t size = dash ? (size_t)(dash - name) : strlen(name);
     char *end = NULL;
@@ -29,7 +27,7 @@ bool ds_tap_parse(const struct ds_config *config, const char *name, ds_tap_point
     return false;
 }
 
-int ds_tap_width(const struct ds_config *c, ds_tap_point point) {
+int ds_tap_width(const ds_config *c, ds_tap_point point) {
     switch (point) {
 #define P(id, name, integer, width) case DS_TAP_##id: return width;
         DS_TAP_POINTS(P)
@@ -40,7 +38,12 @@ int ds_tap_width(const struct ds_config *c, ds_tap_point point) {
 
 bool ds_tap_is_int(ds_tap_point point) { return POINTS[point].is_int; }
 
-bool ds_tap_exists(const struct ds_config *config, ds_tap_point point, int il) {
+bool ds_tap_within(ds_sublayer sublayer, ds_tap_point point) {
+    if (sublayer == DS_SUBLAYER_ATTENTION) return point <= DS_TAP_FFN_NORM;
+    return sublayer == DS_SUBLAYER_BOTH || point >= DS_TAP_FFN_NORM;
+}
+
+bool ds_tap_exists(const ds_config *config, ds_tap_point point, int il) {
     bool experts = point == DS_TAP_ROUTER_LOGITS || point == DS_TAP_EXPERTS || point == DS_TAP_EXPERT_WEIGHTS ||
                    point == DS_TAP_EXPERT_HIDDEN || point == DS_TAP_SHARED_HIDDEN;
     if (ds_tap_width(config, point) == 0) return false;

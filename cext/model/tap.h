@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "model/config.h"
 
 /* Every point that can be tapped: enum suffix, name, whether it is int32, row width as an expression of the config c. */
 #define DS_TAP_POINTS(P)                                                             \
@@ -45,11 +46,12 @@ typedef struct ds_tap {
     int n;
 } ds_tap;
 
-struct ds_config;
 /* Parse "name-il" or "name"; false where no such point exists in the model. */
-bool ds_tap_parse(const struct ds_config *config, const char *name, ds_tap_point *point, int *il);
+bool ds_tap_parse(const ds_config *config, const char *name, ds_tap_point *point, int *il);
 /* Values in a row of a point; 0 where the model has none. */
-int ds_tap_width(const struct ds_config *config, ds_tap_point point);
+int ds_tap_width(const ds_config *config, ds_tap_point point);
 bool ds_tap_is_int(ds_tap_point point);
+/* Whether a point lies in what is run. */
+bool ds_tap_within(ds_sublayer sublayer, ds_tap_point point);
 /* Whether a point exists in layer il (dense and expert layers differ). */
-bool ds_tap_exists(const struct ds_config *config, ds_tap_point point, int il);
+bool ds_tap_exists(const ds_config *config, ds_tap_point point, int il);

@@ -158,7 +158,6 @@ static void bind_attention(binder *b, ds_layer *l, int il) {
     l->kv_a_norm = vector(b, true, c->kv_lora_rank, "blk.%d.attn_kv_a_norm.weight", il);
     bind_kv_b(b, l, il);
     l->o = matrix(b, true, (int64_t)c->n_head * c->v_dim, c->n_embd, 1, "blk.%d.attn_output.weight", il);
-    l->ffn_norm = vector(b, true, c->n_embd, "blk.%d.ffn_norm.weight", il);
 }
 
 static void bind_feed_forward(binder *b, ds_layer *l, int il) {
@@ -194,17 +193,18 @@ static void bind_ends(binder *b) {
     w->output_norm = vector(b, true, c->n_embd, "output_norm.weight");
 }
 
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, ds_scope scope,
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
                           ds_weights *out, ds_error *err) {
-    ds_weights w = {.layer_begin = layer_begin, .layer_end = layer_end};
+    ds_weights w = {.layer_begin = layer_begin, .layer_end = layer_end, .sublayer = sublayer};
     binder b = {config, source, &w, DS_OK, err};
     if (!(w.layers = calloc((size_t)(layer_end - layer_begin), sizeof *w.layers))) {
         return ds_fail(err, DS_ENOMEM, "%s: no memory for %d layers", source.label, layer_end - layer_begin);
     }
-    if (scope == DS_SCOPE_MODEL) bind_ends(&b);
+    if (ends) bind_ends(&b);
     for (int il = layer_begin; il < layer_end && b.status == DS_OK; il++) {
-        bind_attention(&b, ds_weights_layer(&w, il), il);
-        if (scope != DS_SCOPE_ATTENTION) bind_feed_forward(&b, ds_weights_layer(&w, il), il);
+        if (sublayer != DS_SUBLAYER_FEED_FORWARD) bind_attention(&b, ds_weights_layer(&w, il), il);
+        ds_weights_layer(&w, il)->ffn_norm = vector(&b, true, config->n_embd, "blk.%d.ffn_norm.weight", il);
+        if (sublayer != DS_SUBLAYER_ATTENTION) bind_feed_forward(&b, ds_weights_layer(&w, il), il);
     }
     if (b.status == DS_OK) *out = w;
     else ds_weights_release(&w);

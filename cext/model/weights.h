@@ -35,16 +35,13 @@ typedef struct ds_weights {
     const float *output_norm;
     ds_layer *layers;
     int layer_begin, layer_end; /* which blocks are bound: all, or one for calibration */
+    ds_sublayer sublayer;       /* of each block, what is bound and run */
     struct ds_owned *owned;     /* decoded vectors and transposed legacy matrices */
     size_t owned_bytes;
 } ds_weights;
 
-/* What is bound: blocks with embeddings and head, blocks alone, or of these what comes before the feed-forward network's
- * matrices. */
-typedef enum ds_scope { DS_SCOPE_MODEL, DS_SCOPE_BLOCKS, DS_SCOPE_ATTENTION } ds_scope;
-
-/* Bind blocks [layer_begin, layer_end), and the ends where the scope has them. On failure nothing is kept. */
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, ds_scope scope,
+/* Bind blocks [layer_begin, layer_end), or one sublayer of each; ends: embeddings and head too. On failure nothing is kept. */
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
                           ds_weights *out, ds_error *err);
 void ds_weights_release(ds_weights *weights);
 

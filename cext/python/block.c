@@ -53,13 +53,14 @@ static bool bind(bound *b, PyObject *record) {
     return t->name || (PyErr_NoMemory(), false);
 }
 
-/* block_open(header GGUF bytes, il, [(name, type, shape, buffer)], threads, attention only) */
+/* block_open(header GGUF bytes, il, [(name, type, shape, buffer)], threads, sublayer) */
 static PyObject *block_open(PyObject *self, PyObject *args) {
     PyObject *header, *list;
-    int il, threads, attention_only;
+    int il, threads, sublayer;
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "OiO!ip", &header, &il, &PyList_Type, &list, &threads, &attention_only)) return NULL;
+    if (!PyArg_ParseTuple(args, "OiO!ii", &header, &il, &PyList_Type, &list, &threads, &sublayer)) return NULL;
+    if (sublayer < DS_SUBLAYER_BOTH || sublayer > DS_SUBLAYER_FEED_FORWARD) return PyErr_Format(PyExc_ValueError, "sublayer is %d, expected 0 to 2", sublayer);
     Py_ssize_t n = PyList_Size(list);
     bound *b = calloc(1, sizeof *b);
     if (b) {
@@ -75,7 +76,7 @@ static PyObject *block_open(PyObject *self, PyObject *args) {
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
         st = ds_gguf_view(b->header_bytes.buf, (size_t)b->header_bytes.len, "layer", &b->header, &err);
-        if (st == DS_OK) st = ds_block_open(b->header, il, b->tensors, b->n, threads, attention_only, &b->block, &err);
+        if (st == DS_OK) st = ds_block_open(b->header, il, b->tensors, b->n, threads, (ds_sublayer)sublayer, &b->block, &err);
         Py_END_ALLOW_THREADS
         if (st == DS_OK) return ds_py_own(b, DS_PY_BLOCK, release);
         ds_py_raise(&err);
@@ -107,24 +108,24 @@ static PyObject *block_tap_shape(PyObject *self, PyObject *args) {
     return Py_BuildValue("(iO)", ds_tap_width(config, point), ds_tap_is_int(point) ? Py_True : Py_False);
 }
 
-/* block_forward(block, x, n_seq, n_tok, attention only, y, [(tap name, buffer)]) */
+/* block_forward(block, x, n_seq, n_tok, y, [(tap name, buffer)]) */
 static PyObject *block_forward(PyObject *self, PyObject *args) {
     PyObject *capsule, *x, *y, *taps;
-    int n_seq, n_tok, attention_only;
+    int n_seq, n_tok;
     const bound *b;
     Py_buffer in, out = {0};
     ds_py_tap tap = {0};
     ds_error err;
     ds_status st = DS_OK;
     bool ok;
-    if (!PyArg_ParseTuple(args, "OOiipOO!", &capsule, &x, &n_seq, &n_tok, &attention_only, &y, &PyList_Type, &taps) || !(b = ds_py_borrow(capsule, DS_PY_BLOCK))) return NULL;
+    if (!PyArg_ParseTuple(args, "OOiiOO!", &capsule, &x, &n_seq, &n_tok, &y, &PyList_Type, &taps) || !(b = ds_py_borrow(capsule, DS_PY_BLOCK))) return NULL;
     if (n_seq < 1 || n_tok < 1 || n_tok > 1 << 20 || n_seq > 1 << 20) return PyErr_Format(PyExc_ValueError, "%d windows of %d tokens", n_seq, n_tok);
     size_t rows = (size_t)n_seq * (size_t)n_tok, bytes = rows * (size_t)ds_block_config(b->block)->n_embd * sizeof(float);
     if (!ds_py_buffer(x, bytes, false, &in)) return NULL;
     ok = ds_py_buffer(y, bytes, true, &out);
     if (ok && (ok = ds_py_tap_open(taps, ds_block_config(b->block), rows, 0, &tap))) {
         Py_BEGIN_ALLOW_THREADS
-        st = ds_block_forward(b->block, in.buf, n_seq, n_tok, attention_only, out.buf, tap.tap.n ? &tap.tap : NULL, &err);
+        st = ds_block_forward(b->block, in.buf, n_seq, n_tok, out.buf, tap.tap.n ? &tap.tap : NULL, &err);
         Py_END_ALLOW_THREADS
         if (st != DS_OK) ds_py_raise(&err);
     }

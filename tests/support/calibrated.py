@@ -1,0 +1,32 @@
+"""A layer calibrated on original weights, as the write stage does it, but both sublayers in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import cext
+from quantize.calibrate import Stream, SublayerStats
+
+Weights = Mapping[str, np.ndarray]
+
+
+def attention(stream: Stream, keys: dict[str, Any], il: int, weights: Weights, **how: Any) -> SublayerStats:
+    """Of layer il; the stream moves on."""
+    with cext.Layer(keys, il, weights, 1, "attention") as engine:
+        return stream.attention(engine, **how)
+
+
+def feed_forward(stream: Stream, keys: dict[str, Any], il: int, weights: Weights, **how: Any) -> SublayerStats:
+    """Likewise."""
+    with cext.Layer(keys, il, weights, 1, "feed_forward") as engine:
+        return stream.feed_forward(engine, il, **how)
+
+
+def layer(stream: Stream, keys: dict[str, Any], il: int, weights: Weights, **how: Any) -> SublayerStats:
+    """Of the original alone: the statistics of both."""
+    first = attention(stream, keys, il, weights, **how)
+    second = feed_forward(stream, keys, il, weights, **how)
+    return SublayerStats({**first.inputs, **second.inputs}, second.routed)
