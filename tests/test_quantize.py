@@ -333,7 +333,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_calibrated_run(tmp_path: Path, wide: Path, text: Path) -> None:
     steps: list[Progress] = []
-    options = Options(type="q3_k_m", threads=2, calibration=(text,), awq=True)
+    options = Options(type="q3_k_m", threads=2, calibration=(text,), max_tokens=2048, awq=True)
     report = quantize.quantize(wide, tmp_path / "m.gguf", options, steps.append)
 
     file = cext.Gguf(tmp_path / "m.gguf")

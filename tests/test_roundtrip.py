@@ -23,7 +23,7 @@ def convert(folder: Path, spec, **options) -> Path:
     checkpoint = Checkpoint(spec).write(folder / "hf")
     write_tokenizer(checkpoint)
     out = folder / f"{spec.name}.gguf"
-    quantize.quantize(checkpoint, out, quantize.Options(threads=1, max_tokens=8192, **options))
+    quantize.quantize(checkpoint, out, quantize.Options(threads=1, max_tokens=1024, evaluate=False, **options))
     return out
 
 
