@@ -5,7 +5,8 @@
 Writes a bf16 checkpoint of the model's shapes (V2-Lite's 27 layers: 31 GB) into the folder, quantises it in a process
 of its own, prints one line, and removes what it wrote. Weights are random, drawn from a pool that repeats: the pages
 are read all the same. The bound that the line names: the largest layer in bf16, the calibration tokens' activations,
-1 GB. --encode-seconds ends the run that long after the last layer's encoding began: what follows only repeats it.
+1 GB. --encode-seconds ends the run that long after the encoding of the last layer's experts, or dense matrices, began:
+what follows only repeats it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def quantise(args: argparse.Namespace) -> None:
     done, where = threading.Event(), ""
     last: quantize.Progress | None = None
     rate = cores = 0.0
-    began: tuple[float, float] | None = None  # of the last layer's encoding: seconds of the run, of all cores
+    turns = 0  # sublayers of the last layer that encoding has begun of
+    began: tuple[float, float] | None = None  # of the second's: seconds of the run, of all cores
 
     def watch() -> None:
         while not done.wait(0.02):
@@ -97,12 +99,14 @@ def quantise(args: argparse.Namespace) -> None:
                 peak[:] = [now, where]
 
     def progress(step: quantize.Progress) -> None:
-        nonlocal where, last, rate, cores, began
+        nonlocal where, last, rate, cores, turns, began
+        encodes = step.stage == "encode" and step.layer == step.n_layer - 1
         if where != (where := f"{step.stage} layer {step.layer}"):
             print(f"{step.seconds:8.1f} s {where}, peak so far {peak[0] / 1e9:.2f} GB", file=sys.stderr)
+            turns += encodes
 
         last, rate = step, step.values_per_second if step.stage == "encode" else rate
-        if step.stage == "encode" and step.layer == step.n_layer - 1:
+        if encodes and turns == 2:
             used = resource.getrusage(resource.RUSAGE_SELF)
             now = step.seconds, used.ru_utime + used.ru_stime
             began = began or now
@@ -172,7 +176,7 @@ def main() -> None:
         f"peak {found['anonymous'] / 1e9:.2f} GB anonymous ({found['at']}), {found['rss'] / 1e9:.2f} GB with mapped "
         f"files; bound {bound / 1e9:.2f} GB (layer {max(layers.values()) / 1e9:.2f}, activations "
         f"{activations / 1e9:.2f}); {100 * found['fraction']:.0f} % written in {found['seconds']:.0f} s, "
-        f"{found['rate'] / 1e6:.1f} M weights/s; {found['cores']:.1f} cores busy while the last layer is encoded"
+        f"{found['rate'] / 1e6:.1f} M weights/s; {found['cores']:.1f} cores busy while the last experts are encoded"
     )
 
 
