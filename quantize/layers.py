@@ -1,4 +1,4 @@
-"""layers.py: the write stage. Each layer is loaded, calibrated, folded, encoded, written at its place, and dropped.
+"""layers.py: the write stage. Each sublayer is loaded, calibrated, folded, encoded, written at its place, and dropped.
 
 A step is the embeddings, a layer, or the head. After each, its bytes are synced, the hidden states that leave it and
 what is to be reported of it go to the journal: a run that dies here goes on at the step that it died in.
@@ -331,7 +331,8 @@ class WriteStage:
 
     def _tell(self, stage: Stage, fraction: float) -> None:
         """fraction: of this stage of the work."""
-        work, layer = self._works[self._work], [work for work in self._works if work.il == self._works[self._work].il]
+        work = self._works[self._work]
+        layer = sum(other.all for other in self._works if other.il == work.il)
         done = sum(before.all for before in self._works[: self._work])
         if stage == "calibrate":
             done += fraction * work.calibrate
@@ -340,7 +341,7 @@ class WriteStage:
         else:
             done += work.calibrate + work.search + fraction * work.encode
         il = work.il if work.il < self.arch.n_layer else -1
-        self.job.meter.tell(stage, il, done / self._effort, sum(work.all for work in layer) / self._effort)
+        self.job.meter.tell(stage, il, done / self._effort, layer / self._effort)
 
 
 @dataclass(frozen=True)
