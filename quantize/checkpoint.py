@@ -182,7 +182,7 @@ class Checkpoint:
             first = np.argwhere(~finite)[0]
             worst = (int(first[0]) + first_row, *(int(i) for i in first[1:]))
             raise CheckpointError(
-                f"tensor `{name}` holds {np.count_nonzero(~finite)} values that are not finite, the first at {worst}",
+                f"tensor `{name}`: {np.count_nonzero(~finite)} of {values.size} values not finite, first at {worst}",
                 "the shard is damaged or the training diverged: fetch it again, or use another revision",
             )
         return values
