@@ -63,9 +63,9 @@ class Layer:
 
     metadata: the GGUF keys of the whole model (deepseek2.*), as they would stand in the file. il: which block (it
     decides dense or experts). tensors: by GGUF name ("blk.3.attn_norm.weight"), in numpy's order (ggml's shape
-    reversed): float32, float16, or uint16 holding bfloat16 bits. sublayer: attention alone
-    ends at the residual after it, where the other begins; tensors of what is not run may be absent, but for ffn_norm.
-    Raises FormatError, UnsupportedError, ValueError.
+    reversed): float32, float16, or uint16 holding bfloat16 bits. sublayer: attention alone ends at the residual after
+    it, where the other begins; tensors of what is not run may be absent, but for ffn_norm. Raises FormatError,
+    UnsupportedError, ValueError.
     """
 
     def __init__(

@@ -217,7 +217,7 @@ class WriteStage:
             self.stream.fed = None
 
     def _sublayer(self, il: int, sublayer: Sublayer) -> dict[Tensor, list[F32]]:
-        """Calibrate, fold, encode and write it; returns attention's tensors, as they will be read."""
+        """Calibrate, fold, encode and write it; returns attention's tensors, as they will be read, if streams drift."""
         self._begin(il, sublayer)
         tensors = {t.role: t for t in self.plan.layers[il] if t.sublayer == sublayer}
         read_part = PartReader(self.arch, self.plan.checkpoint)
@@ -235,7 +235,7 @@ class WriteStage:
         written: dict[Tensor, list[F32]] = {}
         for encoded in self._encode_parts(list(tensors.values()), parts):
             self._put(encoded)
-            if sublayer == "attention":
+            if sublayer == "attention" and self.plan.sequential:
                 written.setdefault(encoded.tensor, []).append(encoded.decoded)
             if drift is not None:
                 drift.add(encoded.tensor.role, encoded.part)
