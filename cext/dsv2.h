@@ -18,7 +18,8 @@ enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
  * Weights are mapped, not copied. Close its sessions first. */
 ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err);
 /* The same over a file's bytes, which the caller keeps alive and unchanged until close; label names it in errors. */
-ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa, ds_model **out, ds_error *err);
+ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
+                        ds_model **out, ds_error *err);
 void ds_model_close(ds_model *model);
 const ds_config *ds_model_config(const ds_model *model);
 const ds_gguf *ds_model_gguf(const ds_model *model);
@@ -50,13 +51,14 @@ typedef enum ds_logits { DS_LOGITS_NONE, DS_LOGITS_LAST, DS_LOGITS_ALL } ds_logi
 /* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits takes a row
  * (n_vocab) per input (LAST) or per token (ALL). tap may be NULL; its entries' rows move on by the step's tokens.
  * Nothing changes on failure. One step runs at a time per model: a second caller waits. */
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap, ds_error *err);
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap,
+                  ds_error *err);
 
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
  * tensors); both stay alive until close. sublayer: of one, the other's tensors are not looked for; ffn_norm
  * belongs to both. */
-ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_sublayer sublayer, ds_block **out,
-                        ds_error *err);
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads,
+                        ds_sublayer sublayer, ds_block **out, ds_error *err);
 void ds_block_close(ds_block *block);
 const ds_config *ds_block_config(const ds_block *block);
 /* y (n_seq * n_tok, n_embd) = the block, or its sublayer, applied to x: n_seq windows of n_tok tokens, each from position 0.

@@ -1,13 +1,22 @@
 #include "backend/cpu.h"
 
 enum {
-    MIN_PIECE_COST = 64 << 10, /* a claim costs a shared cache line: not worth it for less than some microseconds of work */
+    MIN_PIECE_COST =
+        64 << 10, /* a claim costs a shared cache line: not worth it for less than some microseconds of work */
     PIECES_PER_WORKER = 12,    /* enough that a worker which loses its core for a while does not hold up the rest */
     PREFILL_COST_SHIFT = 4,    /* a byte read from memory costs about as much as 16 multiply-adds from cache */
 };
 
 ds_job ds_cpu_job(const ds_mat *m, const void *block, const void *act, int n_tok, float *y, size_t ldy) {
-    return (ds_job){m->format, {.w = block, .row_bytes = m->row_bytes, .k = m->k, .row_end = m->rows, .act = act, .n_tok = n_tok, .y = y, .ldy = ldy}};
+    return (ds_job){m->format,
+                    {.w = block,
+                     .row_bytes = m->row_bytes,
+                     .k = m->k,
+                     .row_end = m->rows,
+                     .act = act,
+                     .n_tok = n_tok,
+                     .y = y,
+                     .ldy = ldy}};
 }
 
 /* What a panel of rows costs, in bytes read or their equivalent in arithmetic. */
@@ -20,7 +29,7 @@ static int n_panels(const ds_mul *mul) { return (mul->row_end + DS_PANEL_ROWS - 
 /* Panels of a piece of this job when pieces should cost about `target`. */
 static int piece_panels(const ds_mul *mul, size_t target) {
     size_t panels = target / (panel_cost(mul) + 1);
-    return panels < 1 ? 1 : panels > (size_t)n_panels(mul) ? n_panels(mul) : (int)panels;
+    return panels<1 ? 1 : panels>(size_t) n_panels(mul) ? n_panels(mul) : (int)panels;
 }
 
 void ds_cpu_mul(const ds_worker *worker, const ds_kernels *kern, const ds_job *jobs, int n_jobs) {
@@ -36,7 +45,8 @@ void ds_cpu_mul(const ds_worker *worker, const ds_kernels *kern, const ds_job *j
         for (; claimed < base + pieces; claimed = ds_claim(worker)) {
             ds_mul piece = jobs[j].mul;
             piece.row_begin = (int)(claimed - base) * step * DS_PANEL_ROWS;
-            if (piece.row_begin + step * DS_PANEL_ROWS < piece.row_end) piece.row_end = piece.row_begin + step * DS_PANEL_ROWS;
+            if (piece.row_begin + step * DS_PANEL_ROWS < piece.row_end)
+                piece.row_end = piece.row_begin + step * DS_PANEL_ROWS;
             kern->mul[jobs[j].format](&piece);
         }
         base += pieces;

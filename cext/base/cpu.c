@@ -195,7 +195,8 @@ static double cgroup_cores(void) {
         double cores = -1.0;
         if (*controllers == '\0') {
             cores = quota_upwards("/sys/fs/cgroup", group, quota_v2);
-        } else if (strcmp(controllers, "cpu") == 0 || strncmp(controllers, "cpu,", 4) == 0 || strstr(controllers, ",cpu,")) {
+        } else if (strcmp(controllers, "cpu") == 0 || strncmp(controllers, "cpu,", 4) == 0 ||
+                   strstr(controllers, ",cpu,")) {
             cores = quota_upwards("/sys/fs/cgroup/cpu", group, quota_v1);
         }
         if (cores > 0 && (least < 0 || cores < least)) least = cores;

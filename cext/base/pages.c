@@ -18,9 +18,7 @@ static void *advised(void *pages, size_t size) {
     return pages;
 }
 
-void *ds_pages_map(int fd, size_t size) {
-    return advised(mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size);
-}
+void *ds_pages_map(int fd, size_t size) { return advised(mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size); }
 
 void *ds_pages_new(size_t size) {
     return advised(mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), size);

@@ -36,14 +36,14 @@ typedef struct event {
 struct ds_pool {
     int n_threads, n_started;
     int64_t spin_ns; /* 0 where there are more threads than processors: the peer waited for needs this one */
-    pthread_t *threads;    /* (n_started): workers 1 ... */
-    ds_worker *workers;    /* (n_threads) */
-    pthread_mutex_t turn;  /* callers from several threads take turns */
+    pthread_t *threads; /* (n_started): workers 1 ... */
+    ds_worker *workers; /* (n_threads) */
+    pthread_mutex_t turn; /* callers from several threads take turns */
     void (*fn)(const ds_worker *worker, void *arg); /* NULL tells the workers to end; written before `work` moves */
     void *arg;
     /* On lines of their own: written by every thread, and fn and arg beside them are read by every thread. */
-    _Alignas(CACHE_LINE) event work;    /* moves once for each run */
-    _Alignas(CACHE_LINE) event phase;   /* moves once for each barrier */
+    _Alignas(CACHE_LINE) event work; /* moves once for each run */
+    _Alignas(CACHE_LINE) event phase; /* moves once for each barrier */
     _Alignas(CACHE_LINE) _Atomic int n_arrived;
     _Alignas(CACHE_LINE) _Atomic size_t next_claim;
 };
@@ -64,12 +64,9 @@ static int64_t now_ns(void) {
 
 #ifdef POOL_FUTEX
 
-static int event_init(event *e) {
-    return 0;
-}
+static int event_init(event *e) { return 0; }
 
-static void event_free(event *e) {
-}
+static void event_free(event *e) {}
 
 static void event_sleep(event *e, uint32_t old) {
     /* The kernel compares the value once more, so that a signal between our look and this call is not lost. */
@@ -187,9 +184,7 @@ void ds_pool_run(ds_pool *pool, void (*fn)(const ds_worker *worker, void *arg), 
     pthread_mutex_unlock(&pool->turn);
 }
 
-int ds_pool_size(const ds_pool *pool) {
-    return pool->n_threads;
-}
+int ds_pool_size(const ds_pool *pool) { return pool->n_threads; }
 
 /* Start the workers with every signal blocked, so that Ctrl-C lands on a thread that expects it. */
 static int start_workers(ds_pool *pool) {

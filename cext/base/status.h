@@ -22,7 +22,8 @@ typedef struct ds_error {
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
-ds_status ds_fail(ds_error *err, ds_status status, const char *format, ...);
+ds_status
+ds_fail(ds_error *err, ds_status status, const char *format, ...);
 
 /* Add a remedy to an error that has been filled; returns its status, so that it can close a return. */
 ds_status ds_hint(ds_error *err, const char *hint);

@@ -20,7 +20,8 @@ static const ds_encode_loops *find_loops(void) {
     return &ds_encode_scalar; /* an override that names none; opening a model has told so */
 }
 
-bool ds_encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort, const ds_encode_rows *rows) {
+bool ds_encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort,
+               const ds_encode_rows *rows) {
     const ds_encode_loops *loops = find_loops();
     void *memory = aligned_alloc(64, (loops->work_bytes(sweeps[0].n, rows->n_rows) + 63) / 64 * 64);
     if (!memory) return false;

@@ -13,12 +13,12 @@ enum { DS_ENCODE_WIDTH = 256 /* columns that are solved together: a super-block,
  * what the errors in other blocks ask of it (carry); what is lost in a block is (target - decoded) cov (target - decoded)^T,
  * and cov = tri diag(var) tri^T with a unit upper triangle, so that codes can be chosen one column after the other. */
 typedef struct ds_sweep {
-    int n;              /* columns: a multiple of 32 */
-    bool all;           /* carry errors of every other block, not of those before alone */
+    int n; /* columns: a multiple of 32 */
+    bool all; /* carry errors of every other block, not of those before alone */
     const float *carry; /* (n, n): error at a row's index moves the targets at the columns' */
-    const float *cov;   /* (n, DS_ENCODE_WIDTH): rows of the blocks of cov, tri; columns count from the block's start */
-    const float *tri;   /* (n, DS_ENCODE_WIDTH) */
-    const float *var;   /* (n) > 0 */
+    const float *cov; /* (n, DS_ENCODE_WIDTH): rows of the blocks of cov, tri; columns count from the block's start */
+    const float *tri; /* (n, DS_ENCODE_WIDTH) */
+    const float *var; /* (n) > 0 */
 } ds_sweep;
 
 /* How hard to search. */
@@ -30,7 +30,7 @@ typedef struct ds_effort {
 typedef struct ds_encode_rows {
     int n_rows;
     const float *w; /* (n_rows, n) finite */
-    void *out;      /* (n_rows, row bytes) */
+    void *out; /* (n_rows, row bytes) */
 } ds_encode_rows;
 
 /* Whether a format can be encoded: those with integer codes. */
@@ -38,4 +38,5 @@ bool ds_encode_can(ds_format format);
 
 /* Encode rows by sweeps in order: the first chooses, each later one improves on it. n must be a multiple of the format's
  * block. The result of a row does not depend on the others. false where memory is short. */
-bool ds_encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort, const ds_encode_rows *rows);
+bool ds_encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort,
+               const ds_encode_rows *rows);

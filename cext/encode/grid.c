@@ -8,7 +8,8 @@
 
 /* The code books value by value, place by place. */
 #define IQ2(entry, i) (DS_GRID_PLACE_IQ2(entry, i) == 0 ? 8.0f : DS_GRID_PLACE_IQ2(entry, i) == 1 ? 25.0f : 43.0f),
-#define IQ3_XXS(entry, i) (4.0f + 8.0f * DS_GRID_PLACE_IQ3(entry, i) + (DS_GRID_PLACE_IQ3(entry, i) == 7 ? 2.0f : 0.0f)),
+#define IQ3_XXS(entry, i) \
+    (4.0f + 8.0f * DS_GRID_PLACE_IQ3(entry, i) + (DS_GRID_PLACE_IQ3(entry, i) == 7 ? 2.0f : 0.0f)),
 #define IQ3_S(entry, i) (1.0f + 2.0f * DS_GRID_PLACE_IQ3(entry, i)),
 #define IQ2_0(x) IQ2(x, 0)
 #define IQ2_1(x) IQ2(x, 1)
@@ -26,20 +27,32 @@
 #define IQ3_S_1(x) IQ3_S(x, 1)
 #define IQ3_S_2(x) IQ3_S(x, 2)
 #define IQ3_S_3(x) IQ3_S(x, 3)
-#define EIGHT(LIST) {{LIST(IQ2_0)}, {LIST(IQ2_1)}, {LIST(IQ2_2)}, {LIST(IQ2_3)}, {LIST(IQ2_4)}, {LIST(IQ2_5)}, {LIST(IQ2_6)}, {LIST(IQ2_7)}}
+#define EIGHT(LIST)                                                                                                \
+    {                                                                                                              \
+        {LIST(IQ2_0)}, {LIST(IQ2_1)}, {LIST(IQ2_2)}, {LIST(IQ2_3)}, {LIST(IQ2_4)}, {LIST(IQ2_5)}, {LIST(IQ2_6)}, { \
+            LIST(IQ2_7)                                                                                            \
+        }                                                                                                          \
+    }
 static const float values_iq2_xxs[8][256] = EIGHT(DS_GRID_IQ2_XXS);
 static const float values_iq2_xs[8][512] = EIGHT(DS_GRID_IQ2_XS);
 static const float values_iq2_s[8][1024] = EIGHT(DS_GRID_IQ2_S);
-static const float values_iq3_xxs[4][256] = {
-    {DS_GRID_IQ3_XXS(IQ3_XXS_0)}, {DS_GRID_IQ3_XXS(IQ3_XXS_1)}, {DS_GRID_IQ3_XXS(IQ3_XXS_2)}, {DS_GRID_IQ3_XXS(IQ3_XXS_3)}};
-static const float values_iq3_s[4][512] = {{DS_GRID_IQ3_S(IQ3_S_0)}, {DS_GRID_IQ3_S(IQ3_S_1)}, {DS_GRID_IQ3_S(IQ3_S_2)}, {DS_GRID_IQ3_S(IQ3_S_3)}};
-static const ds_points points_iq2_xxs = {.width = 8, .n = 256, .even_signs = true, .most = 43, .values = values_iq2_xxs[0]};
-static const ds_points points_iq2_xs = {.width = 8, .n = 512, .even_signs = true, .most = 43, .values = values_iq2_xs[0]};
+static const float values_iq3_xxs[4][256] = {{DS_GRID_IQ3_XXS(IQ3_XXS_0)},
+                                             {DS_GRID_IQ3_XXS(IQ3_XXS_1)},
+                                             {DS_GRID_IQ3_XXS(IQ3_XXS_2)},
+                                             {DS_GRID_IQ3_XXS(IQ3_XXS_3)}};
+static const float values_iq3_s[4][512] = {
+    {DS_GRID_IQ3_S(IQ3_S_0)}, {DS_GRID_IQ3_S(IQ3_S_1)}, {DS_GRID_IQ3_S(IQ3_S_2)}, {DS_GRID_IQ3_S(IQ3_S_3)}};
+static const ds_points points_iq2_xxs = {
+    .width = 8, .n = 256, .even_signs = true, .most = 43, .values = values_iq2_xxs[0]};
+static const ds_points points_iq2_xs = {
+    .width = 8, .n = 512, .even_signs = true, .most = 43, .values = values_iq2_xs[0]};
 static const ds_points points_iq2_s = {.width = 8, .n = 1024, .most = 43, .values = values_iq2_s[0]};
-static const ds_points points_iq3_xxs = {.width = 4, .n = 256, .even_signs = true, .most = 62, .values = values_iq3_xxs[0]};
+static const ds_points points_iq3_xxs = {
+    .width = 4, .n = 256, .even_signs = true, .most = 62, .values = values_iq3_xxs[0]};
 static const ds_points points_iq3_s = {.width = 4, .n = 512, .most = 15, .values = values_iq3_s[0]};
 
-#define POINTS(list, run, per) {.sub = run, .nested = true, .sc_min = 1, .sc_max = 31, .points = &points_##list, .unit = per}
+#define POINTS(list, run, per) \
+    {.sub = run, .nested = true, .sc_min = 1, .sc_max = 31, .points = &points_##list, .unit = per}
 
 static const ds_grid grids[DS_FORMAT_COUNT] = {
     [DS_FORMAT_Q4_0] = {.sub = 32, .q_min = -8, .q_max = 7},
@@ -48,12 +61,16 @@ static const ds_grid grids[DS_FORMAT_COUNT] = {
     [DS_FORMAT_Q5_1] = {.sub = 32, .q_min = 0, .q_max = 31, .has_min = true},
     [DS_FORMAT_Q8_0] = {.sub = 32, .q_min = -127, .q_max = 127},
     [DS_FORMAT_IQ4_NL] = {.sub = 32, .q_min = 0, .q_max = 15, .values = ds_iq4_values},
-    [DS_FORMAT_Q2_K] = {.sub = 16, .q_min = 0, .q_max = 3, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 15, .m_max = 15},
+    [DS_FORMAT_Q2_K] =
+        {.sub = 16, .q_min = 0, .q_max = 3, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 15, .m_max = 15},
     [DS_FORMAT_Q3_K] = {.sub = 16, .q_min = -4, .q_max = 3, .nested = true, .sc_min = -32, .sc_max = 31},
-    [DS_FORMAT_Q4_K] = {.sub = 32, .q_min = 0, .q_max = 15, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 63, .m_max = 63},
-    [DS_FORMAT_Q5_K] = {.sub = 32, .q_min = 0, .q_max = 31, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 63, .m_max = 63},
+    [DS_FORMAT_Q4_K] =
+        {.sub = 32, .q_min = 0, .q_max = 15, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 63, .m_max = 63},
+    [DS_FORMAT_Q5_K] =
+        {.sub = 32, .q_min = 0, .q_max = 31, .has_min = true, .nested = true, .sc_min = 0, .sc_max = 63, .m_max = 63},
     [DS_FORMAT_Q6_K] = {.sub = 16, .q_min = -32, .q_max = 31, .nested = true, .sc_min = -128, .sc_max = 127},
-    [DS_FORMAT_IQ4_XS] = {.sub = 32, .q_min = 0, .q_max = 15, .values = ds_iq4_values, .nested = true, .sc_min = -32, .sc_max = 31},
+    [DS_FORMAT_IQ4_XS] =
+        {.sub = 32, .q_min = 0, .q_max = 15, .values = ds_iq4_values, .nested = true, .sc_min = -32, .sc_max = 31},
     [DS_FORMAT_IQ2_XXS] = POINTS(iq2_xxs, 32, 8),
     [DS_FORMAT_IQ2_XS] = POINTS(iq2_xs, 16, 8),
     [DS_FORMAT_IQ2_S] = POINTS(iq2_s, 16, 8),
@@ -258,9 +275,11 @@ void ds_pack(ds_format format, int n, const ds_choice *choice, void *blocks) {
     case DS_FORMAT_##id:                                                                      \
         for (int i = 0; i < n_blocks; i++) pack_##id(choice, i, (ds_block_##id *)blocks + i); \
         break;
+        /* clang-format off */
         PACK(Q4_0) PACK(Q4_1) PACK(Q5_0) PACK(Q5_1) PACK(Q8_0) PACK(IQ4_NL)
         PACK(Q2_K) PACK(Q3_K) PACK(Q4_K) PACK(Q5_K) PACK(Q6_K) PACK(IQ4_XS)
         PACK(IQ2_XXS) PACK(IQ2_XS) PACK(IQ2_S) PACK(IQ3_XXS) PACK(IQ3_S)
-    default: break;
+        /* clang-format on */
+            default : break;
     }
 }

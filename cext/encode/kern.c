@@ -33,7 +33,8 @@ static size_t blocks_of(int n) { return ((size_t)n + WIDTH - 1) / WIDTH; }
 
 static size_t work_bytes(int n, int n_rows) {
     const size_t groups = groups_of(n_rows);
-    return sizeof(work) + groups * (2 * WIDTH * sizeof(lanes) + (size_t)n * sizeof(lanes) + blocks_of(n) * sizeof(kept));
+    return sizeof(work) +
+           groups * (2 * WIDTH * sizeof(lanes) + (size_t)n * sizeof(lanes) + blocks_of(n) * sizeof(kept));
 }
 
 static work *work_open(void *memory, int n, int n_rows) {
@@ -54,9 +55,11 @@ static void carry_errors(const ds_sweep *sweep, int n_rows, int from, int to, in
         const int n_k = to - k0 < CARRY_ROWS ? to - k0 : CARRY_ROWS;
         for (int k = 0; k < n_k; k++)
             for (int c = 0; c < n; c += TILE)
-                memcpy(a->carry[c / TILE][k], sweep->carry + (size_t)(k0 + k) * ld + (size_t)(first + c), sizeof a->carry[0][0]);
+                memcpy(a->carry[c / TILE][k], sweep->carry + (size_t)(k0 + k) * ld + (size_t)(first + c),
+                       sizeof a->carry[0][0]);
         for (size_t i = 0; i < groups; i++)
-            for (int c = 0; c < n; c += TILE) add_products(n_k, a->e + i * ld + k0, a->carry[c / TILE], a->t + i * WIDTH + c);
+            for (int c = 0; c < n; c += TILE)
+                add_products(n_k, a->e + i * ld + k0, a->carry[c / TILE], a->t + i * WIDTH + c);
     }
 }
 
@@ -72,7 +75,8 @@ static void leave(const block *b, const best *found, kept *k) {
         for (int l = 0; l < LANES; l++) k->v[i][l] = (int8_t)((const float *)&found->v[i])[l];
 }
 
-static void sweep_block(const ds_sweep *sweep, const ds_effort *effort, bool again, int first, const ds_encode_rows *rows, work *a) {
+static void sweep_block(const ds_sweep *sweep, const ds_effort *effort, bool again, int first,
+                        const ds_encode_rows *rows, work *a) {
     const block *b = &a->b;
     const int n = b->n;
     const size_t ld = (size_t)sweep->n, groups = groups_of(rows->n_rows);
@@ -122,12 +126,14 @@ static void write_rows(ds_format format, int n, const ds_encode_rows *rows, cons
                 c.scale[s] = k->c.scale[s][l], c.min[s] = k->c.min[s][l];
             }
             for (int j = 0; j < width; j++) c.q[j] = g->points ? k->v[j][l] : codes[128 + k->v[j][l]];
-            for (int j = 0; g->points && j < width; j += point_width) c.point[j / point_width] = points.number[key_of(&points, point_width, &k->v[j][l], LANES)];
+            for (int j = 0; g->points && j < width; j += point_width)
+                c.point[j / point_width] = points.number[key_of(&points, point_width, &k->v[j][l], LANES)];
             ds_pack(format, width, &c, (char *)rows->out + (size_t)r * row_bytes + i * step);
         }
 }
 
-static void encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort, const ds_encode_rows *rows, void *memory) {
+static void encode(ds_format format, const ds_sweep *sweeps, int n_sweeps, const ds_effort *effort,
+                   const ds_encode_rows *rows, void *memory) {
     work *a = work_open(memory, sweeps[0].n, rows->n_rows);
     for (int i = 0; i < n_sweeps; i++) {
         const ds_sweep *sweep = &sweeps[i];

@@ -32,7 +32,7 @@ DS_INLINE lanes size_of(lanes x) { return (lanes)((mask)x & 0x7fffffff); }
 
 /* Bit l where m holds in lane l. */
 DS_INLINE unsigned bits_of(mask m) {
-    static const int place[16] = {1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7,
+    static const int place[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                                   1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
     int lane[LANES], bits = 0;
     memcpy(lane, &m, sizeof lane);
@@ -53,7 +53,9 @@ DS_INLINE lanes inverse(lanes x) {
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it leaves no fraction, halves to even, of |x| < 2^22 */
 
 /* The nearest integer within bounds, halves to even; NaN gives low. */
-DS_INLINE lanes nearest_in(lanes x, float low, float high) { return (smaller(larger(x, splat(low)), splat(high)) + ROUND) - ROUND; }
+DS_INLINE lanes nearest_in(lanes x, float low, float high) {
+    return (smaller(larger(x, splat(low)), splat(high)) + ROUND) - ROUND;
+}
 
 /* As halves round it. */
 DS_INLINE lanes half(lanes x) {

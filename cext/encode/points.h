@@ -6,16 +6,18 @@ enum { MOST_POINTS = 1024, MOST_LEVELS = 8, MOST_HALVES = 81 /* 3^4; more than 8
 
 /* The points as pairs of halves. A half takes few values, and a point costs what its halves do. */
 typedef struct halves {
-    int width, n_levels, n;         /* columns of a half; values of a column; n_levels to the width */
+    int width, n_levels, n; /* columns of a half; values of a column; n_levels to the width */
     float level[MOST_LEVELS];
     float value[MOST_HALVES][4];
-    uint16_t from[MOST_HALVES + 1]; /* the second halves that may follow a first one: second[from[a]] to second[from[a + 1]] */
+    uint16_t from[MOST_HALVES +
+                  1]; /* the second halves that may follow a first one: second[from[a]] to second[from[a + 1]] */
     uint8_t second[MOST_POINTS];
 } halves;
 
 DS_INLINE int half_of_point(const ds_points *p, const halves *h, const uint8_t *place, int first, int i) {
     int half_number = 0;
-    for (int j = first; j < first + h->width; j++) half_number = half_number * h->n_levels + place[(int)p->values[j * p->n + i]];
+    for (int j = first; j < first + h->width; j++)
+        half_number = half_number * h->n_levels + place[(int)p->values[j * p->n + i]];
     return half_number;
 }
 
@@ -31,10 +33,12 @@ static void list_halves(const ds_points *p, halves *h) {
     h->n = 1;
     for (int j = 0; j < h->width; j++) h->n *= h->n_levels;
     for (int a = 0; a < h->n; a++)
-        for (int j = h->width - 1, left = a; j >= 0; j--, left /= h->n_levels) h->value[a][j] = h->level[left % h->n_levels];
+        for (int j = h->width - 1, left = a; j >= 0; j--, left /= h->n_levels)
+            h->value[a][j] = h->level[left % h->n_levels];
     for (int i = 0; i < p->n; i++) h->from[half_of_point(p, h, place, 0, i) + 1]++;
     for (int a = 0; a < h->n; a++) at[a] = h->from[a], h->from[a + 1] = (uint16_t)(h->from[a + 1] + h->from[a]);
-    for (int i = 0; i < p->n; i++) h->second[at[half_of_point(p, h, place, 0, i)]++] = (uint8_t)half_of_point(p, h, place, h->width, i);
+    for (int i = 0; i < p->n; i++)
+        h->second[at[half_of_point(p, h, place, 0, i)]++] = (uint8_t)half_of_point(p, h, place, h->width, i);
 }
 
 /* What the values of a half cost: sum of w v^2 - pull v, with pull = 2 w |y|; and with one column's sign turned, the one
@@ -43,7 +47,8 @@ typedef struct half_costs {
     lanes plain[MOST_HALVES], turned[MOST_HALVES];
 } half_costs;
 
-DS_INLINE void price(const halves *h, int width, int n_levels, bool turns, const float *w, const lanes *pull, half_costs *out) {
+DS_INLINE void price(const halves *h, int width, int n_levels, bool turns, const float *w, const lanes *pull,
+                     half_costs *out) {
     lanes *cost = out->plain, *least = out->turned; /* least: until the end the smallest pull v */
     int n = 1;
     cost[0] = splat(0.0f);
@@ -98,11 +103,13 @@ DS_INLINE nearest cheaper(const nearest *x, const nearest *y) {
 }
 
 /* A point's values with the signs of y; where `turn` the column that minds least gets the other. */
-DS_INLINE void values_of(const halves *h, int width, const nearest *found, mask turn, const lanes *y, const lanes *pull, lanes *v) {
+DS_INLINE void values_of(const halves *h, int width, const nearest *found, mask turn, const lanes *y, const lanes *pull,
+                         lanes *v) {
     mask which = {0};
     lanes least = splat(0.0f);
     for (int j = 0; j < 2 * width; j++) {
-        for (int l = 0; l < LANES; l++) ((float *)&v[j])[l] = h->value[j < width ? found->a[l] : found->b[l]][j % width];
+        for (int l = 0; l < LANES; l++)
+            ((float *)&v[j])[l] = h->value[j < width ? found->a[l] : found->b[l]][j % width];
         const lanes cost = pull[j] * v[j];
         const mask less = ((mask){0} - (j == 0)) | (cost < least);
         least = pick(less, cost, least);
@@ -113,13 +120,15 @@ DS_INLINE void values_of(const halves *h, int width, const nearest *found, mask 
 }
 
 /* One point for a tile. */
-DS_INLINE void snap_to_one(const halves *h, bool turns, mask odd, const lanes *y, const float *w, const lanes *pull, lanes *v) {
+DS_INLINE void snap_to_one(const halves *h, bool turns, mask odd, const lanes *y, const float *w, const lanes *pull,
+                           lanes *v) {
     half_costs a, b;
     price(h, 4, 3, turns, w, pull, &a);
     price(h, 4, 3, turns, w + 4, pull + 4, &b);
     nearest found;
     if (turns) { /* rows whose signs may stay have the same costs in both */
-        for (int i = 0; i < h->n; i++) a.turned[i] = pick(odd, a.turned[i], a.plain[i]), b.turned[i] = pick(odd, b.turned[i], b.plain[i]);
+        for (int i = 0; i < h->n; i++)
+            a.turned[i] = pick(odd, a.turned[i], a.plain[i]), b.turned[i] = pick(odd, b.turned[i], b.plain[i]);
         const nearest in_a = search(h, a.turned, b.plain), in_b = search(h, a.plain, b.turned);
         found = cheaper(&in_a, &in_b);
     } else {
@@ -129,7 +138,8 @@ DS_INLINE void snap_to_one(const halves *h, bool turns, mask odd, const lanes *y
 }
 
 /* Two points for a tile, which share its signs. */
-DS_INLINE void snap_to_two(const halves *h, bool turns, mask odd, const lanes *y, const float *w, const lanes *pull, lanes *v) {
+DS_INLINE void snap_to_two(const halves *h, bool turns, mask odd, const lanes *y, const float *w, const lanes *pull,
+                           lanes *v) {
     nearest plain[2], turned[2];
     for (int i = 0; i < 2; i++) {
         half_costs a, b;
@@ -143,7 +153,8 @@ DS_INLINE void snap_to_two(const halves *h, bool turns, mask odd, const lanes *y
     const mask first = odd & (turned[0].cost + plain[1].cost < plain[0].cost + turned[1].cost);
     for (int i = 0; i < 2; i++) {
         const mask turn = i ? odd & ~first : first;
-        const nearest found = {plain[i].cost, (turn & turned[i].a) | (~turn & plain[i].a), (turn & turned[i].b) | (~turn & plain[i].b)};
+        const nearest found = {plain[i].cost, (turn & turned[i].a) | (~turn & plain[i].a),
+                               (turn & turned[i].b) | (~turn & plain[i].b)};
         values_of(h, 2, &found, turn, y + 4 * i, pull + 4 * i, v + 4 * i);
     }
 }

@@ -52,7 +52,7 @@ DS_INLINE void choose(const block *b, const lanes *t, trial *x) {
     x->loss = splat(0.0f);
     for (int first = 0; first < b->n; first += TILE) {
         const int s = first / b->grid->sub;
-        const float(*tri)[TILE] = b->before[first / TILE];
+        const float (*tri)[TILE] = b->before[first / TILE];
         const lanes scale = x->c.scale[s], min = x->c.min[s], inv = inverse(scale);
         lanes target[TILE];
         memcpy(target, t + first, sizeof target);
@@ -60,7 +60,8 @@ DS_INLINE void choose(const block *b, const lanes *t, trial *x) {
         if (b->grid->points) choose_points(b, first, inv, target, x);
         for (int c = 0; c < TILE; c++) {
             const int j = first + c;
-            const lanes v = b->grid->points ? x->v[j] : snap(b, (target[c] + min) * inv), y = v * scale - min, u = target[c] - y, e = t[j] - y;
+            const lanes v = b->grid->points ? x->v[j] : snap(b, (target[c] + min) * inv), y = v * scale - min,
+                        u = target[c] - y, e = t[j] - y;
             x->v[j] = v;
             x->e[j] = e;
             x->g[j] = u * b->var[j];
@@ -213,7 +214,8 @@ DS_INLINE mask refit_run(const block *b, int s, trial *x, slopes *f) {
     const lanes aa = f->aa[s][s], ab = f->ab[s][s], inv = inverse(c->d), inv_min = inverse(c->dmin), over = inverse(aa);
     const float bb = b->mass[s][s];
     const mask usable = aa > TINY;
-    lanes most = splat(0.0f), best_a = c->scale[s], best_b = c->min[s], best_sc = c->sc[s], best_m = c->m[s], want_b = splat(0.0f);
+    lanes most = splat(0.0f), best_a = c->scale[s], best_b = c->min[s], best_sc = c->sc[s], best_m = c->m[s],
+          want_b = splat(0.0f);
     if (g->has_min) {
         const lanes det = aa * bb - ab * ab;
         const mask both = usable & (det > 1e-6f * bb * aa);
@@ -260,14 +262,16 @@ DS_INLINE mask refit_super(const block *b, trial *x, slopes *f) {
         db = pick(both, (gb * aa + ga * ab) / pick(both, det, splat(1.0f)), splat(0.0f));
         db = larger(db, -c->dmin);
     }
-    const lanes dmin = half(c->dmin + db), d = held(b->grid, c->d + (ga + (dmin - c->dmin) * ab) * inverse(aa)), da = d - c->d;
+    const lanes dmin = half(c->dmin + db), d = held(b->grid, c->d + (ga + (dmin - c->dmin) * ab) * inverse(aa)),
+                da = d - c->d;
     db = dmin - c->dmin;
     const lanes gain = 2.0f * (da * ga + db * gb + da * db * ab) - da * da * aa - db * db * bb;
     const mask better = usable & (gain > 0.0f);
     c->d = pick(better, d, c->d), c->dmin = pick(better, dmin, c->dmin);
     x->loss -= pick(better, gain, splat(0.0f));
     for (int s = 0; s < b->n_subs; s++) {
-        const lanes scale = pick(better, c->d * c->sc[s], c->scale[s]), min = pick(better, c->dmin * c->m[s], c->min[s]);
+        const lanes scale = pick(better, c->d * c->sc[s], c->scale[s]),
+                    min = pick(better, c->dmin * c->m[s], c->min[s]);
         move(b, s, scale - c->scale[s], min - c->min[s], f);
         c->scale[s] = scale, c->min[s] = min;
     }

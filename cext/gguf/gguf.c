@@ -63,7 +63,8 @@ static ds_status map_file(ds_gguf *g, ds_error *err) {
         DS_GGUF_FAIL(g, err, DS_EFORMAT, "the file is empty");
         st = ds_hint(err, "download or convert it again");
     } else if ((uintmax_t)info.st_size > SIZE_MAX) {
-        st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address", (intmax_t)info.st_size);
+        st =
+            DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address", (intmax_t)info.st_size);
     } else {
         void *base = ds_pages_map(fd, (size_t)info.st_size);
         if (!base) {
@@ -115,7 +116,8 @@ ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf
     g->base = data;
     g->size = size;
     if ((st = ds_gguf_parse(g, err)) == DS_OK && g->n_split > 1) {
-        st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "a part of a split model, in memory: its other parts cannot be found");
+        st = DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED,
+                          "a part of a split model, in memory: its other parts cannot be found");
     }
     if (st != DS_OK) {
         ds_gguf_close(g);
@@ -145,9 +147,7 @@ void ds_gguf_close(ds_gguf *gguf) {
     free(gguf);
 }
 
-const char *ds_gguf_label(const ds_gguf *gguf) {
-    return gguf->label;
-}
+const char *ds_gguf_label(const ds_gguf *gguf) { return gguf->label; }
 
 size_t ds_gguf_size(const ds_gguf *gguf) {
     size_t size = gguf->size;
@@ -157,26 +157,18 @@ size_t ds_gguf_size(const ds_gguf *gguf) {
     return size;
 }
 
-size_t ds_gguf_n_kv(const ds_gguf *gguf) {
-    return gguf->n_kv;
-}
+size_t ds_gguf_n_kv(const ds_gguf *gguf) { return gguf->n_kv; }
 
-const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i) {
-    return &gguf->kv[i];
-}
+const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i) { return &gguf->kv[i]; }
 
 const ds_gguf_kv *ds_gguf_kv_find(const ds_gguf *gguf, const char *key) {
     const ds_gguf_name *hit = ds_gguf_name_find(gguf->kv_names, gguf->n_kv, (ds_str){key, strlen(key)});
     return hit ? &gguf->kv[hit->index] : NULL;
 }
 
-size_t ds_gguf_n_tensors(const ds_gguf *gguf) {
-    return gguf->n_tensors;
-}
+size_t ds_gguf_n_tensors(const ds_gguf *gguf) { return gguf->n_tensors; }
 
-const ds_tensor *ds_gguf_tensor_at(const ds_gguf *gguf, size_t i) {
-    return &gguf->tensors[i];
-}
+const ds_tensor *ds_gguf_tensor_at(const ds_gguf *gguf, size_t i) { return &gguf->tensors[i]; }
 
 const ds_tensor *ds_gguf_tensor_find(const ds_gguf *gguf, const char *name) {
     const ds_gguf_name *hit = ds_gguf_name_find(gguf->tensor_names, gguf->n_tensors, (ds_str){name, strlen(name)});

@@ -15,8 +15,19 @@ typedef struct ds_gguf ds_gguf;
 
 /* Value types as numbered in the file. */
 typedef enum ds_gguf_type {
-    DS_GGUF_U8, DS_GGUF_I8, DS_GGUF_U16, DS_GGUF_I16, DS_GGUF_U32, DS_GGUF_I32, DS_GGUF_F32, DS_GGUF_BOOL,
-    DS_GGUF_STRING, DS_GGUF_ARRAY, DS_GGUF_U64, DS_GGUF_I64, DS_GGUF_F64,
+    DS_GGUF_U8,
+    DS_GGUF_I8,
+    DS_GGUF_U16,
+    DS_GGUF_I16,
+    DS_GGUF_U32,
+    DS_GGUF_I32,
+    DS_GGUF_F32,
+    DS_GGUF_BOOL,
+    DS_GGUF_STRING,
+    DS_GGUF_ARRAY,
+    DS_GGUF_U64,
+    DS_GGUF_I64,
+    DS_GGUF_F64,
 } ds_gguf_type;
 
 typedef struct ds_str {
@@ -29,19 +40,19 @@ typedef struct ds_gguf_kv {
     ds_str key;
     ds_gguf_type type, item_type;
     uint64_t n_items;    /* 1 for a scalar */
-    const void *data;    /* packed little-endian values in the file, unaligned; strings are u64 size + bytes, checked */
-    size_t n_bytes;      /* of all the values at data */
+    const void *data; /* packed little-endian values in the file, unaligned; strings are u64 size + bytes, checked */
+    size_t n_bytes; /* of all the values at data */
 } ds_gguf_kv;
 
 typedef struct ds_tensor {
-    const char *name;    /* NUL-terminated copy, owned by the view */
+    const char *name; /* NUL-terminated copy, owned by the view */
     uint32_t gguf_type;
-    ds_format format;    /* DS_FORMAT_COUNT where the engine does not run gguf_type; n_bytes is then 0 if unknown too */
+    ds_format format; /* DS_FORMAT_COUNT where the engine does not run gguf_type; n_bytes is then 0 if unknown too */
     int n_dims;
-    int64_t ne[4];       /* ggml's order: ne[0] is the row; unused ones are 1 */
-    const void *data;    /* inside the mapping, n_bytes long */
+    int64_t ne[4]; /* ggml's order: ne[0] is the row; unused ones are 1 */
+    const void *data; /* inside the mapping, n_bytes long */
     size_t n_bytes;
-    uint64_t offset;     /* from the start of its file */
+    uint64_t offset; /* from the start of its file */
 } ds_tensor;
 
 /* Map the file at path; of a model split into several, its first part, which brings in the others. *out is set on success only; close unmaps. */
@@ -51,7 +62,7 @@ ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf
 void ds_gguf_close(ds_gguf *gguf);
 
 const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
-size_t ds_gguf_size(const ds_gguf *gguf);       /* bytes of the file, or of all parts */
+size_t ds_gguf_size(const ds_gguf *gguf); /* bytes of the file, or of all parts */
 
 size_t ds_gguf_n_kv(const ds_gguf *gguf);
 const ds_gguf_kv *ds_gguf_kv_at(const ds_gguf *gguf, size_t i);

@@ -37,8 +37,7 @@ enum {
 };
 
 /* Prefix a fault with the file that has it. */
-#define DS_GGUF_FAIL(gguf, err, status, format, ...) \
-    ds_fail(err, status, "`%s`: " format, (gguf)->shown, ##__VA_ARGS__)
+#define DS_GGUF_FAIL(gguf, err, status, format, ...) ds_fail(err, status, "`%s`: " format, (gguf)->shown, ##__VA_ARGS__)
 
 /* Map and parse the one file at path. */
 ds_status ds_gguf_open_one(const char *path, ds_gguf **out, ds_error *err);

@@ -18,7 +18,8 @@ enum { MIN_KV_BYTES = 8 + 1 + 4 + 1, MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8 };
 enum { DEFAULT_ALIGNMENT = 32, MIN_ALIGNMENT = 8, MAX_ALIGNMENT = 1 << 16 };
 
 static const char HINT_AGAIN[] = "the file is incomplete or damaged: download or convert it again";
-static const char HINT_DAMAGED[] = "the file is damaged, or was written by a faulty converter: make or download it again";
+static const char HINT_DAMAGED[] =
+    "the file is damaged, or was written by a faulty converter: make or download it again";
 
 typedef struct cursor {
     ds_gguf *gguf;
@@ -30,9 +31,7 @@ typedef struct cursor {
 
 #define FAIL(c, format, ...) DS_GGUF_FAIL((c)->gguf, (c)->err, DS_EFORMAT, format, ##__VA_ARGS__)
 
-static size_t bytes_left(const cursor *c) {
-    return c->gguf->size - c->pos;
-}
+static size_t bytes_left(const cursor *c) { return c->gguf->size - c->pos; }
 
 /* Name in errors what comes next. A name from the file is cut, so that the fault itself stays in the message. */
 static void set_where(cursor *c, const char *noun, ds_str name) {
@@ -161,8 +160,8 @@ static ds_status take_count(cursor *c, const char *what, size_t min_record_bytes
         return st;
     }
     if (n > DS_GGUF_MAX_ENTRIES || n > bytes_left(c) / min_record_bytes) {
-        FAIL(c, "%s is %" PRIu64 ", more than the %zu bytes left can hold or over the limit of %d", what, n, bytes_left(c),
-             DS_GGUF_MAX_ENTRIES);
+        FAIL(c, "%s is %" PRIu64 ", more than the %zu bytes left can hold or over the limit of %d", what, n,
+             bytes_left(c), DS_GGUF_MAX_ENTRIES);
         return ds_hint(c->err, HINT_AGAIN);
     }
     *out = (size_t)n;
@@ -184,7 +183,8 @@ static ds_status parse_header(cursor *c) {
         return st;
     }
     if (version != 0 && (version & 0xffff) == 0) {
-        DS_GGUF_FAIL(c->gguf, c->err, DS_EUNSUPPORTED, "the file is big-endian (version field 0x%08" PRIx32 ")", version);
+        DS_GGUF_FAIL(c->gguf, c->err, DS_EUNSUPPORTED, "the file is big-endian (version field 0x%08" PRIx32 ")",
+                     version);
         return ds_hint(c->err, "convert it to little-endian with gguf-py's gguf-convert-endian");
     }
     if (version != 2 && version != 3) {
@@ -307,7 +307,8 @@ static ds_status parse_layout(cursor *c) {
         return ds_hint(c->err, HINT_DAMAGED);
     }
     if (n_split < 0 || split < 0 || split >= (n_split ? n_split : 1)) {
-        FAIL(c, "keys `split.no` and `split.count` are %" PRId64 " and %" PRId64 ", expected a part of so many", split, n_split);
+        FAIL(c, "keys `split.no` and `split.count` are %" PRId64 " and %" PRId64 ", expected a part of so many", split,
+             n_split);
         return ds_hint(c->err, HINT_DAMAGED);
     }
     c->gguf->split = split;
@@ -334,8 +335,8 @@ static ds_status parse_shape(cursor *c, ds_tensor *t) {
             return st;
         }
         if (ne == 0 || ne > (uint64_t)(INT64_MAX / n_elements)) {
-            FAIL(c, "%s: dimension %" PRIu32 " is %" PRIu64 ", expected at least 1 and a product below 2^63", c->where, d,
-                 ne);
+            FAIL(c, "%s: dimension %" PRIu32 " is %" PRIu64 ", expected at least 1 and a product below 2^63", c->where,
+                 d, ne);
             return ds_hint(c->err, HINT_DAMAGED);
         }
         t->ne[d] = (int64_t)ne;
@@ -411,7 +412,8 @@ static ds_status place_tensors(cursor *c) {
     ds_gguf *g = c->gguf;
     const size_t alignment = c->alignment;
     size_t padding = (alignment - c->pos % alignment) % alignment;
-    size_t begin = padding <= bytes_left(c) ? c->pos + padding : g->size; /* a file without tensors may lack the padding */
+    size_t begin =
+        padding <= bytes_left(c) ? c->pos + padding : g->size; /* a file without tensors may lack the padding */
     for (size_t i = 0; i < g->n_tensors; i++) {
         ds_tensor *t = &g->tensors[i];
         size_t data_bytes = g->size - begin;
@@ -421,8 +423,8 @@ static ds_status place_tensors(cursor *c) {
             return ds_hint(c->err, HINT_DAMAGED);
         }
         if (t->offset > data_bytes || t->n_bytes > data_bytes - t->offset) {
-            FAIL(c, "tensor `%s`: %zu bytes at %" PRIu64 " of the data section run past its end, %zu", t->name, t->n_bytes,
-                 t->offset, data_bytes);
+            FAIL(c, "tensor `%s`: %zu bytes at %" PRIu64 " of the data section run past its end, %zu", t->name,
+                 t->n_bytes, t->offset, data_bytes);
             return ds_hint(c->err, HINT_AGAIN);
         }
         t->offset += begin;

@@ -10,7 +10,8 @@
 enum { MOST_PARTS = 99999 /* what five digits number */ };
 enum { SUFFIX_BYTES = sizeof "-00001-of-00001.gguf" - 1 };
 
-static const char HINT_ALL[] = "all parts must lie in one folder under the names that they were made with: download them again";
+static const char HINT_ALL[] =
+    "all parts must lie in one folder under the names that they were made with: download them again";
 
 /* Whether a path ends as part `part` of n does. */
 static bool ends_as_part(const char *path, int64_t part, int64_t n) {
@@ -34,15 +35,20 @@ static char *part_path(const ds_gguf *first, int64_t part) {
 
 static ds_status check_first(const ds_gguf *g, ds_error *err) {
     if (g->n_split > MOST_PARTS) {
-        DS_GGUF_FAIL(g, err, DS_EFORMAT, "key `split.count` is %" PRId64 ", expected at most %d", g->n_split, MOST_PARTS);
+        DS_GGUF_FAIL(g, err, DS_EFORMAT, "key `split.count` is %" PRId64 ", expected at most %d", g->n_split,
+                     MOST_PARTS);
         return ds_hint(err, "the file is damaged: download it again");
     }
     if (g->split != 0) {
-        DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "part %" PRId64 " of %" PRId64 " of a split model", g->split + 1, g->n_split);
-        return ds_hint(err, "open the first part, whose name has 00001 in place of this one's number: it brings in the others");
+        DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "part %" PRId64 " of %" PRId64 " of a split model", g->split + 1,
+                     g->n_split);
+        return ds_hint(
+            err, "open the first part, whose name has 00001 in place of this one's number: it brings in the others");
     }
     if (!ends_as_part(g->label, 0, g->n_split)) {
-        DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "the first of %" PRId64 " parts of a split model, but its name does not end in -00001-of-%05d.gguf",
+        DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED,
+                     "the first of %" PRId64
+                     " parts of a split model, but its name does not end in -00001-of-%05d.gguf",
                      g->n_split, (int)g->n_split);
         return ds_hint(err, HINT_ALL);
     }
@@ -61,7 +67,8 @@ static ds_status open_part(ds_gguf *g, int64_t i, ds_error *err) {
     }
     const ds_gguf *part = g->parts[i - 1];
     if (part->n_split != g->n_split || part->split != i) {
-        DS_GGUF_FAIL(part, err, DS_EFORMAT, "says that it is part %" PRId64 " of %" PRId64 ", expected %" PRId64 " of %" PRId64,
+        DS_GGUF_FAIL(part, err, DS_EFORMAT,
+                     "says that it is part %" PRId64 " of %" PRId64 ", expected %" PRId64 " of %" PRId64,
                      part->split + 1, part->n_split, i + 1, g->n_split);
         return ds_hint(err, HINT_ALL);
     }
@@ -81,7 +88,8 @@ static ds_status join_tensors(ds_gguf *g, ds_error *err) {
         return err->status;
     }
     if (expected != (int64_t)n) {
-        DS_GGUF_FAIL(g, err, DS_EFORMAT, "its %" PRId64 " parts hold %zu tensors, expected %" PRId64, g->n_split, n, expected);
+        DS_GGUF_FAIL(g, err, DS_EFORMAT, "its %" PRId64 " parts hold %zu tensors, expected %" PRId64, g->n_split, n,
+                     expected);
         return ds_hint(err, HINT_ALL);
     }
     ds_tensor *tensors = calloc(n + 1, sizeof *tensors);

@@ -10,19 +10,16 @@ static const struct {
     const char *name;
     size_t bytes; /* 0: not of one size */
 } TYPES[] = {
-    [DS_GGUF_U8] = {"u8", 1},         [DS_GGUF_I8] = {"i8", 1},       [DS_GGUF_U16] = {"u16", 2}, [DS_GGUF_I16] = {"i16", 2},
-    [DS_GGUF_U32] = {"u32", 4},       [DS_GGUF_I32] = {"i32", 4},     [DS_GGUF_F32] = {"f32", 4}, [DS_GGUF_BOOL] = {"bool", 1},
-    [DS_GGUF_STRING] = {"string", 0}, [DS_GGUF_ARRAY] = {"array", 0}, [DS_GGUF_U64] = {"u64", 8}, [DS_GGUF_I64] = {"i64", 8},
+    [DS_GGUF_U8] = {"u8", 1},       [DS_GGUF_I8] = {"i8", 1},     [DS_GGUF_U16] = {"u16", 2},
+    [DS_GGUF_I16] = {"i16", 2},     [DS_GGUF_U32] = {"u32", 4},   [DS_GGUF_I32] = {"i32", 4},
+    [DS_GGUF_F32] = {"f32", 4},     [DS_GGUF_BOOL] = {"bool", 1}, [DS_GGUF_STRING] = {"string", 0},
+    [DS_GGUF_ARRAY] = {"array", 0}, [DS_GGUF_U64] = {"u64", 8},   [DS_GGUF_I64] = {"i64", 8},
     [DS_GGUF_F64] = {"f64", 8},
 };
 
-size_t ds_gguf_type_bytes(uint32_t type) {
-    return type <= DS_GGUF_F64 ? TYPES[type].bytes : 0;
-}
+size_t ds_gguf_type_bytes(uint32_t type) { return type <= DS_GGUF_F64 ? TYPES[type].bytes : 0; }
 
-const char *ds_gguf_type_name(uint32_t type) {
-    return type <= DS_GGUF_F64 ? TYPES[type].name : "unknown";
-}
+const char *ds_gguf_type_name(uint32_t type) { return type <= DS_GGUF_F64 ? TYPES[type].name : "unknown"; }
 
 /* Close a refusal: the remedy is the same for all of them. */
 static bool refuse(bool *bad, ds_error *err) {
@@ -51,13 +48,27 @@ bool ds_gguf_get_i64(const ds_gguf *gguf, const char *key, int64_t *out, bool *b
     }
     int64_t value;
     switch (kv->type) {
-    case DS_GGUF_U8: value = LOAD(uint8_t, kv->data); break;
-    case DS_GGUF_I8: value = LOAD(int8_t, kv->data); break;
-    case DS_GGUF_U16: value = LOAD(uint16_t, kv->data); break;
-    case DS_GGUF_I16: value = LOAD(int16_t, kv->data); break;
-    case DS_GGUF_U32: value = LOAD(uint32_t, kv->data); break;
-    case DS_GGUF_I32: value = LOAD(int32_t, kv->data); break;
-    case DS_GGUF_I64: value = LOAD(int64_t, kv->data); break;
+    case DS_GGUF_U8:
+        value = LOAD(uint8_t, kv->data);
+        break;
+    case DS_GGUF_I8:
+        value = LOAD(int8_t, kv->data);
+        break;
+    case DS_GGUF_U16:
+        value = LOAD(uint16_t, kv->data);
+        break;
+    case DS_GGUF_I16:
+        value = LOAD(int16_t, kv->data);
+        break;
+    case DS_GGUF_U32:
+        value = LOAD(uint32_t, kv->data);
+        break;
+    case DS_GGUF_I32:
+        value = LOAD(int32_t, kv->data);
+        break;
+    case DS_GGUF_I64:
+        value = LOAD(int64_t, kv->data);
+        break;
     case DS_GGUF_U64: {
         uint64_t wide = LOAD(uint64_t, kv->data);
         if (wide > INT64_MAX) {
@@ -67,7 +78,8 @@ bool ds_gguf_get_i64(const ds_gguf *gguf, const char *key, int64_t *out, bool *b
         value = (int64_t)wide;
         break;
     }
-    default: return fail_type(gguf, kv, "an integer", bad, err);
+    default:
+        return fail_type(gguf, kv, "an integer", bad, err);
     }
     *out = value;
     return true;

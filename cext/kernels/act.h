@@ -38,7 +38,8 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
 #if DS_GRID_PAIRS
         i8_pairs32(q + i, b, m->pairs);
 #endif
-        for (int j = 0; j < 8; j++) m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
+        for (int j = 0; j < 8; j++)
+            m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
     }
 }
 
@@ -56,7 +57,9 @@ DS_INLINE size_t act_tile_at(int i, int first, int n_tok, int k) {
     return ((size_t)i / ACT_BLOCK * (size_t)n_tok + (size_t)n_blocks * (size_t)first) * ACT_TILE_BLOCK_BYTES;
 }
 
-DS_INLINE size_t act_tiles_bytes(int n_tok, int k) { return (size_t)n_tok * (size_t)(k / ACT_BLOCK) * ACT_TILE_BLOCK_BYTES; }
+DS_INLINE size_t act_tiles_bytes(int n_tok, int k) {
+    return (size_t)n_tok * (size_t)(k / ACT_BLOCK) * ACT_TILE_BLOCK_BYTES;
+}
 
 static void act_pack_tiled(int t, int n_tok, int k, const float *x, void *act) {
     const int n_tiles = act_n_tiles(n_tok);

@@ -68,22 +68,24 @@ void DS_OF(rotate)(int n, float *x) {
 /* The largest |x|. NaN is passed over. */
 DS_INLINE float row_abs_max(int n, const float *x) {
     vf top = vf_set(0.0f), bottom = vf_set(0.0f);
-    DS_FOR_LANES(i, n,
-                 {
-                     top = vf_max(vf_load(x + i), top);
-                     bottom = vf_min(vf_load(x + i), bottom);
-                 },
-                 {
-                     top = vf_max(vf_load_n(x + i, n - i), top);
-                     bottom = vf_min(vf_load_n(x + i, n - i), bottom);
-                 });
+    DS_FOR_LANES(
+        i, n,
+        {
+            top = vf_max(vf_load(x + i), top);
+            bottom = vf_min(vf_load(x + i), bottom);
+        },
+        {
+            top = vf_max(vf_load_n(x + i, n - i), top);
+            bottom = vf_min(vf_load_n(x + i, n - i), bottom);
+        });
     return vf_hmax(vf_max(top, vf_sub(vf_set(0.0f), bottom)));
 }
 
 DS_INLINE float row_norm(int n, const float *x) {
     vf squares = vf_set(0.0f);
-    DS_FOR_LANES(i, n, { squares = vf_fma(vf_load(x + i), vf_load(x + i), squares); },
-                 { squares = vf_fma(vf_load_n(x + i, n - i), vf_load_n(x + i, n - i), squares); });
+    DS_FOR_LANES(
+        i, n, { squares = vf_fma(vf_load(x + i), vf_load(x + i), squares); },
+        { squares = vf_fma(vf_load_n(x + i, n - i), vf_load_n(x + i, n - i), squares); });
     return sqrtf(vf_sum(squares));
 }
 

@@ -20,17 +20,17 @@ enum {
 typedef enum ds_row_kind {
     DS_ROWS_F32, /* floats; products in float */
     DS_ROWS_I16, /* int16 and a scale: no product of two rows leaves 31 bits, and steps are on the whole finer than a half's */
-    DS_ROWS_Q8,  /* the head rotated, in int8 with a scale; the tail an I16 row of its own: keys suffer most there */
+    DS_ROWS_Q8, /* the head rotated, in int8 with a scale; the tail an I16 row of its own: keys suffer most there */
 } ds_row_kind;
 
 typedef struct ds_rows {
     ds_row_kind kind;
     void *data;
     size_t row_bytes;
-    float *scale;      /* one a row; NULL for F32 */
-    int16_t *tail;     /* Q8: (rows, padded tail) */
+    float *scale; /* one a row; NULL for F32 */
+    int16_t *tail; /* Q8: (rows, padded tail) */
     float *tail_scale; /* Q8 */
-    int32_t *sum;      /* Q8: of the row's int8 values */
+    int32_t *sum; /* Q8: of the row's int8 values */
 } ds_rows;
 
 /* Where value i of an int16 row, or of an int8 row, is kept: the order that vectors' packing instructions make, and
@@ -77,10 +77,10 @@ typedef struct ds_attend {
     int v_dim;
     const void *q; /* pack of n_rows queries; the scores' scale is in it */
     ds_rows keys;
-    ds_rows values;         /* data NULL: the first v_dim values of the keys */
+    ds_rows values; /* data NULL: the first v_dim values of the keys */
     const int32_t *visible; /* (n_rows): a row sees the positions below this; NULL: all */
-    int first_pos;          /* the first key's position */
-    float *m, *l;           /* (n_rows) */
+    int first_pos; /* the first key's position */
+    float *m, *l; /* (n_rows) */
     float *acc; /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 values it is rotated as they are */
     size_t ld_acc;
     void *scratch; /* ds_attend_scratch */
@@ -96,8 +96,8 @@ typedef struct ds_expand_weights {
     ds_row_kind from; /* the kind of the latents */
     int rank, k_dim, v_dim;
     float *k_b, *v_b; /* (rank, k_dim), (v_dim, rank); overwritten */
-    float *scratch;   /* (DS_ATTEND_ROWS, rank) */
-    void *out;        /* ds_expand_weights_bytes */
+    float *scratch; /* (DS_ATTEND_ROWS, rank) */
+    void *out; /* ds_expand_weights_bytes */
 } ds_expand_weights;
 
 static inline size_t ds_expand_cols(int n) {
@@ -115,7 +115,7 @@ typedef struct ds_expand {
     const void *weights; /* packed */
     ds_rows latents;
     ds_rows keys, values; /* rows to fill, of the latents' kind; F32 rows have room for the padded columns */
-    void *scratch;        /* ds_expand_scratch */
+    void *scratch; /* ds_expand_scratch */
 } ds_expand;
 
 /* Floats between expanded rows, while they are floats. */

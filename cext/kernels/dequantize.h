@@ -7,14 +7,14 @@ DS_INLINE void codes_to_float(const ds_codes *c, int n, float *y) {
         for (int i = 16 * g; i < 16 * g + 16; i++) y[i] = c->scale[g] * (float)c->q[i] - c->min[g];
 }
 
-#define DEQUANTIZE(id)                                                         \
-    static void dequantize_##id(int64_t n, const void *blocks, float *y) {     \
-        const ds_block_##id *block = blocks;                                   \
-        for (int64_t i = 0; i < n; i += DS_ELEMENTS_##id) {                    \
-            ds_codes codes;                                                    \
-            ds_codes_##id(block++, &codes);                                    \
-            codes_to_float(&codes, DS_ELEMENTS_##id, y + i);                   \
-        }                                                                      \
+#define DEQUANTIZE(id)                                                     \
+    static void dequantize_##id(int64_t n, const void *blocks, float *y) { \
+        const ds_block_##id *block = blocks;                               \
+        for (int64_t i = 0; i < n; i += DS_ELEMENTS_##id) {                \
+            ds_codes codes;                                                \
+            ds_codes_##id(block++, &codes);                                \
+            codes_to_float(&codes, DS_ELEMENTS_##id, y + i);               \
+        }                                                                  \
     }
 DS_CODED_FORMATS(DEQUANTIZE)
 

@@ -87,8 +87,7 @@ void DS_OF(expand_weights)(const ds_expand_weights *job) {
 DS_INLINE void i16_unpack32(const int16_t *in, float scale, float *out) {
     DS_UNROLL
     for (int four = 0; four < ROW_ORDER16 / 4; four++)
-        DS_UNROLL for (int i = 0; i < 4; i++)
-            out[four % 2 * 16 + four / 2 * 4 + i] = scale * (float)in[4 * four + i];
+        DS_UNROLL for (int i = 0; i < 4; i++) out[four % 2 * 16 + four / 2 * 4 + i] = scale * (float)in[4 * four + i];
 }
 
 /* The tail of latent row j as floats. */

@@ -4,7 +4,7 @@
 
 enum {
     GEMM_COLS = DS_GEMM_VECS * DS_LANES, /* columns of a panel */
-    GEMM_K = 192,                        /* depth of a panel: 24 KB at 32 columns, and a divisor of 192 and 576 */
+    GEMM_K = 192, /* depth of a panel: 24 KB at 32 columns, and a divisor of 192 and 576 */
 };
 
 /* How the numbers of B lie in memory. */
@@ -48,11 +48,11 @@ DS_INLINE void gemm_store(const gemm_out *out, int row, vf acc[DS_GEMM_VECS]) {
 }
 
 /* rows (a constant) of A against one panel. */
-DS_INLINE void gemm_tile(int rows, int k, const float *a, size_t lda, const float *panel, const gemm_out *out, int row0) {
+DS_INLINE void gemm_tile(int rows, int k, const float *a, size_t lda, const float *panel, const gemm_out *out,
+                         int row0) {
     vf acc[DS_GEMM_ROWS][DS_GEMM_VECS];
     DS_UNROLL
-    for (int i = 0; i < rows; i++)
-        DS_UNROLL for (int v = 0; v < DS_GEMM_VECS; v++) acc[i][v] = vf_set(0.0f);
+    for (int i = 0; i < rows; i++) DS_UNROLL for (int v = 0; v < DS_GEMM_VECS; v++) acc[i][v] = vf_set(0.0f);
     for (int p = 0; p < k; p++, panel += GEMM_COLS) {
         vf b[DS_GEMM_VECS];
         DS_UNROLL
@@ -71,7 +71,8 @@ DS_INLINE void gemm_tile(int rows, int k, const float *a, size_t lda, const floa
 /* All m rows of A against one panel: whole tiles, then the remainder in powers of two. */
 static void gemm_panel(int m, int k, const float *a, size_t lda, const float *panel, const gemm_out *out) {
     int i = 0;
-    for (; i + DS_GEMM_ROWS <= m; i += DS_GEMM_ROWS) gemm_tile(DS_GEMM_ROWS, k, a + (size_t)i * lda, lda, panel, out, i);
+    for (; i + DS_GEMM_ROWS <= m; i += DS_GEMM_ROWS)
+        gemm_tile(DS_GEMM_ROWS, k, a + (size_t)i * lda, lda, panel, out, i);
     for (; i + 4 <= m; i += 4) gemm_tile(4, k, a + (size_t)i * lda, lda, panel, out, i);
     if (i + 2 <= m) gemm_tile(2, k, a + (size_t)i * lda, lda, panel, out, i), i += 2;
     if (i < m) gemm_tile(1, k, a + (size_t)i * lda, lda, panel, out, i);
@@ -105,14 +106,16 @@ DS_INLINE void gemm_pack_cols(float_kind kind, int n_cols, int k, const char *b,
         for (int j = 0; j < GEMM_COLS; j += DS_LANES) {
             const char *at = b + (size_t)j * kind_bytes(kind);
             const int left = n_cols - j;
-            vf_store(panel + j, left >= DS_LANES ? load_kind(kind, at) : left > 0 ? load_kind_n(kind, at, left) : vf_set(0.0f));
+            vf_store(panel + j, left >= DS_LANES ? load_kind(kind, at)
+                                : left > 0       ? load_kind_n(kind, at, left)
+                                                 : vf_set(0.0f));
         }
     }
 }
 
 /* C (m, n) = alpha A (m, k) B^T, B (n, k) of a kind, its rows row_bytes apart. */
-DS_INLINE void gemm_nt_kind(float_kind kind, int m, int n, int k, float alpha, const float *a, size_t lda, const void *b,
-                            size_t row_bytes, float *c, size_t ldc) {
+DS_INLINE void gemm_nt_kind(float_kind kind, int m, int n, int k, float alpha, const float *a, size_t lda,
+                            const void *b, size_t row_bytes, float *c, size_t ldc) {
     DS_ALIGNED float panel[GEMM_K * GEMM_COLS];
     for (int j = 0; j < n; j += GEMM_COLS) {
         const int n_cols = n - j < GEMM_COLS ? n - j : GEMM_COLS;
@@ -142,10 +145,12 @@ DS_INLINE void gemm_nn_add_kind(float_kind kind, int m, int n, int k, const floa
     }
 }
 
-static void gemm_nt(int m, int n, int k, float alpha, const float *a, size_t lda, const float *b, size_t ldb, float *c, size_t ldc) {
+static void gemm_nt(int m, int n, int k, float alpha, const float *a, size_t lda, const float *b, size_t ldb, float *c,
+                    size_t ldc) {
     gemm_nt_kind(KIND_F32, m, n, k, alpha, a, lda, b, ldb * sizeof *b, c, ldc);
 }
 
-static void gemm_nn_add(int m, int n, int k, const float *a, size_t lda, const float *b, size_t ldb, float *c, size_t ldc) {
+static void gemm_nn_add(int m, int n, int k, const float *a, size_t lda, const float *b, size_t ldb, float *c,
+                        size_t ldc) {
     gemm_nn_add_kind(KIND_F32, m, n, k, a, lda, b, ldb * sizeof *b, c, ldc);
 }

@@ -10,11 +10,12 @@ typedef uint32_t grid4_entry;
 #define GRID_BYTE(value, i) (uint64_t)(uint8_t)((value) + DS_CODE_BIAS) << 8 * (i)
 #define GRID_BYTE_2(e, i) GRID_BYTE(GRID_VALUE_IQ2(DS_GRID_PLACE_IQ2(e, i)), i)
 #define GRID_BYTE_3(value, e, i) GRID_BYTE(value(DS_GRID_PLACE_IQ3(e, i)), i)
-#define GRID_FOUR_3(value, e) \
-    (uint32_t)(GRID_BYTE_3(value, e, 0) | GRID_BYTE_3(value, e, 1) | GRID_BYTE_3(value, e, 2) | GRID_BYTE_3(value, e, 3))
-#define GRID_ENTRY_IQ2(e)                                                                \
-    GRID_BYTE_2(e, 0) | GRID_BYTE_2(e, 1) | GRID_BYTE_2(e, 2) | GRID_BYTE_2(e, 3) |      \
-        GRID_BYTE_2(e, 4) | GRID_BYTE_2(e, 5) | GRID_BYTE_2(e, 6) | GRID_BYTE_2(e, 7),
+#define GRID_FOUR_3(value, e)                                                                   \
+    (uint32_t)(GRID_BYTE_3(value, e, 0) | GRID_BYTE_3(value, e, 1) | GRID_BYTE_3(value, e, 2) | \
+               GRID_BYTE_3(value, e, 3))
+#define GRID_ENTRY_IQ2(e)                                                                               \
+    GRID_BYTE_2(e, 0) | GRID_BYTE_2(e, 1) | GRID_BYTE_2(e, 2) | GRID_BYTE_2(e, 3) | GRID_BYTE_2(e, 4) | \
+        GRID_BYTE_2(e, 5) | GRID_BYTE_2(e, 6) | GRID_BYTE_2(e, 7),
 #define GRID_ENTRY_IQ3_XXS(e) GRID_FOUR_3(GRID_VALUE_IQ3_XXS, e),
 #define GRID_ENTRY_IQ3_S(e) GRID_FOUR_3(GRID_VALUE_IQ3_S, e),
 enum { grid_values_IQ3_XXS, grid_values_IQ3_S }; /* in the entries already */

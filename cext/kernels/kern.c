@@ -10,16 +10,18 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA, ) = {
     .isa = DS_STRING(DS_ISA),
     .act_bytes = DS_OF(act_bytes),
     .act_pack = DS_OF(act_pack),
-    .mul = {
+    .mul =
+        {
 #define DS_FORMAT(id, name, gguf, elements, bytes, act) [DS_FORMAT_##id] = DS_OF(mul_##id),
 #include "quant/formats.def"
 #undef DS_FORMAT
-    },
-    .dequantize = {
+        },
+    .dequantize =
+        {
 #define DS_FORMAT(id, name, gguf, elements, bytes, act) [DS_FORMAT_##id] = dequantize_##id,
 #include "quant/formats.def"
 #undef DS_FORMAT
-    },
+        },
     .gemm_nt = gemm_nt,
     .gemm_nn_add = gemm_nn_add,
     .rotate = DS_OF(rotate),

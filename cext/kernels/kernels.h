@@ -52,17 +52,18 @@ typedef struct ds_kernels {
     /* Latent attention (attention.h). rotate is its own inverse; rows_put and query_put overwrite x. */
     void (*rotate)(int n, float *x);
     void (*rows_put)(const ds_rows *rows, int i, int n, int n_tail, float *x /* (n + n_tail) */);
-    void (*query_put)(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x /* (n + n_tail) */, float scale, void *pack);
+    void (*query_put)(ds_row_kind kind, int i, int n_rows, int n, int n_tail, float *x /* (n + n_tail) */, float scale,
+                      void *pack);
     void (*attend)(const ds_attend *job);
     void (*expand_weights)(const ds_expand_weights *job);
     void (*expand)(const ds_expand *job);
 
     /* y = x * weight / sqrt(mean(x^2) + eps); y may be x. */
     void (*rms_norm)(int n, const float *x, const float *weight /* (n) or NULL */, float eps, float *y);
-    float (*exp_sum)(int n, float max, float *x);                          /* x = exp(x - max) in place; returns their sum */
-    void (*softmax)(int n, float *x);                                      /* in place, max subtracted */
+    float (*exp_sum)(int n, float max, float *x); /* x = exp(x - max) in place; returns their sum */
+    void (*softmax)(int n, float *x); /* in place, max subtracted */
     void (*silu_mul)(int n, const float *gate, const float *up, float *y); /* y = gate * sigmoid(gate) * up */
-    void (*add_scaled)(int n, float scale, const float *x, float *y);      /* y += scale * x */
+    void (*add_scaled)(int n, float scale, const float *x, float *y); /* y += scale * x */
 
     /* Yardsticks for benchmarks: read memory in order (returns the XOR of its dwords, up to a tail), and run the int8 dot
      * instruction on data in L1 (returns the number of multiply-adds). */

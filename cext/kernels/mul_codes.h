@@ -15,7 +15,8 @@ DS_INLINE float dot_codes(const ds_codes *c, int n, const act_rows *a, int t, in
     float y = 0.0f;
     for (int g = 0; g < n / 16; g++) {
         const int sub = i % ACT_GROUP / 16 + g;
-        y += meta->scale[sub / 2] * c->scale[g] * (float)dot16(c->q + 16 * g, q + 16 * g) - c->min[g] * meta->sum_16[sub];
+        y += meta->scale[sub / 2] * c->scale[g] * (float)dot16(c->q + 16 * g, q + 16 * g) -
+             c->min[g] * meta->sum_16[sub];
     }
     return y;
 }
@@ -31,15 +32,14 @@ DS_INLINE void mul_codes(const ds_mul *job, int block_elements, size_t block_byt
             ds_codes codes;
             decode(block, &codes);
             for (int t = 0; t < job->n_tok; t++)
-                job->y[(size_t)t * job->ldy + (size_t)r] +=
-                    dot_codes(&codes, block_elements, &a, t, i);
+                job->y[(size_t)t * job->ldy + (size_t)r] += dot_codes(&codes, block_elements, &a, t, i);
         }
     }
 }
 
-#define MUL_CODES(id)                                                                                          \
-    DS_INLINE void decode_##id(const void *block, ds_codes *codes) { ds_codes_##id(block, codes); }            \
-    void DS_OF(mul_##id)(const ds_mul *job) {                                                                  \
-        mul_codes(job, (int)(DS_ELEMENTS_##id), sizeof(ds_block_##id), decode_##id);                           \
+#define MUL_CODES(id)                                                                               \
+    DS_INLINE void decode_##id(const void *block, ds_codes *codes) { ds_codes_##id(block, codes); } \
+    void DS_OF(mul_##id)(const ds_mul *job) {                                                       \
+        mul_codes(job, (int)(DS_ELEMENTS_##id), sizeof(ds_block_##id), decode_##id);                \
     }
 DS_CODED_FORMATS(MUL_CODES)

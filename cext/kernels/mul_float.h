@@ -29,13 +29,14 @@ DS_INLINE void mul_kind(float_kind kind, const ds_mul *job) {
     const char *w = (const char *)job->w + (size_t)job->row_begin * job->row_bytes;
     const int n_rows = job->row_end - job->row_begin;
     if (job->n_tok > FLOAT_DOT_TOKENS) {
-        gemm_nt_kind(kind, job->n_tok, n_rows, job->k, 1.0f, x, (size_t)job->k, w, job->row_bytes, job->y + job->row_begin,
-                     job->ldy);
+        gemm_nt_kind(kind, job->n_tok, n_rows, job->k, 1.0f, x, (size_t)job->k, w, job->row_bytes,
+                     job->y + job->row_begin, job->ldy);
         return;
     }
     for (int r = 0; r < n_rows; r++, w += job->row_bytes)
         for (int t = 0; t < job->n_tok; t++)
-            job->y[(size_t)t * job->ldy + (size_t)(job->row_begin + r)] = dot_kind(kind, job->k, w, x + (size_t)t * (size_t)job->k);
+            job->y[(size_t)t * job->ldy + (size_t)(job->row_begin + r)] =
+                dot_kind(kind, job->k, w, x + (size_t)t * (size_t)job->k);
 }
 
 void DS_OF(mul_F32)(const ds_mul *job) { mul_kind(KIND_F32, job); }

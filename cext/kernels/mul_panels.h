@@ -26,27 +26,30 @@ typedef struct read_ahead {
 } read_ahead;
 
 DS_INLINE void read_ahead_step(read_ahead *r) {
-    for (const char *end = r->at + r->step_bytes; r->at < end && r->at < r->end; r->at += 64) __builtin_prefetch(r->at, 0, 2);
+    for (const char *end = r->at + r->step_bytes; r->at < end && r->at < r->end; r->at += 64)
+        __builtin_prefetch(r->at, 0, 2);
 }
 
 /* Of one tile and 32 values: what stands behind the codes, each for n_tok tokens. */
 typedef struct tile_meta {
     const float *scale;
     const int32_t *less[2]; /* the sums of the two 16, negated */
-    const float *sum;       /* scale times the sum of the 32 */
+    const float *sum; /* scale times the sum of the 32 */
 } tile_meta;
 
 DS_INLINE tile_meta tile_meta_at(const char *block, int n_tok) {
     const float *scale = (const float *)(const void *)(block + 32 * n_tok);
     const int32_t *less = (const int32_t *)(const void *)(scale + n_tok);
-    return (tile_meta){.scale = scale, .less = {less, less + n_tok}, .sum = (const float *)(const void *)(less + 2 * n_tok)};
+    return (tile_meta){
+        .scale = scale, .less = {less, less + n_tok}, .sum = (const float *)(const void *)(less + 2 * n_tok)};
 }
 
 /* The start of integer sums: what an offset of 2^log2 in all codes adds up to, taken off. */
 DS_INLINE vi panel_start(int log2, vi less) { return log2 ? vi_shl(less, log2) : vi_set(0); }
 
 /* 32 values with one scale: y += w_scale x_scale dots - w_min x_sum. */
-DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
+DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, int b, const char *act,
+                           vf y[DS_TILE_TOKENS][2]) {
     const tile_meta m = tile_meta_at(act, n_tok);
     const int n = tile_vecs(n_tok);
     vi acc[DS_TILE_TOKENS][2];
@@ -67,7 +70,8 @@ DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, i
 }
 
 /* 32 values with two scales: y += x_scale (sum over both of w_scale dots - w_min sum). */
-DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int row, int b, const char *act, vf y[DS_TILE_TOKENS][2]) {
+DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int row, int b, const char *act,
+                                vf y[DS_TILE_TOKENS][2]) {
     const tile_meta m = tile_meta_at(act, n_tok);
     const int n = tile_vecs(n_tok);
     vf both[DS_TILE_TOKENS][2];
@@ -87,7 +91,8 @@ DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int r
             if (!f.has_min) continue;
             DS_UNROLL
             for (int t = 0; t < n; t++)
-                both[t][v] = vf_fma(tile_rows(p->min[2 * b + h] + row, t, v), vi_to_float(tile_ints(m.less[h], t)), both[t][v]);
+                both[t][v] =
+                    vf_fma(tile_rows(p->min[2 * b + h] + row, t, v), vi_to_float(tile_ints(m.less[h], t)), both[t][v]);
         }
     }
     DS_UNROLL
@@ -96,8 +101,8 @@ DS_INLINE void panel_block_subs(panel_format f, int n_tok, const panel *p, int r
 }
 
 /* One tile of n_tok tokens (a constant) against two vectors of a panel's rows: sums (tile_vecs, DS_PANEL_ROWS) grow. */
-DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, const char *act, int n_blocks, float *sums,
-                          read_ahead *ahead) {
+DS_INLINE void panel_tile(panel_format f, int n_tok, const panel *p, int row, const char *act, int n_blocks,
+                          float *sums, read_ahead *ahead) {
     vf y[DS_TILE_TOKENS][2];
     DS_UNROLL
     for (int t = 0; t < tile_vecs(n_tok); t++)
@@ -117,13 +122,25 @@ DS_INLINE void panel_tile_any(panel_format f, int n_tok, const panel *p, const c
                               read_ahead *ahead) {
     for (int row = 0; row < DS_PANEL_ROWS; row += 2 * DS_LANES) {
         switch (n_tok) {
-        case 1: panel_tile(f, 1, p, row, act, n_blocks, sums, ahead); break;
-        case 2: panel_tile(f, 2, p, row, act, n_blocks, sums, ahead); break;
-        case 3: panel_tile(f, 3, p, row, act, n_blocks, sums, ahead); break;
-        case 4: panel_tile(f, 4, p, row, act, n_blocks, sums, ahead); break;
+        case 1:
+            panel_tile(f, 1, p, row, act, n_blocks, sums, ahead);
+            break;
+        case 2:
+            panel_tile(f, 2, p, row, act, n_blocks, sums, ahead);
+            break;
+        case 3:
+            panel_tile(f, 3, p, row, act, n_blocks, sums, ahead);
+            break;
+        case 4:
+            panel_tile(f, 4, p, row, act, n_blocks, sums, ahead);
+            break;
 #if DS_TILE_TOKENS > 4
-        case 5: panel_tile(f, 5, p, row, act, n_blocks, sums, ahead); break;
-        default: panel_tile(f, 6, p, row, act, n_blocks, sums, ahead); break;
+        case 5:
+            panel_tile(f, 5, p, row, act, n_blocks, sums, ahead);
+            break;
+        default:
+            panel_tile(f, 6, p, row, act, n_blocks, sums, ahead);
+            break;
 #endif
         }
     }
@@ -135,9 +152,11 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
     const char *w = (const char *)job->w + (size_t)row * job->row_bytes;
     const size_t group_bytes = f.block_bytes * (size_t)(ACT_GROUP / f.block_elements);
     panel p;
-    read_ahead ahead = {.at = w + DS_PANEL_ROWS * job->row_bytes, .end = (const char *)job->w + (size_t)job->row_end * job->row_bytes};
+    read_ahead ahead = {.at = w + DS_PANEL_ROWS * job->row_bytes,
+                        .end = (const char *)job->w + (size_t)job->row_end * job->row_bytes};
     /* Done a little before this panel is. */
-    const size_t n_steps = (size_t)(tile_end - tile_begin) * (size_t)(job->k / ACT_BLOCK) * (DS_PANEL_ROWS / (2 * DS_LANES));
+    const size_t n_steps =
+        (size_t)(tile_end - tile_begin) * (size_t)(job->k / ACT_BLOCK) * (DS_PANEL_ROWS / (2 * DS_LANES));
     ahead.step_bytes = DS_PANEL_ROWS * job->row_bytes / n_steps + 64;
     for (int i = 0; i < job->k; i += ACT_GROUP, w += group_bytes) {
         const int n_blocks = job->k - i < ACT_GROUP ? (job->k - i) / ACT_BLOCK : ACT_GROUP / ACT_BLOCK;
@@ -152,7 +171,8 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
         }
         tile_weights(n_blocks * ACT_BLOCK / 4, p.q);
         for (int tile = tile_begin; tile < tile_end; tile++) {
-            const int t = act_tile_begin(tile, job->n_tok, n_tiles), end = act_tile_begin(tile + 1, job->n_tok, n_tiles);
+            const int t = act_tile_begin(tile, job->n_tok, n_tiles),
+                      end = act_tile_begin(tile + 1, job->n_tok, n_tiles);
             panel_tile_any(f, end - t, &p, (const char *)job->act + act_tile_at(i, t, job->n_tok, job->k), n_blocks,
                            sums + (tile - tile_begin) * TILE_SUMS, &ahead);
         }
@@ -165,25 +185,28 @@ DS_INLINE void mul_panels(panel_format f, const ds_mul *job) {
     for (int row = job->row_begin; row < job->row_end; row += DS_PANEL_ROWS) {
         const size_t n_rows = (size_t)(job->row_end - row < DS_PANEL_ROWS ? job->row_end - row : DS_PANEL_ROWS);
         for (int tile = 0; tile < n_tiles; tile += PANEL_TOKENS / DS_TILE_TOKENS) {
-            const int end = tile + PANEL_TOKENS / DS_TILE_TOKENS < n_tiles ? tile + PANEL_TOKENS / DS_TILE_TOKENS : n_tiles;
+            const int end =
+                tile + PANEL_TOKENS / DS_TILE_TOKENS < n_tiles ? tile + PANEL_TOKENS / DS_TILE_TOKENS : n_tiles;
             memset(sums, 0, (size_t)(end - tile) * TILE_SUMS * sizeof *sums);
             panel_mul(f, job, row, tile, end, sums);
             for (int i = tile; i < end; i++) {
                 const int t0 = act_tile_begin(i, job->n_tok, n_tiles), t1 = act_tile_begin(i + 1, job->n_tok, n_tiles);
                 float line[DS_PANEL_ROWS];
                 for (int t = t0; t < t1; t++)
-                    memcpy(job->y + (size_t)t * job->ldy + (size_t)row, tile_line(sums + (i - tile) * TILE_SUMS, t - t0, line),
-                           n_rows * sizeof *line);
+                    memcpy(job->y + (size_t)t * job->ldy + (size_t)row,
+                           tile_line(sums + (i - tile) * TILE_SUMS, t - t0, line), n_rows * sizeof *line);
             }
         }
     }
 }
 
-#define MUL_PANELS(id, ...)                                                                                                  \
-    static void mul_panels_##id(const ds_mul *job) {                                                                         \
-        const panel_format f = {                                                                                             \
-            .unpack = unpack_##id, .block_bytes = sizeof(ds_block_##id), .block_elements = DS_ELEMENTS_##id, __VA_ARGS__};    \
-        mul_panels(f, job);                                                                                                  \
+#define MUL_PANELS(id, ...)                                           \
+    static void mul_panels_##id(const ds_mul *job) {                  \
+        const panel_format f = {.unpack = unpack_##id,                \
+                                .block_bytes = sizeof(ds_block_##id), \
+                                .block_elements = DS_ELEMENTS_##id,   \
+                                __VA_ARGS__};                         \
+        mul_panels(f, job);                                           \
     }
 #define SIGNED_CODES .range = CODES_SIGNED, .offset_log2 = DS_CODE_BIAS ? 7 : 0
 MUL_PANELS(Q4_0, .range = CODES_4, .offset_log2 = 3)

@@ -33,19 +33,21 @@ typedef struct row_format {
     row_group_fn group;
     size_t group_bytes;
     int block_elements;
-    bool is_signed;   /* q is signed, -128..127, plus DS_CODE_BIAS */
-    bool split;       /* q of every second 32 values is 16 times as large */
-    bool per_16;      /* scales are per 16 values, not per 32 */
-    bool pairs;       /* q is by pairs, without its signs (simd_avx512_grid.h) */
+    bool is_signed; /* q is signed, -128..127, plus DS_CODE_BIAS */
+    bool split; /* q of every second 32 values is 16 times as large */
+    bool per_16; /* scales are per 16 values, not per 32 */
+    bool pairs; /* q is by pairs, without its signs (simd_avx512_grid.h) */
     float min_factor; /* 0 where there is no minimum */
 } row_format;
 
 /* Add the products of the first n values of a group, 64 at a time; grid formats always add all. */
-DS_INLINE void row_add(row_format f, const row_group *g, int n, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+DS_INLINE void row_add(row_format f, const row_group *g, int n, int n_tok, const act_rows *a, size_t group,
+                       row_sum sums[]) {
 #if DS_GRID_PAIRS
     if (f.pairs) {
         DS_UNROLL
-        for (int t = 0; t < n_tok; t++) row_sum_add_grid(&sums[t], g->q, &g->signs, &g->scales, a->meta + (size_t)t * a->n_groups + group);
+        for (int t = 0; t < n_tok; t++)
+            row_sum_add_grid(&sums[t], g->q, &g->signs, &g->scales, a->meta + (size_t)t * a->n_groups + group);
         return;
     }
 #endif
@@ -58,7 +60,8 @@ DS_INLINE void row_add(row_format f, const row_group *g, int n, int n_tok, const
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) {
             const size_t at = (size_t)t * a->n_groups + group;
-            row_sum_add(&sums[t], f.is_signed, f.per_16, g->q[j], a->q + at * ACT_GROUP + 64 * j, a->meta + at, &scales[t], j);
+            row_sum_add(&sums[t], f.is_signed, f.per_16, g->q[j], a->q + at * ACT_GROUP + 64 * j, a->meta + at,
+                        &scales[t], j);
         }
     }
 }
@@ -152,9 +155,11 @@ DS_INLINE void row_group_Q6_K(const void *block, row_group *g) {
 DS_INLINE void row_group_Q2_K(const void *block, row_group *g) {
     const ds_block_Q2_K *b = block;
     const v16 scales = v16_load(b->scales);
-    g->scales = row_scales_16(v16_and(scales, v16_set(15)), f32_of_f16(b->d), v16_high_nibbles(scales), f32_of_f16(b->dmin));
+    g->scales =
+        row_scales_16(v16_and(scales, v16_set(15)), f32_of_f16(b->d), v16_high_nibbles(scales), f32_of_f16(b->dmin));
     DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
+    for (int j = 0; j < 4; j++)
+        g->q[j] = v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
 }
 
 DS_INLINE void row_group_Q3_K(const void *block, row_group *g) {
@@ -236,7 +241,8 @@ DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
 DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
     const ds_block_IQ3_S *b = block;
     const float d = f32_of_f16(b->d);
-    const grid_index index[2] = {grid_index_seconds_nine(b->qs, b->qh, false), grid_index_seconds_nine(b->qs, b->qh, true)};
+    const grid_index index[2] = {grid_index_seconds_nine(b->qs, b->qh, false),
+                                 grid_index_seconds_nine(b->qs, b->qh, true)};
     uint32_t packed;
     memcpy(&packed, b->scales, sizeof packed);
     g->scales = grid_scales_32(f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d)));
@@ -247,7 +253,8 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
 /* ---- The product ---- */
 
 /* Decode the group at w and add the products of its first n values. */
-DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group,
+                        row_sum sums[]) {
     row_group g;
     f.group(w, &g);
     row_add(f, &g, n, n_tok, a, group, sums);
@@ -257,7 +264,8 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
     enum { MAX_GROUP_BYTES = 8 * 34 };
     const act_rows a = act_rows_at(job->act, n_tok, job->k);
     const int whole = job->k / ACT_GROUP * ACT_GROUP, left = f.block_elements < ACT_GROUP ? job->k - whole : 0;
-    char tail[MAX_GROUP_BYTES] = {0}; /* the last blocks of a row that is no multiple of 256; missing ones are zero, scale and all */
+    char tail[MAX_GROUP_BYTES] = {
+        0}; /* the last blocks of a row that is no multiple of 256; missing ones are zero, scale and all */
     for (int r = job->row_begin; r < job->row_end; r++) {
         const char *w = (const char *)job->w + (size_t)r * job->row_bytes;
         row_sum sums[DS_ROW_TOKENS];
@@ -276,20 +284,21 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
             row_take(f, tail, ACT_GROUP, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
         }
         DS_UNROLL
-        for (int t = 0; t < n_tok; t++) job->y[(size_t)t * job->ldy + (size_t)r] = row_sum_total(&sums[t], f.per_16, f.min_factor);
+        for (int t = 0; t < n_tok; t++)
+            job->y[(size_t)t * job->ldy + (size_t)r] = row_sum_total(&sums[t], f.per_16, f.min_factor);
     }
 }
 
-#define MUL_ROWS(id, ...)                                                                             \
-    static void mul_rows_##id(const ds_mul *job) {                                                    \
-        const row_format f = {.group = row_group_##id,                                                \
-                              .group_bytes = sizeof(ds_block_##id) * (ACT_GROUP / DS_ELEMENTS_##id),  \
-                              .block_elements = DS_ELEMENTS_##id,                                     \
-                              __VA_ARGS__};                                                           \
-        if (job->n_tok == 1) mul_rows(f, 1, job);                                                     \
-        else if (job->n_tok == 2) mul_rows(f, 2, job);                                                \
-        else if (job->n_tok == 3) mul_rows(f, 3, job);                                                \
-        else mul_rows(f, 4, job);                                                                     \
+#define MUL_ROWS(id, ...)                                                                            \
+    static void mul_rows_##id(const ds_mul *job) {                                                   \
+        const row_format f = {.group = row_group_##id,                                               \
+                              .group_bytes = sizeof(ds_block_##id) * (ACT_GROUP / DS_ELEMENTS_##id), \
+                              .block_elements = DS_ELEMENTS_##id,                                    \
+                              __VA_ARGS__};                                                          \
+        if (job->n_tok == 1) mul_rows(f, 1, job);                                                    \
+        else if (job->n_tok == 2) mul_rows(f, 2, job);                                               \
+        else if (job->n_tok == 3) mul_rows(f, 3, job);                                               \
+        else mul_rows(f, 4, job);                                                                    \
     }
 MUL_ROWS(Q4_0, .min_factor = 8)
 MUL_ROWS(Q4_1, .min_factor = -1)

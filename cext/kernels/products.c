@@ -11,10 +11,10 @@ static const int8_t iq4_codes[16] = {IQ4(-127), IQ4(-104), IQ4(-83), IQ4(-65), I
 #include "kernels/mul_rows.h"
 #include "kernels/unpack.h"
 #include "kernels/mul_panels.h"
-#define MUL_CODED(id)                                          \
-    void DS_OF(mul_##id)(const ds_mul *job) {                  \
-        if (job->n_tok <= DS_ROW_TOKENS) mul_rows_##id(job);   \
-        else mul_panels_##id(job);                             \
+#define MUL_CODED(id)                                        \
+    void DS_OF(mul_##id)(const ds_mul *job) {                \
+        if (job->n_tok <= DS_ROW_TOKENS) mul_rows_##id(job); \
+        else mul_panels_##id(job);                           \
     }
 DS_CODED_FORMATS(MUL_CODED)
 #else

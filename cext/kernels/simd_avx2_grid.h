@@ -55,9 +55,8 @@ DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index
     DS_UNROLL
     for (int j = 0; j < 8; j++) {
         const uint16_t *i = index->words + 4 * j;
-        *(j % 2 ? &q[j / 2].b : &q[j / 2].a) =
-            _mm256_setr_epi64x((long long)grid[i[0]], (long long)grid[i[1]], (long long)grid[i[2]],
-                               (long long)grid[i[3]]);
+        *(j % 2 ? &q[j / 2].b : &q[j / 2].a) = _mm256_setr_epi64x((long long)grid[i[0]], (long long)grid[i[1]],
+                                                                  (long long)grid[i[2]], (long long)grid[i[3]]);
     }
 }
 DS_INLINE void v64_grid4(const grid4_entry *grid, int n, int values, const grid_index index[2], v64 q[4]) {
@@ -65,8 +64,8 @@ DS_INLINE void v64_grid4(const grid4_entry *grid, int n, int values, const grid_
     for (int j = 0; j < 8; j++) {
         const uint16_t *e = index[0].words + 4 * j, *o = index[1].words + 4 * j;
         *(j % 2 ? &q[j / 2].b : &q[j / 2].a) =
-            _mm256_setr_epi32((int)grid[e[0]], (int)grid[o[0]], (int)grid[e[1]], (int)grid[o[1]],
-                              (int)grid[e[2]], (int)grid[o[2]], (int)grid[e[3]], (int)grid[o[3]]);
+            _mm256_setr_epi32((int)grid[e[0]], (int)grid[o[0]], (int)grid[e[1]], (int)grid[o[1]], (int)grid[e[2]],
+                              (int)grid[o[2]], (int)grid[e[3]], (int)grid[o[3]]);
     }
 }
 

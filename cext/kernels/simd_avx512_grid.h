@@ -61,8 +61,8 @@ DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8
  * registers. */
 DS_INLINE __m512i x86_grid_words(const uint16_t *grid, int n, const grid_index *index) {
     const __mmask32 upper[4] = {_mm512_test_epi16_mask(index->words, _mm512_set1_epi16(64)),
-                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)),
-                                index->bit_8, index->bit_9};
+                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)), index->bit_8,
+                                index->bit_9};
     __m512i parts[5]; /* [bit]: of 64 << bit entries */
     DS_UNROLL
     for (int i = 0; i < n / 64; i++) {

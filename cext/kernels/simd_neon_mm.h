@@ -24,13 +24,12 @@ DS_INLINE vi tile_ints2(const int32_t *a, const int32_t *b, int t) { return vi_a
 DS_INLINE size_t tile_dword(size_t d, size_t n, size_t token) { return 8 * (d / 2 * n + token) + d % 2 * 4; }
 /* And of a row: rows 2 i and 2 i + 1 of four in vector i of two dwords' vectors. */
 DS_INLINE void tile_weights(int n_k4, uint8_t (*q)[DS_PANEL_ROWS][4]) {
-    for (int k4 = 0; k4 < n_k4; k4 += 2)
-        DS_UNROLL
-        for (int row = 0; row < DS_PANEL_ROWS; row += DS_LANES) {
-            const vi a = vi_load(q[k4][row]), b = vi_load(q[k4 + 1][row]);
-            vi_store(q[k4][row], vzip1q_u32(a, b));
-            vi_store(q[k4 + 1][row], vzip2q_u32(a, b));
-        }
+    for (int k4 = 0; k4 < n_k4; k4 += 2) DS_UNROLL
+    for (int row = 0; row < DS_PANEL_ROWS; row += DS_LANES) {
+        const vi a = vi_load(q[k4][row]), b = vi_load(q[k4 + 1][row]);
+        vi_store(q[k4][row], vzip1q_u32(a, b));
+        vi_store(q[k4 + 1][row], vzip2q_u32(a, b));
+    }
 }
 DS_INLINE const float *tile_line(const float *sums, int t, float line[DS_PANEL_ROWS]) {
     const float *pair = sums + t / 2 * 2 * DS_PANEL_ROWS;

@@ -33,7 +33,9 @@ DS_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 DS_INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 
 DS_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(x86_first(n), p)); }
+DS_INLINE vf vf_load_f16_n(const uint16_t *p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(x86_first(n), p));
+}
 DS_INLINE vf x86_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 DS_INLINE vf vf_load_bf16(const uint16_t *p) { return x86_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 DS_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return x86_bf16(_mm256_maskz_loadu_epi16(x86_first(n), p)); }
@@ -53,7 +55,8 @@ DS_INLINE void vf_transpose(vf v[16]) {
     DS_UNROLL
     for (int i = 0; i < 4; i++) {
         const vf a = _mm512_shuffle_f32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_f32x4(t[i], t[4 + i], 0xdd);
-        const vf c = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0x88), d = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0xdd);
+        const vf c = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0x88),
+                 d = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0xdd);
         v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
         v[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
         v[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);

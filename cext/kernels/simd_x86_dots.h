@@ -113,8 +113,8 @@ DS_INLINE vi vi_dot_query(vi sums, vi q, vi_dword c) {
 }
 /* Even and odd bytes apart, because two products of 255 * 127 do not fit 16 bits. */
 DS_INLINE vi vi_dot_weights(vi sums, vi_dword p, vi c) {
-    const vi even = _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)),
-                                      _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
+    const vi even =
+        _mm256_madd_epi16(_mm256_and_si256(p, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(c, 8), 8));
     const vi odd = _mm256_madd_epi16(_mm256_srli_epi16(p, 8), _mm256_srai_epi16(c, 8));
     return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
 }

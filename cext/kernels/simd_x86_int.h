@@ -33,7 +33,9 @@ DS_INLINE __m256i x86_dpbusd(__m256i sums, __m256i u, __m256i s) {
 #endif
 
 /* Index of a shuffle that copies byte `byte` of every dword to all four of its bytes. */
-#define X86_COPY_BYTE(byte) _mm_set_epi32((int)(DS_BYTES(12 + (byte))), (int)(DS_BYTES(8 + (byte))), (int)(DS_BYTES(4 + (byte))), (int)(DS_BYTES(byte)))
+#define X86_COPY_BYTE(byte)                                                                               \
+    _mm_set_epi32((int)(DS_BYTES(12 + (byte))), (int)(DS_BYTES(8 + (byte))), (int)(DS_BYTES(4 + (byte))), \
+                  (int)(DS_BYTES(byte)))
 
 #if defined(__AVX512F__)
 
@@ -161,10 +163,13 @@ DS_INLINE f8 f8_halves(const uint8_t *p, size_t step) {
     uint16_t h[8];
     DS_UNROLL
     for (int i = 0; i < 8; i++) memcpy(&h[i], p + (size_t)i * step, 2);
-    return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5], (short)h[6], (short)h[7]));
+    return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5],
+                                          (short)h[6], (short)h[7]));
 }
 /* Eight unsigned bytes as floats. */
-DS_INLINE f8 f8_bytes(uint64_t bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes))); }
+DS_INLINE f8 f8_bytes(uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+}
 DS_INLINE v16 v16_load(const void *p) { return _mm_loadu_si128(p); }
 DS_INLINE v16 v16_set(int x) { return _mm_set1_epi8((char)x); }
 DS_INLINE v16 v16_and(v16 a, v16 b) { return _mm_and_si128(a, b); }
@@ -172,9 +177,11 @@ DS_INLINE v16 v16_high_nibbles(v16 a) { return _mm_and_si128(_mm_srli_epi16(a, 4
 
 /* The 6-bit scales of Q4_K or Q5_K as 8 bytes, then the minimums, from a block's first 16 bytes. */
 DS_INLINE v16 v16_scales_k4(const void *block) {
-    const v16 p = _mm_loadu_si128((const __m128i *)((const char *)block + 4)); /* dwords: 4 scales, 4 minimums, halves of the rest */
+    const v16 p = _mm_loadu_si128(
+        (const __m128i *)((const char *)block + 4)); /* dwords: 4 scales, 4 minimums, halves of the rest */
     const v16 low = _mm_and_si128(p, _mm_set1_epi8(63));
-    const v16 halves = _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(p, 0xaa), _mm_setr_epi32(0, 4, 0, 0)), _mm_set1_epi8(15));
+    const v16 halves =
+        _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(p, 0xaa), _mm_setr_epi32(0, 4, 0, 0)), _mm_set1_epi8(15));
     const v16 high = _mm_or_si128(halves, _mm_and_si128(_mm_srli_epi32(p, 2), _mm_set1_epi8(48)));
     return _mm_unpacklo_epi32(low, high);
 }
@@ -275,7 +282,8 @@ DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const
                            const row_scales *scales, int j) {
     const __m512i index_32 = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m512i index_16 = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512i index = per_16 ? _mm512_add_epi32(index_16, _mm512_set1_epi32(4 * j)) : _mm512_add_epi32(index_32, _mm512_set1_epi32(2 * j));
+    const __m512i index = per_16 ? _mm512_add_epi32(index_16, _mm512_set1_epi32(4 * j))
+                                 : _mm512_add_epi32(index_32, _mm512_set1_epi32(2 * j));
     const __m512i start = is_signed ? _mm512_load_si512(meta->less_128 + 16 * j) : _mm512_setzero_si512();
     const f16x dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, q, v64_load(x)));
     s->y[j % 2] = _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(index, scales->scale), s->y[j % 2]);
@@ -324,7 +332,9 @@ DS_INLINE __m256i x86_fifth_bits(__m256i a, const void *p) {
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(copies, mask), mask);
     return _mm256_or_si256(a, _mm256_and_si256(set, _mm256_set1_epi8(16)));
 }
-DS_INLINE v64 v64_fifth_bits2(v64 v, const void *p, const void *q) { return (v64){x86_fifth_bits(v.a, p), x86_fifth_bits(v.b, q)}; }
+DS_INLINE v64 v64_fifth_bits2(v64 v, const void *p, const void *q) {
+    return (v64){x86_fifth_bits(v.a, p), x86_fifth_bits(v.b, q)};
+}
 
 typedef struct row_sum {
     f8 y[2][2], min;
@@ -387,7 +397,8 @@ DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, const int8_t *x, const int32_
     return _mm256_cvtepi32_ps(x86_dpbusd(start, q, s));
 #else
     /* |q| times x with q's sign: two products of 128 * 127 just fit 16 bits. */
-    const __m256i words = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(s, q)) : _mm256_maddubs_epi16(q, s);
+    const __m256i words =
+        is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(s, q)) : _mm256_maddubs_epi16(q, s);
     return _mm256_cvtepi32_ps(_mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 #endif
 }
@@ -449,10 +460,12 @@ DS_INLINE vi x86_dot_add(vi acc, vi u, vi s) {
 
 /* acc[t][v] += dots over n_k4 dwords of k: w is (n_k4, DS_PANEL_ROWS) dwords, of which two vectors of rows are used; a is
  * (n_k4, n_tok) dwords. n_tok and n_k4 are constants. */
-DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
+DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a,
+                         vi acc[DS_TILE_TOKENS][2]) {
     DS_UNROLL
     for (int i = 0; i < n_k4; i++) {
-        const vi w0 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS), w1 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS + 4 * DS_LANES);
+        const vi w0 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS),
+                 w1 = vi_load(w + (size_t)i * 4 * DS_PANEL_ROWS + 4 * DS_LANES);
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) {
             int32_t four;
@@ -470,7 +483,8 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
 
 /* Products of w and x, two neighbours summed, added to 16-bit sums. */
 DS_INLINE __m256i x86_add_pairs(__m256i words, bool is_signed, bool first, __m256i w, __m256i x) {
-    const __m256i p = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+    const __m256i p =
+        is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
     words = first ? p : _mm256_add_epi16(words, p);
     /* Keeps the compiler from reordering the sums, which would need more registers than there are. */
     __asm__("" : "+x"(words));
@@ -478,8 +492,13 @@ DS_INLINE __m256i x86_add_pairs(__m256i words, bool is_signed, bool first, __m25
 }
 
 /* Without a dot instruction: pairs of products are summed in 16 bits, as many as are sure to fit, and then widened. */
-DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
-    const int most = range == CODES_4 ? 8 : range == CODES_5 ? 4 : range == CODES_6 ? 2 : 1, step = most < n_k4 ? most : n_k4;
+DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w, const int8_t *a,
+                         vi acc[DS_TILE_TOKENS][2]) {
+    const int most = range == CODES_4   ? 8
+                     : range == CODES_5 ? 4
+                     : range == CODES_6 ? 2
+                                        : 1,
+              step = most < n_k4 ? most : n_k4;
     DS_UNROLL
     for (int i0 = 0; i0 < n_k4; i0 += step) {
         __m256i words[DS_TILE_TOKENS][2];
@@ -489,15 +508,16 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
             const vi w0 = vi_load(rows), w1 = vi_load(rows + 4 * DS_LANES);
             DS_UNROLL
             for (int t = 0; t < n_tok; t++) {
-                const vi x = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)(a + 4 * ((i0 + i) * n_tok + t))));
+                const vi x = _mm256_castps_si256(
+                    _mm256_broadcast_ss((const float *)(const void *)(a + 4 * ((i0 + i) * n_tok + t))));
                 words[t][0] = x86_add_pairs(words[t][0], range == CODES_SIGNED, i == 0, w0, x);
                 words[t][1] = x86_add_pairs(words[t][1], range == CODES_SIGNED, i == 0, w1, x);
             }
         }
         DS_UNROLL
         for (int t = 0; t < n_tok; t++)
-            DS_UNROLL for (int v = 0; v < 2; v++)
-                acc[t][v] = _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(words[t][v], _mm256_set1_epi16(1)));
+            DS_UNROLL for (int v = 0; v < 2; v++) acc[t][v] =
+                _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(words[t][v], _mm256_set1_epi16(1)));
     }
 }
 

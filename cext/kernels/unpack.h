@@ -17,7 +17,7 @@ typedef struct unpacker {
     panel *p;
     int lane0;
     const uint8_t *rows[DS_LANES]; /* at the values of this panel */
-    int n_blocks;                  /* of 32 values, for formats with such blocks: fewer than 8 at the end of a row */
+    int n_blocks; /* of 32 values, for formats with such blocks: fewer than 8 at the end of a row */
 } unpacker;
 
 DS_INLINE void put_codes(const unpacker *u, int k4, vi codes) { vi_store(u->p->q[k4][u->lane0], codes); }
@@ -27,8 +27,12 @@ DS_INLINE void put_min(const unpacker *u, int sub, vf min) { vf_store(&u->p->min
 DS_INLINE vi low_nibbles(vi a) { return vi_and(a, vi_set(DS_BYTES(15))); }
 DS_INLINE vi high_nibbles(vi a) { return low_nibbles(vi_shr(a, 4)); }
 /* Bits at..at + 1 of every byte, moved to bits to..to + 1. */
-DS_INLINE vi two_bits(vi a, int at, int to) { return vi_and(at < to ? vi_shl(a, to - at) : vi_shr(a, at - to), vi_set(DS_BYTES(3 << to))); }
-DS_INLINE vi one_bit(vi a, int at, int to) { return vi_and(at < to ? vi_shl(a, to - at) : vi_shr(a, at - to), vi_set(DS_BYTES(1 << to))); }
+DS_INLINE vi two_bits(vi a, int at, int to) {
+    return vi_and(at < to ? vi_shl(a, to - at) : vi_shr(a, at - to), vi_set(DS_BYTES(3 << to)));
+}
+DS_INLINE vi one_bit(vi a, int at, int to) {
+    return vi_and(at < to ? vi_shl(a, to - at) : vi_shr(a, at - to), vi_set(DS_BYTES(1 << to)));
+}
 /* Byte i of every dword as a float. */
 DS_INLINE vf byte_to_float(vi a, int i) { return vi_to_float(vi_and(vi_shr(a, 8 * i), vi_set(255))); }
 DS_INLINE vf signed_byte_to_float(vi a, int i) { return vi_to_float(vi_sar(vi_shl(a, 24 - 8 * i), 24)); }
@@ -53,7 +57,9 @@ DS_INLINE void unpack_4(const unpacker *u, size_t block_bytes, size_t qs_at, boo
     }
 }
 
-DS_INLINE void unpack_Q4_0(const unpacker *u) { unpack_4(u, sizeof(ds_block_Q4_0), offsetof(ds_block_Q4_0, qs), false); }
+DS_INLINE void unpack_Q4_0(const unpacker *u) {
+    unpack_4(u, sizeof(ds_block_Q4_0), offsetof(ds_block_Q4_0, qs), false);
+}
 DS_INLINE void unpack_Q4_1(const unpacker *u) { unpack_4(u, sizeof(ds_block_Q4_1), offsetof(ds_block_Q4_1, qs), true); }
 
 DS_INLINE void unpack_5(const unpacker *u, size_t block_bytes, size_t qs_at, bool has_min) {
@@ -73,7 +79,9 @@ DS_INLINE void unpack_5(const unpacker *u, size_t block_bytes, size_t qs_at, boo
     }
 }
 
-DS_INLINE void unpack_Q5_0(const unpacker *u) { unpack_5(u, sizeof(ds_block_Q5_0), offsetof(ds_block_Q5_0, qs), false); }
+DS_INLINE void unpack_Q5_0(const unpacker *u) {
+    unpack_5(u, sizeof(ds_block_Q5_0), offsetof(ds_block_Q5_0, qs), false);
+}
 DS_INLINE void unpack_Q5_1(const unpacker *u) { unpack_5(u, sizeof(ds_block_Q5_1), offsetof(ds_block_Q5_1, qs), true); }
 
 DS_INLINE void unpack_Q8_0(const unpacker *u) {

@@ -35,15 +35,20 @@ DS_INLINE vf vf_exp2(vf x) {
 }
 
 /* Run `full` for each whole vector and `tail` for the rest, where i is the index and n - i the number left over. */
-#define DS_FOR_LANES(i, n, full, tail)                     \
-    do {                                                   \
-        int i = 0;                                         \
-        for (; i + DS_LANES <= (n); i += DS_LANES) { full } \
-        if (i < (n)) { tail }                              \
+#define DS_FOR_LANES(i, n, full, tail)               \
+    do {                                             \
+        int i = 0;                                   \
+        for (; i + DS_LANES <= (n); i += DS_LANES) { \
+            full                                     \
+        }                                            \
+        if (i < (n)) {                               \
+            tail                                     \
+        }                                            \
     } while (0)
 
 DS_INLINE void scale_row(int n, float scale, float *x) {
     const vf s = vf_set(scale);
-    DS_FOR_LANES(i, n, { vf_store(x + i, vf_mul(vf_load(x + i), s)); },
-                 { vf_store_n(x + i, vf_mul(vf_load_n(x + i, n - i), s), n - i); });
+    DS_FOR_LANES(
+        i, n, { vf_store(x + i, vf_mul(vf_load(x + i), s)); },
+        { vf_store_n(x + i, vf_mul(vf_load_n(x + i, n - i), s), n - i); });
 }

@@ -6,7 +6,7 @@
 
 typedef struct ds_experts {
     ds_mat gate, up; /* n_expert x (n_ff_expert, n_embd) */
-    ds_mat down;     /* n_expert x (n_embd, n_ff_expert) */
+    ds_mat down; /* n_expert x (n_embd, n_ff_expert) */
 } ds_experts;
 
 typedef struct ds_expert {

@@ -51,8 +51,8 @@ ds_status ds_kv_create(ds_kv_type type, int n_layer, int n_ctx, int rank, int n_
     size_t sizes[PARTS];
     part_sizes(&kv.shape, (size_t)n_ctx, n_tail, sizes);
     for (int i = 0; i < PARTS; i++) kv.layer_bytes += sizes[i];
-    kv.bytes = (size_t)n_layer *
-               kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
+    kv.bytes =
+        (size_t)n_layer * kv.layer_bytes; /* int factors below 2^24: cannot overflow 64 bits before mmap refuses */
     kv.data = ds_pages_new(kv.bytes);
     if (!kv.data) {
         ds_fail(err, DS_ENOMEM, "no memory for a context of %d tokens (%.1f MiB)", n_ctx, (double)kv.bytes / (1 << 20));

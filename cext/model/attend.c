@@ -149,8 +149,8 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
     const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
     const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
     int begin = (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-    int end = part + 1 == g->n_parts ? n_pos
-                                     : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    int end =
+        part + 1 == g->n_parts ? n_pos : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
     const ds_attend job = {
         .n_rows = g->n_tok * g->n_heads,
         .n_pos = end - begin,
@@ -280,8 +280,8 @@ static head_sums sums_of(const ds_lane *lane, int i, int h, int part) {
     const ds_attend_route *route = &room->plan.routes[i];
     const int most = ds_expand_max_parts(lane->step->config);
     if (route->n_parts == 1) return (head_sums){lane->own->attend.m, lane->own->attend.l, lane->own->attend.acc};
-    const size_t at = ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows +
-                      (size_t)route->row;
+    const size_t at =
+        ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows + (size_t)route->row;
     return (head_sums){room->head_m + at, room->head_l + at,
                        room->head_acc + at * ds_row_pad(lane->step->config->v_dim)};
 }
@@ -324,8 +324,8 @@ static void head_output(const ds_lane *lane, int i, int h) {
     const size_t ld = ds_row_pad(c->v_dim);
     const head_sums sums = sums_of(lane, i, h, 0);
     for (int t = 0; t < s->spans[i].n; t++) {
-        float *out = s->scratch->heads +
-                     ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
+        float *out =
+            s->scratch->heads + ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
         join_parts(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t,
                    sums.acc + (size_t)t * ld, ld, c->v_dim, out);
         if (kind_of(s, i) == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);

@@ -61,8 +61,8 @@ typedef struct ds_attend_lane {
 /* What the workers share. */
 typedef struct ds_attend_room {
     ds_attend_plan plan;
-    float *latent;      /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
-    void *queries;      /* packs of all groups */
+    float *latent; /* (n_tok, n_head, kv width): q with W_uk absorbed, then the attention's latent output */
+    void *queries; /* packs of all groups */
     float *m, *l, *acc; /* (slots[, padded kv_lora_rank]) */
     float *head_m, *head_l, *head_acc; /* (n_head, parts, expanded rows[, padded v_dim]) of spans expanded in parts */
 } ds_attend_room;

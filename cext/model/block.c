@@ -5,7 +5,10 @@
 #include "dsv2.h"
 #include "model/core.h"
 
-enum { TARGET_TOKENS = 2048 /* windows run together up to this many tokens: an expert's matrices are read once for them all */ };
+enum {
+    TARGET_TOKENS =
+        2048 /* windows run together up to this many tokens: an expert's matrices are read once for them all */
+};
 
 struct ds_block {
     ds_core core;
@@ -21,8 +24,8 @@ static const ds_tensor *find_in_table(const void *ctx, const char *name) {
     return NULL;
 }
 
-ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads, ds_sublayer sublayer, ds_block **out,
-                        ds_error *err) {
+ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors, int n_tensors, int n_threads,
+                        ds_sublayer sublayer, ds_block **out, ds_error *err) {
     ds_block *block = calloc(1, sizeof *block);
     ds_source source = {find_in_table, block, ds_gguf_label(header)};
     ds_status st;
@@ -45,7 +48,8 @@ void ds_block_close(ds_block *block) {
 const ds_config *ds_block_config(const ds_block *block) { return &block->core.config; }
 
 /* Run windows [first, first + n) together, each with a fresh exact cache. */
-static ds_status run_windows(ds_block *block, ds_step step, int first, int n, int n_tok, ds_kv *kv, ds_span *spans, ds_error *err) {
+static ds_status run_windows(ds_block *block, ds_step step, int first, int n, int n_tok, ds_kv *kv, ds_span *spans,
+                             ds_error *err) {
     size_t at = (size_t)first * (size_t)n_tok * (size_t)block->core.config.n_embd;
     ds_status st;
     step.n_tok = n * n_tok, step.x += at, step.x_out += at, step.spans = spans, step.n_spans = n;
@@ -55,20 +59,24 @@ static ds_status run_windows(ds_block *block, ds_step step, int first, int n, in
     return DS_OK;
 }
 
-ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap, ds_error *err) {
+ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap,
+                           ds_error *err) {
     const ds_step step = {.x = x, .x_out = y, .tap = tap};
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
     ds_kv *kv;
     ds_span *spans;
     ds_status st = DS_OK;
     for (int i = 0; tap && i < tap->n; i++) {
-        if (!ds_tap_within(block->core.weights.sublayer, tap->entries[i].point)) return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");
+        if (!ds_tap_within(block->core.weights.sublayer, tap->entries[i].point))
+            return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");
     }
     if (together > n_seq) together = n_seq;
     kv = calloc((size_t)together, sizeof *kv);
     spans = calloc((size_t)together, sizeof *spans);
     if (!kv || !spans) st = ds_fail(err, DS_ENOMEM, "no memory for %d windows", together);
-    for (int i = 0; i < together && st == DS_OK; i++) st = ds_kv_create(DS_KV_F32, 1, n_tok, block->core.config.kv_lora_rank, block->core.config.rope_dim, &kv[i], err);
+    for (int i = 0; i < together && st == DS_OK; i++)
+        st = ds_kv_create(DS_KV_F32, 1, n_tok, block->core.config.kv_lora_rank, block->core.config.rope_dim, &kv[i],
+                          err);
     for (int i = 0; i < n_seq && st == DS_OK; i += together) {
         st = run_windows(block, step, i, n_seq - i < together ? n_seq - i : together, n_tok, kv, spans, err);
     }

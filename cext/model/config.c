@@ -14,7 +14,9 @@ typedef struct reader {
 
 enum { DS_MAX_DIM = 1 << 24 };
 
-static void key_of(const reader *r, const char *key, char *out, size_t size) { snprintf(out, size, "%s.%s", r->arch, key); }
+static void key_of(const reader *r, const char *key, char *out, size_t size) {
+    snprintf(out, size, "%s.%s", r->arch, key);
+}
 
 static bool present(const reader *r, const char *key) {
     char full[160];
@@ -51,7 +53,8 @@ static float read_float(reader *r, const char *key, double min, double max, doub
     ds_gguf_get_f64(r->gguf, full, &value, &bad, r->err);
     if (bad) return r->status = r->err->status, 0.0f;
     if (!(value >= min && value <= max)) { /* a NaN fails too */
-        r->status = ds_fail(r->err, DS_EFORMAT, "%s: `%s` is %g, expected %g to %g", ds_gguf_label(r->gguf), full, value, min, max);
+        r->status = ds_fail(r->err, DS_EFORMAT, "%s: `%s` is %g, expected %g to %g", ds_gguf_label(r->gguf), full,
+                            value, min, max);
         return 0;
     }
     return (float)value;
@@ -72,12 +75,14 @@ static void read_string(const ds_gguf *gguf, const char *key, char *out, size_t 
     bool bad = false;
     ds_error ignored; /* a name of another type is no reason to refuse a model */
     out[0] = '\0';
-    if (ds_gguf_get_str(gguf, key, &value, &bad, &ignored)) snprintf(out, size, "%.*s", (int)(value.size < size ? value.size : size), value.data);
+    if (ds_gguf_get_str(gguf, key, &value, &bad, &ignored))
+        snprintf(out, size, "%.*s", (int)(value.size < size ? value.size : size), value.data);
 }
 
 static int read_vocab(reader *r) {
     const ds_gguf_kv *tokens = ds_gguf_kv_find(r->gguf, "tokenizer.ggml.tokens");
-    int64_t fallback = tokens && tokens->type == DS_GGUF_ARRAY && tokens->n_items < DS_MAX_DIM ? (int64_t)tokens->n_items : -1;
+    int64_t fallback =
+        tokens && tokens->type == DS_GGUF_ARRAY && tokens->n_items < DS_MAX_DIM ? (int64_t)tokens->n_items : -1;
     return read_int(r, "vocab_size", 1, DS_MAX_DIM, fallback);
 }
 
@@ -93,7 +98,8 @@ static void read_heads(reader *r, ds_config *c) {
     c->v_dim = read_int(r, latent ? "attention.value_length_mla" : "attention.value_length", 1, 65536, -1);
     c->nope_dim = qk - c->rope_dim;
     if (r->status == DS_OK && (c->nope_dim < 1 || c->rope_dim % 2)) {
-        r->status = ds_fail(r->err, DS_EFORMAT, "%s: a head of %d values cannot hold %d rotated ones", ds_gguf_label(r->gguf), qk, c->rope_dim);
+        r->status = ds_fail(r->err, DS_EFORMAT, "%s: a head of %d values cannot hold %d rotated ones",
+                            ds_gguf_label(r->gguf), qk, c->rope_dim);
     }
 }
 
@@ -119,8 +125,8 @@ static void read_experts(reader *r, ds_config *c) {
     if (c->gating == 0) c->gating = DS_GATING_SOFTMAX;
     if (r->status != DS_OK) return;
     if (c->n_expert % c->n_group || c->n_expert_used > c->n_group_used * (c->n_expert / c->n_group)) {
-        r->status = ds_fail(r->err, DS_EFORMAT, "%s: %d of %d experts cannot come from %d of %d groups", ds_gguf_label(r->gguf),
-                            c->n_expert_used, c->n_expert, c->n_group_used, c->n_group);
+        r->status = ds_fail(r->err, DS_EFORMAT, "%s: %d of %d experts cannot come from %d of %d groups",
+                            ds_gguf_label(r->gguf), c->n_expert_used, c->n_expert, c->n_group_used, c->n_group);
     }
 }
 
@@ -146,7 +152,8 @@ static void read_rope(reader *r, ds_config *c) {
     c->rope_factor = read_float(r, "rope.scaling.factor", 1.0, 1e6, 1.0);
     log_mul = read_float(r, "rope.scaling.yarn_log_multiplier", 0.0, 1e3, 0.0);
     m = 1.0 + log_mul * log((double)c->rope_factor);
-    c->rope_attn_factor = read_float(r, "rope.scaling.attn_factor", 1e-6, 1e6, log_mul != 0.0 ? 1.0 : 1.0 + 0.1 * log((double)c->rope_factor));
+    c->rope_attn_factor = read_float(r, "rope.scaling.attn_factor", 1e-6, 1e6,
+                                     log_mul != 0.0 ? 1.0 : 1.0 + 0.1 * log((double)c->rope_factor));
     c->attn_scale *= (float)(m * m);
 }
 
@@ -164,8 +171,9 @@ static void check_products(reader *r, const ds_config *c) {
     };
     for (size_t i = 0; i < sizeof PRODUCTS / sizeof *PRODUCTS && r->status == DS_OK; i++) {
         if (PRODUCTS[i].a * PRODUCTS[i].b > DS_MAX_DIM) {
-            r->status = ds_fail(r->err, DS_EFORMAT, "%s: %s are %lld x %lld, expected at most %d together", ds_gguf_label(r->gguf),
-                                PRODUCTS[i].what, (long long)PRODUCTS[i].a, (long long)PRODUCTS[i].b, DS_MAX_DIM);
+            r->status = ds_fail(r->err, DS_EFORMAT, "%s: %s are %lld x %lld, expected at most %d together",
+                                ds_gguf_label(r->gguf), PRODUCTS[i].what, (long long)PRODUCTS[i].a,
+                                (long long)PRODUCTS[i].b, DS_MAX_DIM);
         }
     }
 }
@@ -176,8 +184,10 @@ ds_status ds_config_read(const ds_gguf *gguf, ds_config *out, ds_error *err) {
     read_string(gguf, "general.architecture", c.arch, sizeof c.arch);
     read_string(gguf, "general.name", c.name, sizeof c.name);
     if (strcmp(c.arch, "deepseek2") != 0) {
-        ds_fail(err, DS_EUNSUPPORTED, "%s: architecture is `%s`, not `deepseek2`", ds_gguf_label(gguf), c.arch[0] ? c.arch : "(missing)");
-        return ds_hint(err, "dsv2 runs the DeepSeek-V2 family: V2, V2-Lite, V2.5, Coder-V2, V3 and models of their architecture");
+        ds_fail(err, DS_EUNSUPPORTED, "%s: architecture is `%s`, not `deepseek2`", ds_gguf_label(gguf),
+                c.arch[0] ? c.arch : "(missing)");
+        return ds_hint(
+            err, "dsv2 runs the DeepSeek-V2 family: V2, V2-Lite, V2.5, Coder-V2, V3 and models of their architecture");
     }
     c.n_layer = read_int(&r, "block_count", 1, 1024, -1);
     c.n_ctx_train = read_int(&r, "context_length", 1, 1 << 30, -1);

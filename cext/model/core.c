@@ -13,24 +13,27 @@ static ds_status choose_kernels(const char *isa, const ds_kernels **out, ds_erro
     size_t used = 0;
     if ((*out = ds_kernels_find(isa))) return DS_OK;
     names[0] = '\0';
-    for (int i = 0; i < n && used < sizeof names; i++) used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", all[i]->isa);
+    for (int i = 0; i < n && used < sizeof names; i++)
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", all[i]->isa);
     ds_fail(err, DS_EINVAL, "instruction set `%s` is not available on this machine", isa ? isa : ds_cpu_isa_override());
     snprintf(err->hint, sizeof err->hint, "use one of: %s", names);
     return err->status;
 }
 
-ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer, int n_threads, const char *isa,
-                         ds_core *out, ds_error *err) {
+ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
+                         ds_sublayer sublayer, int n_threads, const char *isa, ds_core *out, ds_error *err) {
     ds_core c = {0};
     ds_status st;
-    if (n_threads < 0 || n_threads > DS_MAX_THREADS) return ds_fail(err, DS_EINVAL, "threads is %d, expected 1 to %d", n_threads, DS_MAX_THREADS);
+    if (n_threads < 0 || n_threads > DS_MAX_THREADS)
+        return ds_fail(err, DS_EINVAL, "threads is %d, expected 1 to %d", n_threads, DS_MAX_THREADS);
     if ((st = ds_config_read(metadata, &c.config, err)) != DS_OK) return st;
     if (layer_end < 0) layer_end = c.config.n_layer;
     if (layer_begin < 0 || layer_end > c.config.n_layer) {
         return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, c.config.n_layer - 1);
     }
     if ((st = choose_kernels(isa, &c.kern, err)) != DS_OK) return st;
-    if ((st = ds_weights_bind(&c.config, source, layer_begin, layer_end, ends, sublayer, &c.weights, err)) != DS_OK) return st;
+    if ((st = ds_weights_bind(&c.config, source, layer_begin, layer_end, ends, sublayer, &c.weights, err)) != DS_OK)
+        return st;
     if ((st = ds_rope_create(&c.config, &c.rope, err)) == DS_OK &&
         (st = ds_pool_create(n_threads ? n_threads : ds_cpu_default_threads(), &c.pool, err)) == DS_OK) {
         *out = c;
@@ -60,7 +63,8 @@ static int step_capacity(int n_tok) {
 ds_status ds_core_run(ds_core *core, ds_step *step, ds_error *err) {
     ds_status st;
     pthread_mutex_lock(&core->lock);
-    st = ds_scratch_reserve(&core->scratch, &core->config, core->kern, ds_pool_size(core->pool), step_capacity(step->n_tok), err);
+    st = ds_scratch_reserve(&core->scratch, &core->config, core->kern, ds_pool_size(core->pool),
+                            step_capacity(step->n_tok), err);
     if (st == DS_OK) {
         step->config = &core->config;
         step->weights = &core->weights;

@@ -16,8 +16,8 @@ typedef struct ds_core {
 } ds_core;
 
 /* Set up everything but the file: on failure nothing is kept. */
-ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer, int n_threads, const char *isa,
-                         ds_core *out, ds_error *err);
+ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
+                         ds_sublayer sublayer, int n_threads, const char *isa, ds_core *out, ds_error *err);
 void ds_core_release(ds_core *core);
 
 /* Fill in the core's part of the step and run it. */

@@ -5,7 +5,8 @@
 
 static ds_lane lane_of(const ds_worker *worker, const ds_step *step) {
     ds_lane_scratch *own = &step->scratch->lanes[worker->ith];
-    ds_lane lane = {.worker = worker, .step = step, .own = own, .solo = step->n_tok == 1, .t1 = 1, .x = own->x, .xn = own->xn};
+    ds_lane lane = {
+        .worker = worker, .step = step, .own = own, .solo = step->n_tok == 1, .t1 = 1, .x = own->x, .xn = own->xn};
     if (!lane.solo) { /* whole tiles of rows, because packs are laid out by tiles */
         int tiles = (step->n_tok + DS_PANEL_ROWS - 1) / DS_PANEL_ROWS;
         lane.t0 = tiles * worker->ith / worker->nth * DS_PANEL_ROWS;
@@ -24,7 +25,8 @@ static void place(const ds_step *s) {
     for (int i = 0; i < s->n_spans; i++) {
         const ds_span *span = &s->spans[i];
         for (int t = 0; t < span->n; t++) {
-            ds_rope_angles(s->rope, span->pos + t, s->scratch->rope + (size_t)(span->first + t) * (size_t)s->config->rope_dim);
+            ds_rope_angles(s->rope, span->pos + t,
+                           s->scratch->rope + (size_t)(span->first + t) * (size_t)s->config->rope_dim);
         }
     }
 }
@@ -67,7 +69,8 @@ static void leave(const ds_lane *lane) {
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_RESULT_NORM, -1, lane->xn, d);
     if (!s->n_logits) return;
-    if (lane->solo || lane->worker->ith == 0) s->kern->act_pack(kind, 0, s->n_logits, s->n_logits, d, lane->xn, (size_t)d, s->logit_rows, act->pack[kind]);
+    if (lane->solo || lane->worker->ith == 0)
+        s->kern->act_pack(kind, 0, s->n_logits, s->n_logits, d, lane->xn, (size_t)d, s->logit_rows, act->pack[kind]);
     ds_lane_sync(lane);
     ds_job job = ds_cpu_job(head, head->data, act->pack[kind], s->n_logits, s->logits, (size_t)head->rows);
     ds_cpu_mul(lane->worker, s->kern, &job, 1);
@@ -94,7 +97,8 @@ static void run(const ds_worker *worker, void *arg) {
         ds_lane_tap(&lane, DS_TAP_L_OUT, il, lane.x, s->config->n_embd);
     }
     if (s->x_out && !(lane.solo && worker->ith)) {
-        memcpy(s->x_out + (size_t)lane.t0 * (size_t)s->config->n_embd, lane.x + (size_t)lane.t0 * (size_t)s->config->n_embd, (size_t)(lane.t1 - lane.t0) * row);
+        memcpy(s->x_out + (size_t)lane.t0 * (size_t)s->config->n_embd,
+               lane.x + (size_t)lane.t0 * (size_t)s->config->n_embd, (size_t)(lane.t1 - lane.t0) * row);
     }
     if (s->weights->output.data) leave(&lane);
 }

@@ -17,7 +17,8 @@ void ds_lane_tap(const ds_lane *lane, ds_tap_point point, int il, const void *da
     if (!entry) return;
     ds_barrier(lane->worker);
     for (int t = 0; lane->worker->ith == 0 && t < lane->step->n_tok; t++) {
-        memcpy((unsigned char *)entry->data + (size_t)(entry->row + t) * row, (const unsigned char *)data + (size_t)t * (size_t)ld * 4, row);
+        memcpy((unsigned char *)entry->data + (size_t)(entry->row + t) * row,
+               (const unsigned char *)data + (size_t)t * (size_t)ld * 4, row);
     }
     ds_barrier(lane->worker);
 }

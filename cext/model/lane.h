@@ -6,7 +6,9 @@
 /* The kinds of pack that a set of products takes. */
 static inline unsigned ds_kind_of(const ds_mat *m) { return m->data ? 1u << ds_format_get(m->format)->act : 0; }
 
-static inline const void *ds_act_for(const ds_act *act, const ds_mat *m) { return act->pack[ds_format_get(m->format)->act]; }
+static inline const void *ds_act_for(const ds_act *act, const ds_mat *m) {
+    return act->pack[ds_format_get(m->format)->act];
+}
 
 /* Wait for the other workers' rows; nothing to wait for where every worker has made its own. */
 static inline void ds_lane_sync(const ds_lane *lane) {
@@ -15,11 +17,13 @@ static inline void ds_lane_sync(const ds_lane *lane) {
 
 /* Pack the lane's rows of x (n_tok, k) for the kinds asked for: into `own` when solo, else into its part of `shared`.
  * Returns the act to give to products; it is whole after ds_lane_sync. */
-static inline const ds_act *ds_lane_pack(const ds_lane *lane, unsigned kinds, int k, const float *x, const ds_act *own, const ds_act *shared) {
+static inline const ds_act *ds_lane_pack(const ds_lane *lane, unsigned kinds, int k, const float *x, const ds_act *own,
+                                         const ds_act *shared) {
     const ds_act *act = lane->solo ? own : shared;
     for (int kind = 0; kind < DS_ACT_COUNT; kind++) {
         if (!(kinds & 1u << kind) || lane->t0 == lane->t1) continue;
-        lane->step->kern->act_pack((ds_act_kind)kind, lane->t0, lane->t1, lane->step->n_tok, k, x, (size_t)k, NULL, act->pack[kind]);
+        lane->step->kern->act_pack((ds_act_kind)kind, lane->t0, lane->t1, lane->step->n_tok, k, x, (size_t)k, NULL,
+                                   act->pack[kind]);
     }
     return act;
 }
@@ -27,7 +31,8 @@ static inline const ds_act *ds_lane_pack(const ds_lane *lane, unsigned kinds, in
 /* y = rms_norm(x) * weight over the lane's rows. */
 static inline void ds_lane_norm(const ds_lane *lane, int n, const float *x, const float *weight, float *y) {
     for (int t = lane->t0; t < lane->t1; t++) {
-        lane->step->kern->rms_norm(n, x + (size_t)t * (size_t)n, weight, lane->step->config->rms_eps, y + (size_t)t * (size_t)n);
+        lane->step->kern->rms_norm(n, x + (size_t)t * (size_t)n, weight, lane->step->config->rms_eps,
+                                   y + (size_t)t * (size_t)n);
     }
 }
 

@@ -17,7 +17,8 @@ static void project(const ds_lane *lane, const ds_layer *l, int il, bool queries
     ds_job jobs[2];
     const ds_act *act;
     ds_lane_norm(lane, c->n_embd, lane->x, l->attn_norm, lane->xn);
-    act = ds_lane_pack(lane, (queries ? ds_kind_of(first) : 0) | ds_kind_of(&l->kv_a), c->n_embd, lane->xn, &lane->own->act_x, &b->act_x);
+    act = ds_lane_pack(lane, (queries ? ds_kind_of(first) : 0) | ds_kind_of(&l->kv_a), c->n_embd, lane->xn,
+                       &lane->own->act_x, &b->act_x);
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_ATTN_NORM, il, lane->xn, c->n_embd);
     jobs[0] = ds_cpu_job(&l->kv_a, l->kv_a.data, ds_act_for(act, &l->kv_a), s->n_tok, b->kv_a, (size_t)ds_kv_width(c));
@@ -40,7 +41,8 @@ static void store_latent(const ds_lane *lane, const ds_layer *l, int il) {
             s->kern->rms_norm(c->kv_lora_rank, row, l->kv_a_norm, c->rms_eps, row);
             ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, row + c->kv_lora_rank);
             const ds_rows to = ds_kv_rows(span->kv, il - s->weights->layer_begin, span->pos + t - span->first);
-            memcpy(lane->own->attend.row, row, (size_t)ds_kv_width(c) * sizeof *row); /* packing may overwrite what others tap */
+            memcpy(lane->own->attend.row, row,
+                   (size_t)ds_kv_width(c) * sizeof *row); /* packing may overwrite what others tap */
             s->kern->rows_put(&to, 0, c->kv_lora_rank, c->rope_dim, lane->own->attend.row);
         }
     }
@@ -53,7 +55,8 @@ static void project_q(const ds_lane *lane, const ds_layer *l, int il) {
     const ds_act *act;
     ds_job job;
     if (!c->q_lora_rank) return;
-    float *normed = lane->solo ? lane->own->q_a : b->q_a; /* a solo worker may not overwrite what the others still read */
+    float *normed =
+        lane->solo ? lane->own->q_a : b->q_a; /* a solo worker may not overwrite what the others still read */
     ds_lane_norm(lane, c->q_lora_rank, b->q_a, l->q_a_norm, normed);
     act = ds_lane_pack(lane, ds_kind_of(&l->q), c->q_lora_rank, normed, &lane->own->act_q, &b->act_q);
     ds_lane_sync(lane);
@@ -67,7 +70,8 @@ static void output(const ds_lane *lane, const ds_layer *l, int il) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
     ds_scratch *b = s->scratch;
-    const ds_act *act = ds_lane_pack(lane, ds_kind_of(&l->o), c->n_head * c->v_dim, b->heads, &lane->own->act_heads, &b->act_heads);
+    const ds_act *act =
+        ds_lane_pack(lane, ds_kind_of(&l->o), c->n_head * c->v_dim, b->heads, &lane->own->act_heads, &b->act_heads);
     ds_job job;
     ds_lane_sync(lane);
     ds_lane_tap(lane, DS_TAP_ATTN_HEADS, il, b->heads, c->n_head * c->v_dim);
@@ -75,7 +79,9 @@ static void output(const ds_lane *lane, const ds_layer *l, int il) {
     ds_cpu_mul(lane->worker, s->kern, &job, 1);
     ds_barrier(lane->worker);
     ds_lane_tap(lane, DS_TAP_ATTN_OUT, il, b->y, c->n_embd);
-    for (int t = lane->t0; t < lane->t1; t++) s->kern->add_scaled(c->n_embd, 1.0f, b->y + (size_t)t * (size_t)c->n_embd, lane->x + (size_t)t * (size_t)c->n_embd);
+    for (int t = lane->t0; t < lane->t1; t++)
+        s->kern->add_scaled(c->n_embd, 1.0f, b->y + (size_t)t * (size_t)c->n_embd,
+                            lane->x + (size_t)t * (size_t)c->n_embd);
     ds_lane_tap(lane, DS_TAP_FFN_INP, il, lane->x, c->n_embd);
 }
 

@@ -26,8 +26,9 @@ static const ds_tensor *find_in_gguf(const void *ctx, const char *name) { return
 static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_model **out, ds_error *err) {
     ds_source source = {find_in_gguf, gguf, ds_gguf_label(gguf)};
     ds_model *model = calloc(1, sizeof *model);
-    ds_status st = model ? ds_core_create(gguf, source, 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, &model->core, err)
-                         : ds_fail(err, DS_ENOMEM, "no memory for a model");
+    ds_status st = model
+                       ? ds_core_create(gguf, source, 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, &model->core, err)
+                       : ds_fail(err, DS_ENOMEM, "no memory for a model");
     if (st != DS_OK) {
         ds_gguf_close(gguf);
         free(model);
@@ -44,7 +45,8 @@ ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_mod
     return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
 }
 
-ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
+                        ds_model **out, ds_error *err) {
     ds_gguf *gguf;
     ds_status st = ds_gguf_view(data, size, label, &gguf, err);
     return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
@@ -67,8 +69,10 @@ ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_
     ds_kv_type type;
     ds_session *session;
     ds_status st;
-    if (!ds_kv_type_from_name(kv_type, &type)) return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, q8_0, f32", kv_type);
-    if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT) return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
+    if (!ds_kv_type_from_name(kv_type, &type))
+        return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, q8_0, f32", kv_type);
+    if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT)
+        return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
     if (!(session = calloc(1, sizeof *session))) return ds_fail(err, DS_ENOMEM, "no memory for a session");
     if ((st = ds_kv_create(type, c->n_layer, n_ctx, c->kv_lora_rank, c->rope_dim, &session->kv, err)) != DS_OK) {
         free(session);
@@ -91,7 +95,8 @@ size_t ds_session_bytes(const ds_session *session) { return session->kv.bytes; }
 const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.type); }
 
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
-    if (n < 0 || n > session->n_past) return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
+    if (n < 0 || n > session->n_past)
+        return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
     session->n_past = n;
     return DS_OK;
 }
@@ -99,7 +104,8 @@ ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
     if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
     if (n < session->n_past || n > session->kv.n_ctx) {
-        return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n, session->n_past, session->kv.n_ctx);
+        return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n,
+                       session->n_past, session->kv.n_ctx);
     }
     ds_kv_repeat(&session->kv, session->n_past, n);
     session->n_past = n;
@@ -112,7 +118,8 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
     if (s->model != model) return ds_fail(err, DS_EINVAL, "the sessions of a step belong to different models");
     if (in->n < 1) return ds_fail(err, DS_EINVAL, "no tokens to evaluate");
     if (in->n > s->kv.n_ctx - s->n_past) {
-        ds_fail(err, DS_ECONTEXT, "%d tokens do not fit: the context holds %d and %d are used", in->n, s->kv.n_ctx, s->n_past);
+        ds_fail(err, DS_ECONTEXT, "%d tokens do not fit: the context holds %d and %d are used", in->n, s->kv.n_ctx,
+                s->n_past);
         return ds_hint(err, "open the session with a larger n_ctx, or rewind it");
     }
     for (int i = 0; i < in->n; i++) {
@@ -123,18 +130,22 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
     return DS_OK;
 }
 
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap, ds_error *err) {
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap,
+                  ds_error *err) {
     int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
     ds_span spans[DS_MAX_INPUTS];
     ds_step step = {.ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
     ds_status st;
-    if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS) return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);
+    if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS)
+        return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);
     for (int i = 0; i < n_inputs; i++) {
         const ds_input *in = &inputs[i];
         if ((st = check_input(model, in, err)) != DS_OK) return st;
-        if (in->n > DS_MAX_STEP - step.n_tok) return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", DS_MAX_STEP);
+        if (in->n > DS_MAX_STEP - step.n_tok)
+            return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", DS_MAX_STEP);
         for (int j = 0; j < i; j++) {
-            if (inputs[j].session == in->session) return ds_fail(err, DS_EINVAL, "session %d of the step stands in it twice", i);
+            if (inputs[j].session == in->session)
+                return ds_fail(err, DS_EINVAL, "session %d of the step stands in it twice", i);
         }
         spans[i] = (ds_span){&in->session->kv, step.n_tok, in->n, in->session->n_past};
         memcpy(ids + step.n_tok, in->ids, (size_t)in->n * sizeof *ids);

@@ -39,11 +39,12 @@ static void limit_to_groups(const ds_config *c, float *score /* (n_expert) */) {
 }
 
 /* Choose a token's experts and their weights from its router logits; `select` is scratch (n_expert). logits become probabilities. */
-static void route(const ds_config *c, const ds_kernels *kern, const float *bias, float *logits /* (n_expert) */, float *select,
-                  int32_t *ids /* (n_expert_used) */, float *weights /* (n_expert_used) */) {
+static void route(const ds_config *c, const ds_kernels *kern, const float *bias, float *logits /* (n_expert) */,
+                  float *select, int32_t *ids /* (n_expert_used) */, float *weights /* (n_expert_used) */) {
     float sum = 0;
     if (c->gating == DS_GATING_SOFTMAX) kern->softmax(c->n_expert, logits);
-    else for (int e = 0; e < c->n_expert; e++) logits[e] = 1.0f / (1.0f + expf(-logits[e]));
+    else
+        for (int e = 0; e < c->n_expert; e++) logits[e] = 1.0f / (1.0f + expf(-logits[e]));
     for (int e = 0; e < c->n_expert; e++) {
         float s = logits[e] + (bias ? bias[e] : 0.0f);
         select[e] = s == s ? s : -FLT_MAX; /* a NaN must not decide an index */
@@ -54,7 +55,8 @@ static void route(const ds_config *c, const ds_kernels *kern, const float *bias,
         weights[k] = logits[ids[k]];
         sum += weights[k];
     }
-    for (int k = 0; k < c->n_expert_used; k++) weights[k] = (c->expert_norm ? weights[k] / (sum + 1e-20f) : weights[k]) * c->expert_scale;
+    for (int k = 0; k < c->n_expert_used; k++)
+        weights[k] = (c->expert_norm ? weights[k] / (sum + 1e-20f) : weights[k]) * c->expert_scale;
 }
 
 /* Group the (token, k) choices by expert, tokens in order. Experts without tokens do not appear. */
@@ -104,7 +106,8 @@ static const ds_plan *dispatch(const ds_lane *lane, const ds_layer *l, const ds_
     for (int t = lane->t0; t < lane->t1; t++) {
         float *logits = b->router + (size_t)t * (size_t)c->n_expert;
         if (lane->solo) logits = memcpy(lane->own->logits, logits, (size_t)c->n_expert * sizeof *logits);
-        route(c, s->kern, l->router_bias, logits, lane->own->select, ids + t * c->n_expert_used, weights + t * c->n_expert_used);
+        route(c, s->kern, l->router_bias, logits, lane->own->select, ids + t * c->n_expert_used,
+              weights + t * c->n_expert_used);
     }
     ds_lane_tap(lane, DS_TAP_EXPERTS, il, ids, c->n_expert_used);
     ds_lane_tap(lane, DS_TAP_EXPERT_WEIGHTS, il, weights, c->n_expert_used);
@@ -118,7 +121,8 @@ static const ds_plan *dispatch(const ds_lane *lane, const ds_layer *l, const ds_
     if (lane->solo) return plan;
     ds_act_kind kind = input_kind(&l->experts);
     for (size_t a = ds_claim(lane->worker); a < (size_t)plan->n_active; a = ds_claim(lane->worker)) {
-        s->kern->act_pack(kind, 0, plan->count[a], plan->count[a], c->n_embd, lane->xn, (size_t)c->n_embd, plan->slot_token + plan->first[a],
+        s->kern->act_pack(kind, 0, plan->count[a], plan->count[a], c->n_embd, lane->xn, (size_t)c->n_embd,
+                          plan->slot_token + plan->first[a],
                           (unsigned char *)b->act_gathered.pack[kind] + plan->act_offset[a]);
     }
     ds_barrier(lane->worker);
@@ -134,7 +138,8 @@ static void gate_up_experts(const ds_lane *lane, const ds_layer *l, const ds_pla
     ds_job *jobs = lane->own->jobs;
     for (int a = 0; a < plan->n_active; a++) {
         ds_expert e = ds_experts_get(x, plan->expert[a]);
-        const void *act = lane->solo ? act_x->pack[kind] : (unsigned char *)b->act_gathered.pack[kind] + plan->act_offset[a];
+        const void *act =
+            lane->solo ? act_x->pack[kind] : (unsigned char *)b->act_gathered.pack[kind] + plan->act_offset[a];
         size_t at = (size_t)plan->first[a] * f;
         jobs[2 * a] = ds_cpu_job(&x->gate, e.gate, act, plan->count[a], b->gate_exps + at, f);
         jobs[2 * a + 1] = ds_cpu_job(&x->up, e.up, act, plan->count[a], b->up_exps + at, f);
@@ -151,7 +156,8 @@ static void activate_expert(const ds_lane *lane, const ds_layer *l, const ds_pla
     unsigned char *pack = (lane->solo ? &lane->own->act_experts : &b->act_experts)->pack[kind];
     float *hidden = (lane->solo ? lane->own->hidden_exps : b->gate_exps) + at;
     s->kern->silu_mul(plan->count[a] * (int)f, b->gate_exps + at, b->up_exps + at, hidden);
-    s->kern->act_pack(kind, 0, plan->count[a], plan->count[a], (int)f, hidden, f, NULL, pack + plan->act_offset[plan->n_active + a]);
+    s->kern->act_pack(kind, 0, plan->count[a], plan->count[a], (int)f, hidden, f, NULL,
+                      pack + plan->act_offset[plan->n_active + a]);
 }
 
 static void tap_expert_hidden(const ds_lane *lane, const ds_plan *plan, int il) {
@@ -193,9 +199,12 @@ static void down_all(const ds_lane *lane, const ds_layer *l, const ds_plan *plan
     int n = 0;
     for (int a = 0; a < plan->n_active; a++) {
         ds_expert e = ds_experts_get(x, plan->expert[a]);
-        jobs[n++] = ds_cpu_job(&x->down, e.down, pack + plan->act_offset[plan->n_active + a], plan->count[a], b->out_exps + (size_t)plan->first[a] * d, d);
+        jobs[n++] = ds_cpu_job(&x->down, e.down, pack + plan->act_offset[plan->n_active + a], plan->count[a],
+                               b->out_exps + (size_t)plan->first[a] * d, d);
     }
-    if (shared) jobs[n++] = ds_cpu_job(&l->down_shared, l->down_shared.data, ds_act_for(shared, &l->down_shared), s->n_tok, b->y, d);
+    if (shared)
+        jobs[n++] =
+            ds_cpu_job(&l->down_shared, l->down_shared.data, ds_act_for(shared, &l->down_shared), s->n_tok, b->y, d);
     ds_cpu_mul(lane->worker, s->kern, jobs, n);
 }
 
@@ -220,11 +229,14 @@ static void experts(const ds_lane *lane, const ds_layer *l, const ds_act *act, i
     ds_scratch *b = s->scratch;
     const ds_act *shared = NULL;
     const ds_plan *plan;
-    ds_job jobs[3] = {ds_cpu_job(&l->router, l->router.data, ds_act_for(act, &l->router), s->n_tok, b->router, (size_t)c->n_expert)};
+    ds_job jobs[3] = {
+        ds_cpu_job(&l->router, l->router.data, ds_act_for(act, &l->router), s->n_tok, b->router, (size_t)c->n_expert)};
     int n = 1;
     if (l->down_shared.data) { /* the shared experts need no routing: they fill the router's phase */
-        jobs[n++] = ds_cpu_job(&l->gate_shared, l->gate_shared.data, ds_act_for(act, &l->gate_shared), s->n_tok, b->gate, (size_t)l->gate_shared.rows);
-        jobs[n++] = ds_cpu_job(&l->up_shared, l->up_shared.data, ds_act_for(act, &l->up_shared), s->n_tok, b->up, (size_t)l->up_shared.rows);
+        jobs[n++] = ds_cpu_job(&l->gate_shared, l->gate_shared.data, ds_act_for(act, &l->gate_shared), s->n_tok,
+                               b->gate, (size_t)l->gate_shared.rows);
+        jobs[n++] = ds_cpu_job(&l->up_shared, l->up_shared.data, ds_act_for(act, &l->up_shared), s->n_tok, b->up,
+                               (size_t)l->up_shared.rows);
     }
     ds_cpu_mul(lane->worker, s->kern, jobs, n);
     ds_barrier(lane->worker);
@@ -232,8 +244,11 @@ static void experts(const ds_lane *lane, const ds_layer *l, const ds_act *act, i
     gate_up_experts(lane, l, plan, act);
     if (n > 1) shared = activate(lane, &l->down_shared, DS_TAP_SHARED_HIDDEN, il);
     ds_barrier(lane->worker);
-    if (lane->solo) for (int a = 0; a < plan->n_active; a++) activate_expert(lane, l, plan, a);
-    else for (size_t a = ds_claim(lane->worker); a < (size_t)plan->n_active; a = ds_claim(lane->worker)) activate_expert(lane, l, plan, (int)a);
+    if (lane->solo)
+        for (int a = 0; a < plan->n_active; a++) activate_expert(lane, l, plan, a);
+    else
+        for (size_t a = ds_claim(lane->worker); a < (size_t)plan->n_active; a = ds_claim(lane->worker))
+            activate_expert(lane, l, plan, (int)a);
     tap_expert_hidden(lane, plan, il);
     ds_lane_sync(lane);
     down_all(lane, l, plan, shared);
@@ -257,7 +272,8 @@ static void dense(const ds_lane *lane, const ds_layer *l, const ds_act *act, int
     jobs[0] = ds_cpu_job(&l->down, l->down.data, ds_act_for(hidden, &l->down), s->n_tok, b->y, d);
     ds_cpu_mul(lane->worker, s->kern, jobs, 1);
     ds_barrier(lane->worker);
-    for (int t = lane->t0; t < lane->t1; t++) s->kern->add_scaled((int)d, 1.0f, b->y + (size_t)t * d, lane->x + (size_t)t * d);
+    for (int t = lane->t0; t < lane->t1; t++)
+        s->kern->add_scaled((int)d, 1.0f, b->y + (size_t)t * d, lane->x + (size_t)t * d);
 }
 
 void ds_feed_forward_norm(const ds_lane *lane, const ds_layer *layer, int il) {
@@ -268,8 +284,9 @@ void ds_feed_forward_norm(const ds_lane *lane, const ds_layer *layer, int il) {
 void ds_feed_forward(const ds_lane *lane, const ds_layer *layer, int il) {
     const ds_config *c = lane->step->config;
     bool is_dense = il < c->n_layer_dense;
-    unsigned kinds = is_dense ? ds_kind_of(&layer->gate) | ds_kind_of(&layer->up)
-                              : ds_kind_of(&layer->router) | ds_kind_of(&layer->gate_shared) | ds_kind_of(&layer->up_shared);
+    unsigned kinds = is_dense
+                         ? ds_kind_of(&layer->gate) | ds_kind_of(&layer->up)
+                         : ds_kind_of(&layer->router) | ds_kind_of(&layer->gate_shared) | ds_kind_of(&layer->up_shared);
     const ds_act *act;
     if (!is_dense && lane->solo) kinds |= ds_kind_of(&layer->experts.gate); /* otherwise packed expert by expert */
     ds_lane_norm(lane, c->n_embd, lane->x, layer->ffn_norm, lane->xn);

@@ -38,9 +38,7 @@ static void random_seed(uint64_t state[4], uint64_t seed) {
     }
 }
 
-static uint64_t rotate_left(uint64_t x, int k) {
-    return (x << k) | (x >> (64 - k));
-}
+static uint64_t rotate_left(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
 
 /* Uniform on [0, 1), 53 bits. */
 static double random_unit(uint64_t s[4]) {
@@ -69,7 +67,8 @@ static ds_status check_options(const ds_sampler_options *o, ds_error *err) {
         return ds_fail(err, DS_EINVAL, "min_p is %g, expected 0 (off) to 1", o->min_p);
     }
     if (!(o->repeat_penalty > 0 && o->repeat_penalty <= FLT_MAX)) {
-        return ds_fail(err, DS_EINVAL, "repeat_penalty is %g, expected a positive number (1 is off)", o->repeat_penalty);
+        return ds_fail(err, DS_EINVAL, "repeat_penalty is %g, expected a positive number (1 is off)",
+                       o->repeat_penalty);
     }
     if (o->repeat_last_n < 0 || o->repeat_last_n > MAX_REPEAT_LAST_N) {
         return ds_fail(err, DS_EINVAL, "repeat_last_n is %d, expected 0 to %d", o->repeat_last_n, MAX_REPEAT_LAST_N);
@@ -137,9 +136,7 @@ static ds_status reserve(ds_sampler *s, int n_vocab, ds_error *err) {
 }
 
 /* An infinite logit would make the differences below NaN; the largest float keeps its rank. */
-static float clamp_infinity(float x) {
-    return x > FLT_MAX ? FLT_MAX : x;
-}
+static float clamp_infinity(float x) { return x > FLT_MAX ? FLT_MAX : x; }
 
 /* Fill s->logits, and s->heap with the tokens that can be drawn at all; returns their number. */
 static int collect(ds_sampler *s, const float *logits, int n_vocab) {
@@ -167,9 +164,7 @@ static int collect(ds_sampler *s, const float *logits, int n_vocab) {
 }
 
 /* The order of candidates: the higher logit first, then the lower token, so that ties never depend on the heap. */
-static bool before(candidate a, candidate b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-}
+static bool before(candidate a, candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
 
 /* Restore a heap below i: the best at the root, or the worst where worst_first. */
 static void sift_down(candidate *heap, int n, int i, bool worst_first) {

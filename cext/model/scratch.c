@@ -26,7 +26,8 @@ static float *floats(carver *c, size_t n) { return carve(c, n, sizeof(float)); }
 static ds_act act(carver *c, int n_tok, int k) {
     ds_act a;
     k = (k + 31) / 32 * 32; /* a narrower row may be of whole blocks where the widest is not */
-    for (int kind = 0; kind < DS_ACT_COUNT; kind++) a.pack[kind] = carve(c, c->kern->act_bytes((ds_act_kind)kind, n_tok, k), 1);
+    for (int kind = 0; kind < DS_ACT_COUNT; kind++)
+        a.pack[kind] = carve(c, c->kern->act_bytes((ds_act_kind)kind, n_tok, k), 1);
     return a;
 }
 
@@ -37,13 +38,15 @@ static ds_act act_by_expert(carver *c, int n_slots, int n_expert, int k) {
     k = (k + 31) / 32 * 32;
     for (int kind = 0; kind < DS_ACT_COUNT; kind++) {
         size_t row = c->kern->act_bytes((ds_act_kind)kind, 1, k) + DS_ACT_ALIGN;
-        a.pack[kind] = carve(c, c->kern->act_bytes((ds_act_kind)kind, n_slots, k) + row * DS_PANEL_ROWS * (size_t)tiles, 1);
+        a.pack[kind] =
+            carve(c, c->kern->act_bytes((ds_act_kind)kind, n_slots, k) + row * DS_PANEL_ROWS * (size_t)tiles, 1);
     }
     return a;
 }
 
 static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
-    size_t slots = (size_t)n_tok * (size_t)g->n_expert_used, active = slots < (size_t)g->n_expert ? slots : (size_t)g->n_expert;
+    size_t slots = (size_t)n_tok * (size_t)g->n_expert_used,
+           active = slots < (size_t)g->n_expert ? slots : (size_t)g->n_expert;
     return (ds_plan){
         .expert = carve(c, active, sizeof(int)),
         .first = carve(c, active, sizeof(int)),
@@ -58,37 +61,58 @@ static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 /* A block of rows of any kind. */
 static ds_rows expanded_rows(carver *c, size_t row_bytes, int n_tail) {
-    return (ds_rows){.data = carve(c, DS_ATTEND_BLOCK, row_bytes), .scale = floats(c, DS_ATTEND_BLOCK), .tail = carve(c, DS_ATTEND_BLOCK * ds_row_pad(n_tail), sizeof(int16_t)),
-                     .tail_scale = floats(c, DS_ATTEND_BLOCK), .sum = carve(c, DS_ATTEND_BLOCK, sizeof(int32_t))};
+    return (ds_rows){.data = carve(c, DS_ATTEND_BLOCK, row_bytes),
+                     .scale = floats(c, DS_ATTEND_BLOCK),
+                     .tail = carve(c, DS_ATTEND_BLOCK * ds_row_pad(n_tail), sizeof(int16_t)),
+                     .tail_scale = floats(c, DS_ATTEND_BLOCK),
+                     .sum = carve(c, DS_ATTEND_BLOCK, sizeof(int32_t))};
 }
 
 /* Float rows take the most room of all kinds in everything but what is expanded. */
 static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
-    size_t r = (size_t)g->kv_lora_rank, rows = (size_t)ds_attend_pad(n_tok), row = ds_expand_ld(g->nope_dim, g->rope_dim, g->v_dim) * sizeof(float);
-    int width = max2(ds_kv_width(g), ds_qk_dim(g)), n_rows = DS_GROUP_ROWS > DS_QUERY_BLOCK ? DS_GROUP_ROWS : DS_QUERY_BLOCK;
+    size_t r = (size_t)g->kv_lora_rank, rows = (size_t)ds_attend_pad(n_tok),
+           row = ds_expand_ld(g->nope_dim, g->rope_dim, g->v_dim) * sizeof(float);
+    int width = max2(ds_kv_width(g), ds_qk_dim(g)),
+        n_rows = DS_GROUP_ROWS > DS_QUERY_BLOCK ? DS_GROUP_ROWS : DS_QUERY_BLOCK;
     return (ds_attend_lane){
-        .row = floats(c, (size_t)width), .scratch = carve(c, ds_attend_scratch(n_rows), 1),
-        .k_b = floats(c, r * (size_t)g->nope_dim), .v_b = floats(c, r * (size_t)g->v_dim), .columns = floats(c, r * DS_ATTEND_ROWS),
-        .weights = carve(c, max_size(ds_expand_weights_bytes(DS_ROWS_F32, g->kv_lora_rank, g->nope_dim, g->v_dim),
-                                     ds_expand_weights_bytes(DS_ROWS_I16, g->kv_lora_rank, g->nope_dim, g->v_dim)), 1),
+        .row = floats(c, (size_t)width),
+        .scratch = carve(c, ds_attend_scratch(n_rows), 1),
+        .k_b = floats(c, r * (size_t)g->nope_dim),
+        .v_b = floats(c, r * (size_t)g->v_dim),
+        .columns = floats(c, r * DS_ATTEND_ROWS),
+        .weights = carve(c,
+                         max_size(ds_expand_weights_bytes(DS_ROWS_F32, g->kv_lora_rank, g->nope_dim, g->v_dim),
+                                  ds_expand_weights_bytes(DS_ROWS_I16, g->kv_lora_rank, g->nope_dim, g->v_dim)),
+                         1),
         .expand = carve(c, ds_expand_scratch(DS_ROWS_I16, g->nope_dim, g->rope_dim, g->v_dim), 1),
-        .queries = carve(c, rows, ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(ds_qk_dim(g)), (int)ds_row_pad(g->rope_dim))),
-        .keys = expanded_rows(c, row, g->rope_dim), .values = expanded_rows(c, row, 0),
-        .visible = carve(c, rows, sizeof(int32_t)), .m = floats(c, rows), .l = floats(c, rows), .acc = floats(c, rows * ds_row_pad(g->v_dim)),
+        .queries =
+            carve(c, rows, ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(ds_qk_dim(g)), (int)ds_row_pad(g->rope_dim))),
+        .keys = expanded_rows(c, row, g->rope_dim),
+        .values = expanded_rows(c, row, 0),
+        .visible = carve(c, rows, sizeof(int32_t)),
+        .m = floats(c, rows),
+        .l = floats(c, rows),
+        .acc = floats(c, rows * ds_row_pad(g->v_dim)),
     };
 }
 
 static ds_attend_room attend_room(carver *c, const ds_config *g, int n_tok) {
     size_t n = (size_t)n_tok, rows = ds_attend_max_rows(g, n_tok), slots = ds_attend_max_slots(g, n_tok);
     size_t blocks = ((size_t)g->n_head + DS_GROUP_ROWS - 1) / DS_GROUP_ROWS;
-    size_t expanded = 2 * n * (size_t)g->n_head * (size_t)ds_expand_max_parts(g); /* padding at most doubles a span's rows */
+    size_t expanded =
+        2 * n * (size_t)g->n_head * (size_t)ds_expand_max_parts(g); /* padding at most doubles a span's rows */
     return (ds_attend_room){
-        .plan = {.routes = carve(c, n, sizeof(ds_attend_route)), .groups = carve(c, n * blocks, sizeof(ds_attend_group)),
+        .plan = {.routes = carve(c, n, sizeof(ds_attend_route)),
+                 .groups = carve(c, n * blocks, sizeof(ds_attend_group)),
                  .visible = carve(c, rows, sizeof(int32_t))},
         .latent = floats(c, n * (size_t)g->n_head * (size_t)ds_kv_width(g)),
         .queries = carve(c, rows, ds_attend_query_bytes(g)),
-        .m = floats(c, slots), .l = floats(c, slots), .acc = floats(c, slots * ds_row_pad(g->kv_lora_rank)),
-        .head_m = floats(c, expanded), .head_l = floats(c, expanded), .head_acc = floats(c, expanded * ds_row_pad(g->v_dim)),
+        .m = floats(c, slots),
+        .l = floats(c, slots),
+        .acc = floats(c, slots * ds_row_pad(g->kv_lora_rank)),
+        .head_m = floats(c, expanded),
+        .head_l = floats(c, expanded),
+        .head_acc = floats(c, expanded * ds_row_pad(g->v_dim)),
     };
 }
 
@@ -96,13 +120,24 @@ static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch
     size_t d = (size_t)g->n_embd;
     int hidden = max2(g->n_ff_dense, g->n_expert_shared * g->n_ff_expert);
     ds_lane_scratch l = {
-        .x = floats(c, d), .xn = floats(c, d), .q_a = floats(c, (size_t)g->q_lora_rank),
-        .hidden = floats(c, (size_t)hidden), .hidden_exps = floats(c, (size_t)g->n_expert_used * (size_t)g->n_ff_expert), .logits = floats(c, (size_t)g->n_expert), .select = floats(c, (size_t)g->n_expert),
-        .act_x = act(c, 1, g->n_embd), .act_q = act(c, 1, g->q_lora_rank), .act_heads = act(c, 1, g->n_head * g->v_dim),
-        .act_hidden = act(c, 1, hidden), .act_experts = act_by_expert(c, g->n_expert_used, g->n_expert, g->n_ff_expert),
-        .act_nope = act(c, n_tok, g->nope_dim), .act_latent = act(c, n_tok, g->kv_lora_rank),
-        .plan = plan(c, g, 1), .ids = carve(c, (size_t)g->n_expert_used, sizeof(int32_t)),
-        .weights = floats(c, (size_t)g->n_expert_used), .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
+        .x = floats(c, d),
+        .xn = floats(c, d),
+        .q_a = floats(c, (size_t)g->q_lora_rank),
+        .hidden = floats(c, (size_t)hidden),
+        .hidden_exps = floats(c, (size_t)g->n_expert_used * (size_t)g->n_ff_expert),
+        .logits = floats(c, (size_t)g->n_expert),
+        .select = floats(c, (size_t)g->n_expert),
+        .act_x = act(c, 1, g->n_embd),
+        .act_q = act(c, 1, g->q_lora_rank),
+        .act_heads = act(c, 1, g->n_head * g->v_dim),
+        .act_hidden = act(c, 1, hidden),
+        .act_experts = act_by_expert(c, g->n_expert_used, g->n_expert, g->n_ff_expert),
+        .act_nope = act(c, n_tok, g->nope_dim),
+        .act_latent = act(c, n_tok, g->kv_lora_rank),
+        .plan = plan(c, g, 1),
+        .ids = carve(c, (size_t)g->n_expert_used, sizeof(int32_t)),
+        .weights = floats(c, (size_t)g->n_expert_used),
+        .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
         .attend = attend_lane(c, g, n_tok),
     };
     if (lane) *lane = l;
@@ -115,12 +150,15 @@ static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, i
     s->lanes = carve(c, (size_t)n_threads, sizeof *s->lanes);
     s->x = floats(c, n * d), s->xn = floats(c, n * d), s->y = floats(c, n * d);
     s->rope = floats(c, n * (size_t)g->rope_dim);
-    s->q_a = floats(c, n * (size_t)g->q_lora_rank), s->kv_a = floats(c, n * kv), s->q = floats(c, n * h * (size_t)ds_qk_dim(g));
+    s->q_a = floats(c, n * (size_t)g->q_lora_rank), s->kv_a = floats(c, n * kv),
+    s->q = floats(c, n * h * (size_t)ds_qk_dim(g));
     s->attend = attend_room(c, g, n_tok);
     s->heads = floats(c, n * h * (size_t)g->v_dim);
-    s->router = floats(c, n * (size_t)g->n_expert), s->ids = carve(c, slots, sizeof(int32_t)), s->weights = floats(c, slots);
+    s->router = floats(c, n * (size_t)g->n_expert), s->ids = carve(c, slots, sizeof(int32_t)),
+    s->weights = floats(c, slots);
     s->gate = floats(c, n * hidden), s->up = floats(c, n * hidden);
-    s->gate_exps = floats(c, slots * (size_t)g->n_ff_expert), s->up_exps = floats(c, slots * (size_t)g->n_ff_expert), s->out_exps = floats(c, slots * d);
+    s->gate_exps = floats(c, slots * (size_t)g->n_ff_expert), s->up_exps = floats(c, slots * (size_t)g->n_ff_expert),
+    s->out_exps = floats(c, slots * d);
     s->act_x = act(c, n_tok > n_logits ? n_tok : n_logits, g->n_embd), s->act_q = act(c, n_tok, g->q_lora_rank);
     s->act_heads = act(c, n_tok, g->n_head * g->v_dim), s->act_hidden = act(c, n_tok, (int)hidden);
     s->act_gathered = act_by_expert(c, (int)slots, g->n_expert, g->n_embd);
@@ -129,7 +167,8 @@ static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, i
     for (int i = 0; i < n_threads; i++) carve_lane(c, g, n_tok, c->base ? &s->lanes[i] : NULL);
 }
 
-ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok, ds_error *err) {
+ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads,
+                             int n_tok, ds_error *err) {
     carver c = {.kern = kern};
     ds_scratch next = {.n_tok = n_tok};
     if (scratch->memory && scratch->n_tok >= n_tok) return DS_OK;
@@ -137,7 +176,8 @@ ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const
     next.bytes = c.used;
     next.memory = ds_pages_new(next.bytes);
     if (!next.memory) {
-        return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens (%.1f MiB)", n_tok, (double)next.bytes / (1 << 20));
+        return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens (%.1f MiB)", n_tok,
+                       (double)next.bytes / (1 << 20));
     }
     c.base = next.memory;
     c.used = 0;

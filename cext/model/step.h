@@ -38,38 +38,38 @@ typedef struct ds_plan {
     int *expert, *first, *count; /* (n_active) */
     int32_t *slot_token;         /* (n_slots) */
     int *slot_of;                /* (n_tok, n_expert_used): the slot of a token's k-th expert */
-    size_t *act_offset;          /* (2, n_active) of an expert's rows in the packs of its inputs and of its hidden rows */
+    size_t *act_offset; /* (2, n_active) of an expert's rows in the packs of its inputs and of its hidden rows */
 } ds_plan;
 
 typedef struct ds_lane_scratch {
-    float *x, *xn, *q_a;           /* one token's rows (n_embd), (n_embd), (q_lora_rank) */
-    float *hidden;                 /* (max of the feed-forward widths) one token's */
-    float *hidden_exps;            /* (n_expert_used, n_ff_expert) one token's */
-    float *logits, *select;        /* (n_expert) one token's router logits, and the scores to select by */
+    float *x, *xn, *q_a; /* one token's rows (n_embd), (n_embd), (q_lora_rank) */
+    float *hidden; /* (max of the feed-forward widths) one token's */
+    float *hidden_exps; /* (n_expert_used, n_ff_expert) one token's */
+    float *logits, *select; /* (n_expert) one token's router logits, and the scores to select by */
     ds_act act_x, act_q, act_heads, act_hidden, act_experts; /* one token */
-    ds_act act_nope, act_latent;   /* (n_tok, nope_dim), (n_tok, kv_lora_rank): one head's rows */
-    ds_plan plan;                  /* one token */
-    int32_t *ids;                  /* (n_expert_used) */
-    float *weights;                /* (n_expert_used) */
-    ds_job *jobs;                  /* (2 * n_expert + 4) */
+    ds_act act_nope, act_latent; /* (n_tok, nope_dim), (n_tok, kv_lora_rank): one head's rows */
+    ds_plan plan; /* one token */
+    int32_t *ids; /* (n_expert_used) */
+    float *weights; /* (n_expert_used) */
+    ds_job *jobs; /* (2 * n_expert + 4) */
     ds_attend_lane attend;
 } ds_lane_scratch;
 
 typedef struct ds_scratch {
-    float *x, *xn, *y;       /* (n_tok, n_embd) */
-    float *rope;             /* (n_tok, rope_dim): cos, sin pairs */
-    float *q_a, *kv_a, *q;   /* (n_tok, q_lora_rank), (n_tok, kv width), (n_tok, n_head * qk_dim) */
+    float *x, *xn, *y; /* (n_tok, n_embd) */
+    float *rope; /* (n_tok, rope_dim): cos, sin pairs */
+    float *q_a, *kv_a, *q; /* (n_tok, q_lora_rank), (n_tok, kv width), (n_tok, n_head * qk_dim) */
     ds_attend_room attend;
-    float *heads;            /* (n_tok, n_head * v_dim) */
-    float *router;           /* (n_tok, n_expert) */
-    int32_t *ids;            /* (n_tok, n_expert_used) */
-    float *weights;          /* (n_tok, n_expert_used) */
-    float *gate, *up;        /* (n_tok, dense or shared width) */
+    float *heads; /* (n_tok, n_head * v_dim) */
+    float *router; /* (n_tok, n_expert) */
+    int32_t *ids; /* (n_tok, n_expert_used) */
+    float *weights; /* (n_tok, n_expert_used) */
+    float *gate, *up; /* (n_tok, dense or shared width) */
     float *gate_exps, *up_exps, *out_exps; /* (n_slots, n_ff_expert) x 2, (n_slots, n_embd) */
     ds_act act_x, act_q, act_heads, act_hidden, act_gathered, act_experts;
     ds_plan plan;
-    ds_lane_scratch *lanes;  /* (n_threads) */
-    int n_tok;               /* what it was sized for */
+    ds_lane_scratch *lanes; /* (n_threads) */
+    int n_tok; /* what it was sized for */
     void *memory;
     size_t bytes;
 } ds_scratch;
@@ -81,15 +81,15 @@ typedef struct ds_step {
     const ds_rope *rope;
     ds_scratch *scratch;
     int n_tok;
-    const int32_t *ids;     /* (n_tok), or NULL where x is given */
-    const float *x;         /* (n_tok, n_embd) */
+    const int32_t *ids; /* (n_tok), or NULL where x is given */
+    const float *x; /* (n_tok, n_embd) */
     const ds_span *spans;
     int n_spans;
     const int32_t *logit_rows; /* (n_logits) tokens whose logits are wanted */
     int n_logits;
-    float *logits;          /* (n_logits, n_vocab) */
-    float *x_out;           /* (n_tok, n_embd) or NULL: the last block's output */
-    ds_tap *tap;            /* or NULL */
+    float *logits; /* (n_logits, n_vocab) */
+    float *x_out; /* (n_tok, n_embd) or NULL: the last block's output */
+    ds_tap *tap; /* or NULL */
     const struct ds_step *tail; /* the tokens whose last block is read, as a step of their own; NULL: all of them */
 } ds_step;
 
@@ -98,8 +98,8 @@ typedef struct ds_lane {
     const ds_worker *worker;
     const ds_step *step;
     ds_lane_scratch *own;
-    bool solo;    /* one token: elementwise work is repeated by each worker */
-    int t0, t1;   /* rows that this worker owns */
+    bool solo; /* one token: elementwise work is repeated by each worker */
+    int t0, t1; /* rows that this worker owns */
     float *x, *xn;
 } ds_lane;
 
@@ -122,5 +122,6 @@ void ds_rope_angles(const ds_rope *rope, int pos, float *row);
 void ds_rope_apply(int n, const float *angles, float *x);
 
 /* Make scratch hold steps of n_tok tokens; keeps what is large enough. */
-ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok, ds_error *err);
+ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads,
+                             int n_tok, ds_error *err);
 void ds_scratch_release(ds_scratch *scratch);

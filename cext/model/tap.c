@@ -3,7 +3,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const struct { const char *name; bool is_int; } POINTS[DS_TAP_COUNT] = {
+static const struct {
+    const char *name;
+    bool is_int;
+} POINTS[DS_TAP_COUNT] = {
 #define P(id, name, integer, width) [DS_TAP_##id] = {name, integer},
     DS_TAP_POINTS(P)
 #undef P
@@ -29,10 +32,13 @@ bool ds_tap_parse(const ds_config *config, const char *name, ds_tap_point *point
 
 int ds_tap_width(const ds_config *c, ds_tap_point point) {
     switch (point) {
-#define P(id, name, integer, width) case DS_TAP_##id: return width;
+#define P(id, name, integer, width) \
+    case DS_TAP_##id:               \
+        return width;
         DS_TAP_POINTS(P)
 #undef P
-    default: return 0;
+    default:
+        return 0;
     }
 }
 

@@ -41,8 +41,8 @@ static const ds_tensor *find(binder *b, bool required, const char *name) {
     if (t && t->format == DS_FORMAT_COUNT) {
         ds_gguf_tensor_type type = {.name = "unknown"};
         ds_gguf_tensor_type_get(t->gguf_type, &type);
-        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run", b->source.label, name,
-                            type.name, t->gguf_type);
+        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run",
+                            b->source.label, name, type.name, t->gguf_type);
         ds_hint(b->err, "requantize the model with `dsv2 quantize --type q4_k_m`");
         return NULL;
     }
@@ -60,8 +60,9 @@ static ds_mat matrix(binder *b, bool required, int64_t k, int64_t rows, int64_t 
     va_end(args);
     if (!(t = find(b, required, name))) return m;
     if (t->ne[0] != k || t->ne[1] != rows || t->ne[2] != n || t->ne[3] != 1) {
-        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is %lld x %lld x %lld, expected %lld x %lld x %lld", b->source.label, name,
-                            (long long)t->ne[0], (long long)t->ne[1], (long long)t->ne[2], (long long)k, (long long)rows, (long long)n);
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is %lld x %lld x %lld, expected %lld x %lld x %lld",
+                            b->source.label, name, (long long)t->ne[0], (long long)t->ne[1], (long long)t->ne[2],
+                            (long long)k, (long long)rows, (long long)n);
         return m;
     }
     if (ds_format_get(t->format)->block_elements == 1 && (uintptr_t)t->data % ds_format_get(t->format)->block_bytes) {
@@ -89,8 +90,8 @@ static const float *vector(binder *b, bool required, int64_t n, const char *form
     va_end(args);
     if (!(t = find(b, required, name))) return NULL;
     if (t->ne[0] != n || t->ne[1] != 1 || t->ne[2] != 1 || t->ne[3] != 1) {
-        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` has %lld x %lld values, expected %lld", b->source.label, name,
-                            (long long)t->ne[0], (long long)t->ne[1], (long long)n);
+        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` has %lld x %lld values, expected %lld",
+                            b->source.label, name, (long long)t->ne[0], (long long)t->ne[1], (long long)n);
         return NULL;
     }
     if (!(data = own(b, (size_t)n * sizeof *data))) return NULL;
@@ -110,7 +111,8 @@ static ds_mat transpose_k_b(binder *b, const ds_mat *kv_b, int head_rows) {
     m.row_bytes = ds_row_bytes(m.format, d);
     m.stride = m.row_bytes * (size_t)r;
     if (row) data = own(b, m.stride * (size_t)m.n);
-    if (!row && b->status == DS_OK) b->status = ds_fail(b->err, DS_ENOMEM, "%s: no memory to transpose attn_kv_b", b->source.label);
+    if (!row && b->status == DS_OK)
+        b->status = ds_fail(b->err, DS_ENOMEM, "%s: no memory to transpose attn_kv_b", b->source.label);
     for (int64_t i = 0; data && i < (int64_t)c->n_head * d; i++) {
         int64_t head = i / d, j = i % d;
         unsigned char *out = data + (size_t)head * m.stride;
@@ -175,8 +177,10 @@ static void bind_feed_forward(binder *b, ds_layer *l, int il) {
     l->experts.up = matrix(b, true, d, f, e, "blk.%d.ffn_up_exps.weight", il);
     l->experts.down = matrix(b, true, f, d, e, "blk.%d.ffn_down_exps.weight", il);
     if (b->status == DS_OK && ds_format_get(l->experts.gate.format)->act != ds_format_get(l->experts.up.format)->act) {
-        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: blk.%d: the experts' gate is %s and their up is %s: one float, one quantised", b->source.label, il,
-                            ds_format_get(l->experts.gate.format)->name, ds_format_get(l->experts.up.format)->name);
+        b->status =
+            ds_fail(b->err, DS_EUNSUPPORTED,
+                    "%s: blk.%d: the experts' gate is %s and their up is %s: one float, one quantised", b->source.label,
+                    il, ds_format_get(l->experts.gate.format)->name, ds_format_get(l->experts.up.format)->name);
     }
     if (!shared) return;
     l->gate_shared = matrix(b, true, d, shared, 1, "blk.%d.ffn_gate_shexp.weight", il);
@@ -193,8 +197,8 @@ static void bind_ends(binder *b) {
     w->output_norm = vector(b, true, c->n_embd, "output_norm.weight");
 }
 
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
-                          ds_weights *out, ds_error *err) {
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+                          ds_sublayer sublayer, ds_weights *out, ds_error *err) {
     ds_weights w = {.layer_begin = layer_begin, .layer_end = layer_end, .sublayer = sublayer};
     binder b = {config, source, &w, DS_OK, err};
     if (!(w.layers = calloc((size_t)(layer_end - layer_begin), sizeof *w.layers))) {

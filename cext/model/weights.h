@@ -41,8 +41,8 @@ typedef struct ds_weights {
 } ds_weights;
 
 /* Bind blocks [layer_begin, layer_end), or one sublayer of each; ends: embeddings and head too. On failure nothing is kept. */
-ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
-                          ds_weights *out, ds_error *err);
+ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_begin, int layer_end, bool ends,
+                          ds_sublayer sublayer, ds_weights *out, ds_error *err);
 void ds_weights_release(ds_weights *weights);
 
 static inline ds_layer *ds_weights_layer(const ds_weights *w, int il) { return &w->layers[il - w->layer_begin]; }

@@ -80,8 +80,8 @@ static void row_to_floats(const ds_rows *rows, int i, int n, int n_tail, float *
             out[c] = rows->scale[i] * (float)((const int16_t *)(const void *)row)[ds_row_place16(c)];
         else if (c < n) out[c] = rows->scale[i] * (float)(int8_t)row[ds_row_place8(c)];
         else
-            out[c] = rows->tail_scale[i] *
-                     (float)rows->tail[(size_t)i * ds_row_pad(n_tail) + (size_t)ds_row_place16(c - n)];
+            out[c] =
+                rows->tail_scale[i] * (float)rows->tail[(size_t)i * ds_row_pad(n_tail) + (size_t)ds_row_place16(c - n)];
     }
 }
 
@@ -217,10 +217,11 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
     return finish(b, 8, &a);
 }
 
-PyDoc_STRVAR(expand_doc,
-             "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + "
-             "n_tail) and values (positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b "
-             "(v_dim, rank); those of 'q8_0' come out rotated.");
+PyDoc_STRVAR(
+    expand_doc,
+    "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + "
+    "n_tail) and values (positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b "
+    "(v_dim, rank); those of 'q8_0' come out rotated.");
 
 static PyObject *py_expand(PyObject *self, PyObject *args) {
     Py_buffer b[5] = {{0}};

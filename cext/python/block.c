@@ -36,13 +36,17 @@ static bool bind(bound *b, PyObject *record) {
     size_t values = 1;
     unsigned type;
     *t = (ds_tensor){.n_dims = 4};
-    if (!PyArg_ParseTuple(record, "sI(LLLL)O", &name, &type, &t->ne[0], &t->ne[1], &t->ne[2], &t->ne[3], &buffer)) return false;
+    if (!PyArg_ParseTuple(record, "sI(LLLL)O", &name, &type, &t->ne[0], &t->ne[1], &t->ne[2], &t->ne[3], &buffer))
+        return false;
     t->gguf_type = type;
     t->format = ds_format_from_gguf(type);
-    if (t->format == DS_FORMAT_COUNT) return PyErr_Format(PyExc_ValueError, "tensor `%s` has type %u, which this build lacks", name, type), false;
+    if (t->format == DS_FORMAT_COUNT)
+        return PyErr_Format(PyExc_ValueError, "tensor `%s` has type %u, which this build lacks", name, type), false;
     const ds_format_info *format = ds_format_get(t->format);
     if (t->ne[0] % (int64_t)format->block_elements) {
-        return PyErr_Format(PyExc_ValueError, "tensor `%s`: a row of %lld values is not whole blocks of %s", name, (long long)t->ne[0], format->name), false;
+        return PyErr_Format(PyExc_ValueError, "tensor `%s`: a row of %lld values is not whole blocks of %s", name,
+                            (long long)t->ne[0], format->name),
+               false;
     }
     for (int i = 0; i < 4; i++) values *= (size_t)t->ne[i];
     t->n_bytes = values / format->block_elements * format->block_bytes;
@@ -60,7 +64,8 @@ static PyObject *block_open(PyObject *self, PyObject *args) {
     ds_error err;
     ds_status st;
     if (!PyArg_ParseTuple(args, "OiO!ii", &header, &il, &PyList_Type, &list, &threads, &sublayer)) return NULL;
-    if (sublayer < DS_SUBLAYER_BOTH || sublayer > DS_SUBLAYER_FEED_FORWARD) return PyErr_Format(PyExc_ValueError, "sublayer is %d, expected 0 to 2", sublayer);
+    if (sublayer < DS_SUBLAYER_BOTH || sublayer > DS_SUBLAYER_FEED_FORWARD)
+        return PyErr_Format(PyExc_ValueError, "sublayer is %d, expected 0 to 2", sublayer);
     Py_ssize_t n = PyList_Size(list);
     bound *b = calloc(1, sizeof *b);
     if (b) {
@@ -76,7 +81,8 @@ static PyObject *block_open(PyObject *self, PyObject *args) {
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
         st = ds_gguf_view(b->header_bytes.buf, (size_t)b->header_bytes.len, "layer", &b->header, &err);
-        if (st == DS_OK) st = ds_block_open(b->header, il, b->tensors, b->n, threads, (ds_sublayer)sublayer, &b->block, &err);
+        if (st == DS_OK)
+            st = ds_block_open(b->header, il, b->tensors, b->n, threads, (ds_sublayer)sublayer, &b->block, &err);
         Py_END_ALLOW_THREADS
         if (st == DS_OK) return ds_py_own(b, DS_PY_BLOCK, release);
         ds_py_raise(&err);
@@ -104,7 +110,8 @@ static PyObject *block_tap_shape(PyObject *self, PyObject *args) {
     int il;
     if (!PyArg_ParseTuple(args, "Os", &capsule, &name) || !(b = ds_py_borrow(capsule, DS_PY_BLOCK))) return NULL;
     const ds_config *config = ds_block_config(b->block);
-    if (!ds_tap_parse(config, name, &point, &il)) return PyErr_Format(PyExc_ValueError, "the layer has no intermediate named `%s`", name);
+    if (!ds_tap_parse(config, name, &point, &il))
+        return PyErr_Format(PyExc_ValueError, "the layer has no intermediate named `%s`", name);
     return Py_BuildValue("(iO)", ds_tap_width(config, point), ds_tap_is_int(point) ? Py_True : Py_False);
 }
 
@@ -118,9 +125,13 @@ static PyObject *block_forward(PyObject *self, PyObject *args) {
     ds_error err;
     ds_status st = DS_OK;
     bool ok;
-    if (!PyArg_ParseTuple(args, "OOiiOO!", &capsule, &x, &n_seq, &n_tok, &y, &PyList_Type, &taps) || !(b = ds_py_borrow(capsule, DS_PY_BLOCK))) return NULL;
-    if (n_seq < 1 || n_tok < 1 || n_tok > 1 << 20 || n_seq > 1 << 20) return PyErr_Format(PyExc_ValueError, "%d windows of %d tokens", n_seq, n_tok);
-    size_t rows = (size_t)n_seq * (size_t)n_tok, bytes = rows * (size_t)ds_block_config(b->block)->n_embd * sizeof(float);
+    if (!PyArg_ParseTuple(args, "OOiiOO!", &capsule, &x, &n_seq, &n_tok, &y, &PyList_Type, &taps) ||
+        !(b = ds_py_borrow(capsule, DS_PY_BLOCK)))
+        return NULL;
+    if (n_seq < 1 || n_tok < 1 || n_tok > 1 << 20 || n_seq > 1 << 20)
+        return PyErr_Format(PyExc_ValueError, "%d windows of %d tokens", n_seq, n_tok);
+    size_t rows = (size_t)n_seq * (size_t)n_tok,
+           bytes = rows * (size_t)ds_block_config(b->block)->n_embd * sizeof(float);
     if (!ds_py_buffer(x, bytes, false, &in)) return NULL;
     ok = ds_py_buffer(y, bytes, true, &out);
     if (ok && (ok = ds_py_tap_open(taps, ds_block_config(b->block), rows, 0, &tap))) {
@@ -136,7 +147,7 @@ static PyObject *block_forward(PyObject *self, PyObject *args) {
 }
 
 PyMethodDef ds_py_block_methods[] = {
-    {"block_open", block_open, METH_VARARGS, NULL},           {"block_close", block_close, METH_O, NULL},
-    {"block_hparams", block_hparams, METH_O, NULL},           {"block_tap_shape", block_tap_shape, METH_VARARGS, NULL},
-    {"block_forward", block_forward, METH_VARARGS, NULL},     {NULL, NULL, 0, NULL},
+    {"block_open", block_open, METH_VARARGS, NULL},       {"block_close", block_close, METH_O, NULL},
+    {"block_hparams", block_hparams, METH_O, NULL},       {"block_tap_shape", block_tap_shape, METH_VARARGS, NULL},
+    {"block_forward", block_forward, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
 };

@@ -17,7 +17,8 @@ typedef struct call {
 
 /* One (all, carry, cov, tri, var). */
 static bool take_sweep(call *c, PyObject *item, int n) {
-    const size_t width = (size_t)n * DS_ENCODE_WIDTH * sizeof(float), sizes[N_ARRAYS] = {(size_t)n * (size_t)n * sizeof(float), width, width, (size_t)n * sizeof(float)};
+    const size_t width = (size_t)n * DS_ENCODE_WIDTH * sizeof(float),
+                 sizes[N_ARRAYS] = {(size_t)n * (size_t)n * sizeof(float), width, width, (size_t)n * sizeof(float)};
     PyObject *arrays[N_ARRAYS];
     Py_buffer *views = c->arrays[c->n_sweeps];
     int all;
@@ -50,17 +51,23 @@ static PyObject *encode(PyObject *self, PyObject *args) {
     unsigned type;
     int n_rows, n;
     ds_effort effort;
-    if (!PyArg_ParseTuple(args, "IOiiO!iiO", &type, &w, &n_rows, &n, &PyList_Type, &list, &effort.rounds, &effort.polish, &out)) return NULL;
+    if (!PyArg_ParseTuple(args, "IOiiO!iiO", &type, &w, &n_rows, &n, &PyList_Type, &list, &effort.rounds,
+                          &effort.polish, &out))
+        return NULL;
     const ds_format format = ds_format_from_gguf(type);
     const Py_ssize_t n_sweeps = PyList_Size(list);
-    if (format == DS_FORMAT_COUNT || !ds_encode_can(format)) return PyErr_Format(PyExc_ValueError, "GGUF type %u cannot be encoded", type);
-    if (n < 1 || n > 1 << 20 || n_rows < 0 || n % (int)ds_format_get(format)->block_elements) return PyErr_Format(PyExc_ValueError, "%d rows of %d values", n_rows, n);
+    if (format == DS_FORMAT_COUNT || !ds_encode_can(format))
+        return PyErr_Format(PyExc_ValueError, "GGUF type %u cannot be encoded", type);
+    if (n < 1 || n > 1 << 20 || n_rows < 0 || n % (int)ds_format_get(format)->block_elements)
+        return PyErr_Format(PyExc_ValueError, "%d rows of %d values", n_rows, n);
     if (n_sweeps < 1 || n_sweeps > MAX_SWEEPS || effort.rounds < 1 || effort.polish < 0) {
-        return PyErr_Format(PyExc_ValueError, "%zd sweeps of %d rounds and %d polishing passes", n_sweeps, effort.rounds, effort.polish);
+        return PyErr_Format(PyExc_ValueError, "%zd sweeps of %d rounds and %d polishing passes", n_sweeps,
+                            effort.rounds, effort.polish);
     }
     call *c = calloc(1, sizeof *c);
     if (!c) return PyErr_NoMemory();
-    bool ok = ds_py_buffer(w, (size_t)n_rows * (size_t)n * sizeof(float), false, &c->w) && ds_py_buffer(out, (size_t)n_rows * ds_row_bytes(format, n), true, &c->out);
+    bool ok = ds_py_buffer(w, (size_t)n_rows * (size_t)n * sizeof(float), false, &c->w) &&
+              ds_py_buffer(out, (size_t)n_rows * ds_row_bytes(format, n), true, &c->out);
     for (Py_ssize_t i = 0; i < n_sweeps && ok; i++) ok = take_sweep(c, PyList_GetItem(list, i), n);
     if (ok) {
         const ds_encode_rows rows = {.n_rows = n_rows, .w = c->w.buf, .out = c->out.buf};

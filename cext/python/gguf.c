@@ -38,22 +38,44 @@ static PyObject *text(ds_str s) { return PyUnicode_DecodeUTF8(s.data, (Py_ssize_
 /* Read one packed value and step past it. */
 static PyObject *value(ds_gguf_type type, const void **at) {
     const unsigned char *p = *at;
-    union { uint16_t u16; int16_t i16; uint32_t u32; int32_t i32; float f32; uint64_t u64; int64_t i64; double f64; } v;
+    union {
+        uint16_t u16;
+        int16_t i16;
+        uint32_t u32;
+        int32_t i32;
+        float f32;
+        uint64_t u64;
+        int64_t i64;
+        double f64;
+    } v;
 #define STEP(member) (memcpy(&v.member, p, sizeof v.member), *at = p + sizeof v.member)
     switch (type) {
-    case DS_GGUF_U8: return *at = p + 1, PyLong_FromLong(*p);
-    case DS_GGUF_I8: return *at = p + 1, PyLong_FromLong((signed char)*p);
-    case DS_GGUF_BOOL: return *at = p + 1, PyBool_FromLong(*p);
-    case DS_GGUF_U16: return STEP(u16), PyLong_FromLong(v.u16);
-    case DS_GGUF_I16: return STEP(i16), PyLong_FromLong(v.i16);
-    case DS_GGUF_U32: return STEP(u32), PyLong_FromUnsignedLong(v.u32);
-    case DS_GGUF_I32: return STEP(i32), PyLong_FromLong(v.i32);
-    case DS_GGUF_F32: return STEP(f32), PyFloat_FromDouble(v.f32);
-    case DS_GGUF_U64: return STEP(u64), PyLong_FromUnsignedLongLong(v.u64);
-    case DS_GGUF_I64: return STEP(i64), PyLong_FromLongLong(v.i64);
-    case DS_GGUF_F64: return STEP(f64), PyFloat_FromDouble(v.f64);
-    case DS_GGUF_STRING: return text(ds_gguf_next_str(at));
-    default: return Py_NewRef(Py_None);
+    case DS_GGUF_U8:
+        return *at = p + 1, PyLong_FromLong(*p);
+    case DS_GGUF_I8:
+        return *at = p + 1, PyLong_FromLong((signed char)*p);
+    case DS_GGUF_BOOL:
+        return *at = p + 1, PyBool_FromLong(*p);
+    case DS_GGUF_U16:
+        return STEP(u16), PyLong_FromLong(v.u16);
+    case DS_GGUF_I16:
+        return STEP(i16), PyLong_FromLong(v.i16);
+    case DS_GGUF_U32:
+        return STEP(u32), PyLong_FromUnsignedLong(v.u32);
+    case DS_GGUF_I32:
+        return STEP(i32), PyLong_FromLong(v.i32);
+    case DS_GGUF_F32:
+        return STEP(f32), PyFloat_FromDouble(v.f32);
+    case DS_GGUF_U64:
+        return STEP(u64), PyLong_FromUnsignedLongLong(v.u64);
+    case DS_GGUF_I64:
+        return STEP(i64), PyLong_FromLongLong(v.i64);
+    case DS_GGUF_F64:
+        return STEP(f64), PyFloat_FromDouble(v.f64);
+    case DS_GGUF_STRING:
+        return text(ds_gguf_next_str(at));
+    default:
+        return Py_NewRef(Py_None);
     }
 #undef STEP
 }
@@ -102,8 +124,9 @@ static PyObject *gguf_tensors(PyObject *self, PyObject *capsule) {
         ds_gguf_tensor_type_get(t->gguf_type, &type);
         for (int d = 0; shape && d < t->n_dims; d++) PyTuple_SetItem(shape, d, PyLong_FromLongLong(t->ne[d]));
         name = PyUnicode_DecodeUTF8(t->name, (Py_ssize_t)strlen(t->name), "surrogateescape");
-        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, type.name, shape, (unsigned long long)t->offset,
-                                               (Py_ssize_t)t->n_bytes) : NULL;
+        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, type.name, shape,
+                                               (unsigned long long)t->offset, (Py_ssize_t)t->n_bytes)
+                               : NULL;
         if (!record || PyList_Append(list, record) != 0) Py_CLEAR(list);
         Py_XDECREF(record);
         Py_XDECREF(name);
@@ -136,8 +159,8 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
     if (t->format == DS_FORMAT_COUNT) {
         ds_gguf_tensor_type type = {.name = "of a type unknown to it"};
         ds_gguf_tensor_type_get(t->gguf_type, &type);
-        ds_fail(&err, DS_EUNSUPPORTED, "`%s`: tensor `%s` is %s (type %u), which this build cannot decode", ds_gguf_label(gguf), t->name,
-                type.name, t->gguf_type);
+        ds_fail(&err, DS_EUNSUPPORTED, "`%s`: tensor `%s` is %s (type %u), which this build cannot decode",
+                ds_gguf_label(gguf), t->name, type.name, t->gguf_type);
         return ds_py_raise(&err);
     }
     if (!ds_py_buffer(out, (size_t)n * sizeof(float), true, &buffer)) return NULL;
@@ -149,9 +172,13 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
 }
 
 PyMethodDef ds_py_gguf_methods[] = {
-    {"gguf_open", gguf_open, METH_VARARGS, NULL},     {"gguf_close", gguf_close, METH_O, NULL},
-    {"gguf_size", gguf_size, METH_O, NULL},           {"gguf_keys", gguf_keys, METH_O, NULL},
-    {"gguf_value", gguf_value, METH_VARARGS, NULL},   {"gguf_tensors", gguf_tensors, METH_O, NULL},
-    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},   {"gguf_decode", gguf_decode, METH_VARARGS, NULL},
+    {"gguf_open", gguf_open, METH_VARARGS, NULL},
+    {"gguf_close", gguf_close, METH_O, NULL},
+    {"gguf_size", gguf_size, METH_O, NULL},
+    {"gguf_keys", gguf_keys, METH_O, NULL},
+    {"gguf_value", gguf_value, METH_VARARGS, NULL},
+    {"gguf_tensors", gguf_tensors, METH_O, NULL},
+    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},
+    {"gguf_decode", gguf_decode, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

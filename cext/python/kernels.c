@@ -48,7 +48,8 @@ static PyObject *finish(Py_buffer *buffers, int n) {
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(dequantize_doc, "_dequantize(isa, format, blocks, y): decode y's n floats; isa None takes the scalar decoder.");
+PyDoc_STRVAR(dequantize_doc,
+             "_dequantize(isa, format, blocks, y): decode y's n floats; isa None takes the scalar decoder.");
 
 static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     Py_buffer b[2] = {{0}};
@@ -59,7 +60,8 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     if (format < DS_FORMAT_COUNT) {
         const ds_format_info *info = ds_format_get(format);
         const int64_t n = b[1].len / (Py_ssize_t)sizeof(float);
-        if (n % info->block_elements != 0) PyErr_Format(PyExc_ValueError, "y: %lld values are not whole blocks", (long long)n);
+        if (n % info->block_elements != 0)
+            PyErr_Format(PyExc_ValueError, "y: %lld values are not whole blocks", (long long)n);
         else if (!holds(&b[0], "blocks", ds_row_bytes(format, n), 1)) {
         } else if (table) table->dequantize[format](n, b[0].buf, b[1].buf);
         else ds_dequantize_row(format, n, b[0].buf, b[1].buf);
@@ -72,7 +74,8 @@ static ds_act_kind kind_of(const char *format) {
     return f < DS_FORMAT_COUNT ? ds_format_get(f)->act : DS_ACT_COUNT;
 }
 
-PyDoc_STRVAR(act_bytes_doc, "_act_bytes(isa, format, n_tok, k) -> int: size of the activation pack that format's products take.");
+PyDoc_STRVAR(act_bytes_doc,
+             "_act_bytes(isa, format, n_tok, k) -> int: size of the activation pack that format's products take.");
 
 static PyObject *py_act_bytes(PyObject *self, PyObject *args) {
     const char *isa, *format;
@@ -84,14 +87,17 @@ static PyObject *py_act_bytes(PyObject *self, PyObject *args) {
     return PyLong_FromSize_t(table->act_bytes(kind, n_tok, k));
 }
 
-PyDoc_STRVAR(act_pack_doc, "_act_pack(isa, format, tok_begin, tok_end, n_tok, k, x, ldx, rows, act): pack x[rows[t]] (rows None: x[t]).");
+PyDoc_STRVAR(
+    act_pack_doc,
+    "_act_pack(isa, format, tok_begin, tok_end, n_tok, k, x, ldx, rows, act): pack x[rows[t]] (rows None: x[t]).");
 
 static PyObject *py_act_pack(PyObject *self, PyObject *args) {
     Py_buffer b[3] = {{0}};
     const char *isa, *format;
     int begin, end, n_tok, k;
     Py_ssize_t ldx;
-    if (!PyArg_ParseTuple(args, "ssiiiiy*nz*w*:_act_pack", &isa, &format, &begin, &end, &n_tok, &k, &b[0], &ldx, &b[1], &b[2]))
+    if (!PyArg_ParseTuple(args, "ssiiiiy*nz*w*:_act_pack", &isa, &format, &begin, &end, &n_tok, &k, &b[0], &ldx, &b[1],
+                          &b[2]))
         return finish(b, 3);
     const ds_kernels *table = find_isa(isa);
     const ds_act_kind kind = table ? kind_of(format) : DS_ACT_COUNT;
@@ -119,7 +125,8 @@ static PyObject *py_mul(PyObject *self, PyObject *args) {
     const char *isa, *name;
     int k, begin, end, n_tok;
     Py_ssize_t row_bytes, ldy;
-    if (!PyArg_ParseTuple(args, "ssy*niiiy*iw*n:_mul", &isa, &name, &b[0], &row_bytes, &k, &begin, &end, &b[1], &n_tok, &b[2], &ldy))
+    if (!PyArg_ParseTuple(args, "ssy*niiiy*iw*n:_mul", &isa, &name, &b[0], &row_bytes, &k, &begin, &end, &b[1], &n_tok,
+                          &b[2], &ldy))
         return finish(b, 3);
     const ds_kernels *table = find_isa(isa);
     const ds_format format = table ? find_format(name) : DS_FORMAT_COUNT;
@@ -131,8 +138,15 @@ static PyObject *py_mul(PyObject *self, PyObject *args) {
     else if (end > begin && holds(&b[0], "w", (size_t)(end - 1) * (size_t)row_bytes + ds_row_bytes(format, k), 1) &&
              holds(&b[1], "act", table->act_bytes(info->act, n_tok, k), 1) && aligned(&b[1], "act") &&
              holds(&b[2], "y", (size_t)(n_tok - 1) * (size_t)ldy + (size_t)end, sizeof(float))) {
-        const ds_mul job = {.w = b[0].buf, .row_bytes = (size_t)row_bytes, .k = k, .row_begin = begin, .row_end = end,
-                            .act = b[1].buf, .n_tok = n_tok, .y = b[2].buf, .ldy = (size_t)ldy};
+        const ds_mul job = {.w = b[0].buf,
+                            .row_bytes = (size_t)row_bytes,
+                            .k = k,
+                            .row_begin = begin,
+                            .row_end = end,
+                            .act = b[1].buf,
+                            .n_tok = n_tok,
+                            .y = b[2].buf,
+                            .ldy = (size_t)ldy};
         Py_BEGIN_ALLOW_THREADS
         table->mul[format](&job);
         Py_END_ALLOW_THREADS
@@ -140,7 +154,8 @@ static PyObject *py_mul(PyObject *self, PyObject *args) {
     return finish(b, 3);
 }
 
-PyDoc_STRVAR(gemm_doc, "_gemm(isa, op, m, n, k, alpha, a, lda, b, ldb, c, ldc): op 'nt' is C = alpha A B^T, 'nn_add' C += A B.");
+PyDoc_STRVAR(gemm_doc,
+             "_gemm(isa, op, m, n, k, alpha, a, lda, b, ldb, c, ldc): op 'nt' is C = alpha A B^T, 'nn_add' C += A B.");
 
 static PyObject *py_gemm(PyObject *self, PyObject *args) {
     Py_buffer b[3] = {{0}};
@@ -148,13 +163,15 @@ static PyObject *py_gemm(PyObject *self, PyObject *args) {
     int m, n, k;
     float alpha;
     Py_ssize_t lda, ldb, ldc;
-    if (!PyArg_ParseTuple(args, "ssiiify*ny*nw*n:_gemm", &isa, &op, &m, &n, &k, &alpha, &b[0], &lda, &b[1], &ldb, &b[2], &ldc))
+    if (!PyArg_ParseTuple(args, "ssiiify*ny*nw*n:_gemm", &isa, &op, &m, &n, &k, &alpha, &b[0], &lda, &b[1], &ldb, &b[2],
+                          &ldc))
         return finish(b, 3);
     const ds_kernels *table = find_isa(isa);
     const bool nt = strcmp(op, "nt") == 0;
     if (!table || !positive("m", m) || !positive("n", n) || !positive("k", k)) return finish(b, 3);
     const size_t b_rows = (size_t)(nt ? n : k), b_cols = (size_t)(nt ? k : n);
-    if (lda < k || ldb < (Py_ssize_t)b_cols || ldc < n) PyErr_SetString(PyExc_ValueError, "lda, ldb or ldc is too small");
+    if (lda < k || ldb < (Py_ssize_t)b_cols || ldc < n)
+        PyErr_SetString(PyExc_ValueError, "lda, ldb or ldc is too small");
     else if (holds(&b[0], "a", (size_t)(m - 1) * (size_t)lda + (size_t)k, sizeof(float)) &&
              holds(&b[1], "b", (b_rows - 1) * (size_t)ldb + b_cols, sizeof(float)) &&
              holds(&b[2], "c", (size_t)(m - 1) * (size_t)ldc + (size_t)n, sizeof(float))) {
@@ -164,9 +181,11 @@ static PyObject *py_gemm(PyObject *self, PyObject *args) {
     return finish(b, 3);
 }
 
-PyDoc_STRVAR(row_doc, "_row(isa, op, x, other, y, number) -> float: an operation on a row: 'rms_norm' (other: weight or None, number: "
-                      "eps), 'exp_sum' (number: max) and 'softmax' (in place in y; x is not read), 'silu_mul' (x gate, other up), "
-                      "'add_scaled' (number: scale). Returns exp_sum's sum, otherwise 0.");
+PyDoc_STRVAR(
+    row_doc,
+    "_row(isa, op, x, other, y, number) -> float: an operation on a row: 'rms_norm' (other: weight or None, number: "
+    "eps), 'exp_sum' (number: max) and 'softmax' (in place in y; x is not read), 'silu_mul' (x gate, other up), "
+    "'add_scaled' (number: scale). Returns exp_sum's sum, otherwise 0.");
 
 static PyObject *py_row(PyObject *self, PyObject *args) {
     Py_buffer b[3] = {{0}};
@@ -191,7 +210,8 @@ static PyObject *py_row(PyObject *self, PyObject *args) {
     return PyFloat_FromDouble((double)result);
 }
 
-PyDoc_STRVAR(half_doc, "_half(op, x, y): the scalar conversions 'f16_to_f32', 'f32_to_f16', 'bf16_to_f32' over buffers.");
+PyDoc_STRVAR(half_doc,
+             "_half(op, x, y): the scalar conversions 'f16_to_f32', 'f32_to_f16', 'bf16_to_f32' over buffers.");
 
 static PyObject *py_half(PyObject *self, PyObject *args) {
     Py_buffer b[2] = {{0}};
@@ -208,7 +228,9 @@ static PyObject *py_half(PyObject *self, PyObject *args) {
     return finish(b, 2);
 }
 
-PyDoc_STRVAR(read_all_doc, "_read_all(isa, data) -> int: read a buffer in order; the XOR of its dwords, but for a tail under 512 bytes.");
+PyDoc_STRVAR(
+    read_all_doc,
+    "_read_all(isa, data) -> int: read a buffer in order; the XOR of its dwords, but for a tail under 512 bytes.");
 
 static PyObject *py_read_all(PyObject *self, PyObject *args) {
     Py_buffer b[1] = {{0}};
@@ -227,7 +249,8 @@ static PyObject *py_read_all(PyObject *self, PyObject *args) {
     return PyLong_FromUnsignedLong(sum);
 }
 
-PyDoc_STRVAR(dot_peak_doc, "_dot_peak(isa, n_rounds) -> int: run the int8 dot instruction; the number of multiply-adds done.");
+PyDoc_STRVAR(dot_peak_doc,
+             "_dot_peak(isa, n_rounds) -> int: run the int8 dot instruction; the number of multiply-adds done.");
 
 static PyObject *py_dot_peak(PyObject *self, PyObject *args) {
     const char *isa;

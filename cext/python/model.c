@@ -8,15 +8,17 @@ static void release_session(void *session) { ds_session_destroy(session); }
 
 PyObject *ds_py_config(const ds_config *c) {
     return Py_BuildValue(
-        "{s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,s:d,s:i,s:d}",
-        "arch", c->arch, "name", c->name, "n_layer", c->n_layer, "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd, "n_vocab", c->n_vocab,
-        "n_head", c->n_head, "q_lora_rank", c->q_lora_rank, "kv_lora_rank", c->kv_lora_rank, "qk_nope_head_dim", c->nope_dim,
-        "qk_rope_head_dim", c->rope_dim, "v_head_dim", c->v_dim, "n_ff_dense", c->n_ff_dense, "n_layer_dense", c->n_layer_dense,
-        "n_expert", c->n_expert, "n_expert_used", c->n_expert_used, "n_expert_shared", c->n_expert_shared, "n_ff_expert", c->n_ff_expert,
-        "n_expert_group", c->n_group, "n_expert_group_used", c->n_group_used, "expert_weights_scale", (double)c->expert_scale,
-        "expert_weights_norm", c->expert_norm ? Py_True : Py_False, "expert_gating", c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax",
-        "rms_norm_eps", (double)c->rms_eps, "rope_freq_base", (double)c->rope_base, "rope_scaling_factor", (double)c->rope_factor,
-        "rope_orig_ctx", c->rope_orig_ctx, "attention_scale", (double)c->attn_scale);
+        "{s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,s:d,s:i,"
+        "s:d}",
+        "arch", c->arch, "name", c->name, "n_layer", c->n_layer, "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd,
+        "n_vocab", c->n_vocab, "n_head", c->n_head, "q_lora_rank", c->q_lora_rank, "kv_lora_rank", c->kv_lora_rank,
+        "qk_nope_head_dim", c->nope_dim, "qk_rope_head_dim", c->rope_dim, "v_head_dim", c->v_dim, "n_ff_dense",
+        c->n_ff_dense, "n_layer_dense", c->n_layer_dense, "n_expert", c->n_expert, "n_expert_used", c->n_expert_used,
+        "n_expert_shared", c->n_expert_shared, "n_ff_expert", c->n_ff_expert, "n_expert_group", c->n_group,
+        "n_expert_group_used", c->n_group_used, "expert_weights_scale", (double)c->expert_scale, "expert_weights_norm",
+        c->expert_norm ? Py_True : Py_False, "expert_gating", c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax",
+        "rms_norm_eps", (double)c->rms_eps, "rope_freq_base", (double)c->rope_base, "rope_scaling_factor",
+        (double)c->rope_factor, "rope_orig_ctx", c->rope_orig_ctx, "attention_scale", (double)c->attn_scale);
 }
 
 /* model_open(path, threads, isa) */
@@ -49,7 +51,8 @@ static PyObject *model_info(PyObject *self, PyObject *capsule) {
     if (!model) return NULL;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
-    return Py_BuildValue("(NisK)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model), bytes);
+    return Py_BuildValue("(NisK)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
+                         bytes);
 }
 
 /* tap_shape(model, name) -> (row width, is int32) of an intermediate */
@@ -60,8 +63,10 @@ static PyObject *tap_shape(PyObject *self, PyObject *args) {
     ds_tap_point point;
     int il;
     if (!PyArg_ParseTuple(args, "Os", &capsule, &name) || !(model = ds_py_borrow(capsule, DS_PY_MODEL))) return NULL;
-    if (!ds_tap_parse(ds_model_config(model), name, &point, &il)) return PyErr_Format(PyExc_ValueError, "the model has no intermediate named `%s`", name);
-    return Py_BuildValue("(iO)", ds_tap_width(ds_model_config(model), point), ds_tap_is_int(point) ? Py_True : Py_False);
+    if (!ds_tap_parse(ds_model_config(model), name, &point, &il))
+        return PyErr_Format(PyExc_ValueError, "the model has no intermediate named `%s`", name);
+    return Py_BuildValue("(iO)", ds_tap_width(ds_model_config(model), point),
+                         ds_tap_is_int(point) ? Py_True : Py_False);
 }
 
 /* session_open(model, n_ctx, kv_type) */
@@ -72,7 +77,8 @@ static PyObject *session_open(PyObject *self, PyObject *args) {
     ds_model *model;
     ds_session *session;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "Ois", &capsule, &n_ctx, &kv_type) || !(model = ds_py_borrow(capsule, DS_PY_MODEL))) return NULL;
+    if (!PyArg_ParseTuple(args, "Ois", &capsule, &n_ctx, &kv_type) || !(model = ds_py_borrow(capsule, DS_PY_MODEL)))
+        return NULL;
     if (ds_session_create(model, n_ctx, kv_type, &session, &err) != DS_OK) return ds_py_raise(&err);
     return ds_py_own(session, DS_PY_SESSION, release_session);
 }
@@ -86,7 +92,8 @@ static PyObject *session_close(PyObject *self, PyObject *capsule) {
 static PyObject *session_info(PyObject *self, PyObject *capsule) {
     const ds_session *s = ds_py_borrow(capsule, DS_PY_SESSION);
     if (!s) return NULL;
-    return Py_BuildValue("(iins)", ds_session_n_ctx(s), ds_session_n_past(s), (Py_ssize_t)ds_session_bytes(s), ds_session_kv_type(s));
+    return Py_BuildValue("(iins)", ds_session_n_ctx(s), ds_session_n_past(s), (Py_ssize_t)ds_session_bytes(s),
+                         ds_session_kv_type(s));
 }
 
 static PyObject *session_rewind(PyObject *self, PyObject *args) {
@@ -116,7 +123,8 @@ static PyObject *session_repeat(PyObject *self, PyObject *args) {
 /* The inputs of a step from [(session, ids buffer)]; views[i] holds the buffer of input i. Returns their number or -1. */
 static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
     Py_ssize_t n = PyList_Size(list);
-    if (n < 1 || n > DS_MAX_STEP) return PyErr_Format(PyExc_ValueError, "%zd sequences in a step: expected 1 to %d", n, DS_MAX_STEP), -1;
+    if (n < 1 || n > DS_MAX_STEP)
+        return PyErr_Format(PyExc_ValueError, "%zd sequences in a step: expected 1 to %d", n, DS_MAX_STEP), -1;
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *capsule, *ids;
         bool ok = PyArg_ParseTuple(PyList_GetItem(list, i), "OO", &capsule, &ids);
@@ -126,7 +134,9 @@ static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
             return -1;
         }
         inputs[i].ids = views[i].buf;
-        inputs[i].n = views[i].len / (Py_ssize_t)sizeof(int32_t) > DS_MAX_STEP ? DS_MAX_STEP + 1 : (int)(views[i].len / (Py_ssize_t)sizeof(int32_t));
+        inputs[i].n = views[i].len / (Py_ssize_t)sizeof(int32_t) > DS_MAX_STEP
+                          ? DS_MAX_STEP + 1
+                          : (int)(views[i].len / (Py_ssize_t)sizeof(int32_t));
     }
     return (int)n;
 }
@@ -143,12 +153,15 @@ static PyObject *eval(PyObject *self, PyObject *args) {
     ds_error err;
     ds_status st;
     bool ok = true;
-    if (!PyArg_ParseTuple(args, "OO!iOO!i", &capsule, &PyList_Type, &list, &which, &out, &PyList_Type, &taps, &tap_row)) return NULL;
+    if (!PyArg_ParseTuple(args, "OO!iOO!i", &capsule, &PyList_Type, &list, &which, &out, &PyList_Type, &taps, &tap_row))
+        return NULL;
     if (!(model = ds_py_borrow(capsule, DS_PY_MODEL)) || (n = open_inputs(list, inputs, views)) < 0) return NULL;
     for (int i = 0; i < n; i++) total += inputs[i].n;
     rows = which == DS_LOGITS_ALL ? total : which == DS_LOGITS_LAST ? n : 0;
-    if (rows) ok = ds_py_buffer(out, (size_t)rows * (size_t)ds_model_config(model)->n_vocab * sizeof(float), true, &logits);
-    if (ok && PyList_Size(taps)) ok = ds_py_tap_open(taps, ds_model_config(model), (size_t)(tap_row + total), tap_row, &tap);
+    if (rows)
+        ok = ds_py_buffer(out, (size_t)rows * (size_t)ds_model_config(model)->n_vocab * sizeof(float), true, &logits);
+    if (ok && PyList_Size(taps))
+        ok = ds_py_tap_open(taps, ds_model_config(model), (size_t)(tap_row + total), tap_row, &tap);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
         st = ds_eval(model, inputs, n, (ds_logits)which, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
@@ -162,10 +175,15 @@ static PyObject *eval(PyObject *self, PyObject *args) {
 }
 
 PyMethodDef ds_py_model_methods[] = {
-    {"model_open", model_open, METH_VARARGS, NULL},         {"model_close", model_close, METH_O, NULL},
-    {"model_info", model_info, METH_O, NULL},               {"tap_shape", tap_shape, METH_VARARGS, NULL},
-    {"session_open", session_open, METH_VARARGS, NULL},     {"session_close", session_close, METH_O, NULL},
-    {"session_info", session_info, METH_O, NULL},           {"session_rewind", session_rewind, METH_VARARGS, NULL},
-    {"session_repeat", session_repeat, METH_VARARGS, NULL}, {"eval", eval, METH_VARARGS, NULL},
+    {"model_open", model_open, METH_VARARGS, NULL},
+    {"model_close", model_close, METH_O, NULL},
+    {"model_info", model_info, METH_O, NULL},
+    {"tap_shape", tap_shape, METH_VARARGS, NULL},
+    {"session_open", session_open, METH_VARARGS, NULL},
+    {"session_close", session_close, METH_O, NULL},
+    {"session_info", session_info, METH_O, NULL},
+    {"session_rewind", session_rewind, METH_VARARGS, NULL},
+    {"session_repeat", session_repeat, METH_VARARGS, NULL},
+    {"eval", eval, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -12,7 +12,7 @@ typedef struct handle {
 } handle;
 
 static const char *const EXCEPTIONS[] = {
-    [DS_ENOMEM] = "OutOfMemoryError", [DS_EIO] = "FileError",           [DS_EFORMAT] = "FormatError",
+    [DS_ENOMEM] = "OutOfMemoryError",       [DS_EIO] = "FileError",        [DS_EFORMAT] = "FormatError",
     [DS_EUNSUPPORTED] = "UnsupportedError", [DS_EINVAL] = "ArgumentError", [DS_ECONTEXT] = "ContextFullError",
 };
 
@@ -92,7 +92,8 @@ bool ds_py_tap_open(PyObject *list, const ds_config *config, size_t n_rows, int 
             PyErr_Format(PyExc_ValueError, "the model has no intermediate named `%s`", name);
             return ds_py_tap_close(out), false;
         }
-        if (!ds_py_buffer(buffer, n_rows * (size_t)ds_tap_width(config, entry->point) * 4, true, &out->buffers[i])) return ds_py_tap_close(out), false;
+        if (!ds_py_buffer(buffer, n_rows * (size_t)ds_tap_width(config, entry->point) * 4, true, &out->buffers[i]))
+            return ds_py_tap_close(out), false;
         entry->data = out->buffers[i].buf;
         entry->row = row;
         out->tap.n = (int)i + 1;
@@ -111,8 +112,8 @@ static PyObject *formats(PyObject *self, PyObject *unused) {
     PyObject *list = PyList_New(0);
     for (int f = 0; list && f < DS_FORMAT_COUNT; f++) {
         const ds_format_info *info = ds_format_get((ds_format)f);
-        PyObject *item = Py_BuildValue("{s:s,s:I,s:I,s:I}", "name", info->name, "gguf_type", info->gguf_type, "block_elements", info->block_elements,
-                                       "block_bytes", info->block_bytes);
+        PyObject *item = Py_BuildValue("{s:s,s:I,s:I,s:I}", "name", info->name, "gguf_type", info->gguf_type,
+                                       "block_elements", info->block_elements, "block_bytes", info->block_bytes);
         if (!item || PyList_Append(list, item) != 0) Py_CLEAR(list);
         Py_XDECREF(item);
     }
@@ -138,9 +139,15 @@ static PyMethodDef methods[] = {
 };
 
 static int exec(PyObject *module) {
-    if (PyModule_AddFunctions(module, ds_py_gguf_methods) != 0 || PyModule_AddFunctions(module, ds_py_model_methods) != 0) return -1;
-    if (PyModule_AddFunctions(module, ds_py_block_methods) != 0 || PyModule_AddFunctions(module, ds_py_sampler_methods) != 0) return -1;
-    if (PyModule_AddFunctions(module, ds_py_attention_methods) != 0 || PyModule_AddFunctions(module, ds_py_encode_methods) != 0) return -1;
+    if (PyModule_AddFunctions(module, ds_py_gguf_methods) != 0 ||
+        PyModule_AddFunctions(module, ds_py_model_methods) != 0)
+        return -1;
+    if (PyModule_AddFunctions(module, ds_py_block_methods) != 0 ||
+        PyModule_AddFunctions(module, ds_py_sampler_methods) != 0)
+        return -1;
+    if (PyModule_AddFunctions(module, ds_py_attention_methods) != 0 ||
+        PyModule_AddFunctions(module, ds_py_encode_methods) != 0)
+        return -1;
     if (PyModule_AddIntConstant(module, "MAX_STEP", DS_MAX_STEP) != 0) return -1;
     return ds_py_add_kernels(module);
 }

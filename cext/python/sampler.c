@@ -9,7 +9,9 @@ static PyObject *sampler_open(PyObject *self, PyObject *args) {
     unsigned long long seed;
     ds_sampler *sampler;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "fifffiK", &o.temperature, &o.top_k, &o.top_p, &o.min_p, &o.repeat_penalty, &o.repeat_last_n, &seed)) return NULL;
+    if (!PyArg_ParseTuple(args, "fifffiK", &o.temperature, &o.top_k, &o.top_p, &o.min_p, &o.repeat_penalty,
+                          &o.repeat_last_n, &seed))
+        return NULL;
     o.seed = seed;
     if (ds_sampler_create(&o, &sampler, &err) != DS_OK) return ds_py_raise(&err);
     return ds_py_own(sampler, DS_PY_SAMPLER, release);
@@ -23,7 +25,8 @@ static PyObject *sampler_sample(PyObject *self, PyObject *args) {
     int32_t token = 0;
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "OO", &capsule, &logits) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER))) return NULL;
+    if (!PyArg_ParseTuple(args, "OO", &capsule, &logits) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER)))
+        return NULL;
     if (!ds_py_buffer(logits, sizeof(float), false, &view)) return NULL;
     st = ds_sampler_sample(sampler, view.buf, (int)(view.len / (Py_ssize_t)sizeof(float)), &token, &err);
     PyBuffer_Release(&view);
@@ -34,7 +37,8 @@ static PyObject *sampler_accept(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int token;
     ds_sampler *sampler;
-    if (!PyArg_ParseTuple(args, "Oi", &capsule, &token) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER))) return NULL;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &token) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER)))
+        return NULL;
     ds_sampler_accept(sampler, token);
     Py_RETURN_NONE;
 }

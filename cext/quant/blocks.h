@@ -5,6 +5,9 @@
 #include <assert.h>
 #include <stdint.h>
 
+/* A layout a line: clang-format would break them. */
+/* clang-format off */
+
 #define DS_PACKED struct __attribute__((packed))
 
 typedef DS_PACKED { float x; } ds_block_F32;

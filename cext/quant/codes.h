@@ -224,7 +224,8 @@ static inline void ds_codes_IQ3_XXS(const ds_block_IQ3_XXS *b, ds_codes *c) {
 
 static inline void ds_codes_IQ3_S(const ds_block_IQ3_S *b, ds_codes *c) {
     const float d = ds_f16_to_f32(b->d);
-    for (int j = 0; j < 8; j++) ds_codes_set_scale(c, j, d * (float)(2 * (b->scales[j / 2] >> 4 * (j % 2) & 15) + 1), 0.0f);
+    for (int j = 0; j < 8; j++)
+        ds_codes_set_scale(c, j, d * (float)(2 * (b->scales[j / 2] >> 4 * (j % 2) & 15) + 1), 0.0f);
     for (int i = 0; i < 64; i++) {
         const int index = b->qs[i] | (b->qh[i / 8] >> i % 8 & 1) << 8;
         ds_codes_grid4(ds_grid_iq3_s[index], b->signs[i / 2] >> 4 * (i % 2), ds_grid_values_iq3_s, c->q + 4 * i);
@@ -232,6 +233,8 @@ static inline void ds_codes_IQ3_S(const ds_block_IQ3_S *b, ds_codes *c) {
 }
 
 /* The formats that have codes, for tables: X(id). F32, F16 and BF16 have none. */
+/* clang-format off */
 #define DS_CODED_FORMATS(X) \
     X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) \
     X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S)
+/* clang-format on */

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+/* clang-format off */
+
 /* What the places stand for. */
 #define DS_GRID_VALUES_IQ2(X) X(8) X(25) X(43)
 #define DS_GRID_VALUES_IQ3_XXS(X) X(4) X(12) X(20) X(28) X(36) X(44) X(52) X(62)

@@ -76,15 +76,15 @@ static void codes_to_float(const ds_codes *c, int n, float *y) {
     for (int i = 0; i < n; i++) y[i] = c->scale[i / 16] * (float)c->q[i] - c->min[i / 16];
 }
 
-#define DEQUANTIZE(id)                                                              \
-    static void dequantize_##id(int64_t n, const void *blocks, float *y) {          \
-        const ds_block_##id *b = blocks;                                            \
-        const int step = (int)infos[DS_FORMAT_##id].block_elements;                 \
-        ds_codes c;                                                                 \
-        for (int64_t i = 0; i < n; i += step) {                                     \
-            ds_codes_##id(b++, &c);                                                 \
-            codes_to_float(&c, step, y + i);                                        \
-        }                                                                           \
+#define DEQUANTIZE(id)                                                     \
+    static void dequantize_##id(int64_t n, const void *blocks, float *y) { \
+        const ds_block_##id *b = blocks;                                   \
+        const int step = (int)infos[DS_FORMAT_##id].block_elements;        \
+        ds_codes c;                                                        \
+        for (int64_t i = 0; i < n; i += step) {                            \
+            ds_codes_##id(b++, &c);                                        \
+            codes_to_float(&c, step, y + i);                               \
+        }                                                                  \
     }
 DS_CODED_FORMATS(DEQUANTIZE)
 

@@ -47,9 +47,13 @@ static void set_magnitudes(ds_format format, weights *w) {
             ds_codes codes;
             float *out = w->magnitude + (size_t)r * (size_t)w->k + i;
             switch (format) {
-#define CODES(id) case DS_FORMAT_##id: ds_codes_##id((const void *)block, &codes); break;
+#define CODES(id)                                   \
+    case DS_FORMAT_##id:                            \
+        ds_codes_##id((const void *)block, &codes); \
+        break;
                 DS_CODED_FORMATS(CODES)
-            default: break;
+            default:
+                break;
             }
             for (int j = 0; j < elements; j++)
                 out[j] = fabsf(codes.scale[j / 16]) * (float)(abs(codes.q[j]) + MAX_OFFSET) + fabsf(codes.min[j / 16]);
@@ -107,8 +111,15 @@ static void *pack(const ds_kernels *table, ds_act_kind kind, int n_tok, int k, c
 
 static void multiply(const ds_kernels *table, ds_format format, const weights *w, int begin, int end, int n_tok,
                      const void *act, float *y) {
-    const ds_mul job = {.w = w->rows, .row_bytes = w->row_bytes, .k = w->k, .row_begin = begin, .row_end = end,
-                        .act = act, .n_tok = n_tok, .y = y, .ldy = (size_t)w->n_rows};
+    const ds_mul job = {.w = w->rows,
+                        .row_bytes = w->row_bytes,
+                        .k = w->k,
+                        .row_begin = begin,
+                        .row_end = end,
+                        .act = act,
+                        .n_tok = n_tok,
+                        .y = y,
+                        .ldy = (size_t)w->n_rows};
     table->mul[format](&job);
 }
 

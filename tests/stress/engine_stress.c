@@ -75,8 +75,8 @@ static bool check(const char *path, const char *kv_type, int n_threads, float **
         for (size_t k = 0; good && k < n; k++) {
             good = isfinite(jobs[i].logits[k]) && jobs[i].logits[k] == (*expected)[k];
             if (!good) {
-                printf("engine_stress: cache %s, %d threads, session %d, logit %zu is %g, expected %g\n", kv_type, n_threads,
-                       i, k, jobs[i].logits[k], (*expected)[k]);
+                printf("engine_stress: cache %s, %d threads, session %d, logit %zu is %g, expected %g\n", kv_type,
+                       n_threads, i, k, jobs[i].logits[k], (*expected)[k]);
             }
         }
         free(jobs[i].logits);

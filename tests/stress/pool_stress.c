@@ -54,9 +54,7 @@ static bool run_many(ds_pool *pool, int n_runs, int n_rounds) {
     return good;
 }
 
-static void *call(void *pool) {
-    return run_many(pool, 100, 3) ? pool : NULL;
-}
+static void *call(void *pool) { return run_many(pool, 100, 3) ? pool : NULL; }
 
 /* Several threads that share one pool take turns. */
 static bool run_from_callers(ds_pool *pool) {
