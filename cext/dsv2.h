@@ -3,10 +3,10 @@
  * and set their out pointers on success only. */
 #pragma once
 
+#include "arch/config.h"
+#include "arch/tap.h"
 #include "gguf/gguf.h"
-#include "model/config.h"
 #include "model/sample.h"
-#include "model/tap.h"
 
 typedef struct ds_model ds_model;
 typedef struct ds_session ds_session;

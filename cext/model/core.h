@@ -3,7 +3,7 @@
 
 #include <pthread.h>
 
-#include "model/step.h"
+#include "backend/cpu/step.h"
 
 typedef struct ds_core {
     ds_config config;

@@ -1,7 +1,7 @@
 /* forward.c: a step through the model, read first. Embedding, blocks, final norm, head; all workers run it together. */
 #include <string.h>
 
-#include "model/lane.h"
+#include "backend/cpu/lane.h"
 
 static ds_lane lane_of(const ds_worker *worker, const ds_step *step) {
     ds_lane_scratch *own = &step->scratch->lanes[worker->ith];

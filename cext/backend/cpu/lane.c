@@ -1,5 +1,5 @@
 /* lane.c: taps, the one thing a lane does that is not a line or two. */
-#include "model/lane.h"
+#include "backend/cpu/lane.h"
 
 #include <string.h>
 

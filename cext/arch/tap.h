@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "model/config.h"
+#include "arch/config.h"
 
 /* Every point that can be tapped: enum suffix, name, whether it is int32, row width as an expression of the config c. */
 #define DS_TAP_POINTS(P)                                                      \

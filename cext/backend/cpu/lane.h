@@ -1,7 +1,7 @@
 /* lane.h: what every block does with a worker's rows: normalise, pack for the products that follow, tap. */
 #pragma once
 
-#include "model/step.h"
+#include "backend/cpu/step.h"
 
 /* The kinds of pack that a set of products takes. */
 static inline unsigned ds_kind_of(const ds_mat *m) { return m->data ? 1u << ds_format_get(m->format)->act : 0; }

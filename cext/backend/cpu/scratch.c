@@ -2,8 +2,8 @@
  * Pages are touched as steps need them, so a long prompt's share costs nothing in decode. */
 #include <string.h>
 
+#include "backend/cpu/step.h"
 #include "base/pages.h"
-#include "model/step.h"
 
 static int max2(int a, int b) { return a > b ? a : b; }
 

@@ -5,7 +5,7 @@
  *   q = W_uq norm(W_dq x), or W_q x; y = W_o (attention of the heads: attend.c) */
 #include <string.h>
 
-#include "model/lane.h"
+#include "backend/cpu/lane.h"
 
 /* The latents' down-projection and, if queries are wanted, theirs (or all of theirs, where the model has one only). */
 static void project(const ds_lane *lane, const ds_layer *l, int il, bool queries) {

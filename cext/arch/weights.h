@@ -2,8 +2,8 @@
  * against the configuration. Borrows the tensors' memory; owns only the small vectors that it decodes to float. */
 #pragma once
 
-#include "memory/experts.h"
-#include "model/config.h"
+#include "arch/config.h"
+#include "arch/experts.h"
 
 /* Where tensors come from: a GGUF, or a table of arrays. find returns NULL where the name is absent. */
 typedef struct ds_source {

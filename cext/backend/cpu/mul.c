@@ -1,4 +1,4 @@
-#include "backend/cpu.h"
+#include "backend/cpu/mul.h"
 
 enum {
     MIN_PIECE_COST =

@@ -2,8 +2,8 @@
  */
 #pragma once
 
+#include "arch/config.h"
 #include "memory/kv.h"
-#include "model/config.h"
 
 struct ds_step;
 struct ds_lane;

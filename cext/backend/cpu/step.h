@@ -5,11 +5,11 @@
  * (decode) every worker repeats that little work on a copy of its own, which costs less than the barriers it saves. */
 #pragma once
 
-#include "backend/cpu.h"
+#include "arch/tap.h"
+#include "arch/weights.h"
+#include "backend/cpu/attend.h"
+#include "backend/cpu/mul.h"
 #include "base/pool.h"
-#include "model/attend.h"
-#include "model/tap.h"
-#include "model/weights.h"
 
 enum {
     DS_CHUNK = 1024,     /* most tokens in a step: bounds the scratch */

@@ -1,4 +1,4 @@
-#include "model/weights.h"
+#include "arch/weights.h"
 
 #include <stdarg.h>
 #include <stdio.h>

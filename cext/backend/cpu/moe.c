@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "model/lane.h"
+#include "backend/cpu/lane.h"
 
 /* A group's score: V2 takes its best expert (modeling_deepseek.py, group_limited_greedy), V3 its best two (noaux_tc). */
 static float group_score(ds_gating gating, const float *score, int n) {

@@ -3,12 +3,12 @@
  * Absorbed: score_h = ((W_uk^T q_nope) . c_kv + q_pe . k_pe) * scale and o_h = W_uv sum_j p_j c_kv_j. All heads of a
  * token, and tokens of a sequence, are rows of one product with the cache; the positions are split among workers and
  * joined. Expanded: K = W_uk c_kv and V = W_uv c_kv are made block by block, once for all queries of a head. */
-#include "model/attend.h"
+#include "backend/cpu/attend.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "model/lane.h"
+#include "backend/cpu/lane.h"
 
 /* ---- The plan ---- */
 

@@ -1,4 +1,4 @@
-#include "model/tap.h"
+#include "arch/tap.h"
 
 #include <stdlib.h>
 #include <string.h>
