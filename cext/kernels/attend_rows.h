@@ -263,7 +263,7 @@ DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const 
 
 /* What the bias of queries adds to a row's sums, taken off. */
 DS_INLINE vi product_start(dot_type type, const row_product *p, int row) {
-    return vi_set(type == DOT_QUERY && DS_QUERY_BIAS ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row]) : 0);
+    return vi_set(type == DOT_QUERY && DS_QUERY_BIAS != 0 ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row]) : 0);
 }
 
 /* rows by vecs vectors of columns (constants); paired: two vectors that become one. */
