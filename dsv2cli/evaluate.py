@@ -2,7 +2,7 @@
 
 Method: the text is cut into windows of n_ctx tokens, each beginning with BOS where the vocabulary asks for one; the
 rest of the text that fills no window is left out. The first ``skip`` positions of a window predict from little context
-and are not scored. quantize.score does the arithmetic.
+and are not scored. quantize.measure.score does the arithmetic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from cext import Tap
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.runtime import Runtime
-from quantize import score
-from quantize.score import SKIPPED_SHARE, Distance, Score
+from quantize.measure import score
+from quantize.measure.score import SKIPPED_SHARE, Distance, Score
 
 if TYPE_CHECKING:
     from cext import Session

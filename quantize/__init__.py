@@ -1,13 +1,18 @@
-"""Turns a Hugging Face checkpoint of the DeepSeek-V2 family into a calibrated, low-bit GGUF, one layer at a time."""
+"""Turns a Hugging Face checkpoint of the DeepSeek-V2 family into a calibrated, low-bit GGUF, one layer at a time.
+
+pipeline.py is the run; read it first. Its stages stand beside it: budget.py (allocate.py) chooses types by what
+survey.py measured, layers.py writes layer by layer, evaluate.py compares the file with the original; job.py is what
+they share. Below them are floors, each of which imports only those after it: measure, encode, source, write, base.
+"""
 
 from quantize.allocate import parse_size
-from quantize.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
+from quantize.base.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
 from quantize.job import Options
-from quantize.journal import is_finished, work_folder
 from quantize.meter import OnProgress, Progress
 from quantize.pipeline import quantize
 from quantize.recipe import RECIPES
 from quantize.report import Report
+from quantize.write.journal import is_finished, work_folder
 
 __all__ = [
     "RECIPES",

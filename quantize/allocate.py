@@ -18,7 +18,7 @@ from math import gcd, sqrt
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.errors import QuantizeError
+from quantize.base.errors import QuantizeError
 
 STARTS = (0.0, 1.0, 10.0, 100.0, 1000.0)  # slopes to begin with: the steeper, the fewer bits are missing
 MAX_ROUNDS = 12  # of each; it settles in three or four

@@ -14,11 +14,11 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from quantize import recipe
 from quantize.allocate import Choice, Item, allocate
-from quantize.errors import QuantizeError
+from quantize.base.errors import QuantizeError
 from quantize.job import Job, Plan
-from quantize.sensitivity import CANDIDATES, SMALL_BLOCKS, Cost, candidates
+from quantize.measure.sensitivity import CANDIDATES, SMALL_BLOCKS, Cost, candidates
+from quantize.source.tensors import Tensor
 from quantize.survey import Survey, SurveyStage
-from quantize.tensors import Tensor
 
 # Types far below the budget's mean are not worth encoding samples in; the cheap ones from four bits up always are.
 LEAST_SHARE, ALWAYS_BITS = 0.6, 4.0

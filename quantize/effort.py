@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from gguf.constants import GGMLQuantizationType as Type
 
 from cext import Sublayer
-from quantize import outputs, recipe
-from quantize.arch import Arch
-from quantize.blas import n_cores
-from quantize.corpus import WINDOW
-from quantize.encode import FED_BACK, FLOAT_TYPES, GRID_TYPES
+from quantize import recipe
+from quantize.base.blas import n_cores
+from quantize.encode.encoder import FED_BACK, FLOAT_TYPES, GRID_TYPES
 from quantize.job import Plan
+from quantize.measure import outputs
+from quantize.measure.sensitivity import SAMPLED_VALUES
 from quantize.meter import Phase
-from quantize.sensitivity import SAMPLED_VALUES
-from quantize.tensors import SUBLAYERS, Tensor
+from quantize.source.arch import Arch
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import SUBLAYERS, Tensor
 
 READ = 150.0  # a weight of a layer, into memory
 BACKWARD = 3.2  # a token's gradients, of its way forward

@@ -16,14 +16,14 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 import cext
-from quantize import score
-from quantize.calibrate import Layer
-from quantize.corpus import WINDOW
-from quantize.encode import row_bytes
-from quantize.errors import QuantizeError
+from quantize.base.errors import QuantizeError
+from quantize.encode.encoder import row_bytes
 from quantize.job import SLAB_VALUES, Job
-from quantize.score import Distance
-from quantize.tensors import read
+from quantize.measure import score
+from quantize.measure.calibrate import Layer
+from quantize.measure.score import Distance
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import read
 
 F32 = NDArray[np.float32]
 

@@ -14,19 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cext
-from quantize import arch as arch_of
-from quantize import corpus, recipe, tensors
-from quantize.arch import ARCHITECTURE, Arch
-from quantize.blas import padded
-from quantize.checkpoint import Checkpoint
-from quantize.corpus import Corpus
-from quantize.encode import Encoder
-from quantize.errors import QuantizeError
-from quantize.journal import Journal
+from quantize import recipe
+from quantize.base.blas import padded
+from quantize.base.errors import QuantizeError
+from quantize.encode.encoder import Encoder
 from quantize.meter import Meter
 from quantize.recipe import Recipe
-from quantize.tensors import Tensor
-from quantize.vocab import read_vocab
+from quantize.source import arch as arch_of
+from quantize.source import corpus, tensors
+from quantize.source.arch import ARCHITECTURE, Arch
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.corpus import Corpus
+from quantize.source.tensors import Tensor
+from quantize.source.vocab import read_vocab
+from quantize.write.journal import Journal
 
 F32 = NDArray[np.float32]
 
@@ -49,7 +50,7 @@ class Options:
     awq: bool = False  # search and fold activation-aware scales: slow, and feedback leaves little for them
     feedback: bool = True  # encode under the inputs' covariances, with error feedback
     sequential: bool = True  # with feedback: for the inputs that the file's own layers give, see drift.py
-    follow_outputs: bool = True  # with feedback, no plain mix: row by row as outputs are worth, see outputs.py
+    follow_outputs: bool = True  # with feedback, no plain mix: row by row as outputs are worth, see encode/rows.py
     evaluate: bool = True  # measure the file against the original on text held back from calibration
     threads: int | None = None  # None: every core this process may use
 
@@ -161,7 +162,7 @@ class Plan:
 def _program() -> str:
     """Hash of this package and the engine: another version may compute other bytes."""
     digest = hashlib.sha256(str(FORMAT_VERSION).encode())
-    paths = [*sorted(Path(__file__).parent.glob("*.py")), Path(cext._engine.__file__)]
+    paths = [*sorted(Path(__file__).parent.rglob("*.py")), Path(cext._engine.__file__)]
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -15,26 +15,31 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+import cext
 from cext import Sublayer
-from quantize import heap, loss, recipe, report
-from quantize.arch import Arch
-from quantize.awq import FoldResult, Scales, Searcher
-from quantize.blas import side_by_side
-from quantize.calibrate import FEW_TOKENS, Stream, SublayerStats
-from quantize.drift import ROUTER, FeedForward, attend, expert_bytes
+from quantize import recipe, report
+from quantize.base import heap
+from quantize.base.blas import side_by_side
+from quantize.base.errors import QuantizeError
 from quantize.effort import Effort
-from quantize.errors import QuantizeError
+from quantize.encode.encoder import F16_MAX
+from quantize.encode.feedback import Covariance
+from quantize.encode.rows import Rows
 from quantize.evaluate import REFERENCE, Held
-from quantize.evidence import Bundle, Evidence, bundles
-from quantize.feedback import Covariance
 from quantize.job import Job
-from quantize.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
+from quantize.measure import loss
+from quantize.measure.awq import FoldResult, Scales, Searcher
+from quantize.measure.calibrate import FEW_TOKENS, Stream, SublayerStats
+from quantize.measure.drift import ROUTER, FeedForward, expert_bytes
+from quantize.measure.evidence import Bundle, Evidence, bundles
+from quantize.measure.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
+from quantize.measure.outputs import Outputs
 from quantize.meter import Stage
-from quantize.outputs import Outputs, Rows
 from quantize.report import Coverage
+from quantize.source.arch import Arch
+from quantize.source.tensors import PartReader, Tensor, read
 from quantize.survey import EMBEDDINGS, OUTPUTS
-from quantize.tensors import PartReader, Tensor, read
-from quantize.writer import Writer
+from quantize.write.writer import Writer
 
 F32 = NDArray[np.float32]
 
@@ -387,3 +392,19 @@ def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> 
 def n_lanes(arch: Arch, threads: int) -> int:
     """Experts in the making at a time: those that LANE_BYTES hold."""
     return max(1, min(threads, LANE_BYTES // expert_bytes(arch)))
+
+
+def attend(job: Job, il: int, stream: Stream, written: Mapping[Tensor, Sequence[F32]]) -> None:
+    """The drifted states through layer il's attention as it stands in the file. written: its tensors' parts, as they
+    will be read.
+    """
+    plan = job.plan
+    weights: dict[str, NDArray[np.floating]] = {}
+    for tensor, parts in written.items():
+        whole = np.stack(parts).reshape(tensor.shape)
+        fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
+        weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
+    norm = next(tensor for tensor in plan.layers[il] if tensor.role == "ffn_norm")
+    weights[norm.name] = read(plan.arch, plan.checkpoint, norm)
+    with cext.Layer(plan.keys, il, weights, plan.options.threads, "attention") as layer:
+        stream.attend(layer)

@@ -16,22 +16,23 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize import heap, recipe, report
-from quantize.blas import employed
+from quantize import recipe, report
+from quantize.base import heap
+from quantize.base.blas import employed
+from quantize.base.errors import disk_error
 from quantize.budget import settle
-from quantize.calibrate import FEW_TOKENS
-from quantize.checkpoint import Checkpoint
 from quantize.effort import Effort
-from quantize.encode import Encoder
-from quantize.errors import disk_error
+from quantize.encode.encoder import Encoder
 from quantize.evaluate import evaluate
 from quantize.job import Job, Options, Plan, make_plan
-from quantize.journal import FINISHED, Journal, is_finished
 from quantize.layers import Step, WriteStage, steps_done, tensors_of
+from quantize.measure.calibrate import FEW_TOKENS
+from quantize.measure.score import Distance
 from quantize.meter import Meter, OnProgress
 from quantize.report import Report
-from quantize.score import Distance
-from quantize.writer import Writer, header_bytes
+from quantize.source.checkpoint import Checkpoint
+from quantize.write.journal import FINISHED, Journal, is_finished
+from quantize.write.writer import Writer, header_bytes
 
 
 def quantize(

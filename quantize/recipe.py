@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.arch import Arch
-from quantize.encode import FLOAT_TYPES, row_bytes
-from quantize.errors import QuantizeError
-from quantize.tensors import Tensor
+from quantize.base.errors import QuantizeError
+from quantize.encode.encoder import FLOAT_TYPES, row_bytes
+from quantize.source.arch import Arch
+from quantize.source.tensors import Tensor
 
 # For rows that 256 does not divide. What 32 does not divide either becomes F16.
 FALLBACKS = {

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.awq import FoldResult
-from quantize.loss import TensorLoss
-from quantize.score import Distance
-from quantize.tensors import Tensor
+from quantize.measure.awq import FoldResult
+from quantize.measure.loss import TensorLoss
+from quantize.measure.score import Distance
+from quantize.source.tensors import Tensor
 
 
 @dataclass(frozen=True)

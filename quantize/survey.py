@@ -20,19 +20,19 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize import heap
-from quantize.backward import Block, Floats, norm, norm_backward
-from quantize.corpus import WINDOW
+from quantize.base import heap
+from quantize.base.errors import QuantizeError
 from quantize.effort import Effort
-from quantize.encode import FED_BACK
-from quantize.errors import QuantizeError
-from quantize.evidence import n_parts, prior_share
-from quantize.feedback import Covariance
-from quantize.flips import Flips
+from quantize.encode.encoder import FED_BACK
+from quantize.encode.feedback import Covariance
 from quantize.job import Job
-from quantize.outputs import PRIOR_TOKENS, Outputs, OutputSums
-from quantize.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
-from quantize.tensors import Form, PartReader, Tensor, read
+from quantize.measure.backward import Block, Floats, norm, norm_backward
+from quantize.measure.evidence import n_parts, prior_share
+from quantize.measure.flips import Flips
+from quantize.measure.outputs import PRIOR_TOKENS, Outputs, OutputSums
+from quantize.measure.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import Form, PartReader, Tensor, read
 
 F32 = NDArray[np.float32]
 Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a survey

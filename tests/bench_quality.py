@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize import Options, feedback, quantize
+from quantize import Options, quantize
+from quantize.encode import feedback
 
 WINDOW, SKIP = 512, 128
 FEWER = {"max_tokens": 53_760}  # the parts are compared on less calibration text than the default takes
@@ -39,7 +40,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantise: options beside the type, and settings of quantize.feedback."""
+    """A way to quantise: options beside the type, and settings of quantize.encode.feedback."""
 
     options: dict[str, Any]
     search: dict[str, int] = field(default_factory=dict)
@@ -67,7 +68,7 @@ all: the default, where rows follow what outputs are worth too.
 
 @contextlib.contextmanager
 def searching(settings: dict[str, int]) -> Iterator[None]:
-    """quantize.feedback with other settings."""
+    """quantize.encode.feedback with other settings."""
     before = {name: getattr(feedback, name) for name in settings}
     for name, value in settings.items():
         setattr(feedback, name, value)

@@ -8,7 +8,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.allocate import TIE, Choice, Item, allocate, parse_size
-from quantize.errors import QuantizeError
+from quantize.base.errors import QuantizeError
 
 TYPES = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q6_K)
 

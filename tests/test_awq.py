@@ -13,16 +13,16 @@ from support import calibrated
 from support import checkpoints as make
 
 import cext
-from quantize import tensors
-from quantize.arch import Arch, parse
-from quantize.awq import EXPONENTS, GROUPS, Scales, Searcher, scale_of
-from quantize.calibrate import CHUNK_WINDOWS, FEW_TOKENS, SAMPLE_TOKENS, Inputs, Routed, Stream, SublayerStats
-from quantize.checkpoint import Checkpoint
-from quantize.corpus import WINDOW
-from quantize.encode import Encoder
-from quantize.evidence import Evidence, n_parts
-from quantize.tensors import Tensor
-from quantize.writer import Writer
+from quantize.encode.encoder import Encoder
+from quantize.measure.awq import EXPONENTS, GROUPS, Scales, Searcher, scale_of
+from quantize.measure.calibrate import CHUNK_WINDOWS, FEW_TOKENS, SAMPLE_TOKENS, Inputs, Routed, Stream, SublayerStats
+from quantize.measure.evidence import Evidence, n_parts
+from quantize.source import tensors
+from quantize.source.arch import Arch, parse
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import Tensor
+from quantize.write.writer import Writer
 
 CONFIGS = {"v2": make.V2_GROUPED, "lite": make.V2_LITE, "v3": {**make.V3, "num_nextn_predict_layers": 0}}
 

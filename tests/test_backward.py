@@ -8,8 +8,8 @@ import pytest
 from ref.model import Model
 from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, Spec, gguf_tensors
 
-from quantize import arch as arch_of
-from quantize.backward import Block
+from quantize.measure.backward import Block
+from quantize.source import arch as arch_of
 
 N_SEQ, N_TOK = 2, 7
 STEP = 1e-5

@@ -1,4 +1,4 @@
-"""quantize.backward through whole models against PyTorch's autograd in transformers' own code."""
+"""quantize.measure.backward through whole models against PyTorch's autograd in transformers' own code."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ from ref.model import Model
 from support.tiny import SPECS, Checkpoint, gguf_tensors, tokens
 from test_backward import reader
 
-from quantize import arch as arch_of
-from quantize.backward import Block, norm, norm_backward
+from quantize.measure.backward import Block, norm, norm_backward
+from quantize.source import arch as arch_of
 
 hf = pytest.importorskip("support.hf", reason="needs PyTorch and transformers", exc_type=ImportError)
 torch = pytest.importorskip("torch", reason="needs PyTorch")

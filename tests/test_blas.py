@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from quantize import blas
+from quantize.base import blas
 
 
 @pytest.mark.parametrize("n_lanes", [1, 2, 5])

@@ -1,4 +1,4 @@
-"""quantize.safetensors and quantize.checkpoint: what a good checkpoint reads as, and how bad ones are refused."""
+"""quantize.source.safetensors and checkpoint: what a good checkpoint reads as, and how bad ones are refused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support import checkpoints as make
 
-from quantize.checkpoint import E4M3_VALUES, Checkpoint, bf16_to_f32, f32_to_bf16
-from quantize.errors import CheckpointError, UnsupportedError
-from quantize.safetensors import MAX_HEADER_BYTES, read_header
+from quantize.base.errors import CheckpointError, UnsupportedError
+from quantize.source.checkpoint import E4M3_VALUES, Checkpoint, bf16_to_f32, f32_to_bf16
+from quantize.source.safetensors import MAX_HEADER_BYTES, read_header
 
 
 def raw_file(path: Path, header: object, data: bytes = b"", n_header: int | None = None) -> Path:

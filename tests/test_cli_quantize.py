@@ -14,7 +14,7 @@ from support.cli import assert_fails, dsv2, terminal
 from dsv2cli import console
 from dsv2cli.commands.quantize import bpw_name, default_name, pace, where
 from quantize import Progress
-from quantize.writer import write_vocab_only
+from quantize.write.writer import write_vocab_only
 
 
 @pytest.fixture(scope="module")

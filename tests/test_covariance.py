@@ -11,14 +11,16 @@ from support import calibrated
 from support import checkpoints as make
 
 import cext
-from quantize import blas, recipe, tensors
-from quantize.arch import Arch, parse
-from quantize.awq import Scales
-from quantize.calibrate import Stream, SublayerStats
-from quantize.checkpoint import Checkpoint
-from quantize.corpus import WINDOW
-from quantize.evidence import PRIOR_TOKENS, Evidence, bundles, n_parts
-from quantize.tensors import PartReader, Tensor
+from quantize import recipe
+from quantize.base import blas
+from quantize.measure.awq import Scales
+from quantize.measure.calibrate import Stream, SublayerStats
+from quantize.measure.evidence import PRIOR_TOKENS, Evidence, bundles, n_parts
+from quantize.source import tensors
+from quantize.source.arch import Arch, parse
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import PartReader, Tensor
 
 IL = 1
 BF16 = 2.0**-8  # of a value: how far its rounding to bfloat16 may be, twice

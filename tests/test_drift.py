@@ -11,16 +11,19 @@ import pytest
 from support import calibrated
 from support import checkpoints as make
 
-from quantize import feedback, recipe, tensors
-from quantize.arch import parse
-from quantize.awq import Scales
-from quantize.calibrate import Stream
-from quantize.checkpoint import Checkpoint
-from quantize.corpus import WINDOW
-from quantize.drift import FeedForward, attend
-from quantize.evidence import Evidence, bundles
-from quantize.feedback import Covariance
-from quantize.tensors import PartReader
+from quantize import recipe
+from quantize.encode import feedback
+from quantize.encode.feedback import Covariance
+from quantize.layers import attend
+from quantize.measure.awq import Scales
+from quantize.measure.calibrate import Stream
+from quantize.measure.drift import FeedForward
+from quantize.measure.evidence import Evidence, bundles
+from quantize.source import tensors
+from quantize.source.arch import parse
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.corpus import WINDOW
+from quantize.source.tensors import PartReader
 
 CONFIGS = {"grouped": make.V2_GROUPED, "lite": make.V2_LITE, "v3": make.V3}
 BF16 = 2.0**-8

@@ -12,11 +12,11 @@ from gguf.constants import GGMLQuantizationType as Type
 from support import checkpoints as make
 
 from quantize import Options, Progress, quantize
-from quantize.checkpoint import Checkpoint
 from quantize.effort import Effort, forward
 from quantize.job import Plan, make_plan
 from quantize.meter import Meter
-from quantize.tensors import SUBLAYERS
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.tensors import SUBLAYERS
 
 CONFIG = {**make.V2_LITE, "num_hidden_layers": 2, "hidden_size": 256, "moe_intermediate_size": 256}
 

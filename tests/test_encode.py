@@ -1,4 +1,4 @@
-"""quantize.encode against ggml called directly, and against gguf-py's own decoders."""
+"""quantize.encode.encoder against ggml called directly, and against gguf-py's own decoders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.checkpoint import bf16_to_f32
-from quantize.encode import DECODERS, FLOAT_TYPES, GRID_TYPES, NEED_IMPORTANCE, Encoder, row_bytes
-from quantize.errors import QuantizeError
+from quantize.base.errors import QuantizeError
+from quantize.encode.encoder import DECODERS, FLOAT_TYPES, GRID_TYPES, NEED_IMPORTANCE, Encoder, row_bytes
+from quantize.source.checkpoint import bf16_to_f32
 
 BLOCK_TYPES = sorted(DECODERS)
 

@@ -1,11 +1,11 @@
-"""quantize/factor.py against numpy in float64."""
+"""quantize/encode/factor.py against numpy in float64."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quantize import blas
-from quantize.factor import BLOCK, Factor
+from quantize.base import blas
+from quantize.encode.factor import BLOCK, Factor
 
 WIDTHS = (1, 31, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 40)
 COLUMNS = (1, blas.PIECE, blas.PIECE + 3)
@@ -47,7 +47,7 @@ def test_equations_are_solved(n: int, k: int) -> None:
 def test_bits_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     h, b = covariance(WIDTHS[-1]), np.random.default_rng(1).standard_normal((WIDTHS[-1], 600)).astype(np.float32)
     many = Factor(h).solve(b)
-    for module in ("factor", "blas"):
+    for module in ("encode.factor", "base.blas"):
         monkeypatch.setattr(f"quantize.{module}.spread", lambda tasks: [task() for task in tasks])
     with blas.one_thread():
         assert np.array_equal(Factor(h).solve(b), many)

@@ -1,4 +1,4 @@
-"""quantize.feedback and cext/encode: against GPTQ in numpy, gguf-py's decoders, and plain encoding."""
+"""quantize.encode.feedback and cext/encode: against GPTQ in numpy, gguf-py's decoders, and plain encoding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ref.gptq import gptq, loss
 from support.inputs import correlated
 
 from cext import _engine
-from quantize import feedback
-from quantize.encode import Encoder, row_bytes
-from quantize.errors import QuantizeError
-from quantize.feedback import Covariance
+from quantize.base.errors import QuantizeError
+from quantize.encode import feedback
+from quantize.encode.encoder import Encoder, row_bytes
+from quantize.encode.feedback import Covariance
 
 ALL = pytest.mark.parametrize("type_", feedback.TYPES, ids=lambda t: t.name)
 

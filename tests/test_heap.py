@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from quantize import heap
+from quantize.base import heap
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from quantize import heap
+from quantize.base import heap
 
 def resident():
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,8 +1,8 @@
 """The house plan, enforced: which room may import which, and what the library never does.
 
-Python rooms import one way, dsv2cli -> quantize -> cext. The engine's rooms include one way, the Python binding ->
-dsv2.h -> model -> backend -> memory -> arch -> {kernels, quant, gguf} -> base; quant, being facts alone, also lies
-under gguf and kernels.
+Python rooms import one way, dsv2cli -> quantize -> cext, and so do the floors of quantize: the run on top -> measure ->
+encode -> source -> write -> base. The engine's rooms include one way, the Python binding -> dsv2.h -> model -> backend
+-> memory -> arch -> {kernels, quant, gguf} -> base; quant, being facts alone, also lies under gguf and kernels.
 """
 
 import ast
@@ -16,6 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "cext"
 
 PYTHON_ROOMS = {"cext": {"cext"}, "quantize": {"quantize", "cext"}, "dsv2cli": {"dsv2cli", "quantize", "cext"}}
+
+FLOORS = {
+    "base": set[str](),
+    "write": {"base"},
+    "source": {"write", "base"},
+    "encode": {"source", "base"},
+    "measure": {"encode", "source", "base"},
+}
+"""What a floor of quantize/ may import beside itself; the run that ties them, on top, takes them all."""
 
 BELOW = {
     "base": set[str](),
@@ -93,6 +102,16 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
             yield package if node.level else (node.module or "").split(".")[0]
 
 
+def modules(tree: ast.AST) -> Iterator[str]:
+    """Full names of what a file imports, "from a import b" as "a.b"; relative imports are not the house's way."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"a relative import in line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def offences(pattern: re.Pattern[str], files: list[Path]) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
@@ -113,6 +132,24 @@ def test_python_imports_run_one_way(room: str) -> None:
         if name in (PYTHON_ROOMS.keys() | {"tests", "support", "ref"}) - PYTHON_ROOMS[room]
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_floors_import_one_way(floor: str) -> None:
+    files = python_files(f"quantize/{floor}")
+    assert files
+    below = {f"quantize.{name}" for name in FLOORS[floor] | {floor}}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in modules(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] == "quantize" and ".".join(name.split(".")[:2]) not in below
+    ]
+    assert not wrong
+
+
+def test_every_floor_is_listed() -> None:
+    assert {path.name for path in (ROOT / "quantize").iterdir() if (path / "__init__.py").exists()} == FLOORS.keys()
 
 
 @pytest.mark.parametrize("room", BELOW)
@@ -223,5 +260,10 @@ def test_includes_are_seen() -> None:
 
 
 def test_imports_are_seen() -> None:
-    tree = ast.parse("import os.path\nfrom quantize.arch import a\ndef f():\n    from . import b\n    import cext\n")
+    tree = ast.parse("import os.path\nfrom quantize.recipe import a\ndef f():\n    from . import b\n    import cext\n")
     assert set(imported(tree, "dsv2cli")) == {"os", "quantize", "dsv2cli", "cext"}
+
+
+def test_modules_are_seen() -> None:
+    tree = ast.parse("import os\nfrom quantize.source import arch, tensors\ndef f():\n    from quantize import job\n")
+    assert list(modules(tree)) == ["os", "quantize.source.arch", "quantize.source.tensors", "quantize.job"]

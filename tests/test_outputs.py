@@ -1,4 +1,4 @@
-"""quantize.outputs: rows that follow each other, against Schur complements in float64 and plain feedback."""
+"""encode.rows and measure.outputs: rows that follow each other, against Schur complements in float64."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from support.inputs import correlated
 
-from quantize.encode import Encoder
-from quantize.feedback import Covariance
-from quantize.outputs import DAMPING, Outputs, OutputSums, Rows
+from quantize.encode.encoder import Encoder
+from quantize.encode.feedback import Covariance
+from quantize.encode.rows import DAMPING, Rows
+from quantize.measure.outputs import Outputs, OutputSums
 
 RNG = np.random.default_rng(3)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.errors import OutputError
-from quantize.journal import Journal, is_finished, work_folder
+from quantize.base.errors import OutputError
+from quantize.write.journal import Journal, is_finished, work_folder
 
 
 class Files:

@@ -15,8 +15,8 @@ from support import llama
 
 import quantize
 from quantize import recipe
-from quantize.arch import parse
-from quantize.tensors import model_tensors
+from quantize.source.arch import parse
+from quantize.source.tensors import model_tensors
 
 # 27 layers, so that llama.cpp takes it for V2-Lite; rows of every kind: 256 divides some, 32 others, nothing some.
 LITE = {

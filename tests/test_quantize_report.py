@@ -13,13 +13,15 @@ from support import checkpoints as make
 
 import cext
 import quantize
-from quantize import Options, QuantizeError, corpus, score
-from quantize.checkpoint import Checkpoint
-from quantize.corpus import WINDOW
+from quantize import Options, QuantizeError
 from quantize.evaluate import SKIPPED
 from quantize.job import make_plan
-from quantize.loss import LossMeter, measure
+from quantize.measure import score
+from quantize.measure.loss import LossMeter, measure
 from quantize.report import Report
+from quantize.source import corpus
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.corpus import WINDOW
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
 # Of the difference of two logits by int8 activations, as a share of the logits' deviation: a block's largest is about

@@ -11,10 +11,10 @@ import pytest
 from support import checkpoints as make
 
 from cext.tokenizer import Tokenizer
-from quantize.arch import parse
-from quantize.errors import CheckpointError, QuantizeError, UnsupportedError
-from quantize.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocab
-from quantize.writer import write_vocab_only
+from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
+from quantize.source.arch import parse
+from quantize.source.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocab
+from quantize.write.writer import write_vocab_only
 
 
 @pytest.fixture

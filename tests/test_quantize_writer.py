@@ -14,8 +14,8 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
 import cext
-from quantize.errors import OutputError
-from quantize.writer import Writer, write_vocab_only
+from quantize.base.errors import OutputError
+from quantize.write.writer import Writer, write_vocab_only
 
 METADATA: dict[str, object] = {
     "general.architecture": "deepseek2",
@@ -187,7 +187,7 @@ def test_the_kernel_s_own_limit(tmp_path: Path) -> None:
     """A real refusal by the kernel, in a process of its own: a limit on file size."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "from quantize.errors import OutputError; from quantize.writer import Writer\n"
+        "from quantize.base.errors import OutputError; from quantize.write.writer import Writer\n"
         "from gguf.constants import GGMLQuantizationType as Type\n"
         "try: Writer(sys.argv[1], sys.argv[1] + '.part', {}, [('x', (100_000,), Type.F32)])\n"
         "except OutputError as error: print(error)"

@@ -14,16 +14,14 @@ from gguf.constants import GGMLQuantizationType as Type
 from support import checkpoints as make
 
 import quantize
-from quantize import Options, job, outputs
-from quantize import arch as arch_of
-from quantize.backward import Routing, route
+from quantize import Options, job
 from quantize.budget import allowed_types, budget_bytes, padded_bytes, spend
-from quantize.checkpoint import Checkpoint
-from quantize.encode import FED_BACK, Encoder
-from quantize.flips import Flips
+from quantize.encode.encoder import FED_BACK, Encoder
 from quantize.job import Job, make_plan
-from quantize.meter import Meter
-from quantize.sensitivity import (
+from quantize.measure import outputs
+from quantize.measure.backward import Routing, route
+from quantize.measure.flips import Flips
+from quantize.measure.sensitivity import (
     CANDIDATES,
     SAMPLED_EXPERTS,
     SMALL_BLOCKS,
@@ -32,6 +30,9 @@ from quantize.sensitivity import (
     pick_experts,
     pick_rows,
 )
+from quantize.meter import Meter
+from quantize.source import arch as arch_of
+from quantize.source.checkpoint import Checkpoint
 from quantize.survey import SurveyStage
 
 CONFIG = {

@@ -1,4 +1,4 @@
-/* encode.c: the encoder over numpy arrays. Sizes are checked here; the arrays' meaning is quantize/feedback.py's. */
+/* encode.c: the encoder over numpy arrays. Sizes are checked here; the arrays' meaning is quantize/encode/feedback.py's. */
 #include "python/py.h"
 
 #include <math.h>

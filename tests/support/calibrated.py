@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import cext
-from quantize.calibrate import Stream, SublayerStats
+from quantize.measure.calibrate import Stream, SublayerStats
 
 Weights = Mapping[str, np.ndarray]
 

@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.errors import OutputError, disk_error
+from quantize.base.errors import OutputError, disk_error
 
 SUFFIX = ".work"
 PART_NAME = "model.gguf.part"  # the GGUF in the making

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import Sublayer
-from quantize.arch import Arch
-from quantize.checkpoint import SCALE_SUFFIX, Checkpoint
-from quantize.errors import UnsupportedError
+from quantize.base.errors import UnsupportedError
+from quantize.source.arch import Arch
+from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint
 
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.arch import Arch
+from quantize.source.arch import Arch
 
 Floats = NDArray[np.floating[Any]]  # float32 in use; float64 where tests want its precision
 ReadWeight = Callable[[str, int], Floats]  # (role, part) -> a matrix (n_row, n), a norm (n,); part: expert or head

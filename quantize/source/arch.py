@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.errors import CheckpointError, UnsupportedError
+from quantize.base.errors import CheckpointError, UnsupportedError
 
 ARCHITECTURE = "deepseek2"  # GGUF's name of the whole family
 

@@ -16,8 +16,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import _engine
-from quantize.blas import by_pieces, by_rows, pieces, product, spread
-from quantize.factor import BLOCK, Factor, damped, unit_upper
+from quantize.base.blas import by_pieces, by_rows, pieces, product, spread
+from quantize.encode.factor import BLOCK, Factor, damped, unit_upper
 
 F32 = NDArray[np.float32]
 Sweep = tuple[bool, F32, F32, F32, F32]  # as cext/encode/encode.h takes it: all, carry, cov, tri, var

@@ -28,11 +28,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.backward import Floats
-from quantize.blas import spread
-from quantize.encode import FED_BACK, GRID_TYPES, NEED_IMPORTANCE, Encoder
-from quantize.evidence import prior_share
-from quantize.feedback import Covariance
+from quantize.base.blas import spread
+from quantize.encode.encoder import FED_BACK, GRID_TYPES, NEED_IMPORTANCE, Encoder
+from quantize.encode.feedback import Covariance
+from quantize.measure.backward import Floats
+from quantize.measure.evidence import prior_share
 
 F32 = NDArray[np.float32]
 

@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.arch import Arch
-from quantize.backward import sigmoid
-from quantize.blas import MAX_COLUMNS, pieces, spread
-from quantize.calibrate import FEW_TOKENS, SublayerStats
-from quantize.feedback import Covariance
-from quantize.tensors import Form, Tensor
+from quantize.base.blas import MAX_COLUMNS, pieces, spread
+from quantize.encode.feedback import Covariance
+from quantize.measure.backward import sigmoid
+from quantize.measure.calibrate import FEW_TOKENS, SublayerStats
+from quantize.source.arch import Arch
+from quantize.source.tensors import Form, Tensor
 
 F32 = NDArray[np.float32]
 

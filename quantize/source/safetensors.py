@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CheckpointError
+from quantize.base.errors import CheckpointError
 
 # The format's own limit. A header past it is an attack or garbage: json would be asked to parse gigabytes.
 MAX_HEADER_BYTES = 100_000_000

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.errors import CheckpointError, UnsupportedError
-from quantize.safetensors import REPLACE_HINT, StoredTensor, read_header
+from quantize.base.errors import CheckpointError, UnsupportedError
+from quantize.source.safetensors import REPLACE_HINT, StoredTensor, read_header
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),

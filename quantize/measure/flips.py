@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.arch import Arch
-from quantize.backward import Floats, Routing
-from quantize.sensitivity import FISHER, ROUTING
+from quantize.measure.backward import Floats, Routing
+from quantize.measure.sensitivity import FISHER, ROUTING
+from quantize.source.arch import Arch
 
 NEAR = 0.25  # of the tokens: those with the least margins tell the density at zero
 

@@ -14,24 +14,21 @@ Memory: two inputs of all tokens in bfloat16, CHUNK_TOKENS times the widest hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-import cext
-from quantize.arch import Arch
-from quantize.awq import Scales
-from quantize.backward import Routing, route
-from quantize.blas import by_rows, from_rows, pieces, product
-from quantize.calibrate import Stream
-from quantize.checkpoint import bf16_to_f32
-from quantize.encode import F16_MAX
-from quantize.evidence import Last, ReadPart, hidden_channels, prior_share
-from quantize.feedback import Covariance, Sums
-from quantize.job import Job
-from quantize.tensors import Tensor, read
+from quantize.base.blas import by_rows, from_rows, pieces, product
+from quantize.encode.feedback import Covariance, Sums
+from quantize.measure.awq import Scales
+from quantize.measure.backward import Routing, route
+from quantize.measure.calibrate import Stream
+from quantize.measure.evidence import Last, ReadPart, hidden_channels, prior_share
+from quantize.source.arch import Arch
+from quantize.source.checkpoint import bf16_to_f32
+from quantize.source.tensors import Tensor
 
 F32 = NDArray[np.float32]
 
@@ -54,22 +51,6 @@ class Tokens(NamedTuple):
 
     rows: NDArray[np.intp]  # (m,) of the stream
     weights: F32  # (m,)
-
-
-def attend(job: Job, il: int, stream: Stream, written: Mapping[Tensor, Sequence[F32]]) -> None:
-    """The drifted states through layer il's attention as it stands in the file. written: its tensors' parts, as they
-    will be read.
-    """
-    plan = job.plan
-    weights: dict[str, NDArray[np.floating]] = {}
-    for tensor, parts in written.items():
-        whole = np.stack(parts).reshape(tensor.shape)
-        fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
-        weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
-    norm = next(tensor for tensor in plan.layers[il] if tensor.role == "ffn_norm")
-    weights[norm.name] = read(plan.arch, plan.checkpoint, norm)
-    with cext.Layer(plan.keys, il, weights, plan.options.threads, "attention") as layer:
-        stream.attend(layer)
 
 
 class Fed(NamedTuple):

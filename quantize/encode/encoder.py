@@ -19,12 +19,12 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize import feedback
-from quantize.blas import Crew, n_cores, pieces
-from quantize.checkpoint import bf16_to_f32, f32_to_bf16
-from quantize.errors import QuantizeError
-from quantize.feedback import Covariance, Sweep
-from quantize.outputs import Rows
+from quantize.base.blas import Crew, n_cores, pieces
+from quantize.base.errors import QuantizeError
+from quantize.encode import feedback
+from quantize.encode.feedback import Covariance, Sweep
+from quantize.encode.rows import Rows
+from quantize.source.checkpoint import bf16_to_f32, f32_to_bf16
 
 FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # ggml's decoders, by the name in the library. Q8_0 and the float types ignore importance weights.

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.arch import Arch
-from quantize.blas import by_rows, pieces, spread
-from quantize.checkpoint import bf16_to_f32, f32_to_bf16
-from quantize.corpus import WINDOW
-from quantize.feedback import Covariance, Sums
+from quantize.base.blas import by_rows, pieces, spread
+from quantize.encode.feedback import Covariance, Sums
+from quantize.source.arch import Arch
+from quantize.source.checkpoint import bf16_to_f32, f32_to_bf16
+from quantize.source.corpus import WINDOW
 
 F32 = NDArray[np.float32]
 OnChunk = Callable[[float], None]

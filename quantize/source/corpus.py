@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext.tokenizer import Message, Tokenizer, TokenizerError
-from quantize.errors import CalibrationError, QuantizeError
-from quantize.writer import write_vocab_only
+from quantize.base.errors import CalibrationError, QuantizeError
+from quantize.write.writer import write_vocab_only
 
 DEFAULT_FILES = (Path(__file__).with_name("calibration.txt"), Path(__file__).with_name("calibration-chat.jsonl"))
 WINDOW = 512  # tokens that attend to each other

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import read_json
-from quantize.errors import CheckpointError, UnsupportedError
+from quantize.base.errors import CheckpointError, UnsupportedError
+from quantize.source.checkpoint import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 

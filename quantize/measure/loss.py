@@ -9,8 +9,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.blas import product
-from quantize.errors import QuantizeError
+from quantize.base.blas import product
+from quantize.base.errors import QuantizeError
 
 F32 = NDArray[np.float32]
 

@@ -17,10 +17,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.encode import FLOAT_TYPES, Encoder
-from quantize.evidence import Evidence, Last, ReadPart, n_parts
-from quantize.feedback import Covariance
-from quantize.tensors import Tensor
+from quantize.encode.encoder import FLOAT_TYPES, Encoder
+from quantize.encode.feedback import Covariance
+from quantize.measure.evidence import Evidence, Last, ReadPart, n_parts
+from quantize.source.tensors import Tensor
 
 F32 = NDArray[np.float32]
 

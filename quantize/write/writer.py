@@ -21,8 +21,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSIO
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.errors import OutputError, disk_error
-from quantize.journal import RESTART_HINT, sync_folder
+from quantize.base.errors import OutputError, disk_error
+from quantize.write.journal import RESTART_HINT, sync_folder
 
 # Python's and numpy's types -> GGUF's. A list of int is int32 (token types are), a single int uint32 (counts are).
 _SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}

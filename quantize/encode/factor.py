@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.blas import PIECE, by_rows, one_thread, pieces, spread
+from quantize.base.blas import PIECE, by_rows, one_thread, pieces, spread
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

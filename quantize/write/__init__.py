@@ -1,0 +1,1 @@
+"""What is written: the GGUF in the making, and the work folder that lets a killed run go on. Knows no models."""
