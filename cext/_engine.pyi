@@ -29,8 +29,7 @@ def session_rewind(session: Handle, n: int) -> None: ...
 def session_repeat(session: Handle, n: int) -> None: ...
 def eval(
     model: Handle,
-    inputs: list[tuple[Handle, Buffer]],
-    which: int,
+    inputs: list[tuple[Handle, Buffer, int]],
     logits: Buffer | None,
     taps: list[tuple[str, Buffer]],
     tap_row: int,

@@ -39,20 +39,17 @@ ds_status ds_session_rewind(ds_session *session, int n, ds_error *err);
  * measurements at depth. */
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err);
 
-/* One sequence's share of a step: n >= 1 tokens appended to it. */
+/* One sequence's share of a step: n >= 1 tokens appended to it, and logits wanted after the last n_logits of them. */
 typedef struct ds_input {
     ds_session *session;
     const int32_t *ids; /* (n) */
-    int n;
+    int n, n_logits; /* 0 <= n_logits <= n */
 } ds_input;
 
-typedef enum ds_logits { DS_LOGITS_NONE, DS_LOGITS_LAST, DS_LOGITS_ALL } ds_logits;
-
-/* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits takes a row
- * (n_vocab) per input (LAST) or per token (ALL). tap may be NULL; its entries' rows move on by the step's tokens.
- * Nothing changes on failure. One step runs at a time per model: a second caller waits. */
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap,
-                  ds_error *err);
+/* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits (the sum of
+ * n_logits, n_vocab) takes their rows, input by input; NULL where none are wanted. tap may be NULL; its entries' rows
+ * move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second caller waits. */
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err);
 
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
  * tensors); both stay alive until close. sublayer: of one, the other's tensors are not looked for; ffn_norm

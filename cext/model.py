@@ -198,8 +198,8 @@ class Session:
         for start in range(0, len(ids), _engine.MAX_STEP):
             chunk = ids[start : start + _engine.MAX_STEP]
             last = start + len(chunk) == len(ids)
-            which, rows = (2, out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
-            _engine.eval(self.model._handle, [(self._handle, chunk)], which, rows, taps, start)
+            n, rows = (len(chunk), out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
+            _engine.eval(self.model._handle, [(self._handle, chunk, n)], rows, taps, start)
 
     def repeat(self, n: int) -> None:
         """Go on to n tokens by repeating those held: for measuring at depth, where filling takes longer than measuring.
@@ -215,20 +215,27 @@ class Session:
             _engine.session_rewind(self._handle, n)
 
 
-def eval_batch(batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]]) -> NDArray[np.float32]:
-    """Append to several sessions of one model in one step; the logits after each one's last token, (n, n_vocab).
+def eval_batch(
+    batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]], n_logits: Sequence[int] | None = None
+) -> NDArray[np.float32]:
+    """Append to several sessions of one model in one step of at most MAX_STEP tokens in all.
 
-    At most MAX_STEP tokens in all. Nothing changes on failure. ValueError, ContextFullError, BusyError.
+    Returns the logits after the last n_logits[i] tokens (0 to all) of each sequence, (sum(n_logits), n_vocab), sequence
+    by sequence; by default after each one's last token. Nothing changes on failure. ValueError, ContextFullError,
+    BusyError.
     """
     if not batch:
         raise ValueError("no sequences to evaluate")
+    wanted = [1] * len(batch) if n_logits is None else n_logits
+    if any(not 0 <= n <= len(ids) for n, (_, ids) in zip(wanted, batch, strict=True)):
+        raise ValueError(f"logits of {list(wanted)} tokens, of {[len(ids) for _, ids in batch]} in the batch")
     model = batch[0][0].model
     if len({id(session) for session, _ in batch}) < len(batch):
         raise ValueError("a session stands twice in the batch")
-    out = np.empty((len(batch), model.hparams["n_vocab"]), np.float32)
+    out = np.empty((sum(wanted), model.hparams["n_vocab"]), np.float32)
     with ExitStack() as held:
         for session, _ in batch:
             held.enter_context(session._alone())
-        inputs = [(session._handle, token_ids(ids)) for session, ids in batch]
-        _engine.eval(model._handle, inputs, 1, out, [], 0)
+        inputs = [(session._handle, token_ids(ids), n) for (session, ids), n in zip(batch, wanted, strict=True)]
+        _engine.eval(model._handle, inputs, out, [], 0)
     return out

@@ -241,6 +241,48 @@ def test_batch_of_sessions(open_model, spec):
             assert_close(row, logits[cut[step + 1] - 1])
 
 
+@pytest.mark.parametrize("wanted", ((0, 1, 3), (2, 0, 2), (1, 1, 1), (0, 0, 0), (5, 7, 4)), ids=str)
+@pytest.mark.parametrize("spec", (SPECS[0], PRO), ids=lambda s: s.name)
+def test_logits_of_each_sequence(open_model, spec, wanted):
+    """Every sequence of a step says how many of its last rows it wants; the others change nothing."""
+    model = open_model(spec)
+    pieces = [(tokens(spec, 9, seed=i), n) for i, n in enumerate((5, 7, 4))]
+    alone = [in_pieces(model.session(9, kv_type="f32"), ids, [n]) for ids, n in pieces]
+    sessions = [model.session(9, kv_type="f32") for _ in pieces]
+    got = cext.eval_batch([(s, ids[:n]) for s, (ids, n) in zip(sessions, pieces, strict=True)], wanted)
+    expected = [rows[n - k : n] for rows, (_, n), k in zip(alone, pieces, wanted, strict=True)]
+    assert got.shape == (sum(wanted), spec.n_vocab)
+    if sum(wanted):
+        assert_close(got, np.concatenate(expected))
+    for session, (ids, n), rows in zip(sessions, pieces, alone, strict=True):
+        assert session.n_past == n
+        assert_close(session.eval(ids[n:], "all"), rows[n:])
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_small_steps_are_bit_equal_to_a_sequence_alone(open_model, spec):
+    """A token and its draft beside others' tokens: up to four tokens a step add in one order."""
+    model = open_model(spec)
+    cuts = ((0, 2, 3, 6), (0, 1, 2, 3), (0, 1, 1, 1))
+    prompts = [tokens(spec, 8, seed=i) for i in range(3)]
+    sessions = [model.session(8) for _ in prompts]
+    twins = [model.session(8) for _ in prompts]
+    for step in range(3):
+        parts = [ids[cut[step] : cut[step + 1]] for ids, cut in zip(prompts, cuts, strict=True)]
+        batch = [(session, part) for session, part in zip(sessions, parts, strict=True) if len(part)]
+        got = cext.eval_batch(batch, [len(part) for _, part in batch])
+        alone = [twin.eval(part, "all") for twin, part in zip(twins, parts, strict=True) if len(part)]
+        np.testing.assert_array_equal(got, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("wanted", ((-1,), (3,), (1, 1), ()), ids=str)
+def test_logits_of_more_than_there_are(open_model, wanted):
+    session = open_model(PRO).session(4)
+    with pytest.raises(ValueError, match=r"logits|shorter|longer"):
+        cext.eval_batch([(session, [1, 2])], wanted)
+    assert session.n_past == 0
+
+
 def test_batches_at_depth(open_model):
     """Steps of many sessions with long caches: attention by parts, beside a session that has none."""
     model, ref = open_model(PRO), reference(PRO)

@@ -117,6 +117,8 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
     const ds_session *s = in->session;
     if (s->model != model) return ds_fail(err, DS_EINVAL, "the sessions of a step belong to different models");
     if (in->n < 1) return ds_fail(err, DS_EINVAL, "no tokens to evaluate");
+    if (in->n_logits < 0 || in->n_logits > in->n)
+        return ds_fail(err, DS_EINVAL, "logits of %d tokens, expected 0 to %d", in->n_logits, in->n);
     if (in->n > s->kv.n_ctx - s->n_past) {
         ds_fail(err, DS_ECONTEXT, "%d tokens do not fit: the context holds %d and %d are used", in->n, s->kv.n_ctx,
                 s->n_past);
@@ -130,8 +132,7 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
     return DS_OK;
 }
 
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logits which, float *logits, ds_tap *tap,
-                  ds_error *err) {
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err) {
     int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
     ds_span spans[DS_MAX_INPUTS];
     ds_step step = {.ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
@@ -150,9 +151,8 @@ ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, ds_logi
         spans[i] = (ds_span){&in->session->kv, step.n_tok, in->n, in->session->n_past};
         memcpy(ids + step.n_tok, in->ids, (size_t)in->n * sizeof *ids);
         step.n_tok += in->n;
-        if (which == DS_LOGITS_LAST) rows[step.n_logits++] = step.n_tok - 1;
+        for (int t = in->n_logits; t > 0; t--) rows[step.n_logits++] = step.n_tok - t;
     }
-    for (int t = 0; which == DS_LOGITS_ALL && t < step.n_tok; t++) rows[step.n_logits++] = t;
     if ((st = ds_core_run(&model->core, &step, err)) != DS_OK) return st;
     for (int i = 0; i < n_inputs; i++) inputs[i].session->n_past += inputs[i].n;
     for (int i = 0; tap && i < tap->n; i++) tap->entries[i].row += step.n_tok;

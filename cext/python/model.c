@@ -120,14 +120,14 @@ static PyObject *session_repeat(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* The inputs of a step from [(session, ids buffer)]; views[i] holds the buffer of input i. Returns their number or -1. */
+/* The inputs of a step from [(session, ids buffer, n_logits)]; views[i] holds the buffer of input i. Returns their number or -1. */
 static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
     Py_ssize_t n = PyList_Size(list);
     if (n < 1 || n > DS_MAX_STEP)
         return PyErr_Format(PyExc_ValueError, "%zd sequences in a step: expected 1 to %d", n, DS_MAX_STEP), -1;
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *capsule, *ids;
-        bool ok = PyArg_ParseTuple(PyList_GetItem(list, i), "OO", &capsule, &ids);
+        bool ok = PyArg_ParseTuple(PyList_GetItem(list, i), "OOi", &capsule, &ids, &inputs[i].n_logits);
         inputs[i].session = ok ? ds_py_borrow(capsule, DS_PY_SESSION) : NULL;
         if (!inputs[i].session || !ds_py_buffer(ids, 0, false, &views[i])) {
             while (i--) PyBuffer_Release(&views[i]);
@@ -141,11 +141,11 @@ static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
     return (int)n;
 }
 
-/* eval(model, [(session, ids int32 buffer)], which, logits buffer or None, [(tap name, buffer)], tap_row):
- * one step, the GIL released. which: 0 no logits, 1 the last row of each input, 2 all rows. */
+/* eval(model, [(session, ids int32 buffer, n_logits)], logits buffer or None, [(tap name, buffer)], tap_row):
+ * one step, the GIL released. n_logits: how many of the input's last rows are wanted. */
 static PyObject *eval(PyObject *self, PyObject *args) {
     PyObject *capsule, *list, *out, *taps;
-    int which, tap_row, n, rows = 0, total = 0;
+    int tap_row, n, rows = 0, total = 0;
     ds_model *model;
     ds_input inputs[DS_MAX_STEP];
     Py_buffer views[DS_MAX_STEP], logits = {0};
@@ -153,18 +153,20 @@ static PyObject *eval(PyObject *self, PyObject *args) {
     ds_error err;
     ds_status st;
     bool ok = true;
-    if (!PyArg_ParseTuple(args, "OO!iOO!i", &capsule, &PyList_Type, &list, &which, &out, &PyList_Type, &taps, &tap_row))
+    if (!PyArg_ParseTuple(args, "OO!OO!i", &capsule, &PyList_Type, &list, &out, &PyList_Type, &taps, &tap_row))
         return NULL;
     if (!(model = ds_py_borrow(capsule, DS_PY_MODEL)) || (n = open_inputs(list, inputs, views)) < 0) return NULL;
-    for (int i = 0; i < n; i++) total += inputs[i].n;
-    rows = which == DS_LOGITS_ALL ? total : which == DS_LOGITS_LAST ? n : 0;
+    for (int i = 0; i < n; i++) { /* ds_eval refuses the others before it writes a row */
+        total += inputs[i].n;
+        if (inputs[i].n_logits > 0 && inputs[i].n_logits <= DS_MAX_STEP) rows += inputs[i].n_logits;
+    }
     if (rows)
         ok = ds_py_buffer(out, (size_t)rows * (size_t)ds_model_config(model)->n_vocab * sizeof(float), true, &logits);
     if (ok && PyList_Size(taps))
         ok = ds_py_tap_open(taps, ds_model_config(model), (size_t)(tap_row + total), tap_row, &tap);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        st = ds_eval(model, inputs, n, (ds_logits)which, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
+        st = ds_eval(model, inputs, n, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
         Py_END_ALLOW_THREADS
         if (st != DS_OK) ok = ds_py_raise(&err) != NULL;
     }
