@@ -48,43 +48,49 @@ typedef struct attend_block {
     query_pack q;
     int n_rows, n; /* rows padded to whole lanes; positions of this block */
     int share;     /* positions whose weights share a scale */
-    ds_rows keys, values;
+    ds_row_kind kind; /* of the values */
+    row_runs keys, values;
     const int32_t *visible; /* (n_rows) or NULL */
     int first_pos;          /* position of the block's first row */
     float *scores;          /* (n, n_rows) */
     float *keep;            /* (n_rows): what the sums so far are worth under the new maximum */
     float *gain;            /* (shares, n_rows): what a unit of a weight is worth */
+    float value_scale[DS_ATTEND_BLOCK_Q8]; /* (n) of the values; unset for floats */
 } attend_block;
 
+/* The scales of a run of rows, brought into cache: too little for a processor to see them coming. */
+DS_INLINE void prefetch_scales(const ds_rows *rows, int n) {
+    for (int i = 0; i < n; i += DS_ACT_ALIGN / (int)sizeof *rows->scale) {
+        __builtin_prefetch(rows->scale + i);
+        if (rows->tail_scale) __builtin_prefetch(rows->tail_scale + i);
+        if (rows->sum) __builtin_prefetch(rows->sum + i);
+    }
+}
+
 DS_INLINE void attend_scores(const attend_block *b) {
-    row_product p = {.n = b->n,
+    row_product p = {.rows = &b->keys,
                      .k = b->q.k,
-                     .rows = b->keys.data,
-                     .row_bytes = b->keys.row_bytes,
-                     .row_scale = b->keys.scale,
-                     .sum = b->keys.sum,
                      .panel = b->q.panel,
                      .col_scale = b->q.scale,
                      .n_cols = b->n_rows,
                      .out = b->scores,
                      .ld = (size_t)b->n_rows};
-    if (b->keys.kind == DS_ROWS_F32) {
-        p.row_scale = NULL;
+    const ds_row_kind kind = b->job->keys.layout.kind;
+    if (kind == DS_ROWS_F32) {
         product_f32(&p);
         return;
     }
-    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes, p.ahead_bytes = p.row_bytes;
-    if (b->keys.kind == DS_ROWS_I16) {
+    p.lead = 2 * DS_ROW_TILE;
+    for (int i = 1; i < b->keys.n; i++) prefetch_scales(&b->keys.run[i].rows, b->keys.run[i].n);
+    prefetch_scales(&b->keys.next, b->keys.run[0].n);
+    if (kind == DS_ROWS_I16) {
         product_i16(&p);
         return;
     }
     product_query(&p);
     if (!b->q.k_tail) return;
+    p.tail = true;
     p.k = b->q.k_tail;
-    p.rows = b->keys.tail;
-    p.row_bytes = p.ahead_bytes = (size_t)p.k * 4;
-    p.ahead = (const char *)p.rows + 2 * DS_ROW_TILE * p.row_bytes;
-    p.row_scale = b->keys.tail_scale;
     p.panel = b->q.tail;
     p.col_scale = b->q.tail_scale;
     product_i16_add(&p);
@@ -132,7 +138,7 @@ DS_INLINE void attend_weights8(const attend_block *b, int lane) {
 /* Softmax of one vector of queries over the block: weights into the place of scores, m and l brought up to date. */
 DS_INLINE void attend_softmax(const attend_block *b, int lane) {
     const ds_attend *job = b->job;
-    const float *value_scale = b->values.kind == DS_ROWS_F32 ? NULL : b->values.scale;
+    const float *value_scale = b->kind == DS_ROWS_F32 ? NULL : b->value_scale;
     vf top = vf_set(-INFINITY);
     for (int j = 0; j < b->n; j++) {
         float *s = b->scores + (size_t)j * (size_t)b->n_rows + lane;
@@ -160,8 +166,8 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
     vf_store(b->keep + lane, keep);
     vf_store(job->m + lane, new_max);
     vf_store(job->l + lane, vf_fma(vf_load(job->l + lane), keep, vf_mul(sum, gain)));
-    if (b->values.kind == DS_ROWS_F32) vf_store(b->gain + lane, vf_set(1.0f));
-    else if (b->values.kind == DS_ROWS_Q8) attend_weights8(b, lane);
+    if (b->kind == DS_ROWS_F32) vf_store(b->gain + lane, vf_set(1.0f));
+    else if (b->kind == DS_ROWS_Q8) attend_weights8(b, lane);
     else attend_weights16(b, lane, scaled_sum);
     for (int j = 0, s = 0; j < b->n; j += b->share, s++) {
         float *at = b->gain + (size_t)s * (size_t)b->n_rows + lane;
@@ -173,16 +179,15 @@ DS_INLINE void attend_softmax(const attend_block *b, int lane) {
 
 enum { VALUE_COLS = 64 /* columns of values that are paired up at a time */ };
 
-/* Columns [col, col + n_cols) of the values at positions [begin, end), neighbours paired up in dwords: (k, n_cols). */
-DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int end, int col, int n_cols,
-                           uint32_t *panel) {
-    const char *rows = (const char *)b->values.data;
-    const size_t row_bytes = b->values.row_bytes;
+/* Columns [col, col + VALUE_COLS) of n rows that lie together, neighbours paired up in dwords: (k, VALUE_COLS). */
+DS_INLINE void value_panel(dot_type type, const ds_rows *values, int n, int v_dim, int col, uint32_t *panel) {
+    const char *rows = (const char *)values->data;
+    const size_t row_bytes = values->row_bytes;
     if (type == DOT_F32) {
-        const int left = b->job->v_dim - col;
-        for (int j = begin; j < end; j++, panel += n_cols) {
+        const int left = v_dim - col;
+        for (int j = 0; j < n; j++, panel += VALUE_COLS) {
             const float *row = (const float *)(const void *)(rows + (size_t)j * row_bytes) + col;
-            for (int c = 0; c < n_cols; c += DS_LANES) {
+            for (int c = 0; c < VALUE_COLS; c += DS_LANES) {
                 vf x = vf_set(0.0f);
                 if (left - c >= DS_LANES) x = vf_load(row + c);
                 else if (left > c) x = vf_load_n(row + c, left - c);
@@ -193,18 +198,18 @@ DS_INLINE void value_panel(dot_type type, const attend_block *b, int begin, int 
     }
     /* Past the last position its row stands again: the weights there are zero. */
     if (type == DOT_I16) {
-        for (int j = begin; j < end; j += 2, panel += n_cols) {
+        for (int j = 0; j < n; j += 2, panel += VALUE_COLS) {
             const int16_t *a = (const int16_t *)(const void *)(rows + (size_t)j * row_bytes) + col;
-            const int16_t *c = j + 1 < end ? (const int16_t *)(const void *)((const char *)a + row_bytes) : a;
-            for (int i = 0; i < n_cols; i += ROW_ORDER16) i16_pairs(a + i, c + i, panel + i);
+            const int16_t *c = j + 1 < n ? (const int16_t *)(const void *)((const char *)a + row_bytes) : a;
+            for (int i = 0; i < VALUE_COLS; i += ROW_ORDER16) i16_pairs(a + i, c + i, panel + i);
         }
         return;
     }
-    for (int j = begin; j < end; j += 4, panel += n_cols) {
+    for (int j = 0; j < n; j += 4, panel += VALUE_COLS) {
         const int8_t *four[4];
         for (int i = 0; i < 4; i++)
-            four[i] = (const int8_t *)rows + (size_t)(j + i < end ? j + i : end - 1) * row_bytes + col;
-        for (int i = 0; i < n_cols; i += ROW_ORDER8) {
+            four[i] = (const int8_t *)rows + (size_t)(j + i < n ? j + i : n - 1) * row_bytes + col;
+        for (int i = 0; i < VALUE_COLS; i += ROW_ORDER8) {
             i8_quads(four, panel + i);
             for (int r = 0; r < 4; r++) four[r] += ROW_ORDER8;
         }
@@ -238,7 +243,9 @@ DS_INLINE void attend_values(dot_type type, const attend_block *b) {
     const size_t n_rows = (size_t)b->n_rows;
     DS_ALIGNED uint32_t panel[DS_ATTEND_BLOCK * VALUE_COLS];
     for (int col = 0; col < b->job->v_dim; col += VALUE_COLS) {
-        value_panel(type, b, 0, b->n, col, VALUE_COLS, panel);
+        for (int i = 0; i < b->values.n; i++)
+            value_panel(type, &b->values.run[i].rows, b->values.run[i].n, b->job->v_dim, col,
+                        panel + (size_t)(b->values.run[i].at / per_dword) * VALUE_COLS);
         for (int begin = 0, s = 0; begin < b->n; begin += b->share, s++) {
             const int n = b->n - begin < b->share ? b->n - begin : b->share, k = (n + per_dword - 1) / per_dword;
             const uint32_t *weights = (const uint32_t *)(const void *)b->scores + (size_t)(begin / per_dword) * n_rows;
@@ -271,28 +278,41 @@ DS_INLINE void attend_limits(const ds_attend *job, int *least, int *most) {
     if (*most > job->n_pos) *most = job->n_pos;
 }
 
+/* The n positions from row `at` of the tables on: their rows, and the values' scales side by side. */
+DS_INLINE void attend_enter(attend_block *b, int at, int n) {
+    const ds_attend *job = b->job;
+    row_runs_of(&job->keys, at, n, job->n_pos, &b->keys);
+    if (job->values.blocks) row_runs_of(&job->values, at, n, job->n_pos, &b->values);
+    else b->values = b->keys;
+    b->n = n;
+    b->first_pos = job->first_pos + at;
+    if (b->kind == DS_ROWS_F32) return;
+    for (int i = 0; i < b->values.n; i++)
+        memcpy(b->value_scale + b->values.run[i].at, b->values.run[i].rows.scale,
+               (size_t)b->values.run[i].n * sizeof *b->value_scale);
+}
+
 void DS_OF(attend)(const ds_attend *job) {
-    const ds_row_kind kind = job->keys.kind;
+    const ds_row_kind kind = job->keys.layout.kind;
     const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
-    attend_block b = {.job = job,
-                      .q = query_at(kind, n_rows, job->n, job->n_tail, job->q),
-                      .n_rows = n_rows,
-                      .share = kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : size,
-                      .scores = job->scratch};
+    attend_block b;
+    b.job = job;
+    b.kind = job->values.blocks ? job->values.layout.kind : kind;
+    b.q = query_at(kind, n_rows, job->n, job->n_tail, job->q);
+    b.n_rows = n_rows;
+    b.share = kind == DS_ROWS_Q8 ? DS_ATTEND_SHARE : size;
+    b.scores = job->scratch;
     b.keep = b.scores + (size_t)size * (size_t)n_rows;
     b.gain = b.keep + n_rows;
     int least, most;
     attend_limits(job, &least, &most);
     for (int at = 0; at < most; at += size) {
-        b.n = most - at < size ? most - at : size;
-        b.first_pos = job->first_pos + at;
+        attend_enter(&b, at, most - at < size ? most - at : size);
         b.visible = least < at + b.n ? job->visible : NULL;
-        b.keys = ds_rows_from(&job->keys, at, job->n_tail);
-        b.values = job->values.data ? ds_rows_from(&job->values, at, 0) : b.keys;
         attend_scores(&b);
         for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);
-        if (b.values.kind == DS_ROWS_F32) attend_values_f32(&b);
-        else if (b.values.kind == DS_ROWS_Q8) attend_values_q8(&b);
+        if (b.kind == DS_ROWS_F32) attend_values_f32(&b);
+        else if (b.kind == DS_ROWS_Q8) attend_values_q8(&b);
         else attend_values_i16(&b);
     }
 }

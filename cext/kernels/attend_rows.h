@@ -225,28 +225,70 @@ DS_INLINE void dot_vecs(dot_type type, int vecs, vi sums[2], vi_dword a, const v
     }
 }
 
-/* out (n, ld) = row_scale[i] * col_scale[c] * row i . column c */
+/* Rows [at, at + n) of a table, block by block. */
+typedef struct row_runs {
+    int n;
+    struct {
+        ds_rows rows;
+        int n, at; /* rows that lie together, behind `at` others */
+    } run[DS_ATTEND_BLOCK_Q8 / DS_ROW_PAD];
+    ds_rows next; /* those behind the last; the first again where that is the table's last in use */
+} row_runs;
+
+/* Of a table that holds `end` rows; n is at most DS_ATTEND_BLOCK_Q8, and at a multiple of what stands before it. */
+DS_INLINE void row_runs_of(const ds_row_table *t, int at, int n, int end, row_runs *out) {
+    out->n = 0;
+    for (int i = 0; i < n; i += out->run[out->n++].n) {
+        out->run[out->n].rows = ds_table_rows(t, at + i);
+        out->run[out->n].n = ds_table_run(t, at + i, at + n);
+        out->run[out->n].at = i;
+    }
+    out->next = at + n < end ? ds_table_rows(t, at + n) : out->run[0].rows;
+}
+
+/* out (rows, ld) = row_scale[i] * col_scale[c] * row i . column c */
 typedef struct row_product {
-    int n, k; /* rows, and dwords of each */
-    const void *rows;
-    size_t row_bytes;
-    const float *row_scale; /* (n), or NULL: 1 */
-    const int32_t *sum;     /* (n) sums of the rows' values, where queries carry a bias */
+    const row_runs *rows;
+    bool tail; /* their tails, in place of their data */
+    int k;     /* dwords of each */
     const uint32_t *panel;  /* (k, n_cols) in groups */
     const float *col_scale; /* (n_cols) */
     int n_cols;             /* a multiple of 2 DS_LANES, or of DS_LANES */
     float *out;
     size_t ld;
-    const void *ahead;  /* rows to bring into cache meanwhile, as many as there are here, or NULL */
-    size_t ahead_bytes; /* of each */
+    int lead; /* rows are brought into cache as many rows ahead of their turn; 0: not at all */
 } row_product;
 
+/* One run of a product's rows. */
+typedef struct row_part {
+    int n;
+    const char *rows, *next;
+    size_t row_bytes;
+    const float *scale; /* (n), or NULL: 1 */
+    const int32_t *sum; /* (n) sums of the rows' values, where queries carry a bias */
+    float *out;
+} row_part;
+
+DS_INLINE row_part row_part_of(const row_product *p, int i) {
+    const ds_rows *rows = &p->rows->run[i].rows,
+                  *next = i + 1 < p->rows->n ? &p->rows->run[i + 1].rows : &p->rows->next;
+    row_part part = {.n = p->rows->run[i].n, .out = p->out + (size_t)p->rows->run[i].at * p->ld};
+    if (p->tail) {
+        part.rows = (const char *)rows->tail, part.next = (const char *)next->tail;
+        part.row_bytes = (size_t)p->k * 4, part.scale = rows->tail_scale;
+    } else {
+        part.rows = rows->data, part.next = next->data;
+        part.row_bytes = rows->row_bytes, part.scale = rows->scale, part.sum = rows->sum;
+    }
+    return part;
+}
+
 /* Sums of a tile, scaled and stored, or added to what is there. */
-DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, int row, int col,
-                             vi sums[2 * DS_ROW_TILE][2]) {
-    const float *row_scale = p->row_scale ? p->row_scale + row : NULL;
+DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, const row_part *part,
+                             int row, int col, vi sums[2 * DS_ROW_TILE][2]) {
+    const float *row_scale = part->scale ? part->scale + row : NULL;
     const size_t ld = p->ld;
-    float *out = p->out + (size_t)row * ld + (size_t)col;
+    float *out = part->out + (size_t)row * ld + (size_t)col;
     vf col_scale[2];
     DS_UNROLL
     for (int v = 0; v < vecs; v++) col_scale[v] = vf_load(p->col_scale + col + v * DS_LANES);
@@ -262,23 +304,25 @@ DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const 
 }
 
 /* What the bias of queries adds to a row's sums, taken off. */
-DS_INLINE vi product_start(dot_type type, const row_product *p, int row) {
-    return vi_set(type == DOT_QUERY && DS_QUERY_BIAS != 0 ? (uint32_t)(-DS_QUERY_BIAS * p->sum[row]) : 0);
+DS_INLINE vi product_start(dot_type type, const row_part *part, int row) {
+    return vi_set(type == DOT_QUERY && DS_QUERY_BIAS != 0 ? (uint32_t)-DS_QUERY_BIAS * (uint32_t)part->sum[row] : 0);
 }
 
 /* rows by vecs vectors of columns (constants); paired: two vectors that become one. */
-DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int vecs, const row_product *p, int row,
-                            int col, const uint32_t *b) {
+DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int vecs, const row_product *p,
+                            const row_part *part, int row, int col, const uint32_t *b) {
     vi sums[2 * DS_ROW_TILE][2];
-    const size_t row_bytes = p->row_bytes;
-    const char *a = (const char *)p->rows + (size_t)row * row_bytes;
+    const size_t row_bytes = part->row_bytes;
+    const char *a = part->rows + (size_t)row * row_bytes;
     const int n = paired ? p->k / 2 : p->k;
     DS_UNROLL
     for (int i = 0; i < rows; i++)
-        DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, p, row + i);
+        DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, part, row + i);
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
-    const char *ahead = p->ahead ? (const char *)p->ahead + (size_t)row * p->ahead_bytes : a;
-    const size_t step = p->ahead ? (size_t)rows * p->ahead_bytes / (size_t)n : 0;
+    const int to = row + p->lead;
+    const char *ahead =
+        to < part->n ? part->rows + (size_t)to * row_bytes : part->next + (size_t)(to - part->n) * row_bytes;
+    const size_t step = p->lead ? (size_t)rows * row_bytes / (size_t)n : 0;
     for (int k = 0; k < n; k++, a += paired ? 8 : 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
         const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};
@@ -290,17 +334,21 @@ DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int 
     }
     DS_UNROLL
     for (int i = 0; i < rows; i++)
-        if (paired) sums[i][0] = vi_add(vi_join_pairs(sums[i][0], sums[i][1]), product_start(type, p, row + i));
-    product_store(type, add, rows, paired ? 1 : vecs, p, row, col, sums);
+        if (paired) sums[i][0] = vi_add(vi_join_pairs(sums[i][0], sums[i][1]), product_start(type, part, row + i));
+    product_store(type, add, rows, paired ? 1 : vecs, p, part, row, col, sums);
 }
 
 /* All columns of one group against all rows: whole tiles, then single rows. */
 DS_INLINE void product_group(dot_type type, bool add, bool paired, int vecs, const row_product *p, int col) {
     const int tile = 2 * DS_ROW_TILE / vecs;
     const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
-    int row = 0;
-    for (; row + tile <= p->n; row += tile) product_tile(type, add, paired, tile, vecs, p, row, col, panel);
-    for (; row < p->n; row++) product_tile(type, add, paired, 1, vecs, p, row, col, panel);
+    for (int i = 0; i < p->rows->n; i++) {
+        const row_part part = row_part_of(p, i);
+        int row = 0;
+        for (; row + tile <= part.n; row += tile)
+            product_tile(type, add, paired, tile, vecs, p, &part, row, col, panel);
+        for (; row < part.n; row++) product_tile(type, add, paired, 1, vecs, p, &part, row, col, panel);
+    }
 }
 
 DS_INLINE void product(dot_type type, bool add, const row_product *p) {

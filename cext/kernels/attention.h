@@ -1,5 +1,6 @@
 /* attention.h: the contract of latent attention: rows of a cache, queries over them, keys and values expanded of them.
  *
+ * A cache's rows come in blocks, which a job walks by itself: which blocks are whose is not the kernels' affair.
  * Rows, packs and scratch have the same size on every ISA, and packed rows the same bytes, given the same scale; how a
  * query pack is laid out is the table's own affair. Integer sums are bit-equal on every ISA. */
 #pragma once
@@ -58,6 +59,60 @@ static inline ds_rows ds_rows_from(const ds_rows *rows, int i, int n_tail) {
     return r;
 }
 
+/* Where the parts of a block of rows lie in it, in bytes, each on cache lines of its own. */
+typedef struct ds_row_layout {
+    ds_row_kind kind;
+    size_t row_bytes, tail_bytes; /* of one row */
+    size_t data, scale, tail, tail_scale, sum;
+    size_t bytes; /* of the block */
+} ds_row_layout;
+
+static inline size_t ds_row_part(size_t at, size_t n_bytes) { return (at + n_bytes + 63) / 64 * 64; }
+
+/* Of n_rows rows; row_bytes is ds_row_bytes_of, or more. */
+static inline ds_row_layout ds_row_layout_of(ds_row_kind kind, size_t row_bytes, int n_tail, int n_rows) {
+    const size_t n = (size_t)n_rows, scaled = kind != DS_ROWS_F32, split = kind == DS_ROWS_Q8;
+    ds_row_layout l = {.kind = kind, .row_bytes = row_bytes};
+    l.tail_bytes = split * ds_row_pad(n_tail) * sizeof(int16_t);
+    l.scale = ds_row_part(l.data, n * row_bytes);
+    l.tail = ds_row_part(l.scale, n * scaled * sizeof(float));
+    l.tail_scale = ds_row_part(l.tail, n * l.tail_bytes);
+    l.sum = ds_row_part(l.tail_scale, n * split * sizeof(float));
+    l.bytes = ds_row_part(l.sum, n * split * sizeof(int32_t));
+    return l;
+}
+
+/* The rows of a block from row i on; the block is aligned as its parts want to be: to 64 bytes. */
+static inline ds_rows ds_rows_at(const ds_row_layout *l, unsigned char *block, int i) {
+    const size_t at = (size_t)i;
+    ds_rows r = {.kind = l->kind, .data = block + l->data + at * l->row_bytes, .row_bytes = l->row_bytes};
+    if (l->kind != DS_ROWS_F32) r.scale = (float *)(void *)(block + l->scale) + at;
+    if (l->kind != DS_ROWS_Q8) return r;
+    r.tail = (int16_t *)(void *)(block + l->tail + at * l->tail_bytes);
+    r.tail_scale = (float *)(void *)(block + l->tail_scale) + at;
+    r.sum = (int32_t *)(void *)(block + l->sum) + at;
+    return r;
+}
+
+/* Rows in blocks: row i is row i % block_rows of block i / block_rows. Where there are several, block_rows is a multiple
+ * of DS_ROW_PAD. */
+typedef struct ds_row_table {
+    ds_row_layout layout;
+    unsigned char *const *blocks; /* enough for the rows in use */
+    int block_rows;
+} ds_row_table;
+
+/* The rows from row i on, as far as its block goes. */
+static inline ds_rows ds_table_rows(const ds_row_table *t, int i) {
+    return ds_rows_at(&t->layout, t->blocks[i / t->block_rows], i % t->block_rows);
+}
+
+/* Of rows [i, end), how many lie in one block with row i. */
+static inline int ds_table_run(const ds_row_table *t, int i, int end) {
+    const int left = t->block_rows - i % t->block_rows;
+    return end - i < left ? end - i : left;
+}
+
 /* Bytes of a pack of n_rows queries (a multiple of DS_ATTEND_ROWS), linear in n_rows. */
 static inline size_t ds_query_bytes(ds_row_kind kind, int n_rows, int n, int n_tail) {
     size_t dwords = 2; /* scales */
@@ -76,8 +131,8 @@ typedef struct ds_attend {
     int n, n_tail; /* of a key: 512 and 64 over latents, 128 and 64 over expanded keys */
     int v_dim;
     const void *q; /* pack of n_rows queries; the scores' scale is in it */
-    ds_rows keys;
-    ds_rows values; /* data NULL: the first v_dim values of the keys */
+    ds_row_table keys;
+    ds_row_table values; /* blocks NULL: the first v_dim values of the keys */
     const int32_t *visible; /* (n_rows): a row sees the positions below this; NULL: all */
     int first_pos; /* the first key's position */
     float *m, *l; /* (n_rows) */
@@ -113,7 +168,7 @@ static inline size_t ds_expand_weights_bytes(ds_row_kind from, int rank, int k_d
 typedef struct ds_expand {
     int n_pos, rank, n_tail, k_dim, v_dim;
     const void *weights; /* packed */
-    ds_rows latents;
+    ds_row_table latents;
     ds_rows keys, values; /* rows to fill, of the latents' kind; F32 rows have room for the padded columns */
     void *scratch; /* ds_expand_scratch */
 } ds_expand;

@@ -90,10 +90,10 @@ DS_INLINE void i16_unpack32(const int16_t *in, float scale, float *out) {
         DS_UNROLL for (int i = 0; i < 4; i++) out[four % 2 * 16 + four / 2 * 4 + i] = scale * (float)in[4 * four + i];
 }
 
-/* The tail of latent row j as floats. */
-DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
-    const char *row = (const char *)job->latents.data + (size_t)j * job->latents.row_bytes;
-    if (job->latents.kind == DS_ROWS_F32) {
+/* The tail of row j of a run of latents as floats. */
+DS_INLINE void expand_tail(const ds_expand *job, const ds_rows *latents, int j, float *out) {
+    const char *row = (const char *)latents->data + (size_t)j * latents->row_bytes;
+    if (latents->kind == DS_ROWS_F32) {
         memcpy(out, (const float *)(const void *)row + job->rank, (size_t)job->n_tail * sizeof *out);
         return;
     }
@@ -102,66 +102,73 @@ DS_INLINE void expand_tail(const ds_expand *job, int j, float *out) {
         const int inside = (job->rank + i) % ROW_ORDER16, left = job->n_tail - i;
         const int n = left < ROW_ORDER16 - inside ? left : ROW_ORDER16 - inside;
         float part[ROW_ORDER16];
-        i16_unpack32(values + job->rank + i - inside, job->latents.scale[j], n == ROW_ORDER16 ? out + i : part);
+        i16_unpack32(values + job->rank + i - inside, latents->scale[j], n == ROW_ORDER16 ? out + i : part);
         if (n < ROW_ORDER16) memcpy(out + i, part + inside, (size_t)n * sizeof *part);
         i += n;
     }
 }
 
+/* The tails of all latents behind the heads of keys (n_pos, ld). */
+DS_INLINE void expand_tails(const ds_expand *job, const row_runs *latents, float *keys, size_t ld) {
+    float *at = keys + job->k_dim;
+    for (int i = 0; i < latents->n; i++)
+        for (int j = 0; j < latents->run[i].n; j++, at += ld) expand_tail(job, &latents->run[i].rows, j, at);
+}
+
 /* Floats (n_pos, ld) by one of the panels. */
-DS_INLINE void expand_product(const ds_expand *job, const expand_pack *e, bool values, float *out, size_t ld) {
-    const ds_rows *latents = &job->latents;
-    const row_product p = {.n = job->n_pos,
+DS_INLINE void expand_product(ds_row_kind kind, const row_runs *latents, const expand_pack *e, bool values, float *out,
+                              size_t ld) {
+    const row_product p = {.rows = latents,
                            .k = e->n_dwords,
-                           .rows = latents->data,
-                           .row_bytes = latents->row_bytes,
-                           .row_scale = latents->kind == DS_ROWS_F32 ? NULL : latents->scale,
-                           .sum = latents->sum,
                            .panel = values ? e->v : e->k,
                            .col_scale = values ? e->v_scale : e->k_scale,
                            .n_cols = values ? e->v_cols : e->k_cols,
                            .out = out,
                            .ld = ld};
-    if (latents->kind == DS_ROWS_F32) product_f32(&p);
-    else if (latents->kind == DS_ROWS_Q8) product_query(&p);
+    if (kind == DS_ROWS_F32) product_f32(&p);
+    else if (kind == DS_ROWS_Q8) product_query(&p);
     else product_i16(&p);
 }
 
 /* F32: straight into the rows. */
-DS_INLINE void expand_f32(const ds_expand *job, const expand_pack *e) {
+DS_INLINE void expand_f32(const ds_expand *job, const row_runs *latents, const expand_pack *e) {
     const size_t ld = job->keys.row_bytes / sizeof(float);
-    expand_product(job, e, false, job->keys.data, ld);
-    for (int j = 0; j < job->n_pos; j++) expand_tail(job, j, (float *)job->keys.data + (size_t)j * ld + job->k_dim);
-    expand_product(job, e, true, job->values.data, job->values.row_bytes / sizeof(float));
+    expand_product(DS_ROWS_F32, latents, e, false, job->keys.data, ld);
+    expand_tails(job, latents, job->keys.data, ld);
+    expand_product(DS_ROWS_F32, latents, e, true, job->values.data, job->values.row_bytes / sizeof(float));
 }
 
-DS_INLINE void expand_i16(const ds_expand *job, const expand_pack *e) {
+DS_INLINE void expand_i16(const ds_expand *job, const row_runs *latents, const expand_pack *e) {
     const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim);
     float *floats = job->scratch;
-    expand_product(job, e, false, floats, ld);
-    for (int j = 0; j < job->n_pos; j++) {
-        expand_tail(job, j, floats + (size_t)j * ld + job->k_dim);
+    expand_product(DS_ROWS_I16, latents, e, false, floats, ld);
+    expand_tails(job, latents, floats, ld);
+    for (int j = 0; j < job->n_pos; j++)
         DS_OF(rows_put)(&job->keys, j, job->k_dim + job->n_tail, 0, floats + (size_t)j * ld);
-    }
-    expand_product(job, e, true, floats, ld);
+    expand_product(DS_ROWS_I16, latents, e, true, floats, ld);
     for (int j = 0; j < job->n_pos; j++) DS_OF(rows_put)(&job->values, j, job->v_dim, 0, floats + (size_t)j * ld);
 }
 
-DS_INLINE void expand_q8(const ds_expand *job, const expand_pack *e) {
-    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim),
-                 n_tails = (size_t)job->n_pos * ds_row_pad(job->n_tail);
+DS_INLINE void expand_q8(const ds_expand *job, const row_runs *latents, const expand_pack *e) {
+    const size_t ld = ds_expand_ld(job->k_dim, job->n_tail, job->v_dim), tail = ds_row_pad(job->n_tail);
     float *floats = job->scratch;
-    expand_product(job, e, false, floats, ld);
+    expand_product(DS_ROWS_Q8, latents, e, false, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->keys, j, job->k_dim, floats + (size_t)j * ld);
-    memcpy(job->keys.tail, job->latents.tail, n_tails * sizeof *job->keys.tail);
-    memcpy(job->keys.tail_scale, job->latents.tail_scale, (size_t)job->n_pos * sizeof *job->keys.tail_scale);
-    expand_product(job, e, true, floats, ld);
+    for (int i = 0; i < latents->n; i++) {
+        const ds_rows *from = &latents->run[i].rows, to = ds_rows_from(&job->keys, latents->run[i].at, job->n_tail);
+        memcpy(to.tail, from->tail, (size_t)latents->run[i].n * tail * sizeof *to.tail);
+        memcpy(to.tail_scale, from->tail_scale, (size_t)latents->run[i].n * sizeof *to.tail_scale);
+    }
+    expand_product(DS_ROWS_Q8, latents, e, true, floats, ld);
     for (int j = 0; j < job->n_pos; j++) rows_put_head(&job->values, j, job->v_dim, floats + (size_t)j * ld);
 }
 
 void DS_OF(expand)(const ds_expand *job) {
-    const expand_pack e = expand_at(job->latents.kind, job->rank, job->k_dim, job->v_dim, job->weights);
-    if (job->latents.kind == DS_ROWS_F32) expand_f32(job, &e);
-    else if (job->latents.kind == DS_ROWS_I16) expand_i16(job, &e);
-    else expand_q8(job, &e);
+    const ds_row_kind kind = job->latents.layout.kind;
+    const expand_pack e = expand_at(kind, job->rank, job->k_dim, job->v_dim, job->weights);
+    row_runs latents;
+    row_runs_of(&job->latents, 0, job->n_pos, job->n_pos, &latents);
+    if (kind == DS_ROWS_F32) expand_f32(job, &latents, &e);
+    else if (kind == DS_ROWS_I16) expand_i16(job, &latents, &e);
+    else expand_q8(job, &latents, &e);
 }
