@@ -15,7 +15,7 @@ typedef struct ds_block ds_block;
 enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
 
 /* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
- * Weights are mapped, not copied. Close its sessions first. */
+ * Weights are mapped, not copied. A model that has sessions goes with the last of them. */
 ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err);
 /* The same over a file's bytes, which the caller keeps alive and unchanged until close; label names it in errors. */
 ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
@@ -26,7 +26,8 @@ const ds_gguf *ds_model_gguf(const ds_model *model);
 int ds_model_threads(const ds_model *model);
 const char *ds_model_isa(const ds_model *model);
 
-/* A sequence with room for n_ctx tokens of latent cache in kv_type ("f16", "q8_0" or "f32"). The model outlives it. */
+/* A sequence with room for n_ctx tokens of cache in kv_type ("f16", "q8_0" or "f32"); memory comes as it fills. Sessions of
+ * a model may be used from several threads, each from one at a time. */
 ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err);
 void ds_session_destroy(ds_session *session);
 int ds_session_n_past(const ds_session *session);

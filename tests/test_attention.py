@@ -101,12 +101,16 @@ def test_rotation(n, isa):
     assert (y == z).all(), "the same sums in the same order give the same bits"
 
 
-def attend(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visible=None):
-    """m, l (rows,) and acc (rows, v_dim) after all positions, in the pieces that cuts make; m is in powers of two."""
+def attend(isa, kind, q, keys, values, *, n, v_dim, scale, cuts=(), visible=None, block=0):
+    """m, l (rows,) and acc (rows, v_dim) after all positions, in the pieces that cuts make; m is in powers of two.
+
+    block: positions that lie together in memory; 0 for all.
+    """
     m, total = np.empty((2, len(q)), np.float32)
     acc = np.empty((len(q), v_dim), np.float32)
     pieces = np.array([0, *cuts, len(keys)], np.int32)
-    _engine._attend(isa, kind, n, q.shape[1] - n, v_dim, scale, q, keys, values, visible, pieces, m, total, acc)
+    sizes = n, q.shape[1] - n, v_dim, scale, block
+    _engine._attend(isa, kind, *sizes, q, keys, values, visible, pieces, m, total, acc)
     return m, total, acc
 
 
@@ -233,6 +237,25 @@ def test_integer_sums_are_bit_equal(kind):
             assert m.tobytes() == results[-1].tobytes(), isa
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_over_blocks_is_the_same_bits(shape, kind, isa):
+    """Where rows lie does not matter: blocks are out of order in memory, the last one is partly filled."""
+    n_rows, n, n_tail, v_dim, n_pos = shape
+    rng = np.random.default_rng(15)
+    n_pos += 300
+    q, keys = random_rows(rng, n_rows, n, n_tail), random_rows(rng, n_pos, n, n_tail, outliers=True)
+    values = None if v_dim else random_rows(rng, n_pos, 40, 0, outliers=True)
+    visible = (np.arange(n_rows) * 37 % n_pos + 1).astype(np.int32)
+    for sees in (None, visible):
+        for block, cuts in ((64, ()), (64, (64, 256)), (128, (128,)), (192, ())):
+            sizes = {"n": n, "v_dim": v_dim or 40, "scale": 0.1, "visible": sees, "cuts": cuts}
+            whole, parts = (attend(isa, kind, q, keys, values, **sizes, block=b) for b in (0, block))
+            for a, b in zip(whole, parts, strict=True):
+                assert a.tobytes() == b.tobytes(), (block, cuts)
+
+
 EXPANSIONS = ((32, 8, 16, 24), (512, 64, 128, 128), (23, 6, 11, 13), (130, 2, 70, 40), (64, 0, 1, 1))
 
 
@@ -247,7 +270,7 @@ def test_expansion(shape, n_pos, kind, isa):
     k_b = rng.normal(size=(rank, k_dim)).astype(np.float32)
     v_b = rng.normal(size=(v_dim, rank)).astype(np.float32)
     keys, values = np.empty((n_pos, k_dim + n_tail), np.float32), np.empty((n_pos, v_dim), np.float32)
-    _engine._expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values)
+    _engine._expand(isa, kind, rank, n_tail, k_dim, v_dim, 0, latents, k_b, v_b, keys, values)
     c = pack(isa, kind, latents, rank).astype(np.float64)
     head, tail = c[:, :rank], c[:, rank:]
     for got, plain, extra in ((keys, k_b.T, tail), (values, v_b, np.empty((n_pos, 0)))):
@@ -264,6 +287,23 @@ def test_expansion(shape, n_pos, kind, isa):
         if kind == "i16":  # packed again, tail and all
             bound = bound + 0.51 * i16_scale(np.abs(want) + bound)[:, None]
         assert_within(got, want, bound + 1e-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", EXPANSIONS, ids=str)
+def test_expansion_from_blocks_is_the_same_bits(shape, kind, isa):
+    rank, n_tail, k_dim, v_dim = shape
+    rng = np.random.default_rng(16)
+    latents = random_rows(rng, 230, rank, n_tail, outliers=True)
+    k_b = rng.normal(size=(rank, k_dim)).astype(np.float32)
+    v_b = rng.normal(size=(v_dim, rank)).astype(np.float32)
+    results = []
+    for block in (0, 64, 128):
+        keys, values = np.empty((230, k_dim + n_tail), np.float32), np.empty((230, v_dim), np.float32)
+        _engine._expand(isa, kind, rank, n_tail, k_dim, v_dim, block, latents, k_b, v_b, keys, values)
+        results.append(keys.tobytes() + values.tobytes())
+    assert results[1] == results[0] and results[2] == results[0]
 
 
 def int8_rounding(x):

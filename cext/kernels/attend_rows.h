@@ -243,7 +243,7 @@ DS_INLINE void row_runs_of(const ds_row_table *t, int at, int n, int end, row_ru
         out->run[out->n].n = ds_table_run(t, at + i, at + n);
         out->run[out->n].at = i;
     }
-    out->next = at + n < end ? ds_table_rows(t, at + n) : out->run[0].rows;
+    out->next = ds_table_rows(t, at + n < end ? at + n : at);
 }
 
 /* out (rows, ld) = row_scale[i] * col_scale[c] * row i . column c */

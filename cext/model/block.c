@@ -59,10 +59,21 @@ static ds_status run_windows(ds_block *block, ds_step step, int first, int n, in
     return DS_OK;
 }
 
+/* All windows, as many together as there are caches. */
+static ds_status run_all(ds_block *block, const ds_step *step, int n_seq, int n_tok, ds_kv *kv, ds_span *spans,
+                         int together, ds_error *err) {
+    ds_status st = DS_OK;
+    for (int i = 0; i < n_seq && st == DS_OK; i += together)
+        st = run_windows(block, *step, i, n_seq - i < together ? n_seq - i : together, n_tok, kv, spans, err);
+    return st;
+}
+
 ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap,
                            ds_error *err) {
     const ds_step step = {.x = x, .x_out = y, .tap = tap};
+    const ds_kv_rows latent = {block->core.config.kv_lora_rank, block->core.config.rope_dim, 1};
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
+    ds_kv_store store;
     ds_kv *kv;
     ds_span *spans;
     ds_status st = DS_OK;
@@ -71,16 +82,16 @@ ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok
             return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");
     }
     if (together > n_seq) together = n_seq;
+    ds_kv_store_create(DS_KV_F32, 1, &latent, 1, &store);
     kv = calloc((size_t)together, sizeof *kv);
     spans = calloc((size_t)together, sizeof *spans);
     if (!kv || !spans) st = ds_fail(err, DS_ENOMEM, "no memory for %d windows", together);
-    for (int i = 0; i < together && st == DS_OK; i++)
-        st = ds_kv_create(DS_KV_F32, 1, n_tok, block->core.config.kv_lora_rank, block->core.config.rope_dim, &kv[i],
-                          err);
-    for (int i = 0; i < n_seq && st == DS_OK; i += together) {
-        st = run_windows(block, step, i, n_seq - i < together ? n_seq - i : together, n_tok, kv, spans, err);
+    for (int i = 0; i < together && st == DS_OK; i++) {
+        if ((st = ds_kv_create(&store, n_tok, &kv[i], err)) == DS_OK) st = ds_kv_reserve(&kv[i], 0, n_tok, err);
     }
+    if (st == DS_OK) st = run_all(block, &step, n_seq, n_tok, kv, spans, together, err);
     for (int i = 0; kv && i < together; i++) ds_kv_release(&kv[i]);
+    ds_kv_store_release(&store);
     free(kv);
     free(spans);
     return st;

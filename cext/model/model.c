@@ -1,4 +1,5 @@
 /* model.c: models over a GGUF, their sessions, and the evaluation of tokens. Owns the file and the caches. */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,6 +9,8 @@
 struct ds_model {
     ds_core core;
     ds_gguf *gguf;
+    ds_kv_store stores[DS_KV_TYPES];
+    atomic_int holders; /* who opened it, and its sessions */
 };
 
 struct ds_session {
@@ -35,6 +38,11 @@ static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_mod
         return st;
     }
     model->gguf = gguf;
+    atomic_init(&model->holders, 1);
+    const ds_config *c = &model->core.config;
+    const ds_kv_rows latent = {c->kv_lora_rank, c->rope_dim, 1};
+    for (int type = 0; type < DS_KV_TYPES; type++)
+        ds_kv_store_create((ds_kv_type)type, c->n_layer, &latent, 1, &model->stores[type]);
     *out = model;
     return DS_OK;
 }
@@ -53,7 +61,8 @@ ds_status ds_model_view(const void *data, size_t size, const char *label, int n_
 }
 
 void ds_model_close(ds_model *model) {
-    if (!model) return;
+    if (!model || atomic_fetch_sub(&model->holders, 1) > 1) return;
+    for (int type = 0; type < DS_KV_TYPES; type++) ds_kv_store_release(&model->stores[type]);
     ds_core_release(&model->core);
     ds_gguf_close(model->gguf);
     free(model);
@@ -65,7 +74,6 @@ int ds_model_threads(const ds_model *model) { return ds_pool_size(model->core.po
 const char *ds_model_isa(const ds_model *model) { return model->core.kern->isa; }
 
 ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err) {
-    const ds_config *c = &model->core.config;
     ds_kv_type type;
     ds_session *session;
     ds_status st;
@@ -74,11 +82,12 @@ ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_
     if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT)
         return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
     if (!(session = calloc(1, sizeof *session))) return ds_fail(err, DS_ENOMEM, "no memory for a session");
-    if ((st = ds_kv_create(type, c->n_layer, n_ctx, c->kv_lora_rank, c->rope_dim, &session->kv, err)) != DS_OK) {
+    if ((st = ds_kv_create(&model->stores[type], n_ctx, &session->kv, err)) != DS_OK) {
         free(session);
         return st;
     }
     session->model = model;
+    atomic_fetch_add(&model->holders, 1);
     *out = session;
     return DS_OK;
 }
@@ -86,27 +95,31 @@ ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_
 void ds_session_destroy(ds_session *session) {
     if (!session) return;
     ds_kv_release(&session->kv);
+    ds_model_close(session->model);
     free(session);
 }
 
 int ds_session_n_past(const ds_session *session) { return session->n_past; }
 int ds_session_n_ctx(const ds_session *session) { return session->kv.n_ctx; }
-size_t ds_session_bytes(const ds_session *session) { return session->kv.bytes; }
-const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.type); }
+size_t ds_session_bytes(const ds_session *session) { return ds_kv_bytes(session->kv.store, session->kv.n_ctx); }
+const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.store->type); }
 
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
     if (n < 0 || n > session->n_past)
         return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
     session->n_past = n;
+    ds_kv_truncate(&session->kv, n);
     return DS_OK;
 }
 
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
+    ds_status st;
     if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
     if (n < session->n_past || n > session->kv.n_ctx) {
         return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n,
                        session->n_past, session->kv.n_ctx);
     }
+    if ((st = ds_kv_reserve(&session->kv, session->n_past, n, err)) != DS_OK) return st;
     ds_kv_repeat(&session->kv, session->n_past, n);
     session->n_past = n;
     return DS_OK;
@@ -132,6 +145,23 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
     return DS_OK;
 }
 
+/* Drop what a step that was not run had reserved. */
+static void give_up(const ds_input *inputs, int n_inputs) {
+    for (int i = 0; i < n_inputs; i++) ds_kv_truncate(&inputs[i].session->kv, inputs[i].session->n_past);
+}
+
+/* Room in the caches for what the step appends, and the ids there; on failure all hold what they held. */
+static ds_status reserve(const ds_step *step, const ds_input *inputs, ds_error *err) {
+    ds_status st = DS_OK;
+    for (int i = 0; i < step->n_spans && st == DS_OK; i++) {
+        const ds_span *span = &step->spans[i];
+        if ((st = ds_kv_reserve(span->kv, span->pos, span->pos + span->n, err)) != DS_OK) break;
+        for (int t = 0; t < span->n; t++) *ds_kv_ids(span->kv, span->pos + t) = step->ids[span->first + t];
+    }
+    if (st != DS_OK) give_up(inputs, step->n_spans);
+    return st;
+}
+
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err) {
     int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
     ds_span spans[DS_MAX_INPUTS];
@@ -153,7 +183,8 @@ ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *
         step.n_tok += in->n;
         for (int t = in->n_logits; t > 0; t--) rows[step.n_logits++] = step.n_tok - t;
     }
-    if ((st = ds_core_run(&model->core, &step, err)) != DS_OK) return st;
+    if ((st = reserve(&step, inputs, err)) != DS_OK) return st;
+    if ((st = ds_core_run(&model->core, &step, err)) != DS_OK) return give_up(inputs, n_inputs), st;
     for (int i = 0; i < n_inputs; i++) inputs[i].session->n_past += inputs[i].n;
     for (int i = 0; tap && i < tap->n; i++) tap->entries[i].row += step.n_tok;
     return DS_OK;

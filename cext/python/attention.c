@@ -47,28 +47,41 @@ static void drop(arena *a) {
     for (int i = 0; i < a->n; i++) free(a->blocks[i]);
 }
 
-static bool rows_new(arena *a, ds_row_kind kind, int n_rows, int n, int n_tail, ds_rows *out) {
-    *out = (ds_rows){.kind = kind, .row_bytes = ds_row_bytes_of(kind, n, n_tail)};
-    out->data = take(a, (size_t)n_rows * out->row_bytes);
-    out->scale = kind == DS_ROWS_F32 ? NULL : take(a, (size_t)n_rows * sizeof(float));
-    if (kind == DS_ROWS_Q8) {
-        out->tail = take(a, (size_t)n_rows * ds_row_pad(n_tail) * sizeof(int16_t));
-        out->tail_scale = take(a, (size_t)n_rows * sizeof(float));
-        out->sum = take(a, (size_t)n_rows * sizeof(int32_t));
-    }
-    return !PyErr_Occurred();
+/* A table for n_rows rows in blocks of block_rows. */
+static bool table_new(arena *a, ds_row_kind kind, int n_rows, int block_rows, size_t row_bytes, int n_tail,
+                      ds_row_table *out) {
+    const int n_blocks = (n_rows + block_rows - 1) / block_rows;
+    unsigned char **blocks = take(a, (size_t)n_blocks * sizeof *blocks);
+    *out = (ds_row_table){.layout = ds_row_layout_of(kind, row_bytes, n_tail, block_rows), .block_rows = block_rows};
+    /* In one piece, but not in order: a block's neighbour in memory is not the next of the table. */
+    unsigned char *data = blocks ? take(a, (size_t)n_blocks * out->layout.bytes) : NULL;
+    for (int i = 0; data && i < n_blocks; i++) blocks[i] = data + (size_t)(n_blocks - 1 - i) * out->layout.bytes;
+    out->blocks = blocks;
+    return data != NULL;
 }
 
 /* Rows packed from floats (n_rows, n + n_tail). */
-static bool rows_from_floats(arena *a, const ds_kernels *table, ds_row_kind kind, const float *x, int n_rows, int n,
-                             int n_tail, ds_rows *out) {
+static bool table_from_floats(arena *a, const ds_kernels *table, ds_row_kind kind, const float *x, int n_rows,
+                              int block_rows, int n, int n_tail, ds_row_table *out) {
     float *row = take(a, (size_t)(n + n_tail + 1) * sizeof *row);
-    if (!row || !rows_new(a, kind, n_rows, n, n_tail, out)) return false;
+    if (!row || !table_new(a, kind, n_rows, block_rows, ds_row_bytes_of(kind, n, n_tail), n_tail, out)) return false;
     for (int i = 0; i < n_rows; i++) {
+        const ds_rows to = ds_table_rows(out, i);
         memcpy(row, x + (size_t)i * (size_t)(n + n_tail), (size_t)(n + n_tail) * sizeof *row);
-        table->rows_put(out, i, n, n_tail, row);
+        table->rows_put(&to, 0, n, n_tail, row);
     }
     return true;
+}
+
+/* The table from row i on: the start of a block, or anywhere in a table of one. */
+static ds_row_table table_from(const ds_row_table *t, int i) {
+    ds_row_table from = *t;
+    const size_t at = (size_t)(i % t->block_rows);
+    from.blocks += i / t->block_rows;
+    from.layout.data += at * from.layout.row_bytes, from.layout.scale += at * sizeof(float);
+    from.layout.tail += at * from.layout.tail_bytes, from.layout.tail_scale += at * sizeof(float);
+    from.layout.sum += at * sizeof(int32_t);
+    return from;
 }
 
 /* A packed row as floats (n + n_tail); a rotated head stays rotated. */
@@ -111,14 +124,17 @@ static PyObject *py_pack_rows(PyObject *self, PyObject *args) {
     const char *isa, *name;
     const ds_kernels *table;
     ds_row_kind kind;
-    ds_rows rows;
+    ds_row_table rows;
     int n, n_tail;
     if (!PyArg_ParseTuple(args, "ssiiy*w*:_pack_rows", &isa, &name, &n, &n_tail, &b[0], &b[1])) return finish(b, 2, &a);
     if (!(table = find_isa(isa)) || !find_kind(name, &kind) || !positive(n, "n") || n_tail < 0) return finish(b, 2, &a);
     const size_t width = (size_t)(n + n_tail), n_rows = (size_t)b[0].len / sizeof(float) / width;
     if (holds(&b[0], "x", n_rows * width) && holds(&b[1], "y", n_rows * width) &&
-        rows_from_floats(&a, table, kind, b[0].buf, (int)n_rows, n, n_tail, &rows))
-        for (size_t i = 0; i < n_rows; i++) row_to_floats(&rows, (int)i, n, n_tail, (float *)b[1].buf + i * width);
+        table_from_floats(&a, table, kind, b[0].buf, (int)n_rows, (int)n_rows + 1, n, n_tail, &rows))
+        for (size_t i = 0; i < n_rows; i++) {
+            const ds_rows row = ds_table_rows(&rows, (int)i);
+            row_to_floats(&row, 0, n, n_tail, (float *)b[1].buf + i * width);
+        }
     return finish(b, 2, &a);
 }
 
@@ -139,10 +155,11 @@ static PyObject *py_rotate(PyObject *self, PyObject *args) {
 static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const int32_t *cuts, int n_cuts, float scale,
                        const float *q, float *m, float *l, float *acc) {
     const int width = job->n + job->n_tail, padded = ds_attend_pad(job->n_rows);
-    const ds_rows keys = job->keys, values = job->values;
+    const ds_row_table keys = job->keys, values = job->values;
+    const ds_row_kind kind = keys.layout.kind;
     job->ld_acc = ds_row_pad(job->v_dim);
     float *row = take(a, (size_t)width * sizeof *row);
-    void *pack = take(a, ds_query_bytes(keys.kind, padded, job->n, job->n_tail));
+    void *pack = take(a, ds_query_bytes(kind, padded, job->n, job->n_tail));
     job->m = take(a, (size_t)padded * sizeof(float));
     job->l = take(a, (size_t)padded * sizeof(float));
     job->acc = take(a, (size_t)padded * job->ld_acc * sizeof(float));
@@ -150,40 +167,52 @@ static void attend_all(arena *a, const ds_kernels *table, ds_attend *job, const 
     if (PyErr_Occurred()) return;
     for (int i = 0; i < job->n_rows; i++) {
         memcpy(row, q + (size_t)i * (size_t)width, (size_t)width * sizeof *row);
-        table->query_put(keys.kind, i, padded, job->n, job->n_tail, row, scale, pack);
+        table->query_put(kind, i, padded, job->n, job->n_tail, row, scale, pack);
         job->m[i] = -INFINITY;
     }
     job->q = pack;
     for (int i = 0; i + 1 < n_cuts; i++) {
         job->first_pos = cuts[i];
         job->n_pos = cuts[i + 1] - cuts[i];
-        job->keys = ds_rows_from(&keys, cuts[i], job->n_tail);
-        if (values.data) job->values = ds_rows_from(&values, cuts[i], 0);
+        if (!job->n_pos) continue;
+        job->keys = table_from(&keys, cuts[i]);
+        if (values.blocks) job->values = table_from(&values, cuts[i]);
         table->attend(job);
     }
     for (int i = 0; i < job->n_rows; i++) {
         float *out = job->acc + (size_t)i * job->ld_acc;
-        if (keys.kind == DS_ROWS_Q8) table->rotate(job->v_dim, out);
+        if (kind == DS_ROWS_Q8) table->rotate(job->v_dim, out);
         m[i] = job->m[i], l[i] = job->l[i];
         memcpy(acc + (size_t)i * (size_t)job->v_dim, out, (size_t)job->v_dim * sizeof *out);
     }
 }
 
-PyDoc_STRVAR(attend_doc,
-             "_attend(isa, kind, n, n_tail, v_dim, scale, q, keys, values, visible, cuts, m, l, acc): queries q (rows, "
-             "n + n_tail) over keys (positions, n + n_tail), and values (positions, v_dim) or None for the keys' first "
-             "v_dim values, in the pieces that cuts (int32: 0, ..., positions) make; visible (rows) int32 or None. "
-             "Fills m, l (rows) and acc (rows, v_dim).");
+/* The rows of a block for a table of n_pos rows: 0 asks for one block. 0 with an exception where a table cannot be so. */
+static int block_rows_of(int block, size_t n_pos, const int32_t *cuts, int n_cuts) {
+    bool whole = block >= 0 && block % DS_ROW_PAD == 0;
+    for (int i = 0; whole && block && i + 1 < n_cuts; i++) whole = cuts[i] % block == 0;
+    if (!whole)
+        PyErr_Format(PyExc_ValueError, "blocks of %d rows: expected 0, or a multiple of 64 that cuts keep", block);
+    return !whole ? 0 : block ? block : (int)n_pos;
+}
+
+PyDoc_STRVAR(
+    attend_doc,
+    "_attend(isa, kind, n, n_tail, v_dim, scale, block, q, keys, values, visible, cuts, m, l, acc): queries q "
+    "(rows, n + n_tail) over keys (positions, n + n_tail), and values (positions, v_dim) or None for the keys' "
+    "first v_dim values, in the pieces that cuts (int32: 0, ..., positions) make; visible (rows) int32 or None. "
+    "block: rows that lie together, 0 for all. Fills m, l (rows) and acc (rows, v_dim).");
 
 static PyObject *py_attend(PyObject *self, PyObject *args) {
     Py_buffer b[8] = {{0}};
     arena a = {0};
     const char *isa, *name;
     float scale;
+    int block, block_rows;
     ds_attend job = {0};
     ds_row_kind kind;
-    if (!PyArg_ParseTuple(args, "ssiiify*y*z*z*y*w*w*w*:_attend", &isa, &name, &job.n, &job.n_tail, &job.v_dim, &scale,
-                          &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7]))
+    if (!PyArg_ParseTuple(args, "ssiiifiy*y*z*z*y*w*w*w*:_attend", &isa, &name, &job.n, &job.n_tail, &job.v_dim, &scale,
+                          &block, &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7]))
         return finish(b, 8, &a);
     const ds_kernels *table = find_isa(isa);
     if (!table || !find_kind(name, &kind) || !positive(job.n, "n") || !positive(job.v_dim, "v_dim") || job.n_tail < 0)
@@ -211,17 +240,19 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
         memcpy(visible, b[3].buf, (size_t)b[3].len);
         job.visible = visible;
     }
-    if (rows_from_floats(&a, table, kind, b[1].buf, (int)n_pos, job.n, job.n_tail, &job.keys) &&
-        (!b[2].buf || rows_from_floats(&a, table, kind, b[2].buf, (int)n_pos, job.v_dim, 0, &job.values)))
+    if ((block_rows = block_rows_of(block, n_pos, cuts, n_cuts)) &&
+        table_from_floats(&a, table, kind, b[1].buf, (int)n_pos, block_rows, job.n, job.n_tail, &job.keys) &&
+        (!b[2].buf || table_from_floats(&a, table, kind, b[2].buf, (int)n_pos, block_rows, job.v_dim, 0, &job.values)))
         attend_all(&a, table, &job, cuts, n_cuts, scale, b[0].buf, b[5].buf, b[6].buf, b[7].buf);
     return finish(b, 8, &a);
 }
 
 PyDoc_STRVAR(
     expand_doc,
-    "_expand(isa, kind, rank, n_tail, k_dim, v_dim, latents, k_b, v_b, keys, values): keys (positions, k_dim + "
-    "n_tail) and values (positions, v_dim) of latents (positions, rank + n_tail) by k_b (rank, k_dim) and v_b "
-    "(v_dim, rank); those of 'q8_0' come out rotated.");
+    "_expand(isa, kind, rank, n_tail, k_dim, v_dim, block, latents, k_b, v_b, keys, values): keys (positions, k_dim + "
+    "n_tail) and values (positions, v_dim) of latents (positions, rank + n_tail), `block` of them together (0: all), "
+    "by "
+    "k_b (rank, k_dim) and v_b (v_dim, rank); those of 'q8_0' come out rotated.");
 
 static PyObject *py_expand(PyObject *self, PyObject *args) {
     Py_buffer b[5] = {{0}};
@@ -229,8 +260,9 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
     const char *isa, *name;
     ds_expand job = {0};
     ds_row_kind kind;
-    if (!PyArg_ParseTuple(args, "ssiiiiy*y*y*w*w*:_expand", &isa, &name, &job.rank, &job.n_tail, &job.k_dim, &job.v_dim,
-                          &b[0], &b[1], &b[2], &b[3], &b[4]))
+    int block, block_rows;
+    if (!PyArg_ParseTuple(args, "ssiiiiiy*y*y*w*w*:_expand", &isa, &name, &job.rank, &job.n_tail, &job.k_dim,
+                          &job.v_dim, &block, &b[0], &b[1], &b[2], &b[3], &b[4]))
         return finish(b, 5, &a);
     const ds_kernels *table = find_isa(isa);
     if (!table || !find_kind(name, &kind) || !positive(job.rank, "rank") || !positive(job.k_dim, "k_dim") ||
@@ -251,22 +283,23 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
     weights.scratch = take(&a, DS_ATTEND_ROWS * rank * sizeof(float));
     weights.out = take(&a, ds_expand_weights_bytes(kind, job.rank, job.k_dim, job.v_dim));
     job.scratch = take(&a, ds_expand_scratch(kind, job.k_dim, job.n_tail, job.v_dim));
-    rows_new(&a, kind, DS_ATTEND_BLOCK, head, tail, &job.keys);
-    rows_new(&a, kind, DS_ATTEND_BLOCK, job.v_dim, 0, &job.values);
-    if (kind == DS_ROWS_F32) { /* room for padded columns */
-        job.keys.row_bytes = job.values.row_bytes = floats;
-        job.keys.data = take(&a, DS_ATTEND_BLOCK * floats), job.values.data = take(&a, DS_ATTEND_BLOCK * floats);
-    }
-    ds_rows latents;
-    if (PyErr_Occurred() || !rows_from_floats(&a, table, kind, b[0].buf, (int)n_pos, job.rank, job.n_tail, &latents))
+    const bool padded = kind == DS_ROWS_F32; /* there is room for padded columns */
+    ds_row_table latents, keys, values;
+    if (PyErr_Occurred() || !(block_rows = block_rows_of(block, n_pos, NULL, 0)) ||
+        !table_new(&a, kind, DS_ATTEND_BLOCK, DS_ATTEND_BLOCK, padded ? floats : ds_row_bytes_of(kind, head, tail),
+                   tail, &keys) ||
+        !table_new(&a, kind, DS_ATTEND_BLOCK, DS_ATTEND_BLOCK, padded ? floats : ds_row_bytes_of(kind, job.v_dim, 0), 0,
+                   &values) ||
+        !table_from_floats(&a, table, kind, b[0].buf, (int)n_pos, block_rows, job.rank, job.n_tail, &latents))
         return finish(b, 5, &a);
+    job.keys = ds_table_rows(&keys, 0), job.values = ds_table_rows(&values, 0);
     memcpy(weights.k_b, b[1].buf, (size_t)b[1].len);
     memcpy(weights.v_b, b[2].buf, (size_t)b[2].len);
     table->expand_weights(&weights);
     job.weights = weights.out;
     for (int at = 0; at < (int)n_pos; at += DS_ATTEND_BLOCK) {
         job.n_pos = (int)n_pos - at < DS_ATTEND_BLOCK ? (int)n_pos - at : DS_ATTEND_BLOCK;
-        job.latents = ds_rows_from(&latents, at, job.n_tail);
+        job.latents = table_from(&latents, at);
         table->expand(&job);
         for (int i = 0; i < job.n_pos; i++) {
             row_to_floats(&job.keys, i, head, tail, (float *)b[3].buf + (size_t)(at + i) * k_width);

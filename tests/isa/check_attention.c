@@ -14,16 +14,23 @@ typedef struct shape {
 static const char *const KINDS[] = {[DS_ROWS_F32] = "f32", [DS_ROWS_I16] = "i16", [DS_ROWS_Q8] = "q8_0"};
 
 static ds_rows new_rows(ds_row_kind kind, int n_rows, int n, int n_tail) {
-    const size_t count = (size_t)n_rows;
-    ds_rows rows = {.kind = kind, .row_bytes = ds_row_bytes_of(kind, n, n_tail)};
-    rows.data = buffer(count * rows.row_bytes);
-    if (kind != DS_ROWS_F32) rows.scale = buffer(count * sizeof(float));
-    if (kind == DS_ROWS_Q8) {
-        rows.tail = buffer(count * ds_row_pad(n_tail) * sizeof(int16_t) + 64);
-        rows.tail_scale = buffer(count * sizeof(float));
-        rows.sum = buffer(count * sizeof(int32_t));
-    }
-    return rows;
+    const ds_row_layout layout = ds_row_layout_of(kind, ds_row_bytes_of(kind, n, n_tail), n_tail, n_rows);
+    return ds_rows_at(&layout, buffer(layout.bytes + 64), 0);
+}
+
+/* The rows from `first` on as a table of one block. */
+static ds_row_table one_block(const ds_rows *rows, int first, int n_tail) {
+    unsigned char **blocks = buffer(sizeof *blocks);
+    const ds_rows r = ds_rows_from(rows, first, n_tail);
+    unsigned char *at = r.data;
+    ds_row_table t = {.layout = {.kind = r.kind, .row_bytes = r.row_bytes}, .blocks = blocks, .block_rows = 1 << 20};
+    blocks[0] = at;
+    if (r.scale) t.layout.scale = (size_t)((unsigned char *)r.scale - at);
+    if (r.tail) t.layout.tail_bytes = ds_row_pad(n_tail) * sizeof *r.tail;
+    if (r.tail) t.layout.tail = (size_t)((unsigned char *)r.tail - at);
+    if (r.tail_scale) t.layout.tail_scale = (size_t)((unsigned char *)r.tail_scale - at);
+    if (r.sum) t.layout.sum = (size_t)((unsigned char *)r.sum - at);
+    return t;
 }
 
 /* Row i, normal but for one value in the head and one in the tail that are most of it: then its scale comes of that
@@ -106,7 +113,7 @@ static outcome attend(const ds_kernels *table, const shape *s, const float *quer
                      .n_tail = s->n_tail,
                      .v_dim = s->v_dim,
                      .q = pack,
-                     .keys = ds_rows_from(keys, first, s->n_tail),
+                     .keys = one_block(keys, first, s->n_tail),
                      .visible = visible,
                      .first_pos = first,
                      .m = o.m,
@@ -114,7 +121,7 @@ static outcome attend(const ds_kernels *table, const shape *s, const float *quer
                      .acc = o.acc,
                      .ld_acc = o.ld,
                      .scratch = buffer(ds_attend_scratch(n_rows))};
-    if (values) job.values = *values;
+    if (values) job.values = one_block(values, 0, 0);
     table->attend(&job);
     return o;
 }
@@ -236,7 +243,7 @@ static void check_expansion(check *c, ds_row_kind kind, int rank, int n_tail, in
                            .k_dim = k_dim,
                            .v_dim = v_dim,
                            .weights = pack,
-                           .latents = latents,
+                           .latents = one_block(&latents, 0, n_tail),
                            .scratch = buffer(ds_expand_scratch(kind, k_dim, n_tail, v_dim) + 64)};
         const size_t ld = ds_expand_ld(k_dim, n_tail, v_dim);
         job->keys = new_rows(kind, n_pos, kind == DS_ROWS_F32 ? (int)ld : k_dim, kind == DS_ROWS_F32 ? 0 : n_tail);

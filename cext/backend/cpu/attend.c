@@ -10,12 +10,15 @@
 
 #include "backend/cpu/lane.h"
 
+/* Parts and expanded blocks begin where a block of the cache does. */
+_Static_assert(DS_ROW_PAD % DS_KV_BLOCK == 0 && DS_ATTEND_BLOCK % DS_KV_BLOCK == 0, "whole blocks");
+
 /* ---- The plan ---- */
 
 /* The cheaper route, in dwords of dots for a head; what is not a dot was measured and counts as so many of them. */
 static bool absorbs(const ds_config *c, const ds_span *span) {
     static const double PER_DWORD[] = {[DS_KV_F32] = 1, [DS_KV_F16] = 2, [DS_KV_Q8_0] = 4};
-    const double per_dword = PER_DWORD[span->kv->type], tail = c->rope_dim / (per_dword < 2 ? 1.0 : 2.0);
+    const double per_dword = PER_DWORD[span->kv->store->type], tail = c->rope_dim / (per_dword < 2 ? 1.0 : 2.0);
     const double up = (double)(c->nope_dim + c->v_dim) * c->kv_lora_rank; /* W_uk and W_uv */
     const double n = span->n, n_pos = span->pos + n, pairs = n * span->pos + n * (n + 1) / 2;
     /* 2 up: products with W_uk and W_uv, packing, joining. 80 positions: unpacking W_uk and W_uv. */
@@ -101,7 +104,7 @@ static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h,
 static int key_head(const ds_config *c, ds_row_kind kind) { return kind == DS_ROWS_Q8 ? c->nope_dim : ds_qk_dim(c); }
 static int key_tail(const ds_config *c, ds_row_kind kind) { return kind == DS_ROWS_Q8 ? c->rope_dim : 0; }
 
-static ds_row_kind kind_of(const ds_step *s, int span) { return s->spans[span].kv->shape.kind; }
+static ds_row_kind kind_of(const ds_step *s, int span) { return s->spans[span].kv->store->layouts[0].kind; }
 
 static void *pack_of(const ds_step *s, const ds_attend_group *g) {
     return (char *)s->scratch->attend.queries + (size_t)g->row * ds_attend_query_bytes(s->config);
@@ -158,7 +161,7 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
         .n_tail = c->rope_dim,
         .v_dim = c->kv_lora_rank,
         .q = pack_of(s, g),
-        .keys = ds_kv_rows(kv, il - s->weights->layer_begin, begin),
+        .keys = ds_kv_table(kv, il - s->weights->layer_begin, 0, 0, begin),
         .visible = room->plan.visible + g->row,
         .first_pos = begin,
         .m = room->m + slot,
@@ -344,9 +347,11 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
     const int begin = n_pos / n_parts * part / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
     const int end = part + 1 == n_parts ? n_pos : n_pos / n_parts * (part + 1) / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
     const head_sums sums = sums_of(lane, i, h, part);
-    own->keys.kind = own->values.kind = kind;
-    own->keys.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, key_head(c, kind), key_tail(c, kind));
-    own->values.row_bytes = kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, c->v_dim, 0);
+    const size_t key_bytes = ds_row_bytes_of(kind, key_head(c, kind), key_tail(c, kind));
+    own->keys.layout =
+        ds_row_layout_of(kind, kind == DS_ROWS_F32 ? floats : key_bytes, key_tail(c, kind), DS_ATTEND_BLOCK);
+    own->values.layout =
+        ds_row_layout_of(kind, kind == DS_ROWS_F32 ? floats : ds_row_bytes_of(kind, c->v_dim, 0), 0, DS_ATTEND_BLOCK);
     prepare_head(lane, l, i, h);
     for (int t = 0; t < ds_attend_pad(span->n); t++) sums.m[t] = -INFINITY, sums.l[t] = 0;
     memset(sums.acc, 0, (size_t)ds_attend_pad(span->n) * ld * sizeof *sums.acc);
@@ -358,9 +363,9 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
             .k_dim = c->nope_dim,
             .v_dim = c->v_dim,
             .weights = own->weights,
-            .latents = ds_kv_rows(span->kv, il - s->weights->layer_begin, pos),
-            .keys = own->keys,
-            .values = own->values,
+            .latents = ds_kv_table(span->kv, il - s->weights->layer_begin, 0, 0, pos),
+            .keys = ds_table_rows(&own->keys, 0),
+            .values = ds_table_rows(&own->values, 0),
             .scratch = own->expand,
         };
         s->kern->expand(&job);

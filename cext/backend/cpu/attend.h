@@ -53,7 +53,8 @@ typedef struct ds_attend_lane {
     /* Expanded attention of one head: its weights, a block of keys and values, all of its queries and their results. */
     float *k_b, *v_b, *columns;
     void *weights, *expand, *queries;
-    ds_rows keys, values;
+    unsigned char *key_block, *value_block; /* DS_ATTEND_BLOCK rows of any kind */
+    ds_row_table keys, values; /* of one block each: these */
     int32_t *visible;
     float *m, *l, *acc;
 } ds_attend_lane;

@@ -40,7 +40,7 @@ static void store_latent(const ds_lane *lane, const ds_layer *l, int il) {
             float *row = s->scratch->kv_a + (size_t)t * (size_t)ds_kv_width(c);
             s->kern->rms_norm(c->kv_lora_rank, row, l->kv_a_norm, c->rms_eps, row);
             ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, row + c->kv_lora_rank);
-            const ds_rows to = ds_kv_rows(span->kv, il - s->weights->layer_begin, span->pos + t - span->first);
+            const ds_rows to = ds_kv_row(span->kv, il - s->weights->layer_begin, 0, 0, span->pos + t - span->first);
             memcpy(lane->own->attend.row, row,
                    (size_t)ds_kv_width(c) * sizeof *row); /* packing may overwrite what others tap */
             s->kern->rows_put(&to, 0, c->kv_lora_rank, c->rope_dim, lane->own->attend.row);

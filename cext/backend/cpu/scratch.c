@@ -59,13 +59,15 @@ static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
-/* A block of rows of any kind. */
-static ds_rows expanded_rows(carver *c, size_t row_bytes, int n_tail) {
-    return (ds_rows){.data = carve(c, DS_ATTEND_BLOCK, row_bytes),
-                     .scale = floats(c, DS_ATTEND_BLOCK),
-                     .tail = carve(c, DS_ATTEND_BLOCK * ds_row_pad(n_tail), sizeof(int16_t)),
-                     .tail_scale = floats(c, DS_ATTEND_BLOCK),
-                     .sum = carve(c, DS_ATTEND_BLOCK, sizeof(int32_t))};
+/* A block of expanded rows of any kind: n values, of which the last n_tail may be kept apart. */
+static unsigned char *expanded_rows(carver *c, size_t float_bytes, int n, int n_tail) {
+    size_t most = ds_row_layout_of(DS_ROWS_F32, float_bytes, 0, DS_ATTEND_BLOCK).bytes;
+    for (ds_row_kind kind = DS_ROWS_I16; kind <= DS_ROWS_Q8; kind++) {
+        const int tail = kind == DS_ROWS_Q8 ? n_tail : 0;
+        const size_t bytes = ds_row_bytes_of(kind, n - tail, tail);
+        most = max_size(most, ds_row_layout_of(kind, bytes, tail, DS_ATTEND_BLOCK).bytes);
+    }
+    return carve(c, most, 1);
 }
 
 /* Float rows take the most room of all kinds in everything but what is expanded. */
@@ -87,8 +89,8 @@ static ds_attend_lane attend_lane(carver *c, const ds_config *g, int n_tok) {
         .expand = carve(c, ds_expand_scratch(DS_ROWS_I16, g->nope_dim, g->rope_dim, g->v_dim), 1),
         .queries =
             carve(c, rows, ds_query_bytes(DS_ROWS_F32, 1, (int)ds_row_pad(ds_qk_dim(g)), (int)ds_row_pad(g->rope_dim))),
-        .keys = expanded_rows(c, row, g->rope_dim),
-        .values = expanded_rows(c, row, 0),
+        .key_block = expanded_rows(c, row, ds_qk_dim(g), g->rope_dim),
+        .value_block = expanded_rows(c, row, g->v_dim, 0),
         .visible = carve(c, rows, sizeof(int32_t)),
         .m = floats(c, rows),
         .l = floats(c, rows),
@@ -140,7 +142,10 @@ static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch
         .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
         .attend = attend_lane(c, g, n_tok),
     };
-    if (lane) *lane = l;
+    if (!lane) return;
+    *lane = l;
+    lane->attend.keys = (ds_row_table){.blocks = &lane->attend.key_block, .block_rows = DS_ATTEND_BLOCK};
+    lane->attend.values = (ds_row_table){.blocks = &lane->attend.value_block, .block_rows = DS_ATTEND_BLOCK};
 }
 
 static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, int n_logits, ds_scratch *s) {

@@ -1,0 +1,131 @@
+#include "memory/blocks.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "base/pages.h"
+
+enum {
+    HEADER = 64,            /* bytes before a block's own: what follows is aligned as rows want to be */
+    SLAB_BYTES = 64 << 20,  /* of address space: what is not touched costs nothing */
+    HUGE_WASTE = 8,         /* up to this part of a block is given up for huge pages of its own */
+};
+
+/* Blocks mapped together, and which of them are free. */
+typedef struct ds_slab {
+    struct ds_slab *next;
+    unsigned char *mapping, *first;
+    size_t bytes; /* of the mapping */
+    int n_free;
+    int free[]; /* (n_slab), of which n_free are set: the last is taken next */
+} ds_slab;
+
+typedef struct header {
+    ds_slab *slab;
+    int holders;
+} header;
+
+static header *header_of(const unsigned char *block) { return (header *)(void *)(block - HEADER); }
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+void ds_blocks_create(size_t n_bytes, ds_blocks *out) {
+    const size_t all = n_bytes + HEADER, huge = round_up(all, DS_HUGE_PAGE);
+    *out = (ds_blocks){.stride = huge - all <= all / HUGE_WASTE ? huge : round_up(all, ds_pages_size())};
+    out->n_slab = out->stride < SLAB_BYTES ? (int)(SLAB_BYTES / out->stride) : 1;
+    pthread_mutex_init(&out->lock, NULL);
+}
+
+static ds_slab *slab_new(const ds_blocks *b) {
+    const size_t bytes = b->stride * (size_t)b->n_slab;
+    ds_slab *slab = malloc(sizeof *slab + (size_t)b->n_slab * sizeof *slab->free);
+    if (!slab) return NULL;
+    *slab = (ds_slab){.bytes = bytes + DS_HUGE_PAGE, .n_free = b->n_slab};
+    /* Huge pages where a block is about as large: a smaller one would take a whole one for its first row. */
+    slab->mapping = b->stride >= DS_HUGE_PAGE / 2 ? ds_pages_new(slab->bytes) : ds_pages_new_small(slab->bytes);
+    if (!slab->mapping) {
+        free(slab);
+        return NULL;
+    }
+    slab->first = slab->mapping + (DS_HUGE_PAGE - (uintptr_t)slab->mapping % DS_HUGE_PAGE) % DS_HUGE_PAGE;
+    for (int i = 0; i < b->n_slab; i++) slab->free[i] = b->n_slab - 1 - i;
+    return slab;
+}
+
+static void slab_release(ds_slab *slab) {
+    ds_pages_release(slab->mapping, slab->bytes);
+    free(slab);
+}
+
+void ds_blocks_release(ds_blocks *blocks) {
+    for (ds_slab *slab = blocks->slabs, *next; slab; slab = next) {
+        next = slab->next;
+        slab_release(slab);
+    }
+    pthread_mutex_destroy(&blocks->lock);
+    *blocks = (ds_blocks){0};
+}
+
+/* The first slab with a free block, made where there is none; NULL without memory. */
+static ds_slab *slab_with_room(ds_blocks *b) {
+    ds_slab **at = &b->slabs;
+    while (*at && !(*at)->n_free) at = &(*at)->next;
+    if (!*at) *at = slab_new(b);
+    return *at;
+}
+
+unsigned char *ds_blocks_take(ds_blocks *blocks) {
+    unsigned char *block = NULL;
+    pthread_mutex_lock(&blocks->lock);
+    ds_slab *slab = slab_with_room(blocks);
+    if (slab) {
+        block = slab->first + (size_t)slab->free[--slab->n_free] * blocks->stride + HEADER;
+        *header_of(block) = (header){slab, 1};
+        blocks->n_used++;
+    }
+    pthread_mutex_unlock(&blocks->lock);
+    return block;
+}
+
+void ds_blocks_share(ds_blocks *blocks, unsigned char *block) {
+    pthread_mutex_lock(&blocks->lock);
+    blocks->n_shared += ++header_of(block)->holders == 2;
+    pthread_mutex_unlock(&blocks->lock);
+}
+
+/* Put a block without holders back into its slab, and the slab back where it was the last. */
+static void put_back(ds_blocks *b, unsigned char *block) {
+    ds_slab *slab = header_of(block)->slab, **at = &b->slabs;
+    unsigned char *start = block - HEADER;
+    b->n_used--;
+    slab->free[slab->n_free++] = (int)((size_t)(start - slab->first) / b->stride);
+    if (slab->n_free < b->n_slab) {
+        ds_pages_forget(start, b->stride);
+        return;
+    }
+    while (*at != slab) at = &(*at)->next;
+    *at = slab->next;
+    slab_release(slab);
+}
+
+void ds_blocks_drop(ds_blocks *blocks, unsigned char *block) {
+    pthread_mutex_lock(&blocks->lock);
+    const int left = --header_of(block)->holders;
+    blocks->n_shared -= left == 1;
+    if (!left) put_back(blocks, block);
+    pthread_mutex_unlock(&blocks->lock);
+}
+
+bool ds_blocks_sole(ds_blocks *blocks, const unsigned char *block) {
+    pthread_mutex_lock(&blocks->lock);
+    const bool sole = header_of(block)->holders == 1;
+    pthread_mutex_unlock(&blocks->lock);
+    return sole;
+}
+
+ds_blocks_usage ds_blocks_count(ds_blocks *blocks) {
+    pthread_mutex_lock(&blocks->lock);
+    const ds_blocks_usage usage = {blocks->n_used, blocks->n_shared, blocks->n_used * blocks->stride};
+    pthread_mutex_unlock(&blocks->lock);
+    return usage;
+}
