@@ -1,6 +1,6 @@
 """The engine's Python face: GGUF files, models, sessions, single layers, sampling."""
 
-from cext._engine import formats, isas
+from cext._engine import MAX_STEP, formats, isas
 from cext.errors import (
     ArgumentError,
     BusyError,
@@ -17,6 +17,7 @@ from cext.model import Hparams, Model, Session, Tap, eval_batch
 from cext.sampler import Sampler
 
 __all__ = [
+    "MAX_STEP",
     "ArgumentError",
     "BusyError",
     "ContextFullError",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, cast
 from weakref import WeakSet
@@ -16,6 +15,7 @@ from cext import _engine
 from cext.errors import BusyError, ContextFullError
 
 KvType = Literal["f16", "q8_0", "f32"]
+MAX_ID = np.iinfo(np.int32).max
 
 
 class Hparams(TypedDict):
@@ -100,10 +100,8 @@ class Model:
 
     def close(self) -> None:
         """Release the file and the threads; its sessions raise from then on. BusyError while one evaluates."""
-        with ExitStack() as held:
-            sessions = list(self._sessions)
-            for session in sessions:
-                held.enter_context(session._alone())
+        sessions = list(self._sessions)
+        with _Alone([session._lock for session in sessions]):
             for session in sessions:
                 _engine.session_close(session._handle)
             _engine.model_close(self._handle)
@@ -116,19 +114,23 @@ class Model:
 
 
 class _Alone:
-    """Holds a session for one thread, or raises BusyError. Ctrl-C can come when the lock is taken and the with block
-    not yet begun, or over and the lock not yet free: it is one that its thread can take again.
+    """Holds sessions for one thread, or raises BusyError. Ctrl-C can come when a lock is taken and the with block not
+    yet begun, or over and the lock not yet free: it is one that its thread can take again.
     """
 
-    def __init__(self, lock: threading.RLock) -> None:
-        self._lock = lock
+    def __init__(self, locks: list[threading.RLock]) -> None:
+        self._locks = locks
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("the session is in use by another thread", "give each thread a session of its own")
+        for n, lock in enumerate(self._locks):
+            if not lock.acquire(blocking=False):
+                del self._locks[n:]
+                self.__exit__()
+                raise BusyError("the session is in use by another thread", "give each thread a session of its own")
 
     def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def token_ids(ids: ArrayLike) -> NDArray[np.int32]:
@@ -138,8 +140,7 @@ def token_ids(ids: ArrayLike) -> NDArray[np.int32]:
         raise ValueError("no tokens to evaluate")
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"token ids are {array.dtype} of {array.ndim} dimensions, expected one dimension of integers")
-    bounds = np.iinfo(np.int32)
-    if array.min() < 0 or array.max() > bounds.max:
+    if array.min() < 0 or array.max() > MAX_ID:
         raise ValueError(f"token ids run from {array.min()} to {array.max()}, expected 0 to n_vocab - 1")
     return np.ascontiguousarray(array, np.int32)
 
@@ -159,7 +160,7 @@ class Session:
         return _engine.session_info(self._handle)[1]
 
     def _alone(self) -> _Alone:
-        return _Alone(self._lock)
+        return _Alone([self._lock])
 
     def eval(
         self,
@@ -226,16 +227,16 @@ def eval_batch(
     """
     if not batch:
         raise ValueError("no sequences to evaluate")
-    wanted = [1] * len(batch) if n_logits is None else n_logits
-    if any(not 0 <= n <= len(ids) for n, (_, ids) in zip(wanted, batch, strict=True)):
-        raise ValueError(f"logits of {list(wanted)} tokens, of {[len(ids) for _, ids in batch]} in the batch")
+    inputs, locks, n_rows = [], [], 0
+    for (session, ids), n in zip(batch, [1] * len(batch) if n_logits is None else n_logits, strict=True):
+        array = token_ids(ids)
+        if not 0 <= n <= array.size:
+            raise ValueError(f"the logits of {n} tokens, where {array.size} are evaluated")
+        inputs.append((session._handle, array, n))
+        locks.append(session._lock)
+        n_rows += n
     model = batch[0][0].model
-    if len({id(session) for session, _ in batch}) < len(batch):
-        raise ValueError("a session stands twice in the batch")
-    out = np.empty((sum(wanted), model.hparams["n_vocab"]), np.float32)
-    with ExitStack() as held:
-        for session, _ in batch:
-            held.enter_context(session._alone())
-        inputs = [(session._handle, token_ids(ids), n) for (session, ids), n in zip(batch, wanted, strict=True)]
+    out = np.empty((n_rows, model.hparams["n_vocab"]), np.float32)
+    with _Alone(locks):
         _engine.eval(model._handle, inputs, out, [], 0)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -30,6 +31,7 @@ class Sampler:
         seed: int | None = None,
     ) -> None:
         self.seed = secrets.randbits(32) if seed is None else seed
+        self._repeat_last_n = repeat_last_n
         self._handle = _engine.sampler_open(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, self.seed)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
@@ -39,6 +41,6 @@ class Sampler:
         return _engine.sampler_sample(self._handle, np.ascontiguousarray(logits, np.float32))
 
     def accept(self, ids: Iterable[int]) -> None:
-        """Count tokens that were not sampled here (the prompt's) towards the repeat penalty."""
-        for token in ids:
+        """Count tokens that were not sampled here (the prompt's) towards the repeat penalty: it looks at the last."""
+        for token in deque(ids, self._repeat_last_n):
             _engine.sampler_accept(self._handle, int(token))

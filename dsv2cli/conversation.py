@@ -6,16 +6,16 @@ read. When the turns no longer fit, the oldest are dropped and the system messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cext import ContextFullError
 from cext.tokenizer import Message
-from dsv2cli.generate import Evaluator, Progress, Sequencer, Stats, round_up_context, tokens
+from dsv2cli.scheduler import Context, End, Event, Lookup, Sampling, Scheduler, Sequence, Stats, Text, Token
 
 if TYPE_CHECKING:
-    from cext import Sampler, Session
+    from cext import Session
     from cext.tokenizer import Tokenizer
 
 LEAST_ROOM = 256  # tokens kept free for an answer before it begins; a quarter of the context where that is less
@@ -30,19 +30,23 @@ class Turn:
 
 
 class Conversation:
-    """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: see tokens."""
+    """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: most tokens
+    that Lookup drafts at once; 0: none."""
 
     def __init__(
         self,
-        session: Session | Evaluator,
+        session: Session,
         tokenizer: Tokenizer,
         system: str | None = None,
         *,
         raw: bool = False,
         n_draft: int = 0,
         dropped: Callable[[int], None] = lambda n: None,
+        scheduler: Scheduler | None = None,
     ) -> None:
-        self._sequencer = Sequencer(session)
+        self._context = Context(session)
+        self._scheduler = scheduler or Scheduler()
+        self._sequence: Sequence | None = None  # the answer that is being written
         self._tokenizer = tokenizer
         self._raw = raw
         self._n_draft = n_draft
@@ -52,23 +56,24 @@ class Conversation:
 
     @property
     def n_ctx(self) -> int:
-        return self._sequencer.session.n_ctx
+        return self._context.n_ctx
 
     @property
     def n_used(self) -> int:
         """Tokens in the cache."""
-        return self._sequencer.session.n_past
+        return self._context.session.n_past
 
     def clear(self) -> None:
         """Forget the turns; the system message stays."""
         self.turns.clear()
 
     def reply(
-        self, text: str, sampler: Sampler, limit: int | None, stats: Stats, told: Progress = lambda done, n: None
-    ) -> Iterator[int]:
-        """Answer ``text``, token by token. A turn that fails before its first token leaves no trace.
+        self, text: str, sampler: Sampling, limit: int | None, stats: Stats | None = None
+    ) -> Generator[Event, None, None]:
+        """Answer ``text``, event by event. A turn that fails before its first token leaves no trace.
 
-        Raises ContextFullError where ``text`` with the system message alone is longer than the context.
+        Raises ContextFullError where ``text`` with the system message alone is longer than the context, and what the
+        engine raises.
         """
         if self._raw:
             self.turns.clear()  # nothing joins the texts of different turns but a template
@@ -76,49 +81,67 @@ class Conversation:
         self.turns.append(turn)
         done = False
         try:
-            prompt = self._make_room(self._prompt(), self._reserve(limit))
-            yield from self._answer(turn, prompt, sampler, limit, stats, told)
-            done = True
+            sequence = self._sequence = self._begin(sampler, limit, stats)
+            self._scheduler.add(sequence)
+            for event in self._scheduler.run():
+                if isinstance(event, Token):
+                    turn.answer.append(event.id)
+                elif isinstance(event, End):
+                    if event.error is not None:
+                        raise event.error
+                    done = event.reason != "cancelled"
+                yield event
         finally:
+            if self._sequence is not None:
+                self._scheduler.remove(self._sequence)
+                self._sequence = None
             if not turn.answer and not done:
                 self.turns.remove(turn)
+
+    def cancel(self) -> bool:
+        """Let the answer that is being written end before the next step; False where none is, or it does already."""
+        if self._sequence is None or self._sequence.cancelled:
+            return False
+        self._sequence.cancel()
+        return True
 
     def take_back(self) -> str | None:
         """Remove the last turn and return what the person said in it, to be asked again; None where there is none."""
         return self.turns.pop().user if self.turns else None
 
-    def _answer(
-        self, turn: Turn, prompt: list[int], sampler: Sampler, limit: int | None, stats: Stats, told: Progress
-    ) -> Iterator[int]:
-        """The answer, going on in a smaller past whenever the context fills up in the middle of it."""
-        first: Stats | None = None
-        while True:
-            left = None if limit is None else limit - len(turn.answer)
-            part = Stats()
-            try:
-                is_end = self._tokenizer.is_end
-                for token in tokens(self._sequencer, prompt, sampler, is_end, left, part, told, self._n_draft):
-                    turn.answer.append(token)
-                    yield token
-            finally:
-                first = _add(first, part, stats)
-            if part.stop != "context" or len(self.turns) == 1:
-                return
-            prompt = self._make_room(self._prompt(), self._reserve(left))
-            if len(prompt) >= self.n_ctx:
-                return
+    def _begin(self, sampler: Sampling, limit: int | None, stats: Stats | None) -> Sequence:
+        def refill(answer: list[int]) -> list[int] | None:
+            """Go on in a smaller past when the context fills up in the middle of the answer."""
+            if len(self.turns) == 1:
+                return None
+            left = None if limit is None else limit - len(answer)
+            prompt = self._make_room(answer, self._reserve(left))
+            return prompt if len(prompt) < self.n_ctx else None
+
+        return Sequence(
+            self._context,
+            self._make_room([], self._reserve(limit)),
+            sampler,
+            Text(self._tokenizer.stream()),
+            self._tokenizer.is_end,
+            limit=limit,
+            drafter=Lookup(self._n_draft) if self._n_draft else None,
+            refill=refill,
+            stats=stats,
+        )
 
     def _reserve(self, limit: int | None) -> int:
         reserve = min(LEAST_ROOM, self.n_ctx // 4)
         return reserve if limit is None else min(limit, reserve)
 
-    def _make_room(self, prompt: list[int], reserve: int) -> list[int]:
+    def _make_room(self, answer: list[int], reserve: int) -> list[int]:
         """The prompt of as many of the latest turns as leave ``reserve`` tokens free, or of the last turn alone."""
         n_dropped = 0
         turns = self.turns
+        prompt = self._prompt(answer)
         while len(prompt) + reserve > self.n_ctx and n_dropped < len(turns) - 1:
             n_dropped += 1
-            prompt = self._prompt(n_dropped)
+            prompt = self._prompt(answer, n_dropped)
         if len(prompt) > self.n_ctx:
             raise ContextFullError(
                 f"{len(prompt)} tokens do not fit in a context of {self.n_ctx}",
@@ -129,26 +152,17 @@ class Conversation:
             self._dropped(n_dropped)
         return prompt
 
-    def _prompt(self, n_dropped: int = 0) -> list[int]:
-        """The ids of the turns; the last one's answer stands open, so that it can be begun or gone on with."""
+    def _prompt(self, answer: list[int], n_dropped: int = 0) -> list[int]:
+        """The ids of the turns; the last one's answer, as far as it goes, stands open."""
         *past, last = self.turns[n_dropped:]
         if self._raw:
-            return self._tokenizer.prompt(last.user) + last.answer
+            return self._tokenizer.prompt(last.user) + answer
         messages = [Message("system", self.system)] if self.system else []
         for turn in past:
             messages += [Message("user", turn.user), Message("assistant", turn.answer)]
-        return self._tokenizer.chat([*messages, Message("user", last.user)]) + last.answer
+        return self._tokenizer.chat([*messages, Message("user", last.user)]) + answer
 
 
-def _add(first: Stats | None, part: Stats, total: Stats) -> Stats:
-    """Join the statistics of an answer's parts: the prompt is the first part's, times and tokens add up."""
-    if first is None:
-        total.n_prompt, total.n_reused, total.prefill_seconds = part.n_prompt, part.n_reused, part.prefill_seconds
-    else:
-        total.decode_seconds += part.prefill_seconds  # reading the past again is a pause inside the answer
-    total.n_answer += part.n_answer
-    total.n_drafted += part.n_drafted
-    total.n_taken += part.n_taken
-    total.decode_seconds += part.decode_seconds
-    total.stop = part.stop
-    return first or part
+def round_up_context(n: int) -> int:
+    """A context a person would choose, with space for an answer."""
+    return -(-(n + 256) // 1024) * 1024

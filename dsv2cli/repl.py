@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dsv2cli import console
+from cext.system import resident_bytes
+from dsv2cli import console, interrupts
 from dsv2cli.conversation import Conversation
-from dsv2cli.generate import Stats, resident_bytes, stream
+from dsv2cli.scheduler import Event, Read, Stats
 from dsv2cli.terminal import LineReader
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class Chat:
     last: Stats = field(default_factory=Stats)
 
     def answer(self, text: str) -> str:
-        """Stream one answer to stdout and return it. ContextFullError where ``text`` alone is too long."""
+        """Stream one answer to stdout and return it; Ctrl-C ends it. ContextFullError where ``text`` is too long."""
         self.last = Stats()
         progress = ReadProgress(shown=not self.quiet)
-        ids = self.conversation.reply(text, self.sampler, self.limit, self.last, progress.told)
+        reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
         written: list[str] = []
         try:
-            with contextlib.closing(self._shown(ids)) as pieces:  # so that the statistics are complete whatever happens
-                for piece in pieces:
+            with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
+                for piece in self._shown(reply, progress.told):
                     progress.clear()
                     written.append(piece)
                     sys.stdout.write(piece)
@@ -69,20 +70,25 @@ class Chat:
         self.last = Stats()
         return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
 
-    def _shown(self, ids: Iterator[int]) -> Generator[str, None, None]:
+    def _shown(self, reply: Iterator[Event], told: Callable[[int, int], None] = lambda done, n: None) -> Iterator[str]:
         """The answer's text, without the space it begins with, and safe for a terminal where there is one."""
         begun = self.raw
-        safe = console.printable if console.is_terminal(sys.stdout) else str
-        for piece in stream(self.runtime.tokenizer, ids):
-            text = safe(piece if begun else piece.lstrip())
-            begun = begun or bool(text)
+        safe = console.printable if console.is_terminal(sys.stdout) else None
+        for event in reply:
+            if isinstance(event, Read):
+                told(event.done, event.n)
+                continue
+            text = event.text if begun else event.text.lstrip()
             if text:
-                yield text
+                begun = True
+                yield safe(text) if safe else text
 
     def _tell_stop(self) -> None:
-        if self.quiet:
+        if self.last.stop == "cancelled":
+            console.note("(stopped)", "dim")
+        elif self.quiet:
             return
-        if self.last.stop == "length":
+        elif self.last.stop == "length":
             console.note(f"(stopped after {self.last.n_answer} tokens: -n)", "dim")
         elif self.last.stop == "context":
             console.note(f"(the context of {self.conversation.n_ctx} tokens is full: -c makes it larger)", "dim")

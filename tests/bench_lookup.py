@@ -13,11 +13,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cext
 from cext.tokenizer import Tokenizer
-from dsv2cli.generate import Sequencer, Stats, tokens
+from dsv2cli.scheduler import Context, Lookup, Scheduler, Stats, Text
+from dsv2cli.scheduler import Sequence as Answer
 
 COLUMNS = ("edit", "lookup", "tokens", "drafted", "taken", "tok_s_median", "ratio_min", "ratio_median", "ratio_max")
 
@@ -35,23 +36,32 @@ class Dictated:
         pass
 
 
-def write(sequencer: Sequencer, old: Sequence[int], new: Sequence[int], lookup: int) -> Stats:
+def write(tokenizer: Tokenizer, context: Context, old: list[int], new: list[int], lookup: int) -> Stats:
     """Read ``old`` if it is not in the cache yet, then write ``new``."""
-    stats = Stats()
-    sampler = cast("Any", Dictated(new))
-    for _ in tokens(sequencer, old, sampler, lambda token: False, len(new), stats, n_draft=lookup):
+    answer = Answer(
+        context,
+        old,
+        Dictated(new),
+        Text(tokenizer.stream()),
+        lambda token: False,
+        limit=len(new),
+        drafter=Lookup(lookup) if lookup else None,
+    )
+    scheduler = Scheduler()
+    scheduler.add(answer)
+    for _ in scheduler.run():
         pass
-    return stats
+    return answer.stats
 
 
 def run(options: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
     texts = [Path(name).read_text(encoding="utf-8") for name in pair.split(":", 1)]
     tokenizer = Tokenizer(options.model)
     old, new = (list(tokenizer.encode(text))[: options.limit] for text in texts)
-    sequencer = Sequencer(options.opened.session(len(old) + len(new) + 8))
+    context = Context(options.opened.session(len(old) + len(new) + 8))
     rounds: list[dict[int, Stats]] = []
     for number in range(options.rounds + 1):
-        rounds.append({k: write(sequencer, old, new, k) for k in options.lookup})
+        rounds.append({k: write(tokenizer, context, old, new, k) for k in options.lookup})
         print(
             f"{pair}, round {number}: {[round(s.decode_rate, 2) for s in rounds[-1].values()]} tok/s", file=sys.stderr
         )

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
-from collections.abc import Iterator, Sequence
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import pytest
 from jinja2 import Environment
-from numpy.typing import NDArray
+from support.sequences import Watched, alone, greedy, never_ends
 from support.tiny import spec_named, variant
 from support.vocab import ASSISTANT, BOS, EOS, IDS, USER, V2_TEMPLATE, V25_TEMPLATE, write_model, write_vocab
 
 import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
+from dsv2cli import interrupts
 from dsv2cli.conversation import Conversation
-from dsv2cli.generate import CHUNK, Lookup, Sequencer, Stats, stream, tokens
+from dsv2cli.scheduler import Budget, End, Read, Scheduler, Stats, Text, Token
 
+CHUNK = Budget().alone
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 
 
@@ -139,46 +142,6 @@ def test_templates_that_do_not_work(tmp_path: Path, template: str, message: str)
 # One cache over the turns.
 
 
-class Counting:
-    """A session that remembers how many tokens it evaluated, and can be interrupted."""
-
-    def __init__(self, session: cext.Session) -> None:
-        self.session = session
-        self.evaluated: list[int] = []
-        self.interrupts: dict[int, str] = {}  # number of the eval call -> "before" or "after"
-        self.calls = 0
-
-    @property
-    def n_ctx(self) -> int:
-        return self.session.n_ctx
-
-    @property
-    def n_past(self) -> int:
-        return self.session.n_past
-
-    def eval(self, ids: Sequence[int], logits: Literal["last", "all"] = "last") -> NDArray[np.float32]:
-        self.calls += 1
-        when = self.interrupts.get(self.calls)
-        if when == "before":
-            raise KeyboardInterrupt
-        out = self.session.eval(ids, logits)
-        self.evaluated += ids
-        if when == "after":
-            raise KeyboardInterrupt
-        return out
-
-    def rewind(self, n: int) -> None:
-        self.session.rewind(n)
-
-
-def greedy() -> cext.Sampler:
-    return cext.Sampler(temperature=0)
-
-
-def never_ends(token: int) -> bool:
-    return False
-
-
 @pytest.fixture
 def endless(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     """A tokenizer that ends no answer: a random model's answers are as long as they may be."""
@@ -192,9 +155,17 @@ def session_of(model: cext.Model, n_ctx: int) -> cext.Session:
 
 
 def converse(model: cext.Model, tokenizer: Tokenizer, n_ctx: int = 512, system: str | None = "Be brief."):
-    session = Counting(session_of(model, n_ctx))
-    dropped: list[int] = []
-    return Conversation(session, tokenizer, system, dropped=dropped.append), session, dropped
+    watched, dropped = Watched(), list[int]()
+    session = session_of(model, n_ctx)
+    talk = Conversation(session, tokenizer, system, dropped=dropped.append, scheduler=Scheduler(watched))
+    return talk, watched, dropped
+
+
+def answered(
+    talk: Conversation, text: str, sampler: cext.Sampler, limit: int | None, stats: Stats | None = None
+) -> list[int]:
+    """The tokens of a reply."""
+    return [event.id for event in talk.reply(text, sampler, limit, stats) if isinstance(event, Token)]
 
 
 def fresh(model: cext.Model, ids: list[int]) -> list[float]:
@@ -202,60 +173,58 @@ def fresh(model: cext.Model, ids: list[int]) -> list[float]:
 
 
 def test_a_turn_reads_only_what_is_new(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, _ = converse(model, endless)
-    first = list(talk.reply("Hi", greedy(), 10, Stats()))
-    n_first = len(session.evaluated)
+    talk, watched, _ = converse(model, endless)
+    first = answered(talk, "Hi", greedy(), 10)
+    n_first = len(watched.evaluated)
     stats = Stats()
-    list(talk.reply("And?", greedy(), 1, stats))
+    answered(talk, "And?", greedy(), 1, stats)
     new = len(endless.encode("User: And?\n\nAssistant:"))
     # the last token of an answer is sampled and not evaluated; then come EOS and the new message
-    assert session.evaluated[n_first:] == [first[-1], IDS[EOS], *endless.encode("User: And?\n\nAssistant:")]
+    assert watched.evaluated[n_first:] == [first[-1], IDS[EOS], *endless.encode("User: And?\n\nAssistant:")]
     assert stats.n_prompt - stats.n_reused == new + 2
 
 
 def test_turns_answer_as_a_fresh_session_would(model: cext.Model, endless: Tokenizer) -> None:
     talk, _, _ = converse(model, endless)
-    answers = [list(talk.reply(text, greedy(), 8, Stats())) for text in ("Hi", "And?", "the end")]
+    answers = [answered(talk, text, greedy(), 8) for text in ("Hi", "And?", "the end")]
     messages = [Message("system", "Be brief.")]
     for text, answer in zip(("Hi", "And?", "the end"), answers, strict=True):
         messages.append(Message("user", text))
-        session = Sequencer(session_of(model, 512))
-        assert list(tokens(session, endless.chat(messages), greedy(), never_ends, 8, Stats())) == answer
+        assert alone(session_of(model, 512), endless.chat(messages), limit=8) == answer
         messages.append(Message("assistant", answer))
 
 
 def test_retry_and_clear(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, _ = converse(model, endless)
-    first = list(talk.reply("Hi", greedy(), 6, Stats()))
+    talk, watched, _ = converse(model, endless)
+    first = answered(talk, "Hi", greedy(), 6)
     assert talk.take_back() == "Hi" and talk.turns == []
-    session.evaluated.clear()
-    assert list(talk.reply("Hi", greedy(), 6, Stats())) == first
-    assert session.evaluated[0] == endless.chat([Message("system", "Be brief."), Message("user", "Hi")])[-1]
+    watched.evaluated.clear()
+    assert answered(talk, "Hi", greedy(), 6) == first
+    assert watched.evaluated[0] == endless.chat([Message("system", "Be brief."), Message("user", "Hi")])[-1]
     talk.clear()
     assert talk.take_back() is None
-    assert list(talk.reply("Hi", greedy(), 6, Stats())) == first
+    assert answered(talk, "Hi", greedy(), 6) == first
 
 
 def test_raw_continues_the_text(model: cext.Model, endless: Tokenizer) -> None:
-    session = Counting(session_of(model, 256))
-    talk = Conversation(session, endless, raw=True)
-    list(talk.reply("Once the", greedy(), 3, Stats()))
-    assert session.evaluated[:-2] == [IDS[BOS], *endless.encode("Once the")]
-    list(talk.reply("Other", greedy(), 1, Stats()))
+    watched = Watched()
+    talk = Conversation(session_of(model, 256), endless, raw=True, scheduler=Scheduler(watched))
+    answered(talk, "Once the", greedy(), 3)
+    assert watched.evaluated[:-2] == [IDS[BOS], *endless.encode("Once the")]
+    answered(talk, "Other", greedy(), 1)
     assert len(talk.turns) == 1
 
 
 def test_an_end_token_ends_the_answer(model: cext.Model, tokenizer: Tokenizer) -> None:
     stats = Stats()
-    sequencer = Sequencer(session_of(model, 64))
-    produced = list(tokens(sequencer, tokenizer.prompt("Hi"), greedy(), lambda t: True, 5, stats))
+    produced = alone(session_of(model, 64), tokenizer.prompt("Hi"), is_end=lambda t: True, limit=5, stats=stats)
     assert (produced, stats.stop, stats.n_answer) == ([], "end", 0)
 
 
 def test_statistics(model: cext.Model, endless: Tokenizer) -> None:
     talk, _, _ = converse(model, endless)
     stats = Stats()
-    produced = list(talk.reply("Hi", greedy(), 7, stats))
+    produced = answered(talk, "Hi", greedy(), 7, stats)
     assert (len(produced), stats.n_answer, stats.stop, stats.n_reused) == (7, 7, "length", 0)
     assert stats.n_prompt == len(endless.chat([Message("system", "Be brief."), Message("user", "Hi")]))
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
@@ -263,87 +232,15 @@ def test_statistics(model: cext.Model, endless: Tokenizer) -> None:
     assert Stats().decode_rate == Stats().prefill_rate == 0
 
 
-def test_progress_of_a_long_prompt(model: cext.Model) -> None:
-    told: list[tuple[int, int]] = []
-    ids = [i % 200 for i in range(2 * CHUNK + 10)]
-    Sequencer(session_of(model, 2048)).read(ids, lambda done, n: told.append((done, n)))
-    assert told == [(0, len(ids)), (CHUNK, len(ids))]
-
-
-def test_chunks_are_the_whole(model: cext.Model) -> None:
-    ids = [i * 7 % 200 for i in range(2 * CHUNK)]
-    chunked = Sequencer(session_of(model, 2048)).read(ids)
-    np.testing.assert_allclose(chunked, fresh(model, ids), rtol=0, atol=1e-4 * np.ptp(chunked))
+def test_progress_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> None:
+    talk, watched, _ = converse(model, endless, n_ctx=4096, system=None)
+    events = list(talk.reply("z" * (2 * CHUNK), greedy(), 1))
+    n = len(watched.evaluated)
+    told = [(event.done, event.n) for event in events if isinstance(event, Read)]
+    assert told == [(0, n), (CHUNK, n), (2 * CHUNK, n)] and 2 * CHUNK < n < 3 * CHUNK
 
 
 # Prompt lookup.
-
-QUOTED = [7 * i % 251 for i in range(40)]  # what the prompt says once
-
-
-class Scripted:
-    """A sampler that says what it is told to, and keeps the logits it was shown."""
-
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script, self.shown = list(script), list[NDArray[np.float32]]()
-
-    def accept(self, ids: Sequence[int]) -> None:
-        """Nothing depends on what was said."""
-
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        self.shown.append(logits.copy())
-        return self.script[len(self.shown) - 1]
-
-
-def quoting(model: cext.Model, script: Sequence[int], n_draft: int, n_ctx: int = 256, ends: int = -1):
-    """(tokens said, logits they were chosen from, statistics, sequencer) after a prompt that holds QUOTED."""
-    sampler, stats = Scripted(script), Stats()
-    sequencer = Sequencer(session_of(model, n_ctx))
-    said = list(
-        tokens(sequencer, [*QUOTED, 252, 253], sampler, ends.__eq__, len(script), stats, n_draft=n_draft)  # type: ignore[arg-type]
-    )
-    return said, sampler.shown, stats, sequencer
-
-
-@pytest.mark.parametrize("n_draft", [1, 2, 3])
-@pytest.mark.parametrize(
-    "script", [QUOTED, [*QUOTED[:11], 99, *QUOTED[12:30]], [*range(30)], [*QUOTED[:20], *QUOTED[:20]]]
-)
-def test_drafts_change_no_logit(model: cext.Model, script: list[int], n_draft: int) -> None:
-    plain, drafted = quoting(model, script, 0), quoting(model, script, n_draft)
-    assert drafted[0] == plain[0] == script
-    np.testing.assert_array_equal(drafted[1], plain[1])
-    assert plain[2].n_drafted == plain[2].n_taken == 0
-
-
-def test_a_quotation_is_drafted(model: cext.Model) -> None:
-    """The first MATCHED tokens of it are read one by one, and then 3 in a step beside the one that was chosen."""
-    script = QUOTED[: Lookup.MATCHED + 12]
-    _, _, stats, sequencer = quoting(model, script, 3)
-    assert (stats.n_drafted, stats.n_taken) == (9, 9)
-    assert sequencer.ids == [*QUOTED, 252, 253, *script[:-1]]
-    assert stats.n_answer == len(script)
-
-
-def test_drafts_that_were_wrong_leave_no_trace(model: cext.Model) -> None:
-    script = [*QUOTED[: Lookup.MATCHED + 2], 99, 98]
-    _, _, stats, sequencer = quoting(model, script, 3)
-    assert (stats.n_drafted, stats.n_taken) == (3, 2)
-    assert sequencer.ids == [*QUOTED, 252, 253, *script[:-1]]
-    plain = quoting(model, script, 0)[3]
-    np.testing.assert_array_equal(sequencer.append([97]), plain.append([97]))
-
-
-@pytest.mark.parametrize("n_ctx", range(51, 56))
-def test_drafts_fit_in_the_context(model: cext.Model, n_ctx: int) -> None:
-    plain, drafted = quoting(model, QUOTED, 0, n_ctx), quoting(model, QUOTED, 3, n_ctx)
-    assert drafted[0] == plain[0] and len(plain[0]) == n_ctx - 42 + 1
-    assert drafted[2].stop == plain[2].stop == "context"
-
-
-def test_an_answer_that_ends_inside_a_draft(model: cext.Model) -> None:
-    said, _, stats, _ = quoting(model, QUOTED, 3, ends=QUOTED[10])
-    assert said == QUOTED[:10] and stats.stop == "end"
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -351,7 +248,7 @@ def test_lookup_gives_the_same_conversation(model: cext.Model, endless: Tokenize
     def answers(n_draft: int) -> list[list[int]]:
         talk = Conversation(session_of(model, 512), endless, n_draft=n_draft)
         sampler = cext.Sampler(temperature=temperature, top_k=3, seed=5)
-        return [list(talk.reply("the User and the User and the User", sampler, 60, Stats())) for _ in range(3)]
+        return [answered(talk, "the User and the User and the User", sampler, 60) for _ in range(3)]
 
     assert answers(3) == answers(0)
 
@@ -360,13 +257,13 @@ def test_lookup_gives_the_same_conversation(model: cext.Model, endless: Tokenize
 
 
 def test_the_oldest_turns_are_dropped_and_the_system_stays(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, dropped = converse(model, endless, n_ctx=160)
+    talk, _, dropped = converse(model, endless, n_ctx=160)
     head = endless.chat([Message("system", "Be brief."), Message("user", "")], answer=False)[:8]
     for i in range(12):
-        list(talk.reply(f"message {i}", greedy(), 12, Stats()))
-        assert session.n_past <= 160
+        answered(talk, f"message {i}", greedy(), 12)
+        assert talk.n_used <= 160
         assert endless.chat([Message("system", "Be brief."), Message("user", "x")])[:8] == head
-        assert talk._sequencer.ids[:8] == head
+        assert talk._context.ids[:8] == head
         assert talk.turns[-1].user == f"message {i}" and len(talk.turns[-1].answer) == 12
     assert sum(dropped) > 0 and len(talk.turns) + sum(dropped) == 12
     assert talk.turns[0].user == f"message {sum(dropped)}"
@@ -375,42 +272,42 @@ def test_the_oldest_turns_are_dropped_and_the_system_stays(model: cext.Model, en
 def test_what_is_left_answers_as_if_the_rest_had_never_been(model: cext.Model, endless: Tokenizer) -> None:
     talk, _, dropped = converse(model, endless, n_ctx=160)
     while not dropped:
-        answer = list(talk.reply("the next one", greedy(), 12, Stats()))
+        answer = answered(talk, "the next one", greedy(), 12)
     messages = [Message("system", "Be brief.")]
     for turn in talk.turns[:-1]:
         messages += [Message("user", turn.user), Message("assistant", turn.answer)]
     ids = endless.chat([*messages, Message("user", "the next one")])
-    assert list(tokens(Sequencer(session_of(model, 256)), ids, greedy(), never_ends, 12, Stats())) == answer
+    assert alone(session_of(model, 256), ids, limit=12) == answer
 
 
 def test_an_answer_goes_on_when_the_context_fills_in_the_middle(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, dropped = converse(model, endless, n_ctx=160)
-    list(talk.reply("Hi", greedy(), 40, Stats()))
+    talk, _, dropped = converse(model, endless, n_ctx=160)
+    answered(talk, "Hi", greedy(), 40)
     stats = Stats()
-    produced = list(talk.reply("And?", greedy(), 90, stats))
-    assert dropped == [1] and len(produced) == stats.n_answer == 90 and stats.stop == "length"
-    assert talk.turns[-1].answer == produced and session.n_past <= 160
+    produced = answered(talk, "And?", greedy(), 100, stats)
+    assert dropped == [1] and len(produced) == stats.n_answer == 100 and stats.stop == "length"
+    assert talk.turns[-1].answer == produced and talk.n_used <= 160
 
 
 def test_an_answer_alone_in_the_context_stops_when_it_is_full(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, dropped = converse(model, endless, n_ctx=64)
+    talk, _, dropped = converse(model, endless, n_ctx=64)
     stats = Stats()
-    produced = list(talk.reply("Hi", greedy(), None, stats))
-    assert stats.stop == "context" and session.n_past == 64 and not dropped
+    produced = answered(talk, "Hi", greedy(), None, stats)
+    assert stats.stop == "context" and talk.n_used == 64 and not dropped
     assert stats.n_prompt + len(produced) == 64 + 1  # the last one is sampled from a full context
-    list(talk.reply("And?", greedy(), 5, stats))
+    answered(talk, "And?", greedy(), 5, stats)
     assert dropped == [1]
 
 
 def test_a_message_longer_than_the_context_changes_nothing(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, dropped = converse(model, endless, n_ctx=128)
-    list(talk.reply("Hi", greedy(), 5, Stats()))
-    before = session.n_past, [turn.user for turn in talk.turns]
+    talk, _, dropped = converse(model, endless, n_ctx=128)
+    answered(talk, "Hi", greedy(), 5)
+    before = talk.n_used, [turn.user for turn in talk.turns]
     with pytest.raises(cext.ContextFullError, match=r"\d+ tokens do not fit in a context of 128") as caught:
-        list(talk.reply("x" * 200, greedy(), 5, Stats()))
+        answered(talk, "x" * 200, greedy(), 5)
     assert "-c 1024" in caught.value.hint
-    assert (session.n_past, [turn.user for turn in talk.turns]) == before and not dropped
-    assert len(list(talk.reply("And?", greedy(), 5, Stats()))) == 5
+    assert (talk.n_used, [turn.user for turn in talk.turns]) == before and not dropped
+    assert len(answered(talk, "And?", greedy(), 5)) == 5
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
@@ -418,49 +315,94 @@ def test_a_prompt_that_barely_fits(model: cext.Model, endless: Tokenizer, room: 
     prompt = endless.chat([Message("user", "Hi")])
     talk, _, _ = converse(model, endless, n_ctx=len(prompt) + room, system=None)
     stats = Stats()
-    assert len(list(talk.reply("Hi", greedy(), None, stats))) == room + 1
+    assert len(answered(talk, "Hi", greedy(), None, stats)) == room + 1
     assert stats.stop == "context"
 
 
 # Ctrl-C.
 
 
-@pytest.mark.parametrize(("call", "when"), [*itertools.product([1, 2, 3, 6], ["before", "after"])])
-def test_ctrl_c_leaves_a_conversation_that_goes_on(model: cext.Model, endless: Tokenizer, call: int, when: str) -> None:
-    """Wherever it comes: what the conversation believes of the cache is what the session holds."""
-    talk, session, _ = converse(model, endless)
-    session.interrupts[call] = when
-    got: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        got.extend(talk.reply("Hi", greedy(), 20, Stats()))
-    assert talk._sequencer.ids == session.evaluated
-    partial = talk.turns[-1].answer if talk.turns else []
-    assert len(partial) == max(call - 1, 0)
-    answer = list(talk.reply("And?", greedy(), 6, Stats()))
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def as_if_never_stopped(model: cext.Model, tokenizer: Tokenizer, partial: list[int]) -> list[int]:
+    """The answer to "And?" of a conversation that has only this much of an answer to "Hi"."""
     messages = [Message("system", "Be brief.")]
     if partial:
         messages += [Message("user", "Hi"), Message("assistant", partial)]
-    ids = endless.chat([*messages, Message("user", "And?")])
-    assert list(tokens(Sequencer(session_of(model, 512)), ids, greedy(), never_ends, 6, Stats())) == answer
+    return alone(session_of(model, 512), tokenizer.chat([*messages, Message("user", "And?")]), limit=6)
 
 
-def test_ctrl_c_between_chunks_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> None:
-    talk, session, _ = converse(model, endless, n_ctx=4096, system=None)
-    session.interrupts[2] = "before"
+@pytest.mark.parametrize(("call", "when"), [*itertools.product([1, 2, 3, 6], ["before", "after"])])
+def test_ctrl_c_leaves_a_conversation_that_goes_on(model: cext.Model, endless: Tokenizer, call: int, when: str) -> None:
+    """Wherever it comes: what the conversation believes of the cache is what the session holds."""
+    talk, watched, _ = converse(model, endless)
+    watched.raises[call] = when, ctrl_c
     with pytest.raises(KeyboardInterrupt):
-        list(talk.reply("z" * 1500, greedy(), 5, Stats()))
-    assert session.n_past == CHUNK and talk.turns == []
+        answered(talk, "Hi", greedy(), 20)
+    held = watched.evaluated + ([] if when == "before" else talk._context._ids[len(watched.evaluated) :])
+    assert talk._context.ids == held
+    partial = talk.turns[-1].answer if talk.turns else []
+    assert len(partial) == call - 1
+    assert answered(talk, "And?", greedy(), 6) == as_if_never_stopped(model, endless, partial)
+
+
+@pytest.mark.parametrize(("call", "when"), [*itertools.product([1, 2, 3, 6], ["before", "after"])])
+def test_a_cancelled_answer_keeps_what_was_said(model: cext.Model, endless: Tokenizer, call: int, when: str) -> None:
+    talk, watched, _ = converse(model, endless)
+    watched.raises[call] = when, talk.cancel
+    events = list(talk.reply("Hi", greedy(), 20))
+    end = events[-1]
+    assert isinstance(end, End) and end.reason == "cancelled" and watched.calls == call
+    said = [event.id for event in events if isinstance(event, Token)]
+    assert len(said) == call - 1 and [turn.answer for turn in talk.turns] == ([said] if said else [])
+    assert not talk.cancel()  # there is nothing to cancel any more
+    assert answered(talk, "And?", greedy(), 6) == as_if_never_stopped(model, endless, said)
+
+
+def test_cancelled_between_pieces_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> None:
+    talk, watched, _ = converse(model, endless, n_ctx=4096, system=None)
+    watched.raises[1] = "after", talk.cancel
+    assert answered(talk, "z" * 1500, greedy(), 5) == []
+    assert talk.n_used == CHUNK and talk.turns == []
     stats = Stats()
-    assert len(list(talk.reply("z" * 1500, greedy(), 5, stats))) == 5
+    assert len(answered(talk, "z" * 1500, greedy(), 5, stats)) == 5
     assert stats.n_reused == CHUNK
+
+
+def test_ctrl_c_cancels_once_and_then_interrupts(model: cext.Model, endless: Tokenizer) -> None:
+    talk, watched, _ = converse(model, endless)
+    watched.raises[3] = "after", lambda: os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.heard(talk.cancel):
+        assert len(answered(talk, "Hi", greedy(), 20)) == 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_leaving_an_answer_early_keeps_what_was_said(model: cext.Model, endless: Tokenizer) -> None:
     talk, _, _ = converse(model, endless)
-    reply = talk.reply("Hi", greedy(), 20, Stats())
-    said = [next(reply), next(reply)]
+    reply = talk.reply("Hi", greedy(), 20)
+    said = [event.id for event in itertools.islice(reply, 3) if isinstance(event, Token)]
     reply.close()
-    assert talk.turns[-1].answer == said
+    assert len(said) == 2 and talk.turns[-1].answer == said
+    assert answered(talk, "And?", greedy(), 6) == as_if_never_stopped(model, endless, said)
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_an_error_of_the_engine_is_raised(model: cext.Model, endless: Tokenizer, call: int) -> None:
+    def fail() -> None:
+        raise cext.FileError("the file changed")
+
+    talk, watched, _ = converse(model, endless)
+    watched.raises[call] = "before", fail
+    with pytest.raises(cext.FileError, match="the file changed"):
+        answered(talk, "Hi", greedy(), 20)
+    partial = talk.turns[-1].answer if talk.turns else []
+    assert len(partial) == call - 1
+    assert answered(talk, "And?", greedy(), 6) == as_if_never_stopped(model, endless, partial)
 
 
 # Sampling and text.
@@ -469,13 +411,13 @@ def test_leaving_an_answer_early_keeps_what_was_said(model: cext.Model, endless:
 def test_the_same_seed_gives_the_same_answer(model: cext.Model, endless: Tokenizer) -> None:
     def answer(seed: int) -> list[int]:
         talk, _, _ = converse(model, endless)
-        return list(talk.reply("Hi", cext.Sampler(temperature=1.5, top_k=0, min_p=0, seed=seed), 12, Stats()))
+        return answered(talk, "Hi", cext.Sampler(temperature=1.5, top_k=0, min_p=0, seed=seed), 12)
 
     assert answer(1) == answer(1) != answer(2)
 
 
 def test_text_streams_in_whole_characters(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("né🦙!")
-    pieces = list(stream(tokenizer, iter(ids[:-2])))
-    assert "".join(pieces) == "né\ufffd"
-    assert "".join(stream(tokenizer, iter(ids))) == "né🦙!"
+    for n, expected in ((len(ids) - 2, "né\ufffd"), (len(ids), "né🦙!")):
+        text = Text(tokenizer.stream())
+        assert "".join([*map(text.feed, ids[:n]), text.finish()]) == expected

@@ -102,6 +102,8 @@ def chat(
             finally:
                 if not quiet and talk.last.n_prompt:
                     talk.tell_stats()
+            if talk.last.stop == "cancelled":
+                raise KeyboardInterrupt
 
 
 def given_text(prompt: str | None) -> str | None:
@@ -118,7 +120,7 @@ def given_text(prompt: str | None) -> str | None:
 
 
 def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:
-    from dsv2cli.generate import resident_bytes
+    from cext.system import resident_bytes
 
     stats = talk.last
     return {

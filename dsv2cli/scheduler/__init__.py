@@ -1,0 +1,32 @@
+"""The token loop: any number of sequences, stepped together in one evaluation after another.
+
+A sequence is a state: it says what it wants evaluated next, and turns the logits it gets into tokens, text and events.
+The scheduler asks them all, evaluates one step, and hands out what came of it. A chat is a scheduler with one sequence.
+"""
+
+from dsv2cli.scheduler.context import Context
+from dsv2cli.scheduler.drafts import Drafter, Lookup
+from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
+from dsv2cli.scheduler.sampling import Logprobs, Sampling
+from dsv2cli.scheduler.scheduler import Budget, Scheduler
+from dsv2cli.scheduler.sequence import Sequence
+from dsv2cli.scheduler.stats import Stats
+from dsv2cli.scheduler.text import Text
+
+__all__ = [
+    "Budget",
+    "Context",
+    "Drafter",
+    "End",
+    "Event",
+    "Logprobs",
+    "Lookup",
+    "Read",
+    "Reason",
+    "Sampling",
+    "Scheduler",
+    "Sequence",
+    "Stats",
+    "Text",
+    "Token",
+]

@@ -1,0 +1,148 @@
+"""Steps any number of sequences together, and lets none of them wait for long or fall with another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cext import MAX_STEP, eval_batch
+from dsv2cli.scheduler.events import Event, Reason
+from dsv2cli.scheduler.sequence import Sequence
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cext import Session
+
+# ``cext.eval_batch``: the logits after the last so many tokens of each session, one after another.
+Evaluate = Callable[[list[tuple["Session", list[int]]], list[int]], "NDArray[np.float32]"]
+# A sequence's part in a step: tokens, and of how many of the last ones the logits are wanted.
+Share = tuple[Sequence, list[int], int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens a step. Progress is told, and cancelling heard, between steps. ValueError where prompts fill a step."""
+
+    alone: int = 512  # of prompts, where nothing decodes
+    beside: int = 64  # of prompts beside answers: what these wait for
+    step: int = MAX_STEP  # of all together
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beside < self.step <= MAX_STEP or not 1 <= self.alone <= self.step:
+            raise ValueError(f"{self}: expected 1 <= beside < step, 1 <= alone <= step <= {MAX_STEP}")
+
+
+class Scheduler:
+    """Sequences, each with a context of its own, of one model. One thread steps; any may cancel a sequence.
+
+    Every sequence that decodes is in every step, with a token and its drafts, as far as a step holds them; prompts are
+    read in pieces with what the budget leaves, in turns. Who was not served goes before who was.
+    """
+
+    def __init__(self, evaluate: Evaluate = eval_batch, budget: Budget | None = None) -> None:
+        self._evaluate = evaluate
+        self._budget = budget or Budget()
+        self._sequences: list[Sequence] = []  # in the order in which they are served
+        self._news: list[Event] = []  # told before the next evaluation
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence join at the next step; the first event of it says how much of its prompt is to be read."""
+        self._sequences.append(sequence)
+        self._news.append(sequence.progress)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, with no event; nothing where it has ended."""
+        if sequence in self._sequences:
+            self._sequences.remove(sequence)
+            self._news = [event for event in self._news if event.sequence is not sequence]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to step or to tell."""
+        return not (self._sequences or self._news)
+
+    def run(self) -> Iterator[Event]:
+        """Step until all sequences have ended."""
+        while self._sequences or self._news:
+            yield from self.step()
+
+    def step(self) -> list[Event]:
+        """Evaluate once and return what came of it; at once where there is something to tell already."""
+        shares = [] if self._news else self._plan()
+        events, self._news = self._news, []
+        if shares:
+            self._evaluate_shares(shares, events)
+        return events
+
+    def _plan(self) -> list[Share]:
+        """What is evaluated next: whoever is in it moves behind those who are not. Ends what was cancelled."""
+        decoding: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in self._sequences:
+            (decoding if sequence.n_waiting == 1 else reading).append(sequence)
+        budget = self._budget
+        for_prompts = (budget.beside if decoding else budget.alone) if reading else 0
+        for_answers = budget.step - for_prompts
+        shares: list[Share] = []
+        most = max(1, for_answers // len(decoding)) if decoding else 0
+        for sequence in decoding[:for_answers]:
+            self._ask(sequence, most, shares)
+        for sequence in reading:
+            if for_prompts > 0 or sequence.cancelled:
+                for_prompts -= self._ask(sequence, for_prompts, shares)
+        if len(shares) < len(self._sequences):
+            served = {sequence: None for sequence, _, _ in shares}
+            self._sequences = [s for s in self._sequences if s not in served] + list(served)
+        return shares
+
+    def _ask(self, sequence: Sequence, most: int, shares: list[Share]) -> int:
+        """Append what the sequence wants of at most so many tokens, and return how many it is."""
+        if sequence.cancelled:
+            self._end(sequence, "cancelled", self._news)
+            return 0
+        try:
+            ids, n_logits = sequence.want(most)
+        except Exception as error:  # its session is closed, or in use elsewhere
+            self._end(sequence, "error", self._news, error)
+            return 0
+        shares.append((sequence, ids, n_logits))
+        return len(ids)
+
+    def _evaluate_shares(self, shares: list[Share], events: list[Event]) -> None:
+        """Evaluate and append what comes of it. Where it fails, each is tried alone: an error ends who causes it."""
+        batch: list[tuple[Session, list[int]]] = []
+        wanted: list[int] = []
+        for sequence, ids, n_logits in shares:
+            batch.append((sequence.context.session, ids))
+            wanted.append(n_logits)
+        try:
+            logits = self._evaluate(batch, wanted)
+        except Exception as error:
+            if len(shares) == 1:
+                return self._end(shares[0][0], "error", events, error)
+            for share in shares:
+                self._evaluate_shares([share], events)
+            return None
+        start = 0
+        for sequence, _, n_logits in shares:
+            self._deliver(sequence, logits[start : start + n_logits], events)
+            start += n_logits
+        return None
+
+    def _deliver(self, sequence: Sequence, logits: NDArray[np.float32], events: list[Event]) -> None:
+        if sequence.cancelled:
+            return  # it ends in the next step
+        try:
+            sequence.take(logits, events)
+        except Exception as error:
+            self._end(sequence, "error", events, error)
+        else:
+            if sequence.ended:
+                self._sequences.remove(sequence)
+
+    def _end(self, sequence: Sequence, reason: Reason, events: list[Event], error: Exception | None = None) -> None:
+        events.append(sequence.end(reason, error))
+        self._sequences.remove(sequence)
