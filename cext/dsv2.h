@@ -14,6 +14,9 @@ typedef struct ds_block ds_block;
 
 enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
 
+/* The shape of the model in a file, without its weights. DS_EUNSUPPORTED for what the engine does not run. */
+ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err);
+
 /* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
  * Weights are mapped, not copied. A model that has sessions goes with the last of them. */
 ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err);

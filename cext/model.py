@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cext import _engine
 from cext.errors import BusyError, ContextFullError
+from cext.gguf import Gguf
 
 KvType = Literal["f16", "q8_0", "f32"]
 MAX_ID = np.iinfo(np.int32).max
@@ -71,11 +72,19 @@ def tap_array(name: str, shape: tuple[int, bool], n: int, hparams: Hparams) -> N
     return np.empty(rows, np.int32 if is_int else np.float32)
 
 
+def shape_of(gguf: Gguf) -> tuple[Hparams, tuple[str, ...]]:
+    """The shape of the model in a file, and its notes (see ``Model``), without its weights. FormatError, UnsupportedError."""
+    hparams, notes = _engine.gguf_shape(gguf._handle)
+    return cast(Hparams, hparams), notes
+
+
 class Model:
     """A model ready to run: weights mapped from the GGUF, not copied.
 
     threads: workers in the pool; None takes the fastest number for this machine. isa: a name from ``isas()``; None
     takes DSV2_ISA or the best. Raises FileError, FormatError, UnsupportedError, ArgumentError.
+
+    notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed.
     """
 
     def __init__(self, path: str | PathLike[str], threads: int | None = None, isa: str | None = None) -> None:
@@ -83,7 +92,7 @@ class Model:
             raise ValueError(f"threads is {threads}, expected at least 1")
         self.path = fspath(path)
         self._handle = _engine.model_open(path, threads or 0, isa)
-        hparams, self.threads, self.isa, self.nbytes = _engine.model_info(self._handle)
+        hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
         self._sessions: WeakSet[Session] = WeakSet()
 

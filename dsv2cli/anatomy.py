@@ -15,6 +15,7 @@ from dsv2cli.errors import CliError
 
 if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
+    from cext.model import Hparams
 
 ARCHITECTURE = "deepseek2"
 # Bytes of a layer's cached row: a latent of n values and a rotary key of m, with their scales (cext/memory/kv.c).
@@ -35,6 +36,8 @@ PARTS = (
     ("head", re.compile(r"^output\.")),
 )
 OTHER = "other"
+DRAFT = "draft head"  # blocks for multi-token prediction behind the model's own: not read
+BLOCK = re.compile(r"blk\.(\d+)\.")
 COUNTS = (  # keys that are reckoned with
     "block_count", "expert_count", "expert_used_count", "leading_dense_block_count", "context_length",
     "attention.kv_lora_rank", "rope.dimension_count", "expert_group_count",
@@ -81,6 +84,7 @@ class Anatomy:
     parts: tuple[PartSize, ...]
     kv_bytes: dict[str, int]
     notes: dict[str, Any]  # dsv2.*: what our quantiser wrote down
+    remarks: tuple[str, ...] = ()  # the engine's: what the file leaves unsaid, or why it does not run
 
     @property
     def tensor_bytes(self) -> int:
@@ -135,6 +139,8 @@ def study(path: Path) -> Anatomy:
                     f"`{path}`: `{prefix}{name}` is {keys[name]!r}, expected a count",
                     "the file is damaged: make it again",
                 )
+        shape, remarks = _shape(gguf) if architecture == ARCHITECTURE else (None, ())
+        keys |= _assumed(shape) if shape else {}
         return Anatomy(
             path=path,
             name=str(metadata.get("general.name", path.stem)),
@@ -146,7 +152,29 @@ def study(path: Path) -> Anatomy:
             parts=_parts(gguf.tensors, keys) if architecture == ARCHITECTURE else (),
             kv_bytes=_kv_bytes(keys if architecture == ARCHITECTURE else {}),
             notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
+            remarks=remarks,
         )
+
+
+def _shape(gguf: Gguf) -> tuple[Hparams | None, tuple[str, ...]]:
+    """The model's shape as the engine runs it, with remarks; None and the reason where it would not."""
+    from cext import EngineError
+    from cext.model import shape_of
+
+    try:
+        return shape_of(gguf)
+    except EngineError as error:
+        return None, (f"{error}: this build does not run it",)
+
+
+def _assumed(shape: Hparams) -> dict[str, Any]:
+    """Keys as they are run: block_count without a draft head's blocks, groups where the file leaves them unsaid."""
+    return {
+        "block_count": shape["n_layer"],
+        "expert_shared_count": shape["n_expert_shared"],
+        "expert_group_count": shape["n_expert_group"],
+        "expert_group_used_count": shape["n_expert_group_used"],
+    }
 
 
 def _vocabulary(gguf: Gguf) -> dict[str, Any]:
@@ -182,19 +210,23 @@ def _types(tensors: Iterable[TensorInfo]) -> tuple[TypeSize, ...]:
 def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, ...]:
     """By part, in PARTS' order. Where there is no head, the embeddings are read whole in its place."""
     n_expert, n_used = keys.get("expert_count", 0), keys.get("expert_used_count", 0)
+    n_layer = keys.get("block_count", 0)
     tied = not any(t.name == "output.weight" for t in tensors)
     sizes: dict[str, list[int]] = {}
     for tensor in tensors:
         part = next((name for name, pattern in PARTS if pattern.search(tensor.name)), OTHER)
         read = tensor.nbytes
-        if part == "routed experts" and n_expert:
+        block = BLOCK.match(tensor.name)
+        if block and int(block[1]) >= n_layer:
+            part, read = DRAFT, 0
+        elif part == "routed experts" and n_expert:
             read = tensor.nbytes * n_used // n_expert
         elif part == "embeddings" and not tied:
             read = tensor.nbytes // tensor.shape[-1]
         size = sizes.setdefault(part, [0, 0, 0])
         for i, n in enumerate((1, tensor.nbytes, read)):
             size[i] += n
-    order = [name for name, _ in PARTS] + [OTHER]
+    order = [name for name, _ in PARTS] + [DRAFT, OTHER]
     return tuple(PartSize(name, *sizes[name]) for name in order if name in sizes)
 
 

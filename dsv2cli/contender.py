@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2cli import runtime
 from dsv2cli.llama_state import lengthened
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Ours:
         from cext import Model, Session
 
         self._model = Model(model, threads or None)
+        runtime.tell(model, self._model.notes)
         self._n_ctx = n_ctx
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
 
         model = Model(path, threads)
         tokenizer = loading.result()
+    tell(path, model.notes)
     with model, tokenizer:
         n_rows = model.hparams["n_vocab"]
         if tokenizer.n_vocab > n_rows:
@@ -62,6 +63,12 @@ def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
                 "the file was made with another model's tokenizer",
             )
         yield Runtime(path, model, tokenizer, time.perf_counter() - begun)
+
+
+def tell(path: Path, notes: Iterable[str]) -> None:
+    """What the engine has to say about a file, once, on stderr."""
+    for line in notes:
+        console.warn(console.printable(f"`{path}`: {line}"))
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Well-formed GGUF files that are no model, or not the model they claim: one clear error, never a crash."""
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from support import gguf_bytes as gb
 from support.gguf_bytes import TINY_VALUES, Tensor, tiny_model
 
-from cext import EngineError, FormatError, Model, UnsupportedError
+from cext import EngineError, FormatError, Gguf, Model, UnsupportedError
 
 TINY = tiny_model()
 REQUIRED = {
@@ -121,7 +122,7 @@ def test_an_impossible_value_is_named(tmp_path: Path, key: str, kind: int, item:
         ({"attention.head_count": 65536, "attention.key_length_mla": 65536}, "query width are 65536 x 65536"),
         ({"attention.head_count": 65536, "attention.value_length_mla": 65536}, "value width are 65536 x 65536"),
         ({"attention.head_count": 65536, "attention.kv_lora_rank": 65536}, "cached width are 65536 x 65538"),
-        ({"expert_shared_count": 1024, "expert_feed_forward_length": 1 << 24}, "shared experts.* 1024 x 16777216"),
+        ({"expert_shared_count": 1024, "expert_feed_forward_length": 1 << 20}, "shared experts.* 1024 x 1048576"),
     ],
 )
 def test_widths_whose_product_overflows(tmp_path: Path, values: dict[str, int], words: str) -> None:
@@ -188,5 +189,24 @@ def test_a_tensor_of_a_type_that_does_not_run_is_named(tmp_path: Path, tensor: T
 @pytest.mark.parametrize("data", [b"\xff", b"\x00", b"\x7f", b"\x00\x7c", b"\x00\x00\x80\x7f"])
 @pytest.mark.parametrize("kind", [gb.TYPE_F32, gb.TYPE_F16, gb.TYPE_Q8_0])
 def test_weights_may_hold_anything(tmp_path: Path, data: bytes, kind: int) -> None:
-    """NaN, zero, infinity: the answer is no use, but it comes."""
-    assert run(write(tmp_path, tiny_model(kind), data)).shape == (8,)
+    """NaN, zero, infinity: the answer is no use, but it comes; or it is refused with a way out."""
+    try:
+        assert run(write(tmp_path, tiny_model(kind), data)).shape == (8,)
+    except FormatError as error:
+        assert "model.gguf" in str(error)
+        assert "sha256" in error.hint
+
+
+@pytest.mark.parametrize("name", [str(t.name) for t in TINY.tensors if len(t.shape) == 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_vector_with_a_value_that_is_no_number_is_named(tmp_path: Path, name: str, bad: float) -> None:
+    content = bytearray(TINY.content())
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with Gguf(path) as file:
+        tensor = next(t for t in file.tensors if t.name == name)
+    struct.pack_into("<f", content, tensor.offset + 4 * 3, bad)
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"model\.gguf.* 1 of tensor `{name}`'s .* value 3 ") as raised:
+        Model(path)
+    assert "sha256" in raised.value.hint

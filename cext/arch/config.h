@@ -1,9 +1,18 @@
-/* config.h: a deepseek2 model's shape, read from GGUF metadata and checked. Knows no tensors. */
+/* config.h: a deepseek2 model's shape, read from GGUF metadata and checked. Of tensors it asks only which are there: they
+ * tell what some converters leave unsaid. */
 #pragma once
 
 #include <stdbool.h>
 
+#include "base/notes.h"
 #include "gguf/gguf.h"
+
+/* Where tensors come from: a GGUF, or a table of arrays. find returns NULL where the name is absent. */
+typedef struct ds_source {
+    const ds_tensor *(*find)(const void *ctx, const char *name);
+    const void *ctx;
+    const char *label; /* for errors */
+} ds_source;
 
 typedef enum ds_gating { DS_GATING_SOFTMAX = 1, DS_GATING_SIGMOID = 2 } ds_gating;
 
@@ -14,8 +23,9 @@ typedef enum ds_sublayer { DS_SUBLAYER_BOTH, DS_SUBLAYER_ATTENTION, DS_SUBLAYER_
 
 typedef struct ds_config {
     char arch[DS_MAX_NAME], name[DS_MAX_NAME];
-    int n_layer, n_ctx_train, n_embd, n_vocab, n_head;
-    int q_lora_rank;  /* 0: q comes straight from the hidden state */
+    int n_layer; /* of the model proper: blocks of a draft head (multi-token prediction) come after them and are not run */
+    int n_ctx_train, n_embd, n_vocab, n_head;
+    int q_lora_rank; /* 0: q comes straight from the hidden state */
     int kv_lora_rank; /* width of the latent c_kv */
     int nope_dim, rope_dim, v_dim; /* per head: q and k without and with position, and the value */
     int n_ff_dense, n_layer_dense; /* the leading layers with one plain feed-forward */
@@ -24,14 +34,17 @@ typedef struct ds_config {
     float expert_scale;
     bool expert_norm; /* renormalise the chosen experts' weights */
     ds_gating gating;
+    bool router_bias; /* experts are chosen by their score plus a bias (exp_probs_b) */
     float rms_eps;
     float rope_base, rope_factor, rope_beta_fast, rope_beta_slow, rope_attn_factor;
     int rope_orig_ctx;
     float attn_scale; /* of q . k, YaRN's m*m included */
+    ds_notes notes; /* what the file leaves unsaid, and what was assumed */
 } ds_config;
 
-/* Read and check every value the engine uses; errors name the key. */
-ds_status ds_config_read(const ds_gguf *gguf, ds_config *out, ds_error *err);
+/* Read and check every value the engine uses; errors name the key. What is missing and can be told from the rest is assumed
+ * and noted; what cannot is an error. Widths are at most 2^20, so that a step's tokens times a width is an int. */
+ds_status ds_config_read(const ds_gguf *gguf, ds_source source, ds_config *out, ds_error *err);
 
 static inline int ds_qk_dim(const ds_config *c) { return c->nope_dim + c->rope_dim; }
 static inline int ds_kv_width(const ds_config *c) { return c->kv_lora_rank + c->rope_dim; }

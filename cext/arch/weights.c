@@ -1,5 +1,6 @@
 #include "arch/weights.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,50 +34,89 @@ static void *own(binder *b, size_t size) {
     return block->data;
 }
 
+static ds_status fail_type(binder *b, const ds_tensor *t, const char *name) {
+    ds_gguf_tensor_type type;
+    if (!ds_gguf_tensor_type_get(t->gguf_type, &type)) {
+        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of unknown type %u", b->source.label, name,
+                            t->gguf_type);
+        return ds_hint(b->err,
+                       "types from 137 on are ik_llama.cpp's, and run there alone: take a file of another type, "
+                       "Q4_K_M or IQ2_XXS say");
+    }
+    b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run",
+                        b->source.label, name, type.name, t->gguf_type);
+    return ds_hint(b->err, "take the model's file of another type (from IQ2_XXS and Q2_K up all run), or run this one "
+                           "with llama.cpp");
+}
+
 static const ds_tensor *find(binder *b, bool required, const char *name) {
     const ds_tensor *t = b->status == DS_OK ? b->source.find(b->source.ctx, name) : NULL;
     if (!t && required && b->status == DS_OK) {
         b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is missing", b->source.label, name);
+        ds_hint(b->err, "the file holds a part of a model, or its keys are another model's: take another file of it");
     }
-    if (t && t->format == DS_FORMAT_COUNT) {
-        ds_gguf_tensor_type type = {.name = "unknown"};
-        ds_gguf_tensor_type_get(t->gguf_type, &type);
-        b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run",
-                            b->source.label, name, type.name, t->gguf_type);
-        ds_hint(b->err, "requantize the model with `dsv2 quantize --type q4_k_m`");
-        return NULL;
-    }
+    if (t && t->format == DS_FORMAT_COUNT) return fail_type(b, t, name), NULL;
     return t;
+}
+
+/* The tensor's bytes as n matrices (rows, k). */
+static ds_mat matrix_of(binder *b, const ds_tensor *t, int64_t k, int64_t rows, int64_t n) {
+    const ds_format_info *format = ds_format_get(t->format);
+    ds_mat m = {.format = t->format, .k = (int)k, .rows = (int)rows, .n = (int)n};
+    if (format->block_elements == 1 && (uintptr_t)t->data % format->block_bytes) {
+        b->status =
+            ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is not aligned to its values", b->source.label, t->name);
+        return (ds_mat){0};
+    }
+    m.row_bytes = ds_row_bytes(t->format, k);
+    m.data = t->data;
+    m.stride = m.row_bytes * (size_t)rows;
+    return m;
+}
+
+static bool has_shape(const ds_tensor *t, int64_t k, int64_t rows, int64_t n) {
+    return t->ne[0] == k && t->ne[1] == rows && t->ne[2] == n && t->ne[3] == 1;
 }
 
 /* The tensor named by the format, checked to be ne[0] = k, ne[1] = rows, ne[2] = n; data NULL where absent or refused. */
 static ds_mat matrix(binder *b, bool required, int64_t k, int64_t rows, int64_t n, const char *format, ...) {
     char name[DS_MAX_NAME];
-    ds_mat m = {0};
     const ds_tensor *t;
     va_list args;
     va_start(args, format);
     vsnprintf(name, sizeof name, format, args);
     va_end(args);
-    if (!(t = find(b, required, name))) return m;
-    if (t->ne[0] != k || t->ne[1] != rows || t->ne[2] != n || t->ne[3] != 1) {
-        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is %lld x %lld x %lld, expected %lld x %lld x %lld",
-                            b->source.label, name, (long long)t->ne[0], (long long)t->ne[1], (long long)t->ne[2],
-                            (long long)k, (long long)rows, (long long)n);
-        return m;
+    if (!(t = find(b, required, name))) return (ds_mat){0};
+    if (has_shape(t, k, rows, n)) return matrix_of(b, t, k, rows, n);
+    b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is %lld x %lld x %lld, expected %lld x %lld x %lld",
+                        b->source.label, name, (long long)t->ne[0], (long long)t->ne[1], (long long)t->ne[2],
+                        (long long)k, (long long)rows, (long long)n);
+    return (ds_mat){0};
+}
+
+/* The same of all heads, where ik_llama.cpp's files have the heads' rows one after the other in two dimensions. */
+static ds_mat matrix_of_heads(binder *b, int64_t k, int64_t rows, const char *part, int il) {
+    const int64_t n = b->config->n_head;
+    char name[DS_MAX_NAME];
+    snprintf(name, sizeof name, "blk.%d.%s.weight", il, part);
+    const ds_tensor *t = find(b, false, name);
+    if (t && has_shape(t, k, rows * n, 1)) return matrix_of(b, t, k, rows, n);
+    return matrix(b, true, k, rows, n, "%s", name);
+}
+
+/* Norms and biases reach every value after them: one that is no number leaves no logit that is one. */
+static void check_finite(binder *b, const char *name, const float *x, int64_t n) {
+    int64_t n_bad = 0, first = 0;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        if (!isfinite(x[i])) n_bad++, first = i;
     }
-    if (ds_format_get(t->format)->block_elements == 1 && (uintptr_t)t->data % ds_format_get(t->format)->block_bytes) {
-        b->status = ds_fail(b->err, DS_EFORMAT, "%s: tensor `%s` is not aligned to its values", b->source.label, name);
-        return m;
-    }
-    m.format = t->format;
-    m.k = (int)k;
-    m.rows = (int)rows;
-    m.row_bytes = ds_row_bytes(t->format, k);
-    m.data = t->data;
-    m.n = (int)n;
-    m.stride = m.row_bytes * (size_t)rows;
-    return m;
+    if (!n_bad) return;
+    b->status =
+        ds_fail(b->err, DS_EFORMAT, "%s: %lld of tensor `%s`'s %lld values are no finite numbers, value %lld the first",
+                b->source.label, (long long)n_bad, name, (long long)n, (long long)first);
+    ds_hint(b->err,
+            "the file is damaged, or was made of a damaged model: compare its sha256 with its source's, download "
+            "or quantize it again");
 }
 
 /* A vector decoded to float; NULL where absent or refused. */
@@ -96,6 +136,7 @@ static const float *vector(binder *b, bool required, int64_t n, const char *form
     }
     if (!(data = own(b, (size_t)n * sizeof *data))) return NULL;
     ds_dequantize_row(t->format, n, t->data, data);
+    check_finite(b, name, data, n);
     return data;
 }
 
@@ -130,9 +171,11 @@ static ds_mat transpose_k_b(binder *b, const ds_mat *kv_b, int head_rows) {
 static void bind_kv_b(binder *b, ds_layer *l, int il) {
     const ds_config *c = b->config;
     int head_rows = c->nope_dim + c->v_dim;
-    l->k_b = matrix(b, false, c->nope_dim, c->kv_lora_rank, c->n_head, "blk.%d.attn_k_b.weight", il);
-    if (l->k_b.data || b->status != DS_OK) {
-        l->v_b = matrix(b, true, c->kv_lora_rank, c->v_dim, c->n_head, "blk.%d.attn_v_b.weight", il);
+    char name[DS_MAX_NAME];
+    snprintf(name, sizeof name, "blk.%d.attn_k_b.weight", il);
+    if (b->status == DS_OK && b->source.find(b->source.ctx, name)) {
+        l->k_b = matrix_of_heads(b, c->nope_dim, c->kv_lora_rank, "attn_k_b", il);
+        l->v_b = matrix_of_heads(b, c->kv_lora_rank, c->v_dim, "attn_v_b", il);
         return;
     }
     ds_mat kv_b = matrix(b, true, c->kv_lora_rank, (int64_t)c->n_head * head_rows, 1, "blk.%d.attn_kv_b.weight", il);
@@ -172,7 +215,7 @@ static void bind_feed_forward(binder *b, ds_layer *l, int il) {
         return;
     }
     l->router = matrix(b, true, d, e, 1, "blk.%d.ffn_gate_inp.weight", il);
-    l->router_bias = vector(b, false, e, "blk.%d.exp_probs_b.bias", il);
+    l->router_bias = vector(b, c->router_bias, e, "blk.%d.exp_probs_b.bias", il);
     l->experts.gate = matrix(b, true, d, f, e, "blk.%d.ffn_gate_exps.weight", il);
     l->experts.up = matrix(b, true, d, f, e, "blk.%d.ffn_up_exps.weight", il);
     l->experts.down = matrix(b, true, f, d, e, "blk.%d.ffn_down_exps.weight", il);

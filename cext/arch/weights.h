@@ -5,13 +5,6 @@
 #include "arch/config.h"
 #include "arch/experts.h"
 
-/* Where tensors come from: a GGUF, or a table of arrays. find returns NULL where the name is absent. */
-typedef struct ds_source {
-    const ds_tensor *(*find)(const void *ctx, const char *name);
-    const void *ctx;
-    const char *label; /* for errors */
-} ds_source;
-
 typedef struct ds_layer {
     const float *attn_norm, *ffn_norm; /* (n_embd) */
     const float *q_a_norm;             /* (q_lora_rank) or NULL */

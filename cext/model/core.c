@@ -26,7 +26,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_be
     ds_status st;
     if (n_threads < 0 || n_threads > DS_MAX_THREADS)
         return ds_fail(err, DS_EINVAL, "threads is %d, expected 1 to %d", n_threads, DS_MAX_THREADS);
-    if ((st = ds_config_read(metadata, &c.config, err)) != DS_OK) return st;
+    if ((st = ds_config_read(metadata, source, &c.config, err)) != DS_OK) return st;
     if (layer_end < 0) layer_end = c.config.n_layer;
     if (layer_begin < 0 || layer_end > c.config.n_layer) {
         return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, c.config.n_layer - 1);

@@ -5,6 +5,7 @@
 
 #include "dsv2.h"
 #include "model/core.h"
+#include "model/file.h"
 
 struct ds_model {
     ds_core core;
@@ -23,15 +24,22 @@ enum { DS_MAX_CONTEXT = 1 << 24, DS_MAX_INPUTS = DS_MAX_STEP };
 
 _Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interface is one chunk");
 
-static const ds_tensor *find_in_gguf(const void *ctx, const char *name) { return ds_gguf_tensor_find(ctx, name); }
+/* Bind all of a file. On failure nothing is kept. */
+static ds_status bind_file(const ds_gguf *gguf, int n_threads, const char *isa, ds_core *out, ds_error *err) {
+    ds_file_source file;
+    ds_status st = ds_file_source_open(gguf, &file, err);
+    if (st != DS_OK) return st;
+    st = ds_core_create(gguf, ds_file_source_view(&file), 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, out, err);
+    if (st == DS_OK && (st = ds_file_source_check(&file, &out->config, err)) != DS_OK) ds_core_release(out);
+    ds_file_source_close(&file);
+    return st;
+}
 
 /* Takes the gguf: it is closed on failure. */
 static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_model **out, ds_error *err) {
-    ds_source source = {find_in_gguf, gguf, ds_gguf_label(gguf)};
     ds_model *model = calloc(1, sizeof *model);
-    ds_status st = model
-                       ? ds_core_create(gguf, source, 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, &model->core, err)
-                       : ds_fail(err, DS_ENOMEM, "no memory for a model");
+    ds_status st =
+        model ? bind_file(gguf, n_threads, isa, &model->core, err) : ds_fail(err, DS_ENOMEM, "no memory for a model");
     if (st != DS_OK) {
         ds_gguf_close(gguf);
         free(model);
@@ -45,6 +53,15 @@ static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_mod
         ds_kv_store_create((ds_kv_type)type, c->n_layer, &latent, 1, &model->stores[type]);
     *out = model;
     return DS_OK;
+}
+
+ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err) {
+    ds_file_source file;
+    ds_status st = ds_file_source_open(gguf, &file, err);
+    if (st != DS_OK) return st;
+    st = ds_config_read(gguf, ds_file_source_view(&file), out, err);
+    ds_file_source_close(&file);
+    return st;
 }
 
 ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err) {

@@ -171,14 +171,20 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* gguf_shape(gguf) -> (hparams, notes) of the model in it */
+static PyObject *gguf_shape(PyObject *self, PyObject *capsule) {
+    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
+    ds_config config;
+    ds_error err;
+    if (!gguf) return NULL;
+    if (ds_config_of(gguf, &config, &err) != DS_OK) return ds_py_raise(&err);
+    return Py_BuildValue("(NN)", ds_py_config(&config), ds_py_notes(&config.notes));
+}
+
 PyMethodDef ds_py_gguf_methods[] = {
-    {"gguf_open", gguf_open, METH_VARARGS, NULL},
-    {"gguf_close", gguf_close, METH_O, NULL},
-    {"gguf_size", gguf_size, METH_O, NULL},
-    {"gguf_keys", gguf_keys, METH_O, NULL},
-    {"gguf_value", gguf_value, METH_VARARGS, NULL},
-    {"gguf_tensors", gguf_tensors, METH_O, NULL},
-    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},
-    {"gguf_decode", gguf_decode, METH_VARARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    {"gguf_open", gguf_open, METH_VARARGS, NULL},     {"gguf_close", gguf_close, METH_O, NULL},
+    {"gguf_size", gguf_size, METH_O, NULL},           {"gguf_keys", gguf_keys, METH_O, NULL},
+    {"gguf_value", gguf_value, METH_VARARGS, NULL},   {"gguf_tensors", gguf_tensors, METH_O, NULL},
+    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},   {"gguf_shape", gguf_shape, METH_O, NULL},
+    {"gguf_decode", gguf_decode, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
 };

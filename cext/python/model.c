@@ -2,6 +2,7 @@
 #include "python/py.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 static void release_model(void *model) { ds_model_close(model); }
 static void release_session(void *session) { ds_session_destroy(session); }
@@ -19,6 +20,16 @@ PyObject *ds_py_config(const ds_config *c) {
         c->expert_norm ? Py_True : Py_False, "expert_gating", c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax",
         "rms_norm_eps", (double)c->rms_eps, "rope_freq_base", (double)c->rope_base, "rope_scaling_factor",
         (double)c->rope_factor, "rope_orig_ctx", c->rope_orig_ctx, "attention_scale", (double)c->attn_scale);
+}
+
+PyObject *ds_py_notes(const ds_notes *notes) {
+    PyObject *tuple = PyTuple_New(notes->n);
+    for (int i = 0; tuple && i < notes->n; i++) {
+        PyObject *text = PyUnicode_DecodeUTF8(notes->text[i], (Py_ssize_t)strlen(notes->text[i]), "replace");
+        if (!text) Py_CLEAR(tuple);
+        else PyTuple_SetItem(tuple, i, text);
+    }
+    return tuple;
 }
 
 /* model_open(path, threads, isa) */
@@ -44,15 +55,15 @@ static PyObject *model_close(PyObject *self, PyObject *capsule) {
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* model_info(model) -> (hparams, threads, isa, bytes of all tensors) */
+/* model_info(model) -> (hparams, threads, isa, bytes of all tensors, notes) */
 static PyObject *model_info(PyObject *self, PyObject *capsule) {
     const ds_model *model = ds_py_borrow(capsule, DS_PY_MODEL);
     unsigned long long bytes = 0;
     if (!model) return NULL;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
-    return Py_BuildValue("(NisK)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
-                         bytes);
+    return Py_BuildValue("(NisKN)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
+                         bytes, ds_py_notes(&ds_model_config(model)->notes));
 }
 
 /* tap_shape(model, name) -> (row width, is int32) of an intermediate */

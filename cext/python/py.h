@@ -35,6 +35,7 @@ typedef struct ds_py_tap {
 bool ds_py_tap_open(PyObject *list, const ds_config *config, size_t n_rows, int row, ds_py_tap *out);
 void ds_py_tap_close(ds_py_tap *tap);
 PyObject *ds_py_config(const ds_config *config); /* a new dict */
+PyObject *ds_py_notes(const ds_notes *notes); /* a new tuple of str */
 
 #define DS_PY_GGUF "cext.gguf"
 #define DS_PY_MODEL "cext.model"

@@ -44,9 +44,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
-    from dsv2cli import anatomy, locate
+    from dsv2cli import anatomy, locate, runtime
 
     found = anatomy.study(locate.model(model))
+    runtime.tell(found.path, found.remarks)
     if heatmap is not None:
         draw(found, heatmap)
     contexts = (context,) if context else found.contexts
@@ -266,4 +267,5 @@ def describe(found: Anatomy, contexts: tuple[int, ...]) -> dict[str, Any]:
         "kv_bytes_per_token": found.kv_bytes,
         "memory": [{"context": n, "nbytes": {kv: found.memory(n, kv) for kv in found.kv_bytes}} for n in contexts],
         "metadata": found.notes,
+        "remarks": list(found.remarks),
     }
