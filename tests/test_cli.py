@@ -19,7 +19,15 @@ import pytest
 from support import vocab
 from support.checkpoints import V2, write_checkpoint
 from support.cli import COMMAND, assert_fails, dsv2, environment, terminal
-from support.tiny import Checkpoint, spec_named, variant
+from support.tiny import (
+    Checkpoint,
+    Spec,
+    gguf_metadata,
+    gguf_tensors,
+    spec_named,
+    variant,
+    write_tensors,
+)
 from support.vocab import N_VOCAB, write_model, write_vocab
 
 import cext
@@ -445,6 +453,39 @@ def test_inspect_counts_every_byte(name: str, tmp_path: Path) -> None:
     assert told["memory"] == [
         {"context": 100, "nbytes": {kv: told["tensor_bytes"] + 100 * n for kv, n in cache.items()}}
     ]
+
+
+def write_without(path: Path, spec: Spec, *missing: str, **put: int) -> Path:
+    """The spec's model with a draft head's block behind its own, keys changed and left out."""
+    keys = gguf_metadata(spec) | {f"deepseek2.{key}": value for key, value in put.items()}
+    tensors, last = gguf_tensors(Checkpoint(spec)), f"blk.{spec.n_layer - 1}."
+    tensors |= {k.replace(last, f"blk.{spec.n_layer}."): v for k, v in tensors.items() if k.startswith(last)}
+    kept = {key: value for key, value in keys.items() if key.removeprefix("deepseek2.") not in missing}
+    return write_tensors(path, kept | vocab.vocabulary(vocab.V2_TEMPLATE), tensors)
+
+
+def test_what_a_file_leaves_unsaid_is_told_once(tmp_path: Path) -> None:
+    spec = variant(spec_named("v3"), n_vocab=N_VOCAB)
+    path = write_without(
+        tmp_path / "old.gguf", spec, "expert_gating_func", block_count=spec.n_layer + 1, nextn_predict_layers=1
+    )
+    for command in (("inspect", path, "--json"), ("chat", path, "--raw", "-p", "a", "-n", "1")):
+        told = dsv2(*command).stderr
+        assert told.count("warning:") == 1, told
+        assert "old.gguf`: `deepseek2.expert_gating_func` is missing: sigmoid" in told
+    described = json.loads(dsv2("inspect", path, "--json").stdout)
+    assert described["keys"]["block_count"] == spec.n_layer
+    assert described["kv_bytes_per_token"]["f32"] == 4 * (spec.kv_lora_rank + spec.rope) * spec.n_layer
+    assert next(p for p in described["parts"] if p["part"] == "draft head")["token_bytes"] == 0
+    assert len(described["remarks"]) == 1
+
+
+def test_inspect_says_why_a_file_does_not_run(tmp_path: Path) -> None:
+    spec = variant(spec_named("lite"), n_vocab=N_VOCAB)
+    shown = dsv2("inspect", write_without(tmp_path / "new.gguf", spec, final_logit_softcapping=30))
+    assert "`deepseek2.final_logit_softcapping` is 30" in shown.stderr
+    assert "does not run it" in shown.stderr
+    assert "routed experts" in shown.stdout
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (256, 32), (SPEC.kv_lora_rank, SPEC.rope)])

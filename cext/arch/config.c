@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "model/keys.h"
+#include "arch/keys.h"
 
 /* Reads of "<arch>.<key>"; the first failure sticks in `status` so that a run of reads needs one check at its end. */
 typedef struct reader {

@@ -5,7 +5,7 @@
 
 #include "dsv2.h"
 #include "model/core.h"
-#include "model/file.h"
+#include "arch/file.h"
 
 struct ds_model {
     ds_core core;

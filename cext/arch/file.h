@@ -2,7 +2,7 @@
  * of the arithmetic without a word. */
 #pragma once
 
-#include "model/config.h"
+#include "arch/config.h"
 
 typedef struct ds_file_source {
     const ds_gguf *gguf;

@@ -1,4 +1,4 @@
-#include "model/file.h"
+#include "arch/file.h"
 
 #include <stdio.h>
 #include <stdlib.h>
