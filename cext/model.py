@@ -73,7 +73,7 @@ def tap_array(name: str, shape: tuple[int, bool], n: int, hparams: Hparams) -> N
 
 
 def shape_of(gguf: Gguf) -> tuple[Hparams, tuple[str, ...]]:
-    """The shape and the notes (see ``Model``) of the model in a file, without its weights. FormatError, UnsupportedError."""
+    """Shape and notes (see ``Model``) of the model in a file, without its weights. FormatError, UnsupportedError."""
     hparams, notes = _engine.gguf_shape(gguf._handle)
     return cast(Hparams, hparams), notes
 
