@@ -38,3 +38,11 @@ class OutOfMemoryError(EngineError, MemoryError):
 
 class BusyError(EngineError):
     """Two threads in one session."""
+
+
+class TokenizerError(EngineError):
+    """The vocabulary in a file cannot be used, or a chat cannot be told to the model."""
+
+
+class TemplateError(TokenizerError):
+    """A chat template cannot be compiled, refused the conversation, failed on it, or ran too long."""
