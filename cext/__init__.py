@@ -1,6 +1,6 @@
 """The engine's Python face: GGUF files, models, sessions, single layers, sampling."""
 
-from cext._engine import MAX_STEP, formats, isas
+from cext._engine import MAX_STEP, cores, formats, isa, isas
 from cext.errors import (
     ArgumentError,
     BusyError,
@@ -37,7 +37,9 @@ __all__ = [
     "Tap",
     "TensorInfo",
     "UnsupportedError",
+    "cores",
     "eval_batch",
     "formats",
+    "isa",
     "isas",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from quantize.write.journal import Journal
 
 F32 = NDArray[np.float32]
 
-FORMAT_VERSION = 1  # of the journal's records
 SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 
 
@@ -119,6 +117,16 @@ class Plan:
         return corpus.WINDOW * min(n_windows, max(1, n_tokens // corpus.WINDOW))
 
     @property
+    def survey_windows(self) -> NDArray[np.int32]:
+        """(n, WINDOW) what is surveyed, evenly spread over the calibration windows."""
+        assert self.corpus is not None
+        windows = self.corpus.windows
+        picked: NDArray[np.int32] = windows[
+            np.linspace(0, len(windows) - 1, self.survey_tokens // corpus.WINDOW).round().astype(int)
+        ]
+        return picked
+
+    @property
     def sequential(self) -> bool:
         """Whether layers are calibrated on what the file's own layers before them give."""
         return self.calibrated and self.options.feedback and self.options.sequential
@@ -142,30 +150,6 @@ class Plan:
     def outside(self) -> dict[str, Tensor]:
         """The tensors outside the layers, by role."""
         return {t.role: t for t in self.tensors if t.il < 0}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the bytes of the output depend on, but for the shards' contents."""
-        options = asdict(self.options)
-        for name in ("threads", "calibration"):
-            del options[name]
-        return {
-            "the source": str(self.checkpoint.path.resolve()),
-            "config.json": self.checkpoint.config,
-            "the tokenizer": hashlib.sha256(repr(self.tokenizer).encode()).hexdigest(),
-            "the calibration text": self.corpus.sha256 if self.corpus else "",
-            "dsv2 itself": _program(),
-            **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
-        }
-
-
-@cache
-def _program() -> str:
-    """Hash of this package and the engine: another version may compute other bytes."""
-    digest = hashlib.sha256(str(FORMAT_VERSION).encode())
-    paths = [*sorted(Path(__file__).parent.rglob("*.py")), Path(cext._engine.__file__)]
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
