@@ -76,7 +76,7 @@ def identity(plan: Plan, name: str, types: Sequence[Type]) -> RunIdentity:
     }
     file = {
         "the model's name": name,
-        "the keys of the file": _digest([plan.keys, plan.tokenizer]),
+        "the keys of the file": _digest([plan.keys, plan.tokenizer, plan.provenance]),
         "--type": plan.recipe.name,
         "--plain-mix": options.plain_mix,
         "--size": options.size,

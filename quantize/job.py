@@ -22,6 +22,7 @@ from quantize.recipe import Recipe
 from quantize.source import arch as arch_of
 from quantize.source import corpus, tensors
 from quantize.source.arch import ARCHITECTURE, Arch
+from quantize.source.card import provenance
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import Corpus
 from quantize.source.tensors import Tensor
@@ -82,6 +83,7 @@ class Plan:
     left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for
     keys: Mapping[str, Any]  # the architecture's
     tokenizer: Mapping[str, Any]  # its keys
+    provenance: Mapping[str, object]  # keys: licence and origin, as the checkpoint tells them
     corpus: Corpus | None  # None: neither calibrated nor evaluated
 
     @property
@@ -163,7 +165,8 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     left_out = tensors.check(arch, checkpoint, plan)
     keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
     tokenizer = read_vocab(checkpoint.path, arch.n_vocab).keys()
-    made = Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, None)
+    origin, left = provenance(checkpoint.path), tuple(left_out)
+    made = Plan(checkpoint, options, chosen, arch, tuple(plan), left, keys, tokenizer, origin, None)
     if not (made.calibrated or made.allocates or options.evaluate):
         return made
     max_tokens = corpus.enough(arch.n_embd) if options.max_tokens is None else options.max_tokens

@@ -31,6 +31,7 @@ from quantize.measure.calibrate import FEW_TOKENS
 from quantize.measure.score import Distance
 from quantize.meter import Meter, OnProgress
 from quantize.report import Report
+from quantize.source.card import model_name
 from quantize.source.checkpoint import Checkpoint
 from quantize.write.journal import Journal
 from quantize.write.writer import Writer, header_bytes
@@ -59,7 +60,7 @@ def quantize(
         meter.tell("read")
         infos = [(t.name, t.shape, Type.F32) for t in plan.tensors]  # a header is as long whatever the types
         budget = budget_of(plan, header_bytes(_metadata(plan, (), None), infos))
-        run = identity(plan, _model_name(checkpoint.path), budget.allowed)
+        run = identity(plan, model_name(checkpoint.path), budget.allowed)
         with Journal(out, run, checkpoint, restart) as journal:
             if (record := journal.finished()) is not None:
                 return _leave(Report.of(record), journal)
@@ -121,7 +122,8 @@ def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> d
     keys: dict[str, object] = {
         **plan.keys,
         "general.type": "model",
-        "general.name": _model_name(plan.checkpoint.path),
+        "general.name": model_name(plan.checkpoint.path),
+        **plan.provenance,
         "general.file_type": int(plan.recipe.file_type),
         "general.quantization_version": 2,
         **plan.tokenizer,
@@ -190,11 +192,3 @@ def _notes(plan: Plan, coverage: Sequence[report.Coverage]) -> list[str]:
     if plan.options.evaluate and not plan.evaluated:
         notes.append("the text is too short to hold some of it back: the file was not measured against the original")
     return notes
-
-
-def _model_name(folder: Path) -> str:
-    """The folder's name; the repository's where the folder is a snapshot in Hugging Face's cache."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.split("--")[-1]
-    return folder.name
