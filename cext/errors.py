@@ -36,6 +36,12 @@ class OutOfMemoryError(EngineError, MemoryError):
     """The system refused memory."""
 
 
+class NoEngineError(ImportError):
+    """The source tree was imported, where the engine is not compiled."""
+
+    hint = ""  # the message says it all: a script shows nothing else
+
+
 class BusyError(EngineError):
     """Two threads in one session."""
 

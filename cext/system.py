@@ -46,7 +46,8 @@ def free_bytes(root: Path = ROOT) -> int | None:
 def _left_in_cgroups(root: Path) -> Iterator[int]:
     """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap."""
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, group = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         if number == "0":
             mount, limit, used, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
