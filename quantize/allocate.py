@@ -62,6 +62,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def format_size(nbytes: float) -> str:
+    """Bytes as parse_size reads them: 9500000000 -> "9.5G", 1000 -> "1k"."""
+    for unit in "TGMk":
+        if nbytes >= _UNITS[unit.lower()]:
+            return f"{nbytes / _UNITS[unit.lower()]:.4g}{unit}"
+    return f"{nbytes:.4g}"
+
+
 def allocate(items: Sequence[Item], budget: int, flips: float = 0.0) -> Allocation:
     """The types of least damage whose bytes sum to budget or less; the same for the same numbers, always.
 

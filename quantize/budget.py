@@ -7,14 +7,13 @@ and --size are other budgets. The names of single types (the floats, q8_0, q4_0)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 from gguf.constants import GGMLQuantizationType as Type
 
 from quantize import recipe
-from quantize.allocate import Choice, Item, allocate
+from quantize.allocate import Choice, Item, allocate, format_size
 from quantize.base.errors import QuantizeError
 from quantize.job import Job, Plan
 from quantize.measure.sensitivity import CANDIDATES, SMALL_BLOCKS, Cost, candidates
@@ -32,45 +31,31 @@ def padded_bytes(tensor: Tensor, type_: Type) -> int:
     return n + -n % GGUF_DEFAULT_ALIGNMENT
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What is known of a file's types before its weights are read."""
-
-    nbytes: int  # that all tensors may take, padding included; what they take, where nothing is allocated
-    fixed: Mapping[str, Type]  # by tensor name: the recipe's own
-    allowed: tuple[Type, ...]  # what tensors may become; none where nothing is allocated
-
-
-def budget_of(plan: Plan, header_bytes: int) -> Budget:
-    """A plan's. header_bytes: of the file. QuantizeError where no types come to what is asked for."""
-    fixed = {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
-    nbytes = budget_bytes(plan, fixed, header_bytes)
-    bits = 8 * nbytes / sum(t.size for t in plan.tensors)
-    return Budget(nbytes, fixed, allowed_types(bits) if plan.allocates else ())
-
-
-def settle(job: Job, budget: Budget) -> dict[str, Type]:
-    """The types by tensor name, from the journal where an earlier run settled them."""
+def settle(job: Job, header_bytes: Callable[[], int]) -> dict[str, Type]:
+    """The types by tensor name, from the journal where an earlier run settled them. header_bytes: of the file."""
     plan = job.plan
+    fixed = {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
     if not plan.allocates:
-        return dict(budget.fixed)
+        return fixed
     known = job.journal.get(RECORD)
     if known is not None:
         return {name: Type[type_] for name, type_ in known.items()}
-    survey = SurveyStage(job, budget.allowed).run()
-    types, damage = spend(plan, survey, budget.allowed, budget.nbytes)
+    budget = budget_bytes(plan, fixed, header_bytes)
+    allowed = allowed_types(8 * budget / sum(t.size for t in plan.tensors))
+    survey = SurveyStage(job, allowed).run()
+    types, damage = spend(plan, survey, allowed, budget)
     job.journal.put(RECORD, {name: type_.name for name, type_ in types.items()})
     for line in describe(plan, types, damage):
         job.say(line)
     return types
 
 
-def budget_bytes(plan: Plan, fixed: Mapping[str, Type], header_bytes: int) -> int:
+def budget_bytes(plan: Plan, fixed: dict[str, Type], header_bytes: Callable[[], int]) -> int:
     """Bytes that all tensors may take, padding included. QuantizeError where no types come to that."""
     options, n_values = plan.options, sum(t.size for t in plan.tensors)
     if options.size is not None:
-        budget = options.size - header_bytes
-        asked = f"--size {options.size / 1e9:.4g}G"
+        budget = options.size - header_bytes()
+        asked = f"--size {format_size(options.size)}"
     elif options.bpw is not None:
         budget = int(options.bpw * n_values / 8)
         asked = f"--bpw {options.bpw:g}"
@@ -79,14 +64,14 @@ def budget_bytes(plan: Plan, fixed: Mapping[str, Type], header_bytes: int) -> in
     sizes = [[padded_bytes(t, type_) for type_ in choices(t, (*CANDIDATES, *SMALL_BLOCKS))] for t in plan.tensors]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if budget < least:
-        bits, whole = 8 * least / n_values, least + header_bytes
+        bits, whole = 8 * least / n_values, least + header_bytes()
         raise QuantizeError(
-            f"{asked}: the smallest types take {bits:.3g} bits a weight, a file of {whole / 1e9:.4g} GB",
+            f"{asked}: the smallest types take {bits:.3g} bits a weight, a file of {format_size(whole)}B",
             "ask for more, or quantise a smaller model",
         )
     if budget > most:
         raise QuantizeError(
-            f"{asked}: 16 bits for every weight take only {most / 1e9:.4g} GB", "--type bf16 keeps every bit"
+            f"{asked}: 16 bits for every weight take only {format_size(most)}B", "--type bf16 keeps every bit"
         )
     return budget
 

@@ -49,8 +49,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "deep nesting": (lambda p: raw_file(p, b"[" * 100_000), "not JSON"),
     "a list": (lambda p: raw_file(p, [1]), "expected an object"),
     "an entry that is a list": (lambda p: raw_file(p, {"t": []}), "not an object"),
-    "unknown dtype": (lambda p: raw_file(p, {"t": entry("F7", [1], [0, 4])}, b"1234"), "unknown dtype"),
-    "dtype of another type": (lambda p: raw_file(p, {"t": entry({}, [1], [0, 4])}, b"1234"), "unknown dtype"),  # type: ignore[arg-type]
+    "dtype of no name": (lambda p: raw_file(p, {"t": entry("f 7", [1], [0, 4])}, b"1234"), "not the name of one"),
+    "dtype of another type": (lambda p: raw_file(p, {"t": entry({}, [1], [0, 4])}, b"1234"), "not the name of one"),  # type: ignore[arg-type]
     "negative dim": (lambda p: raw_file(p, {"t": entry("F32", [-1], [0, 4])}, b"1234"), "shape"),
     "boolean dim": (lambda p: raw_file(p, {"t": entry("F32", [True], [0, 4])}, b"1234"), "shape"),
     "float dim": (lambda p: raw_file(p, {"t": entry("F32", [1.0], [0, 4])}, b"1234"), "shape"),

@@ -116,20 +116,22 @@ class Rotary:
     def __init__(self, arch: Arch, n_positions: int, dtype: np.dtype[Any]) -> None:
         dim = arch.rope
         theta = arch.rope_base ** (-np.arange(0, dim, 2) / dim)
-        self.scale = (arch.nope + dim) ** -0.5
+        self.scale, length = (arch.nope + dim) ** -0.5, 1.0
         if arch.yarn is not None:
             y, turn = arch.yarn, 2 * math.log(arch.rope_base)
             ends = [dim * math.log(y.original_context / (2 * math.pi * b)) / turn for b in (y.beta_fast, y.beta_slow)]
             low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
             ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
             theta = theta * (1 - ramp) + theta / y.factor * ramp
-            if y.factor > 1:
+            if y.factor > 1 and y.mscale_all_dim is not None:
                 self.scale *= (0.1 * y.mscale_all_dim * math.log(y.factor) + 1) ** 2
+            elif y.factor > 1:
+                length = 0.1 * math.log(y.factor) + 1
         angle = np.arange(n_positions)[:, None] * theta
-        self.cos, self.sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+        self.cos, self.sin = (length * np.cos(angle)).astype(dtype), (length * np.sin(angle)).astype(dtype)
 
     def turn(self, x: Floats, back: bool = False) -> Floats:
-        """x (..., n_positions, dim) rotated; back undoes it, and carries gradients."""
+        """x (..., n_positions, dim) rotated; back carries gradients the other way."""
         even, odd, sin = x[..., 0::2], x[..., 1::2], -self.sin if back else self.sin
         out = np.empty_like(x)
         out[..., 0::2] = even * self.cos - odd * sin

@@ -37,7 +37,7 @@ class Yarn:
 
     factor: float
     original_context: int
-    mscale_all_dim: float
+    mscale_all_dim: float | None  # None: the softmax is not scaled, and cos and sin are, as GGUF has it by default
     beta_fast: float
     beta_slow: float
 
@@ -116,10 +116,11 @@ class Arch:
                 "rope.scaling.type": "yarn",
                 "rope.scaling.factor": self.yarn.factor,
                 "rope.scaling.original_context_length": self.yarn.original_context,
-                "rope.scaling.yarn_log_multiplier": 0.1 * self.yarn.mscale_all_dim,
                 "rope.scaling.yarn_beta_fast": self.yarn.beta_fast,
                 "rope.scaling.yarn_beta_slow": self.yarn.beta_slow,
             }
+            if self.yarn.mscale_all_dim is not None:
+                keys["rope.scaling.yarn_log_multiplier"] = 0.1 * self.yarn.mscale_all_dim
         return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}
 
 
@@ -158,10 +159,13 @@ def parse(config: dict[str, Any]) -> Arch:
     """The shape that config.json describes. CheckpointError: bad values; UnsupportedError: not this family."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        named = config.get("architectures") or [family]
+        named = config.get("architectures")
+        also = f" ({named[0]})" if isinstance(named, list) and named else ""
+        inner = config.get("text_config")
+        inside = f"; its text_config is {inner.get('model_type')!r}" if isinstance(inner, dict) else ""
         raise UnsupportedError(
-            f"config.json: architecture {named[0] if isinstance(named, list) and named else named!r} is not supported",
-            "supported: DeepSeek-V2, V2-Lite, V2.5, Coder-V2 and V3-style models (model_type deepseek_v2, deepseek_v3)",
+            f"config.json: model_type {family!r}{also} is not supported{inside}",
+            f"these can be quantised: model_type {', '.join(FAMILIES)}; a GGUF of it that others made may run",
         )
     c = _Config(config, FAMILIES[family])
     for key, value in FIXED.items():
@@ -241,7 +245,11 @@ def _yarn(c: _Config) -> Yarn | None:
         raise UnsupportedError(f"config.json: rope scaling {kind!r} is not supported", "V2-family models use yarn")
     y = _Config(rope, {})
     mscale, all_dim = y.values.get("mscale"), y.values.get("mscale_all_dim")
-    if all_dim is None or mscale != all_dim or "attention_factor" in y.values:
+    if "attention_factor" in y.values:
+        raise UnsupportedError("config.json: rope_scaling has an attention_factor, for which deepseek2 GGUF has no key")
+    # Without both, cos and sin carry 1 + 0.1 ln(factor) and the softmax scale nothing: GGUF without a multiplier.
+    plain = not all_dim and mscale in (None, 0, 1)
+    if not plain and mscale != all_dim:
         # GGUF keeps one multiplier: cos and sin unscaled, the softmax scale carrying m * m.
         raise UnsupportedError(
             f"config.json: rope_scaling has mscale {mscale} and mscale_all_dim {all_dim}; GGUF can only say equal ones"
@@ -249,7 +257,7 @@ def _yarn(c: _Config) -> Yarn | None:
     return Yarn(
         factor=y.number("factor"),
         original_context=y.count("original_max_position_embeddings"),
-        mscale_all_dim=y.number("mscale_all_dim"),
+        mscale_all_dim=None if plain else y.number("mscale_all_dim"),
         beta_fast=y.number("beta_fast", 32),
         beta_slow=y.number("beta_slow", 1),
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import system
-from quantize.base.errors import CheckpointError, UnsupportedError
-from quantize.source.safetensors import REPLACE_HINT, StoredTensor, read_header
+from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
+from quantize.source import files
+from quantize.source.safetensors import DTYPE_BYTES, LFS_POINTER, REPLACE_HINT, StoredTensor, read_header
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),
 }  # fmt: skip
 SCALE_SUFFIX = "_scale_inv"  # DeepSeek-V3's block scales: weight = stored * scale
-INDEX_NAME = "model.safetensors.index.json"
 ROUNDED_AT_ONCE = 1 << 18  # values: their five copies stay in the cache, and are not five copies of everything
 
 
@@ -69,15 +69,16 @@ class Checkpoint:
     Raises CheckpointError where files are missing or malformed, UnsupportedError for weights stored in other ways.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor] | None = None) -> None:
+        """tensors: those whose headers are known, where the weights themselves are not here yet."""
         self.path = Path(path)
         if not self.path.is_dir():
             what = "is a file" if self.path.exists() else "does not exist"
             raise CheckpointError(
                 f"`{self.path}` {what}", "give the folder that holds config.json and the .safetensors files"
             )
-        self.config = read_json(self.path / "config.json")
-        self.tensors = _index(self.path)
+        self.config = read_json(self.path / files.CONFIG)
+        self.tensors = _index(self.path) if tensors is None else dict(tensors)
         self.scale_block = _scale_block(self.path, self.config)
         self._fds: dict[Path, int] = {}
         self._opening = threading.Lock()
@@ -109,10 +110,7 @@ class Checkpoint:
         """Where a tensor lies. CheckpointError where there is none."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(
-                f"`{self.path}`: tensor `{name}` is missing",
-                "the download may be incomplete: fetch the checkpoint again",
-            )
+            raise missing(self.path, name, self.tensors)
         return tensor
 
     def verify(self, name: str, shape: tuple[int, ...]) -> None:
@@ -127,8 +125,9 @@ class Checkpoint:
                 "config.json and the weights are not of the same model",
             )
         if tensor.dtype not in NUMPY_DTYPES:
+            new = "" if tensor.dtype in DTYPE_BYTES else ", a dtype newer than this program"
             raise UnsupportedError(
-                f"tensor `{name}` is {tensor.dtype}", "weights must be F32, F16, BF16 or F8_E4M3 with block scales"
+                f"tensor `{name}` is {tensor.dtype}{new}", "weights must be F32, F16, BF16 or F8_E4M3 with block scales"
             )
         if tensor.dtype != "F8_E4M3":
             return
@@ -229,7 +228,7 @@ class Checkpoint:
                 fd = self._fds[tensor.shard]
             self.touched.add(tensor.shard.name)
             while done < tensor.nbytes:
-                n = system.read_at(fd, view[done:], tensor.offset + done)
+                n = os.preadv(fd, [view[done:]], tensor.offset + done)
                 if n == 0:
                     raise CheckpointError(
                         f"`{tensor.shard}`: the file ends inside tensor `{tensor.name}`", REPLACE_HINT
@@ -239,22 +238,46 @@ class Checkpoint:
             raise CheckpointError(f"`{tensor.shard}`: tensor `{tensor.name}`: {error.strerror}") from error
 
 
+def missing(folder: Path, name: str, there: Iterable[str]) -> QuantizeError:
+    """What it means that a checkpoint lacks a tensor, by the names that it does have."""
+    fused = re.sub(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$", "", name)
+    kept = set(there)
+    if stacked := sorted(n for n in kept if fused != name and n.startswith(f"{fused}.experts.") and "_proj" in n):
+        return UnsupportedError(
+            f"`{folder}`: the experts are fused into one tensor a layer (`{stacked[0]}`), which is not read",
+            "take the model's original checkpoint, or save it with one tensor an expert",
+        )
+    if prefixed := sorted(n for n in kept if n.endswith(f".{name}")):
+        return UnsupportedError(
+            f"`{folder}`: tensor `{name}` is called `{prefixed[0]}`: the language model is a part of a larger one",
+            "take the text model's own checkpoint, if there is one",
+        )
+    return CheckpointError(
+        f"`{folder}`: tensor `{name}` is missing",
+        "config.json describes a model that has it: are these the weights of another, or only some of them?",
+    )
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"`{path}`: {error.strerror}", "is this a complete Hugging Face checkpoint folder?"
+            f"`{path}`: {error.strerror}",
+            "a checkpoint's folder holds config.json, tokenizer.json and *.safetensors",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"`{path}`: not valid JSON ({error})", "fetch the file again") from error
+        pointer = path.read_bytes()[: len(LFS_POINTER)] == LFS_POINTER
+        what = "a Git LFS pointer, not the file it stands for" if pointer else f"not valid JSON ({error})"
+        hint = "git lfs pull fetches it" if pointer else "was it edited, or cut short? The hub's copy replaces it"
+        raise CheckpointError(f"`{path}`: {what}", hint) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. CheckpointError where it is missing or something else."""
     with _naming(path):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}`: a JSON {type(value).__name__}, expected an object")
     return value
@@ -262,14 +285,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _index(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder: through the index where there is one, from the shards themselves otherwise."""
-    index_path = folder / INDEX_NAME
+    index_path = folder / files.INDEX
     if index_path.exists():
         return _index_sharded(folder, index_path)
-    shards = sorted(folder.glob("model*.safetensors"))
+    names = sorted(p.name for p in folder.iterdir())
+    shards = [folder / name for name in files.weights(names)]
     if not shards:
-        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        hint = f"convert `{other[0]}` to safetensors first" if other else "is this a Hugging Face checkpoint folder?"
-        raise CheckpointError(f"`{folder}`: no model*.safetensors and no {INDEX_NAME}", hint)
+        raise CheckpointError(f"`{folder}`: no model in *.safetensors", _instead(names))
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, tensor in read_header(shard).items():
@@ -279,10 +301,22 @@ def _index(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _instead(names: Iterable[str]) -> str:
+    """What a folder without safetensors has, and what can be done with that."""
+    for name in names:
+        if files.is_adapter(name):
+            return f"`{name}` is an adapter: merge it into its base model first"
+        if name.endswith(".gguf"):
+            return f"`{name}` is quantised already: dsv2 chat runs it"
+        if name.endswith((".bin", ".pt", ".pth")):
+            return f"convert `{name}` to safetensors first: transformers' save_pretrained does"
+    return "a checkpoint's folder holds config.json, tokenizer.json and *.safetensors"
+
+
 def _index_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"`{index_path}`: no weight_map", "fetch the file again")
+        raise CheckpointError(f"`{index_path}`: no weight_map", "the hub's copy of it replaces it")
     headers: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, shard in weight_map.items():
@@ -292,12 +326,13 @@ def _index_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
         if shard not in headers:
             if not (folder / shard).exists():
                 raise CheckpointError(
-                    f"`{folder / shard}` is missing: {INDEX_NAME} names it", "fetch the missing shard"
+                    f"`{folder / shard}` is missing: {files.INDEX} names it",
+                    "dsv2 download, with --to and this folder, fetches what is missing",
                 )
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
             raise CheckpointError(
-                f"`{folder / shard}`: tensor `{name}` is missing, {INDEX_NAME} puts it there", REPLACE_HINT
+                f"`{folder / shard}`: tensor `{name}` is missing, {files.INDEX} puts it there", REPLACE_HINT
             )
         tensors[name] = headers[shard][name]
     _check_index(headers, tensors)
@@ -309,7 +344,7 @@ def _check_index(headers: dict[str, dict[str, StoredTensor]], tensors: dict[str,
         for name, tensor in header.items():
             known = tensors.get(name)
             if known is None:
-                raise CheckpointError(f"`{tensor.shard}`: tensor `{name}` is not in {INDEX_NAME}", REPLACE_HINT)
+                raise CheckpointError(f"`{tensor.shard}`: tensor `{name}` is not in {files.INDEX}", REPLACE_HINT)
             if known.shard.name != shard:
                 raise CheckpointError(f"tensor `{name}` is in both `{known.shard}` and `{tensor.shard}`", REPLACE_HINT)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from quantize.base.errors import CheckpointError
 
 # The format's own limit. A header past it is an attack or garbage: json would be asked to parse gigabytes.
 MAX_HEADER_BYTES = 100_000_000
+PREFIX_BYTES = 8
 MAX_DIMS = 8
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 REPLACE_HINT = "download the file again; if it came from a conversion, run that again"
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# The format grows: a dtype not above is taken as it comes, and means trouble where a tensor of it is needed.
+DTYPE_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,30}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class StoredTensor:
     """One tensor as its shard stores it."""
 
     name: str
-    dtype: str  # a key of DTYPE_BYTES
+    dtype: str  # a key of DTYPE_BYTES, or a newer one
     shape: tuple[int, ...]  # row-major
     shard: Path
     offset: int  # bytes from the start of the shard
@@ -42,21 +47,44 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise _bad(path, f"{size} bytes is too short for a safetensors header")
-            n_header = int.from_bytes(prefix, "little")
-            if n_header > MAX_HEADER_BYTES:
-                raise _bad(path, f"header length {n_header} is over the format's limit of {MAX_HEADER_BYTES}")
-            if n_header > size - 8:
-                raise _bad(path, f"header length {n_header} runs past the end of the file ({size} bytes): truncated")
-            text = file.read(n_header)
+            data = file.read(PREFIX_BYTES)
+            data += file.read(header_bytes(path, data, size) - PREFIX_BYTES)
     except OSError as error:
         raise CheckpointError(f"`{path}`: {error.strerror}") from error
-    if len(text) < n_header:
+    tensors = parse_header(path, data, size)
+    if tensors is None:
         raise _bad(path, "the file shrank while its header was read")
-    entries = _parse(path, text)
-    data_start = 8 + n_header
+    return tensors
+
+
+def header_bytes(path: Path, data: bytes, size: int) -> int:
+    """How many bytes the header takes, by the first PREFIX_BYTES of a file of size bytes. CheckpointError."""
+    if data.startswith(LFS_POINTER[:PREFIX_BYTES]):
+        raise CheckpointError(
+            f"`{path}` is a Git LFS pointer, which stands for the weights that were not fetched",
+            "git lfs pull fetches them, or dsv2 download",
+        )
+    if size < PREFIX_BYTES:
+        raise _bad(path, f"{size} bytes is too short for a safetensors header")
+    n_header = int.from_bytes(data[:PREFIX_BYTES], "little")
+    if n_header > MAX_HEADER_BYTES:
+        raise _bad(path, f"header length {n_header} is over the format's limit of {MAX_HEADER_BYTES}")
+    if n_header > size - PREFIX_BYTES:
+        raise _bad(path, f"header length {n_header} runs past the end of the file ({size} bytes): truncated")
+    return PREFIX_BYTES + n_header
+
+
+def parse_header(path: Path, data: bytes, size: int) -> dict[str, StoredTensor] | None:
+    """The tensors of a file of size bytes that begins with data, by name; None where its header goes on beyond that.
+
+    path names it; nothing is read from there. Raises CheckpointError.
+    """
+    if len(data) < min(PREFIX_BYTES, size):
+        return None
+    data_start = header_bytes(path, data, size)
+    if len(data) < data_start:
+        return None
+    entries = _parse(path, data[PREFIX_BYTES:data_start])
     tensors = {name: _entry(path, name, entry, data_start, size - data_start) for name, entry in entries.items()}
     _check_cover(path, list(tensors.values()), data_start, size)
     return tensors
@@ -93,8 +121,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) 
     if not isinstance(entry, dict):
         raise _bad(path, f"tensor `{name}`: its entry is not an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _bad(path, f"tensor `{name}`: unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or not DTYPE_NAME.fullmatch(dtype):
+        raise _bad(path, f"tensor `{name}`: dtype {dtype!r} is not the name of one")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(n) for n in shape):
         raise _bad(path, f"tensor `{name}`: shape {shape!r} is not a list of at most {MAX_DIMS} counts")
     if not isinstance(span, list) or len(span) != 2 or not all(_is_count(n) for n in span):
@@ -102,7 +130,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) 
     begin, end = span
     if begin > end or end > data_bytes:
         raise _bad(path, f"tensor `{name}`: data_offsets {span} lie outside the {data_bytes} bytes of data: truncated")
-    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    nbytes = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
     if nbytes != end - begin:
         raise _bad(path, f"tensor `{name}`: {dtype} {shape} takes {nbytes} bytes, data_offsets hold {end - begin}")
     return StoredTensor(name, dtype, tuple(shape), path, data_start + begin, nbytes)

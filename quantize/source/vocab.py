@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.base.errors import CheckpointError, UnsupportedError
+from quantize.source import files, templates
 from quantize.source.checkpoint import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
@@ -23,6 +24,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "deepseek-v3": ("\\p{N}{1,3}", "[一-龥", "[!\"#$%&'()*+,\\-./:;<=>?@"),
 }
 SPECIAL_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+END_ROLES = ("eos", "eot", "eom")  # llama.cpp ends an answer at each of these
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Vocab:
     tokens: tuple[str, ...]  # one a row of the embedding; "[PAD7]" where the tokenizer has none
     types: tuple[int, ...]
     merges: tuple[str, ...]
-    special_ids: dict[str, int]  # "bos", "eos", "padding", "unknown" -> id
+    special_ids: dict[str, int]  # "bos", "eos", "eot", "eom", "padding", "unknown" -> id
     add_bos: bool
     add_eos: bool
     chat_template: str  # "" where the model has none
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
 
     def keys(self) -> dict[str, object]:
         """The ``tokenizer.*`` metadata."""
@@ -56,30 +59,40 @@ class Vocab:
 
 def read_vocab(folder: Path, n_vocab: int) -> Vocab:
     """The tokenizer of a checkpoint folder, padded to n_vocab tokens. Raises CheckpointError, UnsupportedError."""
-    path = folder / "tokenizer.json"
+    path = folder / files.TOKENIZER
     if not path.exists():
+        tiktoken = (folder / files.TIKTOKEN).exists() or any(folder.glob("*.tiktoken"))
+        found = f"its vocabulary is tiktoken's ({files.TIKTOKEN})" if tiktoken else "no other vocabulary is read"
         raise UnsupportedError(
-            f"`{folder}`: no tokenizer.json",
-            "tiktoken and SentencePiece tokenizers are not supported: convert to tokenizer.json",
+            f"`{folder}`: no {files.TOKENIZER}, and {found}",
+            f"a {files.TOKENIZER} of the same vocabulary, put there, will do"
+            " (transformers makes one: AutoTokenizer.from_pretrained(...).save_pretrained(...))",
         )
     tokenizer = read_json(path)
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
-    config = read_json(folder / "config.json")
+    settings = _optional(folder / files.TOKENIZER_CONFIG)
+    config = read_json(folder / files.CONFIG)
+    generation = _optional(folder / files.GENERATION_CONFIG)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedError(f"`{path}`: the model is not byte-level BPE")
     tokens, types = _tokens(path, model["vocab"], tokenizer.get("added_tokens") or [], n_vocab)
+    special, notes = _special_ids(path, settings, config, generation, tokens)
+    template, more = templates.read(folder, settings)
     return Vocab(
         pre=_recognise(path, tokenizer.get("pre_tokenizer")),
         tokens=tuple(tokens),
         types=tuple(types),
         merges=tuple(_merges(path, model.get("merges"))),
-        special_ids=_special_ids(path, settings, config, tokens),
+        special_ids=special,
         add_bos=bool(settings.get("add_bos_token", False)),
         add_eos=bool(settings.get("add_eos_token", False)),
-        chat_template=_chat_template(folder, settings),
+        chat_template=template,
+        notes=(*notes, *more),
     )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _recognise(path: Path, pre_tokenizer: Any) -> str:
@@ -142,31 +155,40 @@ def _merges(path: Path, merges: Any) -> list[str]:
     return texts
 
 
-def _special_ids(path: Path, settings: dict[str, Any], config: dict[str, Any], tokens: list[str]) -> dict[str, int]:
+def _special_ids(
+    path: Path, settings: dict[str, Any], config: dict[str, Any], generation: dict[str, Any], tokens: list[str]
+) -> tuple[dict[str, int], list[str]]:
+    """Ids by role, and what they leave unsaid. All end tokens of both configurations end, the first of them is eos."""
     ids = {token: i for i, token in enumerate(tokens)}
     special: dict[str, int] = {}
+    ends = [id_ for values in (config, generation) for id_ in _listed(path, values, "eos_token_id", len(tokens))]
     for key, role in SPECIAL_ROLES.items():
         named = settings.get(key)
         text = named.get("content") if isinstance(named, dict) else named
-        id_ = ids.get(text) if isinstance(text, str) else config.get(f"{key}_id")
-        if isinstance(text, str) and id_ is None:
-            raise CheckpointError(f"`{path}`: {key} {text!r} of tokenizer_config.json is not in the vocabulary")
-        if isinstance(id_, int) and 0 <= id_ < len(tokens):
-            special[role] = id_
+        if isinstance(text, str):
+            if text not in ids:
+                raise CheckpointError(f"`{path}`: {key} {text!r} of tokenizer_config.json is not in the vocabulary")
+            special[role] = ids[text]
+        elif found := ends if role == "eos" else _listed(path, config, f"{key}_id", len(tokens)):
+            special[role] = found[0]
     if "eos" not in special:
-        raise CheckpointError(f"`{path}`: no end-of-sequence token is named in tokenizer_config.json or config.json")
-    return special
+        raise CheckpointError(
+            f"`{path}`: no end-of-sequence token is named in {files.TOKENIZER_CONFIG}, {files.CONFIG} or"
+            f" {files.GENERATION_CONFIG}",
+            "without one no answer would end: name it there (eos_token, eos_token_id)",
+        )
+    others = [id_ for id_ in dict.fromkeys(ends) if id_ != special["eos"]]
+    special |= dict(zip(END_ROLES[1:], others, strict=False))
+    unsaid = [repr(tokens[id_]) for id_ in others[len(END_ROLES) - 1 :]]
+    told = f"GGUF names at most {len(END_ROLES)} end tokens: {', '.join(unsaid)} may not end an answer"
+    return special, [told] if unsaid else []
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
-    separate = folder / "chat_template.jinja"
-    if separate.exists():
-        try:
-            return separate.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"`{separate}`: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates: the plain one
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
+def _listed(path: Path, values: dict[str, Any], key: str, n_vocab: int) -> list[int]:
+    """The ids of a key that holds one or several; those that padding or a text-only vocabulary lacks are left out."""
+    named = values.get(key)
+    found = named if isinstance(named, list) else [] if named is None else [named]
+    for id_ in found:
+        if not isinstance(id_, int) or isinstance(id_, bool):
+            raise CheckpointError(f"`{path.parent}`: {key} is {named!r}, expected token ids")
+    return [id_ for id_ in found if 0 <= id_ < n_vocab]
