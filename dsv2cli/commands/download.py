@@ -11,34 +11,70 @@ from dsv2cli import console
 
 if TYPE_CHECKING:
     from dsv2cli.hub import Plan
-    from dsv2cli.transfer import Transfer
+    from dsv2cli.hub.transfer import Transfer
 
 HELP = "Fetch a model from the Hugging Face hub; prints where it is."
-EXAMPLES = ("download lite-chat", "download lite --to models/lite", "download OWNER/NAME-GGUF --type iq4_xs")
+EXAMPLES = (
+    "download lite-chat",
+    "download lite --to models/lite",
+    "download OWNER/NAME-GGUF:IQ4_XS",
+    "download OWNER/NAME-GGUF --file '*R1-Zero-Q4_K_M*'",
+)
+REPO = typer.Argument(
+    metavar="REPO|ALIAS",
+    help="owner/name, owner/name:TYPE, a link to the page or a file of it, or an alias: lite, glm-4.7-flash ...",
+)
+REVISION = typer.Option(metavar="R", help="Branch, tag or commit.", show_default="main")
 KIND = typer.Option(help="Which of the repository's files; its safetensors where it has both.")
-TYPE = typer.Option("--type", metavar="TYPE", help="Type of the GGUF to fetch; Q4_K_M where there are several.")
+TYPE = typer.Option(
+    "--type",
+    metavar="TYPE",
+    help="The GGUF to fetch, as its name has it: Q4_K_M, UD-Q4_K_XL ...",
+    show_default="Q4_K_M",
+)
+FILE = typer.Option("--file", metavar="GLOB", help="The GGUF to fetch, by its path or name: '*Q4_K_M-V2*'.")
+CHECK = typer.Option("--check/--no-check", help="Refuse, before the weights, what dsv2 cannot quantise or run.")
+
+
+def print_aliases(wanted: bool) -> None:
+    if wanted:
+        from dsv2cli.hub import ALIASES
+
+        width = max(map(len, ALIASES))
+        print("\n".join(f"{alias:<{width}}  {repo}" for alias, repo in ALIASES.items()))
+        raise typer.Exit
+
+
+SHOW_ALIASES = typer.Option("--aliases", callback=print_aliases, is_eager=True, help="Print the short names and exit.")
 
 
 def download(
-    repo: Annotated[
-        str, typer.Argument(metavar="REPO|ALIAS", help="owner/name, or lite, lite-chat, coder-lite, v2.5 ...")
-    ],
-    revision: Annotated[str, typer.Option(metavar="R", help="Branch, tag or commit.")] = "main",
+    repo: Annotated[str, REPO],
+    revision: Annotated[str | None, REVISION] = None,
     to: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to put the files in, not the shared cache.")
     ] = None,
     only: Annotated[Literal["safetensors", "gguf"] | None, KIND] = None,
     gguf_type: Annotated[str | None, TYPE] = None,
+    file: Annotated[str | None, FILE] = None,
+    check: Annotated[bool, CHECK] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print commit, files and hashes as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    aliases: Annotated[bool, SHOW_ALIASES] = False,
 ) -> None:
-    from dsv2cli import hub, transfer
+    from dsv2cli import hub
+    from dsv2cli.hub import preview, transfer
 
-    plan = hub.plan(hub.resolve(repo), revision, only, gguf_type)
-    job = transfer.Transfer(plan, to)
-    if not quiet:
-        tell_plan(plan, job)
+    named = hub.resolve(repo)
+    listing = hub.list_files(named.repo, revision or named.revision or "main")
+    plan = hub.choose(listing, only, gguf_type or named.gguf_type, file or named.glob)
     try:
+        plan = preview.settle(
+            plan, listing, to, lambda part: fetch(transfer.Transfer(part, to, keeps_ref=False), quiet), checks=check
+        )
+        job = transfer.Transfer(plan, to)
+        if not quiet:
+            tell_plan(plan, job)
         path = fetch(job, quiet)
     except KeyboardInterrupt:
         console.note("stopped; the same command resumes", "dim")
@@ -50,15 +86,20 @@ def download(
 
 
 def tell_plan(plan: Plan, job: Transfer) -> None:
-    from dsv2cli import hub
+    from dsv2cli.hub import cache
 
     commit = f"{plan.revision} = {plan.commit[:12]}" if plan.revision != plan.commit else plan.commit[:12]
     here = f"{console.format_bytes(job.present_bytes)} here already" if job.present_bytes else "none here yet"
     console.note(
-        f"{plan.repo} ({commit}): {len(plan.files)} file{'s' if len(plan.files) != 1 else ''},"
+        f"{plan.repo} ({commit}): {name_of(plan)}{len(plan.files)} file{'s' if len(plan.files) != 1 else ''},"
         f" {console.format_bytes(plan.nbytes)}; {'offline, from the cache' if plan.offline else here};"
-        f" {console.format_bytes(hub.free_bytes(job.where))} free in {job.where}"
+        f" {console.format_bytes(cache.free_bytes(job.where))} free in {job.where}"
     )
+
+
+def name_of(plan: Plan) -> str:
+    """Which of a repository's GGUFs it is, since that was chosen."""
+    return f"{Path(plan.joined or plan.files[0].path).name}, " if plan.kind == "gguf" else ""
 
 
 def fetch(job: Transfer, quiet: bool) -> Path:
@@ -90,7 +131,7 @@ def fetch(job: Transfer, quiet: bool) -> Path:
 
 
 def describe(plan: Plan, path: Path, to: Path | None) -> dict[str, object]:
-    from dsv2cli import hub
+    from dsv2cli.hub import cache
 
     return {
         "repo": plan.repo,
@@ -104,8 +145,8 @@ def describe(plan: Plan, path: Path, to: Path | None) -> dict[str, object]:
                 "name": t.file.path,
                 "nbytes": t.file.nbytes,
                 "sha256" if t.file.sha256 else "git_sha1": t.file.etag,
-                "path": str(t.link or t.final),
+                "path": str(path if t.joined else t.link or t.final),
             }
-            for t in hub.targets(plan, to)
+            for t in cache.targets(plan, to)
         ],
     }

@@ -104,8 +104,7 @@ def quantize(
     evaluate: Annotated[bool, EVALUATE] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
     restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Throw away the work of an earlier run, but for a survey that still holds."),
+        bool, typer.Option("--restart", help="Throw away the work of a run that was cut short.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
@@ -115,7 +114,7 @@ def quantize(
 
     check_budget(kind, bpw, size, plain_mix)
     folder = locate.checkpoint(source)
-    target = out or Path(default_name(source, folder, bpw_name(bpw) or size or (kind or Type.q4_k_m).value))
+    target = out or Path(default_name(source, folder, bpw_name(bpw) or size_name(size) or (kind or Type.q4_k_m).value))
     check_target(target, force)
     if threads is not None:
         # numpy's BLAS reads it when it is loaded, which is now or never.
@@ -162,6 +161,11 @@ def bpw_name(bpw: str | None) -> str:
     return f"{bpw}bpw" if bpw is not None else ""
 
 
+def size_name(size: str | None) -> str:
+    """What a file of so many bytes is called by."""
+    return "".join(size.split()) if size is not None else ""
+
+
 def check_target(target: Path, force: bool) -> None:
     if target.is_dir():
         raise UsageError(f"`{target}` is a folder", "-o takes the name of the file to write")
@@ -173,13 +177,10 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def default_name(source: str, folder: Path, kind: str) -> str:
-    """The model's name and the type: the repository's for an alias, else the folder's."""
-    from dsv2cli import hub
+    """The model's name and the type."""
+    from dsv2cli import locate
 
-    name = folder.resolve().name
-    if not Path(source).expanduser().exists():
-        name = hub.resolve(source).split("/")[1]
-    return f"{name}-{kind.upper()}.gguf"
+    return f"{locate.model_name(source, folder)}-{kind.upper()}.gguf"
 
 
 @contextmanager
@@ -191,7 +192,7 @@ def keeping_work(target: Path) -> Iterator[None]:
         from quantize import work_folder
 
         folder = work_folder(target)
-        if (folder / "identity.json").exists():
+        if (folder / "fingerprint.json").exists():
             console.note(f"what was done is kept in {folder}: the same command goes on from there")
         raise
 

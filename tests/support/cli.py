@@ -27,7 +27,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR"}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR" and not k.upper().endswith("_PROXY")
+    }
     return {**kept, "PYTHONPATH": str(PACKAGES), **extra}
 
 
@@ -44,6 +48,12 @@ def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.
     )
     out, err = (text.decode("utf-8") for text in (done.stdout, done.stderr))
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def dsv2_after(script: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that a script has prepared."""
+    command = [sys.executable, "-P", "-c", f"{script}; {RUN_MAIN}", *args]
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

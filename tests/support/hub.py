@@ -191,16 +191,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_bytes(self, path: str, data: bytes, body: bool, headers: dict[str, str]) -> None:
         start = 0
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        end = len(data)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted and not self.hub.ignore_ranges:
-            start = int(wanted[1])
+            start, end = int(wanted[1]), min(int(wanted[2] or end) + 1, end)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         else:
             self.send_response(200)
         for name, value in headers.items():
             self.send_header(name, value)
-        rest = bytearray(data[start:])
+        rest = bytearray(data[start:end])
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         if not body:

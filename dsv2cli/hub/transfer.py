@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +23,18 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from cext import system
-from dsv2cli import hub
 from dsv2cli.console import format_bytes
 from dsv2cli.errors import CliError
+from dsv2cli.hub import cache, client
+from dsv2cli.hub.cache import Joined, Target
+from dsv2cli.hub.listing import Plan, RemoteFile
 
 WORKERS = 4
 RETRIES = 5  # in a row without a new byte
+JOINED_AT_ONCE = 16 << 20  # bytes
 READ_BYTES = 1 << 20  # small, so that little is lost when a connection drops
 LONGEST_PAUSE = 30.0  # seconds between two tries
-Advanced = Callable[[hub.RemoteFile, int], None]
+Advanced = Callable[[RemoteFile, int], None]
 
 
 class StoppedError(Exception):
@@ -49,15 +53,16 @@ class Transfer:
     person would want to know. Both are called from several threads.
     """
 
-    plan: hub.Plan
+    plan: Plan
     to: Path | None = None
     advanced: Advanced = lambda file, n: None
     note: Callable[[str], None] = lambda message: None
+    keeps_ref: bool = True  # notes which commit the branch stood for: where all of the model has come
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.targets = hub.targets(self.plan, self.to)
-        self.where = self.to if self.to is not None else hub.cache_root()
+        self.targets = cache.targets(self.plan, self.to)
+        self.where = self.to if self.to is not None else cache.cache_root()
 
     @property
     def present_bytes(self) -> int:
@@ -66,16 +71,48 @@ class Transfer:
     def run(self) -> Path:
         """Fetch what is missing; returns the checkpoint's folder or the GGUF's path. CliError, OSError."""
         if not (self.plan.offline and self.to is None):
-            hub.check_disk(self.where, self.plan.nbytes - self.present_bytes)
-            with _quiet_client():
+            cache.check_disk(self.where, self._needed_bytes())
+            with quiet_client():
                 self._fetch_all()
-            if self.to is None:
+            if (joined := self.targets[0].joined if self.targets else None) is not None:
+                self._join(joined)
+            if self.to is None and self.keeps_ref:
                 _write_ref(self.plan)
-        return hub.location(self.plan, self.to)
+        return cache.location(self.plan, self.to)
+
+    def _needed_bytes(self) -> int:
+        """Of disk: what is to come, and where pieces are joined, one of them twice for a while."""
+        needed = self.plan.nbytes - self.present_bytes
+        waiting = [t.file.nbytes for t in self.targets if t.joined is not None and not t.is_joined()]
+        return needed + max(waiting, default=0)
+
+    def _join(self, joined: Joined) -> None:
+        """Make one file of the pieces. Each goes once it is in; a run cut short goes on from the last whole one."""
+        if waiting := [t for t in self.targets if not t.is_joined()]:
+            joined.final.parent.mkdir(parents=True, exist_ok=True)
+            joined.partial.parent.mkdir(parents=True, exist_ok=True)
+            with _exclusive(joined.partial) as file:
+                for target in waiting:
+                    file.truncate(target.end - target.file.nbytes)
+                    with target.final.open("rb") as piece:
+                        shutil.copyfileobj(piece, file, JOINED_AT_ONCE)
+                    if os.fstat(file.fileno()).st_size != target.end:
+                        raise CorruptError(
+                            f"`{target.final}` is not {target.file.nbytes} bytes any more", "the same command resumes"
+                        )
+                    os.fsync(file.fileno())
+                    target.final.unlink()
+                    self.note(f"{Path(target.file.path).name}: joined")
+        if joined.partial.is_file():  # else it has its name already
+            os.replace(joined.partial, joined.final)  # noqa: PTH105
+        if joined.note is not None:
+            joined.note.write_text(joined.pieces, encoding="utf-8")
+        for target in self.targets:
+            target.final.unlink(missing_ok=True)
 
     def _fetch_all(self) -> None:
         """Run the targets through daemon threads: Ctrl-C must not wait for a read that waits for the network."""
-        waiting: queue.SimpleQueue[hub.Target] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
         results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         for target in sorted(self.targets, key=lambda t: t.file.nbytes, reverse=True):
             waiting.put(target)
@@ -104,7 +141,7 @@ class Transfer:
             for thread in threads:
                 thread.join(timeout=1)
 
-    def _fetch(self, target: hub.Target) -> None:
+    def _fetch(self, target: Target) -> None:
         if not target.is_complete():
             target.partial.parent.mkdir(parents=True, exist_ok=True)
             target.final.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +159,7 @@ class Transfer:
         if target.link is not None:
             _link(target.final, target.link)
 
-    def _fetch_locked(self, target: hub.Target, file: FileIO) -> None:
+    def _fetch_locked(self, target: Target, file: FileIO) -> None:
         if target.is_complete():  # another process finished it in the meantime
             return
         if self.to is not None and _hash_of(target.final, target.file) == target.file.etag:
@@ -131,11 +168,11 @@ class Transfer:
         else:
             self._fill(target, file)
             os.replace(target.partial, target.final)  # noqa: PTH105
-        if self.to is not None:
+        if target.note is not None:
             record = f"{self.plan.commit}\n{target.file.etag}\n{time.time()}\n"
-            hub.metadata_path(target).write_text(record, encoding="utf-8")
+            target.note.write_text(record, encoding="utf-8")
 
-    def _fill(self, target: hub.Target, file: FileIO) -> None:
+    def _fill(self, target: Target, file: FileIO) -> None:
         """Bring the partial file to its full length and check it. A file in parts that fails is fetched once whole."""
         sink = Sink(file, target.file, self.advanced, self.stop)
         resumed = sink.nbytes > 0
@@ -160,17 +197,17 @@ class Transfer:
             )
         os.fsync(file.fileno())
 
-    def _cached(self, target: hub.Target) -> Path | None:
+    def _cached(self, target: Target) -> Path | None:
         """The same file in the shared cache, when the destination is another folder."""
         if self.to is None:
             return None
-        folder = hub.cache_folder(self.plan.repo)
+        folder = cache.cache_folder(self.plan.repo)
         for path in (folder / "blobs" / target.file.etag, folder / "snapshots" / self.plan.commit / target.file.path):
             if path.is_file() and path.stat().st_size == target.file.nbytes:
                 return path
         return None
 
-    def _receive(self, file: hub.RemoteFile, sink: Sink) -> bool:
+    def _receive(self, file: RemoteFile, sink: Sink) -> bool:
         """Fetch from where the sink ends, and again from there after a drop, as long as bytes keep coming.
 
         Returns whether the connection was lost on the way.
@@ -185,9 +222,11 @@ class Transfer:
             before = sink.nbytes
             headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
             try:
-                with hub.translated_errors(self.plan.repo, self.plan.revision):
-                    http_get(url, cast(BinaryIO, sink), resume_size=before, headers=headers, expected_size=file.nbytes)
-            except hub.UnreachableError:
+                with client.translated_errors(self.plan.repo, self.plan.revision):
+                    # Larger files the client leaves to another transport, if it knows their size.
+                    known = file.nbytes if file.nbytes <= client.constants().MAX_HTTP_DOWNLOAD_SIZE else None
+                    http_get(url, cast(BinaryIO, sink), resume_size=before, headers=headers, expected_size=known)
+            except client.UnreachableError:
                 lost = True
                 tries = 1 if sink.nbytes > before else tries + 1
                 if tries > RETRIES:
@@ -205,7 +244,7 @@ class Transfer:
 class Sink:
     """The file that bytes are appended to, and their hash so far. What the hub client's ``http_get`` writes into."""
 
-    def __init__(self, file: FileIO, remote: hub.RemoteFile, advanced: Advanced, stop: threading.Event) -> None:
+    def __init__(self, file: FileIO, remote: RemoteFile, advanced: Advanced, stop: threading.Event) -> None:
         self._file, self._remote, self._advanced, self._stop = file, remote, advanced, stop
         self.nbytes = 0
         self._hash = _hasher(remote)
@@ -257,14 +296,14 @@ class Sink:
         return self.nbytes == self._remote.nbytes and self._remote.etag in ("", self.digest())
 
 
-def _hasher(remote: hub.RemoteFile) -> Any:
+def _hasher(remote: RemoteFile) -> Any:
     """The hash the hub lists: sha256 of an LFS file, git's sha1 of a blob for the small ones."""
     if remote.sha256:
         return hashlib.sha256()
     return hashlib.sha1(b"blob %d\0" % remote.nbytes, usedforsecurity=False)
 
 
-def _hash_of(path: Path, remote: hub.RemoteFile) -> str | None:
+def _hash_of(path: Path, remote: RemoteFile) -> str | None:
     """The hash of a file that may be the remote one already; None where its size says that it is not."""
     if not path.is_file() or path.stat().st_size != remote.nbytes:
         return None
@@ -279,9 +318,14 @@ def _hash_of(path: Path, remote: hub.RemoteFile) -> str | None:
 def _exclusive(path: Path) -> Iterator[FileIO]:
     """The partial file, open to append and locked against other processes. Unbuffered: a kill loses no byte."""
     with open(path, "a+b", buffering=0) as file:  # noqa: PTH123
-        with contextlib.suppress(OSError):  # a file system without locks
-            if not system.try_lock(file.fileno()):
-                raise CliError(f"another process is downloading `{path.name}`", "let it finish, then run this again")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CliError(
+                f"another process is downloading `{path.name}`", "let it finish, then run this again"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         yield file
 
 
@@ -298,17 +342,17 @@ def _link(blob: Path, name: Path) -> None:
             name.hardlink_to(blob)
 
 
-def _write_ref(plan: hub.Plan) -> None:
+def _write_ref(plan: Plan) -> None:
     """Note which commit the branch or tag stood for, which offline runs go by."""
-    if hub.COMMIT.fullmatch(plan.revision):
+    if cache.COMMIT.fullmatch(plan.revision):
         return
-    ref = hub.cache_folder(plan.repo) / "refs" / plan.revision
+    ref = cache.cache_folder(plan.repo) / "refs" / plan.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_text(plan.commit, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _quiet_client() -> Iterator[None]:
+def quiet_client() -> Iterator[None]:
     """The hub client's progress bars and warnings off (ours say the same), and its reads short."""
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
