@@ -373,7 +373,10 @@ def test_cancelled_between_pieces_of_a_long_prompt(model: cext.Model, endless: T
 
 def test_ctrl_c_cancels_once_and_then_interrupts(model: cext.Model, endless: Tokenizer) -> None:
     talk, watched, _ = converse(model, endless)
-    watched.raises[3] = "after", lambda: os.kill(os.getpid(), signal.SIGINT)
+    watched.raises[5] = "after", lambda: heard.extend([talk.cancel(), talk.cancel()])
+    heard: list[bool] = []
+    assert len(answered(talk, "Hi", greedy(), 20)) == 4 and heard == [True, False]
+    watched.calls, watched.raises = 0, {3: ("after", lambda: os.kill(os.getpid(), signal.SIGINT))}
     with interrupts.heard(talk.cancel):
         assert len(answered(talk, "Hi", greedy(), 20)) == 2
         with pytest.raises(KeyboardInterrupt):

@@ -148,6 +148,19 @@ def test_floors_import_one_way(floor: str) -> None:
     assert not wrong
 
 
+def test_the_scheduler_knows_the_engine_alone() -> None:
+    """Chats, servers and batches are built on it; it knows of none of them."""
+    files = python_files("dsv2cli/scheduler")
+    assert files
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in modules(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in PYTHON_ROOMS and not name.startswith(("cext.", "dsv2cli.scheduler."))
+    ]
+    assert not wrong
+
+
 def test_every_floor_is_listed() -> None:
     assert {path.name for path in (ROOT / "quantize").iterdir() if (path / "__init__.py").exists()} == FLOORS.keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def test_cancelled_midway(model: cext.Model, victim: int, after: int) -> None:
         wanted = expected[i] if i != victim else expected[i][:n_before]
         assert said(events, answer) == wanted
     assert ends(events)[answers[victim]] == answers[victim].stats.stop == "cancelled"
+
+
+def test_cancelled_while_it_waits_for_its_turn(model: cext.Model) -> None:
+    scheduler = Scheduler(budget=Budget(alone=4, beside=1, step=4))
+    decoding = [sequence(session_of(model), [i], limit=20) for i in range(6)]
+    reading = [sequence(session_of(model), prompt(50, i), limit=1) for i in range(3)]
+    for answer in (*decoding, *reading):
+        scheduler.add(answer)
+    for _ in range(4):
+        scheduler.step()
+    gone = [*decoding[::2], *reading[::2]]
+    for answer in gone:
+        answer.cancel()
+    assert ends(scheduler.step()) == dict.fromkeys(gone, "cancelled")
+    assert set(ends(list(scheduler.run())).values()) == {"length"}
 
 
 def test_cancelled_while_it_is_evaluated(model: cext.Model) -> None:
@@ -383,6 +399,27 @@ def test_no_draft_reaches_past_the_limit(model: cext.Model) -> None:
     assert (answer.stats.n_drafted, answer.stats.n_taken) == (2, 2)
 
 
+def test_a_prompt_is_read_without_drafts(model: cext.Model) -> None:
+    """They would change what else the step computes, by the order in which it adds."""
+    watched = Watched()
+    asked = [*QUOTED, *QUOTED[: Lookup.MATCHED]]
+    run(sequence(session_of(model), asked, limit=8, drafter=Lookup(3)), evaluate=watched)
+    assert watched.steps[0] == [len(asked)]
+
+
+def test_drafts_share_a_step(model: cext.Model) -> None:
+    watched, script = Watched(), QUOTED[:30]
+    contexts = [Context(session_of(model)) for _ in range(5)]
+    for context in contexts:  # so that all decode from the first step on
+        run(sequence(context.session, QUOTED, context=context, limit=1))
+    answers = [
+        sequence(c.session, QUOTED, context=c, sampler=Scripted(script), limit=30, drafter=Lookup(15)) for c in contexts
+    ]
+    run(*answers, evaluate=watched, budget=Budget(alone=40, beside=1, step=40))
+    assert all(answer.answer == script for answer in answers)
+    assert max(watched.steps, key=sum) == [8] * 5
+
+
 def test_an_answer_that_ends_inside_a_draft(model: cext.Model) -> None:
     answer = quoting(model, QUOTED, 3, end=QUOTED[10])
     assert answer.answer == QUOTED[:10] and answer.stats.stop == "end"
@@ -402,6 +439,33 @@ def test_drafts_of_many(model: cext.Model) -> None:
     for mine, wanted in zip(drafted, plain, strict=True):
         a, b = shown(mine), shown(wanted)
         np.testing.assert_allclose(a, b, rtol=0, atol=1.2e-5 * np.ptp(b))
+
+
+@pytest.mark.parametrize("n_draft", [0, 3])
+def test_a_token_takes_little_work_of_python(model: cext.Model, n_draft: int) -> None:
+    """Calls of Python functions that one more token costs: steps of small models are tens of microseconds."""
+
+    def calls(limit: int) -> int:
+        counted = 0
+
+        def count(frame: object, event: str, arg: object) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        drafter = Lookup(n_draft) if n_draft else None
+        answer = sequence(session_of(model), [1, 2, 3], sampler=Scripted(range(200)), limit=limit, drafter=drafter)
+        scheduler = Scheduler()
+        scheduler.add(answer)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            for _ in scheduler.run():
+                pass
+        finally:
+            sys.setprofile(before)
+        return counted
+
+    assert (calls(150) - calls(50)) / 100 <= 24 + (2 if n_draft else 0)
 
 
 # Text.

@@ -79,10 +79,13 @@ class Scheduler:
 
     def _plan(self) -> list[Share]:
         """What is evaluated next: whoever is in it moves behind those who are not. Ends what was cancelled."""
+        cancelled: list[Sequence] = []
         decoding: list[Sequence] = []
         reading: list[Sequence] = []
         for sequence in self._sequences:
-            (decoding if sequence.n_waiting == 1 else reading).append(sequence)
+            (cancelled if sequence.cancelled else decoding if sequence.n_waiting == 1 else reading).append(sequence)
+        for sequence in cancelled:
+            self._end(sequence, "cancelled", self._news)
         budget = self._budget
         for_prompts = (budget.beside if decoding else budget.alone) if reading else 0
         for_answers = budget.step - for_prompts
@@ -91,7 +94,7 @@ class Scheduler:
         for sequence in decoding[:for_answers]:
             self._ask(sequence, most, shares)
         for sequence in reading:
-            if for_prompts > 0 or sequence.cancelled:
+            if for_prompts > 0:
                 for_prompts -= self._ask(sequence, for_prompts, shares)
         if len(shares) < len(self._sequences):
             served = {sequence: None for sequence, _, _ in shares}
@@ -100,9 +103,6 @@ class Scheduler:
 
     def _ask(self, sequence: Sequence, most: int, shares: list[Share]) -> int:
         """Append what the sequence wants of at most so many tokens, and return how many it is."""
-        if sequence.cancelled:
-            self._end(sequence, "cancelled", self._news)
-            return 0
         try:
             ids, n_logits = sequence.want(most)
         except Exception as error:  # its session is closed, or in use elsewhere
