@@ -1,6 +1,5 @@
 """The engine's Python face: GGUF files, models, sessions, single layers, sampling."""
 
-from cext._engine import MAX_STEP, formats, isas
 from cext.errors import (
     ArgumentError,
     BusyError,
@@ -8,9 +7,21 @@ from cext.errors import (
     EngineError,
     FileError,
     FormatError,
+    NoEngineError,
     OutOfMemoryError,
     UnsupportedError,
 )
+
+try:
+    from cext._engine import MAX_STEP, cores, formats, isa, isas
+except ModuleNotFoundError as error:
+    if error.name != "cext._engine":
+        raise
+    raise NoEngineError(
+        f"`{__path__[0]}` is cext's source, without the compiled engine: run `pip install .` in the clone, and Python"
+        " from another folder or with -P"
+    ) from None
+
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.layer import Encoded, Layer, Sublayer
 from cext.model import Hparams, Model, Session, Tap, eval_batch
@@ -30,6 +41,7 @@ __all__ = [
     "Layer",
     "Metadata",
     "Model",
+    "NoEngineError",
     "OutOfMemoryError",
     "Sampler",
     "Session",
@@ -37,7 +49,9 @@ __all__ = [
     "Tap",
     "TensorInfo",
     "UnsupportedError",
+    "cores",
     "eval_batch",
     "formats",
+    "isa",
     "isas",
 ]

@@ -6,6 +6,7 @@
 #include "arch/config.h"
 #include "arch/tap.h"
 #include "gguf/gguf.h"
+#include "model/placement.h"
 #include "model/sample.h"
 
 typedef struct ds_model ds_model;
@@ -18,14 +19,19 @@ enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
 ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err);
 
 /* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
- * Weights are mapped, not copied. A model that has sessions goes with the last of them. */
-ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err);
-/* The same over a file's bytes, which the caller keeps alive and unchanged until close; label names it in errors. */
+ * placement: which further devices compute which parts; NULL: the processor does it all. Weights are mapped, not copied.
+ * A model that has sessions goes with the last of them. */
+ds_status ds_model_open(const char *path, int n_threads, const char *isa, const ds_placement *placement, ds_model **out,
+                        ds_error *err);
+/* The same, all on the processor, over a file's bytes, which the caller keeps alive and unchanged until close; label
+ * names it in errors. */
 ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
                         ds_model **out, ds_error *err);
 void ds_model_close(ds_model *model);
 const ds_config *ds_model_config(const ds_model *model);
 const ds_gguf *ds_model_gguf(const ds_model *model);
+/* How many tokens chose each routed expert since the model was opened: out (n_layer, n_expert). */
+void ds_model_expert_uses(ds_model *model, uint64_t *out);
 int ds_model_threads(const ds_model *model);
 const char *ds_model_isa(const ds_model *model);
 

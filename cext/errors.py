@@ -36,5 +36,19 @@ class OutOfMemoryError(EngineError, MemoryError):
     """The system refused memory."""
 
 
+class NoEngineError(ImportError):
+    """The source tree was imported, where the engine is not compiled."""
+
+    hint = ""  # the message says it all: a script shows nothing else
+
+
 class BusyError(EngineError):
     """Two threads in one session."""
+
+
+class TokenizerError(EngineError):
+    """The vocabulary in a file cannot be used, or a chat cannot be told to the model."""
+
+
+class TemplateError(TokenizerError):
+    """A chat template cannot be compiled, refused the conversation, failed on it, or ran too long."""

@@ -1,12 +1,23 @@
-"""What this process has of the machine: the memory it takes, and the memory it may still take."""
+"""What this process has of the machine: the memory it takes and may still take, locks, room on the disk.
+
+Every call of Python that is not the same on all operating systems is named here, once: Linux and macOS are what is
+written, another system is another module with these names.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")  # where /proc and /sys lie
+
+CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # a file system that lacks a call
+NO_LOCKS = (errno.ENOLCK, *CANNOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def resident_bytes() -> int:
@@ -35,7 +46,8 @@ def free_bytes(root: Path = ROOT) -> int | None:
 def _left_in_cgroups(root: Path) -> Iterator[int]:
     """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap."""
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, group = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         if number == "0":
             mount, limit, used, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
@@ -78,3 +90,77 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def try_lock(fd: int) -> bool:
+    """Lock a file, open to write, for this process until the descriptor is closed; False where another has it.
+
+    flock first: NFS makes a lock of bytes of it, for which the file must be open to write. Where it is missing, fcntl's
+    own. OSError where the file system knows no locks.
+    """
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def reserve(fd: int, nbytes: int) -> bool:
+    """Make a file nbytes long and claim the disk for all of it; False where the file system cannot claim. What is new
+    reads as zeros. OSError where there is no room (one of FULL).
+    """
+    os.ftruncate(fd, nbytes)
+    if not hasattr(os, "posix_fallocate") or nbytes == 0:
+        return nbytes == 0
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        return False
+    return True
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that may still be written in a folder."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def read_at(fd: int, view: memoryview, offset: int) -> int:
+    """Read into view from an offset of the file; the number of bytes read, 0 at its end."""
+    return os.preadv(fd, [view], offset)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of data at an offset of the file."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and its name in its parent outlive a power cut."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    sync_folder(folder.parent)

@@ -10,27 +10,33 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
-import functools
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
 import llama_cpp
 
-from cext.errors import EngineError
-from cext.gguf import Gguf
+from cext import vocabulary
+from cext.chat import MAX_OPENING, THINK_TAGS, Answer, Message, chat_ids, has_switch, split_answer
+from cext.errors import TemplateError, TokenizerError
+from cext.traced import Traced
 
-# Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
-MARKER = re.compile("<[|｜][^<>\ue000]{1,64}[|｜]>")
+__all__ = ["Answer", "Message", "TemplateError", "TextStream", "Tokenizer", "TokenizerError"]
+
 # llama.cpp splits words with std::regex, which recurses once a character, at 300 bytes each: 30,000 letters in a row
 # overflow the usual stack of 8 MB. Runs past this length, which fits 512 KB, are cut; nothing shorter is ever touched.
 MAX_RUN = 1024
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
 # A word always ends between a letter and the punctuation after it, so a cut there changes nothing.
 WORD_END = re.compile(r"(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])|(?<=[一-龥])(?=[！-／：-～‘-‟、。])")
+REASONING = frozenset(itertools.chain(*THINK_TAGS))
+# Warnings of llama.cpp's that are told in our own words, or are about what it guesses and we do not.
+TOLD = re.compile("missing pre-tokenizer|QUALITY WILL BE|CONSIDER REGEN|special_eos_id is not in|bad special token")
+MAX_TOLD = 4
 MAX_TEXT_BYTES = 1 << 30  # llama.cpp counts bytes and tokens in 32 bits
 
 DEFAULT_TEMPLATE = """\
@@ -41,57 +47,50 @@ DEFAULT_TEMPLATE = """\
 {%- else %}{{ message['content'] + '\\n\\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
-PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # of a message; no marker holds one
-
-
-class TokenizerError(EngineError):
-    """The vocabulary or the chat template in a file cannot be used."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a chat. An assistant's content may be the ids it was sampled as, which are kept as they are."""
-
-    role: str  # "system", "user" or "assistant"
-    content: str | Sequence[int]
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _discard_log(level: int, text: bytes, user_data: Any) -> None:
-    """llama.cpp writes its loader's log to stderr, which is ours."""
-
-
-@functools.cache
-def _start_llama() -> None:
-    """Silence llama.cpp and start its backend, once. DSV2_DEBUG leaves the log on."""
-    if not os.environ.get("DSV2_DEBUG"):
-        llama_cpp.llama_log_set(_discard_log, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
 
 
 class Tokenizer:
     """The vocabulary of a GGUF. Raises TokenizerError where the file has none that can be used, OSError where no file.
 
     n_vocab: tokens in the vocabulary (a model's logits may have more, as padding). bos, eos: ids, or None. add_bos:
-    whether a text begins with bos. chat_template: the file's Jinja template, or None.
+    whether a text begins with bos. chat_template: the file's Jinja template, or None. markers, marker_ids: how control
+    tokens are spelt, for templates. notes: what the file does not say and was assumed, to be told once.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self._model = self._vocab = None
         self._pieces: dict[int, bytes] = {}
-        self._special: dict[int, str | None] = {}
-        self.n_vocab, self.bos, self.eos, self.chat_template = _checked_vocabulary(self.path)
-        _start_llama()
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(self.path.encode(), params)
-        if not self._model:
-            raise TokenizerError(
-                f"`{self.path}`: llama.cpp cannot load the vocabulary", "DSV2_DEBUG=1 shows what it says about it"
-            )
+        self._facts = vocabulary.read(self.path)
+        self.n_vocab, self.chat_template = self._facts.n_vocab, self._facts.template
+        self.bos, self.eos = self._facts.named.get("bos"), self._facts.named.get("eos")
+        self._special: dict[int, str | None] = dict(self._facts.specials)
+        self.marker_ids = {text: token for token, text in self._facts.specials.items() if len(text) > 1}
+        self._model, log = vocabulary.load(self.path)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.add_bos: bool = self.bos is not None and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.notes = self._assumptions(log.warnings)
+
+    def _assumptions(self, warnings: Sequence[str]) -> tuple[str, ...]:
+        notes = []
+        if self._facts.pre is None:
+            notes.append(
+                f"`{self.path}` does not say how text is split into words (tokenizer.ggml.pre): llama.cpp's default"
+                " rules are assumed, and tokens may differ from those the model was trained on"
+            )
+        if self.eos is None:
+            ends = [text for token, text in self._facts.specials.items() if self.is_end(token)]
+            what = (
+                f"answers end at {', '.join(ends[:4])}" if ends else "nothing but -n or a full context ends an answer"
+            )
+            notes.append(f"`{self.path}` names no token that ends an answer (tokenizer.ggml.eos_token_id): {what}")
+        if self.chat_template is None:
+            notes.append(
+                f'`{self.path}` has no chat template (tokenizer.chat_template): DeepSeek-V2\'s "User: / Assistant:"'
+                " is assumed"
+            )
+        told = [line for line in warnings if not TOLD.search(line)]
+        return (*notes, *(f"`{self.path}`: llama.cpp says: {line}" for line in told[:MAX_TOLD]))
 
     def close(self) -> None:
         """Release the vocabulary. Calls after it raise TokenizerError."""
@@ -111,51 +110,83 @@ class Tokenizer:
 
     # Text to ids.
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without BOS. Never a control token, whatever the text spells."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of plain text, without BOS. Never a control token, whatever the text spells, unless ``special``."""
         ids: list[int] = []
-        for piece in _cut_long_runs(text):
+        at = 0
+        for match in self.markers.finditer(text) if special else ():
+            ids += self.encode(text[at : match.start()])
+            ids.append(self.marker_ids[match[0]])
+            at = match.end()
+        for piece in _cut_long_runs(text[at:]):
             ids += self._encode_plain(piece)
         return ids
 
-    def prompt(self, text: str) -> list[int]:
+    @cached_property
+    def markers(self) -> re.Pattern[str]:
+        """Matches the spelling of any control token, the longest there is."""
+        return re.compile("|".join(map(re.escape, sorted(self.marker_ids, key=len, reverse=True))) or "(?!)")
+
+    def prompt(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text from its beginning: BOS where the vocabulary asks for one, then ``encode(text)``."""
-        return [*([self.bos] if self.add_bos and self.bos is not None else []), *self.encode(text)]
+        ids = self.encode(text, special=special)
+        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+
+    def fill_in(self, prefix: str, suffix: str) -> list[int]:
+        """A prompt that asks for what stands between two texts. TokenizerError where the vocabulary has no tokens
+        for that."""
+        vocab = self._open_vocab()
+        before = llama_cpp.llama_vocab_fim_pre(vocab)
+        after = llama_cpp.llama_vocab_fim_suf(vocab)
+        middle = llama_cpp.llama_vocab_fim_mid(vocab)
+        if min(before, after, middle) < 0:
+            raise TokenizerError(
+                f"`{self.path}`: the vocabulary has no tokens for filling in (<｜fim▁begin｜> and so on)",
+                "DeepSeek-Coder-V2 has them, chat models mostly not",
+            )
+        start = [self.bos] if self.add_bos and self.bos is not None else []
+        return [*start, before, *self.encode(prefix), after, *self.encode(suffix), middle]
 
     def control_id(self, text: str) -> int | None:
         """The control token that is spelt exactly ``text``, or None. For templates; never for what a person typed."""
-        ids = self._tokenize(text, parse_special=True)
-        return ids[0] if len(ids) == 1 and self.special_text(ids[0]) == text else None
+        return self.marker_ids.get(text)
 
     def special_text(self, token: int) -> str | None:
-        """The spelling of a control token (marked so, or written like one: <|...|>); None for ordinary tokens."""
-        if token not in self._special:
-            text = (llama_cpp.llama_vocab_get_text(self._open_vocab(), token) or b"").decode("utf-8", "replace")
-            control = llama_cpp.llama_vocab_is_control(self._vocab, token) or MARKER.fullmatch(text)
+        """The spelling of a token that marks structure (vocabulary.Vocabulary.specials); None for ordinary tokens."""
+        if token not in self._special:  # llama.cpp knows a few ends by their spelling
+            control = llama_cpp.llama_vocab_is_control(self._open_vocab(), token)
+            text = (llama_cpp.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
             self._special[token] = text if control else None
         return self._special[token]
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids = self._tokenize(text, parse_special=False)
-        for token in set(ids):
-            spelling = self.special_text(token)
-            if spelling is None:
-                continue
-            if len(spelling) < 2 or spelling not in text:
-                raise TokenizerError(
-                    f"`{self.path}`: the vocabulary marks {spelling!r}, ordinary text, as control token {token}"
-                )
-            # A control token marked as text: break its spelling apart, and it cannot be matched.
-            return [i for piece in _break_apart(text, spelling) for i in self._encode_plain(piece)]
+        ids = self._tokenize(text)
+        if not self._spelt(ids):
+            return ids
+        # Control tokens that the file marks as text, or as user-defined: with a cut after each one's first character,
+        # no piece holds a whole spelling.
+        spellings = "|".join(map(re.escape, self.marker_ids))
+        cuts = [match.start() + 1 for match in re.finditer(f"(?={spellings})", text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        ids = [token for piece in pieces for token in self._tokenize(piece)]
+        if wrong := self._spelt(ids):
+            raise TokenizerError(
+                f"`{self.path}`: the vocabulary marks {wrong[0]!r}, ordinary text, as control token",
+                "the file is damaged",
+            )
         return ids
 
-    def _tokenize(self, text: str, parse_special: bool) -> list[int]:
+    def _spelt(self, ids: Iterable[int]) -> list[str]:
+        """The control tokens among ``ids``."""
+        return [spelling for token in set(ids) if (spelling := self.special_text(token)) is not None]
+
+    def _tokenize(self, text: str) -> list[int]:
         data = _utf8(text)
         if len(data) > MAX_TEXT_BYTES:
             raise TokenizerError(f"a text of {len(data)} bytes is too long to tokenise at once", "split it")
         size = len(data) + 1  # a token spells at least one byte
         ids = (llama_cpp.llama_token * size)()
-        n = llama_cpp.llama_tokenize(self._open_vocab(), data, len(data), ids, size, False, parse_special)
+        n = llama_cpp.llama_tokenize(self._open_vocab(), data, len(data), ids, size, False, False)
         if n < 0:
             raise TokenizerError(f"`{self.path}`: the vocabulary cannot spell {text[:40]!r}")
         return list(ids[:n])
@@ -177,7 +208,10 @@ class Tokenizer:
             if n < 0:
                 buffer = ctypes.create_string_buffer(-n)
                 n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-            self._pieces[token] = buffer.raw[: max(n, 0)]
+            piece = buffer.raw[: max(n, 0)]
+            if not piece and self.special_text(token) in REASONING:  # part of the answer's text, whatever its type
+                piece = (self.special_text(token) or "").encode()
+            self._pieces[token] = piece
         return self._pieces[token]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -188,101 +222,69 @@ class Tokenizer:
         return TextStream(self)
 
     def is_end(self, token: int) -> bool:
-        """True for EOS and the other tokens that end an answer."""
-        return bool(0 <= token < self.n_vocab and llama_cpp.llama_vocab_is_eog(self._open_vocab(), token))
+        """True for EOS and the other tokens that end an answer. Where a file names no EOS, llama.cpp takes token 11,
+        which is a comma in V2's vocabulary: no token ends an answer that is neither named nor a control token."""
+        if not (0 <= token < self.n_vocab and llama_cpp.llama_vocab_is_eog(self._open_vocab(), token)):
+            return False
+        return token in self._facts.named.values() or self.special_text(token) is not None
 
     # Chats.
 
-    def chat(self, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> list[int]:
         """A chat as the model was trained to read it, from BOS on; ends where the answer begins if ``answer``.
 
-        The template is rendered with placeholders in the messages' places: control tokens come from the template's own
-        text alone, and what a person typed never reaches the template engine. Plain template text and typed text are
-        tokenised together, since words join across them ("User: " + "Hi" reads "User", ":", " Hi").
+        The template sees what transformers would show it. Control tokens come from its own text alone, never from
+        what a person or a tool said. tools: OpenAI's descriptions. thinking: told to the template where it has a
+        variable for it; None leaves that to the template. Raises TemplateError and TokenizerError (cext/chat.py).
         """
-        names = [chr(0xE000) + str(i) + chr(0xE001) for i in range(len(messages))]
-        shown = [{"role": m.role, "content": name} for m, name in zip(messages, names, strict=True)]
-        rendered = self._render(shown, answer)
-        used = [int(i) for i in PLACEHOLDER.findall(rendered)]
-        if missing := sorted(set(range(len(messages))) - set(used)):
-            raise TokenizerError(
-                f"`{self.path}`: the chat template leaves out the {messages[missing[0]].role} message",
-                "chat without it, or use --raw",
-            )
-        ids: list[int] = []
-        run = ""  # plain text not tokenised yet
-        for part in self._parts(rendered):
-            content = part if isinstance(part, str) else messages[part.index].content if part.index >= 0 else [part.id]
-            if isinstance(content, str):
-                run += content
-                continue
-            # A sampled answer begins with its own space, where the template has one for an answer given as text.
-            sampled = not isinstance(part, str) and part.index >= 0
-            ids += self.encode(run.rstrip(" ") if sampled else run)
-            ids += content
-            run = ""
-        ids += self.encode(run)
+        ids = chat_ids(self, self._source, messages, answer=answer, tools=tools, thinking=thinking)
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         return ids
 
-    def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
-        try:
-            text: str = _template(self.chat_template or DEFAULT_TEMPLATE).render(
-                messages=messages,
-                add_generation_prompt=answer,
-                bos_token=self._spelling(self.bos),
-                eos_token=self._spelling(self.eos),
-            )
-            return text
-        except Exception as error:  # a template is a program from a file: anything can be wrong with it
-            raise TokenizerError(
-                f"`{self.path}`: the chat template refused the conversation: {error}", "--raw goes without a template"
-            ) from error
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the chat template has a variable that turns reasoning on and off."""
+        return has_switch(self._source)
+
+    @property
+    def _source(self) -> str:
+        return self.chat_template or DEFAULT_TEMPLATE
+
+    @cached_property
+    def named_spellings(self) -> dict[str, str]:
+        """What templates know as bos_token, eos_token and so on."""
+        names = {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
+        found = {
+            name: self.special_text(self._facts.named[key]) for name, key in names.items() if key in self._facts.named
+        }
+        ends = {"bos": self._spelling(self.bos), "eos": self._spelling(self.eos)}
+        return ends | {name: text for name, text in found.items() if text}
 
     def _spelling(self, token: int | None) -> str:
         return (self.special_text(token) or "") if token is not None else ""
 
-    def _parts(self, rendered: str) -> Iterator[str | _Part]:
-        """Rendered text as plain text, control tokens (``id``) and message contents (``index``), in order."""
-        ends = [re.escape(s) for t in (self.bos, self.eos) if (s := self._spelling(t))]
-        pattern = "|".join([PLACEHOLDER.pattern.replace("(", "(?:"), MARKER.pattern, *ends])
-        for text in re.split(f"({pattern})", rendered):
-            if place := PLACEHOLDER.fullmatch(text):
-                yield _Part(index=int(place[1]))
-            elif (token := self.control_id(text) if re.fullmatch(pattern, text) else None) is not None:
-                yield _Part(id=token)
-            elif text:
-                yield text
+    # Reasoning.
 
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        """The end of a prompt that belongs to the answer: the tag that opens its reasoning, where one stands there."""
+        for n in range(1, min(MAX_OPENING, len(prompt)) + 1):
+            text = self.decode(prompt[-n:]).strip()
+            if any(text == tag for tag, _ in THINK_TAGS):
+                return list(prompt[-n:])
+        return []
 
-@dataclass(frozen=True)
-class _Part:
-    """A piece of a rendered template that is not its plain text."""
-
-    index: int = -1  # of a message, whose content stands here
-    id: int = -1  # or a control token
-
-
-def _checked_vocabulary(path: str) -> tuple[int, int | None, int | None, str | None]:
-    """(n_vocab, bos, eos, chat template) of a file; refuses what would abort inside llama.cpp or mislead it."""
-    with Gguf(path) as gguf:
-        kind = gguf.metadata.get("tokenizer.ggml.model")
-        if kind != "gpt2":
-            what = f"a vocabulary of kind `{kind}`" if kind else "no vocabulary"
-            raise TokenizerError(f"`{path}` has {what}, expected byte-pair encoding (gpt2)")
-        tokens = gguf.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
-            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is not a list of strings")
-        if len(set(tokens)) != len(tokens):
-            raise TokenizerError(f"`{path}`: {len(tokens) - len(set(tokens))} tokens of the vocabulary are there twice")
-
-        def token(key: str) -> int | None:
-            value = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            return value if isinstance(value, int) and 0 <= value < len(tokens) else None
-
-        template = gguf.metadata.get("tokenizer.chat_template")
-        return len(tokens), token("bos"), token("eos"), template if isinstance(template, str) else None
+    def split_answer(self, ids: Sequence[int]) -> Answer:
+        """An answer's reasoning and its content; ``ids`` begin with the opening tag, which may stand in the prompt."""
+        reasoning, content = split_answer(self, ids, Traced(self.decode(ids)))
+        return Answer(None if reasoning is None else str.__str__(reasoning).strip(), str.__str__(content).lstrip())
 
 
 class TextStream:
@@ -319,26 +321,3 @@ def _cut_long_runs(text: str) -> Iterator[str]:
             yield text[start:at]
             start = at
     yield text[start:]
-
-
-def _break_apart(text: str, spelling: str) -> Iterator[str]:
-    """``text`` cut after the first character of each ``spelling`` in it."""
-    start = 0
-    while (at := text.find(spelling, start)) >= 0:
-        yield text[start : at + 1]
-        start = at + 1
-    yield text[start:]
-
-
-@functools.cache
-def _template(source: str) -> Any:
-    """A compiled chat template, in Jinja's sandbox: it came with the file."""
-    from jinja2 import TemplateError  # noqa: PLC0415
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(source)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv2cli import runtime
+from dsv2cli import memory, runtime
 from dsv2cli.llama_state import lengthened
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ class Ours:
     def select(self, variant: str, sequences: int) -> None:
         opened = self._opened.setdefault(variant, [])
         kv_type = cast("KvType", variant.removeprefix("kv="))
-        opened += [self._model.session(self._n_ctx, kv_type) for _ in range(len(opened), sequences)]
+        new = [self._model.session(self._n_ctx, kv_type) for _ in range(len(opened), sequences)]
+        if new:
+            memory.refuse(new)
+        opened += new
         self._sessions = opened[:sequences]
 
     def fill(self, ids: Ids) -> None:
@@ -186,7 +189,7 @@ def measure(engine: Engine, kind: str, n: int, depth: int, sequences: int, varia
     return time.perf_counter() - begun
 
 
-def memory() -> dict[str, int]:
+def footprint() -> dict[str, int]:
     """Resident bytes: the process's own, and pages of files."""
     fields = {"RssAnon": 0, "RssFile": 0}
     try:
@@ -224,7 +227,7 @@ def serve(name: str, model: Path, n_ctx: int, threads: int) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             if request["kind"] == "memory":
-                answer(memory())
+                answer(footprint())
             else:
                 answer({"seconds": measure(engine, **request)})
     except Exception as error:

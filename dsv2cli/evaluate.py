@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import Tap
+from cext import MAX_STEP, Tap, eval_batch
+from dsv2cli import memory
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.runtime import Runtime
 from quantize.measure import score
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cext.model import KvType
 
 F32 = NDArray[np.float32]
+PIECE = MAX_STEP  # positions whose logits are held at once: 420 MB for a vocabulary of 102,400
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def evaluate(
     windows = cut(runtime, text, n_ctx)[:max_windows]
     session = runtime.model.session(n_ctx, kv_type)
     other = reference.model.session(n_ctx, reference_kv) if reference is not None else None
+    sessions = [session] if other is None else [session, other]
+    memory.refuse(sessions, sum(_piece_bytes(s) for s in sessions))
     scores = []
     for window in windows:
         scores.append(_score(session, other, window, skip))
@@ -102,21 +106,36 @@ def _check_same_vocabulary(runtime: Runtime, reference: Runtime) -> None:
 
 
 def _score(session: Session, other: Session | None, window: NDArray[np.int32], skip: int) -> Score:
-    """Without other, the reference's figures are the model's own."""
-    targets = window[skip + 1 :]
-    taps = (_router_tap(session), _router_tap(other)) if other is not None else (None, None)
-    logits = _logits(session, window, skip, taps[0])
-    if other is None:
-        nll = score.loss(logits, targets)
-        return Score(len(targets), nll, nll, (), len(targets), 0, 0)
-    theirs = _logits(other, window, skip, taps[1])
-    return score.score(logits, theirs, targets, *_routed_alike(taps[0] or {}, taps[1] or {}, skip))
-
-
-def _logits(session: Session, window: NDArray[np.int32], skip: int, tap: Tap | None) -> F32:
-    """Logits of the scored positions, (n, n_vocab): each predicts the token after it."""
+    """Evaluate a window piece by piece: of its logits only a piece's are ever held. Without other, the reference's
+    figures are the model's own.
+    """
+    parts = []
+    n_routed = n_alike = 0
     session.rewind(0)
-    logits = session.eval(window, "all", tap=tap)[skip:-1]
+    if other is not None:
+        other.rewind(0)
+    for start in range(0, len(window), PIECE):
+        piece = window[start : start + PIECE]
+        scored = slice(max(skip - start, 0), min(len(piece), len(window) - 1 - start))  # the last one predicts nothing
+        targets = window[start + 1 :][scored]
+        if other is None:
+            logs = score.target_logs(_logits(session, piece, scored), targets)
+            parts.append(score.Compared(logs, logs, np.empty(0), np.ones(len(logs), bool)))
+            continue
+        mine, theirs = _router_tap(session), _router_tap(other)
+        logits = _logits(session, piece, scored, mine)
+        parts.append(score.compare(logits, _logits(other, piece, scored, theirs), targets))
+        routed, alike = _routed_alike(mine, theirs, scored)
+        n_routed, n_alike = n_routed + routed, n_alike + alike
+    return score.window(parts, n_routed, n_alike)
+
+
+def _logits(session: Session, piece: NDArray[np.int32], scored: slice, tap: Tap | None = None) -> F32:
+    """Evaluate a piece; the logits of its scored positions, (n, n_vocab): each predicts the token after it."""
+    if scored.start >= scored.stop:
+        eval_batch([(session, piece)], [0])
+        return np.empty((0, session.model.hparams["n_vocab"]), np.float32)
+    logits = session.eval(piece, "all", tap=tap)[scored]
     if not np.isfinite(logits).all():
         raise CliError(
             f"`{session.model.path}` computes values that are not numbers", "the file is damaged: make it again"
@@ -124,18 +143,24 @@ def _logits(session: Session, window: NDArray[np.int32], skip: int, tap: Tap | N
     return logits
 
 
+def _piece_bytes(session: Session) -> int:
+    """What the logits of a piece take, and some rows of them in float64: themselves and what is made of them."""
+    n_vocab = session.model.hparams["n_vocab"]
+    return n_vocab * (4 * min(PIECE, session.n_ctx) + 4 * 8 * score.ROWS)
+
+
 def _router_tap(session: Session) -> Tap:
     hparams = session.model.hparams
     return Tap({f"experts-{il}": None for il in range(hparams["n_layer_dense"], hparams["n_layer"])})
 
 
-def _routed_alike(mine: dict[str, Any], theirs: dict[str, Any], skip: int) -> tuple[int, int]:
+def _routed_alike(mine: dict[str, Any], theirs: dict[str, Any], scored: slice) -> tuple[int, int]:
     """(the reference's choices, those of them that are mine too); (0, 0) where layers or numbers differ."""
     total = alike = 0
-    if mine.keys() != theirs.keys():
+    if mine.keys() != theirs.keys() or scored.start >= scored.stop:
         return 0, 0
     for name, reference in theirs.items():
-        a, b = mine[name][skip:-1], reference[skip:-1]  # (n, n_expert_used)
+        a, b = mine[name][scored], reference[scored]  # (n, n_expert_used)
         if a.shape != b.shape:
             return 0, 0
         total += b.size

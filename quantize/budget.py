@@ -7,7 +7,8 @@ and --size are other budgets. The names of single types (the floats, q8_0, q4_0)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 from gguf.constants import GGMLQuantizationType as Type
@@ -31,30 +32,44 @@ def padded_bytes(tensor: Tensor, type_: Type) -> int:
     return n + -n % GGUF_DEFAULT_ALIGNMENT
 
 
-def settle(job: Job, header_bytes: Callable[[], int]) -> dict[str, Type]:
-    """The types by tensor name, from the journal where an earlier run settled them. header_bytes: of the file."""
-    plan = job.plan
+@dataclass(frozen=True)
+class Budget:
+    """What is known of a file's types before its weights are read."""
+
+    nbytes: int  # that all tensors may take, padding included; what they take, where nothing is allocated
+    fixed: Mapping[str, Type]  # by tensor name: the recipe's own
+    allowed: tuple[Type, ...]  # what tensors may become; none where nothing is allocated
+
+
+def budget_of(plan: Plan, header_bytes: int) -> Budget:
+    """A plan's. header_bytes: of the file. QuantizeError where no types come to what is asked for."""
     fixed = {t.name: recipe.type_of(plan.recipe, plan.arch, t, plan.weighted) for t in plan.tensors}
+    nbytes = budget_bytes(plan, fixed, header_bytes)
+    bits = 8 * nbytes / sum(t.size for t in plan.tensors)
+    return Budget(nbytes, fixed, allowed_types(bits) if plan.allocates else ())
+
+
+def settle(job: Job, budget: Budget) -> dict[str, Type]:
+    """The types by tensor name, from the journal where an earlier run settled them."""
+    plan = job.plan
     if not plan.allocates:
-        return fixed
+        return dict(budget.fixed)
     known = job.journal.get(RECORD)
     if known is not None:
         return {name: Type[type_] for name, type_ in known.items()}
-    budget = budget_bytes(plan, fixed, header_bytes)
-    allowed = allowed_types(8 * budget / sum(t.size for t in plan.tensors))
-    survey = SurveyStage(job, allowed).run()
-    types, damage = spend(plan, survey, allowed, budget)
+    survey = SurveyStage(job, budget.allowed).run()
+    types, damage = spend(plan, survey, budget.allowed, budget.nbytes)
     job.journal.put(RECORD, {name: type_.name for name, type_ in types.items()})
     for line in describe(plan, types, damage):
         job.say(line)
     return types
 
 
-def budget_bytes(plan: Plan, fixed: dict[str, Type], header_bytes: Callable[[], int]) -> int:
+def budget_bytes(plan: Plan, fixed: Mapping[str, Type], header_bytes: int) -> int:
     """Bytes that all tensors may take, padding included. QuantizeError where no types come to that."""
     options, n_values = plan.options, sum(t.size for t in plan.tensors)
     if options.size is not None:
-        budget = options.size - header_bytes()
+        budget = options.size - header_bytes
         asked = f"--size {format_size(options.size)}"
     elif options.bpw is not None:
         budget = int(options.bpw * n_values / 8)
@@ -64,7 +79,7 @@ def budget_bytes(plan: Plan, fixed: dict[str, Type], header_bytes: Callable[[], 
     sizes = [[padded_bytes(t, type_) for type_ in choices(t, (*CANDIDATES, *SMALL_BLOCKS))] for t in plan.tensors]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if budget < least:
-        bits, whole = 8 * least / n_values, least + header_bytes()
+        bits, whole = 8 * least / n_values, least + header_bytes
         raise QuantizeError(
             f"{asked}: the smallest types take {bits:.3g} bits a weight, a file of {format_size(whole)}B",
             "ask for more, or quantise a smaller model",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from gguf.constants import GGMLQuantizationType as Type
 
+import cext
 from cext import Sublayer
 from quantize import recipe
-from quantize.base.blas import n_cores
 from quantize.encode.encoder import FED_BACK, FLOAT_TYPES, GRID_TYPES
 from quantize.job import Plan
 from quantize.measure import outputs
@@ -63,7 +63,7 @@ class Effort:
     @property
     def threads(self) -> int:
         """That compute."""
-        return self.plan.options.threads or n_cores()
+        return self.plan.options.threads or cext.cores()
 
     @property
     def cores(self) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from quantize.recipe import Recipe
 from quantize.source import arch as arch_of
 from quantize.source import corpus, tensors
 from quantize.source.arch import ARCHITECTURE, Arch
+from quantize.source.card import provenance
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import Corpus
 from quantize.source.tensors import Tensor
@@ -31,7 +31,6 @@ from quantize.write.journal import Journal
 
 F32 = NDArray[np.float32]
 
-FORMAT_VERSION = 1  # of the journal's records
 SLAB_VALUES = 1 << 25  # of an embedding or head at a time: 128 MB in float32
 
 
@@ -84,6 +83,7 @@ class Plan:
     left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for
     keys: Mapping[str, Any]  # the architecture's
     tokenizer: Mapping[str, Any]  # its keys
+    provenance: Mapping[str, object]  # keys: licence and origin, as the checkpoint tells them
     corpus: Corpus | None  # None: neither calibrated nor evaluated
     notes: tuple[str, ...] = ()  # what reading the source found that a person should know
 
@@ -120,6 +120,16 @@ class Plan:
         return corpus.WINDOW * min(n_windows, max(1, n_tokens // corpus.WINDOW))
 
     @property
+    def survey_windows(self) -> NDArray[np.int32]:
+        """(n, WINDOW) what is surveyed, evenly spread over the calibration windows."""
+        assert self.corpus is not None
+        windows = self.corpus.windows
+        picked: NDArray[np.int32] = windows[
+            np.linspace(0, len(windows) - 1, self.survey_tokens // corpus.WINDOW).round().astype(int)
+        ]
+        return picked
+
+    @property
     def sequential(self) -> bool:
         """Whether layers are calibrated on what the file's own layers before them give."""
         return self.calibrated and self.options.feedback and self.options.sequential
@@ -144,30 +154,6 @@ class Plan:
         """The tensors outside the layers, by role."""
         return {t.role: t for t in self.tensors if t.il < 0}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What the bytes of the output depend on, but for the shards' contents."""
-        options = asdict(self.options)
-        for name in ("threads", "calibration"):
-            del options[name]
-        return {
-            "the source": str(self.checkpoint.path.resolve()),
-            "config.json": self.checkpoint.config,
-            "the tokenizer": hashlib.sha256(repr(self.tokenizer).encode()).hexdigest(),
-            "the calibration text": self.corpus.sha256 if self.corpus else "",
-            "dsv2 itself": _program(),
-            **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
-        }
-
-
-@cache
-def _program() -> str:
-    """Hash of this package and the engine: another version may compute other bytes."""
-    digest = hashlib.sha256(str(FORMAT_VERSION).encode())
-    paths = [*sorted(Path(__file__).parent.rglob("*.py")), Path(cext._engine.__file__)]
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """Check the options, the checkpoint's headers and the calibration text. QuantizeError, of one of its kinds."""
@@ -180,8 +166,8 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     left_out = tensors.check(arch, checkpoint, plan)
     keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
     vocab = read_vocab(checkpoint.path, arch.n_vocab)
-    tokenizer = vocab.keys()
-    made = Plan(checkpoint, options, chosen, arch, tuple(plan), tuple(left_out), keys, tokenizer, None, vocab.notes)
+    tokenizer, origin, left = vocab.keys(), provenance(checkpoint.path), tuple(left_out)
+    made = Plan(checkpoint, options, chosen, arch, tuple(plan), left, keys, tokenizer, origin, None, vocab.notes)
     if not (made.calibrated or made.allocates or options.evaluate):
         return made
     max_tokens = corpus.enough(arch.n_embd) if options.max_tokens is None else options.max_tokens

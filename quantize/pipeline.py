@@ -20,18 +20,20 @@ from quantize import recipe, report
 from quantize.base import heap
 from quantize.base.blas import employed
 from quantize.base.errors import disk_error
-from quantize.budget import settle
+from quantize.budget import Budget, budget_of, settle
 from quantize.effort import Effort
 from quantize.encode.encoder import Encoder
 from quantize.evaluate import evaluate
+from quantize.identity import identity
 from quantize.job import Job, Options, Plan, make_plan
 from quantize.layers import Step, WriteStage, steps_done, tensors_of
 from quantize.measure.calibrate import FEW_TOKENS
 from quantize.measure.score import Distance
 from quantize.meter import Meter, OnProgress
 from quantize.report import Report
+from quantize.source.card import model_name
 from quantize.source.checkpoint import Checkpoint
-from quantize.write.journal import FINISHED, Journal, is_finished, written_as
+from quantize.write.journal import Journal, written_as
 from quantize.write.writer import Writer, header_bytes
 
 
@@ -56,16 +58,19 @@ def quantize(
         plan = make_plan(checkpoint, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
-        with Journal(out, plan.fingerprint(), checkpoint, restart) as journal:
-            if journal.changed:
-                say(f"starting over: {'; '.join(journal.changed)}")
-            if is_finished(out):
-                return _leave(Report.of(journal.get(FINISHED) or {}), journal)
-            return _run(Job(plan, journal, encoder, meter, say), out)
+        infos = [(t.name, t.shape, Type.F32) for t in plan.tensors]  # a header is as long whatever the types
+        budget = budget_of(plan, header_bytes(_metadata(plan, (), None), infos))
+        run = identity(plan, model_name(checkpoint.path), budget.allowed)
+        with Journal(out, run, checkpoint, restart) as journal:
+            if (record := journal.finished()) is not None:
+                return _leave(Report.of(record), journal)
+            if journal.kept:
+                say(f"the {' and the '.join(journal.kept)} of an earlier run is gone on from")
+            return _run(Job(plan, journal, encoder, meter, say), budget, out)
 
 
-def _run(job: Job, out: Path) -> Report:
-    types = _allocate(job)
+def _run(job: Job, budget: Budget, out: Path) -> Report:
+    types = settle(job, budget)
     done = steps_done(job)
     if done:
         job.say(_resume_line(job.plan, len(done) - 1))
@@ -78,7 +83,7 @@ def _run(job: Job, out: Path) -> Report:
         job.meter.tell("finish")
         writer.finish(_metadata(job.plan, steps, distance))
         made = _report(job.plan, out, writer.nbytes, types, steps, distance, stage.seconds)
-        job.journal.put(FINISHED, made.record())
+        job.journal.finish(made.record())
         writer.commit()
     return _leave(made, job.journal)
 
@@ -111,19 +116,14 @@ def _resume_line(plan: Plan, il: int) -> str:
     return "continuing at the head" if il == n_layer else "continuing: all layers are written"
 
 
-def _allocate(job: Job) -> dict[str, Type]:
-    """Every tensor's type, by its name: the same however often a run is cut short."""
-    infos = [(t.name, t.shape, Type.F32) for t in job.plan.tensors]  # a header is as long whatever the types
-    return settle(job, lambda: header_bytes(_metadata(job.plan, (), None), infos))
-
-
 def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> dict[str, object]:
     """Every key of the file. Its length never changes during a run: figures that come later are zeros at first."""
     errors = report.layer_errors((loss for step in steps for loss in step.losses), plan.arch.n_layer)
     keys: dict[str, object] = {
         **plan.keys,
         "general.type": "model",
-        "general.name": _model_name(plan.checkpoint.path),
+        "general.name": model_name(plan.checkpoint.path),
+        **plan.provenance,
         "general.file_type": int(plan.recipe.file_type),
         "general.quantization_version": 2,
         **plan.tokenizer,
@@ -192,11 +192,3 @@ def _notes(plan: Plan, coverage: Sequence[report.Coverage]) -> list[str]:
     if plan.options.evaluate and not plan.evaluated:
         notes.append("the text is too short to hold some of it back: the file was not measured against the original")
     return notes
-
-
-def _model_name(folder: Path) -> str:
-    """The folder's name; the repository's where the folder is a snapshot in Hugging Face's cache."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.split("--")[-1]
-    return folder.name

@@ -58,10 +58,7 @@ class SurveyStage:
 
     def __init__(self, job: Job, types: Sequence[Type]) -> None:
         self.job, self.plan, self.arch, self.types = job, job.plan, job.plan.arch, types
-        assert self.plan.corpus is not None
-        windows = self.plan.corpus.windows
-        keep = self.plan.survey_tokens // WINDOW
-        self.windows = windows[np.linspace(0, len(windows) - 1, keep).round().astype(int)]
+        self.windows = self.plan.survey_windows
         effort = Effort(self.plan)
         self._forward_effort, self._back_effort = effort.survey_forward(), effort.survey_back()
         self._effort = sum(self._forward_effort) + sum(self._back_effort)
@@ -210,6 +207,8 @@ class SurveyStage:
                 name = names[il if il < self.arch.n_layer else -1, role]
                 mine = costs.setdefault(name, {})
                 for type_, (fisher, routing) in types.items():
+                    if Type[type_] not in self.types:  # of a run with a smaller budget
+                        continue
                     before = mine.get(Type[type_], Cost(0.0, 0.0))
                     mine[Type[type_]] = Cost(before.fisher + fisher, before.routing + routing)
         return Survey(costs, flips)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from functools import partial
 import pytest
 
 from quantize.base import blas
+from quantize.base.errors import QuantizeError
 
 
 @pytest.mark.parametrize("n_lanes", [1, 2, 5])
@@ -115,3 +117,48 @@ def test_products_are_the_employed_crews() -> None:
     with blas.Crew(3, "hired") as crew, blas.employed(crew):
         blas.spread([work] * 3)
     assert names == {"hired", threading.current_thread().name}
+
+
+def test_two_quantisations_do_not_share_a_crew() -> None:
+    """Each thread's products, and those of its lanes, are its own crew's, whoever was employed last."""
+    names: dict[str, set[str]] = {"one": set(), "two": set()}
+    both = threading.Barrier(2, timeout=30)
+
+    def work(mine: str) -> None:
+        with blas.Crew(4, mine) as crew, blas.employed(crew):
+            both.wait()
+
+            def lane(i: int) -> None:
+                def task() -> None:
+                    names[mine].add(threading.current_thread().name.split("_")[0])
+                    time.sleep(0.002)
+
+                blas.spread([task] * 16)
+
+            list(blas.side_by_side(lane, range(3), 2))
+            both.wait()
+
+    with ThreadPoolExecutor(2, thread_name_prefix="run") as runs:
+        list(runs.map(work, names))
+    assert names == {"one": {"one", "lane"}, "two": {"two", "lane"}}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_crew_is_refused_after_fork() -> None:
+    """Its threads are not there: to wait for them would be to wait for ever."""
+    read, write = os.pipe()
+    with blas.Crew(2, "crew") as crew:
+        crew.run([int] * 4, 2)
+        child = os.fork()
+        if child == 0:
+            try:
+                crew.run([int] * 4, 2)
+            except QuantizeError as error:
+                os.write(write, f"{error} ({error.hint})".encode())
+            os._exit(0)
+    os.close(write)
+    told = os.read(read, 1000).decode()
+    os.close(read)
+    assert os.waitpid(child, 0)[1] == 0
+    assert "forked" in told and "spawn" in told and "\n" not in told

@@ -102,7 +102,7 @@ def test_half_a_marker_is_not_completed_by_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", [V2_TEMPLATE, V25_TEMPLATE], ids=["v2", "v2.5"])
-@pytest.mark.parametrize("answer", [" Sure.", "Sure.", "\nSure", " ", ""])
+@pytest.mark.parametrize("answer", [" Sure.", "Sure.", "\nSure", " "])
 def test_a_sampled_answer_stands_in_the_next_prompt_as_it_was(tmp_path: Path, template: str, answer: str) -> None:
     """So the cache of a turn is the beginning of the next turn's prompt."""
     tokenizer = made(tmp_path, template)
@@ -124,12 +124,13 @@ def test_bos_comes_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for m in messages %}{{ m.content", "refused"),
-        ("{{ messages[0].missing.deeper }}", "refused"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refused"),
-        ("{{ messages.append(1) }}", "refused"),
-        ("{% for i in range(10**10) %}x{% endfor %}", "refused"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
+        ("{% for m in messages %}{{ m.content", "cannot be compiled: line 1"),
+        ("\n{% unknown_tag %}", "cannot be compiled: line 2: .*unknown_tag"),
+        ("{{ messages[0].missing.deeper }}", "fails on this conversation: .*missing"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails on this conversation: .*unsafe"),
+        ("{{ messages.append(1) }}", "fails on this conversation: .*unsafe"),
+        ("{% for i in range(10**10) %}x{% endfor %}", "fails on this conversation: Range too big"),
         ("{{ bos_token }}{{ messages[-1].content }}", "leaves out the system message"),
     ],
 )

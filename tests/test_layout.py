@@ -35,7 +35,7 @@ BELOW = {
     "arch": {"quant", "gguf", "base"},
     "memory": {"arch", "kernels", "quant", "gguf", "base"},
     "backend": {"memory", "arch", "kernels", "quant", "gguf", "base"},
-    "model": {"backend", "memory", "arch", "kernels", "quant", "gguf", "base"},
+    "model": {"backend", "memory", "arch", "quant", "gguf", "base"},
 }
 """What a room of the engine may include beside itself."""
 
@@ -180,6 +180,21 @@ def test_c_includes_run_one_way(room: str) -> None:
             implements = room == "model" and path.suffix == ".c" and name == "dsv2.h"
             if room_of(target) not in BELOW[room] | {room} and not implements:
                 wrong.append(f"{path.relative_to(ROOT)} includes {name}")
+    assert not wrong
+
+
+def test_a_device_is_known_to_the_list_of_devices_alone() -> None:
+    """The model drives operations (backend.h); threads, kernels and packs are behind them."""
+    wrong = [
+        f"{path.relative_to(ROOT)} includes {name}"
+        for path in library_files()
+        for name, quoted in includes(path.read_text(encoding="utf-8"))
+        if quoted
+        and len(parts := Path(name).parts) == 3
+        and parts[0] == "backend"
+        and path.relative_to(ENGINE).parts[:2] != parts[:2]
+        and path != ENGINE / "backend" / "device.c"
+    ]
     assert not wrong
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,21 @@ class Files:
         return {name: [8, stamp] for name, stamp in self._stamps.items()}
 
 
-def journal(folder: Path, files: Files | None = None, restart: bool = False, **fingerprint: Any) -> Journal:
-    return Journal(folder / "m.gguf", {"--type": "q4_k_m", **fingerprint}, files or Files(), restart)
+class Names(dict[str, Any]):
+    """An identity; the stage "survey" hangs on "numpy" alone."""
+
+    def record(self) -> dict[str, Any]:
+        return {"--type": "q4_k_m", "numpy": "2", **self}
+
+    def kept(self, before: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("survey",) if before["numpy"] == self.record()["numpy"] else ()
+
+    def adopted(self, before: Mapping[str, Any]) -> Names:
+        return self
+
+
+def journal(folder: Path, files: Files | None = None, restart: bool = False, **names: Any) -> Journal:
+    return Journal(folder / "m.gguf", Names(names), files or Files(), restart)
 
 
 def begun(folder: Path, *touched: str) -> None:
@@ -47,7 +61,7 @@ def test_records_come_back(tmp_path: Path) -> None:
         first.put("a/b", {"f": 0.1 + 0.2, "n": [], "text": ""})
         first.put_arrays("a/b", arrays)
     with journal(tmp_path) as again:
-        assert again.changed == [] and not again.is_empty
+        assert not again.is_empty
         assert again.get("a/b") == {"f": 0.1 + 0.2, "n": [], "text": ""}
         got = again.get_arrays("a/b")
         assert got is not None and got.keys() == arrays.keys()
@@ -68,16 +82,39 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_another_fingerprint_starts_over(tmp_path: Path, case: str) -> None:
+def test_another_identity_is_refused(tmp_path: Path, case: str) -> None:
     changed, told = CHANGES[case]
     begun(tmp_path)
-    with journal(tmp_path, **changed) as second:
-        assert second.changed == [told]
+    with pytest.raises(OutputError, match=f"the work of another run: {told}") as error:
+        journal(tmp_path, **changed)
+    assert "--restart" in error.value.hint and "-o" in error.value.hint
+    with journal(tmp_path) as again:
+        assert again.get("write/step-0") == {"il": 0} and again.part.exists()
+    with journal(tmp_path, restart=True, **changed) as second:
         assert second.is_empty and not second.part.exists()
         second.part.touch()
         second.put("x", 1)
     with journal(tmp_path, **changed) as third:
-        assert third.changed == [] and third.get("x") == 1
+        assert third.get("x") == 1
+
+
+def test_what_holds_is_kept(tmp_path: Path) -> None:
+    """Of a run of another type, the survey; of one with another numpy, nothing; and neither is lost without a word."""
+    with journal(tmp_path) as first:
+        first.put("survey/x", 1)
+        first.put("types", 1)
+    with journal(tmp_path, **{"--type": "q2_k"}) as second:  # nothing is lost: nothing is asked
+        assert second.kept == ("survey",) and second.get("survey/x") == 1 and second.get("types") is None
+        second.put("write/x", 1)
+    with pytest.raises(OutputError, match="--type was q2_k, is q4_k_m") as error:
+        journal(tmp_path)
+    assert "but for the survey" in error.value.hint
+    with journal(tmp_path, restart=True) as third:
+        assert third.get("survey/x") == 1 and third.get("write/x") is None
+    with pytest.raises(OutputError, match="numpy was 2, is 3"):
+        journal(tmp_path, numpy="3")
+    with journal(tmp_path, restart=True) as fourth:  # nothing differs: all of it, then
+        assert fourth.is_empty
 
 
 @pytest.mark.parametrize(("touched", "stamps", "told"), [
@@ -89,15 +126,17 @@ def test_a_changed_shard_matters_once_it_was_read(
     tmp_path: Path, touched: list[str], stamps: dict[str, int], told: list[str]
 ) -> None:
     begun(tmp_path, *touched)
-    with journal(tmp_path, Files(**stamps)) as second:
-        assert second.changed == told
+    if told:
+        with pytest.raises(OutputError, match="; ".join(told)):
+            journal(tmp_path, Files(**stamps))
+    with journal(tmp_path, Files(**stamps), restart=bool(told)) as second:
         assert second.get("write/step-0") == (None if told else {"il": 0})
 
 
 def test_restart(tmp_path: Path) -> None:
     begun(tmp_path)
     with journal(tmp_path, restart=True) as second:
-        assert second.changed == ["--restart"] and second.get("write/step-0") is None
+        assert second.get("write/step-0") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +153,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     with journal(tmp_path) as first:
         with pytest.raises(OutputError, match="another run"):
             journal(tmp_path)
-        with Journal(tmp_path / "other.gguf", {}, Files()):
+        with Journal(tmp_path / "other.gguf", Names(), Files()):
             pass
         first.discard()
         with journal(tmp_path) as second:
@@ -125,20 +164,22 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_places_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
-        Journal(tmp_path, {}, Files())
+        Journal(tmp_path, Names(), Files())
     with pytest.raises(OutputError, match="no such folder"):
-        Journal(tmp_path / "none" / "m.gguf", {}, Files())
+        Journal(tmp_path / "none" / "m.gguf", Names(), Files())
     (tmp_path / "m.gguf.work").mkdir()
     (tmp_path / "m.gguf.work" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="not a work folder"):
         journal(tmp_path)
+    with pytest.raises(OutputError, match="not a work folder"):
+        journal(tmp_path, restart=True)
     assert (tmp_path / "m.gguf.work" / "thesis.txt").read_text() == "mine"
     (tmp_path / "f.gguf.work").touch()
     with pytest.raises(OutputError, match=r"f\.gguf\.work"):
-        Journal(tmp_path / "f.gguf", {}, Files())
+        Journal(tmp_path / "f.gguf", Names(), Files())
 
 
-@pytest.mark.parametrize("name", ["write/step-0.json", "fingerprint.json"])
+@pytest.mark.parametrize("name", ["write/step-0.json", "identity.json"])
 def test_a_damaged_record_is_named(tmp_path: Path, name: str) -> None:
     begun(tmp_path)
     (work_folder(tmp_path / "m.gguf") / name).write_bytes(b"{oops")
@@ -166,12 +207,17 @@ def test_a_full_disk_leaves_the_record_that_was(tmp_path: Path, monkeypatch: pyt
 def test_finished_is_a_file_and_a_folder_without_part(tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     with journal(tmp_path) as first:
-        first.part.touch()
-        first.put("finished", {})
+        first.part.write_bytes(b"GGUF")
+        first.finish({"a": 1})
         assert not is_finished(out)
         first.part.rename(out)
     assert is_finished(out)
+    with pytest.raises(OutputError, match="--type"):
+        journal(tmp_path, **{"--type": "q2_k"})
+    (work_folder(out) / "identity.json").unlink()  # as a run that dies while it removes its folder
+    with pytest.raises(OutputError, match="--type"):
+        journal(tmp_path, **{"--type": "q2_k"})
     with journal(tmp_path) as second:
-        assert second.changed == [] and second.get("finished") == {}
+        assert second.finished() == {"a": 1}
         second.discard()
     assert not is_finished(out) and [p.name for p in tmp_path.iterdir()] == ["m.gguf"]

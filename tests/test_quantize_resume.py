@@ -17,7 +17,8 @@ from support import checkpoints as make
 
 import cext
 import quantize
-from quantize import CheckpointError, Options, OutputError, Progress
+from quantize import CheckpointError, Options, OutputError, Progress, identity
+from quantize.write.journal import Journal
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
 FLOATS = Options(type="f16", threads=1, evaluate=False)
@@ -198,14 +199,129 @@ CHANGES: dict[str, tuple[Options, str]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_other_options_start_over(tmp_path: Path, source: Path, case: str) -> None:
+def test_other_options_are_refused_and_lose_nothing(tmp_path: Path, source: Path, case: str) -> None:
     options, told = CHANGES[case]
-    interrupted(source, tmp_path / "m.gguf")
+    out = tmp_path / "m.gguf"
+    interrupted(source, out)
+    with pytest.raises(OutputError, match=f"holds the work of another run: {told}") as error:
+        quantize.quantize(source, out, options)
+    assert "--restart" in error.value.hint and "-o" in error.value.hint
     said: list[str] = []
-    quantize.quantize(source, tmp_path / "m.gguf", options, say=said.append)
-    assert said == [f"starting over: {told}"]
+    quantize.quantize(source, tmp_path / "m.gguf", say=said.append, options=FLOATS)
+    assert said == ["continuing at layer 3 of 3"]
+    out.unlink()
+    interrupted(source, out)
+    steps: list[Progress] = []
+    quantize.quantize(source, out, options, steps.append, restart=True)
+    assert {step.layer for step in steps} == {-1, 0, 1, 2}
     quantize.quantize(source, tmp_path / "fresh.gguf", options)
-    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+    assert out.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+def surveyed_with(text: Path, **budget: Any) -> Options:
+    return Options(**budget, threads=1, calibration=(text,), evaluate=False, sequential=False)
+
+
+def begun(source: Path, out: Path, options: Options, stage: str, il: int) -> None:
+    """A run that ended in a stage of layer il."""
+
+    class Stop(BaseException):
+        pass
+
+    def progress(step: Progress) -> None:
+        if (step.stage, step.layer) == (stage, il):
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize.quantize(source, out, options, progress)
+
+
+def test_a_survey_holds_for_another_budget(tmp_path: Path, source: Path, text: Path) -> None:
+    """It is gone on from, in its midst, with no question; where layers are written, --restart keeps it."""
+    out, fresh = tmp_path / "m.gguf", tmp_path / "fresh.gguf"
+    small, large = surveyed_with(text, type="q3_k_m"), surveyed_with(text, bpw=6.5)
+    quantize.quantize(source, fresh, large)
+    begun(source, out, small, "survey", 1)
+    said: list[str] = []
+    quantize.quantize(source, out, large, say=said.append)
+    assert said[0] == "the survey of an earlier run is gone on from"
+    assert out.read_bytes() == fresh.read_bytes()
+    out.unlink()
+    begun(source, out, small, "encode", 1)
+    with pytest.raises(OutputError, match=r"--bpw was None, is 6\.5") as error:
+        quantize.quantize(source, out, large)
+    assert "but for the survey" in error.value.hint
+    steps: list[Progress] = []
+    quantize.quantize(source, out, large, steps.append, restart=True)
+    assert {step.stage for step in steps} >= {"encode"} and "survey" not in {step.stage for step in steps}
+    assert out.read_bytes() == fresh.read_bytes()
+
+
+OTHERS = {
+    "more types than it measured": {"bpw": 5.7},
+    "less of the text": {"survey_tokens": 512},
+    "no feedback": {"feedback": False},
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_survey_that_does_not_hold_is_not_lost(tmp_path: Path, source: Path, text: Path, case: str) -> None:
+    out, asked = tmp_path / "m.gguf", surveyed_with(text, bpw=10.0, survey_tokens=1024)
+    begun(source, out, asked, "survey", 1)
+    with pytest.raises(OutputError, match="holds the work of another run"):
+        quantize.quantize(source, out, surveyed_with(text, **{"bpw": 10.0, "survey_tokens": 1024, **OTHERS[case]}))
+    said: list[str] = []
+    quantize.quantize(source, out, asked, say=said.append)
+    assert said[0].startswith("continuing the survey")
+
+
+@pytest.mark.parametrize("name", identity.numerics())
+def test_other_numerics_are_refused(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    interrupted(source, tmp_path / "m.gguf")
+    theirs = {**identity.numerics(), name: "another"}
+    monkeypatch.setattr(identity, "numerics", lambda: theirs)
+    with pytest.raises(OutputError, match=f"{name} (was|changed)"):
+        quantize.quantize(source, tmp_path / "m.gguf", FLOATS)
+
+
+def test_a_checkpoint_that_moved_is_the_same(tmp_path: Path) -> None:
+    """With another comment in its config.json."""
+    make.write_checkpoint(tmp_path / "a" / "hf", SMALL, n_shards=3)
+    interrupted(tmp_path / "a" / "hf", tmp_path / "m.gguf")
+    (tmp_path / "a").rename(tmp_path / "b")
+    config = tmp_path / "b" / "hf" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_version": "9.9"}))
+    said: list[str] = []
+    quantize.quantize(tmp_path / "b" / "hf", tmp_path / "m.gguf", FLOATS, say=said.append)
+    assert said == ["continuing at layer 3 of 3"]
+
+
+def test_a_finished_marker_of_another_run(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole file whose work folder stayed: the same run takes it, another neither takes nor replaces it."""
+    out = tmp_path / "m.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "discard", Journal._release)
+        quantize.quantize(source, out, FLOATS)
+    whole = out.read_bytes()
+    assert quantize.is_finished(out)
+    other = Options(type="bf16", threads=1, evaluate=False)
+    with pytest.raises(OutputError, match="--type was f16, is bf16"):
+        quantize.quantize(source, out, other)
+    assert out.read_bytes() == whole
+    assert quantize.quantize(source, out, FLOATS).recipe == "f16" and not quantize.work_folder(out).exists()
+
+
+def test_a_finished_marker_is_of_its_file(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file has been put in its place since: it is made again."""
+    out = tmp_path / "m.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "discard", Journal._release)
+        quantize.quantize(source, out, FLOATS)
+    whole = out.read_bytes()
+    out.write_bytes(b"something else")
+    assert not quantize.is_finished(out)
+    quantize.quantize(source, out, FLOATS)
+    assert out.read_bytes() == whole
 
 
 def test_other_threads_do_not(tmp_path: Path, source: Path) -> None:
@@ -215,21 +331,20 @@ def test_other_threads_do_not(tmp_path: Path, source: Path) -> None:
     assert said == ["continuing at layer 3 of 3"]
 
 
-def test_another_text_or_source_starts_over(tmp_path: Path, text: Path) -> None:
+def test_another_text_or_source_is_refused(tmp_path: Path, text: Path) -> None:
     make.write_checkpoint(tmp_path / "hf", SMALL, n_shards=3)
     mine = tmp_path / "mine.txt"
     mine.write_text(text.read_text())
     options = Options(type="q4_0", threads=1, calibration=(mine,), awq=False, evaluate=False, plain_mix=True)
     interrupted(tmp_path / "hf", tmp_path / "m.gguf", options)
     mine.write_text(text.read_text() + " and on")
-    said: list[str] = []
-    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options, say=said.append)
-    assert said == ["starting over: the calibration text changed"]
-    interrupted(tmp_path / "hf", tmp_path / "m.gguf", options)
+    with pytest.raises(OutputError, match="the calibration text changed"):
+        quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options)
+    mine.write_text(text.read_text())
     weights = make.random_weights(SMALL, seed=7)
     make.write_checkpoint(tmp_path / "hf", SMALL, weights, n_shards=3)
-    quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options, say=said.append)
-    assert said[1].startswith("starting over: model-00001-of-00003.safetensors changed")
+    with pytest.raises(OutputError, match=r"run: model-00001-of-00003\.safetensors changed"):
+        quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options)
 
 
 def test_restart(tmp_path: Path, source: Path) -> None:

@@ -42,7 +42,8 @@ def test_the_real_vocabularys_facts(real: Tokenizer) -> None:
     assert real.prompt("Hi")[0] == 100000
     assert real.is_end(100001) and not real.is_end(100000) and not real.is_end(-1) and not real.is_end(10**6)
     special = {i: text for i in range(real.n_vocab) if (text := real.special_text(i))}
-    assert special == {100000: BOS, 100001: EOS}
+    padding = {i: text for i, text in special.items() if text == f"[PAD{i}]"}  # ids that the vocabulary leaves free
+    assert special.keys() - padding.keys() == {100000, 100001} and (special[100000], special[100001]) == (BOS, EOS)
 
 
 @pytest.mark.parametrize("text", ["User: hi\n\nAssistant:", "naïve — 🦙 你好\n\t ", "", " ", "\0\x1b[31m", "a" * 5000])
@@ -171,12 +172,12 @@ def test_ids_outside_the_vocabulary_spell_nothing(tokenizer: Tokenizer) -> None:
     [
         ({"ggml__model": None}, "has no vocabulary"),
         ({"ggml__model": "llama"}, "kind `llama`"),
-        ({"ggml__tokens": None}, "not a list of strings"),
+        ({"ggml__tokens": None}, "tokens is missing"),
         ({"ggml__tokens": ["a", "b", "a"]}, "there twice"),
         ({"ggml__tokens": [1, 2]}, "not a list of strings"),
-        ({"ggml__pre": "no-such-rules"}, "cannot load"),
-        ({"ggml__merges": None}, "cannot load"),
-        ({"ggml__token_type": [1, 1]}, "cannot load"),
+        ({"ggml__pre": "no-such-rules"}, "cannot load the vocabulary: unknown pre-tokenizer type: 'no-such-rules'"),
+        ({"ggml__merges": None}, "cannot load the vocabulary: cannot find tokenizer merges"),
+        ({"ggml__token_type": [1, 1]}, "cannot load the vocabulary: Index out of array bounds"),
     ],
 )
 def test_unusable_vocabularies(tmp_path: Path, changes: dict[str, object], message: str) -> None:

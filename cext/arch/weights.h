@@ -3,7 +3,13 @@
 #pragma once
 
 #include "arch/config.h"
-#include "arch/experts.h"
+#include "quant/mat.h"
+
+/* A layer's routed experts as they lie in the file; where to find one for use is told by memory/residency.h. */
+typedef struct ds_experts {
+    ds_mat gate, up; /* n_expert x (n_ff_expert, n_embd) */
+    ds_mat down;     /* n_expert x (n_embd, n_ff_expert) */
+} ds_experts;
 
 typedef struct ds_layer {
     const float *attn_norm, *ffn_norm; /* (n_embd) */

@@ -28,12 +28,13 @@ ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors,
                         ds_sublayer sublayer, ds_block **out, ds_error *err) {
     ds_block *block = calloc(1, sizeof *block);
     ds_source source = {find_in_table, block, ds_gguf_label(header)};
+    const ds_device processor = {"cpu", n_threads, NULL};
     ds_status st;
     if (!block) return ds_fail(err, DS_ENOMEM, "no memory for a block");
     block->tensors = tensors;
     block->n_tensors = n_tensors;
     if (il < 0 || il > 1 << 20) st = ds_fail(err, DS_EINVAL, "layer %d: expected a number from 0", il);
-    else st = ds_core_create(header, source, il, il + 1, false, sublayer, n_threads, NULL, &block->core, err);
+    else st = ds_core_create(header, source, il, il + 1, false, sublayer, &processor, NULL, &block->core, err);
     if (st == DS_OK) *out = block;
     else free(block);
     return st;
@@ -48,7 +49,7 @@ void ds_block_close(ds_block *block) {
 const ds_config *ds_block_config(const ds_block *block) { return &block->core.config; }
 
 /* Run windows [first, first + n) together, each with a fresh exact cache. */
-static ds_status run_windows(ds_block *block, ds_step step, int first, int n, int n_tok, ds_kv *kv, ds_span *spans,
+static ds_status run_windows(ds_block *block, ds_request step, int first, int n, int n_tok, ds_kv *kv, ds_span *spans,
                              ds_error *err) {
     size_t at = (size_t)first * (size_t)n_tok * (size_t)block->core.config.n_embd;
     ds_status st;
@@ -60,7 +61,7 @@ static ds_status run_windows(ds_block *block, ds_step step, int first, int n, in
 }
 
 /* All windows, as many together as there are caches. */
-static ds_status run_all(ds_block *block, const ds_step *step, int n_seq, int n_tok, ds_kv *kv, ds_span *spans,
+static ds_status run_all(ds_block *block, const ds_request *step, int n_seq, int n_tok, ds_kv *kv, ds_span *spans,
                          int together, ds_error *err) {
     ds_status st = DS_OK;
     for (int i = 0; i < n_seq && st == DS_OK; i += together)
@@ -70,7 +71,7 @@ static ds_status run_all(ds_block *block, const ds_step *step, int n_seq, int n_
 
 ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap,
                            ds_error *err) {
-    const ds_step step = {.x = x, .x_out = y, .tap = tap};
+    const ds_request step = {.x = x, .x_out = y, .tap = tap};
     const ds_kv_rows latent = {block->core.config.kv_lora_rank, block->core.config.rope_dim, 1};
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
     ds_kv_store store;

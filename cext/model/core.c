@@ -1,77 +1,182 @@
+/* core.c: sets a model's parts up, and runs the program of a step on its backends. */
 #include "model/core.h"
 
-#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
-#include "base/cpu.h"
+#include "base/pages.h"
 
-enum { DS_MAX_THREADS = 512 };
+static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
+    const ds_facts facts = {&c->config, &c->weights, &c->rope, c->residency};
+    const int n = 1 + (placement ? placement->n_devices : 0);
+    if (n > DS_MAX_BACKENDS) return ds_fail(err, DS_EINVAL, "%d devices, expected at most %d", n, DS_MAX_BACKENDS);
+    for (; c->n_backends < n; c->n_backends++) {
+        const ds_device *device = c->n_backends ? &placement->devices[c->n_backends - 1] : processor;
+        const ds_status st = ds_device_open(device, &facts, c->n_backends, &c->backends[c->n_backends], err);
+        if (st != DS_OK) return st;
+    }
+    return DS_OK;
+}
 
-static ds_status choose_kernels(const char *isa, const ds_kernels **out, ds_error *err) {
-    int n;
-    const ds_kernels *const *all = ds_kernels_available(&n);
-    char names[160];
-    size_t used = 0;
-    if ((*out = ds_kernels_find(isa))) return DS_OK;
-    names[0] = '\0';
-    for (int i = 0; i < n && used < sizeof names; i++)
-        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", all[i]->isa);
-    ds_fail(err, DS_EINVAL, "instruction set `%s` is not available on this machine", isa ? isa : ds_cpu_isa_override());
-    snprintf(err->hint, sizeof err->hint, "use one of: %s", names);
-    return err->status;
+static ds_status make_room(ds_core *c, ds_error *err) {
+    c->program = calloc(ds_forward_max_ops(c), sizeof *c->program);
+    c->tail_spans = calloc(DS_CHUNK, sizeof *c->tail_spans);
+    return c->program && c->tail_spans ? DS_OK : ds_fail(err, DS_ENOMEM, "no memory for a step's program");
+}
+
+/* Everything behind the configuration; what is made so far is released by the caller. */
+static ds_status create(ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
+                        const ds_device *processor, const ds_placement *placement, ds_core *c, ds_error *err) {
+    ds_status st = ds_weights_bind(&c->config, source, layer_begin, layer_end, ends, sublayer, &c->weights, err);
+    if (st == DS_OK) st = ds_rope_create(&c->config, &c->rope, err);
+    if (st == DS_OK) st = ds_residency_mapped(&c->config, &c->weights, &c->residency, err);
+    if (st == DS_OK) st = ds_places_create(&c->config, placement, c->residency, &c->places, err);
+    if (st == DS_OK) st = open_backends(c, processor, placement, err);
+    return st == DS_OK ? make_room(c, err) : st;
 }
 
 ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
-                         ds_sublayer sublayer, int n_threads, const char *isa, ds_core *out, ds_error *err) {
-    ds_core c = {0};
+                         ds_sublayer sublayer, const ds_device *processor, const ds_placement *placement, ds_core *out,
+                         ds_error *err) {
     ds_status st;
-    if (n_threads < 0 || n_threads > DS_MAX_THREADS)
-        return ds_fail(err, DS_EINVAL, "threads is %d, expected 1 to %d", n_threads, DS_MAX_THREADS);
-    if ((st = ds_config_read(metadata, source, &c.config, err)) != DS_OK) return st;
-    if (layer_end < 0) layer_end = c.config.n_layer;
-    if (layer_begin < 0 || layer_end > c.config.n_layer) {
-        return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, c.config.n_layer - 1);
+    memset(out, 0, sizeof *out);
+    if ((st = ds_config_read(metadata, source, &out->config, err)) != DS_OK) return st;
+    if (layer_end < 0) layer_end = out->config.n_layer;
+    if (layer_begin < 0 || layer_end > out->config.n_layer) {
+        return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, out->config.n_layer - 1);
     }
-    if ((st = choose_kernels(isa, &c.kern, err)) != DS_OK) return st;
-    if ((st = ds_weights_bind(&c.config, source, layer_begin, layer_end, ends, sublayer, &c.weights, err)) != DS_OK)
-        return st;
-    if ((st = ds_rope_create(&c.config, &c.rope, err)) == DS_OK &&
-        (st = ds_pool_create(n_threads ? n_threads : ds_cpu_default_threads(), &c.pool, err)) == DS_OK) {
-        *out = c;
-        pthread_mutex_init(&out->lock, NULL);
-        return DS_OK;
-    }
-    ds_rope_release(&c.rope);
-    ds_weights_release(&c.weights);
+    if (pthread_mutex_init(&out->lock, NULL) != 0) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
+    st = create(source, layer_begin, layer_end, ends, sublayer, processor, placement, out, err);
+    if (st != DS_OK) ds_core_release(out);
     return st;
 }
 
 void ds_core_release(ds_core *core) {
-    ds_pool_destroy(core->pool);
-    ds_scratch_release(&core->scratch);
+    for (int i = 0; i < core->n_backends; i++) core->backends[i]->ops->destroy(core->backends[i]);
+    ds_pages_release(core->exchange.memory, core->exchange.bytes);
+    ds_places_release(&core->places);
+    ds_residency_destroy(core->residency);
     ds_rope_release(&core->rope);
     ds_weights_release(&core->weights);
+    free(core->program);
+    free(core->tail_spans);
     pthread_mutex_destroy(&core->lock);
 }
 
-/* Sizes come in powers of two, so that growing prompts do not map scratch again and again. */
+/* ---- Room ---- */
+
+/* Sizes come in powers of two, so that growing prompts do not map memory again and again. */
 static int step_capacity(int n_tok) {
     int n = 1;
     while (n < n_tok) n *= 2;
     return n;
 }
 
-ds_status ds_core_run(ds_core *core, ds_step *step, ds_error *err) {
+/* The next piece of n items, on cache lines of its own; with base NULL it only measures. */
+static void *take(unsigned char *base, size_t *used, size_t n, size_t item) {
+    const size_t at = *used;
+    *used += (n * item + 63) / 64 * 64;
+    return base ? base + at : NULL;
+}
+
+static void exchange_carve(ds_exchange *x, const ds_config *c, unsigned char *base) {
+    const size_t n = (size_t)x->n_tok, d = (size_t)c->n_embd, slots = n * (size_t)c->n_expert_used,
+                 active = slots < (size_t)c->n_expert ? slots : (size_t)c->n_expert;
+    ds_plan *plan = &x->split.plan;
+    x->bytes = 0;
+    x->x = take(base, &x->bytes, n * d, sizeof(float));
+    x->input = take(base, &x->bytes, n * d, sizeof(float));
+    x->ids = take(base, &x->bytes, slots, sizeof(int32_t));
+    x->split.ids = x->ids;
+    x->split.rows = take(base, &x->bytes, slots * d, sizeof(float));
+    plan->expert = take(base, &x->bytes, active, sizeof(int));
+    plan->first = take(base, &x->bytes, active, sizeof(int));
+    plan->count = take(base, &x->bytes, active, sizeof(int));
+    plan->slot_token = take(base, &x->bytes, slots, sizeof(int32_t));
+    plan->slot_of = take(base, &x->bytes, slots, sizeof(int));
+    plan->place = take(base, &x->bytes, (size_t)c->n_expert, sizeof(int));
+}
+
+static ds_status exchange_reserve(ds_exchange *x, const ds_config *c, int n_tok, ds_error *err) {
+    ds_exchange next = {.n_tok = n_tok};
+    if (x->memory && x->n_tok >= n_tok) return DS_OK;
+    exchange_carve(&next, c, NULL);
+    if (!(next.memory = ds_pages_new(next.bytes)))
+        return ds_fail(err, DS_ENOMEM, "no memory for what the devices exchange in a step of %d tokens (%.1f MiB)",
+                       n_tok, (double)next.bytes / (1 << 20));
+    exchange_carve(&next, c, next.memory);
+    ds_pages_release(x->memory, x->bytes);
+    *x = next;
+    return DS_OK;
+}
+
+static ds_status reserve(ds_core *c, int n_tok, ds_error *err) {
+    ds_status st = DS_OK;
+    for (int i = 0; i < c->n_backends && st == DS_OK; i++)
+        st = c->backends[i]->ops->reserve(c->backends[i], n_tok, err);
+    return st == DS_OK && c->n_backends > 1 ? exchange_reserve(&c->exchange, &c->config, n_tok, err) : st;
+}
+
+/* ---- The run ---- */
+
+/* Whether a run is for experts of which the plan has none. */
+static bool is_idle(const ds_core *c, const ds_op *ops, int n) {
+    const ds_op *last = &ops[n - 1];
+    const ds_plan *plan = &c->exchange.split.plan;
+    if (last->kind != DS_OP_EXPERTS || !last->split || last->shared) return false;
+    for (int a = 0; a < plan->n_active; a++)
+        if (last->split->owner[plan->expert[a]] == last->backend) return false;
+    return true;
+}
+
+/* Hand each backend its run of the operations, then wait for all, whatever became of one. */
+static ds_status run_together(ds_core *c, const ds_op *ops, int n, ds_error *err) {
+    bool under_way[DS_MAX_BACKENDS] = {false};
+    ds_status status = DS_OK, st;
+    for (int i = 0, end; i < n && status == DS_OK; i = end) {
+        ds_backend *b = c->backends[ops[i].backend];
+        for (end = i + 1; end < n && ops[end].backend == ops[i].backend;) end++;
+        if (is_idle(c, ops + i, end - i)) continue;
+        status = b->ops->submit(b, ops + i, end - i, err);
+        under_way[ops[i].backend] = status == DS_OK;
+    }
+    for (int i = 0; i < c->n_backends; i++) { /* 0 first: it may work here */
+        ds_error other;
+        if (!under_way[i]) continue;
+        st = c->backends[i]->ops->wait(c->backends[i], status == DS_OK ? err : &other);
+        if (status == DS_OK) status = st;
+    }
+    return status;
+}
+
+/* The host's own step behind a run. */
+static ds_status step_host(ds_core *c, const ds_op *op, int n_tok, ds_error *err) {
+    ds_split *split = &c->exchange.split;
+    if (op->kind == (ds_op_kind)DS_OP_PLAN) {
+        ds_plan_build(&split->plan, c->config.n_expert, n_tok, c->config.n_expert_used, split->ids);
+        split->owner = ds_residency_place(c->residency, op->il);
+        return ds_residency_begin(c->residency, op->il, &split->plan, err);
+    }
+    if (op->il >= 0) ds_residency_end(c->residency, op->il);
+    return DS_OK;
+}
+
+ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
+    ds_request tail;
     ds_status st;
     pthread_mutex_lock(&core->lock);
-    st = ds_scratch_reserve(&core->scratch, &core->config, core->kern, ds_pool_size(core->pool),
-                            step_capacity(step->n_tok), err);
-    if (st == DS_OK) {
-        step->config = &core->config;
-        step->weights = &core->weights;
-        step->kern = core->kern;
-        step->rope = &core->rope;
-        step->scratch = &core->scratch;
-        ds_step_run(core->pool, step);
+    st = reserve(core, step_capacity(request->n_tok), err);
+    const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
+    if (st == DS_OK) ds_forward(core, request, cut ? &tail : NULL);
+    for (int i = 0; i < core->n_backends && st == DS_OK; i++)
+        core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
+    for (int i = 0, end; i < core->n_ops && st == DS_OK; i = end + 1) {
+        for (end = i; end < core->n_ops && core->program[end].backend != DS_HOST;) end++;
+        if (end > i) st = run_together(core, core->program + i, end - i, err);
+        if (st == DS_OK && end < core->n_ops) {
+            const ds_op *op = &core->program[end];
+            st = step_host(core, op, op->tail ? tail.n_tok : request->n_tok, err);
+        }
     }
     pthread_mutex_unlock(&core->lock);
     return st;

@@ -1,24 +1,61 @@
-/* core.h: what a model and a single block share: configuration, bound weights, kernels, threads, scratch. */
+/* core.h: what a model and a single block share: configuration, bound weights, what computes them, and the program of a
+ * step. */
 #pragma once
 
 #include <pthread.h>
 
-#include "backend/cpu/step.h"
+#include "backend/backend.h"
+#include "model/placement.h"
+
+/* Host memory through which backends read each other's states: (n_tok, ...) of a step. Only where there are several. */
+typedef struct ds_exchange {
+    float *x, *input; /* (n_tok, n_embd) */
+    int32_t *ids; /* (n_tok, n_expert_used) */
+    ds_split split; /* of the layer under way */
+    int n_tok; /* what it was sized for */
+    void *memory;
+    size_t bytes;
+} ds_exchange;
+
+/* The steps that the host takes itself; they part a program. Between two of them each backend has one run of operations,
+ * and all these are under way at once. */
+enum {
+    DS_HOST = -1,
+    DS_OP_PLAN = DS_OP_COUNT, /* make a split layer's plan, and have its experts made ready */
+    DS_OP_JOIN, /* go on when all are done, with a split layer's experts if il is one, else il is -1 */
+};
 
 typedef struct ds_core {
     ds_config config;
     ds_weights weights;
-    const ds_kernels *kern;
-    ds_pool *pool;
     ds_rope rope;
-    ds_scratch scratch;
-    pthread_mutex_t lock; /* one step at a time: the pool and the scratch are shared */
+    ds_residency *residency;
+    ds_places places;
+    ds_backend *backends[DS_MAX_BACKENDS];
+    int n_backends;
+    ds_exchange exchange;
+    ds_op *program;
+    int n_ops;
+    ds_span *tail_spans; /* (DS_CHUNK) */
+    pthread_mutex_t lock; /* one step at a time: all of the above is shared */
 } ds_core;
 
-/* Set up everything but the file: on failure nothing is kept. */
+/* Set up everything but the file, in `out`, which stays where it is: on failure nothing is kept. processor: device 0.
+ * placement may be NULL. */
 ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
-                         ds_sublayer sublayer, int n_threads, const char *isa, ds_core *out, ds_error *err);
+                         ds_sublayer sublayer, const ds_device *processor, const ds_placement *placement, ds_core *out,
+                         ds_error *err);
 void ds_core_release(ds_core *core);
 
-/* Fill in the core's part of the step and run it. */
-ds_status ds_core_run(ds_core *core, ds_step *step, ds_error *err);
+/* Run a step. On failure what it was to fill is undefined. */
+ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err);
+
+/* Write the program of a step; tail NULL where all tokens go to the end (forward.c). At most so many operations: */
+void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail);
+static inline size_t ds_forward_max_ops(const ds_core *core) {
+    const size_t n_layer = (size_t)(core->weights.layer_end - core->weights.layer_begin);
+    return (n_layer + 1) * (16 + 2 * (size_t)core->n_backends);
+}
+/* Fill `tail` with the tokens whose logits are wanted, if the others may stop before the last block and these are the
+ * last of their spans: one block less for them. spans: room for those of the request. Returns whether it did. */
+bool ds_forward_tail(const ds_request *request, ds_span *spans, ds_request *tail);

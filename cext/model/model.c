@@ -25,21 +25,24 @@ enum { DS_MAX_CONTEXT = 1 << 24, DS_MAX_INPUTS = DS_MAX_STEP };
 _Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interface is one chunk");
 
 /* Bind all of a file. On failure nothing is kept. */
-static ds_status bind_file(const ds_gguf *gguf, int n_threads, const char *isa, ds_core *out, ds_error *err) {
+static ds_status bind_file(const ds_gguf *gguf, const ds_device *processor, const ds_placement *placement, ds_core *out,
+                           ds_error *err) {
     ds_file_source file;
     ds_status st = ds_file_source_open(gguf, &file, err);
     if (st != DS_OK) return st;
-    st = ds_core_create(gguf, ds_file_source_view(&file), 0, -1, true, DS_SUBLAYER_BOTH, n_threads, isa, out, err);
+    st =
+        ds_core_create(gguf, ds_file_source_view(&file), 0, -1, true, DS_SUBLAYER_BOTH, processor, placement, out, err);
     if (st == DS_OK && (st = ds_file_source_check(&file, &out->config, err)) != DS_OK) ds_core_release(out);
     ds_file_source_close(&file);
     return st;
 }
 
 /* Takes the gguf: it is closed on failure. */
-static ds_status open_gguf(ds_gguf *gguf, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+static ds_status open_gguf(ds_gguf *gguf, const ds_device *processor, const ds_placement *placement, ds_model **out,
+                           ds_error *err) {
     ds_model *model = calloc(1, sizeof *model);
-    ds_status st =
-        model ? bind_file(gguf, n_threads, isa, &model->core, err) : ds_fail(err, DS_ENOMEM, "no memory for a model");
+    ds_status st = model ? bind_file(gguf, processor, placement, &model->core, err)
+                         : ds_fail(err, DS_ENOMEM, "no memory for a model");
     if (st != DS_OK) {
         ds_gguf_close(gguf);
         free(model);
@@ -64,17 +67,20 @@ ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err) {
     return st;
 }
 
-ds_status ds_model_open(const char *path, int n_threads, const char *isa, ds_model **out, ds_error *err) {
+ds_status ds_model_open(const char *path, int n_threads, const char *isa, const ds_placement *placement, ds_model **out,
+                        ds_error *err) {
+    const ds_device processor = {"cpu", n_threads, isa};
     ds_gguf *gguf;
     ds_status st = ds_gguf_open(path, &gguf, err);
-    return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
+    return st == DS_OK ? open_gguf(gguf, &processor, placement, out, err) : st;
 }
 
 ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
                         ds_model **out, ds_error *err) {
+    const ds_device processor = {"cpu", n_threads, isa};
     ds_gguf *gguf;
     ds_status st = ds_gguf_view(data, size, label, &gguf, err);
-    return st == DS_OK ? open_gguf(gguf, n_threads, isa, out, err) : st;
+    return st == DS_OK ? open_gguf(gguf, &processor, NULL, out, err) : st;
 }
 
 void ds_model_close(ds_model *model) {
@@ -87,8 +93,16 @@ void ds_model_close(ds_model *model) {
 
 const ds_config *ds_model_config(const ds_model *model) { return &model->core.config; }
 const ds_gguf *ds_model_gguf(const ds_model *model) { return model->gguf; }
-int ds_model_threads(const ds_model *model) { return ds_pool_size(model->core.pool); }
-const char *ds_model_isa(const ds_model *model) { return model->core.kern->isa; }
+
+void ds_model_expert_uses(ds_model *model, uint64_t *out) {
+    const ds_config *c = &model->core.config;
+    pthread_mutex_lock(&model->core.lock);
+    memcpy(out, model->core.residency->uses, (size_t)c->n_layer * (size_t)c->n_expert * sizeof *out);
+    pthread_mutex_unlock(&model->core.lock);
+}
+
+int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
+const char *ds_model_isa(const ds_model *model) { return model->core.backends[0]->isa; }
 
 ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err) {
     ds_kv_type type;
@@ -168,7 +182,7 @@ static void give_up(const ds_input *inputs, int n_inputs) {
 }
 
 /* Room in the caches for what the step appends, and the ids there; on failure all hold what they held. */
-static ds_status reserve(const ds_step *step, const ds_input *inputs, ds_error *err) {
+static ds_status reserve(const ds_request *step, const ds_input *inputs, ds_error *err) {
     ds_status st = DS_OK;
     for (int i = 0; i < step->n_spans && st == DS_OK; i++) {
         const ds_span *span = &step->spans[i];
@@ -182,7 +196,8 @@ static ds_status reserve(const ds_step *step, const ds_input *inputs, ds_error *
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err) {
     int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
     ds_span spans[DS_MAX_INPUTS];
-    ds_step step = {.ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
+    ds_request step = {
+        .ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
     ds_status st;
     if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS)
         return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);

@@ -43,7 +43,7 @@ static PyObject *model_open(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O&iz", PyUnicode_FSConverter, &path, &threads, &isa)) return NULL;
     const char *name = PyBytes_AsString(path);
     Py_BEGIN_ALLOW_THREADS
-    st = ds_model_open(name, threads, isa, &model, &err);
+    st = ds_model_open(name, threads, isa, NULL, &model, &err);
     Py_END_ALLOW_THREADS
     capsule = st == DS_OK ? ds_py_own(model, DS_PY_MODEL, release_model) : ds_py_raise(&err);
     Py_DECREF(path);

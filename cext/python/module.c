@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cpu.h"
 #include "kernels/kernels.h"
 
 typedef struct handle {
@@ -132,9 +133,19 @@ static PyObject *isas(PyObject *self, PyObject *unused) {
     return list;
 }
 
+static PyObject *isa(PyObject *self, PyObject *unused) {
+    const ds_kernels *table = ds_kernels_find(NULL);
+    return table ? PyUnicode_FromString(table->isa)
+                 : PyErr_Format(PyExc_ValueError, "no kernels named '%s' on this machine", ds_cpu_isa_override());
+}
+
+static PyObject *cores(PyObject *self, PyObject *unused) { return PyLong_FromLong(ds_cpu_default_threads()); }
+
 static PyMethodDef methods[] = {
     {"formats", formats, METH_NOARGS, NULL},
     {"isas", isas, METH_NOARGS, NULL},
+    {"isa", isa, METH_NOARGS, "The kernels that run unless another name is asked for."},
+    {"cores", cores, METH_NOARGS, "Cores for this process: physical, of its affinity mask, within its cgroup's quota."},
     {NULL, NULL, 0, NULL},
 };
 

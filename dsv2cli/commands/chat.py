@@ -73,7 +73,7 @@ def chat(
     if text is None and as_json:
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
-    from dsv2cli import locate, runtime
+    from dsv2cli import locate, memory, runtime
 
     path = locate.model(model)
     with runtime.open_model(path, threads) as opened:
@@ -82,6 +82,7 @@ def chat(
         from dsv2cli.repl import Chat, Repl, tell_dropped
 
         session = opened.session(context, kv)
+        memory.warn([session])
         conversation = Conversation(
             session,
             opened.tokenizer,

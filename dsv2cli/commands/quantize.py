@@ -104,7 +104,8 @@ def quantize(
     evaluate: Annotated[bool, EVALUATE] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away the work of a run that was cut short.")
+        bool,
+        typer.Option("--restart", help="Throw away the work of an earlier run, but for a survey that still holds."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
@@ -192,7 +193,7 @@ def keeping_work(target: Path) -> Iterator[None]:
         from quantize import work_folder
 
         folder = work_folder(target)
-        if (folder / "fingerprint.json").exists():
+        if (folder / "identity.json").exists():
             console.note(f"what was done is kept in {folder}: the same command goes on from there")
         raise
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,6 +22,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from cext import system
 from dsv2cli.console import format_bytes
 from dsv2cli.errors import CliError
 from dsv2cli.hub import cache, client
@@ -318,14 +318,9 @@ def _hash_of(path: Path, remote: RemoteFile) -> str | None:
 def _exclusive(path: Path) -> Iterator[FileIO]:
     """The partial file, open to append and locked against other processes. Unbuffered: a kill loses no byte."""
     with open(path, "a+b", buffering=0) as file:  # noqa: PTH123
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CliError(
-                f"another process is downloading `{path.name}`", "let it finish, then run this again"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not system.try_lock(file.fileno()):
+                raise CliError(f"another process is downloading `{path.name}`", "let it finish, then run this again")
         yield file
 
 

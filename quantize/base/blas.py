@@ -13,7 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from functools import cache, partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -21,30 +22,50 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+import cext
+from quantize.base.errors import QuantizeError
+
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 Made = TypeVar("Made")
 PIECE = 256  # rows of a product that one core computes,
 MAX_COLUMNS = 2048  # and columns: OpenBLAS keeps a copy of the second factor for each thread that ever ran one
+CORES = ("scipy_openblas_get_corename64_", "scipy_openblas_get_corename", "openblas_get_corename")
 SWITCHES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
 
 @cache
 def _switch() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     """OpenBLAS's functions that get and set its number of threads."""
+    for library in _libraries():
+        for name in SWITCHES:
+            get, put = (getattr(library, name.format(verb), None) for verb in ("get", "set"))
+            if get is not None and put is not None:
+                put.restype = None
+                return get, put
+    return None
+
+
+def _libraries() -> Iterator[ctypes.CDLL]:
+    """The OpenBLAS that came with numpy."""
     package = Path(np.__file__).parent
     for folder in (package.with_name("numpy.libs"), package / ".dylibs"):
         for path in sorted(folder.glob("*openblas*")):
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:
-                continue
-            for name in SWITCHES:
-                get, put = (getattr(library, name.format(verb), None) for verb in ("get", "set"))
-                if get is not None and put is not None:
-                    put.restype = None
-                    return get, put
-    return None
+            with suppress(OSError):
+                yield ctypes.CDLL(str(path))
+
+
+@cache
+def kernel() -> str:
+    """The name of the kernels that OpenBLAS chose for this processor, "" where it does not tell: the bits of a product
+    depend on them.
+    """
+    for library in _libraries():
+        for name in CORES:
+            if (tell := getattr(library, name, None)) is not None:
+                tell.restype = ctypes.c_char_p
+                return bytes(tell()).decode()
+    return ""
 
 
 class _Count:
@@ -79,13 +100,17 @@ def one_thread() -> Iterator[None]:
 
 
 class Crew:
-    """Threads for the tasks of all who call; callers lend a hand. A context manager: close() ends the threads."""
+    """Threads for the tasks of all who call; callers lend a hand. A context manager: close() ends the threads.
+
+    They stay in the process that made them: QuantizeError in one that was forked off.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._lock = threading.Lock()
         self._callers = 0
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -113,8 +138,13 @@ class Crew:
 
     def run(self, tasks: Sequence[Callable[[], object]], n_threads: int) -> None:
         """All tasks, by n_threads, the caller's one of them. After an error no more are begun."""
+        if os.getpid() != self._pid:
+            raise QuantizeError(
+                "these threads stayed in the process that this one was forked from",
+                "start processes that quantise with spawn, not with fork",
+            )
         left = iter(tasks)  # which they share
-        others = [self._pool.submit(_run_each, left) for _ in range(min(n_threads, len(tasks)) - 1)]
+        others = [self._pool.submit(copy_context().run, _run_each, left) for _ in range(min(n_threads, len(tasks)) - 1)]
         try:
             _run_each(left)
         finally:
@@ -133,29 +163,31 @@ def _run_each(tasks: Iterator[Callable[[], object]]) -> None:
         raise
 
 
-_CREWS: list[Crew] = []  # employed, the last of them at work
+# Of this thread, and of those that work for it: another quantisation in the process has its own.
+_CREW: ContextVar[Crew | None] = ContextVar("crew", default=None)
 
 
 @contextmanager
 def employed(crew: Crew) -> Iterator[None]:
     """Inside, spread's tasks are this crew's."""
-    _CREWS.append(crew)
+    before = _CREW.set(crew)
     try:
         yield
     finally:
-        _CREWS.remove(crew)
+        _CREW.reset(before)
 
 
 @cache
-def _every_core() -> Crew:
-    return Crew(n_cores(), "blas")
+def _every_core(pid: int) -> Crew:
+    """For those who employ nobody; a forked process has its own."""
+    return Crew(cext.cores(), "blas")
 
 
 def spread(tasks: Sequence[Callable[[], object]]) -> None:
     """Run tasks, each with results of its own, on the crew that is employed, else on all cores. Who cuts work into the
     same pieces whatever the number of threads, gets the same bits.
     """
-    crew = _CREWS[-1] if _CREWS else _every_core()
+    crew = _CREW.get() or _every_core(os.getpid())
     with one_thread(), crew.share() as n_threads:
         crew.run(tasks, n_threads)
 
@@ -172,7 +204,7 @@ def side_by_side(work: Callable[[T], Made], items: Iterable[T], n_lanes: int) ->
         coming: deque[Future[Made]] = deque()
         try:
             for item in items:
-                coming.append(lanes.submit(work, item))
+                coming.append(lanes.submit(copy_context().run, work, item))
                 if len(coming) > n_lanes:
                     yield coming.popleft().result()
             while coming:
@@ -238,8 +270,3 @@ def by_pieces(a: F32, b: F32) -> F32:
 
     by_rows(multiply, len(b))
     return out
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
+
+from cext import system
 
 
 class QuantizeError(Exception):
@@ -33,11 +33,11 @@ class OutputError(QuantizeError):
 
 def disk_error(place: Path, error: OSError, needed: int = 0) -> OutputError:
     """What an OSError while writing at place means. needed: bytes of what was to be written, where that is known."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in system.FULL:
         return OutputError(f"`{place}`: {error.strerror}")
-    stat = os.statvfs(place if place.is_dir() else place.parent)
+    free = system.free_disk(place if place.is_dir() else place.parent)
     takes = f" it takes {needed / 1e9:.2f} GB," if needed else ""
     return OutputError(
-        f"`{place}`: {error.strerror}:{takes} {stat.f_bavail * stat.f_frsize / 1e9:.2f} GB are free there",
+        f"`{place}`: {error.strerror}:{takes} {free / 1e9:.2f} GB are free there",
         "free some space and run the same command again, or choose another place with -o or a smaller --type",
     )

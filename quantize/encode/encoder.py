@@ -8,6 +8,7 @@ of them, and the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -19,7 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from quantize.base.blas import Crew, n_cores, pieces
+import cext
+from quantize.base.blas import Crew, pieces
 from quantize.base.errors import QuantizeError
 from quantize.encode import feedback
 from quantize.encode.feedback import Covariance, Sweep
@@ -81,6 +83,12 @@ def _ggml() -> ctypes.CDLL:
     )
 
 
+@cache
+def ggml_version() -> str:
+    """The hash of ggml's encoders: another library may encode otherwise."""
+    return hashlib.sha256(Path(_ggml()._name).read_bytes()).hexdigest()
+
+
 def _address(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
@@ -91,7 +99,7 @@ class Encoder(Crew):
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
-        super().__init__(threads or n_cores(), "encode")
+        super().__init__(threads or cext.cores(), "encode")
 
     def map(self, work: Callable[[slice], None], rows: NDArray[Any], min_values: int = MIN_SLICE) -> None:
         """Run work over slices of rows, a few for each thread, of min_values or more."""

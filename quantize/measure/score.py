@@ -53,23 +53,68 @@ class Distance:
         return self.perplexity / self.perplexity_reference
 
 
-def log_probabilities(logits: F32, targets: NDArray[np.int32]) -> Iterator[tuple[F64, NDArray[np.int32]]]:
-    """(log-softmax in float64, targets) of ROWS positions at a time."""
+@dataclass(frozen=True)
+class Compared:
+    """Some of a window's positions, (n,) each; without a reference the model is its own."""
+
+    logs: F64  # natural log-probability of the token that came
+    logs_reference: F64
+    kld: F64  # nats
+    same_top: NDArray[np.bool_]  # both find the same token likeliest
+
+
+def log_probabilities(logits: F32) -> Iterator[F64]:
+    """Log-softmax in float64 of ROWS positions at a time."""
     for start in range(0, len(logits), ROWS):
         rows = logits[start : start + ROWS].astype(np.float64)
         rows -= rows.max(axis=1, keepdims=True)
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        yield rows, targets[start : start + ROWS]
+        yield rows
 
 
-def at(rows: F64, targets: NDArray[np.int32]) -> F64:
-    """The targets' log-probabilities, (n, 1)."""
-    return np.asarray(np.take_along_axis(rows, targets[:, None].astype(np.int64), axis=1), np.float64)
+def target_logs(logits: F32, targets: NDArray[np.int32]) -> F64:
+    """The log-probabilities (n,) that (n, n_vocab) logits give to targets (n,)."""
+    return _joined([_at(rows, targets[i * ROWS :][:ROWS]) for i, rows in enumerate(log_probabilities(logits))])
 
 
-def loss(logits: F32, targets: NDArray[np.int32]) -> float:
-    """Nats over all targets."""
-    return -sum(float(at(rows, some).sum()) for rows, some in log_probabilities(logits, targets))
+def compare(logits: F32, reference: F32, targets: NDArray[np.int32]) -> Compared:
+    """Positions' (n, n_vocab) logits beside the reference's; targets (n,): the tokens that came."""
+    logs, logs_reference, klds = [], [], []
+    pairs = zip(log_probabilities(logits), log_probabilities(reference), strict=True)
+    for i, (mine, theirs) in enumerate(pairs):
+        came = targets[i * ROWS :][:ROWS]
+        logs.append(_at(mine, came))
+        logs_reference.append(_at(theirs, came))
+        klds.append((np.exp(theirs) * (theirs - mine)).sum(axis=1))
+    same_top = logits.argmax(axis=1) == reference.argmax(axis=1)
+    return Compared(_joined(logs), _joined(logs_reference), _joined(klds), same_top)
+
+
+def _at(rows: F64, targets: NDArray[np.int32]) -> F64:
+    return np.asarray(rows[np.arange(len(rows)), targets], np.float64)
+
+
+def _joined(parts: list[F64]) -> F64:
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def window(parts: Sequence[Compared], n_routed: int = 0, n_alike: int = 0) -> Score:
+    """A window from its positions, in order; however it was cut, the sums are the same to the bit."""
+    logs, logs_reference = (np.concatenate([getattr(p, name) for p in parts]) for name in ("logs", "logs_reference"))
+    return Score(
+        n=len(logs),
+        nll=-_sum(logs),
+        nll_reference=-_sum(logs_reference),
+        kld=np.concatenate([part.kld for part in parts]).tolist(),
+        n_top1=sum(int(part.same_top.sum()) for part in parts),
+        n_routed=n_routed,
+        n_routed_alike=n_alike,
+    )
+
+
+def _sum(logs: F64) -> float:
+    """In groups of ROWS, as they always were: figures of earlier versions stay comparable."""
+    return sum(float(logs[start : start + ROWS].sum()) for start in range(0, len(logs), ROWS))
 
 
 def alike(mine: NDArray[np.integer], reference: NDArray[np.integer]) -> int:
@@ -78,16 +123,8 @@ def alike(mine: NDArray[np.integer], reference: NDArray[np.integer]) -> int:
 
 
 def score(logits: F32, reference: F32, targets: NDArray[np.int32], n_routed: int = 0, n_alike: int = 0) -> Score:
-    """Compare (n, n_vocab) logits with the reference's; targets (n,): the tokens that came."""
-    nll = nll_reference = 0.0
-    klds: list[float] = []
-    pairs = zip(log_probabilities(logits, targets), log_probabilities(reference, targets), strict=True)
-    for (mine, target), (theirs, _) in pairs:
-        nll -= float(at(mine, target).sum())
-        nll_reference -= float(at(theirs, target).sum())
-        klds += (np.exp(theirs) * (theirs - mine)).sum(axis=1).tolist()
-    n_top1 = int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
-    return Score(len(targets), nll, nll_reference, klds, n_top1, n_routed, n_alike)
+    """A window whose (n, n_vocab) logits are there at once."""
+    return window([compare(logits, reference, targets)], n_routed, n_alike)
 
 
 def summary(scores: Sequence[Score]) -> Distance:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cext import system
 from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
 from quantize.source import files
 from quantize.source.safetensors import DTYPE_BYTES, LFS_POINTER, REPLACE_HINT, StoredTensor, read_header
@@ -228,7 +229,7 @@ class Checkpoint:
                 fd = self._fds[tensor.shard]
             self.touched.add(tensor.shard.name)
             while done < tensor.nbytes:
-                n = os.preadv(fd, [view[done:]], tensor.offset + done)
+                n = system.read_at(fd, view[done:], tensor.offset + done)
                 if n == 0:
                     raise CheckpointError(
                         f"`{tensor.shard}`: the file ends inside tensor `{tensor.name}`", REPLACE_HINT

@@ -2,17 +2,17 @@
 
 Records are JSON values and named arrays under short keys ("write/layer-7"). Each is written beside its place, synced
 and renamed there, so that a record is whole or absent whenever the process dies. The folder belongs to one run at a
-time, and to one fingerprint: what was made from other sources, options or code is thrown away, and said so.
+time, and to one identity: where that differs, what differs is told, and no work is thrown away unless it is asked for.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -20,12 +20,27 @@ from typing import IO, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cext import system
 from quantize.base.errors import OutputError, disk_error
 
 SUFFIX = ".work"
 PART_NAME = "model.gguf.part"  # the GGUF in the making
-FINGERPRINT, SOURCES, FINISHED = "fingerprint", "sources", "finished"
-RESTART_HINT = "--restart throws it away and starts over"
+LOCK_NAME = "lock"
+IDENTITY, SOURCES, FINISHED = "identity", "sources", "finished"
+RESTART_HINT = "--restart throws it away and starts over, -o names another file"
+
+
+class Identity(Protocol):
+    """What the bytes of a run's file depend on."""
+
+    def record(self) -> dict[str, Any]:
+        """name -> JSON value; the names appear in messages."""
+
+    def kept(self, before: Mapping[str, Any]) -> Sequence[str]:
+        """The stages whose records hold all the same, where before is the record of the run that made them."""
+
+    def adopted(self, before: Mapping[str, Any]) -> Identity:
+        """This, of a folder that keeps those stages' records."""
 
 
 class Sources(Protocol):
@@ -52,29 +67,39 @@ def work_folder(out: Path) -> Path:
 
 def is_finished(out: Path) -> bool:
     """Whether out is whole and only its work folder was not removed yet: its run died in the last instant."""
-    folder = work_folder(out)
-    return out.exists() and (folder / f"{FINISHED}.json").exists() and not (folder / PART_NAME).exists()
+    path = work_folder(out) / f"{FINISHED}.json"
+    with _reading(path):
+        marker = json.loads(path.read_bytes()) if path.exists() else None
+    return marker is not None and out.exists() and marker["stamp"] == _stamp(out)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Of a file: a rename leaves it, another content does not."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 class Journal:
     """An open work folder. A context manager: leaving it keeps the records, unless there are none or discard() ran.
 
-    fingerprint: everything that the output depends on, name -> JSON value; the names appear in messages. sources: files
-    whose change matters only once they were read. Raises OutputError: no such place, another run at work, not ours.
+    sources: files whose change matters only once they were read. restart: throw away what another run has left, but
+    for the stages that hold all the same; where nothing differs, everything. Raises OutputError: no such place, another
+    run at work, not ours, or with the work of a run of another identity.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], sources: Sources, restart: bool = False) -> None:
-        self.folder = work_folder(out)
+    def __init__(self, out: Path, identity: Identity, sources: Sources, restart: bool = False) -> None:
+        self.out, self.folder = out, work_folder(out)
         self.part = self.folder / PART_NAME
-        self.changed: list[str] = []  # why an earlier run's records were thrown away
+        self.kept: tuple[str, ...] = ()  # stages of a run of another identity that are gone on from
+        self._identity = identity
         self._sources = sources
         self._stamps = sources.stamps()
+        self._known: dict[str, list[int]] = {}
         self._fd = _lock(out, self.folder)
         try:
-            self._known: dict[str, list[int]] = {}
-            self._adopt(json.loads(json.dumps(dict(fingerprint))), restart)
+            self._adopt(restart)
         except BaseException:
-            os.close(self._fd)
+            self._release()
             raise
 
     def __enter__(self) -> Journal:
@@ -92,7 +117,7 @@ class Journal:
     def is_empty(self) -> bool:
         """Whether there is nothing that a later run could go on from."""
         records = (path for path in self.folder.rglob("*.*") if path.suffix in (".json", ".npz"))
-        return all(path.parent == self.folder and path.stem in (FINGERPRINT, SOURCES) for path in records)
+        return all(path.parent == self.folder and path.stem in (IDENTITY, SOURCES) for path in records)
 
     def put(self, key: str, value: Any) -> None:
         """Record a JSON value."""
@@ -128,58 +153,95 @@ class Journal:
         """Forget every record whose key begins with "stage/"."""
         shutil.rmtree(self.folder / stage, ignore_errors=True)
 
+    def finish(self, report: Any) -> None:
+        """Record that the part is the whole file; what is left is to rename it to its name."""
+        self.put(FINISHED, {"identity": _plain(self._identity), "stamp": _stamp(self.part), "report": report})
+
+    def finished(self) -> Any | None:
+        """What finish() was told, by a run of this identity that made the file and died before its folder was gone."""
+        marker = self.get(FINISHED) if is_finished(self.out) else None
+        return marker["report"] if marker is not None and marker["identity"] == _plain(self._identity) else None
+
     def discard(self) -> None:
         """Remove the folder; nothing can be recorded after it."""
         if self._fd < 0:
             return
         # What tells whose folder it is goes last: a run may die here too.
-        self._clear(keep=(FINGERPRINT, FINISHED))
-        self._clear(keep=(FINISHED,))
+        self._clear(keep=(f"{FINISHED}.json",))
         self._clear()
         with suppress(OSError):
+            (self.folder / LOCK_NAME).unlink()
             self.folder.rmdir()
-        os.close(self._fd)
-        self._fd = -1
+        self._release()
 
     def close(self) -> None:
         """Let go of the folder; it stays where a later run could go on from it."""
         if self._fd >= 0 and self.is_empty:
             self.discard()
-        elif self._fd >= 0:
-            os.close(self._fd)
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        if self._fd >= 0:
+            _unlock(self._fd)
             self._fd = -1
 
-    def _adopt(self, fingerprint: dict[str, Any], restart: bool) -> None:
-        finished = (self.folder / f"{FINISHED}.json").exists()
-        is_ours = finished or (self.folder / f"{FINGERPRINT}.json").exists()
-        if not is_ours and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
-            raise OutputError(f"`{self.folder}` is not a work folder of dsv2", "move it away, or choose another -o")
-        if is_ours and restart:
-            self.changed = ["--restart"]
-        elif is_ours:
-            self._known = self.get(SOURCES) or {}
-            before = self.get(FINGERPRINT)
-            if before is not None:  # else it is finished, and was being removed
-                self.changed = self._differences(before, fingerprint)
-        if not is_ours or self.changed:
-            self._clear(keep=(FINGERPRINT,))
+    def _adopt(self, restart: bool) -> None:
+        """Go on from what an earlier run has left, or refuse to."""
+        stands = (self.folder / f"{IDENTITY}.json").exists()
+        before = self._before(restart)
+        if before is None:
+            others = [path for path in self.folder.iterdir() if path.suffix != ".tmp" and path.name != LOCK_NAME]
+            if others and not stands:
+                raise OutputError(f"`{self.folder}` is not a work folder of dsv2", "move it away, or choose another -o")
+            self._begin(())
+            return
+        self._known = self.get(SOURCES) or {}
+        sources = [f"{name} changed" for name, stamp in self._known.items() if self._stamps.get(name) != stamp]
+        differences = [*_differences(before, _plain(self._identity)), *sources]
+        if differences:
+            kept = () if sources else tuple(self._identity.kept(before))
+            self._refuse_to_lose(kept, differences, restart)
+            self._identity = self._identity.adopted(before) if kept else self._identity
+            self._begin(kept)
+        elif restart or not (stands or is_finished(self.out)):
+            self._begin(())
+
+    def _before(self, restart: bool) -> Any | None:
+        """The identity of the run whose records these are; None for a new folder, or one to be thrown away."""
+        try:
+            before = self.get(IDENTITY)
+            if before is None and (marker := self.get(FINISHED)) is not None:  # its run died as it removed the rest
+                return marker["identity"]
+        except OutputError:
+            if restart:
+                return None
+            raise
+        return before
+
+    def _refuse_to_lose(self, kept: Sequence[str], differences: Sequence[str], restart: bool) -> None:
+        lost = [path.name for path in self.folder.iterdir() if path.is_dir() and path.name not in kept]
+        if not restart and (lost or is_finished(self.out)):
+            hint = RESTART_HINT.replace("it away", f"it away but for the {kept[0]}") if kept else RESTART_HINT
+            raise OutputError(f"`{self.folder}` holds the work of another run: {'; '.join(differences)}", hint)
+
+    def _begin(self, kept: Sequence[str]) -> None:
+        """With those stages' records alone."""
+        self.kept = tuple(stage for stage in kept if (self.folder / stage).exists())
+        # Until the new identity stands, the old one tells whose records these are.
+        self._clear(keep=(*self.kept, f"{IDENTITY}.json", f"{SOURCES}.json"))
+        self._write(f"{IDENTITY}.json", lambda file: file.write(json.dumps(self._identity.record()).encode()))
+        if not self.kept:
+            self._clear(keep=(f"{IDENTITY}.json",))
             self._known = {}
-            self._write(f"{FINGERPRINT}.json", lambda file: file.write(json.dumps(fingerprint).encode()))
 
-    def _differences(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        changed = []
-        for name in dict.fromkeys([*before, *now]):
-            old, new = before.get(name), now.get(name)
-            if old != new:
-                short = all(len(str(value)) <= 24 for value in (old, new))
-                changed.append(f"{name} was {old}, is {new}" if short else f"{name} changed")
-        return changed + [f"{name} changed" for name, stamp in self._known.items() if self._stamps.get(name) != stamp]
-
-    def _clear(self, keep: tuple[str, ...] = ()) -> None:
+    def _clear(self, keep: Sequence[str] = ()) -> None:
         for path in self.folder.iterdir():
+            if path.name in (*keep, LOCK_NAME):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in [f"{key}.json" for key in keep]:
+            else:
                 path.unlink()
 
     def _note_sources(self) -> None:
@@ -193,26 +255,32 @@ class Journal:
         path = self.folder / name
         temporary = path.with_name(path.name + ".tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
+            system.make_folder(path.parent)
             with temporary.open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            sync_folder(path.parent)
+            system.sync_folder(path.parent)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
             raise disk_error(self.folder, error) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _plain(identity: Identity) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(identity.record()))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changed = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            short = all(len(str(value)) <= 24 for value in (old, new))
+            changed.append(f"{name} was {old}, is {new}" if short else f"{name} changed")
+    return changed
 
 
 @contextmanager
@@ -223,25 +291,47 @@ def _reading(path: Path) -> Iterator[None]:
         raise OutputError(f"`{path}` cannot be read ({error})", RESTART_HINT) from error
 
 
+_LOCKED: set[tuple[int, int]] = set()  # by this process, where a file system's locks do not tell its runs apart
+_LOCKING = threading.Lock()
+
+
 def _lock(out: Path, folder: Path) -> int:
-    """The folder, made where it is missing, held open and locked."""
+    """The lock of the folder, which is made where it is missing: an open file."""
     if out.is_dir():
         raise OutputError(f"`{out}` is a folder", "name the file: -o model.gguf")
     if not out.parent.is_dir():
         raise OutputError(f"`{out.parent}`: no such folder", f"mkdir -p {out.parent}")
+    path = folder / LOCK_NAME
     try:
-        folder.mkdir(exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        system.make_folder(folder)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OutputError(f"`{folder}`: {error.strerror}", "choose another place with -o") from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The one who held the lock may have removed the folder between our open and our lock.
-        if not folder.exists() or folder.stat().st_ino != os.fstat(fd).st_ino:
-            raise BlockingIOError
-    except OSError as error:
+        if not _claim(fd, path):
+            raise OutputError(f"`{out}`: another run is writing it", "wait for it, or choose another -o")
+    except BaseException as error:
         os.close(fd)
-        if isinstance(error, BlockingIOError):
-            raise OutputError(f"`{out}`: another run is writing it", "wait for it, or choose another -o") from error
-        raise OutputError(f"`{folder}`: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"`{folder}`: {error.strerror}", "choose another place with -o") from error
+        raise
     return fd
+
+
+def _claim(fd: int, path: Path) -> bool:
+    stat = os.fstat(fd)
+    with _LOCKING:
+        if (stat.st_dev, stat.st_ino) in _LOCKED or not system.try_lock(fd):
+            return False
+        # The one who held the lock may have removed the folder between our open and our lock.
+        if not path.exists() or path.stat().st_ino != stat.st_ino:
+            return False
+        _LOCKED.add((stat.st_dev, stat.st_ino))
+        return True
+
+
+def _unlock(fd: int) -> None:
+    stat = os.fstat(fd)
+    with _LOCKING:
+        _LOCKED.discard((stat.st_dev, stat.st_ino))
+        os.close(fd)

@@ -7,7 +7,6 @@ a rename. Owns the file format's byte layout; knows nothing of models.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import struct
@@ -21,8 +20,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_VERSIO
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from cext import system
 from quantize.base.errors import OutputError, disk_error
-from quantize.write.journal import RESTART_HINT, sync_folder
+from quantize.write.journal import RESTART_HINT
 
 # Python's and numpy's types -> GGUF's. A list of int is int32 (token types are), a single int uint32 (counts are).
 _SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}
@@ -184,7 +184,7 @@ class Writer:
         """After finish(): make the file appear under its name."""
         try:
             self.part.replace(self.path)
-            sync_folder(self.path.parent)
+            system.sync_folder(self.path.parent)
         except OSError as error:
             raise disk_error(self.path, error, self.nbytes) from error
         self.close()
@@ -209,18 +209,12 @@ class Writer:
     def _reserve(self) -> None:
         """Claim the disk now: running out after hours of work is worse than before them."""
         try:
-            os.ftruncate(self._fd, self.nbytes)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, self.nbytes)
+            system.reserve(self._fd, self.nbytes)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot reserve
-                raise disk_error(self.part, error, self.nbytes) from error
+            raise disk_error(self.part, error, self.nbytes) from error
 
     def _pwrite(self, offset: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        done = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+            system.write_at(self._fd, data, offset)
         except OSError as error:
             raise disk_error(self.part, error, self.nbytes) from error

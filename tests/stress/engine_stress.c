@@ -51,7 +51,7 @@ static bool check(const char *path, const char *kv_type, int n_threads, float **
     ds_model *model;
     ds_error err;
     bool good = true;
-    if (ds_model_open(path, n_threads, NULL, &model, &err) != DS_OK) {
+    if (ds_model_open(path, n_threads, NULL, NULL, &model, &err) != DS_OK) {
         printf("engine_stress: %s\n", err.message);
         return false;
     }

@@ -85,12 +85,16 @@ static void output(const ds_lane *lane, const ds_layer *l, int il) {
     ds_lane_tap(lane, DS_TAP_FFN_INP, il, lane->x, c->n_embd);
 }
 
-void ds_mla_remember(const ds_lane *lane, const ds_layer *layer, int il) {
-    project(lane, layer, il, false);
-    store_latent(lane, layer, il);
+bool ds_cpu_remember(const ds_lane *lane, const ds_op *op) {
+    const ds_layer *layer = ds_weights_layer(lane->step->weights, op->il);
+    project(lane, layer, op->il, false);
+    store_latent(lane, layer, op->il);
+    return true;
 }
 
-void ds_mla(const ds_lane *lane, const ds_layer *layer, int il) {
+bool ds_cpu_attention(const ds_lane *lane, const ds_op *op) {
+    const ds_layer *layer = ds_weights_layer(lane->step->weights, op->il);
+    const int il = op->il;
     project(lane, layer, il, true);
     store_latent(lane, layer, il);
     ds_lane_tap(lane, DS_TAP_KV_A_NORM, il, lane->step->scratch->kv_a, ds_kv_width(lane->step->config));
@@ -99,4 +103,5 @@ void ds_mla(const ds_lane *lane, const ds_layer *layer, int il) {
     ds_attend_heads(lane, layer, il);
     ds_barrier(lane->worker);
     output(lane, layer, il);
+    return true;
 }

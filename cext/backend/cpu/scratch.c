@@ -44,16 +44,18 @@ static ds_act act_by_expert(carver *c, int n_slots, int n_expert, int k) {
     return a;
 }
 
-static ds_plan plan(carver *c, const ds_config *g, int n_tok) {
+static ds_moe_room moe_room(carver *c, const ds_config *g, int n_tok) {
     size_t slots = (size_t)n_tok * (size_t)g->n_expert_used,
            active = slots < (size_t)g->n_expert ? slots : (size_t)g->n_expert;
-    return (ds_plan){
-        .expert = carve(c, active, sizeof(int)),
-        .first = carve(c, active, sizeof(int)),
-        .count = carve(c, active, sizeof(int)),
-        .slot_token = carve(c, slots, sizeof(int32_t)),
-        .slot_of = carve(c, slots, sizeof(int)),
-        .act_offset = carve(c, DS_ACT_COUNT * 2 * active, sizeof(size_t)),
+    return (ds_moe_room){
+        .plan = {.expert = carve(c, active, sizeof(int)),
+                 .first = carve(c, active, sizeof(int)),
+                 .count = carve(c, active, sizeof(int)),
+                 .slot_token = carve(c, slots, sizeof(int32_t)),
+                 .slot_of = carve(c, slots, sizeof(int)),
+                 .place = carve(c, (size_t)g->n_expert, sizeof(int))},
+        .input_at = carve(c, active, sizeof(size_t)),
+        .hidden_at = carve(c, active, sizeof(size_t)),
     };
 }
 
@@ -136,7 +138,8 @@ static void carve_lane(carver *c, const ds_config *g, int n_tok, ds_lane_scratch
         .act_experts = act_by_expert(c, g->n_expert_used, g->n_expert, g->n_ff_expert),
         .act_nope = act(c, n_tok, g->nope_dim),
         .act_latent = act(c, n_tok, g->kv_lora_rank),
-        .plan = plan(c, g, 1),
+        .groups = floats(c, (size_t)g->n_group),
+        .moe = moe_room(c, g, 1),
         .ids = carve(c, (size_t)g->n_expert_used, sizeof(int32_t)),
         .weights = floats(c, (size_t)g->n_expert_used),
         .jobs = carve(c, 2 * (size_t)g->n_expert + 4, sizeof(ds_job)),
@@ -168,7 +171,7 @@ static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, i
     s->act_heads = act(c, n_tok, g->n_head * g->v_dim), s->act_hidden = act(c, n_tok, (int)hidden);
     s->act_gathered = act_by_expert(c, (int)slots, g->n_expert, g->n_embd);
     s->act_experts = act_by_expert(c, (int)slots, g->n_expert, g->n_ff_expert);
-    s->plan = plan(c, g, n_tok);
+    s->moe = moe_room(c, g, n_tok);
     for (int i = 0; i < n_threads; i++) carve_lane(c, g, n_tok, c->base ? &s->lanes[i] : NULL);
 }
 

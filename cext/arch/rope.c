@@ -2,7 +2,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "backend/cpu/step.h"
+#include "arch/rope.h"
 
 /* The dimension at which a rotation turns `turns` times within the original context. */
 static double correction_dim(const ds_config *c, double turns) {

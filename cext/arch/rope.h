@@ -1,0 +1,17 @@
+/* rope.h: the rotary angles of a model's positions. */
+#pragma once
+
+#include "arch/config.h"
+
+typedef struct ds_rope {
+    int n;                 /* rope_dim / 2 */
+    float *inv_freq;       /* (n) YaRN-blended */
+    float scale;           /* of cos and sin */
+} ds_rope;
+
+ds_status ds_rope_create(const ds_config *config, ds_rope *out, ds_error *err);
+void ds_rope_release(ds_rope *rope);
+/* cos, sin pairs of a position into row (2 n). */
+void ds_rope_angles(const ds_rope *rope, int pos, float *row);
+/* Rotate adjacent pairs of x (2 n) by a row of angles. */
+void ds_rope_apply(int n, const float *angles, float *x);

@@ -1,0 +1,17 @@
+/* device.h: what a model can compute on. */
+#pragma once
+
+#include "base/status.h"
+
+typedef struct ds_device {
+    const char *kind; /* "cpu" */
+    int n_threads;    /* of the processor; 0: what is fastest here */
+    const char *isa;  /* of the processor; NULL or "": the best */
+} ds_device;
+
+struct ds_facts;
+struct ds_backend;
+
+/* A backend on the device, number `number` of its model. Number 0 may take the thread that waits for it as its own. */
+ds_status ds_device_open(const ds_device *device, const struct ds_facts *facts, int number, struct ds_backend **out,
+                         ds_error *err);

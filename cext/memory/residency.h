@@ -1,0 +1,65 @@
+/* residency.h: where the routed experts are, and when one can be used. One thread asks, once a layer, when the layer's
+ * plan is known: begin; for each expert, ready or wait, then get; end when nothing reads them any more.
+ *
+ * Owns the answer, its counts and where each expert is computed. A tier (the file's mapping today) is a row of
+ * functions. */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "arch/plan.h"
+#include "arch/weights.h"
+
+/* One expert's matrices where they are, in formats of their own. Gate and up take packs of one kind. */
+typedef struct ds_expert {
+    ds_mat gate, up; /* (n_ff_expert, n_embd) */
+    ds_mat down;     /* (n_embd, n_ff_expert) */
+} ds_expert;
+
+typedef struct ds_residency ds_residency;
+
+/* Functions that a tier has no use for are NULL. */
+typedef struct ds_residency_ops {
+    /* The experts of a plan are needed: start reads or copies, and wait for none. */
+    ds_status (*begin)(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
+    bool (*ready)(ds_residency *residency, int il, int e);
+    ds_status (*wait)(ds_residency *residency, int il, int e, ds_error *err);
+    /* Of an expert that is ready. Every thread may ask. */
+    ds_expert (*get)(const ds_residency *residency, int il, int e);
+    void (*end)(ds_residency *residency, int il);
+    /* Layer il may soon need these n experts. It may be wrong: what is told here changes no result. */
+    void (*forecast)(ds_residency *residency, int il, const int *experts, int n);
+    void (*destroy)(ds_residency *residency);
+} ds_residency_ops;
+
+struct ds_residency {
+    const ds_residency_ops *ops;
+    const ds_weights *weights;
+    int n_expert;
+    uint8_t *place; /* (layers, n_expert) number of the backend that computes it */
+    uint64_t *uses; /* (layers, n_expert) tokens that chose it */
+    int n_used;     /* of a token, n_expert_used */
+    int *recent;    /* (layers, 1 + n_used): how many, and which experts a step chose last */
+};
+
+/* The weights' experts where they lie in the mapping: always ready. All are placed at backend 0. */
+ds_status ds_residency_mapped(const ds_config *config, const ds_weights *weights, ds_residency **out, ds_error *err);
+void ds_residency_destroy(ds_residency *residency);
+
+/* Whether nobody ever has to wait. */
+static inline bool ds_residency_is_settled(const ds_residency *r) { return !r->ops->wait; }
+
+static inline size_t ds_residency_row(const ds_residency *r, int il) {
+    return (size_t)(il - r->weights->layer_begin) * (size_t)r->n_expert;
+}
+/* (n_expert) of a layer. */
+static inline uint8_t *ds_residency_place(const ds_residency *r, int il) { return r->place + ds_residency_row(r, il); }
+static inline uint64_t *ds_residency_uses(const ds_residency *r, int il) { return r->uses + ds_residency_row(r, il); }
+
+/* Count the plan's experts, and have them made ready. The next layer's forecast is what it chose the last time. */
+ds_status ds_residency_begin(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
+/* Return when expert e of a plan begun is ready. */
+ds_status ds_residency_wait(ds_residency *residency, int il, int e, ds_error *err);
+ds_expert ds_residency_get(const ds_residency *residency, int il, int e);
+void ds_residency_end(ds_residency *residency, int il);

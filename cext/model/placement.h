@@ -1,0 +1,44 @@
+/* placement.h: which device computes which part of a model. */
+#pragma once
+
+#include <stdint.h>
+
+#include "arch/config.h"
+#include "backend/device.h"
+
+typedef enum ds_part {
+    DS_PART_ENDS,         /* the embeddings, the final norm and the head */
+    DS_PART_ATTENTION,    /* of layers */
+    DS_PART_FEED_FORWARD, /* of layers: dense, or the router, the shared experts and the routed ones */
+    DS_PART_EXPERTS,      /* of layers, some routed experts alone */
+    DS_PART_COUNT
+} ds_part;
+
+/* A part, or the same part of several layers, to a device. Of rules about the same, the last counts. */
+typedef struct ds_rule {
+    ds_part part;
+    int device; /* 0: the model's own processor; i: devices[i - 1] of the placement */
+    int layer_begin, layer_end; /* not of the ends */
+    int expert_begin, expert_end; /* of experts */
+} ds_rule;
+
+typedef struct ds_placement {
+    const ds_device *devices;
+    int n_devices;
+    const ds_rule *rules;
+    int n_rules;
+} ds_placement;
+
+/* The rules' outcome, by number of device. */
+typedef struct ds_places {
+    uint8_t ends;
+    uint8_t *attention, *feed_forward; /* (layers) */
+    uint32_t *helpers; /* (layers) bit i: device i computes experts of a layer that another routes */
+} ds_places;
+
+struct ds_residency;
+
+/* Check the rules and carry them out; the routed experts' part goes to the residency. rules may be none. */
+ds_status ds_places_create(const ds_config *config, const ds_placement *placement, struct ds_residency *residency,
+                           ds_places *out, ds_error *err);
+void ds_places_release(ds_places *places);

@@ -1,0 +1,200 @@
+"""vocabulary.py: the tokenizer keys of a GGUF, checked, and llama.cpp's vocabulary made from them.
+
+Owned here is what llama.cpp would abort on, guess or keep to itself: files are looked at before it reads them, what is
+missing is told, and what it says on loading is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from gguf import GGUFValueType, GGUFWriter
+
+from cext.errors import TokenizerError
+from cext.gguf import Gguf
+
+NORMAL, UNKNOWN_TOKEN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+# Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
+MARKER = re.compile("<[|｜][^<>]{1,64}[|｜]>")
+# What llama.cpp says where a key has another type than it expects, or the architecture is younger than it is.
+OTHER_TYPE = re.compile("wrong type|invalid gguf type|unknown model architecture")
+WARN, ERROR, CONT = 3, 4, 5  # ggml's log levels
+MAX_KEPT = 64  # lines of llama.cpp's log
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a file says of its vocabulary.
+
+    specials: id -> spelling of the tokens that mark structure: control tokens; user-defined ones and those with a
+    name of their own that are written as markers ("<think>", "[INST]"); those written like control tokens whatever
+    their type. named: ids by name ("bos", "eos", "padding"), where the file names one that it has. template: the Jinja
+    source, or None.
+    """
+
+    n_vocab: int
+    specials: Mapping[int, str]
+    named: Mapping[str, int]
+    pre: str | None
+    template: str | None
+
+
+def read(path: str) -> Vocabulary:
+    """The vocabulary's facts. TokenizerError where there is none, or one that llama.cpp would misread; OSError."""
+    with Gguf(path) as gguf:
+        metadata = gguf.metadata
+        kind = metadata.get("tokenizer.ggml.model")
+        if kind != "gpt2":
+            what = f"a vocabulary of kind `{kind}`" if kind else "no vocabulary"
+            raise TokenizerError(f"`{path}` has {what}, expected byte-pair encoding (gpt2)")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        if tokens is None:
+            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is missing", "a file without its vocabulary")
+        if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is not a list of strings")
+        if len(set(tokens)) != len(tokens):
+            raise TokenizerError(f"`{path}`: {len(tokens) - len(set(tokens))} tokens of the vocabulary are there twice")
+        types = metadata.get("tokenizer.ggml.token_type")
+        template = metadata.get("tokenizer.chat_template")
+        pre = metadata.get("tokenizer.ggml.pre")
+        named = {}
+        for key in metadata:
+            if (match := re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", key)) and _is_id(metadata[key], len(tokens)):
+                named[match[1]] = int(metadata[key])
+    return Vocabulary(
+        len(tokens),
+        _specials(tokens, types if isinstance(types, list) else [], named.values()),
+        named,
+        pre if isinstance(pre, str) else None,
+        template if isinstance(template, str) and template.strip() else None,
+    )
+
+
+def _is_id(value: object, n_vocab: int) -> bool:
+    return isinstance(value, int) and 0 <= value < n_vocab
+
+
+def _specials(tokens: list[str], types: list[Any], named: Iterable[int]) -> dict[int, str]:
+    control = {i for i, kind in enumerate(types[: len(tokens)]) if kind in (CONTROL, UNKNOWN_TOKEN)}
+    defined = {i for i, kind in enumerate(types[: len(tokens)]) if kind == USER_DEFINED} | set(named)
+    written = {i for i, text in enumerate(tokens) if text[:1] == "<" and MARKER.fullmatch(text)}
+    return {i: tokens[i] for i in sorted(control | written | {i for i in defined if is_written_as_marker(tokens[i])})}
+
+
+def is_written_as_marker(text: str) -> bool:
+    """Words between signs: "<think>", "[gMASK]", "｜DSML｜". User-defined tokens are also letters and runs of spaces
+    that the byte-pair merges leave out, and those are text."""
+    ends = text[:1] + text[-1:]
+    return len(text) > 2 and not any(c.isalnum() or c.isspace() for c in ends) and any(c.isalpha() for c in text)
+
+
+class Log:
+    """What llama.cpp said while it loaded a file: warnings and errors, without the name of the function."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+
+    def add(self, level: int, text: str) -> None:
+        line = re.sub(r"^\w+: ", "", text.strip()).strip(" *")
+        if level in (WARN, ERROR) and line and len(self.lines) < MAX_KEPT:
+            self.lines.append((level, line))
+
+    @property
+    def reason(self) -> str:
+        """Why it refused: its first error, without the words that every refusal begins with."""
+        errors = [line for level, line in self.lines if level == ERROR]
+        return re.sub("^(error loading model( vocabulary)?: )+", "", errors[0]) if errors else "it gives no reason"
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(line for level, line in self.lines if level == WARN))
+
+
+_loading = threading.Lock()  # llama.cpp has one log for the process
+_log: Log | None = None
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, user_data: Any) -> None:
+    """llama.cpp writes its loader's log to stderr, which is ours."""
+    if _log is not None:
+        _log.add(level, (text or b"").decode("utf-8", "replace"))
+
+
+@functools.cache
+def start_llama() -> None:
+    """Take llama.cpp's log and start its backend, once. DSV2_DEBUG leaves the log on the terminal."""
+    if not os.environ.get("DSV2_DEBUG"):
+        llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+def load(path: str) -> tuple[Any, Log]:
+    """llama.cpp's model of a file's vocabulary, which the caller frees, and what it said. TokenizerError."""
+    start_llama()
+    model, log = _load(path)
+    if model is None and OTHER_TYPE.search(log.reason):
+        with _plain_copy(path) as copy:
+            model, log = _load(copy)
+    if model is None:
+        raise TokenizerError(f"`{path}`: llama.cpp cannot load the vocabulary: {log.reason}", _remedy(log.reason))
+    return model, log
+
+
+def _load(path: str) -> tuple[Any | None, Log]:
+    global _log  # noqa: PLW0603
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    with _loading:
+        _log = log = Log()
+        try:
+            model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        finally:
+            _log = None
+    return model or None, log
+
+
+def _remedy(reason: str) -> str:
+    if "pre-tokenizer" in reason:
+        return "llama-cpp-python may be older than this model: pip install -U llama-cpp-python"
+    return "the file's vocabulary is damaged or incomplete"
+
+
+@contextlib.contextmanager
+def _plain_copy(path: str) -> Iterator[str]:
+    """A GGUF of the vocabulary alone, in the types that llama.cpp expects: it reads no other, though others say the
+    same."""
+    with Gguf(path) as gguf:
+        keys = {key: gguf.metadata[key] for key in gguf.metadata if key.startswith("tokenizer.ggml.")}
+    n_vocab = len(keys["tokenizer.ggml.tokens"])
+    with tempfile.TemporaryDirectory(prefix="dsv2-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder) / "vocabulary.gguf"
+        writer = GGUFWriter(copy, "deepseek2")
+        for key, value in keys.items():
+            name = key.rpartition(".")[2]
+            if name.startswith("add_"):
+                writer.add_bool(key, bool(value))
+            elif name.endswith("_token_id"):
+                if _is_id(value, n_vocab):
+                    writer.add_uint32(key, value)
+            elif name == "token_type" and isinstance(value, list):
+                writer.add_key_value(key, list(map(int, value)), GGUFValueType.ARRAY, GGUFValueType.INT32)
+            elif name in ("tokens", "merges") and isinstance(value, list):
+                writer.add_array(key, value)
+            elif isinstance(value, str):
+                writer.add_string(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        yield str(copy)

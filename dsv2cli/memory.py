@@ -1,0 +1,50 @@
+"""Whether a context fits in the memory that is free, told before it is an OOM kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cext.system import free_bytes
+from dsv2cli import console
+from dsv2cli.errors import CliError
+
+if TYPE_CHECKING:
+    from cext import Session
+
+ROUND = 256  # tokens: a context that is proposed is a multiple of it
+
+
+def need(sessions: Sequence[Session], other: int = 0) -> tuple[str, str] | None:
+    """(what is wrong, a hint) where the sessions' caches, full, and ``other`` bytes take more memory than is free.
+
+    None where they fit, or the system does not tell. A cache takes its memory as it fills: ask before it does.
+    """
+    free = free_bytes()
+    caches = sum(session.kv_bytes for session in sessions)
+    if free is None or caches + other <= free:
+        return None
+    n_ctx = max(session.n_ctx for session in sessions)
+    beside = f" and {console.format_bytes(other)} beside it" if other else ""
+    message = (
+        f"a context of {n_ctx} tokens takes {console.format_bytes(caches)}{beside},"
+        f" and {console.format_bytes(free)} of memory are free"
+    )
+    fits = int(n_ctx * max(0, free - other) / caches) // ROUND * ROUND
+    hints = [f"a context of {fits} fits" if fits else "a smaller context"]
+    coded = sum(session.model.session(session.n_ctx, "q8_0").kv_bytes for session in sessions)
+    if coded < caches:  # narrow rows do not gain
+        hints.append(f"--kv q8_0 takes {console.format_bytes(coded)}")
+    return message, "; ".join(hints)
+
+
+def warn(sessions: Sequence[Session], other: int = 0) -> None:
+    """For what may never fill its context."""
+    if problem := need(sessions, other):
+        console.warn("{}: it may end before it is full ({})".format(*problem))
+
+
+def refuse(sessions: Sequence[Session], other: int = 0) -> None:
+    """For what fills its context. CliError."""
+    if problem := need(sessions, other):
+        raise CliError(*problem)
