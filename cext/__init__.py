@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.layer import Encoded, Layer, Sublayer
 from cext.model import Hparams, Model, Session, Tap, eval_batch
+from cext.placement import Device, Place
 from cext.sampler import Sampler
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ArgumentError",
     "BusyError",
     "ContextFullError",
+    "Device",
     "Encoded",
     "EngineError",
     "FileError",
@@ -43,6 +45,7 @@ __all__ = [
     "Model",
     "NoEngineError",
     "OutOfMemoryError",
+    "Place",
     "Sampler",
     "Session",
     "Sublayer",

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from cext import _engine
 from cext.errors import BusyError, ContextFullError
 from cext.gguf import Gguf
+from cext.placement import Device, Place
 
 KvType = Literal["f16", "q8_0", "f32"]
 MAX_ID = np.iinfo(np.int32).max
@@ -53,7 +54,8 @@ class Hparams(TypedDict):
 
 
 class Tap(dict[str, Any]):
-    """Names of intermediates to record: ``Tap({"l_out-3": None})``; eval replaces the values with arrays.
+    """Names of intermediates to record: ``Tap({"l_out-3": None})``; eval, when it succeeds, replaces the values with
+    arrays.
 
     Names are llama.cpp's: "inp_embd", and per layer il "attn_norm-il", "q_a_norm-il" (n, q_lora_rank), "kv_a_norm-il"
     (n, kv_lora_rank), "attn_heads-il" (n, n_head * v_head_dim: the input of the output projection), "attn_out-il",
@@ -84,14 +86,29 @@ class Model:
     threads: workers in the pool; None takes the fastest number for this machine. isa: a name from ``isas()``; None
     takes DSV2_ISA or the best. Raises FileError, FormatError, UnsupportedError, ArgumentError.
 
+    devices: what to compute on beside the processor, which is device 0 (of ``threads`` and ``isa``); they are devices
+    1, 2, ... placement: what goes to them; of two places of the same part, the last counts, and what none names stays
+    on the processor. Devices work at the same time where the model allows it: the routed experts of a layer that
+    are placed apart. Where their arithmetic is the same, so are the logits.
+
     notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed.
     """
 
-    def __init__(self, path: str | PathLike[str], threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        threads: int | None = None,
+        isa: str | None = None,
+        *,
+        devices: Sequence[Device] = (),
+        placement: Sequence[Place] = (),
+    ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
         self.path = fspath(path)
-        self._handle = _engine.model_open(path, threads or 0, isa)
+        self._handle = _engine.model_open(
+            path, threads or 0, isa, tuple(d.record() for d in devices), tuple(p.record() for p in placement)
+        )
         hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
         self._sessions: WeakSet[Session] = WeakSet()
@@ -106,6 +123,15 @@ class Model:
         session = Session(self, n_ctx, kv_type)
         self._sessions.add(session)
         return session
+
+    def expert_uses(self) -> NDArray[np.uint64]:
+        """How many tokens chose each routed expert since the model was opened, (n_layer, n_expert); 0 in dense layers.
+
+        Waits for a step under way.
+        """
+        uses = np.zeros((self.hparams["n_layer"], self.hparams["n_expert"]), np.uint64)
+        _engine.model_expert_uses(self._handle, uses)
+        return uses
 
     def close(self) -> None:
         """Release the file and the threads; its sessions raise from then on. BusyError while one evaluates."""
@@ -197,9 +223,11 @@ class Session:
                     "open the session with a larger n_ctx, or rewind it",
                 )
             out = np.empty((len(array) if logits == "all" else 1, hparams["n_vocab"]), np.float32)
-            for name in tap or ():
-                tap[name] = tap_array(name, _engine.tap_shape(self.model._handle, name), len(array), hparams)  # type: ignore[index]
-            self._eval_chunks(array, logits == "all", out, list((tap or {}).items()))
+            shapes = {name: _engine.tap_shape(self.model._handle, name) for name in tap or ()}
+            arrays = {name: tap_array(name, shape, len(array), hparams) for name, shape in shapes.items()}
+            self._eval_chunks(array, logits == "all", out, list(arrays.items()))
+            if tap is not None:
+                tap.update(arrays)
         return out if logits == "all" else out[0]
 
     def _eval_chunks(

@@ -6,6 +6,8 @@
 
 #include "base/pages.h"
 
+enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
+
 static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
     const ds_facts facts = {&c->config, &c->weights, &c->rope, c->residency};
     const int n = 1 + (placement ? placement->n_devices : 0);
@@ -112,6 +114,9 @@ static ds_status exchange_reserve(ds_exchange *x, const ds_config *c, int n_tok,
 
 static ds_status reserve(ds_core *c, int n_tok, ds_error *err) {
     ds_status st = DS_OK;
+    if ((int64_t)n_tok * c->config.n_expert_used > DS_MAX_SLOTS)
+        return ds_fail(err, DS_EINVAL, "a step of %d tokens with %d experts each: expected at most %d together", n_tok,
+                       c->config.n_expert_used, DS_MAX_SLOTS);
     for (int i = 0; i < c->n_backends && st == DS_OK; i++)
         st = c->backends[i]->ops->reserve(c->backends[i], n_tok, err);
     return st == DS_OK && c->n_backends > 1 ? exchange_reserve(&c->exchange, &c->config, n_tok, err) : st;

@@ -32,22 +32,67 @@ PyObject *ds_py_notes(const ds_notes *notes) {
     return tuple;
 }
 
-/* model_open(path, threads, isa) */
+/* A placement from [(kind, threads, isa)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
+ * own. Its arrays are the caller's to free; false with an exception. */
+static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out) {
+    const Py_ssize_t n_devices = PyTuple_Size(devices), n_rules = PyTuple_Size(rules);
+    ds_device *device = calloc((size_t)n_devices + 1, sizeof *device);
+    ds_rule *rule = calloc((size_t)n_rules + 1, sizeof *rule);
+    bool ok = device && rule;
+    *out = (ds_placement){device, (int)n_devices, rule, (int)n_rules};
+    if (!ok) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; ok && i < n_devices; i++) {
+        ds_device *d = &device[i];
+        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "siz", &d->kind, &d->n_threads, &d->isa);
+    }
+    for (Py_ssize_t i = 0; ok && i < n_rules; i++) {
+        ds_rule *r = &rule[i];
+        int part = 0;
+        ok = PyArg_ParseTuple(PyTuple_GetItem(rules, i), "iiiiii", &part, &r->device, &r->layer_begin, &r->layer_end,
+                              &r->expert_begin, &r->expert_end);
+        r->part = (ds_part)part;
+    }
+    return ok;
+}
+
+/* model_open(path, threads, isa, devices, rules): see read_placement */
 static PyObject *model_open(PyObject *self, PyObject *args) {
-    PyObject *path, *capsule;
+    PyObject *path, *devices, *rules, *capsule = NULL;
     int threads;
     const char *isa;
     ds_model *model;
+    ds_placement placement;
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "O&iz", PyUnicode_FSConverter, &path, &threads, &isa)) return NULL;
-    const char *name = PyBytes_AsString(path);
-    Py_BEGIN_ALLOW_THREADS
-    st = ds_model_open(name, threads, isa, NULL, &model, &err);
-    Py_END_ALLOW_THREADS
-    capsule = st == DS_OK ? ds_py_own(model, DS_PY_MODEL, release_model) : ds_py_raise(&err);
+    if (!PyArg_ParseTuple(args, "O&izO!O!", PyUnicode_FSConverter, &path, &threads, &isa, &PyTuple_Type, &devices,
+                          &PyTuple_Type, &rules))
+        return NULL;
+    if (read_placement(devices, rules, &placement)) {
+        const char *name = PyBytes_AsString(path);
+        Py_BEGIN_ALLOW_THREADS
+        st = ds_model_open(name, threads, isa, &placement, &model, &err);
+        Py_END_ALLOW_THREADS
+        capsule = st == DS_OK ? ds_py_own(model, DS_PY_MODEL, release_model) : ds_py_raise(&err);
+    }
+    free((void *)placement.devices);
+    free((void *)placement.rules);
     Py_DECREF(path);
     return capsule;
+}
+
+/* model_expert_uses(model, out uint64 (n_layer, n_expert)) */
+static PyObject *model_expert_uses(PyObject *self, PyObject *args) {
+    PyObject *capsule, *out;
+    ds_model *model;
+    Py_buffer view;
+    if (!PyArg_ParseTuple(args, "OO", &capsule, &out) || !(model = ds_py_borrow(capsule, DS_PY_MODEL))) return NULL;
+    const ds_config *c = ds_model_config(model);
+    if (!ds_py_buffer(out, (size_t)c->n_layer * (size_t)c->n_expert * sizeof(uint64_t), true, &view)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ds_model_expert_uses(model, view.buf);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
 }
 
 static PyObject *model_close(PyObject *self, PyObject *capsule) {
@@ -191,6 +236,7 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_open", model_open, METH_VARARGS, NULL},
     {"model_close", model_close, METH_O, NULL},
     {"model_info", model_info, METH_O, NULL},
+    {"model_expert_uses", model_expert_uses, METH_VARARGS, NULL},
     {"tap_shape", tap_shape, METH_VARARGS, NULL},
     {"session_open", session_open, METH_VARARGS, NULL},
     {"session_close", session_close, METH_O, NULL},

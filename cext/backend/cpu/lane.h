@@ -36,6 +36,13 @@ static inline void ds_lane_norm(const ds_lane *lane, int n, const float *x, cons
     }
 }
 
+/* y = silu(gate) * up of n values: in pieces whose number an int holds, whole vectors each. */
+static inline void ds_lane_silu_mul(const ds_lane *lane, size_t n, const float *gate, const float *up, float *y) {
+    const size_t most = (size_t)1 << 30;
+    for (size_t at = 0; at < n; at += most)
+        lane->step->kern->silu_mul((int)(n - at < most ? n - at : most), gate + at, up + at, y + at);
+}
+
 /* Record a tap of all rows of `data` (n_tok, ld), if it was asked for. Every worker calls it at the same place. */
 void ds_lane_tap(const ds_lane *lane, ds_tap_point point, int il, const void *data, int ld);
 /* The entry of a point, or NULL: the same answer on every worker. */

@@ -13,7 +13,7 @@ static const ds_act *activate(const ds_lane *lane, const ds_mat *down, ds_tap_po
     size_t f = (size_t)down->k, at = (size_t)lane->t0 * f;
     float *hidden = lane->solo ? lane->own->hidden : b->gate;
     const ds_act *act;
-    lane->step->kern->silu_mul((lane->t1 - lane->t0) * (int)f, b->gate + at, b->up + at, hidden + at);
+    ds_lane_silu_mul(lane, (size_t)(lane->t1 - lane->t0) * f, b->gate + at, b->up + at, hidden + at);
     act = ds_lane_pack(lane, ds_kind_of(down), (int)f, hidden, &lane->own->act_hidden, &b->act_hidden);
     ds_lane_tap(lane, point, il, hidden, (int)f);
     return act;
@@ -254,7 +254,7 @@ static void activate_expert(const moe *m, int a) {
     const ds_expert e = expert_of(m, a);
     const size_t f = (size_t)s->config->n_ff_expert, at = (size_t)plan->first[a] * f;
     float *hidden = (m->lane->solo ? m->lane->own->hidden_exps : b->gate_exps) + at;
-    s->kern->silu_mul(plan->count[a] * (int)f, b->gate_exps + at, b->up_exps + at, hidden);
+    ds_lane_silu_mul(m->lane, (size_t)plan->count[a] * f, b->gate_exps + at, b->up_exps + at, hidden);
     s->kern->act_pack(kind_of(&e.down), 0, plan->count[a], plan->count[a], (int)f, hidden, f, NULL,
                       hidden_pack(m, &e, a));
 }
