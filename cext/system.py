@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path("/")  # where /proc and /sys lie
@@ -164,3 +166,19 @@ def make_folder(folder: Path) -> None:
             raise
         return
     sync_folder(folder.parent)
+
+
+class Pages:
+    """Memory of its own, of which a part can be given back while the rest stays. It goes with the last who uses it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give back the whole pages of these bytes, which read as zeros from now on."""
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and first < last:
+            self.memory.madvise(mmap.MADV_DONTNEED, first, last - first)

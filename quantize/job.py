@@ -25,7 +25,7 @@ from quantize.source.arch import ARCHITECTURE, Arch
 from quantize.source.card import provenance
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import Corpus
-from quantize.source.tensors import Tensor
+from quantize.source.tensors import Tensor, Weights
 from quantize.source.vocab import read_vocab
 from quantize.write.journal import Journal
 
@@ -185,18 +185,16 @@ class Job:
     meter: Meter
     say: Callable[[str], None]  # a line for the person who waits
 
-    def engine(
+    def load(
         self, il: int, sublayer: cext.Sublayer | None = None, on_tensor: Callable[[], None] = lambda: None
-    ) -> cext.Layer:
-        """Layer il, or one sublayer of it, with its original weights, all in memory until it is closed; on_tensor
-        before each is read.
-        """
-        weights: dict[str, NDArray[Any]] = {}
-        for tensor in self.plan.layers[il]:
-            if sublayer in (None, tensor.sublayer) or tensor.role == "ffn_norm":
-                on_tensor()
-                weights[tensor.name] = tensors.read_half(self.plan.arch, self.plan.checkpoint, tensor)
-        return cext.Layer(self.plan.keys, il, weights, self.plan.options.threads, sublayer)
+    ) -> Weights:
+        """The original weights of layer il, or of one sublayer of it; on_tensor before each is read."""
+        mine = [t for t in self.plan.layers[il] if sublayer in (None, t.sublayer) or t.role == "ffn_norm"]
+        return Weights(self.plan.arch, self.plan.checkpoint, mine, on_tensor)
+
+    def engine(self, il: int, weights: Weights, sublayer: cext.Sublayer | None = None) -> cext.Layer:
+        """Layer il, or one sublayer of it, over weights that were loaded for it."""
+        return cext.Layer(self.plan.keys, il, weights.arrays, self.plan.options.threads, sublayer)
 
     def slabs(self, tensor: Tensor) -> Iterator[tuple[int, F32]]:
         """(first row, rows) of a matrix outside the layers, whole pieces: a vocabulary can be larger than a layer."""

@@ -31,13 +31,13 @@ from quantize.measure import loss
 from quantize.measure.awq import FoldResult, Scales, Searcher
 from quantize.measure.calibrate import FEW_TOKENS, Stream, SublayerStats
 from quantize.measure.drift import ROUTER, FeedForward, expert_bytes
-from quantize.measure.evidence import Bundle, Evidence, bundles
+from quantize.measure.evidence import Bundle, Evidence, ReadPart, bundles
 from quantize.measure.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
 from quantize.measure.outputs import Outputs
 from quantize.meter import Stage
 from quantize.report import Coverage
 from quantize.source.arch import Arch
-from quantize.source.tensors import PartReader, Tensor, read
+from quantize.source.tensors import PartReader, Tensor, Weights, read
 from quantize.survey import EMBEDDINGS, OUTPUTS
 from quantize.write.writer import Writer
 
@@ -46,7 +46,7 @@ F32 = NDArray[np.float32]
 RECORDS = "write"  # of this stage in the journal
 RECORD = RECORDS + "/step-{}"
 STREAM = RECORDS + "/stream-{}"
-LANE_BYTES = 1 << 30  # that experts in the making may take together
+LANE_BYTES = 3 << 28  # that experts in the making may take together, beside the weights of all
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,11 @@ class WriteStage:
         """Calibrate, fold, encode and write it; returns attention's tensors, as they will be read, if streams drift."""
         self._begin(il, sublayer)
         tensors = {t.role: t for t in self.plan.layers[il] if t.sublayer == sublayer}
-        read_part = PartReader(self.arch, self.plan.checkpoint)
-        stats = self._calibrate(il, sublayer) if self.stream is not None or self.held is not None else None
+        weights: Weights | None = None
+        if self.stream is not None or self.held is not None:
+            weights = self.job.load(il, sublayer, partial(self._tell, "calibrate", 0.0))
+        read_part = weights or PartReader(self.arch, self.plan.checkpoint)
+        stats = self._calibrate(il, sublayer, weights) if weights is not None else None
         heap.trim()
         evidence, scales, drift = None, Scales(), None
         if stats is not None:
@@ -244,6 +247,8 @@ class WriteStage:
                 written.setdefault(encoded.tensor, []).append(encoded.decoded)
             if drift is not None:
                 drift.add(encoded.tensor.role, encoded.part)
+            if weights is not None:
+                weights.release(encoded.tensor, encoded.part)
         return written
 
     def _encode_parts(self, tensors: Sequence[Tensor], parts: _Parts) -> Iterator[Encoded]:
@@ -263,18 +268,18 @@ class WriteStage:
                     self._tell("encode", self._written / nbytes)
                     yield encoded
 
-    def _search(self, il: int, evidence: Evidence, read_part: PartReader) -> Scales:
+    def _search(self, il: int, evidence: Evidence, read_part: ReadPart) -> Scales:
         types = {role: self.types[t.name] for role, t in evidence.tensors.items()}
         searcher = Searcher(evidence, types, read_part, self.job.encoder)
         scales, results = searcher.run(il, lambda f: self._tell("search", f))
         self._folds += results
         return scales
 
-    def _calibrate(self, il: int, sublayer: Sublayer) -> SublayerStats | None:
-        """Run the streams through its original weights; they are dropped on return."""
+    def _calibrate(self, il: int, sublayer: Sublayer, weights: Weights) -> SublayerStats | None:
+        """Run the streams through its original weights."""
         stats, routed = None, sublayer == "feed_forward" and not self.arch.is_dense(il)
         covariances, tell = self.plan.options.feedback, partial(self._tell, "calibrate")
-        with self.job.engine(il, sublayer, partial(tell, 0.0)) as engine:
+        with self.job.engine(il, weights, sublayer) as engine:
             if self.stream is not None and sublayer == "attention":
                 stats = self.stream.attention(engine, tell, covariances)
             elif self.stream is not None:
@@ -353,7 +358,7 @@ class WriteStage:
 class _Parts:
     """The parts of one sublayer's tensors, as they are to be encoded. Threads may share it."""
 
-    read: PartReader
+    read: ReadPart
     evidence: Evidence | None
     scales: Scales
     drift: FeedForward | None

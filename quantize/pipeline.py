@@ -21,6 +21,7 @@ from quantize.base import heap
 from quantize.base.blas import employed
 from quantize.base.errors import disk_error
 from quantize.budget import Budget, budget_of, settle
+from quantize.disk import Room, claim, room
 from quantize.effort import Effort
 from quantize.encode.encoder import Encoder
 from quantize.evaluate import evaluate
@@ -59,19 +60,23 @@ def quantize(
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
         infos = [(t.name, t.shape, Type.F32) for t in plan.tensors]  # a header is as long whatever the types
-        budget = budget_of(plan, header_bytes(_metadata(plan, (), None), infos))
+        n_header = header_bytes(_metadata(plan, (), None), infos)
+        budget = budget_of(plan, n_header)
         run = identity(plan, model_name(checkpoint.path), budget.allowed)
         with Journal(out, run, checkpoint, restart) as journal:
             if (record := journal.finished()) is not None:
                 return _leave(Report.of(record), journal)
             if journal.kept:
                 say(f"the {' and the '.join(journal.kept)} of an earlier run is gone on from")
-            return _run(Job(plan, journal, encoder, meter, say), budget, out)
+            return _run(Job(plan, journal, encoder, meter, say), budget, room(plan, budget, n_header), out)
 
 
-def _run(job: Job, budget: Budget, out: Path) -> Report:
-    types = settle(job, budget)
+def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:
     done = steps_done(job)
+    if job.journal.is_empty:
+        job.say(str(wanted))
+    claim(job.journal, wanted)
+    types = settle(job, budget)
     if done:
         job.say(_resume_line(job.plan, len(done) - 1))
     infos = [(t.name, t.shape, types[t.name]) for t in job.plan.tensors]

@@ -32,7 +32,7 @@ from quantize.measure.flips import Flips
 from quantize.measure.outputs import PRIOR_TOKENS, Outputs, OutputSums
 from quantize.measure.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.source.corpus import WINDOW
-from quantize.source.tensors import Form, PartReader, Tensor, read
+from quantize.source.tensors import Form, PartReader, Tensor, read, split_kv_b
 
 F32 = NDArray[np.float32]
 Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a survey
@@ -93,7 +93,7 @@ class SurveyStage:
         x = self._array(INPUTS.format(start))
         for il in range(start, n_layer):
             self._tell(il, sum(self._forward_effort[:il]), self._forward_effort[il])
-            with self.job.engine(il) as engine:
+            with self.job.engine(il, self.job.load(il)) as engine:
                 for at in range(0, len(x), CHUNK_WINDOWS * WINDOW):
                     chunk = x[at : at + CHUNK_WINDOWS * WINDOW]
                     chunk[:] = engine.forward(chunk, len(chunk) // WINDOW)[0]
@@ -238,8 +238,10 @@ class _Weights:
         tensor = self.by_role[role]
         if tensor.form not in (Form.K_B, Form.V_B):
             return self.read_part(tensor, part)
-        if role not in self.heads:
-            self.heads[role] = read(self.plan.arch, self.plan.checkpoint, tensor)
+        if not self.heads:
+            kv_b = self.plan.checkpoint.read_f32(tensor.sources[0])
+            for t in (t for t in self.by_role.values() if t.form in (Form.K_B, Form.V_B)):
+                self.heads[t.role] = split_kv_b(self.plan.arch, kv_b, t.form).astype(np.float32, copy=False)
         head: F32 = self.heads[role][part]
         return head
 

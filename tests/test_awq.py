@@ -247,7 +247,7 @@ def test_stream_is_the_model(tmp_path: Path) -> None:
         write_f32(tmp_path / "m.gguf", arch, {t.name: tensors.read(arch, checkpoint, t) for t in plan})
         stream = Stream(arch, checkpoint.read_f32("model.embed_tokens.weight")[ids])
         for il in range(arch.n_layer):
-            weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in tensors.layer_tensors(arch, il)}
+            weights = tensors.Weights(arch, checkpoint, tensors.layer_tensors(arch, il)).arrays
             calibrated.layer(stream, keys, il, weights)
         final = stream.final_inputs(checkpoint.read_f32("model.norm.weight"))
     squares = []

@@ -49,7 +49,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     names += ["q_a_norm"] if arch.q_lora_rank else []
     with Checkpoint(folder) as checkpoint:
         layer = {t.role: t for t in tensors.layer_tensors(arch, IL)}
-        weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in layer.values()}
+        weights = tensors.Weights(arch, checkpoint, layer.values()).arrays
         keys = {"general.architecture": "deepseek2", **arch.keys()}
         with cext.Layer(keys, IL, weights, 1) as engine:
             _, taps = engine.forward(x, 6, names)

@@ -64,7 +64,7 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
             arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()}, checkpoint=checkpoint
         )
         job: Any = SimpleNamespace(plan=plan)
-        weights = {t.name: tensors.read_half(arch, checkpoint, t) for t in layer.values()}
+        weights = tensors.Weights(arch, checkpoint, layer.values()).arrays
         stream, read = Stream(arch, x, drifted), PartReader(arch, checkpoint)
         done: dict[tensors.Tensor, list[np.ndarray]] = {}
         for sublayer in tensors.SUBLAYERS:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import Sublayer
+from cext import Sublayer, system
 from quantize.base.errors import UnsupportedError
 from quantize.source.arch import Arch
-from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint
+from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint, bf16_to_f32
 
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
 
@@ -177,31 +178,86 @@ def read(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.float
     return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form).astype(np.float32, copy=False)
 
 
-def read_half(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.generic]:
-    """A whole GGUF tensor as the engine takes it: float32, float16, or uint16 holding bfloat16 bits."""
-    dtype = checkpoint.half_dtype(tensor.sources[0])
-    if tensor.form is Form.STACK:
-        stack = np.empty(tensor.shape, dtype)
-        for part, source in zip(stack, tensor.sources, strict=True):
-            if checkpoint.half_dtype(source) != dtype:
-                raise UnsupportedError(f"tensor `{source}` is stored otherwise than `{tensor.sources[0]}`")
-            checkpoint.read_half(source, part)
-        return stack
-    values: NDArray[np.generic] = np.empty(checkpoint.find(tensor.sources[0]).shape, dtype)
-    checkpoint.read_half(tensor.sources[0], values)
-    return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form)
-
-
 class PartReader:
-    """Parts of a layer's tensors in float32, experts one by one. Keeps the last whole tensor: heads share one."""
+    """Parts of a layer's tensors in float32, experts one by one.
+
+    Keeps the last tensor of heads, and the last that was stored: k_b and v_b are halves of one.
+    """
 
     def __init__(self, arch: Arch, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._whole = lru_cache(maxsize=1)(lambda tensor: read(arch, checkpoint, tensor))
+        self.arch, self.checkpoint = arch, checkpoint
+        self._stored = lru_cache(maxsize=1)(checkpoint.read_f32)
+        self._whole = lru_cache(maxsize=1)(self._split)
 
     def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
         """An expert of a stack, a head of k_b or v_b, or the whole of another tensor, whose part is 0."""
         if tensor.form is Form.STACK:
             return self.checkpoint.read_f32(tensor.sources[part])
-        whole: NDArray[np.float32] = self._whole(tensor)
-        return whole if tensor.form is Form.WHOLE else whole[part]
+        if tensor.form is Form.WHOLE:
+            return self.checkpoint.read_f32(tensor.sources[0])
+        head: NDArray[np.float32] = self._whole(tensor)[part]
+        return head
+
+    def _split(self, tensor: Tensor) -> NDArray[np.float32]:
+        return split_kv_b(self.arch, self._stored(tensor.sources[0]), tensor.form).astype(np.float32, copy=False)
+
+
+class Weights:
+    """Tensors of a layer in memory, read once: as the engine takes them, and part by part in float32.
+
+    on_tensor is called before each is read. ``release`` gives back the memory of parts that nobody will ask for again.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        checkpoint: Checkpoint,
+        tensors: Iterable[Tensor],
+        on_tensor: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._read = PartReader(arch, checkpoint)
+        self._pages: dict[str, system.Pages] = {}
+        self.arrays: dict[str, NDArray[Any]] = {}
+        """By name: float32, float16, or uint16 holding bfloat16 bits."""
+        stored: dict[str, NDArray[Any]] = {}  # what two tensors are made of
+        for tensor in tensors:
+            on_tensor()
+            self.arrays[tensor.name] = self._stack(tensor) if tensor.form is Form.STACK else self._one(tensor, stored)
+            if tensor.form not in (Form.K_B, Form.V_B):
+                continue
+            self.arrays[tensor.name] = split_kv_b(arch, self.arrays[tensor.name], tensor.form)
+
+    def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
+        """As PartReader gives it, from the checkpoint again where memory holds it rounded (fp8) or not at all."""
+        array = self.arrays.get(tensor.name)
+        if array is None or self._checkpoint.find(tensor.sources[0]).dtype == "F8_E4M3":
+            return self._read(tensor, part)
+        values = array if tensor.form is Form.WHOLE else array[part]
+        return bf16_to_f32(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
+
+    def release(self, tensor: Tensor, part: int) -> None:
+        """Nobody will ask for this part again, nor run an engine over its tensor."""
+        if (pages := self._pages.get(tensor.name)) is not None:
+            nbytes = len(pages.memory) // tensor.shape[0]
+            pages.release(part * nbytes, (part + 1) * nbytes)
+        else:
+            self.arrays.pop(tensor.name, None) if tensor.form is Form.WHOLE else None
+
+    def _one(self, tensor: Tensor, stored: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        source = tensor.sources[0]
+        if source not in stored:
+            stored.clear()
+            stored[source] = np.empty(self._checkpoint.find(source).shape, self._checkpoint.half_dtype(source))
+            self._checkpoint.read_half(source, stored[source])
+        return stored[source]
+
+    def _stack(self, tensor: Tensor) -> NDArray[Any]:
+        dtype = self._checkpoint.half_dtype(tensor.sources[0])
+        pages = self._pages[tensor.name] = system.Pages(tensor.size * dtype.itemsize)
+        stack: NDArray[Any] = np.frombuffer(pages.memory, dtype).reshape(tensor.shape)
+        for part, source in zip(stack, tensor.sources, strict=True):
+            if self._checkpoint.half_dtype(source) != dtype:
+                raise UnsupportedError(f"tensor `{source}` is stored otherwise than `{tensor.sources[0]}`")
+            self._checkpoint.read_half(source, part)
+        return stack

@@ -7,6 +7,7 @@ time, and to one identity: where that differs, what differs is told, and no work
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,8 +25,10 @@ from cext import system
 from quantize.base.errors import OutputError, disk_error
 
 SUFFIX = ".work"
+HEADS_BYTES = 1 << 16  # of the names and shapes in a record of arrays
 PART_NAME = "model.gguf.part"  # the GGUF in the making
 LOCK_NAME = "lock"
+ROOM_NAME = "room"  # holds the disk that records to come will take
 IDENTITY, SOURCES, FINISHED = "identity", "sources", "finished"
 RESTART_HINT = "--restart throws it away and starts over, -o names another file"
 
@@ -90,6 +93,7 @@ class Journal:
     def __init__(self, out: Path, identity: Identity, sources: Sources, restart: bool = False) -> None:
         self.out, self.folder = out, work_folder(out)
         self.part = self.folder / PART_NAME
+        self._room = 0  # bytes that all records together are to have
         self.kept: tuple[str, ...] = ()  # stages of a run of another identity that are gone on from
         self._identity = identity
         self._sources = sources
@@ -133,6 +137,8 @@ class Journal:
     def put_arrays(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Record named arrays."""
         self._note_sources()
+        with suppress(OSError):  # another has taken what a record dropped before had
+            self._hold_room(sum(array.nbytes for array in arrays.values()) + HEADS_BYTES)
         self._write(key + ".npz", lambda file: np.savez(file, **cast(Any, arrays)))
 
     def get_arrays(self, key: str) -> dict[str, NDArray[Any]] | None:
@@ -148,10 +154,48 @@ class Journal:
         """Forget a record, if there is one."""
         for suffix in (".json", ".npz"):
             (self.folder / (key + suffix)).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._hold_room()
 
     def drop_all(self, stage: str) -> None:
         """Forget every record whose key begins with "stage/"."""
         shutil.rmtree(self.folder / stage, ignore_errors=True)
+
+    def reserve(self, part: int, records: int) -> None:
+        """Claim the disk: bytes of the part, unless it is there, and of all records, those that are there included.
+
+        OutputError where it is full. Where the file system cannot claim, the free bytes are compared.
+        """
+        self._room = records
+        wanted = max(0, records - self._n_recorded()) + (0 if self.part.exists() else part)
+        if system.free_disk(self.folder) < wanted:
+            raise disk_error(self.folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), wanted)
+        try:
+            if not self.part.exists():
+                with self.part.open("xb") as file:
+                    system.reserve(file.fileno(), part)
+            self._hold_room()
+        except OSError as error:
+            self.part.unlink(missing_ok=True)
+            raise disk_error(self.folder, error, wanted) from error
+
+    def _n_recorded(self) -> int:
+        """Bytes of the records."""
+        records = (path for path in self.folder.rglob("*.*") if path.suffix in (".json", ".npz"))
+        return sum(path.stat().st_size for path in records)
+
+    def _hold_room(self, coming: int = 0) -> None:
+        """Of the claim, hold what neither stands in records nor is about to be written."""
+        if self._room == 0:
+            return
+        left = max(0, self._room - self._n_recorded() - coming)
+        with (self.folder / ROOM_NAME).open("ab") as file:
+            try:
+                system.reserve(file.fileno(), left)
+            except OSError as error:
+                if error.errno != errno.EFBIG:  # too large for one file: records are several
+                    raise
+                os.ftruncate(file.fileno(), 0)
 
     def finish(self, report: Any) -> None:
         """Record that the part is the whole file; what is left is to rename it to its name."""
@@ -178,7 +222,8 @@ class Journal:
         """Let go of the folder; it stays where a later run could go on from it."""
         if self._fd >= 0 and self.is_empty:
             self.discard()
-        else:
+        elif self._fd >= 0:
+            (self.folder / ROOM_NAME).unlink(missing_ok=True)
             self._release()
 
     def _release(self) -> None:
@@ -191,7 +236,8 @@ class Journal:
         stands = (self.folder / f"{IDENTITY}.json").exists()
         before = self._before(restart)
         if before is None:
-            others = [path for path in self.folder.iterdir() if path.suffix != ".tmp" and path.name != LOCK_NAME]
+            names = {path.name for path in self.folder.iterdir() if path.suffix != ".tmp"}
+            others = names - {LOCK_NAME, ROOM_NAME}
             if others and not stands:
                 raise OutputError(f"`{self.folder}` is not a work folder of dsv2", "move it away, or choose another -o")
             self._begin(())
