@@ -1,4 +1,8 @@
-"""The engine's Python face: GGUF files, models, sessions, single layers, sampling."""
+"""The engine's Python face: GGUF files, models, sessions, single layers, sampling.
+
+What is open may be closed by any thread at any time: calls under way end as they began, and the last of them releases
+the memory; calls after it raise.
+"""
 
 from cext.errors import (
     ArgumentError,

@@ -26,7 +26,7 @@ class ArgumentError(EngineError, ValueError):
 
 
 class FileError(EngineError, OSError):
-    """A file could not be opened, mapped or read."""
+    """A file could not be opened, mapped or read, or was changed while it was open."""
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import _engine
+from cext.errors import UnsupportedError
+
+_DECODED = {entry["name"] for entry in _engine.formats()}
 
 
 class TensorInfo(NamedTuple):
@@ -44,7 +47,7 @@ class Metadata(Mapping[str, Any]):
 class Gguf:
     """A GGUF file, or a model split into several, opened by its first part. All in it is checked before use.
 
-    Raises FileError (an OSError) and FormatError.
+    Raises FileError (an OSError), also when the file is written to or cut short while it is open, and FormatError.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -64,6 +67,10 @@ class Gguf:
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor decoded to float32, in numpy's order (ggml's shape reversed). KeyError, UnsupportedError."""
         i = self._index[name]
+        if self.tensors[i].type_name not in _DECODED:  # before memory for a shape that no bytes stand for
+            raise UnsupportedError(
+                f"`{self.path}`: tensor `{name}` is {self.tensors[i].type_name}, which this build cannot decode"
+            )
         out = np.empty(self.tensors[i].shape[::-1], np.float32)
         _engine.gguf_decode(self._handle, i, out)
         return out
@@ -73,7 +80,7 @@ class Gguf:
         return np.frombuffer(_engine.gguf_bytes(self._handle, self._index[name]), np.uint8)
 
     def close(self) -> None:
-        """Unmap the file; what was read stays."""
+        """Unmap the file, after the reads that are under way; what was read stays."""
         _engine.gguf_close(self._handle)
 
     def __enter__(self) -> Gguf:

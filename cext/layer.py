@@ -104,7 +104,7 @@ class Layer:
         return out, taps
 
     def close(self) -> None:
-        """Let go of the arrays and the threads."""
+        """Let go of the arrays and the threads, after the calls that are under way."""
         _engine.block_close(self._handle)
 
     def __enter__(self) -> Layer:

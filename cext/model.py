@@ -91,6 +91,9 @@ class Model:
     on the processor. Devices work at the same time where the model allows it: the routed experts of a layer that
     are placed apart. Where their arithmetic is the same, so are the logits.
 
+    A forked process opens its own: evaluating this one there raises ArgumentError. When the file is written to or cut
+    short while it is open, evaluating raises FileError.
+
     notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed.
     """
 
@@ -112,6 +115,7 @@ class Model:
         hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
         self._sessions: WeakSet[Session] = WeakSet()
+        self._listing = threading.Lock()  # a set that grows cannot be walked
 
     def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
         """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError.
@@ -121,7 +125,8 @@ class Model:
         key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
         """
         session = Session(self, n_ctx, kv_type)
-        self._sessions.add(session)
+        with self._listing:
+            self._sessions.add(session)
         return session
 
     def expert_uses(self) -> NDArray[np.uint64]:
@@ -134,12 +139,12 @@ class Model:
         return uses
 
     def close(self) -> None:
-        """Release the file and the threads; its sessions raise from then on. BusyError while one evaluates."""
-        sessions = list(self._sessions)
-        with _Alone([session._lock for session in sessions]):
-            for session in sessions:
-                _engine.session_close(session._handle)
-            _engine.model_close(self._handle)
+        """Release the file and the threads, after the steps that are under way; its sessions raise from then on."""
+        with self._listing:
+            sessions = list(self._sessions)
+        for session in sessions:
+            _engine.session_close(session._handle)
+        _engine.model_close(self._handle)
 
     def __enter__(self) -> Model:
         return self

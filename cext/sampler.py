@@ -31,6 +31,8 @@ class Sampler:
         seed: int | None = None,
     ) -> None:
         self.seed = secrets.randbits(32) if seed is None else seed
+        if not 0 <= self.seed < 1 << 64:
+            raise ArgumentError(f"seed is {self.seed}, expected 0 to 2^64 - 1")
         self._repeat_last_n = repeat_last_n
         self._handle = _engine.sampler_open(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, self.seed)
 

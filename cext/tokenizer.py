@@ -49,6 +49,22 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
 
+class _Vocab(int):
+    """llama.cpp's vocabulary: its address. The model that it lies in is freed with the last reference, of which a call
+    under way in another thread holds one."""
+
+    _model: Any
+
+    def __new__(cls, model: Any) -> _Vocab:
+        vocab = super().__new__(cls, llama_cpp.llama_model_get_vocab(model))
+        vocab._model = model
+        return vocab
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be ending
+            llama_cpp.llama_model_free(self._model)
+
+
 class Tokenizer:
     """The vocabulary of a GGUF. Raises TokenizerError where the file has none that can be used, OSError where no file.
 
@@ -59,15 +75,15 @@ class Tokenizer:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = os.fsdecode(path)
-        self._model = self._vocab = None
+        self._vocab: _Vocab | None = None
         self._pieces: dict[int, bytes] = {}
         self._facts = vocabulary.read(self.path)
         self.n_vocab, self.chat_template = self._facts.n_vocab, self._facts.template
         self.bos, self.eos = self._facts.named.get("bos"), self._facts.named.get("eos")
         self._special: dict[int, str | None] = dict(self._facts.specials)
         self.marker_ids = {text: token for token, text in self._facts.specials.items() if len(text) > 1}
-        self._model, log = vocabulary.load(self.path)
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        model, log = vocabulary.load(self.path)
+        self._vocab = _Vocab(model)
         self.add_bos: bool = self.bos is not None and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.notes = self._assumptions(log.warnings)
 
@@ -93,20 +109,14 @@ class Tokenizer:
         return (*notes, *(f"`{self.path}`: llama.cpp says: {line}" for line in told[:MAX_TOLD]))
 
     def close(self) -> None:
-        """Release the vocabulary. Calls after it raise TokenizerError."""
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-            self._model = self._vocab = None
+        """Release the vocabulary, after the calls that are under way. Calls after it raise TokenizerError."""
+        self._vocab = None
 
     def __enter__(self) -> Tokenizer:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
 
     # Text to ids.
 
@@ -154,8 +164,9 @@ class Tokenizer:
     def special_text(self, token: int) -> str | None:
         """The spelling of a token that marks structure (vocabulary.Vocabulary.specials); None for ordinary tokens."""
         if token not in self._special:  # llama.cpp knows a few ends by their spelling
-            control = llama_cpp.llama_vocab_is_control(self._open_vocab(), token)
-            text = (llama_cpp.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
+            vocab = self._open_vocab()
+            control = llama_cpp.llama_vocab_is_control(vocab, token)
+            text = (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace")
             self._special[token] = text if control else None
         return self._special[token]
 
@@ -191,10 +202,11 @@ class Tokenizer:
             raise TokenizerError(f"`{self.path}`: the vocabulary cannot spell {text[:40]!r}")
         return list(ids[:n])
 
-    def _open_vocab(self) -> Any:
-        if self._vocab is None:
+    def _open_vocab(self) -> _Vocab:
+        vocab = self._vocab
+        if vocab is None:
             raise TokenizerError(f"`{self.path}`: the tokenizer was closed")
-        return self._vocab
+        return vocab
 
     # Ids to text.
 
@@ -204,10 +216,11 @@ class Tokenizer:
             if not 0 <= token < self.n_vocab:  # a padded row of the head, which no text has
                 return b""
             buffer = ctypes.create_string_buffer(64)
-            n = llama_cpp.llama_token_to_piece(self._open_vocab(), token, buffer, len(buffer), 0, False)
+            vocab = self._open_vocab()
+            n = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, False)
             if n < 0:
                 buffer = ctypes.create_string_buffer(-n)
-                n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+                n = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, False)
             piece = buffer.raw[: max(n, 0)]
             if not piece and self.special_text(token) in REASONING:  # part of the answer's text, whatever its type
                 piece = (self.special_text(token) or "").encode()

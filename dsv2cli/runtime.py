@@ -55,6 +55,8 @@ def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
         model = Model(path, threads)
         tokenizer = loading.result()
     tell(path, model.notes)
+    for line in tokenizer.notes:  # which name the file themselves
+        console.warn(console.printable(line))
     with model, tokenizer:
         n_rows = model.hparams["n_vocab"]
         if tokenizer.n_vocab > n_rows:

@@ -1,6 +1,7 @@
 """Models in several files, as gguf-py writes them (its --split-max-tensors) and as people mislay them."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def test_the_same_model(whole: Path, parts: list[Path]) -> None:
     ids = [3, 1, 4, 1, 5]
     logits = [cext.Model(path, threads=1).session(8).eval(ids) for path in (whole, parts[0])]
     np.testing.assert_array_equal(*logits)
+
+
+def test_a_part_that_changes_under_use_is_told(parts: list[Path]) -> None:
+    time.sleep(0.02)  # a clock of the file system may tick slower than a test writes
+    with Gguf(parts[0]) as many:
+        many.read("output_norm.weight")
+        with parts[3].open("ab") as part:
+            part.write(b"more")
+        with pytest.raises(cext.FileError, match=rf"{parts[3].name}.*bytes long"):
+            many.read("output_norm.weight")
 
 
 def test_found_by_its_folder(parts: list[Path]) -> None:

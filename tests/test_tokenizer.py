@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_the_real_vocabularys_facts(real: Tokenizer) -> None:
 @pytest.mark.parametrize("text", ["User: hi\n\nAssistant:", "naïve — 🦙 你好\n\t ", "", " ", "\0\x1b[31m", "a" * 5000])
 def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_closing_under_use(tmp_path: Path) -> None:
+    """Calls under way in other threads end on a vocabulary that is still there; calls after it are told."""
+    path, wrong = write_vocab(tmp_path / "vocab.gguf"), []
+    text = "User: Hi Assistant, and the rest of it. " * 40
+
+    def work(tokenizer: Tokenizer) -> None:
+        try:
+            while True:
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+        except TokenizerError as error:
+            if "was closed" not in str(error):
+                wrong.append(error)
+        except BaseException as error:
+            wrong.append(error)
+
+    for i in range(20):
+        tokenizer = Tokenizer(path)
+        threads = [threading.Thread(target=work, args=(tokenizer,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.002 * (i % 5))
+        tokenizer.close()
+        tokenizer.close()
+        for thread in threads:
+            thread.join()
+    assert not wrong
 
 
 def test_merges_apply_across_words(tokenizer: Tokenizer) -> None:

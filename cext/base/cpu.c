@@ -84,6 +84,8 @@ const ds_cpu *ds_cpu_get(void) {
     return &found;
 }
 
+long ds_process_id(void) { return (long)getpid(); }
+
 const char *ds_cpu_isa_override(void) {
     const char *name = getenv("DSV2_ISA");
     return name && *name ? name : NULL;

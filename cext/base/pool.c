@@ -35,6 +35,7 @@ typedef struct event {
 
 struct ds_pool {
     int n_threads, n_started;
+    pid_t owner; /* the process whose threads these are */
     int64_t spin_ns; /* 0 where there are more threads than processors: the peer waited for needs this one */
     pthread_t *threads; /* (n_started): workers 1 ... */
     ds_worker *workers; /* (n_threads) */
@@ -216,6 +217,7 @@ static ds_pool *pool_new(int n_threads) {
     }
     memset(pool, 0, sizeof *pool);
     pool->n_threads = n_threads;
+    pool->owner = getpid();
     pool->spin_ns = n_threads <= sysconf(_SC_NPROCESSORS_ONLN) ? SPIN_NS : 0;
     pool->workers = calloc((size_t)n_threads, sizeof *pool->workers);
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
@@ -266,7 +268,9 @@ void ds_pool_destroy(ds_pool *pool) {
     if (!pool) {
         return;
     }
-    stop_workers(pool);
+    if (pool->owner == getpid()) {
+        stop_workers(pool);
+    } /* a forked child has no threads to wait for */
     event_free(&pool->phase);
     event_free(&pool->work);
     pthread_mutex_destroy(&pool->turn);

@@ -19,9 +19,8 @@ typedef struct ds_worker {
 ds_status ds_pool_create(int n_threads, ds_pool **out, ds_error *err);
 void ds_pool_destroy(ds_pool *pool);
 int ds_pool_size(const ds_pool *pool);
-
 /* Run fn(worker, arg) on every worker and return when all have returned. Callers from several threads take turns; fn
- * itself must not call it. A forked child has the pool but not its threads, and must not use it. */
+ * itself must not call it. A forked child has the pool but not its threads: it must not run it, and may destroy it. */
 void ds_pool_run(ds_pool *pool, void (*fn)(const ds_worker *worker, void *arg), void *arg);
 
 /* Wait until every worker of this run has arrived. All memory written before is visible after. */

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -43,7 +44,7 @@ static ds_status fail_system(ds_gguf *g, ds_error *err, const char *verb) {
     return code == ENOENT ? ds_hint(err, "check the path, or fetch a model with dsv2 download") : err->status;
 }
 
-/* Map the whole file read-only. The descriptor is not needed after that. */
+/* Map the whole file read-only. The descriptor stays open: a name may come to mean another file. */
 static ds_status map_file(ds_gguf *g, ds_error *err) {
     struct stat info;
     ds_status st = DS_OK;
@@ -73,9 +74,45 @@ static ds_status map_file(ds_gguf *g, ds_error *err) {
             g->base = base;
             g->size = (size_t)info.st_size;
             g->mapped = true;
+            g->fd = fd;
+            /* The size that was mapped, so that a file which grows or shrinks in this moment counts as changed. */
+            if (!ds_file_stamp_get(fd, &g->stamp)) {
+                return fail_system(g, err, "read its size");
+            }
+            g->stamp.size = info.st_size;
+            return DS_OK;
         }
     }
     close(fd);
+    return st;
+}
+
+static ds_status check_one(const ds_gguf *g, ds_error *err) {
+    ds_file_stamp now;
+    if (!g->mapped) {
+        return DS_OK;
+    }
+    if (!ds_file_stamp_get(g->fd, &now)) {
+        return DS_GGUF_FAIL(g, err, DS_EIO, "cannot read its size: %s", strerror(errno));
+    }
+    if (ds_file_stamp_equal(&now, &g->stamp)) {
+        return DS_OK;
+    }
+    if (now.size != g->stamp.size) {
+        DS_GGUF_FAIL(g, err, DS_EIO, "the file was %" PRId64 " bytes long when it was opened and is %" PRId64 " now",
+                     g->stamp.size, now.size);
+    } else {
+        DS_GGUF_FAIL(g, err, DS_EIO, "the file was written to after it was opened");
+    }
+    return ds_hint(err,
+                   "open it again once it is whole; to replace a model in use, move the new file over the old name");
+}
+
+ds_status ds_gguf_check(const ds_gguf *gguf, ds_error *err) {
+    ds_status st = check_one(gguf, err);
+    for (int64_t i = 1; gguf->parts && i < gguf->n_split && st == DS_OK; i++) {
+        st = check_one(gguf->parts[i - 1], err);
+    }
     return st;
 }
 
@@ -137,6 +174,7 @@ void ds_gguf_close(ds_gguf *gguf) {
     free(gguf->parts);
     if (gguf->mapped) {
         ds_pages_release((void *)gguf->base, gguf->size);
+        close(gguf->fd);
     }
     free(gguf->kv);
     free(gguf->kv_names);

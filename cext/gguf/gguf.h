@@ -1,7 +1,7 @@
 /* gguf.h: a read-only view of a GGUF file (v2 and v3, little-endian), mapped or borrowed from memory.
  * Owns the mapping and the parsed directory. Refuses everything that it has not proved: each count, length, offset,
  * shape and type is checked against the file's size before use. Values and weights are lent from the mapping, not
- * copied: a file must not be rewritten in place or cut short while a view of it is open. */
+ * copied: a file must not be rewritten in place or cut short while a view of it is open. ds_gguf_check tells if it was. */
 #pragma once
 
 #include <stdbool.h>
@@ -60,6 +60,10 @@ ds_status ds_gguf_open(const char *path, ds_gguf **out, ds_error *err);
 /* Parse a buffer, aligned to 8 bytes, that the caller keeps alive and unchanged until close; label names it in errors. */
 ds_status ds_gguf_view(const void *data, size_t size, const char *label, ds_gguf **out, ds_error *err);
 void ds_gguf_close(ds_gguf *gguf);
+
+/* Whether the mapped files are as they were when they were opened: DS_EIO where one was cut short or written to. Costs a
+ * system call a file. What is read between two checks that succeed is what was opened. */
+ds_status ds_gguf_check(const ds_gguf *gguf, ds_error *err);
 
 const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
 size_t ds_gguf_size(const ds_gguf *gguf); /* bytes of the file, or of all parts */

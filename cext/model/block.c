@@ -77,7 +77,8 @@ ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok
     ds_kv_store store;
     ds_kv *kv;
     ds_span *spans;
-    ds_status st = DS_OK;
+    ds_status st = ds_core_check(&block->core, err);
+    if (st != DS_OK) return st;
     for (int i = 0; tap && i < tap->n; i++) {
         if (!ds_tap_within(block->core.weights.sublayer, tap->entries[i].point))
             return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cpu.h"
 #include "base/pages.h"
 
 enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
@@ -42,6 +43,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_be
                          ds_error *err) {
     ds_status st;
     memset(out, 0, sizeof *out);
+    out->process = ds_process_id();
     if ((st = ds_config_read(metadata, source, &out->config, err)) != DS_OK) return st;
     if (layer_end < 0) layer_end = out->config.n_layer;
     if (layer_begin < 0 || layer_end > out->config.n_layer) {
@@ -63,6 +65,12 @@ void ds_core_release(ds_core *core) {
     free(core->program);
     free(core->tail_spans);
     pthread_mutex_destroy(&core->lock);
+}
+
+ds_status ds_core_check(const ds_core *core, ds_error *err) {
+    if (core->process == ds_process_id()) return DS_OK;
+    ds_fail(err, DS_EINVAL, "the model was opened in process %ld, and its threads are there", core->process);
+    return ds_hint(err, "after a fork, open the model in the child: weights are mapped once for all");
 }
 
 /* ---- Room ---- */

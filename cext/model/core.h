@@ -37,6 +37,7 @@ typedef struct ds_core {
     ds_op *program;
     int n_ops;
     ds_span *tail_spans; /* (DS_CHUNK) */
+    long process; /* that made it, and has its threads */
     pthread_mutex_t lock; /* one step at a time: all of the above is shared */
 } ds_core;
 
@@ -46,6 +47,10 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_be
                          ds_sublayer sublayer, const ds_device *processor, const ds_placement *placement, ds_core *out,
                          ds_error *err);
 void ds_core_release(ds_core *core);
+
+/* Whether this is the process that made it: one forked from that has not its threads, and would wait for them for ever
+ * (DS_EINVAL). To be asked before anything that another thread may have locked at the fork. */
+ds_status ds_core_check(const ds_core *core, ds_error *err);
 
 /* Run a step. On failure what it was to fill is undefined. */
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err);

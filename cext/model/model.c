@@ -1,4 +1,5 @@
 /* model.c: models over a GGUF, their sessions, and the evaluation of tokens. Owns the file and the caches. */
+#include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -157,7 +158,6 @@ ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
 }
 
 static ds_status check_input(const ds_model *model, const ds_input *in, ds_error *err) {
-    const ds_config *c = &model->core.config;
     const ds_session *s = in->session;
     if (s->model != model) return ds_fail(err, DS_EINVAL, "the sessions of a step belong to different models");
     if (in->n < 1) return ds_fail(err, DS_EINVAL, "no tokens to evaluate");
@@ -168,10 +168,14 @@ static ds_status check_input(const ds_model *model, const ds_input *in, ds_error
                 s->n_past);
         return ds_hint(err, "open the session with a larger n_ctx, or rewind it");
     }
-    for (int i = 0; i < in->n; i++) {
-        if (in->ids[i] < 0 || in->ids[i] >= c->n_vocab) {
-            return ds_fail(err, DS_EINVAL, "token %d has id %d, expected 0 to %d", i, in->ids[i], c->n_vocab - 1);
-        }
+    return DS_OK;
+}
+
+/* The ids are the step's own by now: the caller's array may change under a check. */
+static ds_status check_ids(const ds_config *c, const int32_t *ids, int n, ds_error *err) {
+    for (int i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= c->n_vocab)
+            return ds_fail(err, DS_EINVAL, "token %d has id %d, expected 0 to %d", i, ids[i], c->n_vocab - 1);
     }
     return DS_OK;
 }
@@ -193,30 +197,75 @@ static ds_status reserve(const ds_request *step, const ds_input *inputs, ds_erro
     return st;
 }
 
+/* A value that is no number spreads to all logits: such an answer is refused, with the file's name. */
+static ds_status check_logits(const ds_model *model, const ds_request *step, ds_error *err) {
+    const size_t n = (size_t)model->core.config.n_vocab;
+    for (int i = 0; i < step->n_logits; i++) {
+        const float *row = step->logits + (size_t)i * n;
+        size_t j = 0;
+        while (j < n && !isfinite(row[j])) j++;
+        if (j < n) continue;
+        ds_fail(err, DS_EFORMAT, "%s: none of the %zu logits after token %d of the step is a finite number",
+                ds_gguf_label(model->gguf), n, step->logit_rows[i]);
+        return ds_hint(err, "its weights are damaged, or were when it was made: compare its sha256 with its source's, "
+                            "download or quantize it again");
+    }
+    return DS_OK;
+}
+
+/* Lay the inputs out as a step in the arrays that step, rows and spans point to, and check them. */
+static ds_status lay_out(const ds_model *model, const ds_input *inputs, int n_inputs, int32_t *ids, int32_t *rows,
+                         ds_span *spans, ds_request *step, ds_error *err) {
+    ds_status st = DS_OK;
+    for (int i = 0; i < n_inputs && st == DS_OK; i++) {
+        const ds_input *in = &inputs[i];
+        spans[i] = (ds_span){&in->session->kv, step->n_tok, in->n, in->session->n_past};
+        memcpy(ids + step->n_tok, in->ids, (size_t)in->n * sizeof *ids);
+        st = check_ids(&model->core.config, ids + step->n_tok, in->n, err);
+        step->n_tok += in->n;
+        for (int t = in->n_logits; t > 0; t--) rows[step->n_logits++] = step->n_tok - t;
+    }
+    step->ids = ids, step->logit_rows = rows, step->spans = spans, step->n_spans = n_inputs;
+    return st;
+}
+
+/* Run a step whose inputs are laid out. */
+static ds_status run_step(ds_model *model, const ds_input *inputs, ds_request *step, ds_error *err) {
+    ds_status st = reserve(step, inputs, err);
+    if (st != DS_OK) return st;
+    /* Before the step, lest it read past the end of a file cut short; after it, lest it has read half of another. */
+    if ((st = ds_gguf_check(model->gguf, err)) == DS_OK && (st = ds_core_run(&model->core, step, err)) == DS_OK &&
+        (st = ds_gguf_check(model->gguf, err)) == DS_OK)
+        st = check_logits(model, step, err);
+    if (st != DS_OK) give_up(inputs, step->n_spans);
+    return st;
+}
+
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err) {
-    int32_t ids[DS_MAX_STEP], rows[DS_MAX_STEP];
-    ds_span spans[DS_MAX_INPUTS];
-    ds_request step = {
-        .ids = ids, .spans = spans, .n_spans = n_inputs, .logit_rows = rows, .logits = logits, .tap = tap};
-    ds_status st;
+    ds_request step = {.logits = logits, .tap = tap};
+    int n_tok = 0;
+    ds_status st = ds_core_check(&model->core, err);
+    if (st != DS_OK) return st;
     if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS)
         return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);
     for (int i = 0; i < n_inputs; i++) {
-        const ds_input *in = &inputs[i];
-        if ((st = check_input(model, in, err)) != DS_OK) return st;
-        if (in->n > DS_MAX_STEP - step.n_tok)
+        if ((st = check_input(model, &inputs[i], err)) != DS_OK) return st;
+        if (inputs[i].n > DS_MAX_STEP - n_tok)
             return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", DS_MAX_STEP);
         for (int j = 0; j < i; j++) {
-            if (inputs[j].session == in->session)
+            if (inputs[j].session == inputs[i].session)
                 return ds_fail(err, DS_EINVAL, "session %d of the step stands in it twice", i);
         }
-        spans[i] = (ds_span){&in->session->kv, step.n_tok, in->n, in->session->n_past};
-        memcpy(ids + step.n_tok, in->ids, (size_t)in->n * sizeof *ids);
-        step.n_tok += in->n;
-        for (int t = in->n_logits; t > 0; t--) rows[step.n_logits++] = step.n_tok - t;
+        n_tok += inputs[i].n;
     }
-    if ((st = reserve(&step, inputs, err)) != DS_OK) return st;
-    if ((st = ds_core_run(&model->core, &step, err)) != DS_OK) return give_up(inputs, n_inputs), st;
+    /* Not on the stack: a caller's thread may have 128 KiB of it. */
+    ds_span *spans = malloc((size_t)n_inputs * sizeof *spans + 2 * (size_t)n_tok * sizeof(int32_t));
+    if (!spans) return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens", n_tok);
+    int32_t *ids = (int32_t *)(spans + n_inputs);
+    if ((st = lay_out(model, inputs, n_inputs, ids, ids + n_tok, spans, &step, err)) == DS_OK)
+        st = run_step(model, inputs, &step, err);
+    free(spans);
+    if (st != DS_OK) return st;
     for (int i = 0; i < n_inputs; i++) inputs[i].session->n_past += inputs[i].n;
     for (int i = 0; tap && i < tap->n; i++) tap->entries[i].row += step.n_tok;
     return DS_OK;

@@ -277,7 +277,8 @@ ds_status ds_sampler_sample(ds_sampler *sampler, const float *logits, int n_voca
     const int n = collect(sampler, logits, n_vocab);
     if (n == 0) {
         ds_fail(err, DS_EINVAL, "none of the %d logits is a number above -inf", n_vocab);
-        return ds_hint(err, "the model's weights may be damaged: check the file with dsv2 inspect");
+        return ds_hint(err, "the model's weights are damaged: compare the file's sha256 with its source's, download or "
+                            "quantize it again");
     }
     candidate best = sampler->heap[0];
     for (int i = 1; i < n; i++) {

@@ -91,43 +91,40 @@ static PyObject *block_open(PyObject *self, PyObject *args) {
     return NULL;
 }
 
-static PyObject *block_close(PyObject *self, PyObject *capsule) {
-    ds_py_close(capsule, DS_PY_BLOCK);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
+static PyObject *block_close(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_BLOCK); }
 
-static PyObject *block_hparams(PyObject *self, PyObject *capsule) {
-    const bound *b = ds_py_borrow(capsule, DS_PY_BLOCK);
-    return b ? ds_py_config(ds_block_config(b->block)) : NULL;
+static PyObject *block_hparams(void *pointer, PyObject *args) {
+    const bound *b = pointer;
+    return ds_py_config(ds_block_config(b->block));
 }
+DS_PY_HELD(block_hparams, DS_PY_BLOCK)
 
 /* block_tap_shape(block, name) -> (row width, is int32) */
-static PyObject *block_tap_shape(PyObject *self, PyObject *args) {
+static PyObject *block_tap_shape(void *pointer, PyObject *args) {
     PyObject *capsule;
     const char *name;
-    const bound *b;
+    const bound *b = pointer;
     ds_tap_point point;
     int il;
-    if (!PyArg_ParseTuple(args, "Os", &capsule, &name) || !(b = ds_py_borrow(capsule, DS_PY_BLOCK))) return NULL;
+    if (!PyArg_ParseTuple(args, "Os", &capsule, &name)) return NULL;
     const ds_config *config = ds_block_config(b->block);
     if (!ds_tap_parse(config, name, &point, &il))
         return PyErr_Format(PyExc_ValueError, "the layer has no intermediate named `%s`", name);
     return Py_BuildValue("(iO)", ds_tap_width(config, point), ds_tap_is_int(point) ? Py_True : Py_False);
 }
+DS_PY_HELD(block_tap_shape, DS_PY_BLOCK)
 
 /* block_forward(block, x, n_seq, n_tok, y, [(tap name, buffer)]) */
-static PyObject *block_forward(PyObject *self, PyObject *args) {
+static PyObject *block_forward(void *pointer, PyObject *args) {
     PyObject *capsule, *x, *y, *taps;
     int n_seq, n_tok;
-    const bound *b;
+    const bound *b = pointer;
     Py_buffer in, out = {0};
     ds_py_tap tap = {0};
     ds_error err;
     ds_status st = DS_OK;
     bool ok;
-    if (!PyArg_ParseTuple(args, "OOiiOO!", &capsule, &x, &n_seq, &n_tok, &y, &PyList_Type, &taps) ||
-        !(b = ds_py_borrow(capsule, DS_PY_BLOCK)))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "OOiiOO!", &capsule, &x, &n_seq, &n_tok, &y, &PyList_Type, &taps)) return NULL;
     if (n_seq < 1 || n_tok < 1 || n_tok > 1 << 20 || n_seq > 1 << 20)
         return PyErr_Format(PyExc_ValueError, "%d windows of %d tokens", n_seq, n_tok);
     size_t rows = (size_t)n_seq * (size_t)n_tok,
@@ -145,9 +142,13 @@ static PyObject *block_forward(PyObject *self, PyObject *args) {
     PyBuffer_Release(&in);
     return ok && st == DS_OK ? Py_NewRef(Py_None) : NULL;
 }
+DS_PY_HELD(block_forward, DS_PY_BLOCK)
 
 PyMethodDef ds_py_block_methods[] = {
-    {"block_open", block_open, METH_VARARGS, NULL},       {"block_close", block_close, METH_O, NULL},
-    {"block_hparams", block_hparams, METH_O, NULL},       {"block_tap_shape", block_tap_shape, METH_VARARGS, NULL},
-    {"block_forward", block_forward, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"block_open", block_open, METH_VARARGS, NULL},
+    {"block_close", block_close, METH_O, NULL},
+    {"block_hparams", block_hparams_held, METH_O, NULL},
+    {"block_tap_shape", block_tap_shape_held, METH_VARARGS, NULL},
+    {"block_forward", block_forward_held, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };

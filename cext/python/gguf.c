@@ -23,14 +23,15 @@ static PyObject *gguf_open(PyObject *self, PyObject *args) {
     return capsule;
 }
 
-static PyObject *gguf_close(PyObject *self, PyObject *capsule) {
-    ds_py_close(capsule, DS_PY_GGUF);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
+static PyObject *gguf_close(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_GGUF); }
 
-static PyObject *gguf_size(PyObject *self, PyObject *capsule) {
-    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
-    return gguf ? PyLong_FromSize_t(ds_gguf_size(gguf)) : NULL;
+static PyObject *gguf_size(void *gguf, PyObject *args) { return PyLong_FromSize_t(ds_gguf_size(gguf)); }
+DS_PY_HELD(gguf_size, DS_PY_GGUF)
+
+/* Whether the file is as it was when it was opened: what stands in it is lent, not copied. */
+static bool unchanged(const ds_gguf *gguf) {
+    ds_error err;
+    return ds_gguf_check(gguf, &err) == DS_OK || ds_py_raise(&err);
 }
 
 static PyObject *text(ds_str s) { return PyUnicode_DecodeUTF8(s.data, (Py_ssize_t)s.size, "surrogateescape"); }
@@ -93,9 +94,8 @@ static PyObject *entry(const ds_gguf_kv *kv) {
     return list;
 }
 
-static PyObject *gguf_keys(PyObject *self, PyObject *capsule) {
-    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
-    PyObject *list = gguf ? PyList_New(0) : NULL;
+static PyObject *gguf_keys(void *gguf, PyObject *args) {
+    PyObject *list = unchanged(gguf) ? PyList_New(0) : NULL;
     for (size_t i = 0; list && i < ds_gguf_n_kv(gguf); i++) {
         PyObject *key = text(ds_gguf_kv_at(gguf, i)->key);
         if (!key || PyList_Append(list, key) != 0) Py_CLEAR(list);
@@ -103,20 +103,20 @@ static PyObject *gguf_keys(PyObject *self, PyObject *capsule) {
     }
     return list;
 }
+DS_PY_HELD(gguf_keys, DS_PY_GGUF)
 
-static PyObject *gguf_value(PyObject *self, PyObject *args) {
+static PyObject *gguf_value(void *gguf, PyObject *args) {
     PyObject *capsule;
     Py_ssize_t i;
-    const ds_gguf *gguf;
-    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !unchanged(gguf)) return NULL;
     if (i < 0 || (size_t)i >= ds_gguf_n_kv(gguf)) return PyErr_Format(PyExc_IndexError, "no metadata entry %zd", i);
     return entry(ds_gguf_kv_at(gguf, (size_t)i));
 }
+DS_PY_HELD(gguf_value, DS_PY_GGUF)
 
 /* [(name, type id, type name or None where nothing is known of it, shape, offset, bytes)] */
-static PyObject *gguf_tensors(PyObject *self, PyObject *capsule) {
-    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
-    PyObject *list = gguf ? PyList_New(0) : NULL;
+static PyObject *gguf_tensors(void *gguf, PyObject *args) {
+    PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < ds_gguf_n_tensors(gguf); i++) {
         const ds_tensor *t = ds_gguf_tensor_at(gguf, i);
         PyObject *shape = PyTuple_New(t->n_dims), *name, *record;
@@ -134,25 +134,25 @@ static PyObject *gguf_tensors(PyObject *self, PyObject *capsule) {
     }
     return list;
 }
+DS_PY_HELD(gguf_tensors, DS_PY_GGUF)
 
-static PyObject *gguf_bytes(PyObject *self, PyObject *args) {
+static PyObject *gguf_bytes(void *gguf, PyObject *args) {
     PyObject *capsule;
     Py_ssize_t i;
-    const ds_gguf *gguf;
-    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (!PyArg_ParseTuple(args, "On", &capsule, &i) || !unchanged(gguf)) return NULL;
     if (i < 0 || (size_t)i >= ds_gguf_n_tensors(gguf)) return PyErr_Format(PyExc_IndexError, "no tensor %zd", i);
     const ds_tensor *t = ds_gguf_tensor_at(gguf, (size_t)i);
     return PyBytes_FromStringAndSize(t->data, (Py_ssize_t)t->n_bytes);
 }
+DS_PY_HELD(gguf_bytes, DS_PY_GGUF)
 
 /* gguf_decode(gguf, i, out): the tensor as float32 into out. */
-static PyObject *gguf_decode(PyObject *self, PyObject *args) {
+static PyObject *gguf_decode(void *gguf, PyObject *args) {
     PyObject *capsule, *out;
     Py_ssize_t i;
-    const ds_gguf *gguf;
     Py_buffer buffer;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "OnO", &capsule, &i, &out) || !(gguf = ds_py_borrow(capsule, DS_PY_GGUF))) return NULL;
+    if (!PyArg_ParseTuple(args, "OnO", &capsule, &i, &out) || !unchanged(gguf)) return NULL;
     if (i < 0 || (size_t)i >= ds_gguf_n_tensors(gguf)) return PyErr_Format(PyExc_IndexError, "no tensor %zd", i);
     const ds_tensor *t = ds_gguf_tensor_at(gguf, (size_t)i);
     int64_t n = t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
@@ -168,23 +168,24 @@ static PyObject *gguf_decode(PyObject *self, PyObject *args) {
     ds_dequantize_row(t->format, n, t->data, buffer.buf);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&buffer);
-    Py_RETURN_NONE;
+    return unchanged(gguf) ? Py_NewRef(Py_None) : NULL;
 }
+DS_PY_HELD(gguf_decode, DS_PY_GGUF)
 
 /* gguf_shape(gguf) -> (hparams, notes) of the model in it */
-static PyObject *gguf_shape(PyObject *self, PyObject *capsule) {
-    const ds_gguf *gguf = ds_py_borrow(capsule, DS_PY_GGUF);
+static PyObject *gguf_shape(void *gguf, PyObject *args) {
     ds_config config;
     ds_error err;
-    if (!gguf) return NULL;
+    if (!unchanged(gguf)) return NULL;
     if (ds_config_of(gguf, &config, &err) != DS_OK) return ds_py_raise(&err);
     return Py_BuildValue("(NN)", ds_py_config(&config), ds_py_notes(&config.notes));
 }
+DS_PY_HELD(gguf_shape, DS_PY_GGUF)
 
 PyMethodDef ds_py_gguf_methods[] = {
-    {"gguf_open", gguf_open, METH_VARARGS, NULL},     {"gguf_close", gguf_close, METH_O, NULL},
-    {"gguf_size", gguf_size, METH_O, NULL},           {"gguf_keys", gguf_keys, METH_O, NULL},
-    {"gguf_value", gguf_value, METH_VARARGS, NULL},   {"gguf_tensors", gguf_tensors, METH_O, NULL},
-    {"gguf_bytes", gguf_bytes, METH_VARARGS, NULL},   {"gguf_shape", gguf_shape, METH_O, NULL},
-    {"gguf_decode", gguf_decode, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"gguf_open", gguf_open, METH_VARARGS, NULL},          {"gguf_close", gguf_close, METH_O, NULL},
+    {"gguf_size", gguf_size_held, METH_O, NULL},           {"gguf_keys", gguf_keys_held, METH_O, NULL},
+    {"gguf_value", gguf_value_held, METH_VARARGS, NULL},   {"gguf_tensors", gguf_tensors_held, METH_O, NULL},
+    {"gguf_bytes", gguf_bytes_held, METH_VARARGS, NULL},   {"gguf_shape", gguf_shape_held, METH_O, NULL},
+    {"gguf_decode", gguf_decode_held, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
 };

@@ -1,6 +1,7 @@
 /* model.c: models and sessions. The GIL is released around every step; Python keeps two threads out of one session. */
 #include "python/py.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -81,11 +82,10 @@ static PyObject *model_open(PyObject *self, PyObject *args) {
 }
 
 /* model_expert_uses(model, out uint64 (n_layer, n_expert)) */
-static PyObject *model_expert_uses(PyObject *self, PyObject *args) {
+static PyObject *model_expert_uses(void *model, PyObject *args) {
     PyObject *capsule, *out;
-    ds_model *model;
     Py_buffer view;
-    if (!PyArg_ParseTuple(args, "OO", &capsule, &out) || !(model = ds_py_borrow(capsule, DS_PY_MODEL))) return NULL;
+    if (!PyArg_ParseTuple(args, "OO", &capsule, &out)) return NULL;
     const ds_config *c = ds_model_config(model);
     if (!ds_py_buffer(out, (size_t)c->n_layer * (size_t)c->n_expert * sizeof(uint64_t), true, &view)) return NULL;
     Py_BEGIN_ALLOW_THREADS
@@ -94,155 +94,174 @@ static PyObject *model_expert_uses(PyObject *self, PyObject *args) {
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
 }
+DS_PY_HELD(model_expert_uses, DS_PY_MODEL)
 
-static PyObject *model_close(PyObject *self, PyObject *capsule) {
-    ds_py_close(capsule, DS_PY_MODEL);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
+static PyObject *model_close(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_MODEL); }
 
 /* model_info(model) -> (hparams, threads, isa, bytes of all tensors, notes) */
-static PyObject *model_info(PyObject *self, PyObject *capsule) {
-    const ds_model *model = ds_py_borrow(capsule, DS_PY_MODEL);
+static PyObject *model_info(void *model, PyObject *args) {
     unsigned long long bytes = 0;
-    if (!model) return NULL;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
     return Py_BuildValue("(NisKN)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
                          bytes, ds_py_notes(&ds_model_config(model)->notes));
 }
+DS_PY_HELD(model_info, DS_PY_MODEL)
 
 /* tap_shape(model, name) -> (row width, is int32) of an intermediate */
-static PyObject *tap_shape(PyObject *self, PyObject *args) {
+static PyObject *tap_shape(void *model, PyObject *args) {
     PyObject *capsule;
     const char *name;
-    const ds_model *model;
     ds_tap_point point;
     int il;
-    if (!PyArg_ParseTuple(args, "Os", &capsule, &name) || !(model = ds_py_borrow(capsule, DS_PY_MODEL))) return NULL;
+    if (!PyArg_ParseTuple(args, "Os", &capsule, &name)) return NULL;
     if (!ds_tap_parse(ds_model_config(model), name, &point, &il))
         return PyErr_Format(PyExc_ValueError, "the model has no intermediate named `%s`", name);
     return Py_BuildValue("(iO)", ds_tap_width(ds_model_config(model), point),
                          ds_tap_is_int(point) ? Py_True : Py_False);
 }
+DS_PY_HELD(tap_shape, DS_PY_MODEL)
 
 /* session_open(model, n_ctx, kv_type) */
-static PyObject *session_open(PyObject *self, PyObject *args) {
+static PyObject *session_open(void *model, PyObject *args) {
     PyObject *capsule;
     int n_ctx;
     const char *kv_type;
-    ds_model *model;
     ds_session *session;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "Ois", &capsule, &n_ctx, &kv_type) || !(model = ds_py_borrow(capsule, DS_PY_MODEL)))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "Ois", &capsule, &n_ctx, &kv_type)) return NULL;
     if (ds_session_create(model, n_ctx, kv_type, &session, &err) != DS_OK) return ds_py_raise(&err);
     return ds_py_own(session, DS_PY_SESSION, release_session);
 }
+DS_PY_HELD(session_open, DS_PY_MODEL)
 
-static PyObject *session_close(PyObject *self, PyObject *capsule) {
-    ds_py_close(capsule, DS_PY_SESSION);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
+static PyObject *session_close(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_SESSION); }
 
 /* session_info(session) -> (n_ctx, n_past, bytes, kv_type) */
-static PyObject *session_info(PyObject *self, PyObject *capsule) {
-    const ds_session *s = ds_py_borrow(capsule, DS_PY_SESSION);
-    if (!s) return NULL;
+static PyObject *session_info(void *s, PyObject *args) {
     return Py_BuildValue("(iins)", ds_session_n_ctx(s), ds_session_n_past(s), (Py_ssize_t)ds_session_bytes(s),
                          ds_session_kv_type(s));
 }
+DS_PY_HELD(session_info, DS_PY_SESSION)
 
-static PyObject *session_rewind(PyObject *self, PyObject *args) {
+static PyObject *session_rewind(void *session, PyObject *args) {
     PyObject *capsule;
     int n;
-    ds_session *session;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n) || !(session = ds_py_borrow(capsule, DS_PY_SESSION))) return NULL;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n)) return NULL;
     if (ds_session_rewind(session, n, &err) != DS_OK) return ds_py_raise(&err);
     Py_RETURN_NONE;
 }
+DS_PY_HELD(session_rewind, DS_PY_SESSION)
 
-static PyObject *session_repeat(PyObject *self, PyObject *args) {
+static PyObject *session_repeat(void *session, PyObject *args) {
     PyObject *capsule;
     int n;
-    ds_session *session;
     ds_status st;
     ds_error err;
-    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n) || !(session = ds_py_borrow(capsule, DS_PY_SESSION))) return NULL;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n)) return NULL;
     Py_BEGIN_ALLOW_THREADS
     st = ds_session_repeat(session, n, &err);
     Py_END_ALLOW_THREADS
     if (st != DS_OK) return ds_py_raise(&err);
     Py_RETURN_NONE;
 }
+DS_PY_HELD(session_repeat, DS_PY_SESSION)
 
-/* The inputs of a step from [(session, ids buffer, n_logits)]; views[i] holds the buffer of input i. Returns their number or -1. */
-static int open_inputs(PyObject *list, ds_input *inputs, Py_buffer *views) {
-    Py_ssize_t n = PyList_Size(list);
-    if (n < 1 || n > DS_MAX_STEP)
-        return PyErr_Format(PyExc_ValueError, "%zd sequences in a step: expected 1 to %d", n, DS_MAX_STEP), -1;
-    for (Py_ssize_t i = 0; i < n; i++) {
-        PyObject *capsule, *ids;
-        bool ok = PyArg_ParseTuple(PyList_GetItem(list, i), "OOi", &capsule, &ids, &inputs[i].n_logits);
-        inputs[i].session = ok ? ds_py_borrow(capsule, DS_PY_SESSION) : NULL;
-        if (!inputs[i].session || !ds_py_buffer(ids, 0, false, &views[i])) {
-            while (i--) PyBuffer_Release(&views[i]);
-            return -1;
-        }
-        inputs[i].ids = views[i].buf;
-        inputs[i].n = views[i].len / (Py_ssize_t)sizeof(int32_t) > DS_MAX_STEP
-                          ? DS_MAX_STEP + 1
-                          : (int)(views[i].len / (Py_ssize_t)sizeof(int32_t));
+/* The inputs of a step, with what they hold. */
+typedef struct batch {
+    int n;
+    ds_input *inputs; /* (n) */
+    Py_buffer *ids; /* (n) */
+    PyObject **sessions; /* (n) held */
+} batch;
+
+static void batch_close(batch *b) {
+    for (int i = 0; i < b->n; i++) {
+        PyBuffer_Release(&b->ids[i]);
+        ds_py_drop(b->sessions[i], DS_PY_SESSION);
+        Py_DECREF(b->sessions[i]);
     }
-    return (int)n;
+    free(b->inputs);
+    free(b->ids);
+    free(b->sessions);
+}
+
+/* Take the next (session, ids buffer, n_logits). */
+static bool batch_add(batch *b, PyObject *item) {
+    ds_input *in = &b->inputs[b->n];
+    PyObject *session, *ids;
+    if (!PyArg_ParseTuple(item, "OOi", &session, &ids, &in->n_logits)) return false;
+    if (!(in->session = ds_py_hold(session, DS_PY_SESSION))) return false;
+    if (!ds_py_buffer(ids, 0, false, &b->ids[b->n])) return ds_py_drop(session, DS_PY_SESSION), false;
+    const Py_ssize_t n = b->ids[b->n].len / (Py_ssize_t)sizeof(int32_t);
+    in->ids = b->ids[b->n].buf;
+    in->n = n > DS_MAX_STEP ? DS_MAX_STEP + 1 : (int)n;
+    b->sessions[b->n++] = Py_NewRef(session);
+    return true;
+}
+
+/* False with an exception; to be closed in any case. */
+static bool batch_open(PyObject *list, batch *b) {
+    const Py_ssize_t n = PyList_Size(list);
+    *b = (batch){0};
+    if (n < 1 || n > DS_MAX_STEP)
+        return PyErr_Format(PyExc_ValueError, "%zd sequences in a step: expected 1 to %d", n, DS_MAX_STEP), false;
+    b->inputs = calloc((size_t)n, sizeof *b->inputs);
+    b->ids = calloc((size_t)n, sizeof *b->ids);
+    b->sessions = calloc((size_t)n, sizeof(PyObject *));
+    if (!b->inputs || !b->ids || !b->sessions) return PyErr_NoMemory(), false;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (!batch_add(b, PyList_GetItem(list, i))) return false;
+    return true;
 }
 
 /* eval(model, [(session, ids int32 buffer, n_logits)], logits buffer or None, [(tap name, buffer)], tap_row):
  * one step, the GIL released. n_logits: how many of the input's last rows are wanted. */
-static PyObject *eval(PyObject *self, PyObject *args) {
+static PyObject *eval(void *model, PyObject *args) {
     PyObject *capsule, *list, *out, *taps;
-    int tap_row, n, rows = 0, total = 0;
-    ds_model *model;
-    ds_input inputs[DS_MAX_STEP];
-    Py_buffer views[DS_MAX_STEP], logits = {0};
+    int tap_row, rows = 0, total = 0;
+    const ds_config *config = ds_model_config(model);
+    batch b;
+    Py_buffer logits = {0};
     ds_py_tap tap = {0};
     ds_error err;
     ds_status st;
-    bool ok = true;
     if (!PyArg_ParseTuple(args, "OO!OO!i", &capsule, &PyList_Type, &list, &out, &PyList_Type, &taps, &tap_row))
         return NULL;
-    if (!(model = ds_py_borrow(capsule, DS_PY_MODEL)) || (n = open_inputs(list, inputs, views)) < 0) return NULL;
-    for (int i = 0; i < n; i++) { /* ds_eval refuses the others before it writes a row */
-        total += inputs[i].n;
-        if (inputs[i].n_logits > 0 && inputs[i].n_logits <= DS_MAX_STEP) rows += inputs[i].n_logits;
+    bool ok = batch_open(list, &b);
+    for (int i = 0; i < b.n; i++) { /* ds_eval refuses the others before it writes a row */
+        total += b.inputs[i].n;
+        if (b.inputs[i].n_logits > 0 && b.inputs[i].n_logits <= DS_MAX_STEP) rows += b.inputs[i].n_logits;
     }
-    if (rows)
-        ok = ds_py_buffer(out, (size_t)rows * (size_t)ds_model_config(model)->n_vocab * sizeof(float), true, &logits);
-    if (ok && PyList_Size(taps))
-        ok = ds_py_tap_open(taps, ds_model_config(model), (size_t)(tap_row + total), tap_row, &tap);
+    if (ok && (tap_row < 0 || tap_row > INT_MAX / 2))
+        ok = (PyErr_Format(PyExc_ValueError, "tap row %d", tap_row), false);
+    if (ok && rows) ok = ds_py_buffer(out, (size_t)rows * (size_t)config->n_vocab * sizeof(float), true, &logits);
+    if (ok && PyList_Size(taps)) ok = ds_py_tap_open(taps, config, (size_t)tap_row + (size_t)total, tap_row, &tap);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        st = ds_eval(model, inputs, n, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
+        st = ds_eval(model, b.inputs, b.n, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
         Py_END_ALLOW_THREADS
         if (st != DS_OK) ok = ds_py_raise(&err) != NULL;
     }
     ds_py_tap_close(&tap);
     if (logits.obj) PyBuffer_Release(&logits);
-    for (int i = 0; i < n; i++) PyBuffer_Release(&views[i]);
+    batch_close(&b);
     return ok ? Py_NewRef(Py_None) : NULL;
 }
+DS_PY_HELD(eval, DS_PY_MODEL)
 
 PyMethodDef ds_py_model_methods[] = {
     {"model_open", model_open, METH_VARARGS, NULL},
     {"model_close", model_close, METH_O, NULL},
-    {"model_info", model_info, METH_O, NULL},
-    {"model_expert_uses", model_expert_uses, METH_VARARGS, NULL},
-    {"tap_shape", tap_shape, METH_VARARGS, NULL},
-    {"session_open", session_open, METH_VARARGS, NULL},
+    {"model_info", model_info_held, METH_O, NULL},
+    {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},
+    {"tap_shape", tap_shape_held, METH_VARARGS, NULL},
+    {"session_open", session_open_held, METH_VARARGS, NULL},
     {"session_close", session_close, METH_O, NULL},
-    {"session_info", session_info, METH_O, NULL},
-    {"session_rewind", session_rewind, METH_VARARGS, NULL},
-    {"session_repeat", session_repeat, METH_VARARGS, NULL},
-    {"eval", eval, METH_VARARGS, NULL},
+    {"session_info", session_info_held, METH_O, NULL},
+    {"session_rewind", session_rewind_held, METH_VARARGS, NULL},
+    {"session_repeat", session_repeat_held, METH_VARARGS, NULL},
+    {"eval", eval_held, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

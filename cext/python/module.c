@@ -8,8 +8,10 @@
 #include "kernels/kernels.h"
 
 typedef struct handle {
-    void *pointer; /* NULL once closed */
+    void *pointer; /* NULL once released */
     void (*release)(void *);
+    int n_users; /* calls that hold the pointer; some without the GIL */
+    bool closed;
 } handle;
 
 static const char *const EXCEPTIONS[] = {
@@ -42,7 +44,7 @@ PyObject *ds_py_own(void *pointer, const char *name, void (*release)(void *)) {
     handle *h = malloc(sizeof *h);
     PyObject *capsule = NULL;
     if (h) {
-        *h = (handle){pointer, release};
+        *h = (handle){.pointer = pointer, .release = release};
         capsule = PyCapsule_New(h, name, end_capsule);
     } else {
         PyErr_NoMemory();
@@ -54,19 +56,48 @@ PyObject *ds_py_own(void *pointer, const char *name, void (*release)(void *)) {
     return capsule;
 }
 
-void *ds_py_borrow(PyObject *capsule, const char *name) {
+/* "model" of "cext.model". */
+static const char *noun(const char *name) { return strchr(name, '.') + 1; }
+
+void *ds_py_hold(PyObject *capsule, const char *name) {
     handle *h = PyCapsule_GetPointer(capsule, name);
     ds_error err;
-    if (!h || h->pointer) return h ? h->pointer : NULL;
-    ds_fail(&err, DS_EINVAL, "the %s is closed", strchr(name, '.') + 1);
+    if (h && !h->closed) return h->n_users++, h->pointer;
+    if (!h) return NULL;
+    ds_fail(&err, DS_EINVAL, "the %s is closed", noun(name));
     return ds_py_raise(&err);
 }
 
-void ds_py_close(PyObject *capsule, const char *name) {
+static void release_unused(handle *h) {
+    void *pointer = h->pointer;
+    if (!h->closed || h->n_users) return;
+    h->pointer = NULL; /* before the release, which may run code that comes here again */
+    if (pointer) h->release(pointer);
+}
+
+void ds_py_drop(PyObject *capsule, const char *name) {
     handle *h = PyCapsule_GetPointer(capsule, name);
-    if (!h || !h->pointer) return;
-    h->release(h->pointer);
-    h->pointer = NULL;
+    if (!h) return;
+    h->n_users--;
+    release_unused(h);
+}
+
+PyObject *ds_py_with(PyObject *args, const char *name, PyObject *(*use)(void *pointer, PyObject *args)) {
+    PyObject *capsule = args;
+    if (PyTuple_Check(args) && !(capsule = PyTuple_GetItem(args, 0))) return NULL;
+    void *pointer = ds_py_hold(capsule, name);
+    if (!pointer) return NULL;
+    PyObject *result = use(pointer, args);
+    ds_py_drop(capsule, name);
+    return result;
+}
+
+PyObject *ds_py_close(PyObject *capsule, const char *name) {
+    handle *h = PyCapsule_GetPointer(capsule, name);
+    if (!h) return NULL;
+    h->closed = true;
+    release_unused(h);
+    Py_RETURN_NONE;
 }
 
 bool ds_py_buffer(PyObject *object, size_t bytes, bool writable, Py_buffer *out) {

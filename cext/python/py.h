@@ -15,9 +15,19 @@ PyObject *ds_py_raise(const ds_error *err);
 /* A capsule that owns `pointer` until ds_py_close or its own end; release frees it. NULL with MemoryError on failure,
  * after release(pointer). */
 PyObject *ds_py_own(void *pointer, const char *name, void (*release)(void *));
-/* The pointer in a capsule of that name; NULL with an exception where it is closed or something else. */
-void *ds_py_borrow(PyObject *capsule, const char *name);
-void ds_py_close(PyObject *capsule, const char *name);
+/* Close: calls after it are told, calls under way end as they began, and the last of them releases what the capsule owns.
+ * Once closed, nothing. Returns None. */
+PyObject *ds_py_close(PyObject *capsule, const char *name);
+
+/* The pointer in a capsule of that name, there until ds_py_drop; NULL with an exception where it is closed or something
+ * else. The GIL guards the count of users. */
+void *ds_py_hold(PyObject *capsule, const char *name);
+void ds_py_drop(PyObject *capsule, const char *name);
+/* Call use with the pointer held: args is the capsule, or a tuple that begins with it. */
+PyObject *ds_py_with(PyObject *args, const char *name, PyObject *(*use)(void *pointer, PyObject *args));
+/* NAME_held: the function of a method table that calls NAME so. */
+#define DS_PY_HELD(NAME, CAPSULE) \
+    static PyObject *NAME##_held(PyObject *self, PyObject *args) { return ds_py_with(args, CAPSULE, NAME); }
 
 /* A C-contiguous buffer of at least `bytes`; false with an exception. Release with PyBuffer_Release. */
 bool ds_py_buffer(PyObject *object, size_t bytes, bool writable, Py_buffer *out);

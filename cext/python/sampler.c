@@ -18,34 +18,32 @@ static PyObject *sampler_open(PyObject *self, PyObject *args) {
 }
 
 /* sampler_sample(sampler, logits float32 buffer) -> token */
-static PyObject *sampler_sample(PyObject *self, PyObject *args) {
+static PyObject *sampler_sample(void *sampler, PyObject *args) {
     PyObject *capsule, *logits;
-    ds_sampler *sampler;
     Py_buffer view;
     int32_t token = 0;
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "OO", &capsule, &logits) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER)))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "OO", &capsule, &logits)) return NULL;
     if (!ds_py_buffer(logits, sizeof(float), false, &view)) return NULL;
     st = ds_sampler_sample(sampler, view.buf, (int)(view.len / (Py_ssize_t)sizeof(float)), &token, &err);
     PyBuffer_Release(&view);
     return st == DS_OK ? PyLong_FromLong(token) : ds_py_raise(&err);
 }
+DS_PY_HELD(sampler_sample, DS_PY_SAMPLER)
 
-static PyObject *sampler_accept(PyObject *self, PyObject *args) {
+static PyObject *sampler_accept(void *sampler, PyObject *args) {
     PyObject *capsule;
     int token;
-    ds_sampler *sampler;
-    if (!PyArg_ParseTuple(args, "Oi", &capsule, &token) || !(sampler = ds_py_borrow(capsule, DS_PY_SAMPLER)))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &token)) return NULL;
     ds_sampler_accept(sampler, token);
     Py_RETURN_NONE;
 }
+DS_PY_HELD(sampler_accept, DS_PY_SAMPLER)
 
 PyMethodDef ds_py_sampler_methods[] = {
     {"sampler_open", sampler_open, METH_VARARGS, NULL},
-    {"sampler_sample", sampler_sample, METH_VARARGS, NULL},
-    {"sampler_accept", sampler_accept, METH_VARARGS, NULL},
+    {"sampler_sample", sampler_sample_held, METH_VARARGS, NULL},
+    {"sampler_accept", sampler_accept_held, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

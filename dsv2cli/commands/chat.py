@@ -55,7 +55,9 @@ def chat(
     repeat_penalty: Annotated[
         float, typer.Option(metavar="X", min=0.01, help="Above 1, what was said becomes less likely.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=2**64 - 1, help="The same seed gives the same answer.")
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option("-c", "--ctx", metavar="N", min=2, max=MAX_CONTEXT, help="Tokens of context; 4096 if left out."),
