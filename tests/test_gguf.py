@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from support import gguf_bytes as gb
 from support.gguf_bytes import Tensor, gguf, kv, kv_array
-from support.gguf_hostile import HOSTILE, Hostile
+from support.gguf_hostile import HOSTILE, UNRUN, Hostile
 
 from cext import EngineError, FormatError, Gguf, UnsupportedError, formats
 
@@ -232,6 +232,7 @@ def test_hostile_file(tmp_path: Path, case: Hostile) -> None:
 
 def test_hostile_names_are_distinct() -> None:
     assert len({case.name for case in HOSTILE}) == len(HOSTILE)
+    assert UNRUN not in {row["gguf_type"] for row in formats()}, "choose another type that does not run"
 
 
 @pytest.mark.parametrize(

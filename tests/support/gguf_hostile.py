@@ -6,6 +6,8 @@ from typing import Literal
 from support import gguf_bytes as gb
 from support.gguf_bytes import Tensor, gguf, kv, string, u32, u64
 
+UNRUN = 19  # iq1_s: a type whose size is known, of 50 bytes a block of 256, and that no kernel runs
+
 U64_MAX = 2**64 - 1
 
 
@@ -135,7 +137,7 @@ def _tensors() -> list[Hostile]:
         Hostile("bytes-wrap", one(shape=(2**62,)), ("`t`", str(2**62), "memory")),
         Hostile("row-not-whole-blocks", one(shape=(33, 2), kind=gb.TYPE_Q8_0), ("`t`", "33", "q8_0", "32")),
         Hostile("row-not-whole-superblocks", one(shape=(128, 2), kind=12), ("`t`", "128", "q4_k", "256")),
-        Hostile("row-of-unrun-type", one(shape=(128, 2), kind=21), ("`t`", "128", "iq3_s", "256")),
+        Hostile("row-of-unrun-type", one(shape=(128, 2), kind=UNRUN), ("`t`", "128", "iq1_s", "256")),
         Hostile("offset-unaligned", one(offset=16), ("`t`", "16", "alignment 32")),
         Hostile("offset-past-end", one(offset=1 << 20), ("`t`", str(1 << 20))),
         Hostile("offset-wraps", one(offset=2**64 - 32), ("`t`", str(2**64 - 32))),
@@ -147,7 +149,9 @@ def _tensors() -> list[Hostile]:
         Hostile("overlap-partly", two(Tensor("a", (9,)), Tensor("b", (8,), offset=32)), ("`a`", "`b`", "36 bytes")),
         Hostile("overlap-backwards", two(Tensor("a", (8,), offset=32), Tensor("b", (9,))), ("`a`", "`b`", "overlap")),
         Hostile("overlap-inside", two(Tensor("a", (64,)), Tensor("b", (1,), offset=128)), ("`a`", "`b`", "overlap")),
-        Hostile("overlap-unrun", two(Tensor("a", (256,), 21), Tensor("b", (1,), offset=96)), ("110 bytes", "overlap")),
+        Hostile(
+            "overlap-unrun", two(Tensor("a", (256,), UNRUN), Tensor("b", (1,), offset=32)), ("50 bytes", "overlap")
+        ),
         Hostile("overlap-unknown", two(Tensor("a", (64,)), Tensor("b", (1,), 999, 32)), ("`a`", "`b`", "overlap")),
         Hostile("unknown-twice-at-0", two(Tensor("a", (1,), 999), Tensor("b", (1,), 999)), ("`a`", "`b`", "overlap")),
     ]
