@@ -1,5 +1,6 @@
 /* residency.h: where the routed experts are, and when one can be used. One thread asks, once a layer, when the layer's
- * plan is known: begin; for each expert, ready or wait, then get; end when nothing reads them any more.
+ * plan is known: begin; and end when nothing reads them any more, behind every begin that succeeded. Between them, of each
+ * backend one thread waits for the experts that it computes; then its threads may get those.
  *
  * Owns the answer, its counts and where each expert is computed. A tier (the file's mapping today) is a row of
  * functions. */

@@ -162,16 +162,33 @@ static ds_status run_together(ds_core *c, const ds_op *ops, int n, ds_error *err
     return status;
 }
 
-/* The host's own step behind a run. */
-static ds_status step_host(ds_core *c, const ds_op *op, int n_tok, ds_error *err) {
+/* The host's own step behind a run; *begun is the split layer whose experts are held, or -1. */
+static ds_status step_host(ds_core *c, const ds_op *op, int n_tok, int *begun, ds_error *err) {
     ds_split *split = &c->exchange.split;
-    if (op->kind == (ds_op_kind)DS_OP_PLAN) {
-        ds_plan_build(&split->plan, c->config.n_expert, n_tok, c->config.n_expert_used, split->ids);
-        split->owner = ds_residency_place(c->residency, op->il);
-        return ds_residency_begin(c->residency, op->il, &split->plan, err);
+    ds_status st;
+    if (op->kind != (ds_op_kind)DS_OP_PLAN) {
+        if (op->il >= 0) ds_residency_end(c->residency, op->il);
+        *begun = -1;
+        return DS_OK;
     }
-    if (op->il >= 0) ds_residency_end(c->residency, op->il);
-    return DS_OK;
+    ds_plan_build(&split->plan, c->config.n_expert, n_tok, c->config.n_expert_used, split->ids);
+    split->owner = ds_residency_place(c->residency, op->il);
+    if ((st = ds_residency_begin(c->residency, op->il, &split->plan, err)) == DS_OK) *begun = op->il;
+    return st;
+}
+
+static ds_status run_program(ds_core *c, const ds_request *whole, const ds_request *tail, ds_error *err) {
+    int begun = -1;
+    ds_status st = DS_OK;
+    for (int i = 0, end; i < c->n_ops && st == DS_OK; i = end + 1) {
+        for (end = i; end < c->n_ops && c->program[end].backend != DS_HOST;) end++;
+        if (end > i) st = run_together(c, c->program + i, end - i, err);
+        if (st != DS_OK || end == c->n_ops) break;
+        const ds_op *op = &c->program[end];
+        st = step_host(c, op, op->tail ? tail->n_tok : whole->n_tok, &begun, err);
+    }
+    if (begun >= 0) ds_residency_end(c->residency, begun);
+    return st;
 }
 
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
@@ -183,14 +200,7 @@ ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
     if (st == DS_OK) ds_forward(core, request, cut ? &tail : NULL);
     for (int i = 0; i < core->n_backends && st == DS_OK; i++)
         core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
-    for (int i = 0, end; i < core->n_ops && st == DS_OK; i = end + 1) {
-        for (end = i; end < core->n_ops && core->program[end].backend != DS_HOST;) end++;
-        if (end > i) st = run_together(core, core->program + i, end - i, err);
-        if (st == DS_OK && end < core->n_ops) {
-            const ds_op *op = &core->program[end];
-            st = step_host(core, op, op->tail ? tail.n_tok : request->n_tok, err);
-        }
-    }
+    if (st == DS_OK) st = run_program(core, request, cut ? &tail : NULL, err);
     pthread_mutex_unlock(&core->lock);
     return st;
 }

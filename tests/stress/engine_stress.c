@@ -1,6 +1,7 @@
-/* engine_stress.c: one model, several workers, two sessions on two threads at once. Built with ThreadSanitizer against
- * the engine's static library; takes the path of a small GGUF. Logits must be the same bits whatever the number of
- * workers, and finite. Returns 1 where they are not. */
+/* engine_stress.c: one model, several workers, two sessions on two threads at once; then the same on three devices that
+ * share its layers and experts. Built with ThreadSanitizer against the engine's static library; takes the path of a small
+ * GGUF. Logits must be the same bits whatever the number of workers and devices, and finite. Returns 1 where they are
+ * not. */
 #include <math.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -45,13 +46,14 @@ static void *run(void *arg) {
 }
 
 /* Two sessions of one model on two threads; both must end in `expected`, which the first call fills. */
-static bool check(const char *path, const char *kv_type, int n_threads, float **expected) {
+static bool check(const char *path, const char *kv_type, int n_threads, const ds_placement *placement,
+                  float **expected) {
     job jobs[2] = {0};
     pthread_t threads[2];
     ds_model *model;
     ds_error err;
     bool good = true;
-    if (ds_model_open(path, n_threads, NULL, NULL, &model, &err) != DS_OK) {
+    if (ds_model_open(path, n_threads, NULL, placement, &model, &err) != DS_OK) {
         printf("engine_stress: %s\n", err.message);
         return false;
     }
@@ -85,16 +87,42 @@ static bool check(const char *path, const char *kv_type, int n_threads, float **
     return good;
 }
 
+/* Some experts of each layer on device 1, which has the ends as well; the last layer's attention on device 2. */
+static bool check_placed(const char *path, const char *kv_type, int n_threads, float **expected) {
+    const ds_device devices[] = {{"cpu", 2, NULL}, {"cpu", 1, NULL}};
+    ds_model *model;
+    ds_error err;
+    if (ds_model_open(path, 1, NULL, NULL, &model, &err) != DS_OK) {
+        printf("engine_stress: %s\n", err.message);
+        return false;
+    }
+    const ds_config *c = ds_model_config(model);
+    const int n = c->n_layer, dense = c->n_layer_dense;
+    const ds_rule rules[] = {{.part = DS_PART_ENDS, .device = 1},
+                             {.part = DS_PART_ATTENTION, .device = 2, .layer_begin = n - 1, .layer_end = n},
+                             {.part = DS_PART_EXPERTS,
+                              .device = 1,
+                              .layer_begin = dense,
+                              .layer_end = n,
+                              .expert_end = (c->n_expert + 1) / 2}};
+    const ds_placement placement = {devices, 2, rules, dense < n ? 3 : 2};
+    ds_model_close(model);
+    return check(path, kv_type, n_threads, &placement, expected);
+}
+
 int main(int argc, char **argv) {
     static const char *const KV_TYPES[] = {"f16", "q8_0", "f32"};
     bool good = argc == 2;
     for (size_t i = 0; i < sizeof KV_TYPES / sizeof *KV_TYPES; i++) {
         float *expected = NULL;
         for (int n_threads = 1; n_threads <= 5 && good; n_threads++) {
-            good = check(argv[1], KV_TYPES[i], n_threads, &expected);
+            good = check(argv[1], KV_TYPES[i], n_threads, NULL, &expected);
+        }
+        for (int n_threads = 1; n_threads <= 2 && good; n_threads++) {
+            good = check_placed(argv[1], KV_TYPES[i], n_threads, &expected);
         }
         free(expected);
     }
-    puts(good ? "engine_stress: the same logits from 1 to 5 threads" : "engine_stress: WRONG");
+    puts(good ? "engine_stress: the same logits from 1 to 5 threads and on 3 devices" : "engine_stress: WRONG");
     return good ? 0 : 1;
 }

@@ -166,9 +166,11 @@ static void make_ready(const moe *m) {
     const ds_step *s = m->lane->step;
     const int il = m->op->il;
     ds_status st = m->op->split ? DS_OK : ds_residency_begin(s->residency, il, m->plan, s->failure);
+    const bool begun = st == DS_OK && !m->op->split;
     for (int a = 0; a < m->plan->n_active && st == DS_OK; a++) {
         if (is_mine(m, m->plan->expert[a])) st = ds_residency_wait(s->residency, il, m->plan->expert[a], s->failure);
     }
+    if (st != DS_OK && begun) ds_residency_end(s->residency, il);
     s->failure->status = st;
 }
 
