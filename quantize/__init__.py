@@ -3,6 +3,7 @@
 pipeline.py is the run; read it first. Its stages stand beside it: budget.py (allocate.py) chooses types by what
 survey.py measured, layers.py writes layer by layer, evaluate.py compares the file with the original; job.py is what
 they share. Below them are floors, each of which imports only those after it: measure, encode, source, write, base.
+Terms and the papers' symbols: GLOSSARY.md.
 """
 
 from quantize.allocate import parse_size

@@ -108,7 +108,7 @@ def spend(plan: Plan, survey: Survey, allowed: Sequence[Type], budget: int) -> t
     items = []
     for tensor in plan.tensors:
         costs = survey.costs.get(tensor.name)
-        if costs is None:  # nothing is lost, or no token of the survey came by
+        if costs is None:  # no error, or no token of the survey came by
             costs = dict.fromkeys(choices(tensor, allowed), Cost(0.0, 0.0))
         made = (Choice(t, padded_bytes(tensor, t), c.fisher, c.routing) for t, c in costs.items())
         items.append(Item(tensor.name, tuple(made)))

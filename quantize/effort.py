@@ -32,7 +32,7 @@ SEARCH = 3e11  # the folds of a layer
 FLOAT, PLAIN, PLAIN_GRID = 2e2, 5e3, 5e4  # a weight encoded by ggml
 FED, FED_GRID = 4e3, 2.1e4  # and under a covariance,
 FED_COLUMN = 1.5  # with as much for each column beside it
-FOLLOWED = 2.5  # times that, where rows follow what outputs are worth: the tables are read for few at a time
+FOLLOWED = 2.5  # times that, where rows follow each other: the tables are read for few at a time
 # Bits a weight at which grid types begin to be chosen, and where most are.
 FEW_GRIDS, MOST_GRIDS = 3.9, 3.0
 
@@ -197,7 +197,7 @@ def _drift(arch: Arch, il: int) -> float:
 
 
 def _taps(arch: Arch, il: int, sublayer: Sublayer) -> float:
-    """A token's share in the covariances of what a sublayer's matrices are fed."""
+    """A token's share in the covariances of the inputs of a sublayer's matrices."""
     if sublayer == "attention":
         widths = [arch.n_embd, arch.q_lora_rank, arch.kv_lora_rank, arch.n_head * arch.v_dim]
     else:

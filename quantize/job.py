@@ -49,7 +49,7 @@ class Options:
     awq: bool = False  # search and fold activation-aware scales: slow, and feedback leaves little for them
     feedback: bool = True  # encode under the inputs' covariances, with error feedback
     sequential: bool = True  # with feedback: for the inputs that the file's own layers give, see drift.py
-    follow_outputs: bool = True  # with feedback, no plain mix: row by row as outputs are worth, see encode/rows.py
+    follow_outputs: bool = True  # with feedback, no plain mix: row by row under the covariance G of its gradients
     evaluate: bool = True  # measure the file against the original on text held back from calibration
     threads: int | None = None  # None: every core this process may use
 
@@ -136,7 +136,7 @@ class Plan:
 
     @property
     def follows_outputs(self) -> bool:
-        """Whether the survey finds what outputs are worth, for the encoder to go by."""
+        """Whether the survey finds the covariances G of outputs' gradients, for the encoder to go by."""
         return self.allocates and self.calibrated and self.options.feedback and self.options.follow_outputs
 
     @property

@@ -24,7 +24,7 @@ from quantize.base.errors import QuantizeError
 from quantize.effort import Effort
 from quantize.encode.encoder import F16_MAX
 from quantize.encode.feedback import Covariance
-from quantize.encode.rows import Rows
+from quantize.encode.objective import Objective
 from quantize.evaluate import REFERENCE, Held
 from quantize.job import Job
 from quantize.measure import loss
@@ -73,16 +73,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What calibration says of a part's columns, as its folded weights meet them."""
-
-    importance: F32 | None = None  # (n,)
-    covariance: Covariance | None = None
-    inputs: F32 | None = None  # (m, n) of some tokens, to measure with
-    outputs: Rows | None = None  # what its rows are worth
-
-
-@dataclass(frozen=True)
 class Encoded:
     """A part of a tensor, encoded."""
 
@@ -90,7 +80,7 @@ class Encoded:
     part: int
     data: NDArray[np.uint8]
     decoded: F32  # (n_row, n), as it will be read
-    lost: Loss
+    loss: Loss
 
 
 def steps_done(job: Job) -> list[Step]:
@@ -195,7 +185,7 @@ class WriteStage:
         for start, values in self.job.slabs(tensor):
             mine = (ids >= start) & (ids < start + len(values))
             x[mine] = values[ids[mine] - start]
-            decoded = self._write(tensor, values, Known(covariance=channels))
+            decoded = self._write(tensor, values, Objective(covariance=channels))
             if drifted is not None:
                 mine = mine[: windows.size]
                 drifted[mine] = decoded[ids[: windows.size][mine] - start]
@@ -205,7 +195,7 @@ class WriteStage:
             self.held = Held(x[windows.size :].copy(), self.arch.n_expert_used)
 
     def _embedding_channels(self) -> Covariance | None:
-        """What they are worth: as the survey found, else all alike."""
+        """The covariance of their channels' gradients: as the survey found it, else all alike."""
         if not self.plan.options.feedback:
             return None
         arrays = self.job.journal.get_arrays(EMBEDDINGS)
@@ -219,7 +209,7 @@ class WriteStage:
         written.clear()
         self._sublayer(il, "feed_forward")
         if self.stream is not None:
-            self.stream.fed = None
+            self.stream.ffn_inputs = None
 
     def _sublayer(self, il: int, sublayer: Sublayer) -> dict[Tensor, list[F32]]:
         """Calibrate, fold, encode and write it; returns attention's tensors, as they will be read, if streams drift."""
@@ -293,42 +283,42 @@ class WriteStage:
     def _head(self) -> None:
         outside = self.plan.outside
         norm = read(self.arch, self.plan.checkpoint, outside["output_norm"])
-        self._write(outside["output_norm"], norm, Known())
+        self._write(outside["output_norm"], norm, Objective())
         if "output" not in outside:
             return
-        known, options = Known(), self.plan.options
+        objective, options = Objective(), self.plan.options
         if self.stream is not None:
             inputs = self.stream.final_inputs(norm, options.feedback)
             weights = inputs.mean_square if options.importance else None
-            known = Known(weights, inputs.covariance, inputs.sample[::SAMPLE_STEP])
+            objective = Objective(weights, inputs.covariance, inputs=inputs.sample[::SAMPLE_STEP])
         for _, values in self.job.slabs(outside["output"]):
-            moved = known.covariance.corrected(values) if known.covariance is not None else values
-            self._write(outside["output"], moved, known)
+            moved = objective.covariance.corrected(values) if objective.covariance is not None else values
+            self._write(outside["output"], moved, objective)
 
-    def _write(self, tensor: Tensor, values: F32, known: Known) -> F32:
+    def _write(self, tensor: Tensor, values: F32, objective: Objective) -> F32:
         """Encode the next rows of a tensor outside the layers and put them after those before; returns them as they
         will be read.
         """
-        encoded = self._encode(tensor, 0, values, known)
+        encoded = self._encode(tensor, 0, values, objective)
         self._put(encoded)
         il = self._works[self._work].il
         self._tell("encode", self._written / sum(self._nbytes[t.name] for t in tensors_of(self.job, il)))
         return encoded.decoded
 
-    def _encode(self, tensor: Tensor, part: int, values: F32, known: Known) -> Encoded:
+    def _encode(self, tensor: Tensor, part: int, values: F32, objective: Objective) -> Encoded:
         encoder, type_ = self.job.encoder, self.types[tensor.name]
         try:
-            data = encoder.encode(values, type_, known.importance, known.covariance, known.outputs)
+            data = encoder.encode(values, type_, objective)
         except QuantizeError as error:
             raise QuantizeError(f"tensor `{tensor.name}`: {error}", error.hint) from error
         decoded = encoder.decode(data, type_, values.shape[-1])
-        lost = loss.measure(tensor.name, type_, values, decoded, known.inputs, known.importance)
-        return Encoded(tensor, part, data, decoded, lost)
+        distance = loss.measure(tensor.name, type_, values, decoded, objective.inputs, objective.importance)
+        return Encoded(tensor, part, data, decoded, distance)
 
     def _put(self, encoded: Encoded) -> None:
         """After what was put of its tensor before."""
         tensor = encoded.tensor
-        self._losses.setdefault(tensor.name, LossMeter(tensor.name, self.types[tensor.name])).add(encoded.lost)
+        self._losses.setdefault(tensor.name, LossMeter(tensor.name, self.types[tensor.name])).add(encoded.loss)
         self.writer.append(tensor.name, encoded.data)
         self.job.meter.wrote(encoded.data.nbytes, encoded.decoded.size)
         self._written += encoded.data.nbytes
@@ -364,19 +354,20 @@ class _Parts:
     drift: FeedForward | None
     outputs: Outputs
 
-    def get(self, tensor: Tensor, part: int) -> tuple[F32, Known]:
+    def get(self, tensor: Tensor, part: int) -> tuple[F32, Objective]:
         """Folded weights, moved to make up for what their inputs lack, and what is known of these."""
         role, outputs = tensor.role, self.outputs.rows(tensor.role, part)
         values = self.scales.apply(role, part, self.read(tensor, part))
         judged = recipe.is_matrix(tensor) or (self.drift is not None and role == ROUTER)
         if self.evidence is None or not judged:
-            return values, Known(outputs=outputs)
+            return values, Objective(rows=outputs)
         covariance = self.drift.covariance(role, part) if self.drift is not None else None
         if covariance is None:
             covariance = self.scales.covariance(role, part, self.evidence.covariance(role, part))
         importance = self.scales.importance(role, part, self.evidence.importance(role, part))
-        known = Known(importance, covariance, _folded_inputs(self.evidence, self.scales, role, part), outputs)
-        return (values if covariance is None else covariance.corrected(values)), known
+        inputs = _folded_inputs(self.evidence, self.scales, role, part)
+        objective = Objective(importance, covariance, outputs, inputs)
+        return (values if covariance is None else covariance.corrected(values)), objective
 
     def wrote(self, encoded: Encoded) -> None:
         """What comes after it in its bundle goes by it."""
@@ -390,7 +381,7 @@ def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> 
         return None
     inputs = evidence.sample(role, part)[::SAMPLE_STEP]
     squared = scales.importance(role, part, np.ones(inputs.shape[1], np.float32))
-    assert squared is not None, "importance was given"
+    assert squared is not None, "there is an importance"
     return inputs * np.sqrt(squared)
 
 

@@ -42,7 +42,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished file: what it is, what was lost, and how it was made."""
+    """A finished file: what it is, how far it is from the original, and how it was made."""
 
     path: Path
     recipe: str

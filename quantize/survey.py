@@ -6,7 +6,7 @@ read once more, its gradients go on to the layer before, and the costs of its te
 only while it runs; a run that dies goes on at the layer that it died in.
 
 Disk, in the work folder: (n_layer + 3) x (tokens, n_embd) in float32; 236B with 8,192 tokens: 10.6 GB, all of it gone
-when the survey ends; what outputs are worth stays until the file is finished, outputs.py: V2-Lite 0.8 GB, 236B 12 GB.
+when the survey ends; covariances G of outputs (outputs.py) stay until the file is finished: V2-Lite 0.8 GB, 236B 12 GB.
 Memory: backward.py.
 """
 
@@ -38,7 +38,7 @@ F32 = NDArray[np.float32]
 Costs = dict[str, dict[Type, Cost]]  # by role in a layer, by tensor name in a survey
 
 INPUTS, GRADIENTS, COSTS = "survey/inputs-{}", "survey/gradients-{}", "survey/costs-{}"
-# What outputs are worth, which the write stage goes by: of a layer's matrices, and of the embeddings' channels.
+# Covariances G of outputs, which the write stage goes by: of a layer's matrices, and of the embeddings' channels.
 OUTPUTS, EMBEDDINGS = "survey/outputs-{}", "survey/outputs-embeddings"
 CHUNK_WINDOWS = 4  # of a forward call
 CHUNK_TOKENS = 1024  # at the head, whose outputs are as wide as the vocabulary
@@ -218,7 +218,7 @@ class SurveyStage:
 
 
 def _followed(costs: Costs, outputs: Outputs) -> Costs:
-    """Costs of one layer, by role, where the encoder follows what its outputs are worth."""
+    """Costs of one layer, by role, where the encoder follows its outputs' covariances G."""
     found: Costs = {}
     for role, types in costs.items():
         share = outputs.share(role)

@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.base.errors import QuantizeError
 from quantize.encode.encoder import DECODERS, FLOAT_TYPES, GRID_TYPES, NEED_IMPORTANCE, Encoder, row_bytes
+from quantize.encode.objective import Objective
 from quantize.source.checkpoint import bf16_to_f32
 
 BLOCK_TYPES = sorted(DECODERS)
@@ -62,8 +63,8 @@ def test_bytes_are_ggml_s(ggml: ctypes.CDLL, type_: Type, weighted: bool, thread
         weights /= np.float32(weights.mean(dtype=np.float64))  # the encoder normalises; start from its fixed point
         weights /= np.float32(weights.mean(dtype=np.float64))
     with Encoder(threads) as encoder:
-        got = encoder.encode(rows, type_, weights)
-        again = encoder.encode(rows.reshape(37, 2, 256), type_, None if weights is None else weights[:256])
+        got = encoder.encode(rows, type_, Objective(weights))
+        again = encoder.encode(rows.reshape(37, 2, 256), type_, Objective(None if weights is None else weights[:256]))
     if type_ != Type.Q8_0 and weights is not None:
         normalised = weights / np.float32(weights.mean(dtype=np.float64))
         weights = np.maximum(normalised, np.float32(1e-6))
@@ -109,7 +110,7 @@ def test_odd_importance_leaves_no_nan(type_: Type, case: str) -> None:
         weights[:] = np.logspace(-30, 30, 256).astype(np.float32)
     with Encoder(1) as encoder:
         for rows in (sample(8, 256), np.zeros((2, 256), np.float32), np.full((2, 256), 1e-30, np.float32)):
-            assert np.isfinite(encoder.decode(encoder.encode(rows, type_, weights), type_, 256)).all()
+            assert np.isfinite(encoder.decode(encoder.encode(rows, type_, Objective(weights)), type_, 256)).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
@@ -117,7 +118,7 @@ def test_bad_importance_is_refused(bad: float) -> None:
     weights = np.ones(256, np.float32)
     weights[3] = bad
     with Encoder(1) as encoder, pytest.raises(ValueError, match="importance"):
-        encoder.encode(np.ones((1, 256), np.float32), Type.Q4_K, weights)
+        encoder.encode(np.ones((1, 256), np.float32), Type.Q4_K, Objective(weights))
 
 
 def test_importance_moves_the_error() -> None:
@@ -127,7 +128,7 @@ def test_importance_moves_the_error() -> None:
     weights[:32] = 100.0
     with Encoder(1) as encoder:
         plain = encoder.decode(encoder.encode(rows, Type.Q3_K), Type.Q3_K, 256) - rows
-        weighted = encoder.decode(encoder.encode(rows, Type.Q3_K, weights), Type.Q3_K, 256) - rows
+        weighted = encoder.decode(encoder.encode(rows, Type.Q3_K, Objective(weights)), Type.Q3_K, 256) - rows
     assert (weighted**2 @ weights).sum() < (plain**2 @ weights).sum()
 
 

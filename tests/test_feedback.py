@@ -17,6 +17,7 @@ from quantize.base.errors import QuantizeError
 from quantize.encode import feedback
 from quantize.encode.encoder import Encoder, row_bytes
 from quantize.encode.feedback import Covariance
+from quantize.encode.objective import Objective
 
 ALL = pytest.mark.parametrize("type_", feedback.TYPES, ids=lambda t: t.name)
 
@@ -40,12 +41,12 @@ def encode(w: np.ndarray, type_: Type, covariance: Covariance | None, threads: i
         importance = None
         if covariance is not None and covariance.mean > 0:
             importance = np.concatenate([b.diagonal() for b in covariance.blocks]).astype(np.float32)
-        return encoder.encode(w, type_, None if covariance is not None else importance, covariance)
+        return encoder.encode(w, type_, Objective(None if covariance is not None else importance, covariance))
 
 
 def plain(w: np.ndarray, type_: Type, x: np.ndarray) -> np.ndarray:
     with Encoder(1) as encoder:
-        return gguf.quants.dequantize(encoder.encode(w, type_, np.square(x).mean(0)), type_)
+        return gguf.quants.dequantize(encoder.encode(w, type_, Objective(np.square(x).mean(0))), type_)
 
 
 @ALL
@@ -186,7 +187,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     w, covariance = matrix(4, 256), Covariance.of(inputs(256, 400))
     w[2, 17] = bad
     with Encoder(1) as encoder, pytest.raises(QuantizeError, match="finite"):
-        encoder.encode(w, Type.Q4_K, None, covariance)
+        encoder.encode(w, Type.Q4_K, Objective(None, covariance))
     assert covariance.sweeps is not None
     with pytest.raises(ValueError, match="not finite"):
         feedback.encode_rows(w, Type.Q4_K, covariance.sweeps[0], np.empty((4, 144), np.uint8))
@@ -196,9 +197,9 @@ def test_wrong_sizes_are_refused() -> None:
     covariance = Covariance.of(inputs(256, 400))
     with Encoder(1) as encoder:
         with pytest.raises(ValueError, match="256 columns"):
-            encoder.encode(matrix(2, 512), Type.Q4_K, None, covariance)
+            encoder.encode(matrix(2, 512), Type.Q4_K, Objective(None, covariance))
         with pytest.raises(QuantizeError, match="not finite"):
-            encoder.encode(matrix(2, 256) * 1e9, Type.Q8_0, None, covariance)
+            encoder.encode(matrix(2, 256) * 1e9, Type.Q8_0, Objective(None, covariance))
     w, out, sweeps = matrix(2, 256), np.empty((2, 144), np.uint8), covariance.sweeps
     assert sweeps is not None
     good = (int(Type.Q4_K), w, 2, 256, sweeps[0], 1, 1, out)

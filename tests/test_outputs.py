@@ -13,6 +13,7 @@ from support.inputs import correlated
 
 from quantize.encode.encoder import Encoder
 from quantize.encode.feedback import Covariance
+from quantize.encode.objective import Objective
 from quantize.encode.rows import DAMPING, Rows
 from quantize.measure.outputs import Outputs, OutputSums
 
@@ -23,7 +24,7 @@ def some(n_tokens: int, n: int) -> np.ndarray:
     return correlated(RNG, n_tokens, n, 6, 0.4)
 
 
-def worth(m: int, n_blocks: int = 1) -> np.ndarray:
+def covariances(m: int, n_blocks: int = 1) -> np.ndarray:
     """(n_blocks, m, m) covariances of correlated gradients."""
     gradients = [some(4 * m, m) for _ in range(n_blocks)]
     return np.stack([g.T @ g / len(g) for g in gradients])
@@ -48,7 +49,7 @@ def loss(e: np.ndarray, g: np.ndarray, h: np.ndarray) -> float:
 @pytest.mark.parametrize("m", [8, 20, 96, 300, 576, 1100])
 def test_a_row_makes_up_for_those_before(m: int) -> None:
     """What the rows of a step are moved by, and how much all count, is what eliminating the rows after them gives."""
-    g = worth(m)
+    g = covariances(m)
     rows = Rows(g)
     order = rows.order[0]
     assert sorted(order) == list(range(m)) and (np.diff(g[0].diagonal()[order]) <= 0).all()
@@ -69,13 +70,13 @@ def test_a_row_makes_up_for_those_before(m: int) -> None:
 @pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q2_K, Type.IQ3_S, Type.IQ4_NL, Type.Q8_0], ids=lambda t: t.name)
 @pytest.mark.parametrize(("m", "n_blocks"), [(96, 1), (20, 3)])
 def test_the_loss_is_lower(type_: Type, m: int, n_blocks: int) -> None:
-    g, x = worth(m, n_blocks), some(1024, 256)
+    g, x = covariances(m, n_blocks), some(1024, 256)
     covariance, rows = Covariance.of(x), Rows(g)
     w = (RNG.standard_normal((n_blocks * m, 256)) * 0.03).astype(np.float32)
     h = x.T.astype(np.float64) @ x
     with Encoder(2) as encoder:
         follow, plain = (
-            gguf.quants.dequantize(encoder.encode(w, type_, None, covariance, outputs), type_) - w
+            gguf.quants.dequantize(encoder.encode(w, type_, Objective(None, covariance, outputs)), type_) - w
             for outputs in (rows, None)
         )
     before, after = (
@@ -85,12 +86,12 @@ def test_the_loss_is_lower(type_: Type, m: int, n_blocks: int) -> None:
 
 
 def test_the_same_on_any_number_of_threads() -> None:
-    rows, covariance = Rows(worth(40, 4)), Covariance.of(some(900, 512))
+    rows, covariance = Rows(covariances(40, 4)), Covariance.of(some(900, 512))
     w = RNG.standard_normal((160, 512)).astype(np.float32)
     made = []
     for threads in (1, 3):
         with Encoder(threads) as encoder:
-            made.append(encoder.encode(w, Type.Q3_K, None, covariance, rows))
+            made.append(encoder.encode(w, Type.Q3_K, Objective(None, covariance, rows)))
     np.testing.assert_array_equal(*made)
 
 
@@ -121,8 +122,8 @@ def test_sums_of_gradients() -> None:
 
 
 def test_outputs_of_a_layer() -> None:
-    """A head's own, all experts' one; folds scale what rows are worth; without gradients there is nothing to follow."""
-    k_b, down = worth(16, 2), worth(24)
+    """A head's own, all experts' one; folds scale G; without gradients there is nothing to follow."""
+    k_b, down = covariances(16, 2), covariances(24)
     scale = np.exp(RNG.normal(0, 1, (2, 16))).astype(np.float32)
     arrays = {"attn_k_b": k_b.astype(np.float16), "ffn_down_exps": down.astype(np.float16)}
     outputs = Outputs(arrays, {"attn_k_b": scale})
@@ -142,4 +143,4 @@ def test_outputs_of_a_layer() -> None:
 def test_wrong_sizes_are_refused() -> None:
     covariance = Covariance.of(some(400, 256))
     with Encoder(1) as encoder, pytest.raises(ValueError, match="24 rows, expected 23"):
-        encoder.encode(np.zeros((23, 256), np.float32), Type.Q4_K, None, covariance, Rows(worth(24)))
+        encoder.encode(np.zeros((23, 256), np.float32), Type.Q4_K, Objective(None, covariance, Rows(covariances(24))))

@@ -17,6 +17,7 @@ import quantize
 from quantize import Options, job
 from quantize.budget import allowed_types, budget_bytes, padded_bytes, spend
 from quantize.encode.encoder import FED_BACK, Encoder
+from quantize.encode.objective import Objective
 from quantize.job import Job, make_plan
 from quantize.measure import outputs
 from quantize.measure.backward import Routing, route
@@ -193,7 +194,7 @@ def test_a_sample_of_rows_stands_for_all() -> None:
         some = CostMeter(encoder, 300, lambda role: 1, (Type.Q3_K,), sampled_values=64 * 256)
         for meter in (every, some):
             meter.visit("attn_q", 0, weights, inputs, gradients)
-        data = encoder.encode(weights, Type.Q3_K, np.square(inputs).mean(0))
+        data = encoder.encode(weights, Type.Q3_K, Objective(np.square(inputs).mean(0)))
         error = encoder.decode(data, Type.Q3_K, 256) - weights
     exact = 0.5 * np.square(gradients * (inputs @ error.T)).sum((1, 2)) / 300
     cost = every.costs["attn_q"][Type.Q3_K]

@@ -1,4 +1,4 @@
-"""encode.py: float32 rows -> the bytes of a GGUF tensor, and back, on every core.
+"""encoder.py: float32 rows -> the bytes of a GGUF tensor, and back, on every core.
 
 Under an input covariance the encoder is feedback.py's; without one it is ggml's own, from the libggml-base that
 llama-cpp-python bundles, called through ctypes. Both leave the GIL alone: rows are independent, so threads take slices
@@ -25,6 +25,7 @@ from quantize.base.blas import Crew, pieces
 from quantize.base.errors import QuantizeError
 from quantize.encode import feedback
 from quantize.encode.feedback import Covariance, Sweep
+from quantize.encode.objective import Objective
 from quantize.encode.rows import Rows
 from quantize.source.checkpoint import bf16_to_f32, f32_to_bf16
 
@@ -47,6 +48,7 @@ NOT_FINITE_HINT = "the weights are too large for this type"
 # Rows that a thread encodes under a covariance at a time: enough to read its tables once for many. The encoder takes 16
 # side by side.
 MIN_ROWS, MAX_ROWS = 16, 384
+EVEN = Objective()
 MIN_SLICE = 1 << 14  # values: a millisecond or so of encoding,
 MIN_DECODED = 1 << 18  # and of decoding
 # A weight that no calibration token touched still has to come out near itself: the floor keeps the sums positive.
@@ -111,18 +113,15 @@ class Encoder(Crew):
         self,
         values: NDArray[np.float32],
         type_: Type,
-        importance: NDArray[np.float32] | None = None,
-        covariance: Covariance | None = None,
-        outputs: Rows | None = None,
+        objective: Objective = EVEN,
     ) -> NDArray[np.uint8]:
         """values (..., n) float32 -> (..., row_bytes) uint8.
 
-        importance: (n,) weights of the columns, E[x^2] of what multiplies them; types that ignore it may get it, and
-        those that need it count all columns alike without. covariance: of what multiplies the columns; types that
-        feedback.py encodes follow it instead, where it is positive definite. outputs: what rows are worth, which they
-        follow too. Raises QuantizeError where the type cannot hold the values, ValueError where rows are not whole
-        blocks.
+        Types that ignore an importance may get it, and those that need it count all columns alike without. Types that
+        feedback.py encodes follow a covariance instead, where it is positive definite, and the rows with it. Raises
+        QuantizeError where the type cannot hold the values, ValueError where rows are not whole blocks.
         """
+        importance, covariance, outputs = objective.importance, objective.covariance, objective.rows
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
@@ -145,19 +144,19 @@ class Encoder(Crew):
     def _follow(
         self, outputs: Rows, rows: NDArray[np.float32], type_: Type, covariance: Covariance, out: NDArray[np.uint8]
     ) -> None:
-        """Each step's rows for what those of the steps before have lost; blocks of rows side by side."""
+        """Each step's rows under the errors dW of those of the steps before; blocks of rows side by side."""
         if outputs.order.size != len(rows):
             raise ValueError(f"the outputs are {outputs.order.size} rows, expected {len(rows)}")
         n = rows.shape[1]
-        lost = np.empty((outputs.n_blocks, n, outputs.m), np.float32)
+        errors = np.empty((outputs.n_blocks, n, outputs.m), np.float32)
         for at in outputs.steps:
             picked = outputs.order[:, at]
-            carried = [outputs.carried(i, at, block) for i, block in enumerate(lost)]
+            carried = [outputs.carried(i, at, block) for i, block in enumerate(errors)]
             target = (rows[picked] - np.stack(carried)).reshape(-1, n)
             data = np.empty((len(target), out.shape[1]), np.uint8)
             self._feed_back(target, type_, covariance, data)
             decoded = self.decode(data, type_, n).reshape(*picked.shape, n)
-            lost[:, :, at] = (decoded - rows[picked]).swapaxes(1, 2)
+            errors[:, :, at] = (decoded - rows[picked]).swapaxes(1, 2)
             out[picked.reshape(-1)] = data
 
     def _feed_back(

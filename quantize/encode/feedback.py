@@ -1,9 +1,9 @@
 """feedback.py: encoding under an input covariance H, so that a matrix's outputs change least: tr(dW H dW^T) is lowered.
 
-The columns are chosen one after the other and what each loses is carried on to those after it, as in GPTQ (Frantar et
+The columns are chosen one after the other and the error of each is carried on to those after it, as in GPTQ (Frantar et
 al., 2022), here through H's own factor: H = M diag(v) M^T with a unit upper triangle M, so that a row's loss is
 sum_j v_j (e_j + sum_{i<j} e_i M_ij)^2. Scales and codes of 256 columns are searched together (cext/encode), on the
-targets that the columns before have left; a second sweep goes over all blocks again, given all others.
+targets that the columns before have left; a second sweep goes over all blocks again, under the errors of all others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def chunks(n: int) -> list[slice]:
 
 
 def gram(x: F32, onto: list[F32] | None = None) -> list[F32]:
-    """x^T x for inputs x (m, n), a matrix for each chunk; added to those in onto, where they are given."""
+    """x^T x for inputs x (m, n), a matrix for each chunk; added to those in onto, where there are any."""
     out = [np.zeros((c.stop - c.start,) * 2, np.float32) for c in chunks(x.shape[1])] if onto is None else onto
     for c, total in zip(chunks(x.shape[1]), out, strict=True):
         _add_square(total, np.ascontiguousarray(x[:, c]))
@@ -202,7 +202,7 @@ class Sums:
 
 
 def _sweeps(h: F32) -> list[Sweep]:
-    """First sweep, with what the blocks before have lost; second, with what all others have."""
+    """First sweep, under the errors of the blocks before; second, under those of all others."""
     n = len(h)
     factor = Factor(h)
     first = (False, factor.above, *_tables(n))
@@ -225,11 +225,11 @@ def _fill_first(factor: Factor, i: int, sweep: Sweep) -> None:
 
 def _fill_second(h: F32, at: slice, sweep: Sweep) -> None:
     _, carry, cov, tri, var = sweep
-    own = h[at, at].astype(np.float64)
-    np.matmul(h[:, at], np.linalg.inv(own).astype(np.float32), out=carry[:, at])
+    block = h[at, at].astype(np.float64)
+    np.matmul(h[:, at], np.linalg.inv(block).astype(np.float32), out=carry[:, at])
     carry[at, at] = 0
-    cov[at, : len(own)] = own
-    tri[at, : len(own)], var[at] = unit_upper(own)
+    cov[at, : len(block)] = block
+    tri[at, : len(block)], var[at] = unit_upper(block)
 
 
 def _tables(n: int) -> tuple[F32, F32, F32]:

@@ -4,8 +4,8 @@ An error dW of a matrix with the inputs x and the gradients g at its output cost
 and G = E[g g^T], as far as the two do not depend on each other (the factored Fisher information; Tseng et al., 2025,
 Model-Preserving Adaptive Rounding). feedback.py follows H, along a row; here rows follow G, one after the other: with
 G = M diag(v) M^T, M a unit upper triangle, the loss is sum_r v_r |e_r + sum_{i<r} M_ir e_i|^2 in H's measure, so that a
-row is encoded for what those before it have lost, and counts v_r in place of G_rr. One sweep: a second one, each row
-given all others, was no better.
+row is encoded under the errors of those before it, and counts v_r in place of G_rr. One sweep: a second one, each row
+under the errors of all others, was no better.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Rows:
             mean = block.diagonal().mean(dtype=np.float64)
             if not (np.isfinite(mean) and mean > 0):
                 raise np.linalg.LinAlgError("no gradient reaches these rows, or one that is not finite")
-            own = np.argsort(-block.diagonal(), kind="stable")  # the most weighty first: the most is left to make up
-            h = damped(block[np.ix_(own, own)], mean, DAMPING)
+            order = np.argsort(-block.diagonal(), kind="stable")  # the most weighty first: the most is left to make up
+            h = damped(block[np.ix_(order, order)], mean, DAMPING)
             factor = Factor(h)
-            self.order[i], self._upper[i] = i * self.m + own, factor.above
+            self.order[i], self._upper[i] = i * self.m + order, factor.above
             for at, inner in zip(factor.blocks, factor.inner, strict=True):
                 self._upper[i, at, at] = inner
             counts.append(self._counts(i, factor.v) / h.diagonal().sum(dtype=np.float64))
@@ -53,8 +53,8 @@ class Rows:
         """What all rows count, those of a step each by itself."""
         return sum(float((np.square(self._upper[block, at, at]) @ v[at]).sum()) for at in self.steps)
 
-    def carried(self, block: int, at: slice, lost: F32) -> F32:
-        """(rows of at, n) what the rows before have lost, lost (n, m), as the rows at feel it."""
+    def carried(self, block: int, at: slice, errors: F32) -> F32:
+        """(rows of at, n): the errors dW^T (n, m) of the rows before, as those of at are to make up for them."""
         upper = self._upper[block]
         weights = upper[: at.start, at] @ np.linalg.inv(upper[at, at])
-        return product(lost[:, : at.start], weights).T
+        return product(errors[:, : at.start], weights).T

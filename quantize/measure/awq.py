@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from quantize.encode.encoder import FLOAT_TYPES, Encoder
 from quantize.encode.feedback import Covariance
+from quantize.encode.objective import Objective
 from quantize.measure.evidence import Evidence, Last, ReadPart, n_parts
 from quantize.source.tensors import Tensor
 
@@ -106,8 +107,8 @@ class Scales:
         columns = self.columns.get(role)
         if columns is None or covariance is None:
             return covariance
-        own = columns if columns.ndim == 1 else columns[part]
-        return self._last.of((covariance, id(columns)), lambda: covariance.scaled(1.0 / own))
+        factor = columns if columns.ndim == 1 else columns[part]
+        return self._last.of((covariance, id(columns)), lambda: covariance.scaled(1.0 / factor))
 
     def fold(self, group: Group, tensors: Mapping[str, Tensor], scale: F32) -> None:
         """Enter a group's scale: (n,) for one input, (n_expert, n) where every expert has its own."""
@@ -228,9 +229,9 @@ class Searcher:
             importance = None if probe.importance is None else probe.importance / (scale * scale)
             covariance = self.evidence.covariance(probe.role, probe.part) if fed_back else None
             folded = covariance.scaled(1.0 / scale) if covariance is not None else None
-            data = self._encoder.encode(probe.weights * scale, probe.type, importance, folded)
-            lost = self._encoder.decode(data, probe.type, len(scale)) / scale - probe.weights
-            error[probe.role] = error.get(probe.role, 0.0) + _square(probe.inputs @ lost.T)
+            data = self._encoder.encode(probe.weights * scale, probe.type, Objective(importance, folded))
+            dw = self._encoder.decode(data, probe.type, len(scale)) / scale - probe.weights
+            error[probe.role] = error.get(probe.role, 0.0) + _square(probe.inputs @ dw.T)
             energy[probe.role] = energy.get(probe.role, 0.0) + probe.energy
         return sum(error[role] / energy[role] for role in error if energy[role] > 0)
 

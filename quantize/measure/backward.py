@@ -4,7 +4,7 @@ Given the block's input x and gradients dy at its output, ``Block.backward`` run
 backwards, hands every matrix's (inputs, gradients at its outputs) to a visitor and returns the gradients at x. No
 gradient of a weight is ever formed: sensitivity.py needs only what meets at a matrix. dy stacks the gradients of
 several scalars over the same tokens, (n_grad, m, n_embd), which share the forward pass. A gradient goes through the
-chosen experts' weights; what the choice itself is worth, a caller adds through on_route. Equations: DeepSeek-V2
+chosen experts' weights; the gradient of the choice itself a caller adds through on_route. Equations: DeepSeek-V2
 (arXiv 2405.04434).
 
 Memory, float32, for m tokens and 2 gradients: (m, n_embd) nine times; queries, heads and their gradients; one head's

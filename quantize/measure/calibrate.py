@@ -43,7 +43,7 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one group of linear layers was fed: (n,) over all tokens, and (n_sample, n) rows of some."""
+    """The inputs of one group of linear layers: (n,) over all tokens, and (n_sample, n) rows of some."""
 
     mean_abs: F32
     mean_square: F32
@@ -64,19 +64,19 @@ class RoutedRows:
     hidden: NDArray[np.uint16]  # (n_tokens, n_used, n_ff)
 
     def inputs_of(self, expert: int) -> F32:
-        """(m, n_embd) what gate and up of an expert were fed, times the router's weight."""
+        """(m, n_embd) the inputs of an expert's gate and up, times the router's weight."""
         token, slot = np.nonzero(self.experts == expert)
         return bf16_to_f32(self.input[token]) * self.weights[token, slot][:, None]
 
     def hidden_of(self, expert: int) -> F32:
-        """(m, n_ff) what its down was fed, likewise."""
+        """(m, n_ff) those of its down, likewise."""
         token, slot = np.nonzero(self.experts == expert)
         return bf16_to_f32(self.hidden[token, slot]) * self.weights[token, slot][:, None]
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What the routed experts were fed. Their common input over all tokens is ``SublayerStats.inputs["ffn_norm"]``."""
+    """Statistics of the routed experts' inputs. Those of all tokens together: ``SublayerStats.inputs["ffn_norm"]``."""
 
     counts: NDArray[np.int64]  # (n_expert,) tokens that chose each
     input_square: F32  # (n_expert, n_embd) mean x^2 of gate's and up's input, 0 where no token came
@@ -203,12 +203,12 @@ class Stream:
         self.arch = arch
         self.x = embeddings
         self.drifted = drifted
-        self.fed: NDArray[np.uint16] | None = None  # what the file's attention gives to its feed-forward network
+        self.ffn_inputs: NDArray[np.uint16] | None = None  # (n_tokens, n_embd) normed, of the file's
         step = max(1, len(embeddings) // SAMPLE_TOKENS)
         self._sampled = np.arange(0, len(embeddings), step)[:SAMPLE_TOKENS]
 
     def attention(self, layer: Layer, on_chunk: OnChunk | None = None, covariances: bool = False) -> SublayerStats:
-        """Run every token through a layer's attention, replacing x; returns what its matrices were fed.
+        """Run every token through a layer's attention, replacing x; returns the statistics of its matrices' inputs.
 
         on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. Where states drift,
         the statistics are those of the drifted, which stay where they are.
@@ -260,14 +260,14 @@ class Stream:
         return SublayerStats({tap: m.done() for tap, m in moments.items()}, experts.done() if experts else None, exact)
 
     def attend(self, layer: Layer) -> None:
-        """Run the drifted states through the file's attention, replacing them, and keep what comes of it as fed."""
+        """Run the drifted states through the file's attention, replacing them, and keep ``ffn_inputs``."""
         assert self.drifted is not None
-        fed = np.empty(self.drifted.shape, np.uint16)
-        for at in pieces(len(fed), self._chunk_tokens()):
+        inputs = np.empty(self.drifted.shape, np.uint16)
+        for at in pieces(len(inputs), self._chunk_tokens()):
             chunk = self.drifted[at]
             chunk[...], tapped = layer.forward(chunk, len(chunk) // WINDOW, ["ffn_norm"])
-            fed[at] = f32_to_bf16(tapped["ffn_norm"])
-        self.fed = fed
+            inputs[at] = f32_to_bf16(tapped["ffn_norm"])
+        self.ffn_inputs = inputs
 
     def _each_chunk(self, run: Callable[[slice], None], on_chunk: OnChunk | None) -> None:
         for at in pieces(len(self.x), self._chunk_tokens()):
@@ -285,7 +285,7 @@ class Stream:
         return WINDOW * max(1, min(CHUNK_WINDOWS, CHUNK_VALUES // (WINDOW * _attention_width(self.arch))))
 
     def final_inputs(self, norm: F32, covariances: bool = False) -> Inputs:
-        """What the output head is fed: the last hidden states under the final norm, (n_embd,) weights."""
+        """The inputs of the output head: the last hidden states under the final norm, (n_embd,) weights."""
         moments = _Moments(covariances)
         for start in range(0, len(self.x), WINDOW):
             x = self._normed(self.x[start : start + WINDOW], norm)

@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
     weights: F32  # (m,)
 
 
-class Fed(NamedTuple):
+class Inputs(NamedTuple):
     """Normed inputs of a feed-forward network, (n_tokens, n_embd) as bfloat16 bits."""
 
     exact: NDArray[np.uint16]
@@ -80,7 +80,7 @@ class FeedForward:
     """One layer's, matrix by matrix as it is encoded. tensors: by role.
 
     The stream has come through the original's layer, and through the file's attention: to its drifted states, the
-    residual, the file's networks are added. exact: (n_tokens, n_embd) what the original's were fed, as bfloat16 bits.
+    residual, the file's networks are added. exact: (n_tokens, n_embd) the inputs of the original's, as bfloat16 bits.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class FeedForward:
         read_part: ReadPart,
     ) -> None:
         assert stream.drifted is not None
-        assert stream.fed is not None, "attend comes first"
+        assert stream.ffn_inputs is not None, "attend comes first"
         self.arch, self.tensors, self._scales, self._read_part = arch, tensors, scales, read_part
         self._target, self._out = stream.x, stream.drifted
         scale = scales.columns.get("ffn_gate" if "ffn_gate" in tensors else "ffn_gate_exps")
-        self._fed = Fed(exact, stream.fed, scale)
+        self._inputs = Inputs(exact, stream.ffn_inputs, scale)
         self._routing: Routing | None = None
         self._decoded: dict[tuple[str, int], F32] = {}
         self._last = Last()
@@ -123,7 +123,7 @@ class FeedForward:
             return
         gate, up, down = (self._decoded.pop((name, part)) for name in (*DOWNS[role], role))
         for rows, weights in _chunks(self._tokens(role, part)):
-            self._give(rows, weights, hidden_channels(self._fed.of(rows), gate, up), down)
+            self._give(rows, weights, hidden_channels(self._inputs.of(rows), gate, up), down)
 
     def _give(self, rows: NDArray[np.intp], weights: F32, hidden: F32, down: F32) -> None:
         def add(at: slice) -> None:
@@ -136,14 +136,15 @@ class FeedForward:
         if role in DOWNS:
             if len(tokens.rows) == 0:
                 return None
-            own = self._of_hidden(role, part, tokens)
-            return own.diagonal_blend(prior_share(own.n, len(tokens.rows))) if role.endswith("_exps") else own
+            hidden = self._of_hidden(role, part, tokens)
+            few = prior_share(hidden.n, len(tokens.rows))
+            return hidden.diagonal_blend(few) if role.endswith("_exps") else hidden
         if not role.endswith("_exps"):
             return self.whole
         if len(tokens.rows) == 0:
             return self.whole
-        own = self._of_inputs(tokens)
-        return own.blend(self.whole, prior_share(own.n, len(tokens.rows)))
+        inputs = self._of_inputs(tokens)
+        return inputs.blend(self.whole, prior_share(inputs.n, len(tokens.rows)))
 
     def _tokens(self, role: str, part: int) -> Tokens:
         if not role.endswith("_exps"):
@@ -155,7 +156,7 @@ class FeedForward:
     def _route(self, router: F32) -> None:
         logits = np.empty((len(self._out), len(router)), np.float32)
         for rows, _ in _chunks(self._every):
-            logits[rows] = product(self._fed.of(rows), router.T)
+            logits[rows] = product(self._inputs.of(rows), router.T)
         bias = self._read("exp_probs_b", 0) if "exp_probs_b" in self.tensors else None
         self._routing = route(self.arch, logits, bias)
 
@@ -166,8 +167,8 @@ class FeedForward:
     def _of_inputs(self, tokens: Tokens) -> Covariance:
         sums = Sums()
         for rows, weights in _chunks(tokens):
-            x = self._fed.of(rows)
-            sums.add(_weighted(x, weights), _weighted(self._fed.exactly(rows), weights, less=x))
+            x = self._inputs.of(rows)
+            sums.add(_weighted(x, weights), _weighted(self._inputs.exactly(rows), weights, less=x))
         return sums.done()
 
     def _of_hidden(self, role: str, part: int, tokens: Tokens) -> Covariance:
@@ -177,10 +178,10 @@ class FeedForward:
         down = self._read(role, part) if exact is None else None
         sums = Sums()
         for rows, weights in _chunks(tokens):
-            hidden = hidden_channels(self._fed.of(rows), gate, up)
+            hidden = hidden_channels(self._inputs.of(rows), gate, up)
             weighted = _weighted(hidden, weights)
             if exact is not None:
-                theirs = hidden_channels(self._fed.exactly(rows), *exact)
+                theirs = hidden_channels(self._inputs.exactly(rows), *exact)
                 sums.add(weighted, _weighted(theirs, weights, less=hidden))
             else:
                 assert down is not None

@@ -1,8 +1,8 @@
 """evidence.py: what one layer's calibration says about each of its matrices, part by part.
 
 A part is what shares one set of input statistics: an expert of a stack, a head of k_b and v_b, or the whole matrix.
-Experts that saw few tokens are blended with what the whole layer would have fed them, so every importance is finite and
-positive somewhere, however rarely a router picks an expert.
+Experts that saw few tokens are blended with what they would have seen of the whole layer's, so every importance is
+finite and positive somewhere, however rarely a router picks an expert.
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ class Evidence:
             return whole
         count = int(routed.counts[part])
         if tap == "expert_input":
-            own = Covariance.of(routed.rows.inputs_of(part))
-            return own.blend(whole, prior_share(own.n, count))
+            mine = Covariance.of(routed.rows.inputs_of(part))
+            return mine.blend(whole, prior_share(mine.n, count))
         rows = routed.rows.hidden_of(part) if count else self._hidden_rows(part)
-        own = Covariance.of(rows)
-        return own.diagonal_blend(prior_share(own.n, len(rows)))
+        hidden = Covariance.of(rows)
+        return hidden.diagonal_blend(prior_share(hidden.n, len(rows)))
 
     def magnitude(self, role: str, part: int) -> F32:
         """(n,) mean |x| of each input channel, with which a fold's scales grow. Experts differ only in their downs."""
@@ -170,16 +170,16 @@ class Evidence:
             rows = rows[(routed.sample_experts == part).any(1)]
         return rows
 
-    def _blend(self, expert: int, own: F32, expected: Callable[[], F32]) -> F32:
-        """own where the expert saw FEW_TOKENS or more, the layer's expectation where it saw none, a mix between."""
+    def _blend(self, expert: int, seen: F32, expected: Callable[[], F32]) -> F32:
+        """seen where the expert saw FEW_TOKENS or more, the layer's expectation where it saw none, a mix between."""
         assert self.stats.routed is not None
         share = min(1.0, int(self.stats.routed.counts[expert]) / FEW_TOKENS)
         if share == 1.0:
-            return own
-        return np.float32(share) * own + np.float32(1.0 - share) * expected()
+            return seen
+        return np.float32(share) * seen + np.float32(1.0 - share) * expected()
 
     def _hidden_if_chosen(self, expert: int) -> tuple[F32, F32]:
-        """Mean |h| and h^2 of an expert's hidden channels had it been given the layer's sampled tokens."""
+        """Mean |h| and h^2 of an expert's hidden channels had it seen the layer's sampled tokens."""
         if expert not in self._expected:
             hidden = self._hidden_rows(expert)
             self._expected[expert] = np.abs(hidden).mean(0), np.square(hidden).mean(0)

@@ -45,14 +45,14 @@ class Flips:
 
     def __call__(self, routing: Routing, logits: Floats, dweights: Floats) -> Floats:
         added = np.zeros((len(dweights), *logits.shape), logits.dtype)
-        worth = routing.weights * dweights[FISHER]  # (m, n_used) what the loss gains along each chosen expert's output
+        gain = routing.weights * dweights[FISHER]  # (m, n_used) what the loss gains along each chosen expert's output
         size = float(np.sqrt(2) * logits.std(0).mean())
         for border in _borders(self.arch, routing, logits):
             near = float(np.quantile(border.margin, NEAR))
             if not (0 < near < np.inf and size > 0):
                 continue
             # What comes in is as large as what goes, and independent of it: 1/2 E[(g . change)^2] = (g . what goes)^2.
-            cost = np.square((worth * border.leaving).sum(-1))
+            cost = np.square((gain * border.leaving).sum(-1))
             slope = NEAR / near * cost / (np.sqrt(2 * np.pi) * size)
             sign = self.rng.choice([-1.0, 1.0], len(cost))
             added[ROUTING] += (np.sqrt(2 * slope) * sign)[:, None] * border.direction

@@ -23,7 +23,7 @@ class TensorLoss:
 
     name: str
     type: str
-    error: float  # squared, relative to the squared output on calibration tokens; of the weights where none are fed
+    error: float  # squared, relative to the squared output on calibration tokens; of weights that none reaches
 
 
 class Loss(NamedTuple):
@@ -42,11 +42,11 @@ def measure(name: str, type_: Type, exact: F32, decoded: F32, inputs: F32 | None
             f"tensor `{name}`: encoding to {type_.name} gave values that are not finite",
             "the weights are too large for this type, or calibration went wrong: please report the model",
         )
-    lost = decoded - exact
+    error = decoded - exact  # dW
     if inputs is not None:
-        return Loss(_square(product(lost, inputs.T)), _square(product(exact, inputs.T)))
+        return Loss(_square(product(error, inputs.T)), _square(product(exact, inputs.T)))
     weights = 1.0 if importance is None else np.sqrt(importance)
-    return Loss(_square(lost * weights), _square(exact * weights))
+    return Loss(_square(error * weights), _square(exact * weights))
 
 
 class LossMeter:

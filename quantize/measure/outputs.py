@@ -23,7 +23,7 @@ F32 = NDArray[np.float32]
 BY_PART = ("attn_k_b", "attn_v_b")  # heads with outputs of their own; experts share theirs
 BY_HEAD = ("attn_q", "attn_q_b")  # a matrix of all heads, whose outputs meet in none
 ROLES = (*BY_PART, *BY_HEAD, "attn_q_a", "attn_kv_a_mqa", "attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
-# At which a block's own gradients weigh as much as none off the diagonal, in tokens a row. The survey has few: with 4 a
+# At which a block's gradients weigh as much as none off the diagonal, in tokens a row. The survey has few: with 4 a
 # row (V2-Lite's residual stream) 0.1 would lose 3 % of a down's loss, this gains 5 to 10 of the 15 that many tokens do.
 PRIOR_TOKENS = 2.0
 
@@ -100,11 +100,11 @@ class Outputs:
 
     def _make(self, role: str, at: int) -> Rows | None:
         blocks = self._arrays[role]
-        own = (blocks[at : at + 1] if role in BY_PART else blocks).astype(np.float32)
+        g = (blocks[at : at + 1] if role in BY_PART else blocks).astype(np.float32)
         if role in self._scales:
             scale = self._scales[role] if self._scales[role].ndim == 1 else self._scales[role][at]
-            own /= np.outer(scale, scale)
+            g /= np.outer(scale, scale)
         try:
-            return Rows(own)
+            return Rows(g)
         except np.linalg.LinAlgError:
             return None

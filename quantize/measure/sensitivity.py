@@ -1,6 +1,6 @@
 """sensitivity.py: what a matrix in a type would cost, in nats a token, from one backward pass over survey text.
 
-A perturbation dW of a matrix that is fed x_t and whose output has the gradient g_t of token losses sampled from the
+A perturbation dW of a matrix whose input is x_t and whose output has the gradient g_t of token losses sampled from the
 model's own distribution raises the KL divergence by 1/2 E[(g_t . dW x_t)^2] a token (the Fisher information; no label
 of the text is used). dW comes from the real encoder, on a sample of rows, which add up as 1/2 E[g_tr^2 (dw_r x_t)^2]
 over their chance of being in the sample; that is larger where gradients are. The product is taken token by token: from
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from quantize.base.blas import spread
 from quantize.encode.encoder import FED_BACK, GRID_TYPES, NEED_IMPORTANCE, Encoder
 from quantize.encode.feedback import Covariance
+from quantize.encode.objective import Objective
 from quantize.measure.backward import Floats
 from quantize.measure.evidence import prior_share
 
@@ -91,7 +92,7 @@ def pick_rows(mass: NDArray[np.float64], n: int) -> tuple[NDArray[np.intp], NDAr
 
 def pick_experts(mass: NDArray[np.float64]) -> NDArray[np.float64]:
     """The chance of each expert (n_expert,) to be looked at, 0 where it is not: all of a few, some of many. mass
-    (n_gradients, n_expert): what may be lost in each.
+    (n_gradients, n_expert): the most that leaving out each may cost.
     """
     picked, chance = pick_rows(_shares(mass), SAMPLED_EXPERTS)
     out = np.zeros(mass.shape[1])
@@ -171,9 +172,9 @@ class CostMeter:
 
         def price(type_: Type) -> None:
             error = self._error(rows, type_, importance)
-            lost = met @ error.T
-            np.square(lost, out=lost)
-            twice = (weights @ lost.reshape(-1)).astype(np.float64)
+            output_error = met @ error.T
+            np.square(output_error, out=output_error)
+            twice = (weights @ output_error.reshape(-1)).astype(np.float64)
             fed_back = fitted if type_ in FED_BACK else None
             found[type_] = _Sums(twice, *self._left(type_, rows[some], error[some], unseen, fed_back))
 
@@ -184,7 +185,7 @@ class CostMeter:
             self._add(role, type_, found[type_])
 
     def _covariance(self, role: str, inputs: Floats) -> Covariance | None:
-        """What an encoder would be given of half of these inputs; None where this part is not to be fed back."""
+        """The covariance H of half of these inputs, as an encoder would have it; None where it would have none."""
         if not self.feedback or len(inputs) < MIN_FEEDBACK_TOKENS or self._n_fed_back[role] == FEEDBACK_PARTS:
             return None
         self._n_fed_back[role] += 1
@@ -217,7 +218,7 @@ class CostMeter:
         return candidates(rows.shape[1], self.types, importance is not None)
 
     def _error(self, rows: F32, type_: Type, importance: F32 | None, fitted: Covariance | None = None) -> F32:
-        data = self.encoder.encode(rows, type_, importance, fitted)
+        data = self.encoder.encode(rows, type_, Objective(importance, fitted))
         return self.encoder.decode(data, type_, rows.shape[1]) - rows
 
     def record(self, role: str, type_: Type, twice: NDArray[np.float64]) -> None:
