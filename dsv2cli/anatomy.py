@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2cli.console import cut
 from dsv2cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -38,10 +39,17 @@ PARTS = (
 OTHER = "other"
 DRAFT = "draft head"  # blocks for multi-token prediction behind the model's own: not read
 BLOCK = re.compile(r"blk\.(\d+)\.")
-COUNTS = (  # keys that are reckoned with
+COUNTS = (  # keys that are reckoned with or shown
     "block_count", "expert_count", "expert_used_count", "leading_dense_block_count", "context_length",
-    "attention.kv_lora_rank", "rope.dimension_count", "expert_group_count",
+    "attention.kv_lora_rank", "rope.dimension_count", "expert_group_count", "expert_shared_count", "embedding_length",
+    "attention.head_count", "attention.q_lora_rank", "expert_feed_forward_length", "expert_group_used_count",
 )  # fmt: skip
+TEXTS = (
+    "general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template",
+)  # fmt: skip
+WRITTEN_WRONGLY = (
+    "what wrote the file wrote this wrongly: dsv2 quantize makes one from the checkpoint, or take another maker's"
+)
 CONTEXTS = (4096, 16384, 65536)
 
 
@@ -102,6 +110,8 @@ class Anatomy:
     @property
     def expert_usage(self) -> NDArray[np.int64] | None:
         """Calibration tokens that chose each expert, (n_layer, n_expert), with the layers that have experts only."""
+        if self.architecture != ARCHITECTURE:
+            return None
         names = ("block_count", "expert_count", "leading_dense_block_count")
         n_layer, n_expert, n_dense = (self.keys.get(name, 0) for name in names)
         counts = self.notes.get("dsv2.expert_usage")
@@ -116,7 +126,7 @@ class Anatomy:
     @property
     def contexts(self) -> tuple[int, ...]:
         """Contexts worth knowing the memory at: a few, and the longest the model was trained for."""
-        longest = self.keys.get("context_length", CONTEXTS[0])
+        longest = self.keys.get("context_length", CONTEXTS[0]) if self.architecture == ARCHITECTURE else CONTEXTS[0]
         return (*(c for c in CONTEXTS if c < longest), longest)
 
     def memory(self, n_ctx: int, kv_type: str = "f16") -> int:
@@ -125,25 +135,25 @@ class Anatomy:
 
 
 def study(path: Path) -> Anatomy:
-    """Read a GGUF's header. FileError, FormatError."""
+    """Read a GGUF's header. FileError, FormatError; CliError where a key that is known holds what it cannot."""
     from cext import Gguf
 
     with Gguf(path) as gguf:
         metadata = gguf.metadata
-        architecture = str(metadata.get("general.architecture", "unknown"))
+        for key in TEXTS:
+            _check(path, key, metadata.get(key, ""), str, "a text")
+        _check(path, "tokenizer.ggml.tokens", metadata.get("tokenizer.ggml.tokens", []), list, "a list")
+        architecture = metadata.get("general.architecture", "unknown")
         prefix = f"{architecture}."
         keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
-        for name in COUNTS:
-            if not isinstance(keys.get(name, 0), int):
-                raise CliError(
-                    f"`{path}`: `{prefix}{name}` is {keys[name]!r}, expected a count",
-                    "the file is damaged: make it again",
-                )
+        if architecture == ARCHITECTURE:
+            for name in COUNTS:
+                _check(path, prefix + name, keys.get(name, 0), int, "a count")
         shape, remarks = _shape(gguf) if architecture == ARCHITECTURE else (None, ())
         keys |= _assumed(shape) if shape else {}
         return Anatomy(
             path=path,
-            name=str(metadata.get("general.name", path.stem)),
+            name=metadata.get("general.name", path.stem),
             architecture=architecture,
             file_bytes=gguf.nbytes,
             keys=keys,
@@ -175,6 +185,13 @@ def _assumed(shape: Hparams) -> dict[str, Any]:
         "expert_group_count": shape["n_expert_group"],
         "expert_group_used_count": shape["n_expert_group_used"],
     }
+
+
+def _check(path: Path, key: str, value: Any, kind: type, what: str) -> None:
+    if isinstance(value, kind) and not isinstance(value, bool) and not (isinstance(value, int) and value < 0):
+        return
+    shown = f"a list of {len(value)} values" if isinstance(value, list) else cut(repr(value), 80)
+    raise CliError(f"`{path}`: `{key}` is {shown}, expected {what}", WRITTEN_WRONGLY)
 
 
 def _vocabulary(gguf: Gguf) -> dict[str, Any]:

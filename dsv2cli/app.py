@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -43,9 +44,9 @@ def print_version(wanted: bool) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            print(f"dsv2 {version('dsv2')}")
+            console.say(f"dsv2 {version('dsv2')}")
         except PackageNotFoundError:
-            print("dsv2, not installed as a package")
+            console.say("dsv2, not installed as a package")
         raise typer.Exit
 
 
@@ -60,7 +61,7 @@ def root(
     if debug:
         os.environ["DSV2_DEBUG"] = "1"
     if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+        console.say_text(ctx.get_help())
 
 
 def explain(error: BaseException) -> tuple[str, str, int]:
@@ -75,22 +76,31 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     hint = getattr(error, "hint", None)
     if isinstance(hint, str):  # the engine's and the quantiser's own errors
         return str(error), hint, FAILED
-    if isinstance(error, OSError) and error.strerror:
-        where = f"`{error.filename}`: " if error.filename is not None else ""
-        return f"{where}{error.strerror}", "", FAILED
+    if isinstance(error, OSError):
+        where = f"`{_name(error.filename)}`: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}", "", FAILED
     if isinstance(error, MemoryError):
         return "out of memory", "a shorter context (-c) or a smaller quantisation needs less", FAILED
     return f"internal error: {type(error).__name__}: {error}", "DSV2_DEBUG=1 shows where; please report it", FAILED
 
 
+def _name(file: object) -> str:
+    return os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else str(file)
+
+
 def prepare_streams() -> None:
-    """Streams closed by the caller lead nowhere, not into the next file opened; what cannot be encoded shows as ?."""
+    """Streams closed by the caller lead nowhere, not into the next file opened; what cannot be encoded shows as ?.
+
+    Bytes typed that the terminal's encoding lacks are kept, for text.typed to read or to refuse.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def close_quietly() -> None:
@@ -116,7 +126,7 @@ def run(args: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else FAILED
     except Exception as error:
         if os.environ.get("DSV2_DEBUG"):
-            raise
+            console.note_text(traceback.format_exc())
         message, hint, code = explain(error)
         console.print_error(message, hint)
         return code

@@ -1,25 +1,40 @@
-"""Where output goes: data to stdout; log, progress, statistics and errors to stderr.
+"""Where output goes: data to stdout; log, progress, statistics and errors to stderr. The one place that writes.
 
-Colours appear on terminals only and never under NO_COLOR. rich is imported when something needs it, not before.
+All text is foreign here, whatever it was put together from: a file's metadata, a path, a name and an exception stand in
+what the commands say, so what is written is plain text, never rich's markup, and its control characters are spelt out.
+Colours are named styles that are put around it afterwards, on terminals that have them and never under NO_COLOR.
+rich is imported when something needs it, not before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe: nothing is cut to fit a screen that is not there
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-STYLES = {"error": "1;31", "hint": "36", "warning": "33", "dim": "2", "prompt": "1;32"}
+NARROWEST, WIDEST = 20, 1000  # columns that COLUMNS may ask for
+SHOWN_CHARACTERS = 4096  # of one text; a longer one is cut
+STYLES = {"error": "1;31", "hint": "36", "warning": "33", "dim": "2", "prompt": "1;32", "label": "1"}
+# What moves a terminal's cursor, sets its title, turns text round or ends a line, and what no encoding holds: C0, DEL,
+# C1, line and paragraph separators, bidirectional embeddings, overrides and isolates, surrogates.
+UNSAFE = "\\x00-\\x1f\\x7f-\\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\\ud800-\\udfff"
+UNSAFE_IN_A_LINE = re.compile(f"[{UNSAFE}]")
+UNSAFE_IN_A_TEXT = re.compile(f"(?![\\n\\t])[{UNSAFE}]")
+UNSAFE_IN_JSON = re.compile(f"(?!\\n)[{UNSAFE}]")
+PLAIN_TERMINALS = ("", "dumb", "unknown")  # values of TERM that promise no control sequences
+BYTES = range(0xDC80, 0xDD00)  # how Python spells the bytes of a name that are not UTF-8
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -30,8 +45,13 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def obeys(stream: TextIO | None) -> bool:
+    """Whether the stream is a terminal that understands control sequences: moving the cursor, erasing, colours."""
+    return is_terminal(stream) and os.environ.get("TERM", "").lower() not in PLAIN_TERMINALS
+
+
 def wants_colour(stream: TextIO | None) -> bool:
-    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return obeys(stream) and not os.environ.get("NO_COLOR")
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
@@ -39,54 +59,212 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if wants_colour(stream or sys.stderr) else text
 
 
+# Foreign text.
+
+
 def printable(text: str) -> str:
-    """Text from a file or a model, made safe for a terminal: no escape sequences, no other control characters."""
-    return CONTROL_CHARACTERS.sub("", text)
+    """A line of text made safe: control characters spelt out (``\\x1b``), a very long one cut."""
+    return UNSAFE_IN_A_LINE.sub(_spelt_out, cut(text, SHOWN_CHARACTERS))
 
 
-def note(message: str, style: str | None = None) -> None:
-    """One line of log on stderr."""
-    with contextlib.suppress(OSError):  # a log that cannot be written is no reason to fail
-        sys.stderr.write((styled(message, style) if style else message) + "\n")
-        sys.stderr.flush()
+def printable_text(text: str) -> str:
+    """Text of several lines, an answer say, made safe: line breaks and tabs stay, carriage returns go."""
+    return UNSAFE_IN_A_TEXT.sub(_spelt_out, text.replace("\r", ""))
 
 
-def warn(message: str) -> None:
-    note(f"{styled('warning:', 'warning')} {message}")
-
-
-def print_error(message: str, hint: str = "") -> None:
-    """The two lines every failure ends in. Line breaks inside are folded: a script reads one line."""
-    note(f"{styled('error:', 'error')} {printable(fold(message))}")
-    if hint:
-        note(f"{styled('hint:', 'hint')} {printable(fold(hint))}")
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def fold(text: str) -> str:
     return " ".join(text.split())
 
 
+def _spelt_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code - 0xDC00:02x}" if code in BYTES else found[0].encode("unicode_escape").decode("ascii")
+
+
+# Log and errors, on stderr.
+
+
+def note(message: str, style: str | None = None, *, label: str = "") -> None:
+    """One line of log. label: a style's name that stands before it, as in "warning: ..."."""
+    line = printable(message)
+    before = f"{styled(f'{label}:', label)} " if label else ""
+    _tell(before + (styled(line, style) if style else line) + "\n")
+
+
+def note_text(text: str) -> None:
+    """Text of several lines on stderr, as it is."""
+    _tell(printable_text(text) + "\n")
+
+
+def warn(message: str) -> None:
+    note(message, label="warning")
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """The two lines every failure ends in. Line breaks inside are folded: a script reads one line."""
+    note(fold(message), label="error")
+    if hint:
+        note(fold(hint), label="hint")
+
+
+def prompt(text: str) -> None:
+    """What stands before the place to type, where no line editor shows it."""
+    _tell(printable(text))
+
+
+def show_progress(text: str) -> None:
+    """A line that the next one takes the place of; ``""`` takes it away. For terminals that obey."""
+    _tell(f"\r\x1b[K{printable(text)}")
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a log that cannot be written is no reason to fail
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+# Data, on stdout.
+
+
+def say(line: str = "") -> None:
+    """A line of text."""
+    sys.stdout.write(printable(line) + "\n")
+
+
+def say_text(text: str) -> None:
+    """Text of several lines, as it is but for its control characters."""
+    sys.stdout.write(printable_text(text) + "\n")
+
+
+def say_fields(fields: Iterable[tuple[str, str]], width: int) -> None:
+    """Lines of a label, ``width`` columns wide, and a value."""
+    for label, value in fields:
+        sys.stdout.write(f"{styled(f'{label:<{width}}', 'label', sys.stdout)} {printable(value)}\n")
+
+
+def say_data(text: str) -> None:
+    """Text with names of files in it, for another program: into a pipe the bytes that they have on the disk."""
+    if is_terminal(sys.stdout):
+        sys.stdout.write(printable_text(text))
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(text))
+
+
+def say_path(path: Path) -> None:
+    """A path as a line of data."""
+    say_data(str(path) + "\n") if not is_terminal(sys.stdout) else say(str(path))
+
+
+def say_piece(piece: str) -> None:
+    """A piece of an answer, at once: as it is into a pipe, safe on a terminal."""
+    sys.stdout.write(printable_text(piece) if is_terminal(sys.stdout) else piece)
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on stdout. NaN and infinity, which JSON lacks, are refused by raising ValueError."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document. NaN and infinity, which JSON lacks, are refused by raising ValueError.
+
+    Characters that stdout's encoding lacks, or that a terminal would obey, are written as JSON's own \\u escapes.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
+    sys.stdout.write(UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
-@functools.cache
-def stdout_console() -> Console:
+# Tables and progress.
+
+
+@dataclass
+class Table:
+    """Rows under a title and the names of columns: text in the first to the left, figures in the others to the right.
+
+    Without names the first column holds labels and the second texts, which are wrapped. A row of None is a line.
+    """
+
+    title: str = ""
+    columns: tuple[str, ...] = ()
+    rows: list[tuple[str, ...] | None] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def add_line(self) -> None:
+        self.rows.append(None)
+
+
+def show(table: Table, stream: TextIO | None = None) -> None:
+    """A table on stdout, or on stderr as a part of the log."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    made = RichTable(
+        title=Text(printable(table.title)) if table.title else None,
+        title_justify="left",
+        title_style="bold",
+        show_header=bool(table.columns),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for i, column in enumerate(table.columns):
+        made.add_column(Text(printable(column)), justify="right" if i else "left")
+    if not table.columns:
+        made.add_column(style="bold")
+        made.add_column(overflow="fold")
+    for row in table.rows:
+        made.add_section() if row is None else made.add_row(*(Text(printable(cell)) for cell in row))
+    _show(made, stream or sys.stdout)
+
+
+def show_drawing(lines: Iterable[Text]) -> None:
+    """Lines of coloured blocks on stdout (see figures.py)."""
+    for line in lines:
+        _show(line, sys.stdout)
+
+
+def _show(drawn: Any, stream: TextIO) -> None:
+    """Drawn first and written as a whole, so that a stream that breaks is met here and not inside rich."""
+    out = _console(stream)
+    with out.capture() as captured:
+        out.print(drawn)
+    if stream is sys.stderr:
+        _tell(captured.get())
+    else:
+        stream.write(captured.get())
+
+
+def width(stream: TextIO | None = None) -> int:
+    """Columns of ``stream`` (stdout)."""
+    return _console(stream or sys.stdout).width
+
+
+def _console(stream: TextIO) -> Console:
+    """rich for one stream, told what the stream is: by itself it would go by FORCE_COLOR, COLUMNS and the like."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if is_terminal(sys.stdout) else PIPE_WIDTH, no_color=no_colour())
-
-
-@functools.cache
-def stderr_console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, no_color=no_colour())
-
-
-def no_colour() -> bool | None:
-    return True if os.environ.get("NO_COLOR") else None
+    wanted = os.environ.get("COLUMNS", "")
+    columns = int(wanted) if re.fullmatch("[0-9]{2,4}", wanted) else 0
+    known = columns if NARROWEST <= columns <= WIDEST else None
+    return Console(
+        file=stream,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=known if is_terminal(stream) else PIPE_WIDTH,
+        force_terminal=obeys(stream),
+        force_interactive=obeys(stream),
+        no_color=not wants_colour(stream),
+        _environ={name: os.environ[name] for name in ("TERM", "COLORTERM") if name in os.environ},
+    )
 
 
 def progress(*, quiet: bool = False, transfer: bool = False, time_left: bool = True) -> Progress:
@@ -95,16 +273,40 @@ def progress(*, quiet: bool = False, transfer: bool = False, time_left: bool = T
     time_left False: the task's own detail says it better.
     """
     from rich import progress as rp
+    from rich.text import Text
 
-    columns: list[rp.ProgressColumn] = [rp.TextColumn("{task.description}"), rp.BarColumn(bar_width=28)]
+    class PlainColumn(rp.ProgressColumn):
+        """A task's own text: names of files and figures."""
+
+        def __init__(self, shown: str, style: str = "") -> None:
+            super().__init__()
+            self._shown, self._style = shown, style
+
+        def render(self, task: rp.Task) -> Text:
+            return Text(printable(self._shown.format(task=task)), self._style)
+
+    columns: list[rp.ProgressColumn] = [PlainColumn("{task.description}"), rp.BarColumn(bar_width=28)]
     if transfer:
         columns += [rp.DownloadColumn(binary_units=False), rp.TransferSpeedColumn()]
     else:
-        columns += [rp.TaskProgressColumn(), rp.TextColumn("{task.fields[detail]}", style="dim")]
+        columns += [rp.TaskProgressColumn(), PlainColumn("{task.fields[detail]}", "dim")]
     if time_left:
         columns += [rp.TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
-    shown = is_terminal(sys.stderr) and not quiet
-    return rp.Progress(*columns, console=stderr_console(), disable=not shown, transient=True)
+    shown = obeys(sys.stderr) and not quiet
+    return rp.Progress(*columns, console=_console(sys.stderr), disable=not shown, transient=True)
+
+
+def note_above(display: Progress, line: str) -> None:
+    """A line of log while a progress display may be on the screen."""
+    if display.disable:
+        note(line)
+        return
+    from rich.text import Text
+
+    display.console.print(Text(printable(line)), soft_wrap=True)
+
+
+# Figures.
 
 
 def format_bytes(n: float) -> str:

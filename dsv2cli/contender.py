@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,7 +106,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), params)
         if not self._model:
             raise RuntimeError("llama.cpp cannot load the model")
         self.threads, self.isa = threads, "its own"

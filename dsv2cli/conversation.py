@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cext import ContextFullError
 from cext.tokenizer import Message
+from dsv2cli.options import MAX_CONTEXT
 from dsv2cli.scheduler import Context, End, Event, Lookup, Sampling, Scheduler, Sequence, Stats, Text, Token
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Turn:
 
 class Conversation:
     """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: most tokens
-    that Lookup drafts at once; 0: none."""
+    that Lookup drafts at once; 0: none. n_ctx_train: tokens that the model was trained for, for the hint of a prompt
+    that is too long; 0: not known."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Conversation:
         *,
         raw: bool = False,
         n_draft: int = 0,
+        n_ctx_train: int = 0,
         dropped: Callable[[int], None] = lambda n: None,
         scheduler: Scheduler | None = None,
     ) -> None:
@@ -50,6 +53,7 @@ class Conversation:
         self._tokenizer = tokenizer
         self._raw = raw
         self._n_draft = n_draft
+        self._n_ctx_train = n_ctx_train
         self._dropped = dropped
         self.system = system
         self.turns: list[Turn] = []
@@ -145,7 +149,7 @@ class Conversation:
         if len(prompt) > self.n_ctx:
             raise ContextFullError(
                 f"{len(prompt)} tokens do not fit in a context of {self.n_ctx}",
-                f"-c {round_up_context(len(prompt))} makes room for them",
+                room_hint(len(prompt), self._n_ctx_train),
             )
         if n_dropped:
             del turns[:n_dropped]
@@ -166,3 +170,15 @@ class Conversation:
 def round_up_context(n: int) -> int:
     """A context a person would choose, with space for an answer."""
     return -(-(n + 256) // 1024) * 1024
+
+
+def room_hint(n: int, n_ctx_train: int) -> str:
+    """What to do about a prompt of n tokens: a larger context where the model was trained for one, else less text."""
+    wanted = round_up_context(n)
+    if wanted > MAX_CONTEXT:
+        return "shorten it"
+    if not 0 < n_ctx_train < wanted:
+        return f"-c {wanted} makes room for them"
+    if n < n_ctx_train:
+        return f"-c {n_ctx_train} makes room for them: all that the model was trained for"
+    return f"shorten it: the model was trained for {n_ctx_train} tokens; past them (-c {wanted}) it may write nonsense"

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from cext.system import resident_bytes
 from dsv2cli import console, interrupts
 from dsv2cli.conversation import Conversation
+from dsv2cli.errors import UsageError
 from dsv2cli.scheduler import Event, Read, Stats
-from dsv2cli.terminal import LineReader
+from dsv2cli.terminal import LineReader, terminating_in_order
 
 if TYPE_CHECKING:
     from cext import Sampler, Session
     from dsv2cli.runtime import Runtime
 
-COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?")
+COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)
 HELP = {
     "/help": "this list",
     "/system TEXT": "set the system message (/system alone shows it, /system none removes it)",
@@ -55,13 +56,11 @@ class Chat:
                 for piece in self._shown(reply, progress.told):
                     progress.clear()
                     written.append(piece)
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    console.say_piece(piece)
         finally:
             progress.clear()
             if written and not written[-1].endswith("\n"):
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+                console.say_piece("\n")
         self._tell_stop()
         return "".join(written)
 
@@ -71,9 +70,8 @@ class Chat:
         return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
 
     def _shown(self, reply: Iterator[Event], told: Callable[[int, int], None] = lambda done, n: None) -> Iterator[str]:
-        """The answer's text, without the space it begins with, and safe for a terminal where there is one."""
+        """The answer's text, without the space it begins with."""
         begun = self.raw
-        safe = console.printable if console.is_terminal(sys.stdout) else None
         for event in reply:
             if isinstance(event, Read):
                 told(event.done, event.n)
@@ -81,7 +79,7 @@ class Chat:
             text = event.text if begun else event.text.lstrip()
             if text:
                 begun = True
-                yield safe(text) if safe else text
+                yield text
 
     def _tell_stop(self) -> None:
         if self.last.stop == "cancelled":
@@ -105,15 +103,13 @@ class ReadProgress:
     on_screen: bool = False
 
     def told(self, done: int, n: int) -> None:
-        if self.shown and n >= LONG_READ and console.is_terminal(sys.stderr):
-            sys.stderr.write(f"\r\x1b[Kreading: {done} of {n} tokens")
-            sys.stderr.flush()
+        if self.shown and n >= LONG_READ and console.obeys(sys.stderr):
+            console.show_progress(f"reading: {done} of {n} tokens")
             self.on_screen = True
 
     def clear(self) -> None:
         if self.on_screen:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            console.show_progress("")
             self.on_screen = False
 
 
@@ -160,17 +156,20 @@ class Repl:
                 " /help lists the commands.",
                 "dim",
             )
-        reader = LineReader("> ", [f"/{name}" for name in self.commands])
-        try:
+        with terminating_in_order(), LineReader("> ", [f"/{name}" for name in self.commands]) as reader:
             while True:
                 try:
                     text = reader.read()
-                    if text is None or not self.take(text):
+                    if text is None:
                         break
+                    with reader.away():
+                        if not self.take(text):
+                            break
                 except KeyboardInterrupt:
-                    console.note("\n(/exit or Ctrl-D leaves)", "dim")
-        finally:
-            reader.close()
+                    console.note("")
+                    console.note("(/exit or Ctrl-D leaves)", "dim")
+                except UsageError as error:  # what was typed is no text
+                    console.print_error(str(error), error.hint)
         if not self.chat.quiet and self.chat.last.n_answer:
             self.chat.tell_stats()
 
@@ -178,7 +177,7 @@ class Repl:
         """Run a command or answer a message; False to leave."""
         if not text.strip():
             return True
-        command = COMMAND.fullmatch(text.rstrip())
+        command = COMMAND.fullmatch(text)
         if command is None:
             self.answer(text)
             return True
@@ -186,14 +185,14 @@ class Repl:
         if run is None:
             console.note(f"no command /{command[1]}: /help lists them; a space before it says it to the model")
             return True
-        return run(command[2] or "")
+        return run(command[2])
 
     def answer(self, text: str) -> None:
         """Stream an answer; Ctrl-C ends it, and what was written of it stays in the conversation."""
         from cext import ContextFullError
 
         try:
-            self.chat.answer(text.strip())
+            self.chat.answer(text)
         except KeyboardInterrupt:
             console.note("(stopped)", "dim")
         except ContextFullError as error:
@@ -209,10 +208,10 @@ class Repl:
         conversation = self.chat.conversation
         if self.chat.raw:
             console.note("--raw has no system message")
-        elif text:
-            conversation.system = None if text.lower() == "none" else text
+        elif text.strip():
+            conversation.system = None if text.strip().lower() == "none" else text
         else:
-            console.note(conversation.system or "(no system message)")
+            console.note_text(conversation.system or "(no system message)")
         return True
 
     def clear(self, _: str) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2cli import console
-from dsv2cli.errors import CliError, UsageError
+from dsv2cli.errors import CliError
+from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from cext import Model, Session
@@ -34,12 +35,20 @@ class Runtime:
     def name(self) -> str:
         return self.model.hparams["name"] or self.path.stem
 
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained for; 0 where its file does not say."""
+        return self.model.hparams["n_ctx_train"]
+
+    def context(self, n_ctx: int) -> int:
+        """``n_ctx``, or for 0 what the model was trained for."""
+        return n_ctx or min(self.n_ctx_train or DEFAULT_CONTEXT, MAX_CONTEXT)
+
     def session(self, n_ctx: int | None, kv_type: KvType = "f16") -> Session:
-        """A session of ``n_ctx`` tokens; by default 4096, or what the model was trained for where that is less."""
-        trained = self.model.hparams["n_ctx_train"]
-        if n_ctx is None:
-            n_ctx = min(DEFAULT_CONTEXT, trained) if trained else DEFAULT_CONTEXT
-        elif trained and n_ctx > trained:
+        """A session of ``n_ctx`` tokens; 0: see ``context``. By default 4096, or what it was trained for if less."""
+        trained = self.n_ctx_train
+        n_ctx = min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT) if n_ctx is None else self.context(n_ctx)
+        if trained and n_ctx > trained:
             console.warn(f"the model was trained for {trained} tokens of context; past them it may write nonsense")
         return self.model.session(n_ctx, kv_type)
 
@@ -77,11 +86,3 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     from cext.tokenizer import Tokenizer
 
     return Tokenizer(path)
-
-
-def read_text(path: Path) -> str:
-    """A text file. UsageError where it is no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"`{path}` is not UTF-8 text (byte {error.start})", "convert it, with iconv say") from error

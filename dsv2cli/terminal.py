@@ -1,24 +1,44 @@
-"""Reading what a person types: line editing and history, pasted paragraphs whole, lines joined by a backslash."""
+"""Reading what a person types: line editing and history, pasted paragraphs whole, lines joined by a backslash.
+
+What a line means never depends on when it comes. Lines are one message where the terminal says that they were pasted
+together (bracketed paste) or where a backslash joins them, and messages of their own otherwise, typed ahead or not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
+import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from dsv2cli import console
+from dsv2cli.text import typed
 
 HISTORY_LINES = 1000
-PASTE_SECONDS = 0.03  # lines that follow within this time were pasted, not typed
 CONTINUED = "\\"
+# Values of TERM of the terminals that mark what is pasted; terminfo has no word for it.
+MARKS_PASTES = re.compile(
+    "(xterm|screen|tmux|rxvt|alacritty|foot|kitty|vte|gnome|konsole|iterm2?|wezterm|ghostty|contour|mintty|mlterm|putty"
+    "|st|rio)(-|$)"
+)
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
-def history_path() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "dsv2" / "history"
+def history_path() -> Path | None:
+    """Where lines are remembered; None where this user has no home."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        return (Path(state) if state else Path.home() / ".local" / "state") / "dsv2" / "history"
+    except RuntimeError:
+        return None
+
+
+def marks_pastes() -> bool:
+    return console.obeys(sys.stdout) and bool(MARKS_PASTES.match(os.environ.get("TERM", "")))
 
 
 class LineReader:
@@ -27,61 +47,122 @@ class LineReader:
     def __init__(self, prompt: str, commands: list[str]) -> None:
         self._readline = _readline() if console.is_terminal(sys.stdout) else None
         self._prompt = prompt
+        self._marks_pastes = self._readline is not None and marks_pastes()
         if self._readline is not None:
             self._set_up(self._readline, commands)
 
     def _set_up(self, readline: ModuleType, commands: list[str]) -> None:
-        with contextlib.suppress(OSError):
-            readline.read_history_file(history_path())
+        if path := history_path():
+            with contextlib.suppress(OSError, UnicodeError):
+                readline.read_history_file(path)
         readline.set_history_length(HISTORY_LINES)
         readline.set_auto_history(False)  # a pasted paragraph is one entry
         readline.set_completer_delims(" \t\n")
         readline.set_completer(lambda text, i: ([c for c in commands if text and c.startswith(text)] + [None] * 9)[i])
         readline.parse_and_bind("tab: complete")
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.parse_and_bind(f"set enable-bracketed-paste {'on' if self._marks_pastes else 'off'}")
 
     def read(self) -> str | None:
         """One message, of several lines where they were pasted or end in a backslash; None at the end of input.
 
-        Raises KeyboardInterrupt at Ctrl-C.
+        Raises KeyboardInterrupt at Ctrl-C, UsageError where what was typed is no text.
         """
         try:
             lines = [self._line(self._prompt)]
         except EOFError:
             return None
         with contextlib.suppress(EOFError):
-            while True:
-                if lines[-1].endswith(CONTINUED):
-                    lines[-1] = lines[-1].removesuffix(CONTINUED)
-                    lines.append(self._line("  "))
-                elif _more_is_waiting():
-                    lines.append(self._line(""))
-                else:
-                    break
+            while lines[-1].endswith(CONTINUED):
+                lines[-1] = lines[-1].removesuffix(CONTINUED)
+                lines.append(self._line("  "))
         text = "\n".join(lines)
         if self._readline is not None and text.strip():
-            self._readline.add_history(text)
-        return text
+            with contextlib.suppress(UnicodeError):  # a locale that cannot spell it
+                self._readline.add_history(text)
+        return typed(text, "what was typed")
 
     def _line(self, prompt: str) -> str:
         if self._readline is not None:
             return input(_shown_by_readline(prompt))
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        console.prompt(prompt)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\n")
+        return line.removesuffix("\n")
 
-    def close(self) -> None:
-        """Keep the history, for this user alone."""
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """While nothing is read: what is typed ahead waits unseen and whole, pastes marked, for the next prompt."""
         if self._readline is None:
+            yield
             return
+        with _keys_waiting(sys.stdin.fileno()):
+            self._mark_pastes(True)
+            yield
+
+    def _mark_pastes(self, on: bool) -> None:
+        if self._marks_pastes:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write(PASTE_ON if on else PASTE_OFF)
+                sys.stdout.flush()
+
+    def __enter__(self) -> LineReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the terminal as it was; keep the history, for this user alone."""
+        self._mark_pastes(False)
         path = history_path()
-        with contextlib.suppress(OSError):
+        if self._readline is None or path is None:
+            return
+        with contextlib.suppress(OSError, UnicodeError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
             self._readline.write_history_file(path)
+
+
+@contextlib.contextmanager
+def _keys_waiting(terminal: int) -> Iterator[None]:
+    """Keys are kept as they come, without an echo between the words of an answer; Ctrl-C is still heard.
+
+    A terminal that edits lines by itself would cut those of more than 4095 bytes.
+    """
+    import termios
+
+    try:
+        before = termios.tcgetattr(terminal)
+        waiting = termios.tcgetattr(terminal)
+        waiting[3] &= ~(termios.ICANON | termios.ECHO)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, waiting)
+    except termios.error:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def terminating_in_order() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that the terminal is left as it was, and ends the program all the same."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    except Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
 
 
 def _readline() -> ModuleType | None:
@@ -90,10 +171,6 @@ def _readline() -> ModuleType | None:
     except ImportError:
         return None
     return readline
-
-
-def _more_is_waiting() -> bool:
-    return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
 
 
 def _shown_by_readline(prompt: str) -> str:

@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dsv2cli import console
-from dsv2cli.commands.chat import KV_HELP, MODEL_HELP, KvType
+from dsv2cli import console, options
 from dsv2cli.errors import UsageError
+from dsv2cli.options import MAX_CONTEXT, Range, number
 
 if TYPE_CHECKING:
     from dsv2cli.benchmark import Result, Row
 
 HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp if asked."
 EXAMPLES = ("bench model.gguf", "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv")
+TOKENS = Range(0, MAX_CONTEXT)
 AGAINST = typer.Option(help="Run it too, in turns, and give the ratio.")
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
-    n_prefill: Annotated[
-        int, typer.Option("-p", "--prefill", metavar="N", min=0, help="Tokens to read at once; 0: none.")
-    ] = 512,
+    model: options.Model = None,
+    n_prefill: Annotated[int, number("-p", "--prefill", within=TOKENS, help="Tokens to read at once; 0: none.")] = 512,
     n_decode: Annotated[
-        int, typer.Option("-n", "--decode", metavar="N", min=0, help="Tokens to decode one by one; 0: none.")
+        int, number("-n", "--decode", within=TOKENS, help="Tokens to decode one by one; 0: none.")
     ] = 128,
     depths: Annotated[
         str, typer.Option("-d", "--depths", metavar="N,N,...", help="Tokens of context before, as 0,4096,16384.")
     ] = "0",
     rounds: Annotated[
-        int, typer.Option("-r", "--rounds", metavar="N", min=1, help="Measured rounds; one more warms up.")
+        int, number("-r", "--rounds", within=Range(1, 10_000), help="Measured rounds; one more warms up.")
     ] = 3,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads of every engine.")
-    ] = None,
-    kv: Annotated[KvType, typer.Option("--kv", help=KV_HELP)] = "f16",
+    threads: options.Threads = None,
+    kv: options.Kv = "f16",
     against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     if as_json and as_csv:
         raise UsageError("--json and --csv are two forms of one output", "choose one")
@@ -49,6 +45,8 @@ def bench(
     wanted = benchmark.tests(n_prefill, n_decode, parse_depths(depths))
     if not wanted:
         raise UsageError("-p 0 and -n 0 leave nothing to measure", "give one of them")
+    if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
+        raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
     path = locate.model(model)
     with console.progress(quiet=quiet) as display:
         bar = display.add_task("bench", total=None, detail="")
@@ -75,35 +73,30 @@ def parse_depths(text: str) -> list[int]:
         depths = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise UsageError(f"-d takes numbers with commas between, got `{text}`", "-d 0,4096,16384") from error
-    if depths[0] < 0:
-        raise UsageError(f"-d takes numbers of tokens, got {depths[0]}", "-d 0,4096,16384")
+    if wrong := [depth for depth in depths if depth not in TOKENS]:
+        raise UsageError(f"-d takes numbers of tokens up to {MAX_CONTEXT}, got {wrong[0]}", "-d 0,4096,16384")
     return depths
 
 
 def show(result: Result) -> None:
     from dsv2cli.benchmark import LLAMA, OURS
-    from dsv2cli.commands.inspect import table
 
     engines = list(result.footprints)
     columns = ["test", *(f"{name} tok/s" for name in engines)]
     if LLAMA in engines:
         columns += ["ratio", "its setting"]
-    made = table("", *columns)
+    made = console.Table("", tuple(columns))
     for row in result.rows:
         cells = [row.test.name, *(spread(row.rates[name], 1) for name in engines)]
-        made.add_row(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if LLAMA in engines else ()))
-    out = console.stdout_console()
+        made.add(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if LLAMA in engines else ()))
     setting = result.rows[0].variants[OURS]
-    out.print(
-        f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}", soft_wrap=True
-    )
-    out.print(made)
+    console.say(f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}")
+    console.show(made)
     for name, footprint in result.footprints.items():
-        out.print(
+        console.say(
             f"{name}: first logits {footprint.load_seconds:.2f} s after opening the file;"
             f" {console.format_bytes(footprint.anonymous_bytes)} of memory and"
-            f" {console.format_bytes(footprint.file_bytes)} of the file's pages",
-            soft_wrap=True,
+            f" {console.format_bytes(footprint.file_bytes)} of the file's pages"
         )
     if not result.rounds > 1:
         return
@@ -148,8 +141,10 @@ def describe_row(row: Row) -> dict[str, Any]:
 
 def print_csv(result: Result) -> None:
     import csv
+    import io
 
-    out = csv.writer(sys.stdout, lineterminator="\n")
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
     out.writerow(["model", "engine", "variant", "threads", "kind", "n", "depth", "round", "tokens_per_second"])
     for row in result.rows:
         for engine, samples in row.rates.items():
@@ -157,3 +152,4 @@ def print_csv(result: Result) -> None:
                 test = row.test
                 fixed = [result.model.name, engine, row.variants[engine], result.threads, test.kind, test.n, test.depth]
                 out.writerow([*fixed, i, f"{rate:.4f}"])
+    console.say_data(text.getvalue())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from dsv2cli import console
-from dsv2cli.errors import UsageError
+from dsv2cli import console, options, text
+from dsv2cli.errors import CliError, UsageError
+from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
     from dsv2cli.repl import Chat
@@ -19,60 +23,70 @@ EXAMPLES = (
     'chat model.gguf -s "Answer in one sentence."',
     'chat -p "Tell me a story about a ship." --seed 1',
     "chat model.gguf -n 200 < question.txt > answer.txt",
+    'chat model.gguf -p "What does it do?" < program.py',
     "chat model.gguf --kv q8_0 -c 32768 --lookup 7 < edit-this.txt",
 )
-MAX_CONTEXT = 1 << 24
-MODEL_HELP = "A GGUF file, or an alias that was quantised here; the small model in the package if left out."
-KvType = Literal["f16", "q8_0", "f32"]
-KV_HELP = (
-    "What keeps the context. q8_0: 56 % of f16's memory and less time at depth, at a small cost in quality;"
-    " f32: exact, twice the memory, slower."
+PROMPT_HELP = (
+    "Answer this and exit; - reads stdin. With a pipe or a file on stdin both are read: its text, an empty line, this."
 )
-MAX_DRAFT = 15
 LOOKUP_HELP = (
     "Draft up to N tokens where the answer repeats what was said: for quoting and editing. Up to 3 the answer is the"
     " same to the bit; 0: off."
 )
+CONTEXT_HELP = "Tokens of context; 4096 if left out, 0: as many as the model was trained for."
+WAIT_SECONDS = 2.0  # for a pipe's first byte, after which it is told what is waited for
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and exit; - reads stdin.")] = None,
+    model: options.Model = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help=PROMPT_HELP)] = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System message.")] = None,
     limit: Annotated[
-        int | None, typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Most tokens of an answer.")
+        int | None, number("-n", "--max-tokens", within=options.COUNT, help="Most tokens of an answer.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temp", metavar="X", min=0, help="0 always takes the likeliest token.")
+        float,
+        number("--temp", metavar="X", within=Range(0, options.LARGEST), help="0 always takes the likeliest token."),
     ] = 0.7,
-    top_k: Annotated[int, typer.Option(metavar="N", min=0, help="Only the k likeliest tokens; 0: all.")] = 40,
+    top_k: Annotated[
+        int, number("--top-k", within=options.FROM_ZERO, help="Only the k likeliest tokens; 0: all.")
+    ] = 40,
     top_p: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="Only the likeliest that make up p; 1: all.")
+        float,
+        number(
+            "--top-p", metavar="X", within=Range(0, 1, open_low=True), help="Only the likeliest that make up p; 1: all."
+        ),
     ] = 0.95,
     min_p: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="Only those at least p times the likeliest.")
+        float, number("--min-p", metavar="X", within=options.SHARE, help="Only those at least p times the likeliest.")
     ] = 0.05,
     repeat_penalty: Annotated[
-        float, typer.Option(metavar="X", min=0.01, help="Above 1, what was said becomes less likely.")
+        float,
+        number(
+            "--repeat-penalty",
+            metavar="X",
+            within=Range(0.01, options.LARGEST),
+            help="Above 1, what was said becomes less likely.",
+        ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, max=2**64 - 1, help="The same seed gives the same answer.")
-    ] = None,
-    context: Annotated[
         int | None,
-        typer.Option("-c", "--ctx", metavar="N", min=2, max=MAX_CONTEXT, help="Tokens of context; 4096 if left out."),
+        number("--seed", within=Range(0, options.MAX_SEED), help="The same seed gives the same answer."),
     ] = None,
-    kv: Annotated[KvType, typer.Option("--kv", help=KV_HELP)] = "f16",
-    threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
-    lookup: Annotated[int, typer.Option("--lookup", metavar="N", min=0, max=MAX_DRAFT, help=LOOKUP_HELP)] = 0,
+    context: Annotated[int | None, number("-c", "--ctx", within=options.CONTEXT, help=CONTEXT_HELP)] = None,
+    kv: options.Kv = "f16",
+    threads: options.Threads = None,
+    lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
     if raw and system:
         raise UsageError("--system needs the chat template, which --raw leaves out", "put it into the prompt")
-    text = given_text(prompt)
-    if text is None and as_json:
+    if system is not None:
+        system = text.typed(system, "the system message")
+    asked = given_text(prompt, quiet=quiet)
+    if asked is None and as_json:
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
     from dsv2cli import locate, memory, runtime
@@ -91,17 +105,18 @@ def chat(
             system,
             raw=raw,
             n_draft=lookup,
+            n_ctx_train=opened.n_ctx_train,
             dropped=lambda n: None if quiet else tell_dropped(n),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
         talk = Chat(opened, session, conversation, sampler, limit, quiet=quiet, raw=raw)
-        if text is None:
+        if asked is None:
             Repl(talk).run()
         elif as_json:
-            console.print_json(report(talk, talk.collect(text), sampler.seed))
+            console.print_json(report(talk, talk.collect(asked), sampler.seed))
         else:
             try:
-                talk.answer(text)
+                talk.answer(asked)
             finally:
                 if not quiet and talk.last.n_prompt:
                     talk.tell_stats()
@@ -109,17 +124,41 @@ def chat(
                 raise KeyboardInterrupt
 
 
-def given_text(prompt: str | None) -> str | None:
-    """The one text to answer, from -p or stdin; None where a person sits at a terminal."""
-    if prompt is not None and prompt != "-":
-        text = prompt
-    elif prompt is None and console.is_terminal(sys.stdin):
+def given_text(prompt: str | None, *, quiet: bool = False) -> str | None:
+    """The one text to answer: stdin's, -p's, or both; None where a person sits at a terminal."""
+    if prompt is None and console.is_terminal(sys.stdin):
         return None
-    else:
-        text = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
-    if not text.strip():
+    parts = []
+    if prompt in (None, "-") or _is_document(sys.stdin):
+        parts.append(_read_stdin(quiet=quiet or prompt in (None, "-")))
+    if prompt not in (None, "-"):
+        parts.append(text.typed(prompt, "the prompt"))
+    asked = "\n\n".join(part for part in parts if part.strip())
+    if not asked:
         raise UsageError("the prompt is empty", "give one with -p, or run it in a terminal to talk")
-    return text
+    return asked
+
+
+def _is_document(stream: TextIO) -> bool:
+    """Whether something was piped in: not a terminal, nor /dev/null or another device."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def _read_stdin(*, quiet: bool) -> str:
+    """All of stdin as text, without its last line end. A pipe beside -p that stays silent is told of."""
+    try:
+        if not quiet and not select.select([sys.stdin], [], [], WAIT_SECONDS)[0]:
+            console.note("(waiting for the end of the pipe on stdin; < /dev/null goes without it)", "dim")
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise CliError(
+            f"cannot read stdin: {error.strerror or error}", "give the prompt with -p < /dev/null"
+        ) from error
+    return text.decode(data, "the text on stdin").removesuffix("\n")
 
 
 def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:

@@ -82,7 +82,7 @@ def download(
     if as_json:
         console.print_json(describe(plan, path, to))
     else:
-        print(path)
+        console.say_path(path)
 
 
 def tell_plan(plan: Plan, job: Transfer) -> None:

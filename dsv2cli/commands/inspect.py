@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli import console
-from dsv2cli.commands.chat import MODEL_HELP
+from dsv2cli import console, options
 from dsv2cli.errors import UsageError
+from dsv2cli.options import number
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from rich.table import Table
 
     from dsv2cli.anatomy import Anatomy
 
 HELP = "Show what a GGUF is made of and what it needs."
 EXAMPLES = ("inspect model.gguf", "inspect model.gguf --ctx 32768 --json", "inspect model.gguf --heatmap usage.png")
-SHOWN_ITEMS = 4  # of a list among the metadata
+CONTEXT = number(
+    "-c", "--ctx", within=options.CONTEXT, help="Memory at this context, not a few; 0: what the model was trained for."
+)
+SHOWN_ITEMS, SHOWN_CHARACTERS = 4, 200  # of a list, and of a text, among the metadata
 SHOWN_NOTES = ("dsv2.evaluation.", "dsv2.calibration.", "dsv2.expert_usage", "dsv2.layer_error")
 # label, layout, the keys under dsv2. that it shows and what they must be: a file may say anything
 FIGURES: tuple[tuple[str, str, dict[str, type]], ...] = (
@@ -35,10 +37,8 @@ FIGURES: tuple[tuple[str, str, dict[str, type]], ...] = (
 
 
 def inspect(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)] = None,
-    context: Annotated[
-        int | None, typer.Option("-c", "--ctx", metavar="N", min=1, help="Memory at this context, not a few.")
-    ] = None,
+    model: options.Model = None,
+    context: Annotated[int | None, CONTEXT] = None,
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", metavar="PNG", help="Write a picture of how often each expert is used.")
     ] = None,
@@ -50,7 +50,7 @@ def inspect(
     runtime.tell(found.path, found.remarks)
     if heatmap is not None:
         draw(found, heatmap)
-    contexts = (context,) if context else found.contexts
+    contexts = found.contexts if context is None else (context or found.contexts[-1],)
     if as_json:
         console.print_json(finite(describe(found, contexts)))
     else:
@@ -58,28 +58,25 @@ def inspect(
 
 
 def show(found: Anatomy, contexts: tuple[int, ...]) -> None:
-    out = console.stdout_console()
-    for label, value in headline(found):
-        out.print(f"[bold]{label:<13}[/bold] {console.printable(value)}", markup=True, soft_wrap=True)
+    console.say_fields(headline(found), 13)
     if found.types:
-        out.print()
-        out.print(types_table(found))
+        console.say()
+        console.show(types_table(found))
     if found.parts:
-        out.print()
-        out.print(parts_table(found))
-        out.print()
-        out.print(memory_table(found, contexts))
+        console.say()
+        console.show(parts_table(found))
+        console.say()
+        console.show(memory_table(found, contexts))
     if lines := quality(found.notes):
-        out.print()
-        for label, value in lines:
-            out.print(f"[bold]{label:<17}[/bold] {console.printable(value)}", markup=True, soft_wrap=True)
+        console.say()
+        console.say_fields(lines, 17)
     if (usage := found.expert_usage) is not None:
-        out.print()
+        console.say()
         show_usage(found, usage)
     if others := {key: value for key, value in found.notes.items() if not key.startswith(SHOWN_NOTES)}:
-        out.print()
+        console.say()
         for key, value in others.items():
-            out.print(f"{key}: {console.printable(brief(value))}", markup=False, soft_wrap=True)
+            console.say(f"{key}: {brief(value)}")
 
 
 def quality(notes: dict[str, Any]) -> list[tuple[str, str]]:
@@ -105,13 +102,11 @@ def quality(notes: dict[str, Any]) -> list[tuple[str, str]]:
 def show_usage(found: Anatomy, usage: NDArray[np.int64]) -> None:
     from dsv2cli import figures
 
-    out = console.stdout_console()
     n_layer, n_expert = usage.shape
     first = found.keys.get("leading_dense_block_count", 0) + 1
-    out.print(f"[bold]Experts used in calibration[/bold]: {n_layer} layers of {n_expert}, bright is often", markup=True)
-    coloured = console.wants_colour(sys.stdout)
-    for line in figures.heatmap(usage, range(first, first + n_layer), out.width, coloured=coloured):
-        out.print(line)
+    console.say_fields([("Experts used in calibration:", f"{n_layer} layers of {n_expert}, bright is often")], 0)
+    coloured, width = console.wants_colour(sys.stdout), console.width()
+    console.show_drawing(figures.heatmap(usage, range(first, first + n_layer), width, coloured=coloured))
 
 
 def draw(found: Anatomy, path: Path) -> None:
@@ -168,23 +163,10 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
     return lines
 
 
-def table(title: str, *columns: str) -> Table:
-    """Left-aligned first column, right-aligned figures."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
-    )
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left")
-    return made
-
-
-def types_table(found: Anatomy) -> Table:
-    made = table("Tensors by type", "type", "tensors", "size", "share", "bits/weight", "")
+def types_table(found: Anatomy) -> console.Table:
+    made = console.Table("Tensors by type", ("type", "tensors", "size", "share", "bits/weight", ""))
     for row in found.types:
-        made.add_row(
+        made.add(
             row.name,
             str(row.n_tensors),
             console.format_bytes(row.nbytes),
@@ -195,25 +177,25 @@ def types_table(found: Anatomy) -> Table:
     return made
 
 
-def parts_table(found: Anatomy) -> Table:
-    made = table("What a decoded token reads", "part", "tensors", "size", "read a token", "share")
+def parts_table(found: Anatomy) -> console.Table:
+    made = console.Table("What a decoded token reads", ("part", "tensors", "size", "read a token", "share"))
     for row in found.parts:
-        made.add_row(
+        made.add(
             row.name,
             str(row.n_tensors),
             console.format_bytes(row.nbytes),
             console.format_bytes(row.token_bytes),
             share(row.token_bytes, found.token_bytes),
         )
-    made.add_section()
-    made.add_row("all", "", console.format_bytes(found.tensor_bytes), console.format_bytes(found.token_bytes), "")
+    made.add_line()
+    made.add("all", "", console.format_bytes(found.tensor_bytes), console.format_bytes(found.token_bytes), "")
     return made
 
 
-def memory_table(found: Anatomy, contexts: tuple[int, ...]) -> Table:
-    made = table("Memory", "context", "weights", "cache, f16", "together", "cache, q8_0", "together")
+def memory_table(found: Anatomy, contexts: tuple[int, ...]) -> console.Table:
+    made = console.Table("Memory", ("context", "weights", "cache, f16", "together", "cache, q8_0", "together"))
     for n_ctx in contexts:
-        made.add_row(
+        made.add(
             str(n_ctx),
             console.format_bytes(found.tensor_bytes),
             *(
@@ -231,9 +213,10 @@ def share(part: int, whole: int) -> str:
 
 def brief(value: Any) -> str:
     """A metadata value in a line."""
-    if isinstance(value, list) and len(value) > SHOWN_ITEMS:
-        return f"{', '.join(map(str, value[:SHOWN_ITEMS]))}, ... ({len(value)} values)"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return console.cut(str(value), SHOWN_CHARACTERS)
+    shown = ", ".join(map(brief, value[:SHOWN_ITEMS]))
+    return shown if len(value) <= SHOWN_ITEMS else f"{shown}, ... ({len(value)} values)"
 
 
 def finite(value: Any) -> Any:

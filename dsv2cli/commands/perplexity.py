@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli import console
-from dsv2cli.commands.chat import KV_HELP, MAX_CONTEXT, KvType
+from dsv2cli import console, options
+from dsv2cli.options import number
 
 if TYPE_CHECKING:
     from dsv2cli.evaluate import Evaluation
@@ -21,42 +21,44 @@ EXAMPLES = (
     "perplexity model.gguf --text held-out.txt -c 4096 --kv q8_0 --reference-kv f32",
 )
 REFERENCE_KV = typer.Option(help="The reference's; without --reference, this model with that cache is the reference.")
-SKIP = typer.Option(
-    metavar="N", min=0, help="Positions at a window's beginning that are not scored; a quarter if left out."
+SKIP = number(
+    "--skip",
+    within=options.FROM_ZERO,
+    help="Positions at a window's beginning that are not scored; a quarter if left out.",
 )
+CONTEXT = number("-c", "--ctx", within=options.CONTEXT, help="Tokens of a window; 0: what the model was trained for.")
 
 
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.")],
-    context: Annotated[
-        int, typer.Option("-c", "--ctx", metavar="N", min=2, max=MAX_CONTEXT, help="Tokens of a window.")
-    ] = 512,
+    context: Annotated[int, CONTEXT] = 512,
     reference: Annotated[
         str | None, typer.Option(metavar="GGUF", help="The same model in a finer type: KLD and agreement with it.")
     ] = None,
-    kv: Annotated[KvType, typer.Option("--kv", help=KV_HELP)] = "f16",
-    reference_kv: Annotated[KvType | None, REFERENCE_KV] = None,
+    kv: options.Kv = "f16",
+    reference_kv: Annotated[options.KvType | None, REFERENCE_KV] = None,
     skip: Annotated[int | None, SKIP] = None,
     windows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Score only the first so many windows.")
+        int | None, number("--windows", within=options.COUNT, help="Score only the first so many windows.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     from dsv2cli import locate, runtime
     from dsv2cli.evaluate import evaluate
+    from dsv2cli.text import read
 
     paths = [locate.model(name) for name in (model, reference) if name is not None]
-    content = runtime.read_text(text)
+    content = read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
         models = [opened.enter_context(runtime.open_model(path, threads)) for path in paths]
         bar = display.add_task("scoring", total=None, detail="")
         found = evaluate(
             models[0],
             content,
-            context,
+            models[0].context(context),
             skip=skip,
             max_windows=windows,
             kv_type=kv,
@@ -76,14 +78,14 @@ def show(found: Evaluation) -> None:
     def error(value: float | None, digits: int) -> str:
         return f" +- {value:.{digits}f}" if value is not None else ""
 
-    print(f"perplexity {found.perplexity:.4f}{error(found.perplexity_error, 4)}")
+    console.say(f"perplexity {found.perplexity:.4f}{error(found.perplexity_error, 4)}")
     if (against := found.reference) is not None:
-        print(f"reference perplexity {against.perplexity_reference:.4f}, ratio {against.perplexity_ratio:.4f}")
-        print(f"mean KLD {against.kld_mean:.5f}{error(against.kld_error, 5)}")
-        print(f"p99 KLD {against.kld_p99:.4f}, max {against.kld_max:.4f}")
-        print(f"top-1 agreement {100 * against.top1:.2f} %")
+        console.say(f"reference perplexity {against.perplexity_reference:.4f}, ratio {against.perplexity_ratio:.4f}")
+        console.say(f"mean KLD {against.kld_mean:.5f}{error(against.kld_error, 5)}")
+        console.say(f"p99 KLD {against.kld_p99:.4f}, max {against.kld_max:.4f}")
+        console.say(f"top-1 agreement {100 * against.top1:.2f} %")
         if against.routing is not None:
-            print(f"router agreement {100 * against.routing:.2f} %")
+            console.say(f"router agreement {100 * against.routing:.2f} %")
     console.note(
         f"({found.n_scored} tokens in {found.n_windows} windows of {found.n_ctx}, the first {found.skip} positions not"
         " scored; +- is one standard error over windows)",

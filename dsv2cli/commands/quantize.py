@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv2cli import console
+from dsv2cli import console, options
 from dsv2cli.errors import UsageError
+from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from quantize import Progress, Report
 
 HELP = "Turn a checkpoint (safetensors) into a calibrated GGUF; prints its path."
@@ -54,10 +54,9 @@ CALIBRATION = typer.Option(
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
 )
-TOKENS = typer.Option(
+TOKENS = number(
     "--calibration-tokens",
-    metavar="N",
-    min=1024,
+    within=Range(1024, options.C_INT),
     help="Of the calibration text, evenly thinned: fewer take less time and memory.",
     show_default="65536, more for narrow models",
 )
@@ -102,7 +101,7 @@ def quantize(
     sequential: Annotated[bool, SEQUENTIAL] = True,
     awq: Annotated[bool, typer.Option("--awq/--no-awq", help="Search and fold activation-aware scales.")] = False,
     evaluate: Annotated[bool, EVALUATE] = True,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Worker threads.")] = None,
+    threads: options.Threads = None,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Throw away the work of an earlier run, but for a survey that still holds."),
@@ -143,7 +142,7 @@ def quantize(
         return
     if not quiet:
         show(report)
-    print(report.path)
+    console.say_path(report.path)
 
 
 def check_budget(kind: Type | None, bpw: str | None, size: str | None, plain_mix: bool) -> None:
@@ -217,7 +216,7 @@ class Display:
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            self._bar.console.print(line, markup=False, soft_wrap=True)
+            console.note_above(self._bar, line)
 
     def progress(self, step: Progress) -> None:
         parts = pace(step)
@@ -250,36 +249,22 @@ def pace(step: Progress) -> list[str]:
 
 def show(report: Report) -> None:
     """The summary, on stderr: stdout has the path."""
-    out = console.stderr_console()
-    out.print(roles_table(report))
-    out.print()
-    out.print(quality_table(report))
+    console.show(roles_table(report), sys.stderr)
+    console.note("")
+    console.show(console.Table(rows=list(quality(report))), sys.stderr)
     for note in report.notes:
         console.warn(note)
 
 
-def roles_table(report: Report) -> Table:
-    from dsv2cli.commands.inspect import table
-
-    made = table(f"{report.path.name}: {report.bits_per_weight:.2f} bits/weight", "role", "type", "size", "bits/weight")
+def roles_table(report: Report) -> console.Table:
+    title = f"{report.path.name}: {report.bits_per_weight:.2f} bits/weight"
+    made = console.Table(title, ("role", "type", "size", "bits/weight"))
     large = [role for role in report.roles if role.nbytes >= report.nbytes * SHOWN_SHARE]
     for role in large:
-        made.add_row(role.role, ", ".join(role.types), console.format_bytes(role.nbytes), f"{role.bits_per_weight:.2f}")
+        made.add(role.role, ", ".join(role.types), console.format_bytes(role.nbytes), f"{role.bits_per_weight:.2f}")
     if rest := [role for role in report.roles if role not in large]:
         nbytes, n_values = sum(role.nbytes for role in rest), sum(role.n_values for role in rest)
-        made.add_row(f"{len(rest)} more", "", console.format_bytes(nbytes), f"{8 * nbytes / n_values:.2f}")
-    return made
-
-
-def quality_table(report: Report) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, show_edge=False)
-    made.add_column(style="bold")
-    made.add_column(overflow="fold")
-    for label, value in quality(report):
-        made.add_row(label, value)
+        made.add(f"{len(rest)} more", "", console.format_bytes(nbytes), f"{8 * nbytes / n_values:.2f}")
     return made
 
 

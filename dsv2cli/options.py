@@ -1,0 +1,81 @@
+"""The options that several commands share, and the ranges of all: a number outside is refused before anything is read.
+
+A range is what the engine behind takes (its integers are C's, its numbers float32), so that nothing that passes here
+overflows there, and --help shows it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+C_INT = 2**31 - 1
+SHOWN_LIMIT = 1 << 24  # a larger one is a machine's affair, and not in --help
+MAX_CONTEXT = 1 << 24  # tokens: the engine's
+MAX_THREADS = 512  # the engine's
+MAX_SEED = 2**64 - 1
+MAX_DRAFT = 15
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` (or above it, where ``open_low``) to ``high``, and 0 where it has a meaning of its own."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    or_zero: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        return (above and number <= self.high) or (self.or_zero and number == 0)
+
+    def __str__(self) -> str:
+        to = f"<={self.high}" if self.high <= SHOWN_LIMIT else ""
+        return f"{'0 or ' if self.or_zero else ''}{self.low:g}<{'' if self.open_low else '='}x{to}"
+
+    def check(self, value: float | None) -> float | None:
+        """The value of an option that has this range (a callback). typer.BadParameter outside."""
+        if value is None or (value in self and (isinstance(value, int) or self._holds_as_float32(value))):
+            return value
+        raise typer.BadParameter(f"{value} is not in the range {self}.")
+
+    def _holds_as_float32(self, number: float) -> bool:
+        """Whether the number that the engine would see is still finite, and above ``low`` where it must be."""
+        try:
+            seen: float = struct.unpack("f", struct.pack("f", number))[0]
+        except OverflowError:
+            return False
+        return math.isfinite(seen) and not (self.open_low and seen <= self.low)
+
+
+def number(*names: str, within: Range, help: str, metavar: str = "N", **more: Any) -> Any:
+    """An option that takes a number of a range."""
+    return typer.Option(*names, metavar=metavar, callback=within.check, help=f"{help} [{within}]", **more)
+
+
+COUNT = Range(1, C_INT)
+FROM_ZERO = Range(0, C_INT)
+SHARE = Range(0, 1)
+LARGEST = 3.4028234e38  # of float32
+CONTEXT = Range(2, MAX_CONTEXT, or_zero=True)
+
+KvType = Literal["f16", "q8_0", "f32"]
+KV_HELP = (
+    "What keeps the context. q8_0: 56 % of f16's memory and less time at depth, at a small cost in quality;"
+    " f32: exact, twice the memory, slower."
+)
+MODEL_HELP = "A GGUF file, or an alias that was quantised here; the small model in the package if left out."
+"""What MODEL means in every command that may go without."""
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Threads = Annotated[
+    int | None, number("-t", "--threads", within=Range(1, MAX_THREADS), help="Worker threads.", show_default=False)
+]
+Kv = Annotated[KvType, typer.Option("--kv", help=KV_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
