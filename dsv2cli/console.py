@@ -130,6 +130,13 @@ def _tell(text: str) -> None:
 # Data, on stdout.
 
 
+def send(sequence: str) -> None:
+    """A control sequence of ours to the terminal on stdout, which obeys."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(sequence)
+        sys.stdout.flush()
+
+
 def say(line: str = "") -> None:
     """A line of text."""
     sys.stdout.write(printable(line) + "\n")

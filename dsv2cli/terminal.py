@@ -102,9 +102,7 @@ class LineReader:
 
     def _mark_pastes(self, on: bool) -> None:
         if self._marks_pastes:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.write(PASTE_ON if on else PASTE_OFF)
-                sys.stdout.flush()
+            console.send(PASTE_ON if on else PASTE_OFF)
 
     def __enter__(self) -> LineReader:
         return self

@@ -99,7 +99,8 @@ def _leave(made: Report, journal: Journal) -> Report:
     path = report_path(made.path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path in other bytes than UTF-8's: surrogates, which this spells as JSON does.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -246,12 +246,14 @@ def test_progress_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> Non
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_lookup_gives_the_same_conversation(model: cext.Model, endless: Tokenizer, temperature: float) -> None:
-    def answers(n_draft: int) -> list[list[int]]:
-        talk = Conversation(session_of(model, 512), endless, n_draft=n_draft)
-        sampler = cext.Sampler(temperature=temperature, top_k=3, seed=5)
-        return [answered(talk, "the User and the User and the User", sampler, 60) for _ in range(3)]
+    def answers(n_draft: int) -> tuple[list[list[int]], int]:
+        talk, stats = Conversation(session_of(model, 2048), endless, n_draft=n_draft), [Stats() for _ in range(3)]
+        sampler = cext.Sampler(temperature=temperature, top_k=2, seed=5)
+        said = [answered(talk, "the User and the User and the User", sampler, 400, s) for s in stats]
+        return said, sum(s.n_taken for s in stats)
 
-    assert answers(3) == answers(0)
+    (drafted, n_taken), (plain, none) = answers(3), answers(0)
+    assert drafted == plain and n_taken > none == 0
 
 
 # A context that fills up.

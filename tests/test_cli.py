@@ -7,11 +7,11 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
     return write_model(folder / "tiny.gguf", SPEC)
+
+
+@pytest.fixture(scope="module")
+def endless(folder: Path) -> Path:
+    """A model whose greedy answers go on until something else ends them."""
+    return write_model(folder / "endless.gguf", SPEC, endless=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def test_help_is_fast() -> None:
 
 
 def test_version() -> None:
-    assert dsv2("--version").stdout.startswith("dsv2")
+    assert re.fullmatch(r"dsv2( \d+\.\d+\S*|, not installed as a package)\n", dsv2("--version").stdout)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_the_same_prompt_by_every_way(model: Path) -> None:
         dsv2("chat", model, "-p", "Hi", *options),
         dsv2("chat", model, "-p", "-", *options, stdin="Hi"),
         dsv2("chat", model, *options, stdin="Hi\n"),
-        dsv2("chat", model, "-p", "Hi", *options, stdin="never read"),
+        dsv2("chat", model, "-p", "Hi", *options, stdin="\n"),
     ]
     assert len({a.stdout for a in answers}) == 1 and answers[0].stdout
     assert {a.stderr for a in answers} == {""}
@@ -210,11 +216,11 @@ def test_raw_is_the_plain_text(model: Path) -> None:
     assert result.stdout.rstrip("\n") == expected.rstrip("\n")
 
 
-def test_lookup_changes_the_speed_alone(model: Path) -> None:
-    options = ["-p", "the User the User the User the User", "-n", "90", "--temp", "0", "--json"]
-    plain, drafted = (json.loads(dsv2("chat", model, *options, "--lookup", n).stdout) for n in ("0", "3"))
-    assert drafted["answer"] == plain["answer"] and plain["drafted_tokens"] == 0
-    assert drafted["drafted_tokens"] >= drafted["taken_tokens"] >= 0
+def test_lookup_changes_the_speed_alone(endless: Path) -> None:
+    options = ["-p", "the User the User the User the User", "-n", "900", "--temp", "0", "--json"]
+    plain, drafted = (json.loads(dsv2("chat", endless, *options, "--lookup", n).stdout) for n in ("0", "3"))
+    assert drafted["answer"] == plain["answer"] and plain["drafted_tokens"] == plain["taken_tokens"] == 0
+    assert drafted["drafted_tokens"] >= drafted["taken_tokens"] > 0
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0", "f32"])
@@ -224,26 +230,22 @@ def test_the_cache_that_was_asked_for(model: Path, kv: str) -> None:
         assert (told["kv_type"], told["kv_bytes"]) == (kv, opened.session(256, kv).kv_bytes)
 
 
-def test_bytes_that_are_no_text(model: Path) -> None:
-    result = dsv2("chat", model, "-n", "3", "-q", stdin=b"a\xff\xfe \x00 b")
-    assert result.returncode == 0 and result.stderr == ""
-
-
 def test_a_prompt_longer_than_the_context(model: Path) -> None:
     assert_fails(dsv2("chat", model, "-p", "z" * 500, "-c", "128"), 1, "do not fit in a context of 128", "-c 1024")
 
 
-def test_a_full_context_ends_the_answer(model: Path, tmp_path: Path) -> None:
-    endless = write_model(tmp_path / "endless.gguf", SPEC, template=None)
+def test_a_full_context_ends_the_answer(endless: Path) -> None:
     result = dsv2("chat", endless, "-p", "Hi", "-c", "48", "--temp", "0")
     assert result.returncode == 0
-    assert "the context of 48 tokens is full" in result.stderr or "wrote" in result.stderr
+    assert "(the context of 48 tokens is full: -c makes it larger)" in result.stderr
+    told = json.loads(dsv2("chat", endless, "-p", "Hi", "-c", "48", "--temp", "0", "--json").stdout)
+    assert told["stop"] == "context" and told["prompt_tokens"] + told["answer_tokens"] == 48 + 1
 
 
-def test_a_reader_that_leaves(model: Path) -> None:
+def test_a_reader_that_leaves(endless: Path) -> None:
     """dsv2 chat | head -c 1"""
     process = subprocess.Popen(
-        [*COMMAND, "chat", str(model), "-p", "Hi", "-n", "400", "-q", "--temp", "2"],
+        [*COMMAND, "chat", str(endless), "-p", "Hi", "-q", "--temp", "0"],
         env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -254,7 +256,7 @@ def test_a_reader_that_leaves(model: Path) -> None:
     process.stdout.read(1)
     process.stdout.close()
     told = process.stderr.read()
-    assert process.wait(60) in (0, 1) and told == ""  # 0: the answer ended before the pipe was seen to break
+    assert process.wait(60) == 1 and told == ""
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
@@ -275,6 +277,7 @@ def test_a_closed_stdin_without_a_prompt(model: Path) -> None:
 def test_output_that_cannot_be_encoded(model: Path) -> None:
     result = dsv2("chat", model, "--raw", "-p", "Hi — 你", "-n", "20", "--temp", "3", PYTHONIOENCODING="ascii")
     assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert "?" in result.stdout and result.stdout.isascii()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a Linux device")
@@ -285,14 +288,14 @@ def test_stdout_on_a_full_disk(model: Path) -> None:
     assert result.returncode == 1 and result.stderr.startswith("error: No space left")
 
 
-def test_interrupted_from_outside(model: Path) -> None:
-    command = [*COMMAND, "chat", str(model), "-p", "Hi", "-c", "100000", "--temp", "2", "--top-p", "1"]
+def test_interrupted_from_outside(endless: Path) -> None:
+    command = [*COMMAND, "chat", str(endless), "-p", "Hi", "-c", "100000", "--temp", "0"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode in (130, 0) and "Traceback" not in told
+    assert process.returncode == 130 and "Traceback" not in told
 
 
 def test_a_model_whose_weights_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,34 +367,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path, tmp_path: Path
             at = screen.wait_for(r"\(stopped\)\n> |\(/exit or Ctrl-D leaves\)\n> ", at)
         screen.type("\x03\n")  # Enter: Python may hear a signal that comes before readline waits only at the next key
         at = screen.wait_for(r"Ctrl-D leaves\)(\n> )+$", at)
-        time.sleep(0.5)  # lines that come together are one message, and Enter may still be on its way
         screen.type("/stats\n")
         screen.wait_for(r"tokens of context\n> $", at)  # Ctrl-D before readline waits would be lost
         screen.type("\x04")
         assert screen.exit_code() == 0, screen.text
-
-
-@pytest.mark.parametrize("bracketed", [True, False])
-def test_a_pasted_paragraph_is_one_message(model: Path, bracketed: bool) -> None:
-    pasted = "one\n\ntwo\nthree"
-    with terminal("chat", model, "-n", "4", "--seed", "1") as screen:
-        at = screen.wait_for("> ")
-        screen.type(f"\x1b[200~{pasted}\x1b[201~\n" if bracketed else f"{pasted}\n")
-        at = screen.wait_for("three", at)
-        at = screen.wait_for("\n> $", at)
-        screen.type("/stats\n")
-        screen.wait_for("1 turn,", at)
-
-
-def test_a_backslash_continues_the_line(model: Path) -> None:
-    with terminal("chat", model, "-n", "4", "--seed", "1") as screen:
-        at = screen.wait_for("> ")
-        screen.type("one\\\n")
-        at = screen.wait_for("  $", at)
-        screen.type("two\n")
-        at = screen.wait_for("\n> $", at)
-        screen.type("/stats\n")
-        screen.wait_for("1 turn,", at)
 
 
 def test_a_message_that_does_not_fit_is_told_and_the_talk_goes_on(model: Path) -> None:

@@ -246,6 +246,33 @@ def test_libraries_never_print(room: str) -> None:
     assert not wrong
 
 
+def writes(tree: ast.AST) -> Iterator[str]:
+    """Where a file writes to the screen by itself: print, a standard stream's write, rich."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{node.lineno}: print"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+            if node.attr in ("write", "writelines", "buffer") and node.value.attr in ("stdout", "stderr"):
+                yield f"{node.lineno}: sys.{node.value.attr}.{node.attr}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
+            yield from (f"{node.lineno}: rich's {alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from (f"{node.lineno}: rich" for alias in node.names if alias.name.split(".")[0] == "rich")
+
+
+def test_only_the_console_writes() -> None:
+    """Names and texts of files stand in what is said: one place makes them harmless. Drawings hold none."""
+    allowed = {"figures.py": {"rich's Text"}}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{what}"
+        for path in python_files("dsv2cli")
+        if path.name != "console.py"
+        for what in writes(ast.parse(path.read_text(encoding="utf-8")))
+        if what.split(": ")[1] not in allowed.get(path.name, set())
+    ]
+    assert not wrong
+
+
 def test_files_stay_readable() -> None:
     files = [*c_files(), *(path for room in (*PYTHON_ROOMS, "tests") for path in python_files(room))]
     lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
@@ -285,6 +312,12 @@ def test_includes_are_seen() -> None:
     text = '#include <immintrin.h>\n # include "quant/quant.h" // why\n/* #include "no.h" */\nx = "#include <no.h>";\n'
     assert list(includes(text)) == [("immintrin.h", False), ("quant/quant.h", True)]
     assert all(INTRINSICS.fullmatch(name) for name in ("immintrin.h", "x86intrin.h", "arm_neon.h", "arm_sve.h"))
+
+
+def test_writing_is_seen() -> None:
+    tree = ast.parse("import rich\nprint(1)\nsys.stderr.write(x)\nfrom rich.table import Table\nsys.stdout.flush()\n")
+    found = ["1: rich", "2: print", "3: sys.stderr.write", "4: rich's Table"]
+    assert sorted(writes(tree)) == found
 
 
 def test_imports_are_seen() -> None:

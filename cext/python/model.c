@@ -8,11 +8,16 @@
 static void release_model(void *model) { ds_model_close(model); }
 static void release_session(void *session) { ds_session_destroy(session); }
 
+/* Text of a file, which may be cut inside a character or be no UTF-8. */
+static PyObject *file_text(void *text) {
+    return PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "surrogateescape");
+}
+
 PyObject *ds_py_config(const ds_config *c) {
     return Py_BuildValue(
-        "{s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,s:d,s:i,"
+        "{s:s,s:O&,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,s:d,s:i,"
         "s:d}",
-        "arch", c->arch, "name", c->name, "n_layer", c->n_layer, "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd,
+        "arch", c->arch, "name", file_text, (void *)c->name, "n_layer", c->n_layer, "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd,
         "n_vocab", c->n_vocab, "n_head", c->n_head, "q_lora_rank", c->q_lora_rank, "kv_lora_rank", c->kv_lora_rank,
         "qk_nope_head_dim", c->nope_dim, "qk_rope_head_dim", c->rope_dim, "v_head_dim", c->v_dim, "n_ff_dense",
         c->n_ff_dense, "n_layer_dense", c->n_layer_dense, "n_expert", c->n_expert, "n_expert_used", c->n_expert_used,

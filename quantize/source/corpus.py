@@ -6,6 +6,7 @@ markers and turns are calibrated too.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import tempfile
@@ -106,10 +107,15 @@ def _tokenizer(metadata: Mapping[str, object]) -> Iterator[Tokenizer]:
 
 
 def _decode(path: Path, data: bytes) -> str:
+    """Text as the commands read it everywhere: UTF-8, a byte order mark dropped, CR LF as LF."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"calibration file `{path}`: byte {error.start} is not utf-8 text") from error
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise CalibrationError(
+            f"calibration file `{path}`: {'UTF-16' if utf16 else f'byte {error.start} is not UTF-8 text'}",
+            f"convert it first: iconv -f {'UTF-16' if utf16 else 'ENCODING'} -t UTF-8",
+        ) from error
 
 
 def _chat_ids(path: Path, text: str, tokenizer: Tokenizer) -> list[int]:

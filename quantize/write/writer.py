@@ -42,7 +42,8 @@ class Slot:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode("utf-8")
+    """GGUF's strings are UTF-8: a file's name in other bytes, or half of a surrogate pair, stands there as U+FFFD."""
+    data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
     return struct.pack("<Q", len(data)) + data
 
 

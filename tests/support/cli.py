@@ -67,11 +67,11 @@ def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: st
 
 
 class Screen:
-    """A program in a pseudo-terminal: what it showed so far, without escape sequences."""
+    """A program in a pseudo-terminal: what it showed so far, as bytes (``raw``) and without escape sequences."""
 
     def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
         self.process, self._terminal = process, terminal
-        self._bytes, self.text = b"", ""
+        self.raw, self.text = b"", ""
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -93,8 +93,8 @@ class Screen:
                 data = os.read(self._terminal, 65536)
             except OSError:  # Linux, when the other end is closed
                 return False
-            self._bytes += data
-            self.text = ESCAPES.sub("", self._bytes.decode("utf-8", "replace")).replace("\r", "")
+            self.raw += data
+            self.text = ESCAPES.sub("", self.raw.decode("utf-8", "replace")).replace("\r", "")
             return bool(data)
         return True
 

@@ -60,10 +60,17 @@ def write_vocab(path: Path, template: str | None = V2_TEMPLATE, **changes: Any) 
     return write_tensors(path, {"general.name": "vocabulary"} | vocabulary(template, **changes), {})
 
 
-def write_model(path: Path, spec: Spec, template: str | None = V2_TEMPLATE, dtype: Any = None) -> Path:
-    """A tiny random model that speaks this vocabulary; matrices in ``dtype`` (float32)."""
+def write_model(
+    path: Path, spec: Spec, template: str | None = V2_TEMPLATE, dtype: Any = None, *, endless: bool = False
+) -> Path:
+    """A tiny random model that speaks this vocabulary; matrices in ``dtype`` (float32).
+
+    endless: the head gives the end token the least of all logits, so that greedy answers never end.
+    """
     spec = variant(spec, n_vocab=N_VOCAB)
     tensors = gguf_tensors(TinyCheckpoint(spec))
+    if endless:
+        tensors["output.weight"][IDS[EOS]] = 0  # a logit of 0, and of some 270 random ones the largest is above
     if dtype is not None:
         tensors = {n: t if t.ndim == 1 or "ffn_gate_inp" in n else t.astype(dtype) for n, t in tensors.items()}
     return write_tensors(path, gguf_metadata(spec) | vocabulary(template), tensors)
