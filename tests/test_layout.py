@@ -251,9 +251,10 @@ def writes(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             yield f"{node.lineno}: print"
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-            if node.attr in ("write", "writelines", "buffer") and node.value.attr in ("stdout", "stderr"):
-                yield f"{node.lineno}: sys.{node.value.attr}.{node.attr}"
+        if isinstance(node, ast.Attribute) and node.attr in ("write", "writelines", "buffer"):
+            stream = ast.unparse(node.value)
+            if stream in ("sys.stdout", "sys.stderr"):
+                yield f"{node.lineno}: {stream}.{node.attr}"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
             yield from (f"{node.lineno}: rich's {alias.name}" for alias in node.names)
         if isinstance(node, ast.Import):

@@ -361,13 +361,14 @@ def shown(answer: Answer) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("n_draft", [1, 2, 3])
 @pytest.mark.parametrize(
-    "script", [QUOTED, [*QUOTED[:11], 99, *QUOTED[12:30]], [*range(30)], [*QUOTED[:20], *QUOTED[:20]]]
+    "script", [QUOTED, [*QUOTED[:11], 99, *QUOTED[12:30]], [*QUOTED[5:25], *range(30)], [*QUOTED[:20], *QUOTED[:20]]]
 )
 def test_drafts_change_no_logit(model: cext.Model, script: list[int], n_draft: int) -> None:
     plain, drafted = quoting(model, script, 0), quoting(model, script, n_draft)
     assert drafted.answer == plain.answer == script
     np.testing.assert_array_equal(shown(drafted), shown(plain))
     assert plain.stats.n_drafted == plain.stats.n_taken == 0
+    assert drafted.stats.n_drafted >= drafted.stats.n_taken > 0
 
 
 def test_a_quotation_is_drafted(model: cext.Model) -> None:
@@ -392,6 +393,7 @@ def test_drafts_fit_in_the_context(model: cext.Model, n_ctx: int) -> None:
     plain, drafted = quoting(model, QUOTED, 0, n_ctx), quoting(model, QUOTED, 3, n_ctx)
     assert drafted.answer == plain.answer and len(plain.answer) == n_ctx - 42 + 1
     assert drafted.stats.stop == plain.stats.stop == "context"
+    assert drafted.stats.n_drafted > 0
 
 
 def test_no_draft_reaches_past_the_limit(model: cext.Model) -> None:
@@ -423,6 +425,7 @@ def test_drafts_share_a_step(model: cext.Model) -> None:
 def test_an_answer_that_ends_inside_a_draft(model: cext.Model) -> None:
     answer = quoting(model, QUOTED, 3, end=QUOTED[10])
     assert answer.answer == QUOTED[:10] and answer.stats.stop == "end"
+    assert answer.stats.n_drafted > answer.stats.n_taken > 0
 
 
 def test_drafts_of_many(model: cext.Model) -> None:

@@ -26,13 +26,15 @@ SECONDS = 60.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment(**extra: str | None) -> dict[str, str]:
+    """Variables of a run; None takes one out."""
     kept = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR" and not k.upper().endswith("_PROXY")
     }
-    return {**kept, "PYTHONPATH": str(PACKAGES), **extra}
+    every = {**kept, "PYTHONPATH": str(PACKAGES), **extra}
+    return {name: value for name, value in every.items() if value is not None}
 
 
 def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
@@ -69,12 +71,12 @@ def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: st
 class Screen:
     """A program in a pseudo-terminal: what it showed so far, as bytes (``raw``) and without escape sequences."""
 
-    def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
-        self.process, self._terminal = process, terminal
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int, theirs: int) -> None:
+        self.process, self.terminal, self.theirs = process, terminal, theirs
         self.raw, self.text = b"", ""
 
     def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
+        os.write(self.terminal, text.encode())
 
     def wait_for(self, pattern: str, start: int = 0) -> int:
         """Read until ``pattern`` shows after position ``start``; returns where it ends."""
@@ -88,9 +90,9 @@ class Screen:
 
     def _read(self, seconds: float) -> bool:
         """More of the screen within ``seconds``; False once the program has gone."""
-        if select.select([self._terminal], [], [], seconds)[0]:
+        if select.select([self.terminal], [], [], seconds)[0]:
             try:
-                data = os.read(self._terminal, 65536)
+                data = os.read(self.terminal, 65536)
             except OSError:  # Linux, when the other end is closed
                 return False
             self.raw += data
@@ -106,21 +108,26 @@ class Screen:
 
 
 @contextmanager
-def terminal(*args: str | Path, **env: str) -> Iterator[Screen]:
-    """A command in a pseudo-terminal of 80 columns."""
+def terminal(*args: str | Path, before: str = "", keep: bool = False, **env: str | None) -> Iterator[Screen]:
+    """A command in a pseudo-terminal of 80 columns. before: Python that runs first; keep: the terminal stays open
+    when the command has gone, to be looked at. env: None takes a variable out."""
     ours, theirs = pty.openpty()
+    variables = environment(**{"TERM": "xterm", **env})
     process = subprocess.Popen(
-        [*IN_TERMINAL, *map(str, args)],
+        [*IN_TERMINAL[:-1], before + IN_TERMINAL[-1], *map(str, args)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=environment(TERM="xterm", **env),
+        env=variables,
         start_new_session=True,
     )
-    os.close(theirs)
+    if not keep:
+        os.close(theirs)
     try:
-        yield Screen(process, ours)
+        yield Screen(process, ours, theirs)
     finally:
         process.kill()
         process.wait()
         os.close(ours)
+        if keep:
+            os.close(theirs)

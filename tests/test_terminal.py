@@ -1,0 +1,207 @@
+"""What is typed is what is said: pastes, type-ahead, continued lines, spaces; terminals that obey nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from support.cli import Screen, terminal
+from support.tiny import spec_named, variant
+from support.vocab import write_model
+
+from cext.tokenizer import Message, Tokenizer
+
+AHEAD = ["second\n/stats\n/exit\n", "second\r/stats\r/exit\r", "\x1b[200~a\nb\x1b[201~\n/stats\n\x04"]
+SYSTEM = ["/system You are brief. \\\nAlways.", "\x1b[200~/system You are brief. \nAlways.\x1b[201~"]
+TERMINALS = {"xterm-256color": True, "tmux": True, "linux": False, "vt100": False}  # whether they mark pastes
+PASTE = "\x1b[200~{}\x1b[201~"
+CODE = "    if x:\n        y = 1\n\n    # end  "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = variant(spec_named("lite"), n_ctx=4096)
+    return write_model(tmp_path_factory.mktemp("terminal") / "endless.gguf", spec, endless=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer(model)
+
+
+def talk(model: Path, state: Path, *more: str, **env: str):
+    options = ("-n", "4", "--temp", "0", *more)
+    return terminal("chat", model, *options, XDG_STATE_HOME=str(state), **env)
+
+
+def read_by(screen: Screen, at: int) -> int:
+    """Tokens of the last prompt, as /stats says."""
+    screen.type("/stats\n")
+    at = screen.wait_for(r"read \d+ tokens( \(\d+ kept\))?", at)
+    counts = re.findall(r"read (\d+) tokens(?: \((\d+) kept\))?", screen.text[:at])[-1]
+    return sum(int(n) for n in counts if n)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (PASTE.format("one\n\ntwo\nthree"), "one\n\ntwo\nthree"),
+        (PASTE.format(CODE), CODE),
+        ("  two spaces before, three after   ", "  two spaces before, three after   "),
+        ("one\\\n  two\\\nthree", "one\n  two\nthree"),
+        (PASTE.format("a\\\nb") + " c", "a\\\nb c"),
+        (PASTE.format(" /system x\n/exit"), " /system x\n/exit"),
+        ("né 模型 🦙", "né 模型 🦙"),
+    ],
+)  # fmt: skip
+def test_one_message(typed: str, said: str, model: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type(typed + "\n")
+        at = screen.wait_for(r"\(stopped after 4 tokens: -n\)\n> $", at)
+        assert read_by(screen, at) == len(tokenizer.chat([Message("user", said)]))
+        screen.wait_for("1 turn,", at)
+
+
+def test_lines_that_come_together_are_lines(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("first\nsecond\n/stats\n/exit\n")
+        at = screen.wait_for("2 turns,", at)
+        assert screen.exit_code() == 0
+
+
+@pytest.mark.parametrize("ahead", AHEAD)
+def test_what_is_typed_while_an_answer_is_written(ahead: str, model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path, "-n", "1500") as screen:
+        at = screen.wait_for("> $")
+        screen.type("Tell me a long story.\n")
+        screen.wait_for(r"story\.\n(.|\n){40}", at)
+        begun = len(screen.text)
+        screen.type(ahead)
+        screen.wait_for("2 turns, ", at)
+        assert screen.exit_code() == 0
+        answer = screen.text[begun : screen.text.index("> ", begun)]
+        assert "second" not in answer and "/exit" not in answer  # no echo between the words
+
+
+def test_a_long_line_typed_ahead_is_whole(model: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A terminal that edits lines by itself keeps 4095 bytes of one."""
+    long = "the User " * 600
+    with talk(model, tmp_path, "-n", "2000", "-c", "8192") as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        screen.wait_for(r"Hi\n(.|\n){40}", at)
+        screen.type("/clear\n" + long + "\n")
+        at = screen.wait_for(r"(\(stopped after 2000 tokens: -n\)(.|\n)*){2}> $", at)
+        assert read_by(screen, at) == len(tokenizer.chat([Message("user", long)]))
+
+
+@pytest.mark.parametrize("typed", SYSTEM)
+def test_a_system_message_of_two_lines(typed: str, model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type(typed + "\n")
+        at = screen.wait_for(r"Always\.\n> $", at)
+        screen.type("/system\n")
+        at = screen.wait_for(r"/system\nYou are brief\. \nAlways\.\n> $", at)
+        screen.type("/stats\n")
+        at = screen.wait_for("0 turns,", at)
+        screen.type("/system none\n/system\n")
+        screen.wait_for(r"\(no system message\)", at)
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_talk_goes_on(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        os.write(screen.terminal, b"n\xe9\xff\n")
+        at = screen.wait_for(r"error: what was typed is not UTF-8 text: byte 1 is 0xe9\n(.|\n)*> $", at)
+        screen.type("Hi\n")
+        screen.wait_for(r"\(stopped after 4 tokens: -n\)\n> $", at)
+
+
+@pytest.mark.parametrize("name", ["dumb", "", "unknown"])
+def test_terminals_that_obey_nothing(name: str, model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path, TERM=name) as screen:
+        at = screen.wait_for("> $")
+        screen.type("the User " * 200 + "\n")  # long enough for progress
+        at = screen.wait_for(r"\(stopped after 4 tokens: -n\)\n> $", at)
+        screen.type("/nonsense\n/exit\n")
+        assert screen.exit_code() == 0
+        assert b"\x1b" not in screen.raw, screen.raw
+
+
+@pytest.mark.parametrize("name", TERMINALS)
+def test_pastes_are_marked_where_the_terminal_can(name: str, model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path, TERM=name) as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        at = screen.wait_for(r"-n\)\n> $", at)
+        screen.type("\x04")
+        assert screen.exit_code() == 0
+        assert (b"\x1b[?2004h" in screen.raw) == TERMINALS[name]
+
+
+def assert_left_as_it_was(screen: Screen) -> None:
+    assert screen.raw.rfind(b"\x1b[?2004h") <= screen.raw.rfind(b"\x1b[?2004l"), "pastes are still marked"
+    flags = termios.tcgetattr(screen.theirs)[3]
+    assert flags & termios.ECHO and flags & termios.ICANON, "the terminal does not echo"
+
+
+BREAK = "import dsv2cli.repl as r; r.Chat.tell_stats = None; "
+
+
+@pytest.mark.parametrize("how", ["exit", "ctrl-d", "ctrl-c and exit", "crash", "SIGTERM", "SIGTERM in an answer"])
+def test_the_terminal_is_left_as_it_was(how: str, model: Path, tmp_path: Path) -> None:
+    n = "4000" if "answer" in how or "ctrl-c" in how else "4"
+    with terminal(
+        "chat", model, "-n", n, "--temp", "0",
+        before=BREAK if how == "crash" else "", keep=True, XDG_STATE_HOME=str(tmp_path),
+    ) as screen:  # fmt: skip
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        if how == "crash":
+            screen.type("/stats\n")
+            assert screen.exit_code() == 1 and "internal error" in screen.text
+        elif how == "ctrl-c and exit":
+            screen.wait_for(r"Hi\n(.|\n){40}", at)
+            screen.type("\x03")
+            at = screen.wait_for(r"\(stopped\)\n> $", at)
+            screen.type("/exit\n")
+            assert screen.exit_code() == 0
+        elif how.startswith("SIGTERM"):
+            at = screen.wait_for(r"Hi\n(.|\n){40}" if "answer" in how else r"-n\)\n> $", at)
+            time.sleep(0.2)
+            screen.process.send_signal(signal.SIGTERM)
+            assert screen.exit_code() == -signal.SIGTERM
+        else:
+            at = screen.wait_for(r"-n\)\n> $", at)
+            screen.type({"exit": "/exit\n", "ctrl-d": "\x04"}[how])
+            assert screen.exit_code() == 0
+        assert_left_as_it_was(screen)
+
+
+def test_no_home(model: Path, tmp_path: Path) -> None:
+    """A user that no file knows, in a container: no history, and nothing else is missing."""
+    nobody = "import pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); "
+    with terminal("chat", model, "-n", "4", before=nobody, HOME=None, XDG_STATE_HOME=None) as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        at = screen.wait_for(r"> $", at)
+        screen.type("/exit\n")
+        assert screen.exit_code() == 0 and "error" not in screen.text
+
+
+def test_a_history_that_cannot_be_kept(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dsv2").write_text("a file where a folder is meant", encoding="utf-8")
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        screen.wait_for(r"-n\)\n> $", at)
+        screen.type("/exit\n")
+        assert screen.exit_code() == 0 and "error" not in screen.text
