@@ -41,7 +41,7 @@ def print_aliases(wanted: bool) -> None:
         from dsv2cli.hub import ALIASES
 
         width = max(map(len, ALIASES))
-        print("\n".join(f"{alias:<{width}}  {repo}" for alias, repo in ALIASES.items()))
+        console.say_text("\n".join(f"{alias:<{width}}  {repo}" for alias, repo in ALIASES.items()))
         raise typer.Exit
 
 
