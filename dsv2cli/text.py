@@ -18,7 +18,14 @@ MARKS = (  # UTF-32's first: the little one begins like UTF-16's
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-FEW_ZEROS = 0.3  # of the bytes; UTF-16 of European text has a half
+# Which of four bytes are zero, mostly, in the Latin letters of an encoding without its mark.
+ZEROS = {
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+}
+MANY = 0.7
 LOOKED_AT = 4096  # bytes, to tell an encoding
 
 
@@ -43,11 +50,9 @@ def _other_encoding(data: bytes) -> str:
     for mark, name in MARKS:
         if data.startswith(mark):
             return name
-    head = data[:LOOKED_AT]
-    zeros = [head[i::4].count(0) for i in range(4)]
-    if sum(zeros) <= FEW_ZEROS * len(head):
-        return ""
-    return ("UTF-16BE" if zeros[0] else "UTF-16LE") if sum(zeros) <= 0.7 * len(head) else "UTF-32"
+    head = data[: min(LOOKED_AT, len(data) // 4 * 4)]
+    zeros = tuple(head[i::4].count(0) > MANY * len(head) / 4 for i in range(4))
+    return ZEROS.get(zeros, "") if head else ""
 
 
 def read(path: Path) -> str:

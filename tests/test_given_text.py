@@ -107,6 +107,8 @@ REFUSED = {
     "utf-16, big": (codecs.BOM_UTF16_BE + "né".encode("utf-16-be"), "UTF-16"),
     "utf-16, no mark": ("Hi there".encode("utf-16-le"), "UTF-16LE"),
     "utf-16, big, no mark": ("Hi there".encode("utf-16-be"), "UTF-16BE"),
+    "utf-32, no mark": ("Hi there".encode("utf-32-be"), "UTF-32BE"),
+    "a model": (b"GGUF\3\0\0\0" + bytes(range(200)), "is not UTF-8"),
     "utf-32": ("Hi there".encode("utf-32"), "UTF-32"),
 }
 
