@@ -19,7 +19,7 @@ MARKS = (  # UTF-32's first: the little one begins like UTF-16's
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 # Which of four bytes are zero, mostly, in the Latin letters of an encoding without its mark.
-ZEROS = {
+ZEROS: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "UTF-16LE",
     (True, False, True, False): "UTF-16BE",
     (False, True, True, True): "UTF-32LE",
