@@ -11,6 +11,7 @@ from cext.errors import (
     EngineError,
     FileError,
     FormatError,
+    MismatchError,
     NoEngineError,
     OutOfMemoryError,
     UnsupportedError,
@@ -28,7 +29,7 @@ except ModuleNotFoundError as error:
 
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.layer import Encoded, Layer, Sublayer
-from cext.model import Hparams, Model, Session, Tap, eval_batch
+from cext.model import CacheUsage, Hparams, Model, Session, Tap, eval_batch
 from cext.placement import Device, Place
 from cext.sampler import Sampler
 
@@ -36,6 +37,7 @@ __all__ = [
     "MAX_STEP",
     "ArgumentError",
     "BusyError",
+    "CacheUsage",
     "ContextFullError",
     "Device",
     "Encoded",
@@ -46,6 +48,7 @@ __all__ = [
     "Hparams",
     "Layer",
     "Metadata",
+    "MismatchError",
     "Model",
     "NoEngineError",
     "OutOfMemoryError",

@@ -13,7 +13,10 @@ typedef struct ds_model ds_model;
 typedef struct ds_session ds_session;
 typedef struct ds_block ds_block;
 
-enum { DS_MAX_STEP = 1024 /* most tokens in one ds_eval */ };
+enum {
+    DS_MAX_STEP = 1024,    /* most tokens in one ds_eval */
+    DS_SESSION_BLOCK = 64, /* tokens of a block of cache: what sessions share, and what is saved of them */
+};
 
 /* The shape of the model in a file, without its weights. DS_EUNSUPPORTED for what the engine does not run. */
 ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err);
@@ -43,11 +46,33 @@ int ds_session_n_past(const ds_session *session);
 int ds_session_n_ctx(const ds_session *session);
 size_t ds_session_bytes(const ds_session *session); /* of the cache, full */
 const char *ds_session_kv_type(const ds_session *session);
+/* A session that begins with the first n tokens (0 <= n <= n_past) of this one and shares their cache: neither sees what
+ * the other does later. */
+ds_status ds_session_fork(const ds_session *session, int n, ds_session **out, ds_error *err);
+void ds_session_ids(const ds_session *session, int32_t *out); /* (n_past) of the tokens that it holds */
 /* Forget all but the first n tokens (0 <= n <= n_past). */
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err);
 /* Go on to n tokens by repeating those that the session holds: a context that says nothing and costs as much as any, for
  * measurements at depth. */
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err);
+
+/* A session outside of memory: its blocks in order, each of ds_session_block_bytes, the last one for the tokens that are
+ * left. What is loaded goes behind whole blocks, into a session of the same cache type of the same model: who keeps blocks
+ * keeps the model's identity with them, and checks both. Token ids are checked here. */
+size_t ds_session_block_bytes(const ds_session *session);
+ds_status ds_session_block_save(const ds_session *session, int block, unsigned char *out, ds_error *err);
+ds_status ds_session_block_load(ds_session *session, const unsigned char *content, int n, ds_error *err);
+
+/* Everything that a cache's numbers depend on, told in pieces: the architecture's metadata, and of every tensor its name,
+ * type, shape and a sample of its bytes. */
+typedef void ds_tell(void *ctx, const void *data, size_t n_bytes);
+void ds_model_identity(const ds_model *model, ds_tell *tell, void *ctx);
+
+/* What the caches of all sessions of a model take: blocks, those that several hold, and the memory of all. */
+typedef struct ds_cache_usage {
+    size_t n_blocks, n_shared, bytes;
+} ds_cache_usage;
+ds_cache_usage ds_model_cache(ds_model *model);
 
 /* One sequence's share of a step: n >= 1 tokens appended to it, and logits wanted after the last n_logits of them. */
 typedef struct ds_input {

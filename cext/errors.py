@@ -17,6 +17,10 @@ class UnsupportedError(EngineError):
     """The file is well formed, but this build does not run it."""
 
 
+class MismatchError(EngineError):
+    """Two things that do not belong together: a saved session and another model, or another cache type."""
+
+
 class ContextFullError(EngineError):
     """More tokens than the session's context holds; nothing was evaluated."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, cast
 from weakref import WeakSet
@@ -11,7 +12,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cext import _engine
+from cext import _engine, saved
 from cext.errors import BusyError, ContextFullError
 from cext.gguf import Gguf
 from cext.placement import Device, Place
@@ -80,6 +81,15 @@ def shape_of(gguf: Gguf) -> tuple[Hparams, tuple[str, ...]]:
     return cast(Hparams, hparams), notes
 
 
+@dataclass(frozen=True)
+class CacheUsage:
+    """Memory of the caches of a model's sessions, in blocks of SESSION_BLOCK tokens."""
+
+    blocks: int
+    shared: int  # of these, held by more than one session
+    nbytes: int
+
+
 class Model:
     """A model ready to run: weights mapped from the GGUF, not copied.
 
@@ -124,7 +134,25 @@ class Model:
         int16 with a scale a row: as fine as halves, and fit for integer products. "q8_0": a byte a value, the rotary
         key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
         """
-        session = Session(self, n_ctx, kv_type)
+        return self._hold(_engine.session_open(self._handle, n_ctx, kv_type))
+
+    def load_session(
+        self, path: str | PathLike[str], n_ctx: int | None = None, kv_type: KvType | None = None
+    ) -> Session:
+        """A session as ``Session.save`` left it: no token is evaluated again.
+
+        n_ctx: None takes the one it was saved with. kv_type: if given, what it must have been. FormatError for a file
+        that is cut short or damaged or holds no session, UnsupportedError for another version's, MismatchError for
+        another model's or another cache type's, ContextFullError where n_ctx does not hold it, FileError.
+        """
+        return saved.load(self, path, n_ctx, kv_type)
+
+    def cache_usage(self) -> CacheUsage:
+        """What the caches of all its sessions take now."""
+        return CacheUsage(*_engine.model_cache(self._handle))
+
+    def _hold(self, handle: _engine.Handle) -> Session:
+        session = Session(self, handle)
         with self._listing:
             self._sessions.add(session)
         return session
@@ -186,11 +214,14 @@ def token_ids(ids: ArrayLike) -> NDArray[np.int32]:
 
 
 class Session:
-    """One sequence: its latent cache and position. Made by ``Model.session``; two threads in one raise BusyError."""
+    """One sequence: its cache and position. Two threads in one raise BusyError.
 
-    def __init__(self, model: Model, n_ctx: int, kv_type: KvType) -> None:
+    Made by ``Model.session``, ``Model.load_session`` and ``fork``.
+    """
+
+    def __init__(self, model: Model, handle: _engine.Handle) -> None:
         self.model = model
-        self._handle = _engine.session_open(model._handle, n_ctx, kv_type)
+        self._handle = handle
         self._lock = threading.RLock()
         self.n_ctx, _, self.kv_bytes, self.kv_type = _engine.session_info(self._handle)
 
@@ -198,6 +229,14 @@ class Session:
     def n_past(self) -> int:
         """Tokens in the cache."""
         return _engine.session_info(self._handle)[1]
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The tokens in the cache, (n_past,)."""
+        with self._alone():
+            out = np.empty(self.n_past, np.int32)
+            _engine.session_ids(self._handle, out)
+        return out
 
     def _alone(self) -> _Alone:
         return _Alone([self._lock])
@@ -243,6 +282,21 @@ class Session:
             last = start + len(chunk) == len(ids)
             n, rows = (len(chunk), out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
             _engine.eval(self.model._handle, [(self._handle, chunk, n)], rows, taps, start)
+
+    def fork(self, n: int | None = None) -> Session:
+        """A session that begins with the first n tokens of this one (None: all), at no cost: they share that past.
+
+        Neither sees what the other appends or forgets later. ArgumentError unless 0 <= n <= n_past.
+        """
+        with self._alone():
+            return self.model._hold(_engine.session_fork(self._handle, self.n_past if n is None else n))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write tokens and cache to a file for ``Model.load_session``; an older file stays whole until this one is.
+
+        The file holds the text and is readable by its owner alone. FileError.
+        """
+        saved.save(self, path)
 
     def repeat(self, n: int) -> None:
         """Go on to n tokens by repeating those held: for measuring at depth, where filling takes longer than measuring.

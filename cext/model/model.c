@@ -1,27 +1,13 @@
-/* model.c: models over a GGUF, their sessions, and the evaluation of tokens. Owns the file and the caches. */
+/* model.c: models over a GGUF, and the evaluation of tokens in their sessions. Owns the file and the caches' memory. */
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "dsv2.h"
-#include "model/core.h"
 #include "arch/file.h"
+#include "dsv2.h"
+#include "model/session.h"
 
-struct ds_model {
-    ds_core core;
-    ds_gguf *gguf;
-    ds_kv_store stores[DS_KV_TYPES];
-    atomic_int holders; /* who opened it, and its sessions */
-};
-
-struct ds_session {
-    ds_model *model;
-    ds_kv kv;
-    int n_past;
-};
-
-enum { DS_MAX_CONTEXT = 1 << 24, DS_MAX_INPUTS = DS_MAX_STEP };
+enum { DS_MAX_INPUTS = DS_MAX_STEP, SAMPLE_BYTES = 4096 };
 
 _Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interface is one chunk");
 
@@ -105,56 +91,39 @@ void ds_model_expert_uses(ds_model *model, uint64_t *out) {
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
 const char *ds_model_isa(const ds_model *model) { return model->core.backends[0]->isa; }
 
-ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err) {
-    ds_kv_type type;
-    ds_session *session;
-    ds_status st;
-    if (!ds_kv_type_from_name(kv_type, &type))
-        return ds_fail(err, DS_EINVAL, "cache type `%s` is not one of f16, q8_0, f32", kv_type);
-    if (n_ctx < 1 || n_ctx > DS_MAX_CONTEXT)
-        return ds_fail(err, DS_EINVAL, "a context of %d tokens: expected 1 to %d", n_ctx, DS_MAX_CONTEXT);
-    if (!(session = calloc(1, sizeof *session))) return ds_fail(err, DS_ENOMEM, "no memory for a session");
-    if ((st = ds_kv_create(&model->stores[type], n_ctx, &session->kv, err)) != DS_OK) {
-        free(session);
-        return st;
+ds_cache_usage ds_model_cache(ds_model *model) {
+    ds_cache_usage all = {0};
+    for (int type = 0; type < DS_KV_TYPES; type++) {
+        const ds_blocks_usage usage = ds_blocks_count(&model->stores[type].blocks);
+        all.n_blocks += usage.n_used, all.n_shared += usage.n_shared, all.bytes += usage.bytes;
     }
-    session->model = model;
-    atomic_fetch_add(&model->holders, 1);
-    *out = session;
-    return DS_OK;
+    return all;
 }
 
-void ds_session_destroy(ds_session *session) {
-    if (!session) return;
-    ds_kv_release(&session->kv);
-    ds_model_close(session->model);
-    free(session);
+/* What lies in the middle of a tensor: small ones are told whole. */
+static void tell_sample(const ds_tensor *t, ds_tell *tell, void *ctx) {
+    const size_t n = t->n_bytes < SAMPLE_BYTES ? t->n_bytes : SAMPLE_BYTES;
+    if (n) tell(ctx, (const unsigned char *)t->data + (t->n_bytes - n) / 2, n);
 }
 
-int ds_session_n_past(const ds_session *session) { return session->n_past; }
-int ds_session_n_ctx(const ds_session *session) { return session->kv.n_ctx; }
-size_t ds_session_bytes(const ds_session *session) { return ds_kv_bytes(session->kv.store, session->kv.n_ctx); }
-const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.store->type); }
-
-ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
-    if (n < 0 || n > session->n_past)
-        return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
-    session->n_past = n;
-    ds_kv_truncate(&session->kv, n);
-    return DS_OK;
-}
-
-ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
-    ds_status st;
-    if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
-    if (n < session->n_past || n > session->kv.n_ctx) {
-        return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n,
-                       session->n_past, session->kv.n_ctx);
+void ds_model_identity(const ds_model *model, ds_tell *tell, void *ctx) {
+    const size_t n_arch = strlen(model->core.config.arch);
+    for (size_t i = 0; i < ds_gguf_n_kv(model->gguf); i++) {
+        const ds_gguf_kv *kv = ds_gguf_kv_at(model->gguf, i);
+        if (kv->key.size <= n_arch || memcmp(kv->key.data, model->core.config.arch, n_arch) ||
+            kv->key.data[n_arch] != '.')
+            continue;
+        tell(ctx, kv->key.data, kv->key.size);
+        tell(ctx, &(uint32_t){kv->type}, sizeof(uint32_t));
+        tell(ctx, kv->data, kv->n_bytes);
     }
-    if ((st = ds_kv_reserve(&session->kv, session->n_past, n, err)) != DS_OK) return st;
-    ds_kv_repeat(&session->kv, session->n_past, n);
-    session->n_past = n;
-    return DS_OK;
+    for (size_t i = 0; i < ds_gguf_n_tensors(model->gguf); i++) {
+        const ds_tensor *t = ds_gguf_tensor_at(model->gguf, i);
+        tell(ctx, t->name, strlen(t->name) + 1);
+        tell(ctx, &t->gguf_type, sizeof t->gguf_type);
+        tell(ctx, t->ne, sizeof t->ne);
+        tell_sample(t, tell, ctx);
+    }
 }
 
 static ds_status check_input(const ds_model *model, const ds_input *in, ds_error *err) {

@@ -182,7 +182,8 @@ static PyMethodDef methods[] = {
 
 static int exec(PyObject *module) {
     if (PyModule_AddFunctions(module, ds_py_gguf_methods) != 0 ||
-        PyModule_AddFunctions(module, ds_py_model_methods) != 0)
+        PyModule_AddFunctions(module, ds_py_model_methods) != 0 ||
+        PyModule_AddFunctions(module, ds_py_session_methods) != 0)
         return -1;
     if (PyModule_AddFunctions(module, ds_py_block_methods) != 0 ||
         PyModule_AddFunctions(module, ds_py_sampler_methods) != 0)
@@ -190,7 +191,9 @@ static int exec(PyObject *module) {
     if (PyModule_AddFunctions(module, ds_py_attention_methods) != 0 ||
         PyModule_AddFunctions(module, ds_py_encode_methods) != 0)
         return -1;
-    if (PyModule_AddIntConstant(module, "MAX_STEP", DS_MAX_STEP) != 0) return -1;
+    if (PyModule_AddIntConstant(module, "MAX_STEP", DS_MAX_STEP) != 0 ||
+        PyModule_AddIntConstant(module, "SESSION_BLOCK", DS_SESSION_BLOCK) != 0)
+        return -1;
     return ds_py_add_kernels(module);
 }
 

@@ -33,8 +33,8 @@ PyObject *ds_py_with(PyObject *args, const char *name, PyObject *(*use)(void *po
 bool ds_py_buffer(PyObject *object, size_t bytes, bool writable, Py_buffer *out);
 
 /* Each file's functions, added by module.c. */
-extern PyMethodDef ds_py_gguf_methods[], ds_py_model_methods[], ds_py_block_methods[], ds_py_sampler_methods[],
-    ds_py_attention_methods[], ds_py_encode_methods[];
+extern PyMethodDef ds_py_gguf_methods[], ds_py_model_methods[], ds_py_session_methods[], ds_py_block_methods[],
+    ds_py_sampler_methods[], ds_py_attention_methods[], ds_py_encode_methods[];
 int ds_py_add_kernels(PyObject *module);
 
 /* Read a list of (point name, buffer) pairs into tap entries; buffers hold n_rows rows. False with an exception. */

@@ -1,0 +1,20 @@
+/* session.h: what a model and its sessions are, for the two files that implement them. */
+#pragma once
+
+#include <stdatomic.h>
+
+#include "memory/kv.h"
+#include "model/core.h"
+
+struct ds_model {
+    ds_core core;
+    ds_gguf *gguf;
+    ds_kv_store stores[DS_KV_TYPES];
+    atomic_int holders; /* who opened it, and its sessions */
+};
+
+struct ds_session {
+    struct ds_model *model;
+    ds_kv kv;
+    int n_past;
+};
