@@ -42,6 +42,7 @@ BELOW = {
 MADE = {"kernels/isas.h"}  # by CMakeLists.txt, in the build folder
 MAX_LINES = 1000
 
+SYSTEM = re.compile(r"(?:pthread|unistd|fcntl|sched|signal|threads|windows|dlfcn)\.h|(?:sys|linux|mach)/.*")
 INTRINSICS = re.compile(r"\w*intrin\.h|arm_\w+\.h")
 ENDS_OR_PRINTS = re.compile(r"\b(?:_?exit|_Exit|quick_exit|abort|assert|v?f?printf|puts|fputs|putchar|perror)\s*\(")
 ALLOCATES_OR_THREADS = re.compile(
@@ -214,6 +215,16 @@ def test_intrinsics_stay_in_the_simd_headers() -> None:
         for path in c_files()
         for name, _ in includes(path.read_text(encoding="utf-8"))
         if INTRINSICS.fullmatch(name) and not re.fullmatch(r"kernels/simd_\w+\.h", path.relative_to(ENGINE).as_posix())
+    ]
+    assert not wrong
+
+
+def test_one_file_a_system_names_it() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} includes {name}"
+        for path in c_files()
+        for name, _ in includes(path.read_text(encoding="utf-8"))
+        if SYSTEM.fullmatch(name) and not re.fullmatch(r"base/os(_\w+)?\.[ch]", path.relative_to(ENGINE).as_posix())
     ]
     assert not wrong
 

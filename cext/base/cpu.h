@@ -17,9 +17,3 @@ const ds_cpu *ds_cpu_get(void);
 
 /* The kernel table asked for in the environment (DSV2_ISA), or NULL. */
 const char *ds_cpu_isa_override(void);
-
-/* Cores that this process may use at full speed: physical cores within its affinity mask and cgroup quota; at least 1. */
-int ds_cpu_default_threads(void);
-
-/* The process that this is: a forked child's number is another. */
-long ds_process_id(void);

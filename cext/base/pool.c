@@ -1,19 +1,15 @@
 /* pool.c: the thread team. Every wait is on an event: a counter that only goes up, spun on briefly and then slept on. */
 #include "base/pool.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#include <unistd.h>
 
-#if defined(__linux__) && !defined(DS_POOL_CONDVAR)
-#define POOL_FUTEX 1
-#include <linux/futex.h>
-#include <sys/syscall.h>
+#include "base/os.h"
+
+#if DS_OS_WORDS && !defined(DS_POOL_CONDVAR)
+#define POOL_WORDS 1
 #endif
 
 enum {
@@ -27,19 +23,19 @@ enum {
 typedef struct event {
     _Atomic uint32_t value;
     _Atomic uint32_t n_sleepers; /* lets a signal skip the kernel where everybody spins */
-#ifndef POOL_FUTEX
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
+#ifndef POOL_WORDS
+    ds_lock lock;
+    ds_signal changed;
 #endif
 } event;
 
 struct ds_pool {
     int n_threads, n_started;
-    pid_t owner; /* the process whose threads these are */
+    int64_t owner; /* the process whose threads these are */
     int64_t spin_ns; /* 0 where there are more threads than processors: the peer waited for needs this one */
-    pthread_t *threads; /* (n_started): workers 1 ... */
+    ds_thread *threads; /* (n_started): workers 1 ... */
     ds_worker *workers; /* (n_threads) */
-    pthread_mutex_t turn; /* callers from several threads take turns */
+    ds_lock turn; /* callers from several threads take turns */
     void (*fn)(const ds_worker *worker, void *arg); /* NULL tells the workers to end; written before `work` moves */
     void *arg;
     /* On lines of their own: written by every thread, and fn and arg beside them are read by every thread. */
@@ -57,61 +53,52 @@ static inline void cpu_pause(void) {
 #endif
 }
 
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
+#ifdef POOL_WORDS
 
-#ifdef POOL_FUTEX
-
-static int event_init(event *e) { return 0; }
+static bool event_init(event *e) { return true; }
 
 static void event_free(event *e) {}
 
-static void event_sleep(event *e, uint32_t old) {
-    /* The kernel compares the value once more, so that a signal between our look and this call is not lost. */
-    syscall(SYS_futex, &e->value, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
-}
+/* The word is compared once more before the sleep, so that a signal between our look and this call is not lost. */
+static void event_sleep(event *e, uint32_t old) { ds_word_sleep(&e->value, old); }
 
 static void event_signal(event *e) {
     /* Both sides are sequentially consistent: either this sees the sleeper, or the sleeper sees the new value. */
     atomic_fetch_add(&e->value, 1);
     if (atomic_load(&e->n_sleepers) > 0) {
-        syscall(SYS_futex, &e->value, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+        ds_word_wake(&e->value);
     }
 }
 
 #else
 
-static int event_init(event *e) {
-    int code = pthread_mutex_init(&e->lock, NULL);
-    if (code == 0 && (code = pthread_cond_init(&e->changed, NULL)) != 0) {
-        pthread_mutex_destroy(&e->lock);
-    }
-    return code;
+static bool event_init(event *e) {
+    if (!ds_lock_init(&e->lock)) return false;
+    if (ds_signal_init(&e->changed)) return true;
+    ds_lock_free(&e->lock);
+    return false;
 }
 
 static void event_free(event *e) {
-    pthread_cond_destroy(&e->changed);
-    pthread_mutex_destroy(&e->lock);
+    ds_signal_free(&e->changed);
+    ds_lock_free(&e->lock);
 }
 
 static void event_sleep(event *e, uint32_t old) {
-    pthread_mutex_lock(&e->lock);
+    ds_lock_take(&e->lock);
     while (atomic_load(&e->value) == old) {
-        pthread_cond_wait(&e->changed, &e->lock);
+        ds_signal_wait(&e->changed, &e->lock);
     }
-    pthread_mutex_unlock(&e->lock);
+    ds_lock_give(&e->lock);
 }
 
 static void event_signal(event *e) {
     atomic_fetch_add(&e->value, 1);
     if (atomic_load(&e->n_sleepers) > 0) {
         /* Taken and given back: a sleeper between its look and its wait holds the lock, and must not miss the call. */
-        pthread_mutex_lock(&e->lock);
-        pthread_mutex_unlock(&e->lock);
-        pthread_cond_broadcast(&e->changed);
+        ds_lock_take(&e->lock);
+        ds_lock_give(&e->lock);
+        ds_signal_send(&e->changed);
     }
 }
 
@@ -126,8 +113,8 @@ static bool spin_until_moved(event *e, uint32_t old, int64_t spin_ns) {
             }
             cpu_pause();
         }
-        deadline = deadline ? deadline : now_ns() + spin_ns;
-    } while (spin_ns > 0 && now_ns() < deadline);
+        deadline = deadline ? deadline : ds_now_ns() + spin_ns;
+    } while (spin_ns > 0 && ds_now_ns() < deadline);
     return false;
 }
 
@@ -175,29 +162,24 @@ static void *worker_main(void *arg) {
 }
 
 void ds_pool_run(ds_pool *pool, void (*fn)(const ds_worker *worker, void *arg), void *arg) {
-    pthread_mutex_lock(&pool->turn);
+    ds_lock_take(&pool->turn);
     pool->fn = fn;
     pool->arg = arg;
     event_signal(&pool->work);
     fn(&pool->workers[0], arg);
     /* After this barrier every worker has left fn, and none reads fn or arg again before `work` moves. */
     ds_barrier(&pool->workers[0]);
-    pthread_mutex_unlock(&pool->turn);
+    ds_lock_give(&pool->turn);
 }
 
 int ds_pool_size(const ds_pool *pool) { return pool->n_threads; }
 
-/* Start the workers with every signal blocked, so that Ctrl-C lands on a thread that expects it. */
 static int start_workers(ds_pool *pool) {
-    sigset_t all, before;
     int code = 0;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 1; i < pool->n_threads && code == 0; i++) {
-        code = pthread_create(&pool->threads[i - 1], NULL, worker_main, &pool->workers[i]);
+        code = ds_thread_start(worker_main, &pool->workers[i], &pool->threads[i - 1]);
         pool->n_started += code == 0;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     return code;
 }
 
@@ -205,7 +187,7 @@ static void stop_workers(ds_pool *pool) {
     pool->fn = NULL;
     event_signal(&pool->work);
     for (int i = 0; i < pool->n_started; i++) {
-        pthread_join(pool->threads[i], NULL);
+        ds_thread_join(pool->threads[i]);
     }
 }
 
@@ -217,17 +199,17 @@ static ds_pool *pool_new(int n_threads) {
     }
     memset(pool, 0, sizeof *pool);
     pool->n_threads = n_threads;
-    pool->owner = getpid();
-    pool->spin_ns = n_threads <= sysconf(_SC_NPROCESSORS_ONLN) ? SPIN_NS : 0;
+    pool->owner = ds_process_id();
+    pool->spin_ns = n_threads <= ds_os_processors() ? SPIN_NS : 0;
     pool->workers = calloc((size_t)n_threads, sizeof *pool->workers);
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
-    if (!pool->workers || !pool->threads || pthread_mutex_init(&pool->turn, NULL) != 0) {
+    if (!pool->workers || !pool->threads || !ds_lock_init(&pool->turn)) {
         goto no_turn;
     }
-    if (event_init(&pool->work) != 0) {
+    if (!event_init(&pool->work)) {
         goto no_work;
     }
-    if (event_init(&pool->phase) != 0) {
+    if (!event_init(&pool->phase)) {
         goto no_phase;
     }
     for (int i = 0; i < n_threads; i++) {
@@ -237,7 +219,7 @@ static ds_pool *pool_new(int n_threads) {
 no_phase:
     event_free(&pool->work);
 no_work:
-    pthread_mutex_destroy(&pool->turn);
+    ds_lock_free(&pool->turn);
 no_turn:
     free(pool->threads);
     free(pool->workers);
@@ -268,12 +250,12 @@ void ds_pool_destroy(ds_pool *pool) {
     if (!pool) {
         return;
     }
-    if (pool->owner == getpid()) {
+    if (pool->owner == ds_process_id()) {
         stop_workers(pool);
     } /* a forked child has no threads to wait for */
     event_free(&pool->phase);
     event_free(&pool->work);
-    pthread_mutex_destroy(&pool->turn);
+    ds_lock_free(&pool->turn);
     free(pool->threads);
     free(pool->workers);
     free(pool);

@@ -2,14 +2,11 @@
 #include "gguf/gguf.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "base/pages.h"
+#include "base/os.h"
 #include "gguf/internal.h"
 
 enum { SHOWN_BYTES = 200 };
@@ -44,47 +41,48 @@ static ds_status fail_system(ds_gguf *g, ds_error *err, const char *verb) {
     return code == ENOENT ? ds_hint(err, "check the path, or fetch a model with dsv2 download") : err->status;
 }
 
-/* Map the whole file read-only. The descriptor stays open: a name may come to mean another file. */
+static ds_status check_kind(ds_gguf *g, const ds_file_stamp *found, ds_error *err) {
+    if (found->kind != DS_FILE_REGULAR) {
+        const bool folder = found->kind == DS_FILE_FOLDER;
+        DS_GGUF_FAIL(g, err, DS_EIO, "%s, not a file", folder ? "a directory" : "a device or pipe");
+        return folder
+                   ? ds_hint(err, "name the GGUF file inside it; a checkpoint folder goes through dsv2 quantize first")
+                   : err->status;
+    }
+    if (found->size == 0) {
+        DS_GGUF_FAIL(g, err, DS_EFORMAT, "the file is empty");
+        return ds_hint(err, "download or convert it again");
+    }
+    if ((uintmax_t)found->size > SIZE_MAX) {
+        return DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address",
+                            (intmax_t)found->size);
+    }
+    return DS_OK;
+}
+
+/* Map the whole file read-only. It stays open: a name may come to mean another file. */
 static ds_status map_file(ds_gguf *g, ds_error *err) {
-    struct stat info;
-    ds_status st = DS_OK;
-    /* O_NONBLOCK: opening a named pipe must not wait for a writer; it is refused below. */
-    int fd = open(g->label, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) {
+    ds_file file;
+    ds_status st;
+    void *base = NULL;
+    if (!ds_file_open(g->label, &file)) {
         return fail_system(g, err, "open");
     }
-    if (fstat(fd, &info) != 0) {
+    /* Before it is mapped: a file that changes in between counts as changed. */
+    if (!ds_file_stamp_get(file, &g->stamp)) {
         st = fail_system(g, err, "read its size");
-    } else if (!S_ISREG(info.st_mode)) {
-        st = DS_GGUF_FAIL(g, err, DS_EIO, "%s, not a file", S_ISDIR(info.st_mode) ? "a directory" : "a device or pipe");
-        if (S_ISDIR(info.st_mode)) {
-            st = ds_hint(err, "name the GGUF file inside it; a checkpoint folder goes through dsv2 quantize first");
-        }
-    } else if (info.st_size == 0) {
-        DS_GGUF_FAIL(g, err, DS_EFORMAT, "the file is empty");
-        st = ds_hint(err, "download or convert it again");
-    } else if ((uintmax_t)info.st_size > SIZE_MAX) {
-        st =
-            DS_GGUF_FAIL(g, err, DS_EUNSUPPORTED, "%jd bytes are more than memory can address", (intmax_t)info.st_size);
-    } else {
-        void *base = ds_pages_map(fd, (size_t)info.st_size);
-        if (!base) {
-            st = fail_system(g, err, "map");
-        } else {
-            g->base = base;
-            g->size = (size_t)info.st_size;
-            g->mapped = true;
-            g->fd = fd;
-            /* The size that was mapped, so that a file which grows or shrinks in this moment counts as changed. */
-            if (!ds_file_stamp_get(fd, &g->stamp)) {
-                return fail_system(g, err, "read its size");
-            }
-            g->stamp.size = info.st_size;
-            return DS_OK;
-        }
+    } else if ((st = check_kind(g, &g->stamp, err)) == DS_OK && !(base = ds_pages_map(file, (size_t)g->stamp.size))) {
+        st = fail_system(g, err, "map");
     }
-    close(fd);
-    return st;
+    if (st != DS_OK) {
+        ds_file_close(file);
+        return st;
+    }
+    g->base = base;
+    g->size = (size_t)g->stamp.size;
+    g->mapped = true;
+    g->file = file;
+    return DS_OK;
 }
 
 static ds_status check_one(const ds_gguf *g, ds_error *err) {
@@ -92,7 +90,7 @@ static ds_status check_one(const ds_gguf *g, ds_error *err) {
     if (!g->mapped) {
         return DS_OK;
     }
-    if (!ds_file_stamp_get(g->fd, &now)) {
+    if (!ds_file_stamp_get(g->file, &now)) {
         return DS_GGUF_FAIL(g, err, DS_EIO, "cannot read its size: %s", strerror(errno));
     }
     if (ds_file_stamp_equal(&now, &g->stamp)) {
@@ -174,7 +172,7 @@ void ds_gguf_close(ds_gguf *gguf) {
     free(gguf->parts);
     if (gguf->mapped) {
         ds_pages_release((void *)gguf->base, gguf->size);
-        close(gguf->fd);
+        ds_file_close(gguf->file);
     }
     free(gguf->kv);
     free(gguf->kv_names);

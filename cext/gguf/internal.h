@@ -1,7 +1,7 @@
 /* internal.h: what the files of this room share. Nothing outside cext/gguf includes it. */
 #pragma once
 
-#include "base/file.h"
+#include "base/os.h"
 #include "gguf/gguf.h"
 
 /* A name and where its entry stands. Sorted by name: a lookup is a binary search, which no choice of names can make
@@ -17,7 +17,7 @@ struct ds_gguf {
     const uint8_t *base;
     size_t size;
     bool mapped;
-    int fd; /* of a mapped file, open to see whether it changes */
+    ds_file file; /* of a mapped file, open to see whether it changes */
     ds_file_stamp stamp; /* of the file when it was mapped */
 
     ds_gguf_kv *kv; /* (n_kv), in the file's order */

@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "base/pages.h"
+#include "base/os.h"
 
 enum {
     HEADER = 64,            /* bytes before a block's own: what follows is aligned as rows want to be */
@@ -33,7 +33,7 @@ void ds_blocks_create(size_t n_bytes, ds_blocks *out) {
     const size_t all = n_bytes + HEADER, huge = round_up(all, DS_HUGE_PAGE);
     *out = (ds_blocks){.stride = huge - all <= all / HUGE_WASTE ? huge : round_up(all, ds_pages_size())};
     out->n_slab = out->stride < SLAB_BYTES ? (int)(SLAB_BYTES / out->stride) : 1;
-    pthread_mutex_init(&out->lock, NULL);
+    ds_lock_init(&out->lock);
 }
 
 static ds_slab *slab_new(const ds_blocks *b) {
@@ -62,7 +62,7 @@ void ds_blocks_release(ds_blocks *blocks) {
         next = slab->next;
         slab_release(slab);
     }
-    pthread_mutex_destroy(&blocks->lock);
+    ds_lock_free(&blocks->lock);
     *blocks = (ds_blocks){0};
 }
 
@@ -76,21 +76,21 @@ static ds_slab *slab_with_room(ds_blocks *b) {
 
 unsigned char *ds_blocks_take(ds_blocks *blocks) {
     unsigned char *block = NULL;
-    pthread_mutex_lock(&blocks->lock);
+    ds_lock_take(&blocks->lock);
     ds_slab *slab = slab_with_room(blocks);
     if (slab) {
         block = slab->first + (size_t)slab->free[--slab->n_free] * blocks->stride + HEADER;
         *header_of(block) = (header){slab, 1};
         blocks->n_used++;
     }
-    pthread_mutex_unlock(&blocks->lock);
+    ds_lock_give(&blocks->lock);
     return block;
 }
 
 void ds_blocks_share(ds_blocks *blocks, unsigned char *block) {
-    pthread_mutex_lock(&blocks->lock);
+    ds_lock_take(&blocks->lock);
     blocks->n_shared += ++header_of(block)->holders == 2;
-    pthread_mutex_unlock(&blocks->lock);
+    ds_lock_give(&blocks->lock);
 }
 
 /* Put a block without holders back into its slab, and the slab back where it was the last. */
@@ -109,23 +109,23 @@ static void put_back(ds_blocks *b, unsigned char *block) {
 }
 
 void ds_blocks_drop(ds_blocks *blocks, unsigned char *block) {
-    pthread_mutex_lock(&blocks->lock);
+    ds_lock_take(&blocks->lock);
     const int left = --header_of(block)->holders;
     blocks->n_shared -= left == 1;
     if (!left) put_back(blocks, block);
-    pthread_mutex_unlock(&blocks->lock);
+    ds_lock_give(&blocks->lock);
 }
 
 bool ds_blocks_sole(ds_blocks *blocks, const unsigned char *block) {
-    pthread_mutex_lock(&blocks->lock);
+    ds_lock_take(&blocks->lock);
     const bool sole = header_of(block)->holders == 1;
-    pthread_mutex_unlock(&blocks->lock);
+    ds_lock_give(&blocks->lock);
     return sole;
 }
 
 ds_blocks_usage ds_blocks_count(ds_blocks *blocks) {
-    pthread_mutex_lock(&blocks->lock);
+    ds_lock_take(&blocks->lock);
     const ds_blocks_usage usage = {blocks->n_used, blocks->n_shared, blocks->n_used * blocks->stride};
-    pthread_mutex_unlock(&blocks->lock);
+    ds_lock_give(&blocks->lock);
     return usage;
 }

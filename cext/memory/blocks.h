@@ -2,10 +2,10 @@
  * counts the holders; knows no rows. All but create and release may be called from several threads at once. */
 #pragma once
 
-#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "base/os.h"
 #include "base/status.h"
 
 typedef struct ds_blocks {
@@ -13,7 +13,7 @@ typedef struct ds_blocks {
     int n_slab; /* blocks that are mapped together */
     struct ds_slab *slabs; /* the oldest first: the younger ones empty themselves, and go back to the system */
     size_t n_used, n_shared; /* blocks held, and those of them held by more than one */
-    pthread_mutex_t lock;
+    ds_lock lock;
 } ds_blocks;
 
 typedef struct ds_blocks_usage {

@@ -4,9 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/cpu.h"
-#include "base/pages.h"
-
 enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
 
 static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
@@ -49,7 +46,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_be
     if (layer_begin < 0 || layer_end > out->config.n_layer) {
         return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, out->config.n_layer - 1);
     }
-    if (pthread_mutex_init(&out->lock, NULL) != 0) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
+    if (!ds_lock_init(&out->lock)) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
     st = create(source, layer_begin, layer_end, ends, sublayer, processor, placement, out, err);
     if (st != DS_OK) ds_core_release(out);
     return st;
@@ -64,7 +61,7 @@ void ds_core_release(ds_core *core) {
     ds_weights_release(&core->weights);
     free(core->program);
     free(core->tail_spans);
-    pthread_mutex_destroy(&core->lock);
+    ds_lock_free(&core->lock);
 }
 
 ds_status ds_core_check(const ds_core *core, ds_error *err) {
@@ -194,13 +191,13 @@ static ds_status run_program(ds_core *c, const ds_request *whole, const ds_reque
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
     ds_request tail;
     ds_status st;
-    pthread_mutex_lock(&core->lock);
+    ds_lock_take(&core->lock);
     st = reserve(core, step_capacity(request->n_tok), err);
     const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
     if (st == DS_OK) ds_forward(core, request, cut ? &tail : NULL);
     for (int i = 0; i < core->n_backends && st == DS_OK; i++)
         core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
     if (st == DS_OK) st = run_program(core, request, cut ? &tail : NULL, err);
-    pthread_mutex_unlock(&core->lock);
+    ds_lock_give(&core->lock);
     return st;
 }

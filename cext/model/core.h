@@ -2,9 +2,8 @@
  * step. */
 #pragma once
 
-#include <pthread.h>
-
 #include "backend/backend.h"
+#include "base/os.h"
 #include "model/placement.h"
 
 /* Host memory through which backends read each other's states: (n_tok, ...) of a step. Only where there are several. */
@@ -38,7 +37,7 @@ typedef struct ds_core {
     int n_ops;
     ds_span *tail_spans; /* (DS_CHUNK) */
     long process; /* that made it, and has its threads */
-    pthread_mutex_t lock; /* one step at a time: all of the above is shared */
+    ds_lock lock; /* one step at a time: all of the above is shared */
 } ds_core;
 
 /* Set up everything but the file, in `out`, which stays where it is: on failure nothing is kept. processor: device 0.

@@ -83,9 +83,9 @@ const ds_gguf *ds_model_gguf(const ds_model *model) { return model->gguf; }
 
 void ds_model_expert_uses(ds_model *model, uint64_t *out) {
     const ds_config *c = &model->core.config;
-    pthread_mutex_lock(&model->core.lock);
+    ds_lock_take(&model->core.lock);
     memcpy(out, model->core.residency->uses, (size_t)c->n_layer * (size_t)c->n_expert * sizeof *out);
-    pthread_mutex_unlock(&model->core.lock);
+    ds_lock_give(&model->core.lock);
 }
 
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/cpu.h"
+#include "base/os.h"
 #include "kernels/kernels.h"
 
 typedef struct handle {
@@ -170,7 +171,7 @@ static PyObject *isa(PyObject *self, PyObject *unused) {
                  : PyErr_Format(PyExc_ValueError, "no kernels named '%s' on this machine", ds_cpu_isa_override());
 }
 
-static PyObject *cores(PyObject *self, PyObject *unused) { return PyLong_FromLong(ds_cpu_default_threads()); }
+static PyObject *cores(PyObject *self, PyObject *unused) { return PyLong_FromLong(ds_os_cores()); }
 
 static PyMethodDef methods[] = {
     {"formats", formats, METH_NOARGS, NULL},

@@ -1,7 +1,7 @@
 /* pool_stress.c: runs, barriers and claims under contention. Built with ThreadSanitizer, and once more with
  * -DDS_POOL_CONDVAR for the sleep that other systems use:
  *
- *     cc -std=gnu11 -O1 -g -fsanitize=thread -Icext cext/base/pool.c cext/base/status.c tests/stress/pool_stress.c -pthread
+ *     cc -std=gnu11 -O1 -g -fsanitize=thread -Icext cext/base/{pool,status,os_posix,os_linux}.c tests/stress/pool_stress.c -pthread
  *
  * Prints one line, and returns 1 where a sum is wrong. */
 #include <pthread.h>

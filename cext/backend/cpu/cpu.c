@@ -2,13 +2,12 @@
  * threads together in one go. */
 #include "backend/cpu/cpu.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "backend/cpu/step.h"
 #include "base/cpu.h"
+#include "base/os.h"
 
 typedef struct cpu {
     ds_backend head;
@@ -23,9 +22,9 @@ typedef struct cpu {
     int n_ops;
     /* Of one that works apart: */
     bool apart, ending;
-    pthread_t thread;
-    pthread_mutex_t lock;
-    pthread_cond_t changed; /* ops or ending */
+    ds_thread thread;
+    ds_lock lock;
+    ds_signal changed; /* ops or ending */
 } cpu;
 
 static bool (*const RUN[DS_OP_COUNT])(const ds_lane *lane, const ds_op *op) = {
@@ -47,17 +46,17 @@ static void run(const ds_worker *worker, void *arg) {
 /* The thread of a backend that works apart: worker 0 of its team. */
 static void *work_apart(void *arg) {
     cpu *c = arg;
-    pthread_mutex_lock(&c->lock);
+    ds_lock_take(&c->lock);
     for (;;) {
-        while (!c->ops && !c->ending) pthread_cond_wait(&c->changed, &c->lock);
+        while (!c->ops && !c->ending) ds_signal_wait(&c->changed, &c->lock);
         if (c->ending) break;
-        pthread_mutex_unlock(&c->lock);
+        ds_lock_give(&c->lock);
         ds_pool_run(c->pool, run, c);
-        pthread_mutex_lock(&c->lock);
+        ds_lock_take(&c->lock);
         c->ops = NULL;
-        pthread_cond_broadcast(&c->changed);
+        ds_signal_send(&c->changed);
     }
-    pthread_mutex_unlock(&c->lock);
+    ds_lock_give(&c->lock);
     return NULL;
 }
 
@@ -66,19 +65,19 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
     c->failure.status = DS_OK;
     c->n_ops = n;
     if (!c->apart) return c->ops = ops, DS_OK; /* wait works */
-    pthread_mutex_lock(&c->lock);
+    ds_lock_take(&c->lock);
     c->ops = ops;
-    pthread_cond_broadcast(&c->changed);
-    pthread_mutex_unlock(&c->lock);
+    ds_signal_send(&c->changed);
+    ds_lock_give(&c->lock);
     return DS_OK;
 }
 
 static ds_status wait_for(ds_backend *backend, ds_error *err) {
     cpu *c = (cpu *)backend;
     if (c->apart) {
-        pthread_mutex_lock(&c->lock);
-        while (c->ops) pthread_cond_wait(&c->changed, &c->lock);
-        pthread_mutex_unlock(&c->lock);
+        ds_lock_take(&c->lock);
+        while (c->ops) ds_signal_wait(&c->changed, &c->lock);
+        ds_lock_give(&c->lock);
     } else if (c->ops) {
         ds_pool_run(c->pool, run, c);
         c->ops = NULL;
@@ -117,13 +116,13 @@ static void begin(ds_backend *backend, const ds_request *whole, const ds_request
 static void destroy(ds_backend *backend) {
     cpu *c = (cpu *)backend;
     if (c->apart) {
-        pthread_mutex_lock(&c->lock);
+        ds_lock_take(&c->lock);
         c->ending = true;
-        pthread_cond_broadcast(&c->changed);
-        pthread_mutex_unlock(&c->lock);
-        pthread_join(c->thread, NULL);
-        pthread_cond_destroy(&c->changed);
-        pthread_mutex_destroy(&c->lock);
+        ds_signal_send(&c->changed);
+        ds_lock_give(&c->lock);
+        ds_thread_join(c->thread);
+        ds_signal_free(&c->changed);
+        ds_lock_free(&c->lock);
     }
     ds_pool_destroy(c->pool);
     ds_scratch_release(&c->scratch);
@@ -149,19 +148,14 @@ static ds_status choose_kernels(const char *isa, const ds_kernels **out, ds_erro
 
 /* On failure the lock and the signal are gone again. */
 static ds_status start_apart(cpu *c, ds_error *err) {
-    sigset_t all, before;
-    if (pthread_mutex_init(&c->lock, NULL) != 0) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
-    if (pthread_cond_init(&c->changed, NULL) != 0) {
-        pthread_mutex_destroy(&c->lock);
+    if (!ds_lock_init(&c->lock)) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
+    if (!ds_signal_init(&c->changed)) {
+        ds_lock_free(&c->lock);
         return ds_fail(err, DS_ENOMEM, "no memory for a signal");
     }
-    sigfillset(&all); /* Ctrl-C lands on a thread that expects it */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    const int code = pthread_create(&c->thread, NULL, work_apart, c);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (code == 0) return DS_OK;
-    pthread_cond_destroy(&c->changed);
-    pthread_mutex_destroy(&c->lock);
+    if (ds_thread_start(work_apart, c, &c->thread) == 0) return DS_OK;
+    ds_signal_free(&c->changed);
+    ds_lock_free(&c->lock);
     return ds_fail(err, DS_ENOMEM, "cannot start the thread of backend %d", c->number);
 }
 
@@ -175,7 +169,7 @@ ds_status ds_cpu_backend_create(const ds_facts *facts, int number, int n_threads
     c->facts = *facts;
     c->number = number;
     if ((st = choose_kernels(isa, &c->kern, err)) != DS_OK) goto failed;
-    if ((st = ds_pool_create(n_threads ? n_threads : ds_cpu_default_threads(), &c->pool, err)) != DS_OK) goto failed;
+    if ((st = ds_pool_create(n_threads ? n_threads : ds_os_cores(), &c->pool, err)) != DS_OK) goto failed;
     if (apart && (st = start_apart(c, err)) != DS_OK) goto failed;
     c->apart = apart;
     c->head = (ds_backend){.ops = &OPS, .isa = c->kern->isa, .n_threads = ds_pool_size(c->pool)};

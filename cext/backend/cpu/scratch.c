@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "backend/cpu/step.h"
-#include "base/pages.h"
+#include "base/os.h"
 
 static int max2(int a, int b) { return a > b ? a : b; }
 

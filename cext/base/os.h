@@ -1,0 +1,90 @@
+/* os.h: all that the engine asks of an operating system, named once. os_posix.c answers for any POSIX system, os_linux.c
+ * and os_apple.c what these two have of their own; another system is another file. Nothing above includes a system's
+ * headers (tests/test_layout.py). */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- Threads ---- */
+
+typedef pthread_mutex_t ds_lock;
+typedef pthread_cond_t ds_signal;
+typedef pthread_t ds_thread;
+
+/* False where the system refuses; a lock or signal made is freed once. */
+bool ds_lock_init(ds_lock *lock);
+void ds_lock_free(ds_lock *lock);
+void ds_lock_take(ds_lock *lock);
+void ds_lock_give(ds_lock *lock);
+
+bool ds_signal_init(ds_signal *signal);
+void ds_signal_free(ds_signal *signal);
+/* Give the lock, sleep until the signal is sent, take it again; may wake for nothing. */
+void ds_signal_wait(ds_signal *signal, ds_lock *lock);
+void ds_signal_send(ds_signal *signal); /* to all who wait */
+
+/* Run start(arg) beside the caller; no system signal (Ctrl-C) lands on it. 0, or the system's error number. */
+int ds_thread_start(void *(*start)(void *arg), void *arg, ds_thread *out);
+void ds_thread_join(ds_thread thread);
+
+#if defined(__linux__)
+#define DS_OS_WORDS 1 /* threads can sleep on a word of memory */
+/* Sleep while the word is `old`; may wake for nothing. */
+void ds_word_sleep(_Atomic uint32_t *word, uint32_t old);
+void ds_word_wake(_Atomic uint32_t *word); /* all who sleep on it */
+#endif
+
+int64_t ds_now_ns(void); /* of a clock that never goes back */
+int64_t ds_process_id(void); /* another one in a forked child */
+
+/* ---- The processor ---- */
+
+/* Processors that run; at least 1. */
+int ds_os_processors(void);
+/* Cores at full speed that this process may use: physical cores within its affinity mask and its group's quota; at least
+ * 1. */
+int ds_os_cores(void);
+/* ARM's dot products (8.2) and matrix products (8.6) of bytes; false where the system does not tell. */
+bool ds_os_has_dotprod(void);
+bool ds_os_has_i8mm(void);
+
+/* ---- Files ---- */
+
+typedef intptr_t ds_file;
+
+typedef enum ds_file_kind { DS_FILE_REGULAR, DS_FILE_FOLDER, DS_FILE_OTHER } ds_file_kind;
+
+/* What a file is, and whether it is still what it was. */
+typedef struct ds_file_stamp {
+    ds_file_kind kind;
+    int64_t size, seconds, nanoseconds; /* bytes, and when its content was last written */
+} ds_file_stamp;
+
+/* Open for reading; waits for nobody, whatever the name stands for. False with errno set. */
+bool ds_file_open(const char *path, ds_file *out);
+void ds_file_close(ds_file file);
+/* What an open file is now; false with errno set where the system does not tell. */
+bool ds_file_stamp_get(ds_file file, ds_file_stamp *out);
+bool ds_file_stamp_equal(const ds_file_stamp *a, const ds_file_stamp *b);
+
+/* ---- Pages ----
+ * Reads of a model are bound by memory, and every 4 KiB page needs its own address translation; with pages of 2 MiB a core
+ * reads a file some 20 % faster, and a cold file comes from disk in larger pieces. */
+
+enum { DS_HUGE_PAGE = 2 << 20 };
+
+/* Map size bytes of an open file read-only, shared with other processes; NULL with errno set where that fails. */
+void *ds_pages_map(ds_file file, size_t size);
+/* size zeroed bytes that take memory once they are touched; NULL with errno set where that fails. */
+void *ds_pages_new(size_t size);
+/* The same in pages of the usual size: for pieces much smaller than a huge page, each of which would take a whole one. */
+void *ds_pages_new_small(size_t size);
+/* Give the memory of whole pages back to the system; they stay mapped, with unspecified bytes. */
+void ds_pages_forget(void *pages, size_t size);
+size_t ds_pages_size(void); /* of a usual page */
+/* Give back what one of the first three returned. */
+void ds_pages_release(void *pages, size_t size);

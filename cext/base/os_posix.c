@@ -1,0 +1,107 @@
+/* os_posix.c: threads, files and pages of a POSIX system. */
+#define _DEFAULT_SOURCE
+#define _DARWIN_C_SOURCE
+#include "base/os.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+bool ds_lock_init(ds_lock *lock) { return pthread_mutex_init(lock, NULL) == 0; }
+void ds_lock_free(ds_lock *lock) { pthread_mutex_destroy(lock); }
+void ds_lock_take(ds_lock *lock) { pthread_mutex_lock(lock); }
+void ds_lock_give(ds_lock *lock) { pthread_mutex_unlock(lock); }
+
+bool ds_signal_init(ds_signal *signal) { return pthread_cond_init(signal, NULL) == 0; }
+void ds_signal_free(ds_signal *signal) { pthread_cond_destroy(signal); }
+void ds_signal_wait(ds_signal *signal, ds_lock *lock) { pthread_cond_wait(signal, lock); }
+void ds_signal_send(ds_signal *signal) { pthread_cond_broadcast(signal); }
+
+int ds_thread_start(void *(*start)(void *arg), void *arg, ds_thread *out) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int code = pthread_create(out, NULL, start, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return code;
+}
+
+void ds_thread_join(ds_thread thread) { pthread_join(thread, NULL); }
+
+int64_t ds_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+int64_t ds_process_id(void) { return getpid(); }
+
+int ds_os_processors(void) {
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+bool ds_file_open(const char *path, ds_file *out) {
+    /* O_NONBLOCK: opening a named pipe must not wait for a writer. */
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd >= 0) *out = fd;
+    return fd >= 0;
+}
+
+void ds_file_close(ds_file file) { close((int)file); }
+
+bool ds_file_stamp_get(ds_file file, ds_file_stamp *out) {
+    struct stat info;
+    if (fstat((int)file, &info) != 0) return false;
+#if defined(__APPLE__)
+    const struct timespec written = info.st_mtimespec;
+#else
+    const struct timespec written = info.st_mtim;
+#endif
+    const ds_file_kind kind = S_ISREG(info.st_mode)   ? DS_FILE_REGULAR
+                              : S_ISDIR(info.st_mode) ? DS_FILE_FOLDER
+                                                      : DS_FILE_OTHER;
+    *out = (ds_file_stamp){kind, info.st_size, written.tv_sec, written.tv_nsec};
+    return true;
+}
+
+bool ds_file_stamp_equal(const ds_file_stamp *a, const ds_file_stamp *b) {
+    return a->kind == b->kind && a->size == b->size && a->seconds == b->seconds && a->nanoseconds == b->nanoseconds;
+}
+
+/* Ask for huge pages; a kernel or file system without them refuses, which costs nothing. */
+static void *advised(void *pages, size_t size) {
+#ifdef MADV_HUGEPAGE
+    if (pages && size >= DS_HUGE_PAGE) madvise(pages, size, MADV_HUGEPAGE);
+#endif
+    return pages;
+}
+
+static void *mapped(void *pages) { return pages == MAP_FAILED ? NULL : pages; }
+
+void *ds_pages_map(ds_file file, size_t size) {
+    return advised(mapped(mmap(NULL, size, PROT_READ, MAP_SHARED, (int)file, 0)), size);
+}
+
+void *ds_pages_new_small(size_t size) {
+    return mapped(mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+void *ds_pages_new(size_t size) { return advised(ds_pages_new_small(size), size); }
+
+void ds_pages_forget(void *pages, size_t size) { madvise(pages, size, MADV_DONTNEED); }
+
+size_t ds_pages_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
+
+void ds_pages_release(void *pages, size_t size) {
+    if (pages) munmap(pages, size);
+}
+
+#if !defined(__linux__) && !defined(__APPLE__)
+int ds_os_cores(void) { return ds_os_processors(); }
+bool ds_os_has_dotprod(void) { return false; }
+bool ds_os_has_i8mm(void) { return false; }
+#endif
