@@ -91,22 +91,21 @@ class Tokenizer:
         notes = []
         if self._facts.pre is None:
             notes.append(
-                f"`{self.path}` does not say how text is split into words (tokenizer.ggml.pre): llama.cpp's default"
-                " rules are assumed, and tokens may differ from those the model was trained on"
+                "does not say how text is split into words (tokenizer.ggml.pre): llama.cpp's default rules are assumed,"
+                " and tokens may differ from those the model was trained on"
             )
         if self.eos is None:
             ends = [text for token, text in self._facts.specials.items() if self.is_end(token)]
             what = (
                 f"answers end at {', '.join(ends[:4])}" if ends else "nothing but -n or a full context ends an answer"
             )
-            notes.append(f"`{self.path}` names no token that ends an answer (tokenizer.ggml.eos_token_id): {what}")
+            notes.append(f"names no token that ends an answer (tokenizer.ggml.eos_token_id): {what}")
         if self.chat_template is None:
             notes.append(
-                f'`{self.path}` has no chat template (tokenizer.chat_template): DeepSeek-V2\'s "User: / Assistant:"'
-                " is assumed"
+                'has no chat template (tokenizer.chat_template): DeepSeek-V2\'s "User: ... Assistant: ..." is assumed'
             )
         told = [line for line in warnings if not TOLD.search(line)]
-        return (*notes, *(f"`{self.path}`: llama.cpp says: {line}" for line in told[:MAX_TOLD]))
+        return (*notes, *(f"llama.cpp says of its vocabulary: {line}" for line in told[:MAX_TOLD]))
 
     def close(self) -> None:
         """Release the vocabulary, after the calls that are under way. Calls after it raise TokenizerError."""

@@ -106,7 +106,7 @@ class Log:
         self.lines: list[tuple[int, str]] = []
 
     def add(self, level: int, text: str) -> None:
-        line = re.sub(r"^\w+: ", "", text.strip()).strip(" *")
+        line = re.sub(r"^\w+:\s*", "", text.strip()).strip(" *")
         if level in (WARN, ERROR) and line and len(self.lines) < MAX_KEPT:
             self.lines.append((level, line))
 

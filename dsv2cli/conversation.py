@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cext import ContextFullError
-from cext.tokenizer import Message
+from cext.tokenizer import Answer, Message
 from dsv2cli.options import MAX_CONTEXT
 from dsv2cli.scheduler import Context, End, Event, Lookup, Sampling, Scheduler, Sequence, Stats, Text, Token
 
@@ -24,16 +24,21 @@ LEAST_ROOM = 256  # tokens kept free for an answer before it begins; a quarter o
 
 @dataclass
 class Turn:
-    """What a person said and the tokens that answered it, without the token that ends an answer."""
+    """What a person said and the tokens that answered it, without the token that ends an answer.
+
+    opening: the end of the prompt that belongs to the answer: the tag that opens its reasoning, or nothing.
+    """
 
     user: str
     answer: list[int] = field(default_factory=list)
+    opening: list[int] = field(default_factory=list)
 
 
 class Conversation:
     """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: most tokens
-    that Lookup drafts at once; 0: none. n_ctx_train: tokens that the model was trained for, for the hint of a prompt
-    that is too long; 0: not known."""
+    that Lookup drafts at once; 0: none. raw: no template; then special: control tokens may be spelt, and suffix: what
+    follows the text that is asked for. thinking: whether the model is to reason; None leaves it to the template.
+    n_ctx_train: tokens that the model was trained for, for the hint of a prompt that is too long; 0: not known."""
 
     def __init__(
         self,
@@ -42,6 +47,9 @@ class Conversation:
         system: str | None = None,
         *,
         raw: bool = False,
+        special: bool = False,
+        suffix: str | None = None,
+        thinking: bool | None = None,
         n_draft: int = 0,
         n_ctx_train: int = 0,
         dropped: Callable[[int], None] = lambda n: None,
@@ -52,6 +60,9 @@ class Conversation:
         self._sequence: Sequence | None = None  # the answer that is being written
         self._tokenizer = tokenizer
         self._raw = raw
+        self._special = special
+        self._suffix = suffix
+        self.thinking = thinking
         self._n_draft = n_draft
         self._n_ctx_train = n_ctx_train
         self._dropped = dropped
@@ -109,6 +120,18 @@ class Conversation:
         self._sequence.cancel()
         return True
 
+    @property
+    def opening(self) -> str:
+        """What the last prompt holds of its answer: the tag that opens its reasoning, or nothing."""
+        return self._tokenizer.decode(self.turns[-1].opening) if self.turns else ""
+
+    def said(self) -> Answer:
+        """The last answer in its two parts, reasoning and content; without a template all of it is content."""
+        turn = self.turns[-1] if self.turns else Turn("")
+        if self._raw or self._suffix is not None:
+            return Answer(None, self._tokenizer.decode(turn.answer))
+        return self._tokenizer.split_answer(turn.opening + turn.answer)
+
     def take_back(self) -> str | None:
         """Remove the last turn and return what the person said in it, to be asked again; None where there is none."""
         return self.turns.pop().user if self.turns else None
@@ -159,12 +182,16 @@ class Conversation:
     def _prompt(self, answer: list[int], n_dropped: int = 0) -> list[int]:
         """The ids of the turns; the last one's answer, as far as it goes, stands open."""
         *past, last = self.turns[n_dropped:]
+        if self._suffix is not None:
+            return self._tokenizer.fill_in(last.user, self._suffix) + answer
         if self._raw:
-            return self._tokenizer.prompt(last.user) + answer
+            return self._tokenizer.prompt(last.user, special=self._special) + answer
         messages = [Message("system", self.system)] if self.system else []
         for turn in past:
-            messages += [Message("user", turn.user), Message("assistant", turn.answer)]
-        return self._tokenizer.chat([*messages, Message("user", last.user)]) + answer
+            messages += [Message("user", turn.user), Message("assistant", turn.opening + turn.answer)]
+        prompt = self._tokenizer.chat([*messages, Message("user", last.user)], thinking=self.thinking)
+        last.opening = self._tokenizer.opening(prompt)
+        return prompt + answer
 
 
 def round_up_context(n: int) -> int:

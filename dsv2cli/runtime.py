@@ -63,9 +63,7 @@ def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
 
         model = Model(path, threads)
         tokenizer = loading.result()
-    tell(path, model.notes)
-    for line in tokenizer.notes:  # which name the file themselves
-        console.warn(console.printable(line))
+    tell(path, [*model.notes, *tokenizer.notes])
     with model, tokenizer:
         n_rows = model.hparams["n_vocab"]
         if tokenizer.n_vocab > n_rows:
@@ -77,7 +75,7 @@ def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
 
 
 def tell(path: Path, notes: Iterable[str]) -> None:
-    """What the engine has to say about a file, once, on stderr."""
+    """What the engine and the tokenizer have to say about a file, once, on stderr."""
     for line in notes:
         console.warn(console.printable(f"`{path}`: {line}"))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import threading
 import time
 from pathlib import Path
 
+import llama_cpp
 import pytest
-from support.vocab import BOS, EOS, IDS, N_VOCAB, SPECIALS, vocabulary, write_vocab
+from gguf import GGUFValueType, GGUFWriter
+from support.vocab import ASSISTANT, BOS, EOS, IDS, N_VOCAB, SPECIALS, vocabulary, write_vocab
 
 from cext import FormatError
 from cext.tokenizer import MAX_RUN, Tokenizer, TokenizerError
@@ -235,3 +239,77 @@ def test_a_closed_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="closed"):
         made.encode("a")
     made.close()
+
+
+# What a file leaves out, and types that llama.cpp does not expect.
+
+
+def write_typed(path: Path, types: dict[str, GGUFValueType], **changes: object) -> Path:
+    """The vocabulary with some keys written in other types."""
+    writer = GGUFWriter(path, "deepseek2")
+    for key, value in vocabulary(**changes).items():
+        kind = types.get(key.rpartition(".")[2])
+        if isinstance(value, list):
+            item = GGUFValueType.STRING if isinstance(value[0], str) else kind or GGUFValueType.INT32
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, item)
+        elif isinstance(value, bool):
+            writer.add_key_value(key, int(value) if kind else value, kind or GGUFValueType.BOOL)
+        elif isinstance(value, int):
+            writer.add_key_value(key, value, kind or GGUFValueType.UINT32)
+        else:
+            writer.add_string(key, str(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["INT8", "UINT8", "INT16", "UINT16", "INT32", "UINT32", "INT64", "UINT64"])
+@pytest.mark.parametrize("keys", [("bos_token_id", "eos_token_id"), ("add_bos_token",), ("token_type",)])
+def test_integers_of_any_width(tmp_path: Path, tokenizer: Tokenizer, keys: tuple[str, ...], kind: str) -> None:
+    """llama.cpp refuses all but one type a key, though the engine reads the file."""
+    small = kind.endswith("INT8")
+    changes = {"ggml__bos_token_id": 65, "ggml__eos_token_id": 66} if small else {}
+    made = Tokenizer(write_typed(tmp_path / "v.gguf", dict.fromkeys(keys, GGUFValueType[kind]), **changes))
+    assert (made.bos, made.eos, made.add_bos) == ((65, 66, True) if small else (IDS[BOS], IDS[EOS], True))
+    assert made.encode(f"Hi {ASSISTANT} the User") == tokenizer.encode(f"Hi {ASSISTANT} the User")
+    assert made.notes == () and made.is_end(made.eos or 0)
+
+
+def test_paths_in_any_bytes(tmp_path: Path) -> None:
+    path = write_vocab(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9.gguf")))
+    assert Tokenizer(path).encode("Hi") and Tokenizer(os.fspath(path)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"ggml__pre": None}, "does not say how text is split into words"),
+        ({"ggml__eos_token_id": None}, f"names no token that ends an answer .*: answers end at {EOS}"),
+        ({"chat_template": None}, "has no chat template"),
+        ({"ggml__eos_token_id": 4}, None),
+        ({"chat_template": " \n"}, "has no chat template"),
+    ],
+)
+def test_what_is_missing_is_told_once(tmp_path: Path, changes: dict[str, object], note: str | None) -> None:
+    notes = Tokenizer(write_vocab(tmp_path / "v.gguf", **changes)).notes
+    assert len(notes) == (note is not None), notes
+    assert note is None or re.search(note, notes[0])
+
+
+def test_llamacpps_other_warnings_are_told(tmp_path: Path) -> None:
+    """It knows some ends by their spelling, and sets their type itself."""
+    types = [1 if kind == 3 else kind for kind in vocabulary()["tokenizer.ggml.token_type"]]
+    (note,) = Tokenizer(write_vocab(tmp_path / "v.gguf", ggml__token_type=types)).notes
+    assert "llama.cpp says of its vocabulary: control-looking token" in note and EOS in note
+
+
+def test_no_ordinary_token_ends_an_answer(tmp_path: Path) -> None:
+    """llama.cpp's own end is 11 where a file names none: a comma in V2's vocabulary."""
+    tokens = [text.replace("｜end▁of", "｜stop▁of") for text in vocabulary()["tokenizer.ggml.tokens"]]
+    made = Tokenizer(write_vocab(tmp_path / "v.gguf", ggml__tokens=tokens, ggml__eos_token_id=None))
+    assert llama_cpp.llama_vocab_is_eog(made._vocab, 11)
+    assert not any(made.is_end(token) for token in range(made.n_vocab))
+    assert "nothing but -n or a full context ends an answer" in made.notes[0]
+    named = Tokenizer(write_vocab(tmp_path / "w.gguf", ggml__tokens=tokens, ggml__eos_token_id=11))
+    assert [token for token in range(named.n_vocab) if named.is_end(token)] == [11]
