@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ref.hparams import Yarn
 from ref.model import Model as Reference
-from support.tiny import Checkpoint, Spec, gguf_tensors, tokens, write_gguf
+from support.tiny import Checkpoint, Spec, gguf_metadata, gguf_tensors, tokens, write_gguf, write_tensors
 
 import cext
 
@@ -93,6 +93,35 @@ def test_random_models(tmp_path, seed):
             error = np.abs(logits - true) / np.ptp(true)
             worst = np.unravel_index(error.argmax(), error.shape)
             assert error.max() < FLOAT32, f"{spec}: off by {error.max():.1e} of the range at (token, logit) {worst}"
+
+
+class Glm(Checkpoint):
+    """GLM-4.7-Flash's configuration keys (config.json of zai-org/GLM-4.7-Flash), which name no scoring function."""
+
+    def config(self):
+        rope = {"rope_theta": self.spec.rope_base, "rope_type": "default", "partial_rotary_factor": 1.0}
+        model = {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "rope_parameters": rope}
+        unsaid = ("scoring_func", "rope_theta")
+        return {key: value for key, value in super().config().items() if key not in unsaid} | model
+
+
+def test_glm_flash_as_its_converter_writes_it(tmp_path):
+    """No key for the router's scores, and a draft head's block counted among the model's and told by another key."""
+    heads = {"nope": 24, "rope": 8, "v": 32, "n_head": 5, "q_lora_rank": 48}  # an eighth of its 192 + 64, 256
+    spec = Spec(
+        "glm", seed=3, v3=True, n_expert=16, n_used=4, n_shared=1, scale=1.8, norm_topk=True, eps=1e-5, yarn=None,
+        rope_base=1e6, n_embd=60, **heads,
+    )  # fmt: skip
+    tensors, last = gguf_tensors(Checkpoint(spec)), f"blk.{spec.n_layer - 1}."
+    head = {k.replace(last, f"blk.{spec.n_layer}."): v for k, v in tensors.items() if k.startswith(last)}
+    head[f"blk.{spec.n_layer}.nextn.eh_proj.weight"] = np.ones((spec.n_embd, 2 * spec.n_embd), np.float32)
+    keys = {key: value for key, value in gguf_metadata(spec).items() if not key.endswith("gating_func")}
+    keys |= {"deepseek2.block_count": spec.n_layer + 1, "deepseek2.nextn_predict_layers": 1}
+    ids = firm_ids(spec)
+    expected = hf.logits(hf.load(Glm(spec).write(tmp_path / "hf"), spec.eps), ids)
+    with cext.Model(write_tensors(tmp_path / "glm.gguf", keys, tensors | head), threads=1) as model:
+        logits = model.session(N_TOKENS, kv_type="f32").eval(ids, "all")
+    assert np.abs(logits - expected).max() / np.ptp(expected) < FLOAT32
 
 
 @pytest.mark.parametrize("seed", range(100, 104))
