@@ -83,7 +83,9 @@ typedef struct ds_input {
 
 /* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits (the sum of
  * n_logits, n_vocab) takes their rows, input by input; NULL where none are wanted. tap may be NULL; its entries' rows
- * move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second caller waits. */
+ * move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second caller waits.
+ * DS_EIO where the file was changed since it was opened, DS_EFORMAT where no logit is a number, DS_EINVAL in a forked
+ * process. */
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err);
 
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no

@@ -96,6 +96,39 @@ def test_strange_values_are_refused_or_run(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "nextn_predict_layers",
+        "expert_shared_feed_forward_length",
+        "attention.temperature_scale",
+        "attention.causal",
+        "attention.indexer.top_k",
+        "rope.scaling.yarn_ext_factor",
+        "swiglu_clamp_exp",
+        "hidden_activation",
+        "ssm.",
+        "expert_weights_norm",
+    ],
+)
+def test_keys_that_change_the_arithmetic_may_hold_anything(tmp_path: Path, key: str) -> None:
+    n_refused = 0
+    for kind, item in STRANGE:
+        try:
+            run(write(tmp_path, with_value(key, kind, item)))
+        except EngineError as error:
+            assert "model.gguf" in str(error)
+            assert str(error).isprintable()
+            n_refused += 1
+    assert n_refused > 0 or key == "ssm."  # which is no key of that family: it is told, and left
+
+
+def test_a_draft_head_larger_than_the_model(tmp_path: Path) -> None:
+    for n in (2, 3, 1024):
+        with pytest.raises(EngineError, match=r"model\.gguf"):
+            Model(write(tmp_path, with_value("nextn_predict_layers", gb.U32, n)))
+
+
+@pytest.mark.parametrize(
     ("key", "kind", "item"),
     [
         ("block_count", gb.U32, 0),
