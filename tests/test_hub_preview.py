@@ -284,6 +284,12 @@ def prefix(files: dict[str, bytes]) -> None:
     files["model.safetensors.index.json"] = json.dumps({"weight_map": names}).encode()
 
 
+def pack(files: dict[str, bytes]) -> None:
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["model.layers.1.mlp.experts.0.up_proj.weight_packed"] = "model-00002-of-00002.safetensors"
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+
+
 def lose_a_shard(files: dict[str, bytes]) -> None:
     del files["model-00002-of-00002.safetensors"]
 
@@ -294,6 +300,7 @@ def lose_a_shard(files: dict[str, bytes]) -> None:
         (drop_tokenizer, ["no tokenizer.json", "tiktoken"]),
         (fuse, ["fused", "experts.gate_up_proj"]),
         (prefix, ["language_model.model"]),
+        (pack, ["up_proj.weight_packed", "quantised already"]),
         (lose_a_shard, ["lacks 1 of the shards", "model-00002-of-00002"]),
     ],
 )

@@ -158,7 +158,7 @@ class _Config:
 def parse(config: dict[str, Any]) -> Arch:
     """The shape that config.json describes. CheckpointError: bad values; UnsupportedError: not this family."""
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         named = config.get("architectures")
         also = f" ({named[0]})" if isinstance(named, list) and named else ""
         inner = config.get("text_config")

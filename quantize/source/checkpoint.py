@@ -241,9 +241,9 @@ class Checkpoint:
 
 def missing(folder: Path, name: str, there: Iterable[str]) -> QuantizeError:
     """What it means that a checkpoint lacks a tensor, by the names that it does have."""
-    fused = re.sub(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$", "", name)
     kept = set(there)
-    if stacked := sorted(n for n in kept if fused != name and n.startswith(f"{fused}.experts.") and "_proj" in n):
+    one = re.fullmatch(r"(.+\.experts)\.\d+\.(?:gate|up|down)_proj\.weight", name)
+    if one and (stacked := sorted(n for n in kept if re.match(rf"{re.escape(one[1])}\.\D*_proj", n))):
         return UnsupportedError(
             f"`{folder}`: the experts are fused into one tensor a layer (`{stacked[0]}`), which is not read",
             "take the model's original checkpoint, or save it with one tensor an expert",

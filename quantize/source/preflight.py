@@ -8,7 +8,7 @@ from pathlib import Path
 from quantize.source import arch as arch_of
 from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint, missing
 from quantize.source.safetensors import StoredTensor
-from quantize.source.tensors import Form, model_tensors
+from quantize.source.tensors import Form, left_out, model_tensors
 from quantize.source.vocab import read_vocab
 
 
@@ -23,8 +23,10 @@ def preflight(folder: Path, headers: Mapping[str, StoredTensor], names: Iterable
         read_vocab(folder, arch.n_vocab)
         known = set(names) if names is not None else None
         kv_b = (arch.n_head * (arch.nope + arch.v_dim), arch.kv_lora_rank)
+        used: set[str] = set()
         for tensor in model_tensors(arch):
             shape = kv_b if tensor.form in (Form.K_B, Form.V_B) else tensor.source_shape
+            used.update(tensor.sources)
             for source in tensor.sources:
                 if known is not None and source not in known:
                     raise missing(folder, source, known)
@@ -32,3 +34,4 @@ def preflight(folder: Path, headers: Mapping[str, StoredTensor], names: Iterable
                 # Scales may lie in a shard whose header was not read.
                 if stored is not None and (stored.dtype != "F8_E4M3" or source + SCALE_SUFFIX in headers):
                     checkpoint.verify(source, shape)
+        left_out(arch, {name: headers[name].dtype if name in headers else "" for name in known or headers}, used)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -20,9 +20,14 @@ from numpy.typing import NDArray
 from cext import Sublayer, system
 from quantize.base.errors import UnsupportedError
 from quantize.source.arch import Arch
-from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint, bf16_to_f32
+from quantize.source.checkpoint import NUMPY_DTYPES, SCALE_SUFFIX, Checkpoint, bf16_to_f32
 
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
+
+# What quantisers beside ours leave with a weight: compressed-tensors, GPTQ, AWQ, fp8 in other forms.
+QUANTISED_SUFFIXES = (
+    "_scale", "_zero_point", "_packed", "_shape", "_g_idx", ".g_idx", ".qweight", ".qzeros", ".scales", "_scale_2",
+)  # fmt: skip
 
 
 class Form(Enum):
@@ -142,17 +147,28 @@ def check(arch: Arch, checkpoint: Checkpoint, tensors: list[Tensor]) -> list[str
         for source in tensor.sources:
             checkpoint.verify(source, expected)
             used.add(source)
-    left_out = []
-    for name in checkpoint.tensors:
+    return left_out(arch, {name: t.dtype for name, t in checkpoint.tensors.items()}, used)
+
+
+def left_out(arch: Arch, dtypes: Mapping[str, str], used: set[str]) -> list[str]:
+    """The names of tensors that are not used. UnsupportedError for one that the model is not whole without.
+
+    dtypes: of all tensors, by name; "" where it is not known.
+    """
+    names = []
+    for name, dtype in dtypes.items():
         if name in used or (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in used):
             continue
         if not _may_leave_out(arch, name):
-            raise UnsupportedError(
-                f"tensor `{name}` has no place in a {arch.family} GGUF",
-                "an adapter or another architecture? Merge or remove it first: leaving it out would change the model",
-            )
-        left_out.append(name)
-    return left_out
+            what = f" ({dtype})" if dtype and dtype not in NUMPY_DTYPES else ""
+            hint = "an adapter or another architecture? Merge or remove it first: leaving it out would change the model"
+            if what or name.endswith(QUANTISED_SUFFIXES):
+                hint = (
+                    "it belongs to weights that are quantised already: start from the bf16, f16 or fp8 e4m3 checkpoint"
+                )
+            raise UnsupportedError(f"tensor `{name}`{what} has no place in a {arch.family} GGUF", hint)
+        names.append(name)
+    return names
 
 
 def _may_leave_out(arch: Arch, name: str) -> bool:
