@@ -36,6 +36,8 @@ const ds_gguf *ds_model_gguf(const ds_model *model);
 /* How many tokens chose each routed expert since the model was opened: out (n_layer, n_expert). */
 void ds_model_expert_uses(ds_model *model, uint64_t *out);
 int ds_model_threads(const ds_model *model);
+/* Memory that steps of n_tok (1 to DS_MAX_STEP) tokens take in all, beside weights and caches; it is kept. */
+size_t ds_model_step_bytes(const ds_model *model, int n_tok);
 const char *ds_model_isa(const ds_model *model);
 
 /* A sequence with room for n_ctx tokens of cache in kv_type ("f16", "q8_0" or "f32"); memory comes as it fills. Sessions of

@@ -166,6 +166,10 @@ class Model:
         _engine.model_expert_uses(self._handle, uses)
         return uses
 
+    def step_bytes(self, n_tok: int) -> int:
+        """Memory that steps of n_tok tokens (at most MAX_STEP) take, beside weights and caches. ValueError."""
+        return _engine.model_step_bytes(self._handle, n_tok)
+
     def close(self) -> None:
         """Release the file and the threads, after the steps that are under way; its sessions raise from then on."""
         with self._listing:

@@ -62,14 +62,17 @@ class Ours:
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
         self.n_vocab = self._model.hparams["n_vocab"]
-        self.select("kv=f16", 1)
+        self._sessions = [self._model.session(1)]  # for the first logits, before a setting is selected
 
     def select(self, variant: str, sequences: int) -> None:
+        """CliError where the contexts do not fit in the memory that is free."""
+        from cext import MAX_STEP
+
         opened = self._opened.setdefault(variant, [])
         kv_type = cast("KvType", variant.removeprefix("kv="))
         new = [self._model.session(self._n_ctx, kv_type) for _ in range(len(opened), sequences)]
         if new:
-            memory.refuse(new)
+            memory.refuse(new, min(MAX_STEP, self._n_ctx))
         opened += new
         self._sessions = opened[:sequences]
 

@@ -68,7 +68,7 @@ def evaluate(
     session = runtime.model.session(n_ctx, kv_type)
     other = reference.model.session(n_ctx, reference_kv) if reference is not None else None
     sessions = [session] if other is None else [session, other]
-    memory.refuse(sessions, sum(_piece_bytes(s) for s in sessions))
+    memory.refuse(sessions, min(PIECE, n_ctx), sum(_piece_bytes(s) for s in sessions))
     scores = []
     for window in windows:
         scores.append(_score(session, other, window, skip))

@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 ROUND = 256  # tokens: a context that is proposed is a multiple of it
 
 
-def need(sessions: Sequence[Session], other: int = 0) -> tuple[str, str] | None:
-    """(what is wrong, a hint) where the sessions' caches, full, and ``other`` bytes take more memory than is free.
+def need(sessions: Sequence[Session], n_step: int, other: int = 0) -> tuple[str, str] | None:
+    """(what is wrong, a hint) where the sessions' caches, full, take more memory than is free, with what their models
+    need for steps of n_step tokens, and ``other`` bytes.
 
-    None where they fit, or the system does not tell. A cache takes its memory as it fills: ask before it does.
+    None where they fit, or the system does not tell. Caches and steps take their memory as they are used: ask before.
     """
     free = free_bytes()
+    other += sum(model.step_bytes(n_step) for model in {session.model for session in sessions})
     caches = sum(session.kv_bytes for session in sessions)
     if free is None or caches + other <= free:
         return None
     n_ctx = max(session.n_ctx for session in sessions)
-    beside = f" and {console.format_bytes(other)} beside it" if other else ""
     message = (
-        f"a context of {n_ctx} tokens takes {console.format_bytes(caches)}{beside},"
-        f" and {console.format_bytes(free)} of memory are free"
+        f"a context of {n_ctx} tokens takes {console.format_bytes(caches)}, reading and writing it"
+        f" {console.format_bytes(other)}, and {console.format_bytes(free)} of memory are free"
     )
     fits = int(n_ctx * max(0, free - other) / caches) // ROUND * ROUND
     hints = [f"a context of {fits} fits" if fits else "a smaller context"]
@@ -38,13 +39,13 @@ def need(sessions: Sequence[Session], other: int = 0) -> tuple[str, str] | None:
     return message, "; ".join(hints)
 
 
-def warn(sessions: Sequence[Session], other: int = 0) -> None:
+def warn(sessions: Sequence[Session], n_step: int, other: int = 0) -> None:
     """For what may never fill its context."""
-    if problem := need(sessions, other):
+    if problem := need(sessions, n_step, other):
         console.warn("{}: it may end before it is full ({})".format(*problem))
 
 
-def refuse(sessions: Sequence[Session], other: int = 0) -> None:
+def refuse(sessions: Sequence[Session], n_step: int, other: int = 0) -> None:
     """For what fills its context. CliError."""
-    if problem := need(sessions, other):
+    if problem := need(sessions, n_step, other):
         raise CliError(*problem)

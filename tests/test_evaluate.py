@@ -120,11 +120,12 @@ def has_free(monkeypatch: pytest.MonkeyPatch, n_bytes: int | None) -> None:
 
 def test_what_fits_is_not_spoken_of(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened.model.session(4096)
-    for free in (None, session.kv_bytes + 100, 1 << 40):
+    all_in_all = session.kv_bytes + opened.model.step_bytes(64) + 100
+    for free in (None, all_in_all, 1 << 40):
         has_free(monkeypatch, free)
-        assert memory.need([session], 100) is None
-    has_free(monkeypatch, session.kv_bytes + 99)
-    assert memory.need([session], 100) is not None
+        assert memory.need([session], 64, 100) is None
+    has_free(monkeypatch, all_in_all - 1)
+    assert memory.need([session], 64, 100) is not None
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
@@ -132,15 +133,16 @@ def test_the_context_that_is_proposed_fits(
     opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch, kv_type: cext.model.KvType
 ) -> None:
     sessions = [opened.model.session(4096, kv_type) for _ in range(2)]
-    has_free(monkeypatch, sessions[0].kv_bytes + 5000)
-    problem = memory.need(sessions, 5000)
+    step = opened.model.step_bytes(512)  # once, however many sessions
+    has_free(monkeypatch, sessions[0].kv_bytes + step + 5000)
+    problem = memory.need(sessions, 512, 5000)
     assert problem is not None
     message, hint = problem
-    assert "4096 tokens" in message and "are free" in message and "5.00 kB beside it" in message
+    assert "4096 tokens" in message and "are free" in message
     assert "a context of 2048 fits" in hint
-    assert memory.need([opened.model.session(2048, kv_type) for _ in range(2)], 5000) is None
+    assert memory.need([opened.model.session(2048, kv_type) for _ in range(2)], 512, 5000) is None
     has_free(monkeypatch, 10)
-    assert (memory.need(sessions, 5000) or ("", ""))[1].startswith("a smaller context")
+    assert (memory.need(sessions, 512, 5000) or ("", ""))[1].startswith("a smaller context")
 
 
 @pytest.mark.parametrize(("rank", "rope", "less"), [(512, 64, True), (SPEC.kv_lora_rank, SPEC.rope, False)])
@@ -151,7 +153,7 @@ def test_the_coarser_cache_is_proposed_where_it_takes_less(
     with cext.Model(write_model(tmp_path / "m.gguf", variant(SPEC, kv_lora_rank=rank, rope=rope))) as model:
         usual, coded = model.session(256), model.session(256, "q8_0")
         assert (coded.kv_bytes < usual.kv_bytes) == less
-        problem, coarse = memory.need([usual]), memory.need([coded])
+        problem, coarse = memory.need([usual], 1), memory.need([coded], 1)
     assert problem is not None and coarse is not None
     assert ("--kv q8_0 takes" in problem[1]) == less and "--kv" not in coarse[1]
 
@@ -170,7 +172,24 @@ def test_chat_warns_and_perplexity_refuses(
     assert out == "" and "error: a context of 512 tokens takes" in err and "hint: " in err
 
 
+def test_what_a_step_takes(opened: runtime.Runtime) -> None:
+    """What the engine claims grows with the step, and covers what the rows of one step are known to be."""
+    taken = [opened.model.step_bytes(n) for n in (1, 2, 64, 1000, cext.MAX_STEP)]
+    assert taken == sorted(taken) and taken[3] == taken[4]  # by powers of two
+    hparams = opened.model.hparams
+    experts = hparams["n_expert_used"] * (2 * hparams["n_ff_expert"] + hparams["n_embd"])
+    assert taken[4] > 4 * cext.MAX_STEP * (3 * hparams["n_embd"] + experts)
+    for n in (0, -1, cext.MAX_STEP + 1):
+        with pytest.raises(ValueError, match="a step of"):
+            opened.model.step_bytes(n)
+
+
 def test_bench_refuses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    has_free(monkeypatch, 1000)
-    with pytest.raises(CliError, match="a context of 300 tokens takes"):
-        contender.Ours(path, 300, 1)
+    engine, _ = contender.load("dsv2", path, 300, 1)
+    for kv in ("f16", "q8_0"):
+        has_free(monkeypatch, 1000)
+        with pytest.raises(CliError, match="a context of 300 tokens takes"):
+            engine.select(f"kv={kv}", 1)
+        has_free(monkeypatch, 1 << 30)
+        engine.select(f"kv={kv}", 2)
+        engine.fill(np.zeros(300, np.int32))

@@ -101,6 +101,8 @@ typedef struct ds_facts {
 typedef struct ds_backend_ops {
     /* Room for steps of n_tok tokens; keeps what is large enough. Nothing is allocated behind it. */
     ds_status (*reserve)(ds_backend *backend, int n_tok, ds_error *err);
+    size_t (*bytes)(const ds_backend *backend,
+                    int n_tok); /* that this takes, of the host's memory, once it is touched */
     /* The step that the next operations belong to; tail NULL where there is none. Both stay until the last wait. */
     void (*begin)(ds_backend *backend, const ds_request *whole, const ds_request *tail);
     /* Start operations in order; ops stay until wait. */

@@ -127,6 +127,14 @@ static ds_status reserve(ds_core *c, int n_tok, ds_error *err) {
     return st == DS_OK && c->n_backends > 1 ? exchange_reserve(&c->exchange, &c->config, n_tok, err) : st;
 }
 
+size_t ds_core_step_bytes(const ds_core *c, int n_tok) {
+    ds_exchange x = {.n_tok = step_capacity(n_tok)};
+    size_t total = 0;
+    for (int i = 0; i < c->n_backends; i++) total += c->backends[i]->ops->bytes(c->backends[i], x.n_tok);
+    if (c->n_backends > 1) exchange_carve(&x, &c->config, NULL);
+    return total + x.bytes;
+}
+
 /* ---- The run ---- */
 
 /* Whether a run is for experts of which the plan has none. */

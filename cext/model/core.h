@@ -51,6 +51,8 @@ void ds_core_release(ds_core *core);
  * (DS_EINVAL). To be asked before anything that another thread may have locked at the fork. */
 ds_status ds_core_check(const ds_core *core, ds_error *err);
 
+/* Memory that steps of n_tok tokens take, beside weights and caches. */
+size_t ds_core_step_bytes(const ds_core *core, int n_tok);
 /* Run a step. On failure what it was to fill is undefined. */
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err);
 

@@ -89,6 +89,7 @@ void ds_model_expert_uses(ds_model *model, uint64_t *out) {
 }
 
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
+size_t ds_model_step_bytes(const ds_model *model, int n_tok) { return ds_core_step_bytes(&model->core, n_tok); }
 const char *ds_model_isa(const ds_model *model) { return model->core.backends[0]->isa; }
 
 ds_cache_usage ds_model_cache(ds_model *model) {

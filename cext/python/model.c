@@ -114,6 +114,17 @@ static PyObject *model_info(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_info, DS_PY_MODEL)
 
+/* model_step_bytes(model, n_tok) -> memory that such steps take */
+static PyObject *model_step_bytes(void *model, PyObject *args) {
+    PyObject *capsule;
+    int n_tok;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n_tok)) return NULL;
+    if (n_tok < 1 || n_tok > DS_MAX_STEP)
+        return PyErr_Format(PyExc_ValueError, "a step of %d tokens: expected 1 to %d", n_tok, DS_MAX_STEP);
+    return PyLong_FromSize_t(ds_model_step_bytes(model, n_tok));
+}
+DS_PY_HELD(model_step_bytes, DS_PY_MODEL)
+
 /* tap_shape(model, name) -> (row width, is int32) of an intermediate */
 static PyObject *tap_shape(void *model, PyObject *args) {
     PyObject *capsule;
@@ -262,6 +273,7 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_close", model_close, METH_O, NULL},
     {"model_info", model_info_held, METH_O, NULL},
     {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},
+    {"model_step_bytes", model_step_bytes_held, METH_VARARGS, NULL},
     {"tap_shape", tap_shape_held, METH_VARARGS, NULL},
     {"session_open", session_open_held, METH_VARARGS, NULL},
     {"session_close", session_close, METH_O, NULL},

@@ -96,9 +96,10 @@ def chat(
         from cext import Sampler
         from dsv2cli.conversation import Conversation
         from dsv2cli.repl import Chat, Repl, tell_dropped
+        from dsv2cli.scheduler import Budget
 
         session = opened.session(context, kv)
-        memory.warn([session])
+        memory.warn([session], Budget().alone)
         conversation = Conversation(
             session,
             opened.tokenizer,

@@ -91,6 +91,11 @@ static ds_status reserve(ds_backend *backend, int n_tok, ds_error *err) {
     return ds_scratch_reserve(&c->scratch, c->facts.config, c->kern, ds_pool_size(c->pool), n_tok, err);
 }
 
+static size_t bytes(const ds_backend *backend, int n_tok) {
+    const cpu *c = (const cpu *)backend;
+    return ds_scratch_bytes(c->facts.config, c->kern, ds_pool_size(c->pool), n_tok);
+}
+
 static ds_step step_of(cpu *c, const ds_request *r) {
     ds_step s = {.config = c->facts.config,
                  .weights = c->facts.weights,
@@ -130,7 +135,7 @@ static void destroy(ds_backend *backend) {
 }
 
 static const ds_backend_ops OPS = {
-    .reserve = reserve, .begin = begin, .submit = submit, .wait = wait_for, .destroy = destroy};
+    .reserve = reserve, .bytes = bytes, .begin = begin, .submit = submit, .wait = wait_for, .destroy = destroy};
 
 static ds_status choose_kernels(const char *isa, const ds_kernels **out, ds_error *err) {
     int n;

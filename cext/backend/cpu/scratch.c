@@ -175,20 +175,25 @@ static void carve_all(carver *c, const ds_config *g, int n_threads, int n_tok, i
     for (int i = 0; i < n_threads; i++) carve_lane(c, g, n_tok, c->base ? &s->lanes[i] : NULL);
 }
 
+size_t ds_scratch_bytes(const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok) {
+    carver c = {.kern = kern};
+    ds_scratch unused = {0};
+    carve_all(&c, config, n_threads, n_tok, n_tok, &unused);
+    return c.used;
+}
+
 ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads,
                              int n_tok, ds_error *err) {
     carver c = {.kern = kern};
     ds_scratch next = {.n_tok = n_tok};
     if (scratch->memory && scratch->n_tok >= n_tok) return DS_OK;
-    carve_all(&c, config, n_threads, n_tok, n_tok, &next);
-    next.bytes = c.used;
+    next.bytes = ds_scratch_bytes(config, kern, n_threads, n_tok);
     next.memory = ds_pages_new(next.bytes);
     if (!next.memory) {
         return ds_fail(err, DS_ENOMEM, "no memory for a step of %d tokens (%.1f MiB)", n_tok,
                        (double)next.bytes / (1 << 20));
     }
     c.base = next.memory;
-    c.used = 0;
     carve_all(&c, config, n_threads, n_tok, n_tok, &next);
     ds_scratch_release(scratch);
     *scratch = next;

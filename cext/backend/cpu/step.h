@@ -113,4 +113,6 @@ void ds_route(const ds_config *config, const ds_kernels *kern, const float *bias
 /* Make scratch hold steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_scratch_reserve(ds_scratch *scratch, const ds_config *config, const ds_kernels *kern, int n_threads,
                              int n_tok, ds_error *err);
+/* What that takes. */
+size_t ds_scratch_bytes(const ds_config *config, const ds_kernels *kern, int n_threads, int n_tok);
 void ds_scratch_release(ds_scratch *scratch);
