@@ -103,7 +103,12 @@ def _tokenizer(metadata: Mapping[str, object]) -> Iterator[Tokenizer]:
             with Tokenizer(path) as tokenizer:
                 yield tokenizer
         except TokenizerError as error:
-            raise QuantizeError(str(error), error.hint) from error
+            raise QuantizeError(_told(error, path), "the checkpoint's tokenizer does not work in llama.cpp") from error
+
+
+def _told(error: TokenizerError, path: str | Path) -> str:
+    """An error of the tokenizer without the temporary file that it names."""
+    return str(error).replace(f"`{path}`", "the checkpoint's tokenizer")
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -119,19 +124,32 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _chat_ids(path: Path, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Conversations, one {"messages": [...]} a line, one after the other as the model's template renders them."""
+    """Conversations, one {"messages": [...]} a line, one after the other as the model's template renders them.
+
+    Messages are in OpenAI's form: content as text, as parts or null beside tool calls; "tools" may stand beside them.
+    """
     ids: list[int] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"calibration file `{path}`, line {number}"
         try:
-            messages = [Message(str(m["role"]), str(m["content"])) for m in json.loads(line)["messages"]]
-        except (ValueError, KeyError, TypeError) as error:
+            chat = json.loads(line)
+            messages = [Message.parse(message) for message in chat["messages"]]
+            tools = chat.get("tools")
+            if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+                raise ValueError("tools are not a list of objects")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(
-                f"calibration file `{path}`, line {number}: not a conversation ({type(error).__name__}: {error})",
+                f"{where}: not a conversation ({type(error).__name__}: {error})",
                 'one JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}',
             ) from error
-        ids += tokenizer.chat(messages, answer=False)
+        try:
+            ids += tokenizer.chat(messages, answer=False, tools=tools)
+        except TokenizerError as error:
+            raise CalibrationError(
+                f"{where}: {_told(error, tokenizer.path)}", "take the line out, or write it as the template can show it"
+            ) from error
     return ids
 
 
