@@ -150,7 +150,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder outlive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:

@@ -291,6 +291,33 @@ def test_files_stay_readable() -> None:
     assert not {path: n for path, n in lengths.items() if n > MAX_LINES}
 
 
+ONE_SYSTEM_MODULES = {"fcntl", "mmap", "resource", "termios", "tty", "pwd", "grp", "msvcrt", "winreg"}
+ONE_SYSTEM_CALLS = re.compile(
+    r"posix_f\w+|p(read|write)v?|statvfs|fstatvfs|sched_\w+|cpu_count|fork|fchmod|chroot|mkfifo|getuid|geteuid|getrusage"
+    r"|O_(DIRECTORY|CLOEXEC|NOATIME|DIRECT|SYNC|BINARY)"
+)
+
+
+def calls_of_one_system(tree: ast.AST) -> Iterator[str]:
+    """Modules and functions that not all operating systems have."""
+    yield from (name for name in modules(tree) if name.split(".")[0] in ONE_SYSTEM_MODULES)
+    for node in ast.walk(tree):
+        of_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+        if of_os and ONE_SYSTEM_CALLS.fullmatch(node.attr):
+            yield f"os.{node.attr}"
+
+
+@pytest.mark.parametrize("room", ["quantize", "cext"])
+def test_one_module_names_the_operating_system(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in python_files(room)
+        for name in calls_of_one_system(ast.parse(path.read_text(encoding="utf-8")))
+        if path != ENGINE / "system.py"
+    ]
+    assert not wrong
+
+
 # The tools above see what they are for.
 
 
@@ -340,3 +367,8 @@ def test_imports_are_seen() -> None:
 def test_modules_are_seen() -> None:
     tree = ast.parse("import os\nfrom quantize.source import arch, tensors\ndef f():\n    from quantize import job\n")
     assert list(modules(tree)) == ["os", "quantize.source.arch", "quantize.source.tensors", "quantize.job"]
+
+
+def test_calls_of_one_system_are_seen() -> None:
+    tree = ast.parse("import os, fcntl\nos.preadv(0, [], 0)\nos.open('x', os.O_RDWR | os.O_DIRECTORY)\nos.fsync(0)")
+    assert set(calls_of_one_system(tree)) == {"fcntl", "os.preadv", "os.O_DIRECTORY"}

@@ -350,7 +350,7 @@ def _lock(out: Path, folder: Path) -> int:
     path = folder / LOCK_NAME
     try:
         system.make_folder(folder)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OutputError(f"`{folder}`: {error.strerror}", "choose another place with -o") from error
     try:

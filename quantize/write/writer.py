@@ -198,7 +198,7 @@ class Writer:
 
     def _open(self, resumed: bool) -> int:
         try:
-            fd = os.open(self.part, os.O_RDWR | os.O_CLOEXEC | (0 if resumed else os.O_CREAT | os.O_TRUNC), 0o666)
+            fd = os.open(self.part, os.O_RDWR | (0 if resumed else os.O_CREAT | os.O_TRUNC), 0o666)
         except OSError as error:
             raise OutputError(f"`{self.part}`: {error.strerror}", "choose another place with -o") from error
         if resumed and os.fstat(fd).st_size != self.nbytes:
