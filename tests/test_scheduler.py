@@ -189,6 +189,22 @@ def test_a_prompt_that_begins_alike_is_not_read_again(model: cext.Model) -> None
     assert said(events, second) == alone(session_of(model), asked, limit=5)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+def test_several_answers_to_one_prompt(model: cext.Model, temperature: float) -> None:
+    """The prompt is read once; each answer begins from it with a seed of its own."""
+    asked, watched = prompt(100, 0), Watched()
+    first = Context(session_of(model))
+    run(sequence(first.session, asked, context=first, limit=1))
+    answers = [
+        sequence(first.session.fork(), asked, sampler=cext.Sampler(temperature, seed=i), limit=10) for i in range(4)
+    ]
+    events = run(*answers, evaluate=watched)
+    assert len(watched.evaluated) == 4 * 10 and {answer.stats.n_reused for answer in answers} == {99}
+    for i, answer in enumerate(answers):
+        sampler = cext.Sampler(temperature, seed=i)
+        assert said(events, answer) == alone(session_of(model), asked, sampler=sampler, limit=10)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", [1, 2, 3, 6])
 def test_a_step_that_was_interrupted_is_done_again(model: cext.Model, call: int, when: str) -> None:

@@ -1,4 +1,4 @@
-"""A session together with the tokens in it, so that a prompt which begins alike is not read again."""
+"""A session as a place to read prompts in, so that one which begins like what it holds is not read again."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ if TYPE_CHECKING:
 
 
 class Context:
-    """The cache of one sequence at a time.
+    """The cache of one sequence at a time: fresh, forked from another that has read the same beginning, or loaded.
 
-    Ctrl-C may come anywhere, so nothing here is believed that the session does not confirm: the tokens are noted before
-    they are evaluated, and ``n_past`` says how many of them were.
+    Ctrl-C may come anywhere, so nothing is noted here that the session does not know better.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.n_ctx = session.n_ctx
-        self._ids: list[int] = []
 
     @property
     def ids(self) -> list[int]:
         """The tokens in the cache, in order."""
-        return self._ids[: self.session.n_past]
+        return [int(token) for token in self.session.ids]
 
     def reusable(self, ids: list[int]) -> int:
         """How many of the first ``ids`` are in the cache already; never all of them, since logits are wanted."""
@@ -34,8 +32,7 @@ class Context:
             n += 1
         return n
 
-    def expect(self, n: int, ids: list[int]) -> None:
-        """Keep the first n tokens and forget the others; ``ids`` are evaluated next."""
+    def keep(self, n: int) -> None:
+        """Forget all but the first n tokens: drafts that were wrong, an interrupted step, another prompt."""
         if self.session.n_past != n:
             self.session.rewind(n)
-        self._ids[n:] = ids

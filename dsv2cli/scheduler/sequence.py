@@ -88,7 +88,7 @@ class Sequence:
             self._draft = draft[: self._room()]
             ids += self._draft
             n_logits += len(self._draft)
-        self.context.expect(n_done, ids)
+        self.context.keep(n_done)
         return ids, n_logits
 
     def _room(self) -> int:
