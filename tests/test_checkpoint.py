@@ -277,7 +277,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, tuple[str, np.ndarray]], str]] = {
     "another shape": ({"w": ("F32", np.zeros((256, 200), np.float32))}, "makes it"),
     "integers": ({"w": ("I8", np.zeros((200, 256), np.int8))}, "`w` is I8"),
     "fp8 e5m2": ({"w": ("F8_E5M2", np.zeros((200, 256), np.uint8))}, "`w` is F8_E5M2"),
-    "no scales": ({"w": ("F8_E4M3", np.zeros((200, 256), np.uint8))}, "`w_scale_inv` is missing"),
+    "no scales": ({"w": ("F8_E4M3", np.zeros((200, 256), np.uint8))}, "no scales of blocks"),
 } | {
     f"scales {dtype} {shape}": (
         {"w": ("F8_E4M3", np.zeros((200, 256), np.uint8)), "w_scale_inv": (dtype, np.ones(shape, kind))},

@@ -260,6 +260,29 @@ def test_a_new_dtype_matters_only_where_it_is_needed(tmp_path: Path, dtype: str)
         checkpoint.verify("lm_head.weight", (9,))
 
 
+def test_fp8_without_scales_of_blocks_is_called_so(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    fp8 = ("F8_E4M3", np.zeros(make.random_weights(make.V2)[name].shape, np.uint8))
+    folder = write(tmp_path, {**stored(), name: fp8, f"{name}_scale": ("F32", np.ones(1, np.float32))})
+    error = refusal(folder)
+    assert f"`{name}` is fp8 and has no scales of blocks" in str(error) and "start from the bf16" in error.hint
+    scaled = {name: fp8, f"{name}_scale_inv": ("F32", np.ones((7, 7), np.float32))}
+    make.write_safetensors(folder / "model.safetensors", {**stored(), **scaled})
+    assert "weight_block_size" in refusal(folder).hint
+
+
+def test_files_of_two_saves_are_called_so(tmp_path: Path) -> None:
+    make.write_checkpoint(tmp_path / "hf", make.V2, n_shards=2)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    shard, first = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
+    held = json.loads(index.read_text())["weight_map"]
+    name = next(n for n, s in held.items() if s == shard)
+    lost = {n: s for n, s in held.items() if n != name}
+    for names in (lost, {**held, name: first}, {**held, "model.extra.weight": shard}):
+        index.write_text(json.dumps({"weight_map": names}))
+        assert "different saves" in refusal(tmp_path / "hf").hint
+
+
 def test_what_other_quantisers_leave_is_called_so(tmp_path: Path) -> None:
     for name, dtype in (("x.weight_scale", "F8_E8M0"), ("x.weight_packed", "I32"), ("x.new", "F4")):
         folder = tmp_path / name

@@ -27,6 +27,7 @@ from quantize.source.safetensors import DTYPE_BYTES, LFS_POINTER, REPLACE_HINT, 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),
 }  # fmt: skip
+TWO_SAVES = "these files are of different saves of a model: take all of them from one revision, into an empty folder"
 SCALE_SUFFIX = "_scale_inv"  # DeepSeek-V3's block scales: weight = stored * scale
 ROUNDED_AT_ONCE = 1 << 18  # values: their five copies stay in the cache, and are not five copies of everything
 
@@ -138,7 +139,7 @@ class Checkpoint:
         if scales.dtype != "F32" or len(shape) != 2 or scales.shape != expected:
             raise CheckpointError(
                 f"tensor `{scales.name}` is {scales.dtype} {scales.shape}, {rows}x{columns} blocks take F32 {expected}",
-                REPLACE_HINT,
+                "fp8 is read with F32 scales of blocks, of weight_block_size in config.json: start from bf16 otherwise",
             )
 
     def read_stored(self, name: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -248,6 +249,11 @@ def missing(folder: Path, name: str, there: Iterable[str]) -> QuantizeError:
             f"`{folder}`: the experts are fused into one tensor a layer (`{stacked[0]}`), which is not read",
             "take the model's original checkpoint, or save it with one tensor an expert",
         )
+    if name.endswith(SCALE_SUFFIX):
+        return UnsupportedError(
+            f"`{folder}`: `{name.removesuffix(SCALE_SUFFIX)}` is fp8 and has no scales of blocks (`{name}`)",
+            "scales of another form are not read: start from the bf16 checkpoint, or one in DeepSeek-V3's fp8",
+        )
     if prefixed := sorted(n for n in kept if n.endswith(f".{name}")):
         return UnsupportedError(
             f"`{folder}`: tensor `{name}` is called `{prefixed[0]}`: the language model is a part of a larger one",
@@ -297,7 +303,7 @@ def _index(folder: Path) -> dict[str, StoredTensor]:
     for shard in shards:
         for name, tensor in read_header(shard).items():
             if name in tensors:
-                raise CheckpointError(f"tensor `{name}` is in both `{tensors[name].shard}` and `{shard}`", REPLACE_HINT)
+                raise CheckpointError(f"tensor `{name}` is in both `{tensors[name].shard}` and `{shard}`", TWO_SAVES)
             tensors[name] = tensor
     return tensors
 
@@ -333,7 +339,7 @@ def _index_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
             raise CheckpointError(
-                f"`{folder / shard}`: tensor `{name}` is missing, {files.INDEX} puts it there", REPLACE_HINT
+                f"`{folder / shard}`: tensor `{name}` is missing, {files.INDEX} puts it there", TWO_SAVES
             )
         tensors[name] = headers[shard][name]
     _check_index(headers, tensors)
@@ -345,9 +351,9 @@ def _check_index(headers: dict[str, dict[str, StoredTensor]], tensors: dict[str,
         for name, tensor in header.items():
             known = tensors.get(name)
             if known is None:
-                raise CheckpointError(f"`{tensor.shard}`: tensor `{name}` is not in {files.INDEX}", REPLACE_HINT)
+                raise CheckpointError(f"`{tensor.shard}`: tensor `{name}` is not in {files.INDEX}", TWO_SAVES)
             if known.shard.name != shard:
-                raise CheckpointError(f"tensor `{name}` is in both `{known.shard}` and `{tensor.shard}`", REPLACE_HINT)
+                raise CheckpointError(f"tensor `{name}` is in both `{known.shard}` and `{tensor.shard}`", TWO_SAVES)
 
 
 def _scale_block(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
