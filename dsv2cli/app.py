@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 stopped with Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -18,6 +19,7 @@ from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantiz
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+COMPLETING = "_DSV2_COMPLETE"
 
 app = typer.Typer(
     name="dsv2",
@@ -105,8 +107,8 @@ def prepare_streams() -> None:
 
 def close_quietly() -> None:
     """After a broken pipe: point stdout at nothing, so that the interpreter's last flush does not complain."""
-    with open(os.devnull, "w") as nothing:  # noqa: PTH123
-        os.dup2(nothing.fileno(), 1)
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:  # noqa: PTH123
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def run(args: list[str] | None = None) -> int:
@@ -128,6 +130,8 @@ def run(args: list[str] | None = None) -> int:
         if os.environ.get("DSV2_DEBUG"):
             console.note_text(traceback.format_exc())
         message, hint, code = explain(error)
+        if COMPLETING in os.environ:  # nothing but a shell's completion sets it, with more beside it
+            message, hint, code = f"{COMPLETING} is set, and not by a shell's completion", "unset it", MISUSED
         console.print_error(message, hint)
         return code
 
