@@ -164,8 +164,9 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_model_after_a_fork_is_refused(path: Path) -> None:
-    model = cext.Model(path, threads=2)
+@pytest.mark.parametrize("devices", [(), (cext.Device(threads=2),)], ids=["one device", "two"])
+def test_a_model_after_a_fork_is_refused(path: Path, devices: tuple[cext.Device, ...]) -> None:
+    model = cext.Model(path, threads=2, devices=devices)
     session = model.session(16)
     expected = session.eval([1, 2, 3])
     assert "ArgumentError: the model was opened in process" in in_child(lambda: str(session.eval([4])))

@@ -22,6 +22,7 @@ typedef struct cpu {
     int n_ops;
     /* Of one that works apart: */
     bool apart, ending;
+    int64_t process; /* that the thread is of */
     ds_thread thread;
     ds_lock lock;
     ds_signal changed; /* ops or ending */
@@ -120,7 +121,7 @@ static void begin(ds_backend *backend, const ds_request *whole, const ds_request
 
 static void destroy(ds_backend *backend) {
     cpu *c = (cpu *)backend;
-    if (c->apart) {
+    if (c->apart && c->process == ds_process_id()) { /* a forked child has no thread to wait for */
         ds_lock_take(&c->lock);
         c->ending = true;
         ds_signal_send(&c->changed);
@@ -177,6 +178,7 @@ ds_status ds_cpu_backend_create(const ds_facts *facts, int number, int n_threads
     if ((st = ds_pool_create(n_threads ? n_threads : ds_os_cores(), &c->pool, err)) != DS_OK) goto failed;
     if (apart && (st = start_apart(c, err)) != DS_OK) goto failed;
     c->apart = apart;
+    c->process = ds_process_id();
     c->head = (ds_backend){.ops = &OPS, .isa = c->kern->isa, .n_threads = ds_pool_size(c->pool)};
     *out = &c->head;
     return DS_OK;
