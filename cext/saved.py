@@ -23,7 +23,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cext import _engine
+from cext import _engine, system
 from cext.errors import ContextFullError, FileError, FormatError, MismatchError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def save(session: Session, path: str | PathLike[str]) -> None:
                 except BaseException:
                     unfinished.unlink(missing_ok=True)
                     raise
-            _sync_folder(target.parent)
+            system.sync_folder(target.parent)
         except OSError as error:
             raise FileError(f"cannot write the session to `{target}`: {error.strerror or error}") from error
 
@@ -113,16 +113,6 @@ def _write(file: IO[bytes], header: Header, session: Session) -> None:
         file.write(seal)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk when its folder is; systems that cannot open one do without."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def load(model: Model, path: str | PathLike[str], n_ctx: int | None, kv_type: str | None) -> Session:

@@ -7,7 +7,14 @@ Terms and the papers' symbols: GLOSSARY.md.
 """
 
 from quantize.allocate import parse_size
-from quantize.base.errors import CalibrationError, CheckpointError, OutputError, QuantizeError, UnsupportedError
+from quantize.base.errors import (
+    CalibrationError,
+    CheckpointError,
+    OtherRunError,
+    OutputError,
+    QuantizeError,
+    UnsupportedError,
+)
 from quantize.job import Options
 from quantize.meter import OnProgress, Progress
 from quantize.pipeline import quantize
@@ -21,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "OnProgress",
     "Options",
+    "OtherRunError",
     "OutputError",
     "Progress",
     "QuantizeError",

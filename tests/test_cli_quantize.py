@@ -11,6 +11,7 @@ import pytest
 from support.checkpoints import V2, write_checkpoint, write_text
 from support.cli import assert_fails, dsv2, terminal
 
+import quantize
 from dsv2cli import console
 from dsv2cli.commands.quantize import bpw_name, default_name, pace, where
 from quantize import Progress
@@ -85,6 +86,23 @@ def test_heatmap(tmp_path: Path, made: tuple[Path, str], source: Path) -> None:
     with terminal("inspect", made[0], COLORTERM="truecolor") as screen:
         screen.wait_for("▀{8}")
         assert screen.exit_code() == 0
+
+
+def test_another_run_s_work_is_left_alone(tmp_path: Path, source: Path) -> None:
+    """What differs is told, with two ways out; nobody is told that the same command would go on."""
+    out = tmp_path / "m.gguf"
+
+    def stop(step: Progress) -> None:
+        if step.layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize.quantize(source, out, quantize.Options(type="f16", threads=1, evaluate=False), stop)
+    refused = dsv2("quantize", source, "-o", out, "--type", "bf16", "--no-evaluate", "-t", "1")
+    assert_fails(refused, 1, "m.gguf.work", "--type was f16, is bf16", "--restart", "-o")
+    assert "goes on" not in refused.stderr
+    result = dsv2("quantize", source, "-o", out, "--type", "bf16", "--no-evaluate", "-t", "1", "--restart", "-q")
+    assert result.returncode == 0 and result.stdout == f"{out}\n"
 
 
 LIES: dict[str, dict[str, object]] = {

@@ -188,11 +188,11 @@ def keeping_work(target: Path) -> Iterator[None]:
     """Where a run ends early and left something to go on from, says so."""
     try:
         yield
-    except BaseException:
-        from quantize import work_folder
+    except BaseException as error:
+        from quantize import OtherRunError, work_folder
 
         folder = work_folder(target)
-        if (folder / "identity.json").exists():
+        if (folder / "identity.json").exists() and not isinstance(error, OtherRunError):
             console.note(f"what was done is kept in {folder}: the same command goes on from there")
         raise
 

@@ -28,7 +28,11 @@ class CalibrationError(QuantizeError):
 
 
 class OutputError(QuantizeError):
-    """The GGUF cannot be written: disk full, no permission, another run at work on the same file."""
+    """The GGUF cannot be written: disk full, no permission."""
+
+
+class OtherRunError(OutputError):
+    """The work folder is another run's: one at work on the same file, or one whose bytes depend on something else."""
 
 
 def disk_error(place: Path, error: OSError, needed: int = 0) -> OutputError:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import system
-from quantize.base.errors import OutputError, disk_error
+from quantize.base.errors import OtherRunError, OutputError, disk_error
 
 SUFFIX = ".work"
 HEADS_BYTES = 1 << 16  # of the names and shapes in a record of arrays
@@ -269,7 +269,7 @@ class Journal:
         lost = [path.name for path in self.folder.iterdir() if path.is_dir() and path.name not in kept]
         if not restart and (lost or is_finished(self.out)):
             hint = RESTART_HINT.replace("it away", f"it away but for the {kept[0]}") if kept else RESTART_HINT
-            raise OutputError(f"`{self.folder}` holds the work of another run: {'; '.join(differences)}", hint)
+            raise OtherRunError(f"`{self.folder}` holds the work of another run: {'; '.join(differences)}", hint)
 
     def _begin(self, kept: Sequence[str]) -> None:
         """With those stages' records alone."""
@@ -355,7 +355,7 @@ def _lock(out: Path, folder: Path) -> int:
         raise OutputError(f"`{folder}`: {error.strerror}", "choose another place with -o") from error
     try:
         if not _claim(fd, path):
-            raise OutputError(f"`{out}`: another run is writing it", "wait for it, or choose another -o")
+            raise OtherRunError(f"`{out}`: another run is writing it", "wait for it, or choose another -o")
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
