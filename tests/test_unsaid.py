@@ -304,7 +304,9 @@ def test_a_router_without_its_bias_is_told(files: Files) -> None:
     assert "no bias" in notes(path)
 
 
-@pytest.mark.parametrize(("kind", "words"), [(19, "iq1_s"), (29, "iq1_m"), (34, "tq1_0"), (39, "mxfp4"), (152, "152")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [(19, "iq1_s"), (29, "iq1_m"), (34, "tq1_0"), (39, "mxfp4"), (31, "31"), (152, "152")]
+)
 def test_a_type_that_does_not_run_says_what_can_be_done(tmp_path: Path, kind: int, words: str) -> None:
     tiny = gb.tiny_model()
     strange = [

@@ -214,9 +214,10 @@ static void read_expert_weights(reader *r, ds_config *c) {
     c->expert_scale = read_float(r, "expert_weights_scale", 0.0, 1e6, 0.0);
     if (c->expert_scale != 0.0f || r->status != DS_OK) return; /* 0 is written by tools that mean "not set" */
     if (sigmoid || c->n_group > 1) {
-        fail_missing(r, "expert_weights_scale",
-                     "models with such a router have one (routed_scaling_factor in config.json): "
-                     "add it with gguf-py's gguf_new_metadata.py, or convert the model again");
+        fail_missing(
+            r, "expert_weights_scale",
+            "models with such a router have one (routed_scaling_factor in config.json): convert the model again, "
+            "or take another file of it");
     }
     c->expert_scale = 1.0f;
     ds_note(r->notes, "`%s.expert_weights_scale` is missing: 1, as V2-Lite's", r->arch);

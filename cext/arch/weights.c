@@ -34,14 +34,23 @@ static void *own(binder *b, size_t size) {
     return block->data;
 }
 
+/* What can be done about a type that ggml itself does not have. */
+static const char *unknown_type_hint(uint32_t type) {
+    if (type >= 31 && type <= 33)
+        return "an old repacking of Q4_0 for one processor: take the model's file of another type, Q4_0";
+    if (type >= 36 && type <= 38)
+        return "an old repacking of IQ4_NL for one processor: take the model's file of another type, IQ4_NL";
+    if (type >= 97 && type <= 399)
+        return "such types are ik_llama.cpp's and run there alone: take the model's file of another type, Q4_K_M say";
+    return "take the model's file of another type, Q4_K_M say";
+}
+
 static ds_status fail_type(binder *b, const ds_tensor *t, const char *name) {
     ds_gguf_tensor_type type;
     if (!ds_gguf_tensor_type_get(t->gguf_type, &type)) {
         b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of unknown type %u", b->source.label, name,
                             t->gguf_type);
-        return ds_hint(b->err,
-                       "types from 137 on are ik_llama.cpp's, and run there alone: take a file of another type, "
-                       "Q4_K_M or IQ2_XXS say");
+        return ds_hint(b->err, unknown_type_hint(t->gguf_type));
     }
     b->status = ds_fail(b->err, DS_EUNSUPPORTED, "%s: tensor `%s` is of type %s (%u), which this build cannot run",
                         b->source.label, name, type.name, t->gguf_type);
