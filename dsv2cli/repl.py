@@ -24,6 +24,7 @@ COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)
 HELP = {
     "/help": "this list",
     "/system TEXT": "set the system message (/system alone shows it, /system none removes it)",
+    "/think on|off|auto": "whether the model reasons before it answers",
     "/clear": "forget the conversation; the system message stays",
     "/retry": "answer the last message again",
     "/stats": "speed, context and memory",
@@ -70,13 +71,15 @@ class Chat:
         return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
 
     def _shown(self, reply: Iterator[Event], told: Callable[[int, int], None] = lambda done, n: None) -> Iterator[str]:
-        """The answer's text, without the space it begins with."""
+        """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with."""
         begun = self.raw
         for event in reply:
             if isinstance(event, Read):
                 told(event.done, event.n)
                 continue
             text = event.text if begun else event.text.lstrip()
+            if text and not begun:
+                text = self.conversation.opening + text
             if text:
                 begun = True
                 yield text
@@ -139,6 +142,7 @@ class Repl:
         self.commands: dict[str, Callable[[str], bool]] = {
             "help": self.help,
             "system": self.system,
+            "think": self.think,
             "clear": self.clear,
             "retry": self.retry,
             "stats": self.stats,
@@ -190,12 +194,13 @@ class Repl:
     def answer(self, text: str) -> None:
         """Stream an answer; Ctrl-C ends it, and what was written of it stays in the conversation."""
         from cext import ContextFullError
+        from cext.tokenizer import TokenizerError
 
         try:
             self.chat.answer(text)
         except KeyboardInterrupt:
             console.note("(stopped)", "dim")
-        except ContextFullError as error:
+        except (ContextFullError, TokenizerError) as error:  # a template may refuse one message and take the next
             console.print_error(str(error), error.hint)
 
     def help(self, _: str) -> bool:
@@ -212,6 +217,16 @@ class Repl:
             conversation.system = None if text.strip().lower() == "none" else text
         else:
             console.note_text(conversation.system or "(no system message)")
+        return True
+
+    def think(self, text: str) -> bool:
+        conversation, word = self.chat.conversation, text.strip().lower()
+        if self.chat.raw:
+            console.note("--raw has no chat template, which is what switches reasoning")
+        elif word in ("on", "off", "auto"):
+            conversation.thinking = None if word == "auto" else word == "on"
+        else:
+            console.note({None: "auto", True: "on", False: "off"}[conversation.thinking])
         return True
 
     def clear(self, _: str) -> bool:

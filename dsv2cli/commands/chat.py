@@ -6,7 +6,7 @@ import os
 import select
 import stat
 import sys
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
@@ -24,6 +24,7 @@ EXAMPLES = (
     'chat -p "Tell me a story about a ship." --seed 1',
     "chat model.gguf -n 200 < question.txt > answer.txt",
     'chat model.gguf -p "What does it do?" < program.py',
+    'chat coder.gguf --fim "def area(r):" "    return x"',
     "chat model.gguf --kv q8_0 -c 32768 --lookup 7 < edit-this.txt",
 )
 PROMPT_HELP = (
@@ -33,6 +34,10 @@ LOOKUP_HELP = (
     "Draft up to N tokens where the answer repeats what was said: for quoting and editing. Up to 3 the answer is the"
     " same to the bit; 0: off."
 )
+Think = Literal["auto", "on", "off"]
+THINKING = {"auto": None, "on": True, "off": False}
+THINK_HELP = "Whether the model reasons before it answers; auto: as its chat template has it."
+FIM_HELP = "Write what stands between two texts, for models that were trained for it (DeepSeek-Coder-V2)."
 CONTEXT_HELP = "Tokens of context; 4096 if left out, 0: as many as the model was trained for."
 WAIT_SECONDS = 2.0  # for a pipe's first byte, after which it is told what is waited for
 
@@ -77,15 +82,28 @@ def chat(
     kv: options.Kv = "f16",
     threads: options.Threads = None,
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
+    think: Annotated[Think, typer.Option("--think", help=THINK_HELP)] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
+    special: Annotated[
+        bool, typer.Option("--special", help="With --raw: control tokens spelt in the prompt are control tokens.")
+    ] = False,
+    fim: Annotated[
+        tuple[str, str] | None, typer.Option("--fim", metavar="PREFIX SUFFIX", help=FIM_HELP, show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
+    if special and not raw:
+        raise UsageError("--special is for --raw: a chat's control tokens come from its template alone", "add --raw")
+    if fim is not None and (raw or prompt is not None or system or think != "auto"):
+        raise UsageError("--fim is a whole prompt: -p, --system, --think and --raw have no place in it")
+    if raw and think != "auto":
+        raise UsageError("--think needs the chat template, which --raw leaves out", "put the tag into the prompt")
     if raw and system:
         raise UsageError("--system needs the chat template, which --raw leaves out", "put it into the prompt")
     if system is not None:
         system = text.typed(system, "the system message")
-    asked = given_text(prompt, quiet=quiet)
+    asked = given_text(prompt, quiet=quiet) if fim is None else text.typed(fim[0], "the text before")
     if asked is None and as_json:
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
@@ -105,12 +123,15 @@ def chat(
             opened.tokenizer,
             system,
             raw=raw,
+            special=special,
+            suffix=None if fim is None else text.typed(fim[1], "the text after"),
+            thinking=THINKING[think],
             n_draft=lookup,
             n_ctx_train=opened.n_ctx_train,
             dropped=lambda n: None if quiet else tell_dropped(n),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
-        talk = Chat(opened, session, conversation, sampler, limit, quiet=quiet, raw=raw)
+        talk = Chat(opened, session, conversation, sampler, limit, quiet=quiet, raw=raw or fim is not None)
         if asked is None:
             Repl(talk).run()
         elif as_json:
@@ -165,9 +186,10 @@ def _read_stdin(*, quiet: bool) -> str:
 def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:
     from cext.system import resident_bytes
 
-    stats = talk.last
+    stats, said = talk.last, talk.conversation.said()
     return {
-        "answer": answer,
+        "answer": answer if said.reasoning is None else said.content,
+        "reasoning": said.reasoning,
         "stop": stats.stop,
         "prompt_tokens": stats.n_prompt,
         "answer_tokens": stats.n_answer,
