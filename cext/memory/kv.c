@@ -33,7 +33,7 @@ static ds_row_layout moved(ds_row_layout l, size_t by) {
     return l;
 }
 
-void ds_kv_store_create(ds_kv_type type, int n_layer, const ds_kv_rows *rows, int n_rows, ds_kv_store *out) {
+void ds_kv_store_create(ds_kv_type type, int n_layer, const ds_cache_rows *rows, int n_rows, ds_kv_store *out) {
     const ds_row_kind kind = TYPES[type].kind;
     *out = (ds_kv_store){.type = type, .n_layer = n_layer, .n_rows = n_rows};
     for (int i = 0; i < n_rows; i++) {

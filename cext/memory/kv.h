@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "arch/attention.h"
 #include "base/status.h"
 #include "kernels/kernels.h"
 #include "memory/blocks.h"
@@ -18,17 +19,12 @@ enum {
     DS_KV_ROWS = 2, /* most kinds of rows that a layer keeps: keys, values */
 };
 
-/* Rows that each layer keeps of a position: `count` (1, or one for each head) of a head and a tail (attention.h). */
-typedef struct ds_kv_rows {
-    int n, n_tail, count;
-} ds_kv_rows;
-
 /* What the caches of one model and type have in common, and their memory. */
 typedef struct ds_kv_store {
     ds_kv_type type;
     int n_layer, n_rows;
-    ds_kv_rows rows[DS_KV_ROWS];
-    ds_row_layout layouts[DS_KV_ROWS]; /* of one of the count, in layer 0 of a block */
+    ds_cache_rows rows[DS_CACHE_ROWS];
+    ds_row_layout layouts[DS_CACHE_ROWS]; /* of one of the count, in layer 0 of a block */
     size_t layer_bytes, block_bytes;
     ds_blocks blocks;
 } ds_kv_store;
@@ -44,7 +40,7 @@ bool ds_kv_type_from_name(const char *name, ds_kv_type *out);
 const char *ds_kv_type_name(ds_kv_type type);
 
 /* Takes no memory before the first block. Release it after its caches. */
-void ds_kv_store_create(ds_kv_type type, int n_layer, const ds_kv_rows *rows, int n_rows, ds_kv_store *out);
+void ds_kv_store_create(ds_kv_type type, int n_layer, const ds_cache_rows *rows, int n_rows, ds_kv_store *out);
 void ds_kv_store_release(ds_kv_store *store);
 /* Of n_ctx positions' rows. */
 size_t ds_kv_bytes(const ds_kv_store *store, int n_ctx);
@@ -63,7 +59,7 @@ ds_status ds_kv_fork(const ds_kv *kv, int n, ds_kv *out, ds_error *err);
 /* Positions [n, n_pos), reserved, become those of [0, n), over and over; n is at least 1. */
 void ds_kv_repeat(ds_kv *kv, int n, int n_pos);
 
-/* Rows `head` of kind `which` in layer il, from position pos on, a multiple of DS_KV_BLOCK. */
+/* Rows `head` of sort `which` in layer il, from position pos on, a multiple of DS_KV_BLOCK. */
 ds_row_table ds_kv_table(const ds_kv *kv, int il, int which, int head, int pos);
 /* The one row of any position. */
 ds_rows ds_kv_row(const ds_kv *kv, int il, int which, int head, int pos);

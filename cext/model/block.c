@@ -72,7 +72,8 @@ static ds_status run_all(ds_block *block, const ds_request *step, int n_seq, int
 ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok, float *y, ds_tap *tap,
                            ds_error *err) {
     const ds_request step = {.x = x, .x_out = y, .tap = tap};
-    const ds_kv_rows latent = {block->core.config.kv_lora_rank, block->core.config.rope_dim, 1};
+    ds_cache_rows rows[DS_CACHE_ROWS];
+    const int n_rows = ds_attention(&block->core.config)->cached(&block->core.config, rows);
     int together = n_tok < TARGET_TOKENS ? TARGET_TOKENS / n_tok : 1;
     ds_kv_store store;
     ds_kv *kv;
@@ -84,7 +85,7 @@ ds_status ds_block_forward(ds_block *block, const float *x, int n_seq, int n_tok
             return ds_fail(err, DS_EINVAL, "a tap of the sublayer that is not run");
     }
     if (together > n_seq) together = n_seq;
-    ds_kv_store_create(DS_KV_F32, 1, &latent, 1, &store);
+    ds_kv_store_create(DS_KV_F32, 1, rows, n_rows, &store);
     kv = calloc((size_t)together, sizeof *kv);
     spans = calloc((size_t)together, sizeof *spans);
     if (!kv || !spans) st = ds_fail(err, DS_ENOMEM, "no memory for %d windows", together);

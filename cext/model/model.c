@@ -38,9 +38,10 @@ static ds_status open_gguf(ds_gguf *gguf, const ds_device *processor, const ds_p
     model->gguf = gguf;
     atomic_init(&model->holders, 1);
     const ds_config *c = &model->core.config;
-    const ds_kv_rows latent = {c->kv_lora_rank, c->rope_dim, 1};
+    ds_cache_rows rows[DS_CACHE_ROWS];
+    const int n_rows = ds_attention(c)->cached(c, rows);
     for (int type = 0; type < DS_KV_TYPES; type++)
-        ds_kv_store_create((ds_kv_type)type, c->n_layer, &latent, 1, &model->stores[type]);
+        ds_kv_store_create((ds_kv_type)type, c->n_layer, rows, n_rows, &model->stores[type]);
     *out = model;
     return DS_OK;
 }

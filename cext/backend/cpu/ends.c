@@ -1,6 +1,7 @@
 /* ends.c: what stands before and behind the blocks: embeddings, places, the tail, the head; and copies of states. */
 #include <string.h>
 
+#include "backend/cpu/attention.h"
 #include "backend/cpu/lane.h"
 
 bool ds_cpu_embed(const ds_lane *lane, const ds_op *op) {
@@ -20,7 +21,7 @@ bool ds_cpu_embed(const ds_lane *lane, const ds_op *op) {
 bool ds_cpu_place(const ds_lane *lane, const ds_op *op) {
     const ds_step *s = lane->step;
     if (lane->worker->ith == 0) {
-        ds_attend_plan_step(s);
+        ds_cpu_attention_of(s->config)->plan(s);
         for (int i = 0; i < s->n_spans; i++) {
             const ds_span *span = &s->spans[i];
             for (int t = 0; t < span->n; t++) {

@@ -1,10 +1,11 @@
-/* mla.c: multi-head latent attention (DeepSeek-V2, section 2.1): its projections, and what goes into the cache. Knows no ISA,
+/* latent.c: multi-head latent attention (DeepSeek-V2, section 2.1): its projections, and what goes into the cache. Knows no ISA,
  * owns no cache.
  *
  *   c_kv = norm(W_dkv x), k_pe = rope(W_kr x): all that is cached, for all heads together
  *   q = W_uq norm(W_dq x), or W_q x; y = W_o (attention of the heads: attend.c) */
 #include <string.h>
 
+#include "backend/cpu/attention.h"
 #include "backend/cpu/lane.h"
 
 /* The latents' down-projection and, if queries are wanted, theirs (or all of theirs, where the model has one only). */
@@ -85,16 +86,12 @@ static void output(const ds_lane *lane, const ds_layer *l, int il) {
     ds_lane_tap(lane, DS_TAP_FFN_INP, il, lane->x, c->n_embd);
 }
 
-bool ds_cpu_remember(const ds_lane *lane, const ds_op *op) {
-    const ds_layer *layer = ds_weights_layer(lane->step->weights, op->il);
-    project(lane, layer, op->il, false);
-    store_latent(lane, layer, op->il);
-    return true;
+static void remember(const ds_lane *lane, const ds_layer *layer, int il) {
+    project(lane, layer, il, false);
+    store_latent(lane, layer, il);
 }
 
-bool ds_cpu_attention(const ds_lane *lane, const ds_op *op) {
-    const ds_layer *layer = ds_weights_layer(lane->step->weights, op->il);
-    const int il = op->il;
+static void attend(const ds_lane *lane, const ds_layer *layer, int il) {
     project(lane, layer, il, true);
     store_latent(lane, layer, il);
     ds_lane_tap(lane, DS_TAP_KV_A_NORM, il, lane->step->scratch->kv_a, ds_kv_width(lane->step->config));
@@ -103,5 +100,7 @@ bool ds_cpu_attention(const ds_lane *lane, const ds_op *op) {
     ds_attend_heads(lane, layer, il);
     ds_barrier(lane->worker);
     output(lane, layer, il);
-    return true;
 }
+
+const ds_cpu_attention_kind DS_CPU_LATENT_ATTENTION = {
+    .plan = ds_attend_plan_step, .remember = remember, .attend = attend};
