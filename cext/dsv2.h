@@ -34,7 +34,7 @@ void ds_model_close(ds_model *model);
 const ds_config *ds_model_config(const ds_model *model);
 const ds_gguf *ds_model_gguf(const ds_model *model);
 /* How many tokens chose each routed expert since the model was opened: out (n_layer, n_expert). */
-void ds_model_expert_uses(ds_model *model, uint64_t *out);
+ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err);
 int ds_model_threads(const ds_model *model);
 /* Memory that steps of n_tok (1 to DS_MAX_STEP) tokens take in all, beside weights and caches; it is kept. */
 size_t ds_model_step_bytes(const ds_model *model, int n_tok);

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cext import _engine, system
-from cext.errors import ContextFullError, FileError, FormatError, MismatchError, UnsupportedError
+from cext.errors import ArgumentError, ContextFullError, FileError, FormatError, MismatchError, UnsupportedError
 
 if TYPE_CHECKING:
     from cext.model import Model, Session
@@ -127,7 +127,7 @@ def load(model: Model, path: str | PathLike[str], n_ctx: int | None, kv_type: st
                 raise ContextFullError(
                     f"`{source}`: {header.n_past} tokens do not fit into a context of {room}", "ask for a larger n_ctx"
                 )
-            session = model._hold(_engine.session_open(model._handle, room, header.kv_type))
+            session = model._hold(_open(model, room, header.kv_type, source, asked=n_ctx is not None))
             if header.block_bytes != _engine.session_block_bytes(session._handle):
                 raise FormatError(f"`{source}`: blocks of {header.block_bytes} bytes are not this model's")
             for n, block in _blocks(file, source, header, seal):
@@ -135,6 +135,16 @@ def load(model: Model, path: str | PathLike[str], n_ctx: int | None, kv_type: st
     except OSError as error:
         raise FileError(f"cannot read the session `{source}`: {error.strerror or error}") from error
     return session
+
+
+def _open(model: Model, n_ctx: int, kv_type: str, source: str, *, asked: bool) -> object:
+    """An empty session as the header wants it; what the engine refuses of it is the file's fault, unless asked for."""
+    try:
+        return _engine.session_open(model._handle, n_ctx, kv_type)
+    except (ArgumentError, ValueError) as error:
+        if asked:
+            raise
+        raise FormatError(f"`{source}`: {error}") from error
 
 
 def _read_header(file: BufferedReader, source: str) -> tuple[Header, bytes]:

@@ -153,6 +153,9 @@ def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in CANNOT:  # the file is whole all the same
+            raise
     finally:
         os.close(fd)
 

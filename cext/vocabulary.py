@@ -134,10 +134,15 @@ def _keep_log(level: int, text: bytes, user_data: Any) -> None:
 
 @functools.cache
 def start_llama() -> None:
-    """Take llama.cpp's log and start its backend, once. DSV2_DEBUG leaves the log on the terminal."""
+    """Start llama.cpp's backend, once, with its log ours."""
+    take_log()
+    llama_cpp.llama_backend_init()
+
+
+def take_log() -> None:
+    """Take llama.cpp's log, which others in the process may have taken since. DSV2_DEBUG leaves it on the terminal."""
     if not os.environ.get("DSV2_DEBUG"):
         llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
 
 
 def load(path: str) -> tuple[Any, Log]:
@@ -157,6 +162,7 @@ def _load(path: str) -> tuple[Any | None, Log]:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
     with _loading:
+        take_log()
         _log = log = Log()
         try:
             model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)

@@ -35,14 +35,17 @@ class Range:
         return (above and number <= self.high) or (self.or_zero and number == 0)
 
     def __str__(self) -> str:
-        to = f"<={self.high}" if self.high <= SHOWN_LIMIT else ""
+        return self._spelt(f"<={self.high}" if self.high <= SHOWN_LIMIT else "")
+
+    def _spelt(self, to: str) -> str:
         return f"{'0 or ' if self.or_zero else ''}{self.low:g}<{'' if self.open_low else '='}x{to}"
 
     def check(self, value: float | None) -> float | None:
         """The value of an option that has this range (a callback). typer.BadParameter outside."""
         if value is None or (value in self and (isinstance(value, int) or self._holds_as_float32(value))):
             return value
-        raise typer.BadParameter(f"{value} is not in the range {self}.")
+        shown = self._spelt(f"<={self.high}") if value > SHOWN_LIMIT else self
+        raise typer.BadParameter(f"{value} is not in the range {shown}.")
 
     def _holds_as_float32(self, number: float) -> bool:
         """Whether the number that the engine would see is still finite, and above ``low`` where it must be."""

@@ -147,19 +147,23 @@ def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:
         assert screen.exit_code() == 128 + signal.SIGINT
     assert not out.exists()
     other = dsv2(*command[:-1], "q2_k")
-    assert "starting over: --type was q3_k_m, is q2_k" in other.stderr and out.exists()
+    assert other.returncode == 1 and "holds the work of another run: --type was q3_k_m, is q2_k" in other.stderr
+    assert "--restart" in other.stderr and not out.exists()
+    result = dsv2(*command)
+    assert result.returncode == 0 and "continuing at layer" in result.stderr and out.exists()
 
 
 def test_going_on_says_so(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
     command = ("quantize", source, "-o", out, "--calibration", text, "--plain-mix")
-    for restart, said in ((False, "continuing at layer 2 of 3"), (True, "starting over: --restart")):
+    for restart in (False, True):
         with terminal(*command) as screen:
             screen.wait_for("layer 2 of 3")
             screen.process.send_signal(signal.SIGKILL)
             screen.process.wait()
         result = dsv2(*command, "--force", *(["--restart"] if restart else []))
-        assert result.returncode == 0 and said in result.stderr
+        assert result.returncode == 0
+        assert ("continuing at layer 2 of 3" in result.stderr) != restart
         out.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf.report.json"]
 

@@ -53,7 +53,7 @@ def make() -> dict[str, Any]:
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     wide = [name for name in found if "512" in name or name == "X86_V4"]
     arithmetic = {"OPENBLAS_CORETYPE": "Haswell", "DSV2_ISA": "avx2", "NPY_DISABLE_CPU_FEATURES": " ".join(wide)}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-c", MAKE, folder, json.dumps(CASES)]
         env = {**os.environ, **arithmetic, "PYTHONPATH": path}

@@ -285,7 +285,10 @@ def test_no_memory_changes_nothing(tiny_gguf):
     if sys.platform != "linux":
         pytest.skip("a limit on a process's memory is Linux's")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), tiny_gguf(LITE)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", textwrap.dedent(program), tiny_gguf(LITE)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     first, second, state, rest = done.stdout.splitlines()

@@ -315,7 +315,7 @@ def test_budgets_are_kept_to_the_byte(source: Path, tmp_path: Path, asked: dict[
     ("asked", "message"),
     [
         ({"bpw": 0.5}, r"--bpw 0.5: the smallest types take \d"),
-        ({"size": 20_000}, r"--size 2e-05G: the smallest types take \d"),
+        ({"size": 20_000}, r"--size 20k: the smallest types take \d"),
         ({"bpw": 20.0}, "16 bits for every weight take only"),
         ({"size": 10**12}, "16 bits for every weight take only"),
         ({"bpw": -1.0}, "bits a weight are -1.0"),

@@ -20,6 +20,7 @@ bool ds_tap_parse(const ds_config *config, const char *name, ds_tap_point *point
     char *end = NULL;
     long layer = dash ? strtol(dash + 1, &end, 10) : -1;
     if (dash && (end == dash + 1 || *end || layer < 0 || layer >= config->n_layer)) return false;
+    if (dash && (dash[1] < '0' || dash[1] > '9' || (dash[1] == '0' && dash[2]))) return false; /* one spelling each */
     for (int p = 0; p < DS_TAP_COUNT; p++) {
         if (strlen(POINTS[p].name) != size || memcmp(POINTS[p].name, name, size) != 0) continue;
         if (outside_blocks((ds_tap_point)p) != !dash) return false;

@@ -63,7 +63,8 @@ static ds_status open_part(ds_gguf *g, int64_t i, ds_error *err) {
     ds_status st = ds_gguf_open_one(path, &g->parts[i - 1], err);
     free(path);
     if (st != DS_OK) {
-        return st == DS_EIO ? ds_hint(err, HINT_ALL) : st;
+        const bool limit = strstr(err->hint, "ulimit") != NULL;
+        return st == DS_EIO && !limit ? ds_hint(err, HINT_ALL) : st;
     }
     const ds_gguf *part = g->parts[i - 1];
     if (part->n_split != g->n_split || part->split != i) {

@@ -16,7 +16,6 @@ typedef enum ds_kv_type { DS_KV_F16, DS_KV_Q8_0, DS_KV_F32, DS_KV_TYPES } ds_kv_
 
 enum {
     DS_KV_BLOCK = 64, /* positions of a block: with f16 rows of V2-Lite's 27 layers, a huge page */
-    DS_KV_ROWS = 2, /* most kinds of rows that a layer keeps: keys, values */
 };
 
 /* What the caches of one model and type have in common, and their memory. */

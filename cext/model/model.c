@@ -82,11 +82,14 @@ void ds_model_close(ds_model *model) {
 const ds_config *ds_model_config(const ds_model *model) { return &model->core.config; }
 const ds_gguf *ds_model_gguf(const ds_model *model) { return model->gguf; }
 
-void ds_model_expert_uses(ds_model *model, uint64_t *out) {
+ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     const ds_config *c = &model->core.config;
+    ds_status st = ds_core_check(&model->core, err); /* in a forked child the lock may be held for ever */
+    if (st != DS_OK) return st;
     ds_lock_take(&model->core.lock);
     memcpy(out, model->core.residency->uses, (size_t)c->n_layer * (size_t)c->n_expert * sizeof *out);
     ds_lock_give(&model->core.lock);
+    return DS_OK;
 }
 
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }

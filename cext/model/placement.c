@@ -43,6 +43,8 @@ static void carry_out(const ds_rule *r, ds_residency *residency, ds_places *p) {
 
 ds_status ds_places_create(const ds_config *config, const ds_placement *placement, ds_residency *residency,
                            ds_places *out, ds_error *err) {
+    if (placement && placement->n_devices >= DS_MAX_BACKENDS)
+        return ds_fail(err, DS_EINVAL, "%d devices, expected at most %d", 1 + placement->n_devices, DS_MAX_BACKENDS);
     const size_t n_layer = (size_t)(residency->weights->layer_end - residency->weights->layer_begin);
     ds_places p = {.attention = calloc(n_layer, 1),
                    .feed_forward = calloc(n_layer, 1),

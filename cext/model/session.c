@@ -84,9 +84,9 @@ void ds_session_ids(const ds_session *session, int32_t *out) {
 size_t ds_session_block_bytes(const ds_session *session) { return session->kv.store->block_bytes; }
 
 ds_status ds_session_block_save(const ds_session *session, int block, unsigned char *out, ds_error *err) {
-    const int begin = block * DS_KV_BLOCK, left = session->n_past - begin;
     if (block < 0 || block >= session->kv.n_blocks)
         return ds_fail(err, DS_EINVAL, "block %d of a session that holds %d", block, session->kv.n_blocks);
+    const int left = session->n_past - block * DS_KV_BLOCK;
     ds_kv_block_save(&session->kv, block, left < DS_KV_BLOCK ? left : DS_KV_BLOCK, out);
     return DS_OK;
 }

@@ -285,6 +285,8 @@ static PyObject *py_expand(PyObject *self, PyObject *args) {
     job.scratch = take(&a, ds_expand_scratch(kind, job.k_dim, job.n_tail, job.v_dim));
     const bool padded = kind == DS_ROWS_F32; /* there is room for padded columns */
     ds_row_table latents, keys, values;
+    if (block > 0 && block % DS_ATTEND_BLOCK && DS_ATTEND_BLOCK % block)
+        PyErr_Format(PyExc_ValueError, "blocks of %d rows do not keep pieces of %d", block, DS_ATTEND_BLOCK);
     if (PyErr_Occurred() || !(block_rows = block_rows_of(block, n_pos, NULL, 0)) ||
         !table_new(&a, kind, DS_ATTEND_BLOCK, DS_ATTEND_BLOCK, padded ? floats : ds_row_bytes_of(kind, head, tail),
                    tail, &keys) ||

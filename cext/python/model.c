@@ -91,14 +91,16 @@ static PyObject *model_open(PyObject *self, PyObject *args) {
 static PyObject *model_expert_uses(void *model, PyObject *args) {
     PyObject *capsule, *out;
     Py_buffer view;
+    ds_error err;
+    ds_status st;
     if (!PyArg_ParseTuple(args, "OO", &capsule, &out)) return NULL;
     const ds_config *c = ds_model_config(model);
     if (!ds_py_buffer(out, (size_t)c->n_layer * (size_t)c->n_expert * sizeof(uint64_t), true, &view)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    ds_model_expert_uses(model, view.buf);
+    st = ds_model_expert_uses(model, view.buf, &err);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&view);
-    Py_RETURN_NONE;
+    return st == DS_OK ? Py_NewRef(Py_None) : ds_py_raise(&err);
 }
 DS_PY_HELD(model_expert_uses, DS_PY_MODEL)
 

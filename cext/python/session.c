@@ -76,9 +76,14 @@ static void feed(void *update, const void *data, size_t n_bytes) {
 /* model_identity(model, update): all that its caches' numbers depend on, in calls of update(bytes) */
 static PyObject *model_identity(void *model, PyObject *args) {
     PyObject *capsule, *update;
+    const ds_gguf *gguf = ds_model_gguf(model);
+    ds_error err;
     if (!PyArg_ParseTuple(args, "OO", &capsule, &update)) return NULL;
+    if (ds_gguf_check(gguf, &err) != DS_OK) return ds_py_raise(&err);
     ds_model_identity(model, feed, update);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    if (PyErr_Occurred()) return NULL;
+    if (ds_gguf_check(gguf, &err) != DS_OK) return ds_py_raise(&err); /* it may have changed meanwhile */
+    Py_RETURN_NONE;
 }
 DS_PY_HELD(model_identity, DS_PY_MODEL)
 

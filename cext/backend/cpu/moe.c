@@ -27,7 +27,6 @@ bool ds_cpu_ffn_norm(const ds_lane *lane, const ds_op *op) {
     const int d = lane->step->config->n_embd;
     norm(lane, ds_weights_layer(lane->step->weights, op->il));
     ds_lane_tap(lane, DS_TAP_FFN_NORM, op->il, lane->xn, d);
-    ds_lane_tap(lane, DS_TAP_L_OUT, op->il, lane->x, d);
     return true;
 }
 

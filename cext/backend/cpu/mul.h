@@ -1,4 +1,4 @@
-/* cpu.h: matrix products on the CPU, run by all workers of a phase together. Knows matrices and packs, no layer. */
+/* mul.h: matrix products on the CPU, run by all workers of a phase together. Knows matrices and packs, no layer. */
 #pragma once
 
 #include "base/pool.h"
