@@ -104,7 +104,7 @@ def chat_ids(
         "add_generation_prompt": answer,
     }
     try:
-        variables |= _switches(source, thinking)
+        variables |= switches(source, thinking)
         text = render(source, variables)
     except TemplateError as error:
         raise TemplateError(f"`{tokenizer.path}`: {error}", error.hint) from error
@@ -118,14 +118,16 @@ def has_switch(source: str) -> bool:
     return not SWITCHES.keys().isdisjoint(free_variables(source))
 
 
-def _switches(source: str, thinking: bool | None) -> dict[str, Any]:
+def switches(source: str, thinking: bool | None) -> dict[str, Any]:
     """The template's own variables for ``thinking``. TemplateError where it has none and goes the other way."""
     if thinking is None:
         return {}
     found = {name: values[thinking] for name, values in SWITCHES.items() if name in free_variables(source)}
     if not found and thinking != any(opening in source for opening, _ in THINK_TAGS):
         word = "on: it knows no reasoning" if thinking else "off: it has no variable for that"
-        raise TemplateError(f"the chat template cannot switch reasoning {word}", "leave --think at auto")
+        raise TemplateError(
+            f"the chat template cannot switch reasoning {word}", "--think auto leaves that to the template"
+        )
     return found
 
 

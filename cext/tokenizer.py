@@ -21,7 +21,7 @@ from typing import Any
 import llama_cpp
 
 from cext import vocabulary
-from cext.chat import MAX_OPENING, THINK_TAGS, Answer, Message, chat_ids, has_switch, split_answer
+from cext.chat import MAX_OPENING, THINK_TAGS, Answer, Message, chat_ids, has_switch, split_answer, switches
 from cext.errors import TemplateError, TokenizerError
 from cext.traced import Traced
 
@@ -265,6 +265,13 @@ class Tokenizer:
     def can_switch_thinking(self) -> bool:
         """Whether the chat template has a variable that turns reasoning on and off."""
         return has_switch(self._source)
+
+    def check_thinking(self, thinking: bool | None) -> None:
+        """TemplateError where the chat template cannot be told to reason, or not to; None asks for nothing."""
+        try:
+            switches(self._source, thinking)
+        except TemplateError as error:
+            raise TemplateError(f"`{self.path}`: {error}", error.hint) from error
 
     @property
     def _source(self) -> str:

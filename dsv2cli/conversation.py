@@ -6,7 +6,8 @@ read. When the turns no longer fit, the oldest are dropped and the system messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,16 @@ class Conversation:
         """Tokens in the cache."""
         return self._context.session.n_past
 
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to reason. Setting it raises TemplateError where the template has no such switch."""
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, thinking: bool | None) -> None:
+        self._tokenizer.check_thinking(thinking)
+        self._thinking = thinking
+
     def clear(self) -> None:
         """Forget the turns; the system message stays."""
         self.turns.clear()
@@ -110,8 +121,8 @@ class Conversation:
             if self._sequence is not None:
                 self._scheduler.remove(self._sequence)
                 self._sequence = None
-            if not turn.answer and not done:
-                self.turns.remove(turn)
+            if not turn.answer and not done and self.turns and self.turns[-1] is turn:
+                del self.turns[-1]
 
     def cancel(self) -> bool:
         """Let the answer that is being written end before the next step; False where none is, or it does already."""
@@ -132,9 +143,22 @@ class Conversation:
             return Answer(None, self._tokenizer.decode(turn.answer))
         return self._tokenizer.split_answer(turn.opening + turn.answer)
 
-    def take_back(self) -> str | None:
-        """Remove the last turn and return what the person said in it, to be asked again; None where there is none."""
-        return self.turns.pop().user if self.turns else None
+    @contextlib.contextmanager
+    def take_back(self) -> Iterator[str | None]:
+        """Without the last turn: what the person said in it, to be asked again; None where there is none.
+
+        The turn returns at the end where no new one has taken its place.
+        """
+        if not self.turns:
+            yield None
+            return
+        turn = self.turns.pop()
+        before = self.turns[-1] if self.turns else None
+        try:
+            yield turn.user
+        finally:
+            if not self.turns or self.turns[-1] is before:
+                self.turns.append(turn)
 
     def _begin(self, sampler: Sampling, limit: int | None, stats: Stats | None) -> Sequence:
         def refill(answer: list[int]) -> list[int] | None:

@@ -204,8 +204,9 @@ class Repl:
             console.print_error(str(error), error.hint)
 
     def help(self, _: str) -> bool:
+        width = max(map(len, HELP))
         for name, what in HELP.items():
-            console.note(f"  {name:<14} {what}")
+            console.note(f"  {name:<{width}}  {what}")
         console.note("  A line that ends in \\ goes on in the next. Ctrl-C stops an answer.")
         return True
 
@@ -220,11 +221,18 @@ class Repl:
         return True
 
     def think(self, text: str) -> bool:
+        from cext.tokenizer import TokenizerError
+
         conversation, word = self.chat.conversation, text.strip().lower()
         if self.chat.raw:
             console.note("--raw has no chat template, which is what switches reasoning")
         elif word in ("on", "off", "auto"):
-            conversation.thinking = None if word == "auto" else word == "on"
+            try:
+                conversation.thinking = None if word == "auto" else word == "on"
+            except TokenizerError as error:
+                console.print_error(str(error), error.hint.replace("--think", "/think"))
+        elif word:
+            console.note(f"/think takes on, off or auto, and not {text.strip()}")
         else:
             console.note({None: "auto", True: "on", False: "off"}[conversation.thinking])
         return True
@@ -234,20 +242,19 @@ class Repl:
         return True
 
     def retry(self, _: str) -> bool:
-        text = self.chat.conversation.take_back()
-        if text is None:
-            console.note("nothing to answer again yet")
-        else:
-            self.answer(text)
+        with self.chat.conversation.take_back() as text:
+            if text is None:
+                console.note("nothing to answer again yet")
+            else:
+                self.answer(text)
         return True
 
     def stats(self, _: str) -> bool:
         conversation = self.chat.conversation
         n = len(conversation.turns)
+        n_used = conversation.n_used if n else 0  # the cache may still hold what is forgotten
         self.chat.tell_stats()
-        console.note(
-            f"{n} turn{'s' if n != 1 else ''}, {conversation.n_used} of {conversation.n_ctx} tokens of context", "dim"
-        )
+        console.note(f"{n} turn{'s' if n != 1 else ''}, {n_used} of {conversation.n_ctx} tokens of context", "dim")
         return True
 
     def leave(self, _: str) -> bool:

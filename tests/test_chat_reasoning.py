@@ -74,7 +74,7 @@ def test_a_model_without_the_switch_says_so(folder: Path) -> None:
     plain = write(folder / "plain.gguf", V2_TEMPLATE)
     result = dsv2("chat", plain, "-p", "Hi", "-n", "2", "--think", "on")
     assert result.returncode == 1 and "cannot switch reasoning on: it knows no reasoning" in result.stderr
-    assert "hint: leave --think at auto" in result.stderr and "template" in result.stderr
+    assert "hint: --think auto leaves that to the template" in result.stderr and "template" in result.stderr
     assert dsv2("chat", plain, "-p", "Hi", "-n", "2", "--think", "off").returncode == 0
 
 

@@ -347,7 +347,7 @@ def test_a_conversation(model: Path, tmp_path: Path) -> None:
         screen.type("/clear\n")
         at = screen.wait_for("\n> $", at)
         screen.type("/stats\n")
-        at = screen.wait_for("0 turns(.|\n)*> $", at)
+        at = screen.wait_for("0 turns, 0 of 4096 tokens of context\n> $", at)
         screen.type("/help\n")
         at = screen.wait_for("/retry +answer the last message again", at)
         screen.type("/exit\n")

@@ -125,6 +125,43 @@ def test_bytes_that_are_no_text_are_refused_and_the_talk_goes_on(model: Path, tm
         screen.wait_for(r"\(stopped after 4 tokens: -n\)\n> $", at)
 
 
+def test_a_retry_that_is_refused_keeps_the_turn(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path, "-c", "256") as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        at = screen.wait_for(r"-n\)\n> $", at)
+        screen.type(f"/system {'zx' * 150}\n/retry\n")
+        at = screen.wait_for(r"do not fit in a context of 256(.|\n)*> $", at)
+        screen.type("/stats\n")
+        at = screen.wait_for(r"1 turn, \d+ of 256", at)
+        screen.type("/system none\n/retry\n")
+        screen.wait_for(r"/retry\n(.|\n)*-n\)\n> $", at)
+
+
+def test_reasoning_that_the_template_does_not_know(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("/think on\n")
+        at = screen.wait_for(r"error:.*cannot switch reasoning on(.|\n)*hint: /think auto(.|\n)*> $", at)
+        screen.type("/think\n")
+        at = screen.wait_for(r"/think\nauto\n> $", at)
+        screen.type("/think maybe\n")
+        at = screen.wait_for(r"/think takes on, off or auto, and not maybe\n> $", at)
+        screen.type("Hi\n")
+        screen.wait_for(r"-n\)\n> $", at)
+    with talk(model, tmp_path, "--think", "on") as screen:
+        assert screen.exit_code() == 1 and re.search(r"reasoning on(.|\n)*hint: --think auto", screen.text)
+
+
+def test_the_list_of_commands_is_aligned(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("/help\n")
+        end = screen.wait_for(r"stops an answer\.\n> $", at)
+        lines = re.findall(r"^  (/\S+(?: \S+)?  +)\S", screen.text[at:end], re.MULTILINE)
+        assert len(lines) == 7 and len({len(line) for line in lines}) == 1
+
+
 @pytest.mark.parametrize("name", ["dumb", "", "unknown"])
 def test_terminals_that_obey_nothing(name: str, model: Path, tmp_path: Path) -> None:
     with talk(model, tmp_path, TERM=name) as screen:
