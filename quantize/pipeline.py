@@ -34,7 +34,7 @@ from quantize.meter import Meter, OnProgress
 from quantize.report import Report
 from quantize.source.card import model_name
 from quantize.source.checkpoint import Checkpoint
-from quantize.write.journal import Journal, written_as
+from quantize.write.journal import Journal, check_output, written_as
 from quantize.write.writer import Writer, header_bytes
 
 
@@ -54,6 +54,7 @@ def quantize(
     this thread. Raises QuantizeError, of one of its kinds.
     """
     options, out = options or Options(), written_as(out)
+    check_output(out, (Path(source), *options.calibration))
     heap.map_large()
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder, employed(encoder):
         plan = make_plan(checkpoint, options)

@@ -85,7 +85,8 @@ class SurveyStage:
         journal, n_layer = self.job.journal, self.arch.n_layer
         start = next((il for il in range(n_layer, -1, -1) if journal.get_arrays(INPUTS.format(il))), -1)
         if start > 0:
-            self.job.say(f"continuing the survey of what each type costs at layer {start + 1} of {n_layer}")
+            place = f"layer {start + 1} of {n_layer}" if start < n_layer else "the head"
+            self.job.say(f"continuing the survey of what each type costs at {place}")
         if start < 0:
             ids = self.windows.reshape(-1)
             journal.put_arrays(INPUTS.format(0), {"x": self.job.rows(self.plan.outside["token_embd"], ids)})

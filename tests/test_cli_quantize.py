@@ -83,6 +83,10 @@ def test_heatmap(tmp_path: Path, made: tuple[Path, str], source: Path) -> None:
     assert dsv2("quantize", source, "-o", plain, "--type", "f16", "--no-evaluate", "-q").returncode == 0
     assert_fails(dsv2("inspect", plain, "--heatmap", tmp_path / "v.png"), 2, "does not say", "dsv2.expert_usage")
     assert_fails(dsv2("inspect", made[0], "--heatmap", tmp_path / "no" / "v.png"), 1, "No such file")
+    forgotten = tmp_path / "m.gguf"
+    forgotten.write_bytes(b"a model")
+    assert_fails(dsv2("inspect", made[0], "--heatmap", forgotten), 2, "is no PNG", "--heatmap usage.png")
+    assert forgotten.read_bytes() == b"a model"
     with terminal("inspect", made[0], COLORTERM="truecolor") as screen:
         screen.wait_for("▀{8}")
         assert screen.exit_code() == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quantize.base.errors import OutputError
-from quantize.write.journal import Journal, is_finished, work_folder
+from quantize.write.journal import Journal, check_output, is_finished, work_folder
 
 
 class Files:
@@ -202,6 +202,21 @@ def test_a_full_disk_leaves_the_record_that_was(tmp_path: Path, monkeypatch: pyt
             second.put("write/step-0", {"il": 1})
         assert second.get("write/step-0") == {"il": 0}
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_is_no_file_or_is_read_is_not_written_over(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="a device or pipe"):
+        check_output(tmp_path / "pipe", ())
+    checkpoint, text = tmp_path / "checkpoint", tmp_path / "text.txt"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    text.write_text("words")
+    (tmp_path / "link.gguf").symlink_to(text)
+    for out in (checkpoint / "model.safetensors", text, tmp_path / "link.gguf"):
+        with pytest.raises(OutputError, match="this run reads"):
+            check_output(out, (checkpoint, text))
+    check_output(checkpoint / "new.gguf", (checkpoint, text))
 
 
 def test_finished_is_a_file_and_a_folder_without_part(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def draw(found: Anatomy, path: Path) -> None:
             f"`{found.path}` does not say how often its experts were used",
             "only files that dsv2 quantize calibrated do: heatmaps need the key dsv2.expert_usage",
         )
+    if path.exists() and path.suffix.lower() != ".png":
+        raise UsageError(f"`{path}` exists and is no PNG", "--heatmap takes the picture's name: --heatmap usage.png")
     figures.write_png(path, usage, f"{found.name}: tokens that chose each expert; rows are layers, columns experts")
     console.note(f"wrote {path}")
 

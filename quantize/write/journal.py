@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -60,6 +60,21 @@ class Sources(Protocol):
 def written_as(out: str | os.PathLike[str]) -> Path:
     """The file that writing out makes: where it is a link, what that leads to, on whose disk the room was meant."""
     return Path(os.path.realpath(out)) if os.path.islink(out) else Path(out)  # noqa: PTH114
+
+
+def check_output(out: Path, read: Iterable[Path]) -> None:
+    """Whether out may be written, and replaced where it exists: a file that is none of those that the run reads, given
+    by name or by their folder. OutputError."""
+    if out.is_dir():
+        raise OutputError(f"`{out}` is a folder", "name the file: -o model.gguf")
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise OutputError(f"`{out}` is a device or pipe, not a file", "name the file: -o model.gguf")
+    for path in read:
+        for file in path.iterdir() if path.is_dir() else (path,):
+            if file.exists() and file.samefile(out):
+                raise OutputError(f"`{out}` is a file that this run reads", "name another with -o")
 
 
 def work_folder(out: Path) -> Path:
@@ -343,8 +358,7 @@ _LOCKING = threading.Lock()
 
 def _lock(out: Path, folder: Path) -> int:
     """The lock of the folder, which is made where it is missing: an open file."""
-    if out.is_dir():
-        raise OutputError(f"`{out}` is a folder", "name the file: -o model.gguf")
+    check_output(out, ())
     if not out.parent.is_dir():
         raise OutputError(f"`{out.parent}`: no such folder", f"mkdir -p {out.parent}")
     path = folder / LOCK_NAME

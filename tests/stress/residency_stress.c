@@ -144,7 +144,7 @@ static void take_off(ds_core *core) {
 /* A prompt of which all logits are wanted, then single tokens: logits (N_CTX, n_vocab). */
 static ds_status run(ds_core *core, float *logits, ds_error *err) {
     const ds_config *c = &core->config;
-    const ds_kv_rows latent = {c->kv_lora_rank, c->rope_dim, 1};
+    const ds_cache_rows latent = {c->kv_lora_rank, c->rope_dim, 1};
     int32_t ids[N_CTX], rows[N_CTX];
     ds_kv_store store;
     ds_kv kv;
