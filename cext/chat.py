@@ -321,7 +321,7 @@ class _Assembly:
                     raise TokenizerError(
                         f"`{self._tokenizer.path}`: the chat template makes the control token {match[0]} in a way that"
                         " cannot be told from typed text",
-                        "the template is part of the file",
+                        "the template is part of the file: another file of the model may have one that can be followed",
                     )
         self._ids += self._tokenizer.encode(self._text)
         self._text, self._origins = "", array("I")

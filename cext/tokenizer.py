@@ -182,7 +182,7 @@ class Tokenizer:
         if wrong := self._spelt(ids):
             raise TokenizerError(
                 f"`{self.path}`: the vocabulary marks {wrong[0]!r}, ordinary text, as control token",
-                "the file is damaged",
+                "the file is damaged, or its converter was: take another file of the model",
             )
         return ids
 

@@ -60,7 +60,7 @@ def read(path: str) -> Vocabulary:
             raise TokenizerError(f"`{path}` has {what}, expected byte-pair encoding (gpt2)")
         tokens = metadata.get("tokenizer.ggml.tokens")
         if tokens is None:
-            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is missing", "a file without its vocabulary")
+            raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is missing", "take a file that holds the vocabulary")
         if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
             raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is not a list of strings")
         if len(set(tokens)) != len(tokens):
