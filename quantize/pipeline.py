@@ -34,6 +34,7 @@ from quantize.meter import Meter, OnProgress
 from quantize.report import Report
 from quantize.source.card import model_name
 from quantize.source.checkpoint import Checkpoint
+from quantize.source.files import is_companion
 from quantize.write.journal import Journal, check_output, written_as
 from quantize.write.writer import Writer, header_bytes
 
@@ -54,9 +55,9 @@ def quantize(
     this thread. Raises QuantizeError, of one of its kinds.
     """
     options, out = options or Options(), written_as(out)
-    check_output(out, (Path(source), *options.calibration))
     heap.map_large()
     with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder, employed(encoder):
+        check_output(out, (*_read_from(checkpoint.path), *options.calibration))
         plan = make_plan(checkpoint, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
@@ -70,6 +71,12 @@ def quantize(
             if journal.kept:
                 say(f"the {' and the '.join(journal.kept)} of an earlier run is gone on from")
             return _run(Job(plan, journal, encoder, meter, say), budget, room(plan, budget, n_header), out)
+
+
+def _read_from(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that are its own: a GGUF that was written into it is none of them."""
+    names = (path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
+    return [path for path in names if path.suffix == ".safetensors" or is_companion(path.name)]
 
 
 def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def test_json_is_the_report(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
     result = dsv2("quantize", source, "-o", out, "--type", "q4_0", "--calibration", text, "--no-awq", "--json")
     assert json.loads(result.stdout) == json.loads(out.with_name("m.gguf.report.json").read_text(encoding="utf-8"))
+
+
+def test_the_checkpoint_is_not_written_over(tmp_path: Path, source: Path) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "checkpoint"))
+    weights = next(folder.glob("*.safetensors"))
+    before = weights.read_bytes()
+    command = ("quantize", folder, "--type", "q8_0", "--no-evaluate", "--force", "-o")
+    assert_fails(dsv2(*command, weights), 1, "is a file that this run reads", "-o")
+    assert weights.read_bytes() == before
+    for _ in range(2):
+        assert dsv2(*command, folder / "m.gguf").returncode == 0
 
 
 def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:

@@ -215,8 +215,9 @@ def test_what_is_no_file_or_is_read_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(text)
     for out in (checkpoint / "model.safetensors", text, tmp_path / "link.gguf"):
         with pytest.raises(OutputError, match="this run reads"):
-            check_output(out, (checkpoint, text))
-    check_output(checkpoint / "new.gguf", (checkpoint, text))
+            check_output(out, (checkpoint / "model.safetensors", text))
+    (checkpoint / "new.gguf").write_bytes(b"made before")
+    check_output(checkpoint / "new.gguf", (checkpoint / "model.safetensors", text))
 
 
 def test_finished_is_a_file_and_a_folder_without_part(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def written_as(out: str | os.PathLike[str]) -> Path:
 
 
 def check_output(out: Path, read: Iterable[Path]) -> None:
-    """Whether out may be written, and replaced where it exists: a file that is none of those that the run reads, given
-    by name or by their folder. OutputError."""
+    """Whether out may be written, and replaced where it exists: a file that is none of those that the run reads.
+    OutputError."""
     if out.is_dir():
         raise OutputError(f"`{out}` is a folder", "name the file: -o model.gguf")
     if not out.exists():
@@ -72,9 +72,8 @@ def check_output(out: Path, read: Iterable[Path]) -> None:
     if not out.is_file():
         raise OutputError(f"`{out}` is a device or pipe, not a file", "name the file: -o model.gguf")
     for path in read:
-        for file in path.iterdir() if path.is_dir() else (path,):
-            if file.exists() and file.samefile(out):
-                raise OutputError(f"`{out}` is a file that this run reads", "name another with -o")
+        if path.exists() and path.samefile(out):
+            raise OutputError(f"`{out}` is a file that this run reads", "name another with -o")
 
 
 def work_folder(out: Path) -> Path:
