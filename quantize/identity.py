@@ -2,7 +2,7 @@
 changes.
 
 Nothing else is in it: a comment edited, a checkpoint moved, another number of threads give the same bytes. The code's
-part is a number, NUMERICS, which whoever changes what is computed raises: tests/test_numerics.py tells when.
+part is a number, NUMERICS, which whoever changes what is computed raises: tests/quantiser/test_numerics.py tells when.
 """
 
 from __future__ import annotations

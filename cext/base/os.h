@@ -1,6 +1,6 @@
 /* os.h: all that the engine asks of an operating system, named once. os_posix.c answers for any POSIX system, os_linux.c
  * and os_apple.c what these two have of their own; another system is another file. Nothing above includes a system's
- * headers (tests/test_layout.py). */
+ * headers (tests/house/test_layout.py). */
 #pragma once
 
 #include <pthread.h>

@@ -1,6 +1,6 @@
 """What each part of the quantiser gives: size, perplexity and divergence of a checkpoint's files, as CSV.
 
-    python tests/bench_quality.py CHECKPOINT TEXT [-o FILE] [--type q4_k_m]... [--windows 24] [--variant NAME]...
+    python tests/bench/bench_quality.py CHECKPOINT TEXT [-o FILE] [--type q4_k_m]... [--windows 24] [--variant NAME]...
 
 Each file is decoded by gguf-py into transformers' model and compared with the checkpoint itself on the first windows of
 512 tokens of TEXT, each begun with BOS, its first 128 tokens not scored: KLD in nats a token, with its standard error

@@ -1,6 +1,7 @@
 """Prompt lookup on real edits: the time to write a file anew after its old version, with drafts and without, as CSV.
 
-    python tests/bench_lookup.py MODEL.gguf OLD:NEW [OLD:NEW]... [--lookup 0,3,7] [--limit N] [--rounds N] [-o FILE]
+    python tests/bench/bench_lookup.py MODEL.gguf OLD:NEW [OLD:NEW]... [--lookup 0,3,7] [--limit N]
+        [--rounds N] [-o FILE]
 
 What is written is given: the engine evaluates the steps that a model would which writes exactly NEW, so the figure is
 of the engine and of the text, whatever the weights. The settings take turns, round by round; a ratio is to the first

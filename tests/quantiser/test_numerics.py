@@ -1,8 +1,8 @@
 """quantize.identity.NUMERICS: the bytes of a tiny model under known arithmetic, as they were recorded.
 
 A failure means that bytes changed: where that is meant, raise NUMERICS, so that no run is gone on with that began under
-the old one, and record anew: python tests/test_numerics.py. Other libraries or another processor may give other bytes,
-which says nothing: each kind of arithmetic has a record of its own, and those without one are skipped.
+the old one, and record anew: python tests/quantiser/test_numerics.py. Other libraries or another processor may give
+other bytes, which says nothing: each kind of arithmetic has a record of its own, and those without one are skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-RECORDS = Path(__file__).parent / "golden" / "numerics.json"
-ROOT = Path(__file__).resolve().parents[1]
+RECORDS = Path(__file__).parents[1] / "golden" / "numerics.json"
+ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, dict[str, Any]] = {
     "types by survey": {"type": "q3_k_m"},
     "a plain mix": {"type": "q4_k_m", "plain_mix": True, "sequential": False},
@@ -83,7 +83,7 @@ def test_bytes_are_those_of_their_version() -> None:
     recorded = known().get(key(made["numerics"]))
     if recorded is None:
         pytest.skip(f"nothing is recorded for this arithmetic: {without_version(made['numerics'])}")
-    assert made["numerics"] == recorded["numerics"], "NUMERICS was raised: record anew, python tests/test_numerics.py"
+    assert made["numerics"] == recorded["numerics"], f"NUMERICS was raised: record anew, python {__file__}"
     assert made["sha256"] == recorded["sha256"], "bytes changed: raise NUMERICS"
 
 

@@ -1,6 +1,6 @@
 """Peak memory and speed of dsv2 quantize on a synthetic checkpoint of real width.
 
-    python tests/bench_memory.py --model lite --layers 27 --folder /big/disk
+    python tests/bench/bench_memory.py --model lite --layers 27 --folder /big/disk
 
 Writes a bf16 checkpoint of the model's shapes (V2-Lite's 27 layers: 31 GB) into the folder, quantises it in a process
 of its own, prints one line, and removes what it wrote. Weights are random, drawn from a pool that repeats: the pages
@@ -22,6 +22,8 @@ import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from typing import Any
 
 import numpy as np

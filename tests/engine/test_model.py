@@ -10,7 +10,7 @@ from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, gguf_tensors, spec_named
 
 import cext
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 # The engine works in float32. A product of k terms errs by about sqrt(k) 2^-24 of its size; k is at most 128 here and
 # the longest path to a logit has 3 layers of 6 products: 18 sqrt(128) 2^-24 = 1.2e-5 of the logits' range.
 FLOAT32 = 1.2e-5

@@ -1,6 +1,7 @@
 """Attention alone: milliseconds a layer for decode and prefill by depth, cache type and instruction set, as CSV.
 
-    python tests/bench_attention.py [-o FILE] [--shape lite|236b] [--threads N] [--isa NAME]... [--kv TYPE]... [--cpu]
+    python tests/bench/bench_attention.py [-o FILE] [--shape lite|236b] [--threads N] [--isa NAME]...
+        [--kv TYPE]... [--cpu]
 
 The model is one dense layer of random Q8_0 weights with DeepSeek-V2's attention and a narrow everything else (hidden
 256, feed-forward 64), so that a step is its attention, the projections of q, kv and the heads included. A figure is the
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gguf
 import numpy as np

@@ -1,6 +1,6 @@
 """Products with every format, on one thread: operations and bytes a second by instruction set and tokens, as CSV.
 
-    python tests/bench_kernels.py [-o FILE] [--format NAME]... [--isa NAME]... [--tokens N]... [--rounds N]
+    python tests/bench/bench_kernels.py [-o FILE] [--format NAME]... [--isa NAME]... [--tokens N]... [--rounds N]
 
 A product is one expert's matrix (1408 rows of 2048 values) with N tokens; the experts take turns, more of them than a
 cache holds, so that their weights come from memory as in a model. Rounds go over all cases in turn, because a machine's
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import llama_cpp
 import numpy as np

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "cext"
 
 PYTHON_ROOMS = {"cext": {"cext"}, "quantize": {"quantize", "cext"}, "dsv2cli": {"dsv2cli", "quantize", "cext"}}

@@ -11,7 +11,7 @@ from ref.rope import frequencies, rotate, yarn_ramp
 from ref.router import route_sigmoid, route_softmax
 from support.tiny import SPECS, TWO_MSCALES, Checkpoint, gguf_metadata, gguf_tensors, tokens, variant, write_gguf
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 # transformers works in float32: 2^-24 a rounding, a few hundred roundings deep, relative to the logits' range.
 FLOAT32 = 3e-6
 

@@ -1,9 +1,9 @@
 """Speed against context, dsv2 beside llama.cpp: a CSV of every figure, a Markdown table, a plot.
 
-    python tests/bench_context.py MODEL.gguf -o speed.csv --plot speed.svg
-    python tests/bench_context.py MODEL.gguf --depths 0,1024,4096,16384,131072 --llama-depth 16384 --threads 1,2
-    python tests/bench_context.py MODEL.gguf --engines dsv2 --depths 0 --sequences 1,4,16
-    python tests/bench_context.py --read speed.csv --plot speed.svg      # table and plot of figures taken before
+    python tests/bench/bench_context.py MODEL.gguf -o speed.csv --plot speed.svg
+    python tests/bench/bench_context.py MODEL.gguf --depths 0,1024,4096,16384,131072 --llama-depth 16384 --threads 1,2
+    python tests/bench/bench_context.py MODEL.gguf --engines dsv2 --depths 0 --sequences 1,4,16
+    python tests/bench/bench_context.py --read speed.csv --plot speed.svg      # table and plot of figures taken before
 
 Method. Each engine runs in a process of its own with the model loaded once, on random tokens. Every setting of every
 engine (dsv2 with its caches; llama.cpp with and without flash attention, an f16 cache, repacked weights) runs in turn,

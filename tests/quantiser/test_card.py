@@ -13,7 +13,7 @@ import cext
 import quantize
 from quantize.source.card import front_matter, model_name, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CARD = """---
 license: other  # see below
 license_name: "deepseek"

@@ -15,7 +15,7 @@ from support.cli import environment
 from support.gguf_bytes import tiny_model
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-SHIM = Path(__file__).parent / "support" / "machine.c"
+SHIM = Path(__file__).parents[1] / "support" / "machine.c"
 COUNT = "import sys, cext; print(cext.cores(), cext.Model(sys.argv[1]).threads)"
 
 pytestmark = [
