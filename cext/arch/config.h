@@ -28,10 +28,11 @@ typedef struct ds_config {
     char arch[DS_MAX_NAME], name[DS_MAX_NAME];
     ds_attention_id attention;
     int n_layer; /* of the model proper: blocks of a draft head (multi-token prediction) come after them and are not run */
-    int n_ctx_train, n_embd, n_vocab, n_head;
-    int q_lora_rank; /* 0: q comes straight from the hidden state */
-    int kv_lora_rank; /* width of the latent c_kv */
+    int n_ctx_train, n_embd, n_vocab;
+    int n_head, n_head_kv; /* of queries, and of what is cached of keys and values: each serves n_head / n_head_kv */
     int nope_dim, rope_dim, v_dim; /* per head: q and k without and with position, and the value */
+    int q_lora_rank; /* latent: 0: q comes straight from the hidden state */
+    int kv_lora_rank; /* latent: width of the latent c_kv */
     int n_ff_dense, n_layer_dense; /* the leading layers with one plain feed-forward */
     int n_expert, n_expert_used, n_expert_shared, n_ff_expert;
     int n_group, n_group_used; /* 1 and 1 where experts are not grouped */
@@ -51,4 +52,7 @@ typedef struct ds_config {
 ds_status ds_config_read(const ds_gguf *gguf, ds_source source, ds_config *out, ds_error *err);
 
 static inline int ds_qk_dim(const ds_config *c) { return c->nope_dim + c->rope_dim; }
-static inline int ds_kv_width(const ds_config *c) { return c->kv_lora_rank + c->rope_dim; }
+/* Heads of queries that share a head of keys and values. */
+static inline int ds_head_share(const ds_config *c) { return c->n_head / c->n_head_kv; }
+/* Of the latent kind: a latent and its rotary key. */
+static inline int ds_latent_width(const ds_config *c) { return c->kv_lora_rank + c->rope_dim; }

@@ -12,6 +12,7 @@ static void read_widths(ds_reader *r, ds_config *c) {
     bool latent = ds_read_present(r, "attention.key_length_mla");
     int qk;
     c->n_head = ds_read_int(r, "attention.head_count", 1, 65536, -1);
+    c->n_head_kv = 1; /* one latent for all; what head_count_kv says differs between the forms of files */
     c->q_lora_rank = ds_read_int(r, "attention.q_lora_rank", 0, DS_MAX_WIDTH, 0);
     c->kv_lora_rank = ds_read_int(r, "attention.kv_lora_rank", 1, 65536, -1);
     c->rope_dim = ds_read_int(r, "rope.dimension_count", 2, 65536, -1);
@@ -24,7 +25,7 @@ static void read_widths(ds_reader *r, ds_config *c) {
     }
     ds_read_product(r, "heads times their query width", c->n_head, ds_qk_dim(c));
     ds_read_product(r, "heads times their value width", c->n_head, c->v_dim);
-    ds_read_product(r, "heads times the cached width", c->n_head, ds_kv_width(c));
+    ds_read_product(r, "heads times the cached width", c->n_head, ds_latent_width(c));
     ds_read_product(r, "heads times the width of a key and a value", c->n_head, c->nope_dim + c->v_dim);
 }
 
@@ -67,19 +68,19 @@ static void bind_kv_b(ds_binder *b, ds_layer *l, int il) {
     char name[DS_MAX_NAME];
     snprintf(name, sizeof name, "blk.%d.attn_k_b.weight", il);
     if (b->status == DS_OK && b->source.find(b->source.ctx, name)) {
-        l->k_b = ds_bind_heads(b, c->nope_dim, c->kv_lora_rank, "attn_k_b", il);
-        l->v_b = ds_bind_heads(b, c->kv_lora_rank, c->v_dim, "attn_v_b", il);
+        l->latent.k_b = ds_bind_heads(b, c->nope_dim, c->kv_lora_rank, "attn_k_b", il);
+        l->latent.v_b = ds_bind_heads(b, c->kv_lora_rank, c->v_dim, "attn_v_b", il);
         return;
     }
     ds_mat kv_b =
         ds_bind_matrix(b, true, c->kv_lora_rank, (int64_t)c->n_head * head_rows, 1, "blk.%d.attn_kv_b.weight", il);
     if (!kv_b.data) return;
-    l->k_b = transpose_k_b(b, &kv_b, head_rows);
-    l->v_b = kv_b;
-    l->v_b.data += (size_t)c->nope_dim * kv_b.row_bytes;
-    l->v_b.rows = c->v_dim;
-    l->v_b.n = c->n_head;
-    l->v_b.stride = (size_t)head_rows * kv_b.row_bytes;
+    l->latent.k_b = transpose_k_b(b, &kv_b, head_rows);
+    l->latent.v_b = kv_b;
+    l->latent.v_b.data += (size_t)c->nope_dim * kv_b.row_bytes;
+    l->latent.v_b.rows = c->v_dim;
+    l->latent.v_b.n = c->n_head;
+    l->latent.v_b.stride = (size_t)head_rows * kv_b.row_bytes;
 }
 
 static void bind_layer(ds_binder *b, ds_layer *l, int il) {
@@ -87,14 +88,14 @@ static void bind_layer(ds_binder *b, ds_layer *l, int il) {
     int64_t q_rows = (int64_t)c->n_head * ds_qk_dim(c);
     l->attn_norm = ds_bind_vector(b, true, c->n_embd, "blk.%d.attn_norm.weight", il);
     if (c->q_lora_rank) {
-        l->q_a = ds_bind_matrix(b, true, c->n_embd, c->q_lora_rank, 1, "blk.%d.attn_q_a.weight", il);
-        l->q_a_norm = ds_bind_vector(b, true, c->q_lora_rank, "blk.%d.attn_q_a_norm.weight", il);
+        l->latent.q_a = ds_bind_matrix(b, true, c->n_embd, c->q_lora_rank, 1, "blk.%d.attn_q_a.weight", il);
+        l->latent.q_a_norm = ds_bind_vector(b, true, c->q_lora_rank, "blk.%d.attn_q_a_norm.weight", il);
         l->q = ds_bind_matrix(b, true, c->q_lora_rank, q_rows, 1, "blk.%d.attn_q_b.weight", il);
     } else {
         l->q = ds_bind_matrix(b, true, c->n_embd, q_rows, 1, "blk.%d.attn_q.weight", il);
     }
-    l->kv_a = ds_bind_matrix(b, true, c->n_embd, ds_kv_width(c), 1, "blk.%d.attn_kv_a_mqa.weight", il);
-    l->kv_a_norm = ds_bind_vector(b, true, c->kv_lora_rank, "blk.%d.attn_kv_a_norm.weight", il);
+    l->latent.kv_a = ds_bind_matrix(b, true, c->n_embd, ds_latent_width(c), 1, "blk.%d.attn_kv_a_mqa.weight", il);
+    l->latent.kv_a_norm = ds_bind_vector(b, true, c->kv_lora_rank, "blk.%d.attn_kv_a_norm.weight", il);
     bind_kv_b(b, l, il);
     l->o = ds_bind_matrix(b, true, (int64_t)c->n_head * c->v_dim, c->n_embd, 1, "blk.%d.attn_output.weight", il);
 }

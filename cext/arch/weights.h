@@ -11,16 +11,23 @@ typedef struct ds_experts {
     ds_mat down;     /* n_expert x (n_embd, n_ff_expert) */
 } ds_experts;
 
+/* Keys and values of the latent kind (latent.c), and its queries' down-projection. */
+typedef struct ds_latent_weights {
+    const float *q_a_norm;  /* (q_lora_rank) or NULL */
+    const float *kv_a_norm; /* (kv_lora_rank) */
+    ds_mat q_a;             /* (q_lora_rank, n_embd) */
+    ds_mat kv_a;            /* (kv_lora_rank + rope_dim, n_embd) */
+    ds_mat k_b; /* n_head x (kv_lora_rank, nope_dim): W_uk transposed, so that q absorbs it as a plain product */
+    ds_mat v_b; /* n_head x (v_dim, kv_lora_rank): W_uv */
+} ds_latent_weights;
+
 typedef struct ds_layer {
     const float *attn_norm, *ffn_norm; /* (n_embd) */
-    const float *q_a_norm;             /* (q_lora_rank) or NULL */
-    const float *kv_a_norm;            /* (kv_lora_rank) */
-    ds_mat q;      /* (n_head * qk_dim, n_embd), or (.., q_lora_rank) behind q_a */
-    ds_mat q_a;    /* (q_lora_rank, n_embd) */
-    ds_mat kv_a;   /* (kv_lora_rank + rope_dim, n_embd) */
-    ds_mat k_b;    /* n_head x (kv_lora_rank, nope_dim): W_uk transposed, so that q absorbs it as a plain product */
-    ds_mat v_b;    /* n_head x (v_dim, kv_lora_rank): W_uv */
-    ds_mat o;      /* (n_embd, n_head * v_dim) */
+    ds_mat q; /* (n_head * qk_dim, n_embd), or (.., q_lora_rank) behind a latent's q_a */
+    ds_mat o; /* (n_embd, n_head * v_dim) */
+    union { /* by the model's kind of attention */
+        ds_latent_weights latent;
+    };
     ds_mat gate, up, down;                /* dense layers */
     ds_mat router;                        /* (n_expert, n_embd) */
     const float *router_bias;             /* (n_expert) or NULL */

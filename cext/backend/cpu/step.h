@@ -6,14 +6,9 @@
 #pragma once
 
 #include "backend/backend.h"
-#include "backend/cpu/attend.h"
+#include "backend/cpu/carve.h"
 #include "backend/cpu/mul.h"
 #include "base/pool.h"
-
-/* A packed activation per kind; NULL where no product of the phase takes that kind. */
-typedef struct ds_act {
-    void *pack[DS_ACT_COUNT];
-} ds_act;
 
 /* A layer's plan, and where the rows of each active expert lie in the packs of its inputs and of its hidden rows. */
 typedef struct ds_moe_room {
@@ -22,32 +17,31 @@ typedef struct ds_moe_room {
 } ds_moe_room;
 
 typedef struct ds_lane_scratch {
-    float *x, *xn, *q_a; /* one token's rows (n_embd), (n_embd), (q_lora_rank) */
+    float *x, *xn; /* (n_embd) one token's rows */
     float *hidden; /* (max of the feed-forward widths) one token's */
     float *hidden_exps; /* (n_expert_used, n_ff_expert) one token's */
     float *logits, *select; /* (n_expert) one token's router logits, and the scores to select by */
-    ds_act act_x, act_q, act_heads, act_hidden, act_experts; /* one token */
-    ds_act act_nope, act_latent; /* (n_tok, nope_dim), (n_tok, kv_lora_rank): one head's rows */
+    ds_act act_x, act_heads, act_hidden, act_experts; /* one token */
     float *groups; /* (n_group) their scores */
     ds_moe_room moe; /* one token */
     int32_t *ids; /* (n_expert_used) */
     float *weights; /* (n_expert_used) */
     ds_job *jobs; /* (2 * n_expert + 4) */
-    ds_attend_lane attend;
+    void *attention; /* what its kind takes: lane_room of attention.h */
 } ds_lane_scratch;
 
 typedef struct ds_scratch {
     float *x, *xn, *y; /* (n_tok, n_embd) */
     float *rope; /* (n_tok, rope_dim): cos, sin pairs */
-    float *q_a, *kv_a, *q; /* (n_tok, q_lora_rank), (n_tok, kv width), (n_tok, n_head * qk_dim) */
-    ds_attend_room attend;
+    float *q; /* (n_tok, n_head * qk_dim) */
+    void *attention; /* what its kind takes: room of attention.h */
     float *heads; /* (n_tok, n_head * v_dim) */
     float *router; /* (n_tok, n_expert) */
     int32_t *ids; /* (n_tok, n_expert_used) */
     float *weights; /* (n_tok, n_expert_used) */
     float *gate, *up; /* (n_tok, dense or shared width) */
     float *gate_exps, *up_exps, *out_exps; /* (n_slots, n_ff_expert) x 2, (n_slots, n_embd) */
-    ds_act act_x, act_q, act_heads, act_hidden, act_gathered, act_experts;
+    ds_act act_x, act_heads, act_hidden, act_gathered, act_experts;
     ds_moe_room moe;
     ds_lane_scratch *lanes; /* (n_threads) */
     int n_tok; /* what it was sized for */

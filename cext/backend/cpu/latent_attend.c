@@ -1,13 +1,14 @@
-/* attend.c: attention over the latent cache (DeepSeek-V2, section 2.1), by the cheaper of two routes. Knows no ISA.
+/* latent_attend.c: attention over the latent cache (DeepSeek-V2, section 2.1), by the cheaper of two routes. Knows no ISA.
  *
  * Absorbed: score_h = ((W_uk^T q_nope) . c_kv + q_pe . k_pe) * scale and o_h = W_uv sum_j p_j c_kv_j. All heads of a
  * token, and tokens of a sequence, are rows of one product with the cache; the positions are split among workers and
  * joined. Expanded: K = W_uk c_kv and V = W_uv c_kv are made block by block, once for all queries of a head. */
-#include "backend/cpu/attend.h"
+#include "backend/cpu/latent.h"
 
 #include <math.h>
 #include <string.h>
 
+#include "backend/cpu/attention.h"
 #include "backend/cpu/lane.h"
 
 /* Parts and expanded blocks begin where a block of the cache does. */
@@ -37,14 +38,14 @@ static group_shape shape_of(const ds_config *c) {
     return (group_shape){heads, (c->n_head + heads - 1) / heads, DS_GROUP_ROWS / heads};
 }
 
-static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) {
+static void group_span(const ds_step *s, ds_latent_plan *plan, int i, int *row) {
     const int n_head = s->config->n_head;
     const group_shape shape = shape_of(s->config);
     const ds_span *span = &s->spans[i];
     plan->routes[i].first_group = plan->n_groups;
     for (int t = 0; t < span->n; t += shape.tokens) {
         for (int head = 0; head < n_head; head += shape.heads) {
-            ds_attend_group g = {.span = i,
+            ds_latent_group g = {.span = i,
                                  .token = span->first + t,
                                  .n_tok = span->n - t < shape.tokens ? span->n - t : shape.tokens,
                                  .head = head,
@@ -58,14 +59,14 @@ static void group_span(const ds_step *s, ds_attend_plan *plan, int i, int *row) 
     }
 }
 
-void ds_attend_plan_step(const ds_step *s) {
-    ds_attend_plan *plan = &s->scratch->attend.plan;
+void ds_latent_plan_step(const ds_step *s) {
+    ds_latent_plan *plan = &ds_latent_room_of(s)->plan;
     int row = 0, slot = 0;
     plan->n_groups = plan->n_absorbed = plan->n_joined = plan->n_expanded_rows = 0;
     for (int i = 0; i < s->n_spans; i++) {
         const ds_span *span = &s->spans[i];
-        ds_attend_route *route = &plan->routes[i];
-        *route = (ds_attend_route){.absorb = absorbs(s->config, span)};
+        ds_latent_route *route = &plan->routes[i];
+        *route = (ds_latent_route){.absorb = absorbs(s->config, span)};
         plan->n_absorbed += route->absorb;
         if (route->absorb) {
             group_span(s, plan, i, &row);
@@ -78,7 +79,7 @@ void ds_attend_plan_step(const ds_step *s) {
         plan->n_joined += route->n_parts > 1;
     }
     for (int i = 0; i < plan->n_groups; i++) {
-        ds_attend_group *g = &plan->groups[i];
+        ds_latent_group *g = &plan->groups[i];
         /* Whatever the number of threads: results do not depend on it. */
         int n_pos = s->spans[g->span].pos + s->spans[g->span].n, most = (n_pos + DS_MIN_PART - 1) / DS_MIN_PART;
         int wanted = (DS_MAX_PARTS + plan->n_groups - 1) / plan->n_groups;
@@ -91,11 +92,11 @@ void ds_attend_plan_step(const ds_step *s) {
 /* ---- Absorbed ---- */
 
 /* Query row of a token's head: its group, and its place there. */
-static const ds_attend_group *group_of(const ds_step *s, int span, int t, int h, int *row) {
-    const ds_attend_plan *plan = &s->scratch->attend.plan;
+static const ds_latent_group *group_of(const ds_step *s, int span, int t, int h, int *row) {
+    const ds_latent_plan *plan = &ds_latent_room_of(s)->plan;
     const group_shape shape = shape_of(s->config);
     const int local = t - s->spans[span].first, block = local / shape.tokens * shape.blocks + h / shape.heads;
-    const ds_attend_group *g = &plan->groups[plan->routes[span].first_group + block];
+    const ds_latent_group *g = &plan->groups[plan->routes[span].first_group + block];
     *row = local % shape.tokens * g->n_heads + h - g->head;
     return g;
 }
@@ -106,13 +107,13 @@ static int key_tail(const ds_config *c, ds_row_kind kind) { return kind == DS_RO
 
 static ds_row_kind kind_of(const ds_step *s, int span) { return s->spans[span].kv->store->layouts[0].kind; }
 
-static void *pack_of(const ds_step *s, const ds_attend_group *g) {
-    return (char *)s->scratch->attend.queries + (size_t)g->row * ds_attend_query_bytes(s->config);
+static void *pack_of(const ds_step *s, const ds_latent_group *g) {
+    return (char *)ds_latent_room_of(s)->queries + (size_t)g->row * ds_latent_query_bytes(s->config);
 }
 
 /* The span behind the run of spans that begins with i and goes by the same route. */
 static int run_end(const ds_step *s, int i) {
-    const ds_attend_route *routes = s->scratch->attend.plan.routes;
+    const ds_latent_route *routes = ds_latent_room_of(s)->plan.routes;
     int end = i + 1;
     while (end < s->n_spans && routes[end].absorb == routes[i].absorb) end++;
     return end;
@@ -122,19 +123,20 @@ static int run_end(const ds_step *s, int i) {
 static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int end, int h) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    const size_t q_row = (size_t)c->n_head * (size_t)ds_qk_dim(c), lat_row = (size_t)c->n_head * (size_t)ds_kv_width(c);
+    const size_t q_row = (size_t)c->n_head * (size_t)ds_qk_dim(c),
+                 lat_row = (size_t)c->n_head * (size_t)ds_latent_width(c);
     const int t0 = s->spans[begin].first, n = s->spans[end - 1].first + s->spans[end - 1].n - t0;
-    const ds_act_kind kind = ds_format_get(l->k_b.format)->act;
+    const ds_act_kind kind = ds_format_get(l->latent.k_b.format)->act;
     const float *q = s->scratch->q + (size_t)t0 * q_row + (size_t)h * (size_t)ds_qk_dim(c);
-    float *out = s->scratch->attend.latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_kv_width(c);
-    void *pack = lane->own->act_nope.pack[kind];
+    float *out = ds_latent_room_of(s)->latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_latent_width(c);
+    void *pack = ds_latent_lane_of(lane)->act_nope.pack[kind];
     s->kern->act_pack(kind, 0, n, n, c->nope_dim, q, q_row, NULL, pack);
-    ds_job job = ds_cpu_job(&l->k_b, ds_mat_block(&l->k_b, h), pack, n, out, lat_row);
+    ds_job job = ds_cpu_job(&l->latent.k_b, ds_mat_block(&l->latent.k_b, h), pack, n, out, lat_row);
     s->kern->mul[job.format](&job.mul);
     for (int i = begin; i < end; i++) {
         for (int t = s->spans[i].first; t < s->spans[i].first + s->spans[i].n; t++, q += q_row, out += lat_row) {
             int row;
-            const ds_attend_group *g = group_of(s, i, t, h, &row);
+            const ds_latent_group *g = group_of(s, i, t, h, &row);
             memcpy(out + c->kv_lora_rank, q + c->nope_dim, (size_t)c->rope_dim * sizeof *out);
             ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, out + c->kv_lora_rank);
             s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out, c->attn_scale,
@@ -144,10 +146,10 @@ static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int e
 }
 
 /* One part of a group's positions: a running softmax into the part's m, l and acc. Parts begin at whole tiles. */
-static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, int part) {
+static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, int part) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    const ds_attend_room *room = &s->scratch->attend;
+    const ds_latent_room *room = ds_latent_room_of(s);
     const ds_kv *kv = s->spans[g->span].kv;
     const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
     const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
@@ -168,32 +170,19 @@ static void attend_part(const ds_lane *lane, int il, const ds_attend_group *g, i
         .l = room->l + slot,
         .acc = room->acc + slot * ld,
         .ld_acc = ld,
-        .scratch = lane->own->attend.scratch,
+        .scratch = ds_latent_lane_of(lane)->scratch,
     };
     for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
     memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);
     s->kern->attend(&job);
 }
 
-/* Join the parts of one query row, `stride` rows apart, into out (n). */
-static void join_parts(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l,
-                       const float *acc, size_t ld, int n, float *out) {
-    float top = -INFINITY, sum = 0;
-    for (int p = 0; p < n_parts; p++) top = fmaxf(top, m[(size_t)p * stride]);
-    for (int p = 0; p < n_parts; p++) sum += l[(size_t)p * stride] * exp2f(m[(size_t)p * stride] - top);
-    memset(out, 0, (size_t)n * sizeof *out);
-    for (int p = 0; p < n_parts; p++) {
-        const float weight = exp2f(m[(size_t)p * stride] - top) / sum;
-        if (weight != 0) kern->add_scaled(n, weight, acc + (size_t)p * stride * ld, out);
-    }
-}
-
 /* A query row's latent output, rotated back where the cache is. */
-static void latent_output(const ds_step *s, const ds_attend_group *g, int row, float *out) {
-    const ds_attend_room *room = &s->scratch->attend;
+static void latent_output(const ds_step *s, const ds_latent_group *g, int row, float *out) {
+    const ds_latent_room *room = ds_latent_room_of(s);
     const size_t at = (size_t)g->slot + (size_t)row, ld = ds_row_pad(s->config->kv_lora_rank);
-    join_parts(s->kern, g->n_parts, (size_t)g->n_rows, room->m + at, room->l + at, room->acc + at * ld, ld,
-               s->config->kv_lora_rank, out);
+    ds_attend_join(s->kern, g->n_parts, (size_t)g->n_rows, room->m + at, room->l + at, room->acc + at * ld, ld,
+                   s->config->kv_lora_rank, out);
     if (kind_of(s, g->span) == DS_ROWS_Q8) s->kern->rotate(s->config->kv_lora_rank, out);
 }
 
@@ -201,20 +190,21 @@ static void latent_output(const ds_step *s, const ds_attend_group *g, int row, f
 static void unabsorb_head(const ds_lane *lane, const ds_layer *l, int begin, int end, int h) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    const size_t lat_row = (size_t)c->n_head * (size_t)ds_kv_width(c), out_row = (size_t)c->n_head * (size_t)c->v_dim;
+    const size_t lat_row = (size_t)c->n_head * (size_t)ds_latent_width(c),
+                 out_row = (size_t)c->n_head * (size_t)c->v_dim;
     const int t0 = s->spans[begin].first, n = s->spans[end - 1].first + s->spans[end - 1].n - t0;
-    const ds_act_kind kind = ds_format_get(l->v_b.format)->act;
-    float *latent = s->scratch->attend.latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_kv_width(c);
-    void *pack = lane->own->act_latent.pack[kind];
+    const ds_act_kind kind = ds_format_get(l->latent.v_b.format)->act;
+    float *latent = ds_latent_room_of(s)->latent + (size_t)t0 * lat_row + (size_t)h * (size_t)ds_latent_width(c);
+    void *pack = ds_latent_lane_of(lane)->act_latent.pack[kind];
     for (int i = begin, t = t0; i < end; i++) {
         for (; t < s->spans[i].first + s->spans[i].n; t++) {
             int row;
-            const ds_attend_group *g = group_of(s, i, t, h, &row);
+            const ds_latent_group *g = group_of(s, i, t, h, &row);
             latent_output(s, g, row, latent + (size_t)(t - t0) * lat_row);
         }
     }
     s->kern->act_pack(kind, 0, n, n, c->kv_lora_rank, latent, lat_row, NULL, pack);
-    ds_job job = ds_cpu_job(&l->v_b, ds_mat_block(&l->v_b, h), pack, n,
+    ds_job job = ds_cpu_job(&l->latent.v_b, ds_mat_block(&l->latent.v_b, h), pack, n,
                             s->scratch->heads + (size_t)t0 * out_row + (size_t)h * (size_t)c->v_dim, out_row);
     s->kern->mul[job.format](&job.mul);
 }
@@ -226,7 +216,7 @@ static void absorb_all(const ds_lane *lane, const ds_layer *l) {
     size_t claimed = ds_claim(lane->worker), base = 0;
     for (int i = 0, end; i < s->n_spans; i = end) {
         end = run_end(s, i);
-        if (!s->scratch->attend.plan.routes[i].absorb) continue;
+        if (!ds_latent_room_of(s)->plan.routes[i].absorb) continue;
         for (; claimed < base + n_head; claimed = ds_claim(lane->worker))
             absorb_head(lane, l, i, end, (int)(claimed - base));
         base += n_head;
@@ -238,14 +228,14 @@ static void absorb_all(const ds_lane *lane, const ds_layer *l) {
 /* The packed queries from the t-th on, a multiple of DS_QUERY_BLOCK. */
 static void *queries_at(const ds_lane *lane, ds_row_kind kind, int t) {
     const ds_config *c = lane->step->config;
-    return (char *)lane->own->attend.queries + ds_query_bytes(kind, t, key_head(c, kind), key_tail(c, kind));
+    return (char *)ds_latent_lane_of(lane)->queries + ds_query_bytes(kind, t, key_head(c, kind), key_tail(c, kind));
 }
 
 /* The head's weights, and all its queries with their rotary part rotated, as the kernels take them. */
 static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    const ds_attend_lane *own = &lane->own->attend;
+    const ds_latent_lane *own = ds_latent_lane_of(lane);
     const ds_span *span = &s->spans[i];
     const ds_row_kind kind = kind_of(s, i);
     const ds_expand_weights weights = {.from = kind_of(s, i),
@@ -256,8 +246,10 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
                                        .v_b = own->v_b,
                                        .scratch = own->columns,
                                        .out = own->weights};
-    s->kern->dequantize[l->k_b.format]((int64_t)l->k_b.rows * l->k_b.k, ds_mat_block(&l->k_b, h), own->k_b);
-    s->kern->dequantize[l->v_b.format]((int64_t)l->v_b.rows * l->v_b.k, ds_mat_block(&l->v_b, h), own->v_b);
+    s->kern->dequantize[l->latent.k_b.format]((int64_t)l->latent.k_b.rows * l->latent.k_b.k,
+                                              ds_mat_block(&l->latent.k_b, h), own->k_b);
+    s->kern->dequantize[l->latent.v_b.format]((int64_t)l->latent.v_b.rows * l->latent.v_b.k,
+                                              ds_mat_block(&l->latent.v_b, h), own->v_b);
     s->kern->expand_weights(&weights);
     for (int t = 0; t < span->n; t++) {
         const int block = t / DS_QUERY_BLOCK * DS_QUERY_BLOCK, left = span->n - block;
@@ -279,10 +271,11 @@ typedef struct head_sums {
 } head_sums;
 
 static head_sums sums_of(const ds_lane *lane, int i, int h, int part) {
-    const ds_attend_room *room = &lane->step->scratch->attend;
-    const ds_attend_route *route = &room->plan.routes[i];
+    const ds_latent_room *room = ds_latent_room_of(lane->step);
+    const ds_latent_route *route = &room->plan.routes[i];
     const int most = ds_expand_max_parts(lane->step->config);
-    if (route->n_parts == 1) return (head_sums){lane->own->attend.m, lane->own->attend.l, lane->own->attend.acc};
+    if (route->n_parts == 1)
+        return (head_sums){ds_latent_lane_of(lane)->m, ds_latent_lane_of(lane)->l, ds_latent_lane_of(lane)->acc};
     const size_t at =
         ((size_t)h * (size_t)most + (size_t)part) * (size_t)room->plan.n_expanded_rows + (size_t)route->row;
     return (head_sums){room->head_m + at, room->head_l + at,
@@ -293,7 +286,7 @@ static head_sums sums_of(const ds_lane *lane, int i, int h, int part) {
 static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind kind, int pos, int n,
                          const head_sums *sums) {
     const ds_config *c = lane->step->config;
-    const ds_attend_lane *own = &lane->own->attend;
+    const ds_latent_lane *own = ds_latent_lane_of(lane);
     const size_t ld = ds_row_pad(c->v_dim);
     for (int t = 0; t < span->n; t += DS_QUERY_BLOCK) {
         const int n_q = span->n - t < DS_QUERY_BLOCK ? span->n - t : DS_QUERY_BLOCK;
@@ -323,14 +316,14 @@ static void attend_block(const ds_lane *lane, const ds_span *span, ds_row_kind k
 static void head_output(const ds_lane *lane, int i, int h) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const ds_latent_plan *plan = &ds_latent_room_of(s)->plan;
     const size_t ld = ds_row_pad(c->v_dim);
     const head_sums sums = sums_of(lane, i, h, 0);
     for (int t = 0; t < s->spans[i].n; t++) {
         float *out =
             s->scratch->heads + ((size_t)(s->spans[i].first + t) * (size_t)c->n_head + (size_t)h) * (size_t)c->v_dim;
-        join_parts(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t,
-                   sums.acc + (size_t)t * ld, ld, c->v_dim, out);
+        ds_attend_join(s->kern, plan->routes[i].n_parts, (size_t)plan->n_expanded_rows, sums.m + t, sums.l + t,
+                       sums.acc + (size_t)t * ld, ld, c->v_dim, out);
         if (kind_of(s, i) == DS_ROWS_Q8) s->kern->rotate(c->v_dim, out);
     }
 }
@@ -339,11 +332,11 @@ static void head_output(const ds_lane *lane, int i, int h) {
 static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int i, int h, int part) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
-    ds_attend_lane *own = &lane->own->attend;
+    ds_latent_lane *own = ds_latent_lane_of(lane);
     const ds_span *span = &s->spans[i];
     const ds_row_kind kind = kind_of(s, i);
     const size_t ld = ds_row_pad(c->v_dim), floats = ds_expand_ld(c->nope_dim, c->rope_dim, c->v_dim) * sizeof(float);
-    const int n_parts = s->scratch->attend.plan.routes[i].n_parts, n_pos = span->pos + span->n;
+    const int n_parts = ds_latent_room_of(s)->plan.routes[i].n_parts, n_pos = span->pos + span->n;
     const int begin = n_pos / n_parts * part / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
     const int end = part + 1 == n_parts ? n_pos : n_pos / n_parts * (part + 1) / DS_ATTEND_BLOCK * DS_ATTEND_BLOCK;
     const head_sums sums = sums_of(lane, i, h, part);
@@ -377,7 +370,7 @@ static void attend_expanded(const ds_lane *lane, const ds_layer *l, int il, int 
 /* The cache's passes: whole heads of expanding spans, parts of the groups of the others. */
 static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
     const ds_step *s = lane->step;
-    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const ds_latent_plan *plan = &ds_latent_room_of(s)->plan;
     const size_t n_head = (size_t)s->config->n_head;
     size_t claimed = ds_claim(lane->worker), base = 0;
     for (int i = 0; i < s->n_spans; i++) { /* claims only grow, so one walk serves them all */
@@ -388,7 +381,7 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
         base += n_head * n_parts;
     }
     for (int i = 0; i < plan->n_groups; i++) {
-        const ds_attend_group *g = &plan->groups[i];
+        const ds_latent_group *g = &plan->groups[i];
         for (; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker))
             attend_part(lane, il, g, (int)(claimed - base));
         base += (size_t)g->n_parts;
@@ -398,7 +391,7 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
 /* Outputs of the heads whose positions were shared out, and W_uv behind latent outputs. */
 static void finish_all(const ds_lane *lane, const ds_layer *l) {
     const ds_step *s = lane->step;
-    const ds_attend_plan *plan = &s->scratch->attend.plan;
+    const ds_latent_plan *plan = &ds_latent_room_of(s)->plan;
     const size_t n_head = (size_t)s->config->n_head;
     size_t claimed = ds_claim(lane->worker), base = 0;
     for (int i = 0, end; i < s->n_spans; i = end) {
@@ -412,8 +405,8 @@ static void finish_all(const ds_lane *lane, const ds_layer *l) {
     }
 }
 
-void ds_attend_heads(const ds_lane *lane, const ds_layer *layer, int il) {
-    const ds_attend_plan *plan = &lane->step->scratch->attend.plan;
+void ds_latent_heads(const ds_lane *lane, const ds_layer *layer, int il) {
+    const ds_latent_plan *plan = &ds_latent_room_of(lane->step)->plan;
     if (plan->n_absorbed) {
         absorb_all(lane, layer);
         ds_barrier(lane->worker);
