@@ -21,7 +21,7 @@ from quantize.meter import Meter
 from quantize.recipe import Recipe
 from quantize.source import arch as arch_of
 from quantize.source import corpus, tensors
-from quantize.source.arch import ARCHITECTURE, Arch
+from quantize.source.arch import Arch
 from quantize.source.card import provenance
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import Corpus
@@ -164,7 +164,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         n_values = sum(t.size for t in plan)
         chosen = recipe.nearest(arch, plan, options.size or int((options.bpw or 0) * n_values / 8))
     left_out = tensors.check(arch, checkpoint, plan)
-    keys = {"general.architecture": ARCHITECTURE, **arch.keys()}
+    keys = {"general.architecture": arch.family.architecture, **arch.keys()}
     vocab = read_vocab(checkpoint.path, arch.n_vocab)
     tokenizer, origin, left = vocab.keys(), provenance(checkpoint.path), tuple(left_out)
     made = Plan(checkpoint, options, chosen, arch, tuple(plan), left, keys, tokenizer, origin, None, vocab.notes)

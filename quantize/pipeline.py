@@ -35,6 +35,7 @@ from quantize.report import Report
 from quantize.source.card import model_name
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.files import is_companion
+from quantize.source.tensors import left_out_notes
 from quantize.write.journal import Journal, check_output, written_as
 from quantize.write.writer import Writer, header_bytes
 
@@ -200,9 +201,11 @@ def _report(
 
 def _notes(plan: Plan, coverage: Sequence[report.Coverage]) -> list[str]:
     """What a person should know."""
-    notes = [*plan.notes, *report.coverage_notes(coverage, FEW_TOKENS)]
-    if plan.left_out and plan.arch.n_nextn:
-        notes.insert(0, f"{plan.arch.n_nextn} multi-token prediction layer(s) left out: GGUF runs the model without")
+    notes = [
+        *left_out_notes(plan.arch, plan.left_out),
+        *plan.notes,
+        *report.coverage_notes(coverage, FEW_TOKENS),
+    ]
     if plan.options.evaluate and not plan.evaluated:
         notes.append("the text is too short to hold some of it back: the file was not measured against the original")
     return notes

@@ -1,23 +1,19 @@
 """arch.py: config.json of the DeepSeek-V2 family -> a checked shape and the ``deepseek2.*`` keys of its GGUF.
 
-Owns what the keys mean. What GGUF cannot say (two different mscales, expert layers that skip) is refused here rather
-than written as something else.
+Owns what the keys mean; families.py, what each kind of checkpoint takes for granted. What GGUF cannot say (two
+different mscales, expert layers that skip) is refused here rather than written as something else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quantize.base.errors import CheckpointError, UnsupportedError
+from quantize.source import families
+from quantize.source.families import Family
 
-ARCHITECTURE = "deepseek2"  # GGUF's name of the whole family
-
-# model_type -> the router's defaults, where config.json is silent
-FAMILIES: dict[str, dict[str, object]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
-    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
-}
 GATING = {"softmax": 1, "sigmoid": 2}  # deepseek2.expert_gating_func
 
 # What deepseek2 GGUF has no key for: config key -> the only value that it stands for
@@ -46,7 +42,7 @@ class Yarn:
 class Arch:
     """The shape of a model. Widths in values; 0 where a part is absent."""
 
-    family: str
+    family: Family
     n_layer: int
     n_ctx: int
     n_embd: int
@@ -99,16 +95,19 @@ class Arch:
             "rope.dimension_count": self.rope,
             "rope.freq_base": self.rope_base,
             "leading_dense_block_count": self.n_layer_dense,
-            "expert_count": self.n_expert,
-            "expert_used_count": self.n_expert_used,
             "expert_shared_count": self.n_expert_shared,
             "expert_feed_forward_length": self.n_ff_expert,
-            "expert_group_count": self.n_group,
-            "expert_group_used_count": self.n_group_used,
-            "expert_weights_scale": self.expert_scale,
-            "expert_weights_norm": self.expert_norm,
-            "expert_gating_func": GATING[self.gating],
         }
+        if self.n_expert:
+            keys |= {
+                "expert_count": self.n_expert,
+                "expert_used_count": self.n_expert_used,
+                "expert_group_count": self.n_group,
+                "expert_group_used_count": self.n_group_used,
+                "expert_weights_scale": self.expert_scale,
+                "expert_weights_norm": self.expert_norm,
+                "expert_gating_func": GATING[self.gating],
+            }
         if self.q_lora_rank:
             keys["attention.q_lora_rank"] = self.q_lora_rank
         if self.yarn is not None:
@@ -121,13 +120,13 @@ class Arch:
             }
             if self.yarn.mscale_all_dim is not None:
                 keys["rope.scaling.yarn_log_multiplier"] = 0.1 * self.yarn.mscale_all_dim
-        return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}
+        return {f"{self.family.architecture}.{key}": value for key, value in keys.items()}
 
 
 class _Config:
     """config.json with typed, range-checked access; every failure names the key."""
 
-    def __init__(self, config: dict[str, Any], defaults: dict[str, object]) -> None:
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
         self.values = {**defaults, **{k: v for k, v in config.items() if v is not None}}
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
@@ -157,29 +156,20 @@ class _Config:
 
 def parse(config: dict[str, Any]) -> Arch:
     """The shape that config.json describes. CheckpointError: bad values; UnsupportedError: not this family."""
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        named = config.get("architectures")
-        also = f" ({named[0]})" if isinstance(named, list) and named else ""
-        inner = config.get("text_config")
-        inside = f"; its text_config is {inner.get('model_type')!r}" if isinstance(inner, dict) else ""
-        raise UnsupportedError(
-            f"config.json: model_type {family!r}{also} is not supported{inside}",
-            f"these can be quantised: model_type {', '.join(FAMILIES)}; a GGUF of it that others made may run",
-        )
-    c = _Config(config, FAMILIES[family])
+    family, text = families.find(config)
+    c = _Config(text, family.defaults)
     for key, value in FIXED.items():
         if c.values.get(key, value) != value:
             raise UnsupportedError(
                 f"config.json: `{key}` is {c.values[key]!r}, and deepseek2 GGUF can only say {value!r}"
             )
-    if family == "deepseek_v2" and c.flag("norm_topk_prob"):
+    if family.model_type == "deepseek_v2" and c.flag("norm_topk_prob"):
         # The published code drops the scaling factor then, transformers ignores the flag: no answer is the right one.
         raise UnsupportedError("config.json: `norm_topk_prob` is true in a V2 model, where its meaning is not settled")
     n_layer, n_head = c.count("num_hidden_layers"), c.count("num_attention_heads")
     if c.count("num_key_value_heads", n_head) != n_head:
         raise UnsupportedError("config.json: `num_key_value_heads` differs from `num_attention_heads`: not MLA")
-    n_expert, n_group, n_group_used = _experts(c)
+    experts = _experts(c, n_layer) if family.has_experts else _no_experts(c, n_layer)
     return Arch(
         family=family,
         n_layer=n_layer,
@@ -193,35 +183,68 @@ def parse(config: dict[str, Any]) -> Arch:
         rope=c.count("qk_rope_head_dim"),
         v_dim=c.count("v_head_dim"),
         n_ff=c.count("intermediate_size"),
-        n_layer_dense=min(c.count("first_k_dense_replace", 0, least=0), n_layer),
-        n_expert=n_expert,
-        n_expert_used=c.count("num_experts_per_tok"),
-        n_expert_shared=c.count("n_shared_experts", 0, least=0),
-        n_ff_expert=c.count("moe_intermediate_size"),
-        n_group=n_group,
-        n_group_used=n_group_used,
-        expert_scale=c.number("routed_scaling_factor", 1.0),
-        expert_norm=c.flag("norm_topk_prob"),
-        gating=c.choice("scoring_func", tuple(GATING)),
-        has_router_bias=c.choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")) == "noaux_tc",
+        **experts,
         rms_eps=c.number("rms_norm_eps", 1e-6),
         rope_base=_rope_base(c),
         yarn=_yarn(c),
         tied=c.flag("tie_word_embeddings"),
-        n_nextn=c.count("num_nextn_predict_layers", 0, least=0),
+        n_nextn=max(c.count(key, 0, least=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")),
     )
 
 
-def _experts(c: _Config) -> tuple[int, int, int]:
+def _experts(c: _Config, n_layer: int) -> dict[str, Any]:
     n_expert, n_used = c.count("n_routed_experts"), c.count("num_experts_per_tok")
     # Greedy routing looks at all experts whatever n_group says: one group, so that no engine limits it.
-    grouped = c.choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")) != "greedy"
-    n_group, n_group_used = (c.count("n_group", 1), c.count("topk_group", 1)) if grouped else (1, 1)
+    method = c.choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc"))
+    n_group, n_group_used = (c.count("n_group", 1), c.count("topk_group", 1)) if method != "greedy" else (1, 1)
     if n_expert % n_group or n_group_used > n_group or n_used > n_expert // n_group * n_group_used:
         raise CheckpointError(
             f"config.json: {n_used} of {n_expert} experts from {n_group_used} of {n_group} groups cannot be chosen"
         )
-    return n_expert, n_group, n_group_used
+    return {
+        "n_layer_dense": _dense_layers(c, n_layer),
+        "n_expert": n_expert,
+        "n_expert_used": n_used,
+        "n_expert_shared": c.count("n_shared_experts", 0, least=0),
+        "n_ff_expert": c.count("moe_intermediate_size"),
+        "n_group": n_group,
+        "n_group_used": n_group_used,
+        "expert_scale": c.number("routed_scaling_factor", 1.0),
+        "expert_norm": c.flag("norm_topk_prob"),
+        "gating": c.choice("scoring_func", tuple(GATING)),
+        "has_router_bias": method == "noaux_tc",
+    }
+
+
+def _dense_layers(c: _Config, n_layer: int) -> int:
+    """Layers without experts: a count, or as transformers 5 lists them, "dense" or "sparse" by layer."""
+    kinds = c.values.get("mlp_layer_types")
+    if kinds is None:
+        return min(c.count("first_k_dense_replace", 0, least=0), n_layer)
+    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(k in ("dense", "sparse") for k in kinds):
+        raise CheckpointError(f"config.json: `mlp_layer_types` is not a list of {n_layer} times dense or sparse")
+    n_dense = kinds.count("dense")
+    if "sparse" in kinds[:n_dense]:
+        raise UnsupportedError(
+            "config.json: `mlp_layer_types` has dense layers after sparse ones, for which GGUF has no key"
+        )
+    return n_dense
+
+
+def _no_experts(c: _Config, n_layer: int) -> dict[str, Any]:
+    return {
+        "n_layer_dense": n_layer,
+        "n_expert": 0,
+        "n_expert_used": 0,
+        "n_expert_shared": 0,
+        "n_ff_expert": c.count("intermediate_size"),  # of none; llama.cpp does not load a file that lacks the key
+        "n_group": 1,
+        "n_group_used": 1,
+        "expert_scale": 1.0,
+        "expert_norm": False,
+        "gating": "softmax",
+        "has_router_bias": False,
+    }
 
 
 def _rope(c: _Config) -> dict[str, Any]:

@@ -67,15 +67,13 @@ class Tensor:
 
 
 def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
-    hf, d, h = f"model.layers.{il}.self_attn.", arch.n_embd, arch.n_head
+    layer, d, h = f"{arch.family.prefix}model.layers.{il}.", arch.n_embd, arch.n_head
     qk, kv = arch.nope + arch.rope, arch.kv_lora_rank
 
     def tensor(role: str, source: str, shape: tuple[int, ...], form: Form = Form.WHOLE) -> Tensor:
-        return Tensor(f"blk.{il}.{role}.weight", role, il, shape, (f"{hf}{source}.weight",), form)
+        return Tensor(f"blk.{il}.{role}.weight", role, il, shape, (f"{layer}self_attn.{source}.weight",), form)
 
-    yield Tensor(
-        f"blk.{il}.attn_norm.weight", "attn_norm", il, (d,), (f"model.layers.{il}.input_layernorm.weight",), Form.WHOLE
-    )
+    yield Tensor(f"blk.{il}.attn_norm.weight", "attn_norm", il, (d,), (f"{layer}input_layernorm.weight",), Form.WHOLE)
     if arch.q_lora_rank:
         yield tensor("attn_q_a", "q_a_proj", (arch.q_lora_rank, d))
         yield tensor("attn_q_a_norm", "q_a_layernorm", (arch.q_lora_rank,))
@@ -90,7 +88,7 @@ def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
 
 
 def _ffn(arch: Arch, il: int) -> Iterator[Tensor]:
-    hf, d, f, e = f"model.layers.{il}.", arch.n_embd, arch.n_ff_expert, arch.n_expert
+    hf, d, f, e = f"{arch.family.prefix}model.layers.{il}.", arch.n_embd, arch.n_ff_expert, arch.n_expert
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
     def tensor(role: str, source: str, shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
@@ -126,12 +124,16 @@ def layer_tensors(arch: Arch, il: int) -> list[Tensor]:
 def model_tensors(arch: Arch) -> list[Tensor]:
     """Every tensor of the GGUF, in the order of the file: embeddings, blocks, final norm, head."""
     v, d = arch.n_vocab, arch.n_embd
-    tensors = [Tensor("token_embd.weight", "token_embd", -1, (v, d), ("model.embed_tokens.weight",), Form.WHOLE)]
+
+    def outside(role: str, source: str, shape: tuple[int, ...]) -> Tensor:
+        return Tensor(f"{role}.weight", role, -1, shape, (f"{arch.family.prefix}{source}.weight",), Form.WHOLE)
+
+    tensors = [outside("token_embd", "model.embed_tokens", (v, d))]
     for il in range(arch.n_layer):
         tensors += layer_tensors(arch, il)
-    tensors.append(Tensor("output_norm.weight", "output_norm", -1, (d,), ("model.norm.weight",), Form.WHOLE))
+    tensors.append(outside("output_norm", "model.norm", (d,)))
     if not arch.tied:
-        tensors.append(Tensor("output.weight", "output", -1, (v, d), ("lm_head.weight",), Form.WHOLE))
+        tensors.append(outside("output", "lm_head", (v, d)))
     return tensors
 
 
@@ -166,17 +168,38 @@ def left_out(arch: Arch, dtypes: Mapping[str, str], used: set[str]) -> list[str]
                 hint = (
                     "it belongs to weights that are quantised already: start from the bf16, f16 or fp8 e4m3 checkpoint"
                 )
-            raise UnsupportedError(f"tensor `{name}`{what} has no place in a {arch.family} GGUF", hint)
+            raise UnsupportedError(f"tensor `{name}`{what} has no place in a GGUF of {arch.family.model_type}", hint)
         names.append(name)
     return names
 
 
 def _may_leave_out(arch: Arch, name: str) -> bool:
-    """Tensors that do not change what the main model computes."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and arch.n_layer <= int(layer[1]) < arch.n_layer + arch.n_nextn:
+    """Tensors that do not change what the main model computes from text."""
+    if _is_beside(arch, name) or _draft_layer(arch, name) is not None:
         return True
+    name = name.removeprefix(arch.family.prefix)
     return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
+
+
+def _is_beside(arch: Arch, name: str) -> bool:
+    return bool(arch.family.beside) and name.startswith(arch.family.beside)
+
+
+def _draft_layer(arch: Arch, name: str) -> int | None:
+    """The layer of a multi-token prediction head that a tensor belongs to."""
+    layer = re.match(rf"{re.escape(arch.family.prefix)}model\.layers\.(\d+)\.", name)
+    return int(layer[1]) if layer and arch.n_layer <= int(layer[1]) < arch.n_layer + arch.n_nextn else None
+
+
+def left_out_notes(arch: Arch, names: Iterable[str]) -> list[str]:
+    """What a person should know of the tensors that are left out, a sentence each."""
+    notes, names = [], tuple(names)
+    if drafts := {layer for name in names if (layer := _draft_layer(arch, name)) is not None}:
+        notes.append(f"{len(drafts)} multi-token prediction layer(s) left out: GGUF runs the model without")
+    if n_beside := sum(_is_beside(arch, name) for name in names):
+        parts = ", ".join(f"{beginning}*" for beginning in arch.family.beside)
+        notes.append(f"{n_beside} tensors of vision left out ({parts}): the file reads text alone")
+    return notes
 
 
 def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.generic]:

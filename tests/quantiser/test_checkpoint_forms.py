@@ -314,7 +314,7 @@ def test_the_model_type_is_what_is_named(type_: object) -> None:
 
 def test_a_text_model_inside_another_is_named() -> None:
     with pytest.raises(UnsupportedError, match="text_config is 'deepseek_v3'"):
-        parse({"model_type": "kimi_vl", "text_config": make.V3})
+        parse({"model_type": "kimi_vl9", "text_config": make.V3})
 
 
 BARE_YARN = {k: v for k, v in make.V2["rope_scaling"].items() if not k.startswith("mscale")}
