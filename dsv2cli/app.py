@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantize
+from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantize, serve
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -35,6 +35,7 @@ for verb, run_verb, summary in (
     (chat, chat.chat, "Talk to a model."),
     (inspect, inspect.inspect, "Show what a GGUF is made of and needs."),
     (perplexity, perplexity.perplexity, "Measure how well a model predicts a text."),
+    (serve, serve.serve, "Serve a model to other programs over HTTP."),
     (bench, bench.bench, "Measure speed, beside llama.cpp if asked."),
 ):
     examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in verb.EXAMPLES)

@@ -7,7 +7,7 @@ The scheduler asks them all, evaluates one step, and hands out what came of it. 
 from dsv2cli.scheduler.context import Context
 from dsv2cli.scheduler.drafts import Drafter, Lookup
 from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
-from dsv2cli.scheduler.sampling import Logprobs, Sampling
+from dsv2cli.scheduler.sampling import Logprobs, PromptRows, Sampling
 from dsv2cli.scheduler.scheduler import Budget, Scheduler
 from dsv2cli.scheduler.sequence import Sequence
 from dsv2cli.scheduler.stats import Stats
@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "Logprobs",
     "Lookup",
+    "PromptRows",
     "Read",
     "Reason",
     "Sampling",

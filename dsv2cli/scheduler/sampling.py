@@ -34,3 +34,24 @@ def logprobs(logits: NDArray[np.float32], token: int, n_top: int) -> Logprobs:
     best = np.argpartition(-row, n_top - 1)[:n_top] if n_top else np.empty(0, np.intp)
     best = best[np.lexsort((best, -row[best]))]
     return Logprobs(float(row[token]), tuple(zip(best.tolist(), row[best].tolist(), strict=True)))
+
+
+class PromptRows:
+    """The log-probabilities of a prompt's own tokens, beside its cache: the first has none, each other those under the
+    tokens before it. They are numbers and a few ids a token, never a row of logits.
+    """
+
+    def __init__(self, n_top: int, held: list[Logprobs | None] | None = None) -> None:
+        """held: those of a beginning that is in the cache, with at least n_top likeliest tokens each."""
+        self._n_top = n_top
+        self.found: list[Logprobs | None] = [None, *(held or [])[1:]]
+
+    def begin(self, n_cached: int) -> int:
+        """How many of the first n_cached tokens need no evaluation: behind them, all rows are made anew."""
+        n = max(0, min(n_cached, len(self.found) - 1))
+        del self.found[n + 1 :]
+        return n
+
+    def add(self, logits: NDArray[np.float32], following: list[int]) -> None:
+        """Rows (n, n_vocab) after n tokens, and the tokens that follow them in the prompt: n, or n - 1 at its end."""
+        self.found += [logprobs(row, token, self._n_top) for row, token in zip(logits, following, strict=False)]

@@ -29,6 +29,7 @@ class Budget:
     alone: int = 512  # of prompts, where nothing decodes
     beside: int = 64  # of prompts beside answers: what these wait for
     step: int = MAX_STEP  # of all together
+    whole: int | None = None  # if given, prompts are read in pieces of just so many, the last one apart
 
     def __post_init__(self) -> None:
         if not 1 <= self.beside < self.step <= MAX_STEP or not 1 <= self.alone <= self.step:
@@ -44,7 +45,7 @@ class Scheduler:
 
     def __init__(self, evaluate: Evaluate = eval_batch, budget: Budget | None = None) -> None:
         self._evaluate = evaluate
-        self._budget = budget or Budget()
+        self.budget = budget or Budget()  # may be changed between steps
         self._sequences: list[Sequence] = []  # in the order in which they are served
         self._news: list[Event] = []  # told before the next evaluation
 
@@ -86,7 +87,7 @@ class Scheduler:
             (cancelled if sequence.cancelled else decoding if sequence.n_waiting == 1 else reading).append(sequence)
         for sequence in cancelled:
             self._end(sequence, "cancelled", self._news)
-        budget = self._budget
+        budget = self.budget
         for_prompts = (budget.beside if decoding else budget.alone) if reading else 0
         for_answers = budget.step - for_prompts
         shares: list[Share] = []
@@ -94,8 +95,9 @@ class Scheduler:
         for sequence in decoding[:for_answers]:
             self._ask(sequence, most, shares)
         for sequence in reading:
-            if for_prompts > 0:
-                for_prompts -= self._ask(sequence, for_prompts, shares)
+            piece = for_prompts if budget.whole is None else budget.whole
+            if for_prompts >= min(piece, sequence.n_waiting) and for_prompts > 0:
+                for_prompts -= self._ask(sequence, piece, shares)
         if len(shares) < len(self._sequences):
             served = {sequence: None for sequence, _, _ in shares}
             self._sequences = [s for s in self._sequences if s not in served] + list(served)

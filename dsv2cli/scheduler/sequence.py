@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from dsv2cli.scheduler.context import Context
 from dsv2cli.scheduler.drafts import Drafter
 from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
-from dsv2cli.scheduler.sampling import Sampling, logprobs
+from dsv2cli.scheduler.sampling import PromptRows, Sampling, logprobs
 from dsv2cli.scheduler.stats import Stats
 from dsv2cli.scheduler.text import Text
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+ROWS_AT_ONCE = 64  # of a prompt's logits: each row is as long as the vocabulary
 
 # The prompt to go on from when the context is full in the middle of an answer, given the answer; None: to stop there.
 Refill = Callable[[list[int]], list[int] | None]
@@ -25,8 +27,9 @@ class Sequence:
     """A prompt and the answer to it, sampled until an end token, a stop string, ``limit`` tokens or a full context.
 
     The token that ends the answer is no part of it, and its last token may not be in the cache. n_top: how many of the
-    likeliest tokens' log-probabilities come with each token; None: none at all. ValueError for a prompt or an answer
-    of no tokens.
+    likeliest tokens' log-probabilities come with each token; None: none at all. rows: takes those of the prompt's own
+    tokens, which it may hold already for a beginning that is in the cache. ValueError for a prompt or an answer of no
+    tokens.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Sequence:
         limit: int | None = None,
         drafter: Drafter | None = None,
         n_top: int | None = None,
+        rows: PromptRows | None = None,
         refill: Refill = lambda answer: None,
         stats: Stats | None = None,
     ) -> None:
@@ -51,6 +55,8 @@ class Sequence:
         self.answer: list[int] = []
         self.stats = stats or Stats()
         self.cancelled = self.ended = False
+        self.rows = rows
+        self.n_prompt = len(prompt)
         self._sampler, self._text, self._is_end = sampler, text, is_end
         self._limit, self._drafter, self._n_top, self._refill = limit, drafter, n_top, refill
         self._n_asked = 0  # tokens that are being evaluated
@@ -63,6 +69,8 @@ class Sequence:
     def _read(self, prompt: list[int]) -> None:
         self._ids = list(prompt)  # the sequence: the prompt, and every token that was chosen
         self._n_kept = self.context.reusable(prompt)  # of the prompt, what was in the cache
+        if self.rows is not None:
+            self._n_kept = self.rows.begin(self._n_kept)
         self.n_waiting = len(prompt) - self._n_kept  # not evaluated: 1 where it decodes, more where it reads a prompt
         self._sampler.accept(self._ids)
         if self._drafter is not None:
@@ -80,9 +88,10 @@ class Sequence:
     def want(self, most: int) -> tuple[list[int], int]:
         """(at most so many tokens to evaluate next, of how many of the last ones the logits are wanted)."""
         n_done = len(self._ids) - self.n_waiting
-        ids = self._ids[n_done : n_done + most]
+        reads_rows = self.rows is not None and n_done < self.n_prompt
+        ids = self._ids[n_done : n_done + (min(most, ROWS_AT_ONCE) if reads_rows else most)]
         self._n_asked = len(ids)
-        n_logits = 1 if self._n_asked == self.n_waiting else 0
+        n_logits = len(ids) if reads_rows else 1 if self._n_asked == self.n_waiting else 0
         self._draft = []
         if self._drafter is not None and self.n_waiting == 1 and (draft := self._drafter.guess(most - 1)):
             self._draft = draft[: self._room()]
@@ -98,7 +107,11 @@ class Sequence:
 
     def take(self, logits: NDArray[np.float32], events: list[Event]) -> None:
         """What was wanted is evaluated: append to events what comes of it; logits (n_logits, n_vocab)."""
+        n_done = len(self._ids) - self.n_waiting
         self.n_waiting -= self._n_asked
+        if self.rows is not None and n_done < self.n_prompt:
+            self.rows.add(logits[: self._n_asked], self._ids[n_done + 1 : n_done + self._n_asked + 1])
+            logits = logits[self._n_asked - 1 :] if self.n_waiting == 0 else logits[:0]
         if not len(logits):
             events.append(self.progress)
             return

@@ -26,7 +26,11 @@ class Text:
         if not all(self._stops):
             raise ValueError("a stop string is empty")
         self._held = ""
-        self.stopped = False  # a stop string came
+        self.stop: str | None = None  # the stop string that came
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def feed(self, token: int) -> str:
         """The text that is certain now."""
@@ -43,17 +47,17 @@ class Text:
         if self.stopped:
             return ""
         self._held += piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            keep = len(self._held) - min(found)[1]
+            _, at, self.stop = min(found)
+            keep = len(self._held) - at
         else:
-            keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         text = self._held[: len(self._held) - keep]
         self._held = "" if self.stopped else self._held[len(text) :]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of ``text`` that begins ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,130 @@
+"""dsv2 serve: a model for other programs, over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv2cli import console, options
+from dsv2cli.errors import CliError, UsageError
+from dsv2cli.options import Range, number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dsv2cli.server.guard import Rules
+
+HELP = "Serve a model to other programs: OpenAI's interface and others, on this machine alone unless told otherwise."
+EXAMPLES = (
+    "serve",
+    "serve model.gguf --port 9000 --ctx 16384 --parallel 8",
+    "serve model.gguf --host 0.0.0.0 --api-key-file keys.txt",
+)
+KEY_HELP = "Answer only who brings this key (may be repeated; DSV2_API_KEY likewise)."
+ORIGIN_HELP = "Answer web pages of this origin too, as https://chat.example.org (may be repeated)."
+HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
+SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
+CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
+MAX_PARALLEL = 64
+GRACE = 30.0
+SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
+
+
+def serve(
+    model: options.Model = None,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, number("--port", within=Range(0, 65535), help="0: any that is free.")] = 8080,
+    parallel: Annotated[
+        int, number("--parallel", within=Range(1, MAX_PARALLEL), help="Answers written at the same time.")
+    ] = 4,
+    queue: Annotated[int, number("--queue", within=Range(1, 4096), help="Requests that may wait beside them.")] = 64,
+    context: Annotated[
+        int | None, number("-c", "--ctx", within=options.CONTEXT, help="Tokens of context of each request.")
+    ] = None,
+    kv: options.Kv = "f16",
+    cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
+    threads: options.Threads = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="The model's name, in place of its own.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Other machines may ask without a key.")] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option("--allowed-host", metavar="NAME", help=HOST_NAME_HELP)
+    ] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option("--cors-origin", metavar="ORIGIN", help=ORIGIN_HELP)] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    cache_bytes = size(cache)
+    rules = rules_of(host, [*(api_key or []), *keys_in(api_key_file)], allowed_host or [], cors_origin or [])
+    if not rules.keys and not no_auth and not is_loopback(host):
+        raise UsageError(
+            f"{host} can be reached from other machines, and no key is asked for",
+            "--api-key asks for one; --no-auth lets anybody in",
+        )
+
+    from dsv2cli import locate, runtime
+    from dsv2cli.server import process
+    from dsv2cli.server.engine import Limits
+
+    path = locate.model(model)
+    listening = process.listen(host, port)
+    if not quiet:
+        console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
+    with runtime.open_model(path, threads) as opened:
+        trained = opened.n_ctx_train or runtime.DEFAULT_CONTEXT
+        n_ctx = min(runtime.DEFAULT_CONTEXT, trained) if context is None else opened.context(context)
+        limits = Limits(n_ctx, parallel, queue, cache_bytes, deterministic)
+        engine, server = process.prepare(opened, limits, kv, alias or opened.name, rules, GRACE)
+        process.run(engine, server, listening)
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 2G."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in SIZES else (text, "")
+    try:
+        n = float(digits) * SIZES.get(unit, 1)
+        if not 0 <= n <= 1e15:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--cache {text!r} is no size", "2G, 500M") from None
+    return int(n)
+
+
+def keys_in(file: Path | None) -> list[str]:
+    given = [key] if (key := os.environ.get("DSV2_API_KEY")) else []
+    if file is None:
+        return given
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"cannot read the keys in `{file}`: {getattr(error, 'strerror', None) or error}") from None
+    return given + [line.strip() for line in lines if line.strip()]
+
+
+def rules_of(host: str, keys: Iterable[str], hosts: Iterable[str], origins: Iterable[str]) -> Rules:
+    from dsv2cli.server.guard import Rules, digest
+
+    keys = list(keys)
+    if any(not key.strip() for key in keys):
+        raise UsageError("an API key is empty")
+    if "*" in (origins := list(origins)):
+        raise UsageError("--cors-origin * would let every web page in", "name the origins that are meant")
+    return Rules(
+        frozenset(digest(os.fsencode(key.strip())) for key in keys),
+        frozenset({host.lower(), *(name.lower() for name in hosts)}),
+        frozenset(origin.rstrip("/").lower() for origin in origins),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,151 @@
+"""From a ticket to a response: whole or streamed, watched for a client that goes, kept alive while nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from dsv2cli.server.engine import Ticket
+from dsv2cli.server.errors import ApiError
+from dsv2cli.server.generation import Ended, Heard
+from dsv2cli.server.wire import dump
+
+ALIVE_SECONDS = 10.0  # clients and proxies give up on a silent connection
+NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+JSON_TYPE = "application/json"
+T = TypeVar("T")
+
+
+async def aside(function: Callable[..., T], *args: Any, **named: Any) -> T:
+    """Call in a thread what may take long: templates, tokenising. The event loop answers others meanwhile."""
+    return await asyncio.to_thread(function, *args, **named)
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for this answer any more."""
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client is told of an answer that failed."""
+    if isinstance(error, ApiError):
+        return error
+    hint = getattr(error, "hint", "")
+    kind = "server_error" if not isinstance(error, ValueError) else "invalid_request_error"
+    return ApiError(500 if kind == "server_error" else 400, f"{error}" + (f" ({hint})" if hint else ""), kind)
+
+
+def raise_failure(events: Iterable[Heard]) -> None:
+    """ApiError where an answer ended in an error."""
+    for event in events:
+        if isinstance(event, Ended) and event.error is not None:
+            raise failure(event.error)
+
+
+async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[list[Heard]]], Any]) -> Response:
+    """One JSON body of all events, made when the last has come. After ALIVE_SECONDS of waiting the response begins,
+    with a space now and then before its JSON."""
+    collecting = asyncio.create_task(_collect(tickets))
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({collecting, gone}, timeout=ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise ClientGoneError
+        if collecting.done():
+            events = collecting.result()
+            for heard in events:
+                raise_failure(heard)
+            return Response(dump(build(events)), media_type=JSON_TYPE)
+    except BaseException:
+        collecting.cancel()
+        _cancel(tickets)
+        raise
+    finally:
+        gone.cancel()
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            while not collecting.done():
+                yield b" "
+                await asyncio.wait({collecting}, timeout=ALIVE_SECONDS)
+            events = collecting.result()
+            try:
+                for heard in events:
+                    raise_failure(heard)
+                yield dump(build(events))
+            except ApiError as error:
+                yield dump(error.body())
+        finally:
+            collecting.cancel()
+            _cancel(tickets)
+
+    return StreamingResponse(body(), media_type=JSON_TYPE)
+
+
+async def _collect(tickets: list[Ticket]) -> list[list[Heard]]:
+    return [[event async for event in ticket] for ticket in tickets]
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _cancel(tickets: Iterable[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
+
+
+def sse(data: Any, event: str | None = None) -> bytes:
+    """A server-sent event with a value as JSON."""
+    return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + dump(data) + b"\n\n"
+
+
+def streamed(
+    ticket: Ticket,
+    say: Callable[[Heard], Iterable[bytes]],
+    *,
+    first: bytes = b"",
+    last: Callable[[], Iterable[bytes]] = tuple,
+    on_error: Callable[[ApiError], bytes] = lambda error: sse(error.body()),
+    alive: bytes = b": keep-alive\n\n",
+    media_type: str = "text/event-stream",
+) -> StreamingResponse:
+    """Each event as the dialect says it, at once; ``alive`` where nothing came for a while.
+
+    first: sent with the headers, before the prompt is read; last: after the last event.
+    """
+
+    async def body() -> AsyncIterator[bytes]:
+        n_ended = 0
+        try:
+            if first:
+                yield first
+            while n_ended < ticket.asked.n:
+                try:
+                    news = await asyncio.wait_for(ticket.heard(), ALIVE_SECONDS)
+                except TimeoutError:
+                    yield alive
+                    continue
+                for event in news:
+                    if isinstance(event, Ended):
+                        n_ended += 1
+                        if event.error is not None:
+                            yield on_error(failure(event.error))
+                            return
+                    for line in say(event):
+                        yield line
+            for line in last():
+                yield line
+        finally:
+            ticket.cancel()
+
+    return StreamingResponse(body(), media_type=media_type, headers=NO_BUFFERING)
+
+
+def refusal(error: ApiError) -> Response:
+    return Response(json.dumps(error.body()), error.status, error.headers, JSON_TYPE)

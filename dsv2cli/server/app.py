@@ -1,0 +1,97 @@
+"""The routes, and what stands around them."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dsv2cli import console
+from dsv2cli.server import answering, errors, metrics
+from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
+from dsv2cli.server.dialects import chat, completions, models
+from dsv2cli.server.errors import ApiError
+from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
+from dsv2cli.server.wire import dump
+
+if TYPE_CHECKING:
+    from dsv2cli.server.service import Service
+
+Handler = Callable[["Service", Request], Awaitable[Response]]
+
+# (methods, path, handler): every path that is answered.
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/chat/completions", chat.chat),
+    ("POST", "/chat/completions", chat.chat),
+    ("POST", "/v1/completions", completions.completions),
+    ("GET", "/v1/models", models.models),
+    ("GET", "/models", models.models),
+    ("GET", "/v1/models/{name:path}", models.model),
+    ("GET", "/metrics", metrics.metrics),
+)
+
+
+class State:
+    """What the server is about to serve, or serves: None while it loads."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+        self.began = time.time()
+
+
+def build(state: State, rules: Rules) -> App:
+    """The ASGI application."""
+
+    def answered(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            if state.service is None:
+                return answering.refusal(errors.loading())
+            key = key_of(request.headers)
+            request.state.salt = digest(key) if rules.keys else b""
+            try:
+                return await handler(state.service, request)
+            except ApiError as error:
+                return answering.refusal(error)
+            except ClientGoneError:
+                return Response(status_code=499)
+            except Exception as error:
+                tell_internal(request, error)
+                return answering.refusal(ApiError(500, f"internal error: {type(error).__name__}", "server_error"))
+
+        return endpoint
+
+    async def health(request: Request) -> Response:
+        ready = state.service is not None
+        body: dict[str, Any] = {"status": "ok"} if ready else errors.loading().body()
+        return Response(dump(body), 200 if ready else 503, media_type=JSON_TYPE)
+
+    routes = [Route(path, answered(handler), methods=[method]) for method, path, handler in ROUTES]
+    routes += [Route(path, health) for path in ("/health", "/v1/health")]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
+    app.router.redirect_slashes = False
+    return Guard(app, rules)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not answered here"}
+    message = what.get(error.status_code, str(error.detail))
+    return answering.refusal(ApiError(error.status_code, message, code=None, headers=dict(error.headers or {})))
+
+
+def tell_internal(request: Request, error: Exception) -> None:
+    """A fault of this program, told where it runs; nothing of the request but its path."""
+    console.note_text(
+        f"internal error at {console.printable(request.url.path[:200])}: {type(error).__name__}: {error}\n"
+    )
+    if os.environ.get("DSV2_DEBUG"):
+        console.note_text(traceback.format_exc())

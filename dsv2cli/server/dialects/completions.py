@@ -1,0 +1,185 @@
+"""OpenAI's completions: raw prompts, echoed with their log-probabilities where asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dsv2cli.scheduler import Logprobs
+from dsv2cli.server import answering
+from dsv2cli.server.answering import sse
+from dsv2cli.server.dialects.wording import DONE, FINISH, text_logprobs, timings, usage
+from dsv2cli.server.errors import ApiError, bad_field
+from dsv2cli.server.generation import Ended, Generation, Heard, Piece
+from dsv2cli.server.marked import plain
+from dsv2cli.server.service import MAX_TOP, Service, new_id
+from dsv2cli.server.wire import Sampled, parse
+
+
+class CompletionRequest(Sampled, kw_only=True):
+    prompt: str | list[str | int | list[int]] = ""
+    max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    parse_special: bool | None = None
+
+
+async def completions(service: Service, request: Request) -> Response:
+    body = parse(await request.body(), CompletionRequest)
+    if body.best_of not in (None, 1):
+        raise bad_field("best_of", "is not offered: ask for n answers and choose")
+    prompts = await answering.aside(text_prompts, service, body)
+    limit = service.limit(body.max_tokens, 16)
+    n_top = int(body.logprobs) if body.logprobs is not None and body.logprobs is not False else None
+    echoes = bool(body.echo)
+    asked = [
+        Generation(
+            prompt=ids,
+            params=service.params(body),
+            limit=None if limit is None else max(limit, 1),
+            n=body.n or 1,
+            stops=service.stops(body.stop),
+            n_top=n_top,
+            rows=echoes and n_top is not None,
+            salt=request.state.salt,
+            use_cache=body.cache_prompt is not False,
+            ignore_end=bool(body.ignore_eos),
+        )
+        for ids in prompts
+    ]
+    if body.stream and len(asked) > 1:
+        raise bad_field("prompt", "several prompts cannot be streamed")
+    tickets = service.submit_all(asked)
+    head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time())}
+    head |= {"model": body.model or service.name, "system_fingerprint": service.fingerprint}
+    writers = [TextAnswers(service, one, echoes=echoes, writes=limit != 0) for one in asked]
+    if body.stream:
+        return _stream_text(head, body, tickets[0], writers[0])
+
+    def build(heard: list[list[Heard]]) -> dict[str, Any]:
+        for writer, events in zip(writers, heard, strict=True):
+            for event in events:
+                writer.feed(event)
+        choices = [choice for writer in writers for choice in writer.choices()]
+        for i, choice in enumerate(choices):
+            choice["index"] = i
+        ended = [e for writer in writers for e in writer.ended]
+        return {**head, "choices": choices, "usage": usage(ended), "timings": timings(ended[0].stats)}
+
+    return await answering.whole(request, tickets, build)
+
+
+def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    """The prompts of a request: one, or several, each as text or as ids."""
+    given = body.prompt
+    items: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not items:
+        raise bad_field("prompt", "is empty")
+    if isinstance(given, list) and len({type(item) for item in given}) > 1:
+        raise bad_field("prompt", "mixes texts, ids and lists of ids")
+    if len(items) > service.engine.limits.queue:
+        raise bad_field("prompt", f"more than {service.engine.limits.queue} prompts at once")
+    if body.suffix:
+        if not all(isinstance(item, str) for item in items):
+            raise bad_field("suffix", "needs prompts of text")
+        try:
+            return [service.engine.runtime.tokenizer.fill_in(item, body.suffix) for item in items]
+        except Exception as error:
+            raise ApiError(400, service.without_path(error), param="suffix") from None
+    prompts = []
+    for item in items:
+        if isinstance(item, str):
+            prompts.append(service.text_prompt(item, special=body.parse_special is not False))
+        else:
+            service.check_ids(item, "prompt")
+            prompts.append(item)
+    return prompts
+
+
+class TextAnswers:
+    """All answers to one prompt. echoes: the prompt stands before each; writes: anything is written at all."""
+
+    def __init__(self, service: Service, asked: Generation, *, echoes: bool, writes: bool) -> None:
+        self.service, self._asked, self._echoes, self._writes = service, asked, echoes, writes
+        self._texts = [""] * asked.n
+        self._tokens: list[list[tuple[int, Logprobs]]] = [[] for _ in range(asked.n)]
+        self.ended: list[Ended] = []
+
+    def feed(self, event: Heard) -> tuple[str, Logprobs | None]:
+        """Take an event; the text that it adds, and the log-probabilities of its token."""
+        if not isinstance(event, Piece | Ended):
+            return "", None
+        text = plain(event.text) if self._writes else ""
+        self._texts[event.choice] += text
+        if isinstance(event, Ended):
+            self.ended.append(event)
+            return text, None
+        if event.logprobs is not None and self._writes:
+            self._tokens[event.choice].append((event.id, event.logprobs))
+        return text, event.logprobs
+
+    @property
+    def prompt_text(self) -> str:
+        return self.service.engine.runtime.tokenizer.decode(self._asked.prompt) if self._echoes else ""
+
+    def choices(self) -> list[dict[str, Any]]:
+        rows = next((e.rows for e in self.ended if e.rows is not None), None)
+        return [
+            {
+                "text": self.prompt_text + self._texts[e.choice],
+                "index": e.choice,
+                "finish_reason": FINISH[e.reason],
+                "stop_reason": e.stop,
+                "logprobs": self._logprobs(e.choice, rows),
+            }
+            for e in sorted(self.ended, key=lambda e: e.choice)
+        ]
+
+    def _logprobs(self, choice: int, rows: list[Logprobs | None] | None) -> dict[str, Any] | None:
+        if self._asked.n_top is None:
+            return None
+        told: list[tuple[int, Logprobs | None]] = []
+        if self._echoes and rows is not None:
+            told += list(zip(self._asked.prompt, rows, strict=True))
+        return text_logprobs(self.service, [*told, *self._tokens[choice]], self._asked.n_top)
+
+
+def _stream_text(head: dict[str, Any], body: CompletionRequest, ticket: Any, writer: TextAnswers) -> Response:
+    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    asked: Generation = ticket.asked
+    offsets = [len(writer.prompt_text)] * asked.n
+
+    def say(event: Heard) -> Iterable[bytes]:
+        text, logprobs = writer.feed(event)
+        if not isinstance(event, Piece | Ended):
+            return
+        finish = FINISH[event.reason] if isinstance(event, Ended) else None
+        if not (text or logprobs or finish):
+            return
+        choice = {"index": event.choice, "text": text, "finish_reason": finish, "logprobs": None}
+        if logprobs is not None and asked.n_top is not None and isinstance(event, Piece):
+            told = [(event.id, logprobs)]
+            choice["logprobs"] = text_logprobs(writer.service, told, asked.n_top, offsets[event.choice])
+        offsets[event.choice] += len(text)
+        more = {"timings": timings(event.stats)} if isinstance(event, Ended) else {}
+        yield sse(head | {"choices": [choice]} | more)
+
+    def last() -> Iterable[bytes]:
+        if wants_usage:
+            yield sse(head | {"choices": [], "usage": usage(writer.ended)})
+        yield DONE
+
+    first = b""
+    if writer.prompt_text:
+        echo = [
+            {"index": i, "text": writer.prompt_text, "finish_reason": None, "logprobs": None} for i in range(asked.n)
+        ]
+        first = sse(head | {"choices": echo})
+    return answering.streamed(ticket, say, first=first, last=last)

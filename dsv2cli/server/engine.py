@@ -1,0 +1,390 @@
+"""The thread that computes: it admits requests, steps all their answers together, and tells each what came of it.
+
+Everything here but ``Engine.submit``, ``Ticket`` and the figures runs in that one thread. A prompt with several answers
+is read once: the first answer reads it, the others fork its cache when it has. A prompt that begins like one which is
+being read waits until that is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cext import eval_batch
+from dsv2cli.scheduler import (
+    Budget,
+    Context,
+    End,
+    Event,
+    PromptRows,
+    Read,
+    Reason,
+    Scheduler,
+    Sequence,
+    Stats,
+    Text,
+    Token,
+)
+from dsv2cli.server import errors
+from dsv2cli.server.choosing import Chooser
+from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece
+from dsv2cli.server.marked import Marked
+from dsv2cli.server.prefixes import LEAST, Found, Prefixes, common
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cext import Session
+    from cext.model import KvType
+    from dsv2cli.runtime import Runtime
+
+STEP_SECONDS = 0.25  # what a prompt may make the answers beside it wait for at once
+FEWEST_BESIDE = 16  # tokens of prompts in such a step, on however slow a machine
+WHOLE = 256  # tokens of a prompt's pieces where they must not depend on who else is served
+MAX_ROWS_TOP = 20  # likeliest tokens kept beside a prompt's cache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on. n_ctx: tokens a sequence; parallel: answers stepped together; queue: requests waiting
+    beside them; cache_bytes: caches of all sessions, of which the kept prefixes are let go first."""
+
+    n_ctx: int
+    parallel: int
+    queue: int
+    cache_bytes: int
+    deterministic: bool = False
+
+
+class Ticket:
+    """A request in the engine, as its asker in the event loop sees it."""
+
+    def __init__(self, asked: Generation) -> None:
+        self.asked = asked
+        self.ids: NDArray[np.int32] = np.asarray(asked.prompt, np.int32)
+        self.cancelled = False
+        self.seeds = _seeds(asked)
+        self.next_choice = 0  # the first that has not been admitted
+        self.n_ended = 0
+        self.running: dict[int, Sequence] = {}
+        self.came = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[list[Heard]] = asyncio.Queue()
+
+    def cancel(self) -> None:
+        """End all answers before the next step. From any thread."""
+        self.cancelled = True
+        for sequence in list(self.running.values()):
+            sequence.cancel()
+
+    @property
+    def is_done(self) -> bool:
+        return self.n_ended == self.asked.n
+
+    async def heard(self) -> list[Heard]:
+        """What is new: at least one thing."""
+        return await self._heard.get()
+
+    async def __aiter__(self) -> AsyncIterator[Heard]:
+        """Every event until the last answer has ended. Leaving early cancels."""
+        n_ended = 0
+        try:
+            while n_ended < self.asked.n:
+                for event in await self.heard():
+                    n_ended += isinstance(event, Ended)
+                    yield event
+        finally:
+            self.cancel()
+
+    def tell(self, news: list[Heard]) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._heard.put_nowait, news)
+
+
+def apart(batch: list[tuple[Session, list[int]]], n_logits: list[int]) -> NDArray[np.float32]:
+    """``cext.eval_batch``, each session alone: sums are then added in an order that knows no neighbours."""
+    return np.concatenate([eval_batch([item], [n]) for item, n in zip(batch, n_logits, strict=True)])
+
+
+def _never_began(choice: int, reason: Reason, error: Exception | None) -> Ended:
+    return Ended(choice, reason, "", None, Stats(), None, error)
+
+
+def _seeds(asked: Generation) -> list[int]:
+    """One a choice, so that n answers differ and the same request gives the same n."""
+    first = secrets.randbits(32) if asked.params.seed is None else asked.params.seed
+    return [(first + i) % (1 << 64) for i in range(asked.n)]
+
+
+@dataclass
+class Figures:
+    """Counters since the start, for /metrics. Times in seconds."""
+
+    began: float = field(default_factory=time.time)
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    steps: int = 0
+    step_seconds: float = 0.0
+    longest_step: float = 0.0
+
+
+class Engine:
+    """A model, stepped for many. ``start`` once; ``stop`` lets what runs go on for some seconds."""
+
+    def __init__(self, runtime: Runtime, limits: Limits, kv: KvType) -> None:
+        self.runtime, self.limits, self.kv = runtime, limits, kv
+        self.figures = Figures()
+        self.prefixes = Prefixes(lambda: runtime.model.cache_usage().nbytes, limits.cache_bytes)
+        tokenizer = runtime.tokenizer
+        self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
+        self._scheduler = Scheduler(apart if limits.deterministic else eval_batch, self._budget(64))
+        self._waiting: deque[Ticket] = deque()
+        self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
+        self._texts: dict[Sequence, Text] = {}
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="dsv2-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """Take no more; after ``grace`` seconds cut what still runs; return when the thread has ended."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(grace)
+        with self._wake:
+            for ticket in self._all_tickets():
+                ticket.cancel()
+            self._wake.notify()
+        self._thread.join()
+
+    # Asked from the event loop.
+
+    def submit(self, asked: Generation) -> Ticket:
+        """Queue a request. ApiError where it cannot be answered, or too many wait."""
+        if len(asked.prompt) > self.limits.n_ctx:
+            raise errors.too_long(len(asked.prompt), self.limits.n_ctx)
+        if asked.ignore_end:
+            bias = {**asked.params.bias, **dict.fromkeys(self.end_ids, float("-inf"))}
+            asked = replace(asked, params=replace(asked.params, bias=bias))
+        ticket = Ticket(asked)
+        with self._wake:
+            if self._stopping:
+                raise errors.stopping()
+            if len(self._waiting) >= self.limits.queue:
+                raise errors.busy(len(self._waiting))
+            self._waiting.append(ticket)
+            self.figures.requests += 1
+            self._wake.notify()
+        return ticket
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        return len(self._tickets)
+
+    # The thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._tickets or self._stopping):
+                    self._wake.wait()
+                if self._stopping and not self._waiting and not self._tickets:
+                    return
+            self._admit()
+            self._tell(self._step())
+
+    def _step(self) -> list[Event]:
+        decodes = any(s.n_waiting == 1 for s in self._tickets)
+        reads = any(s.n_waiting > 1 for s in self._tickets)
+        begun = time.perf_counter()
+        events = self._scheduler.step()
+        seconds = time.perf_counter() - begun
+        self.figures.steps += 1
+        self.figures.step_seconds += seconds
+        self.figures.longest_step = max(self.figures.longest_step, seconds)
+        if decodes and reads and not self.limits.deterministic:
+            self._adapt(seconds)
+        return events
+
+    def _adapt(self, seconds: float) -> None:
+        """Let prompts take as much of a step beside answers as keeps it near STEP_SECONDS."""
+        beside = self._scheduler.budget.beside
+        wanted = beside * min(2.0, max(0.5, STEP_SECONDS / max(seconds, 1e-3)))
+        self._scheduler.budget = self._budget(round(wanted))
+
+    def _budget(self, beside: int) -> Budget:
+        usual = Budget()
+        if self.limits.deterministic:
+            return replace(usual, alone=WHOLE, beside=WHOLE, whole=WHOLE)
+        return replace(usual, beside=min(max(beside, FEWEST_BESIDE), usual.step // 2))
+
+    # Admission.
+
+    def _admit(self) -> None:
+        """Let waiting requests join, the oldest first, as many as are stepped together."""
+        with self._wake:
+            waiting = list(self._waiting)
+        done = []
+        for ticket in waiting:
+            while not ticket.cancelled and ticket.next_choice < ticket.asked.n and self._has_room(ticket):
+                self._admit_choice(ticket)
+            if ticket.cancelled:
+                self._drop(ticket)
+            if ticket.next_choice == ticket.asked.n:
+                done.append(ticket)
+        if done:
+            with self._wake:
+                self._waiting = deque(t for t in self._waiting if t not in done)
+
+    def _has_room(self, ticket: Ticket) -> bool:
+        if len(self._tickets) >= self.limits.parallel:
+            return False
+        first = ticket.running.get(0)
+        if ticket.next_choice > 0:  # the other answers fork the first one's prompt
+            return first is None or first.n_waiting <= 1
+        return not self._is_being_read(ticket)
+
+    def _is_being_read(self, ticket: Ticket) -> bool:
+        """Whether somebody reads a beginning that this prompt shares, and is not through with it."""
+        for sequence, (other, _) in self._tickets.items():
+            if sequence.n_waiting > 1 and other.asked.salt == ticket.asked.salt and other.asked.use_cache:
+                shared = common(other.ids, ticket.ids)
+                if shared >= LEAST and shared > sequence.context.session.n_past:
+                    return ticket.asked.use_cache
+        return False
+
+    def _drop(self, ticket: Ticket) -> None:
+        """A request that nobody waits for: its answers that have not begun end at once."""
+        for choice in range(ticket.next_choice, ticket.asked.n):
+            ticket.n_ended += 1
+            ticket.tell([_never_began(choice, "cancelled", None)])
+        ticket.next_choice = ticket.asked.n
+        self.figures.cancelled += 1
+
+    def _admit_choice(self, ticket: Ticket) -> None:
+        choice = ticket.next_choice
+        ticket.next_choice += 1
+        try:
+            sequence, text = self._sequence(ticket, choice)
+        except Exception as error:  # out of memory, a sampler out of range: this answer's affair alone
+            ticket.n_ended += 1
+            self.figures.failed += 1
+            ticket.tell([_never_began(choice, "error", error)])
+            return
+        ticket.running[choice] = sequence
+        self._tickets[sequence] = (ticket, choice)
+        self._texts[sequence] = text
+        self._scheduler.add(sequence)
+
+    def _sequence(self, ticket: Ticket, choice: int) -> tuple[Sequence, Text]:
+        asked, tokenizer = ticket.asked, self.runtime.tokenizer
+        found = self._find(ticket, choice)
+        session = found.session if found else self.runtime.model.session(self.limits.n_ctx, self.kv)
+        rows = None
+        if asked.rows and choice == 0:
+            rows = PromptRows(max(asked.n_top or 0, MAX_ROWS_TOP), found.rows if found else None)
+        text = Text(Marked(tokenizer), asked.stops)
+        sequence = Sequence(
+            Context(session),
+            asked.prompt,
+            Chooser(asked.params, asked.constraint() if asked.constraint else None, ticket.seeds[choice]),
+            text,
+            tokenizer.is_end,
+            limit=asked.limit,
+            n_top=asked.n_top,
+            rows=rows,
+        )
+        return sequence, text
+
+    def _find(self, ticket: Ticket, choice: int) -> Found | None:
+        """A session that has read the prompt's beginning: its own first answer's, a running one's, or a kept one."""
+        asked = ticket.asked
+        if self.limits.deterministic:
+            return None
+        first = ticket.running.get(0)
+        if choice and first is not None:
+            return Found(first.context.session.fork(len(asked.prompt) - 1), len(asked.prompt) - 1, [])
+        if not asked.use_cache:
+            return None
+        best, longest = None, LEAST - 1
+        for sequence, (other, _) in self._tickets.items():
+            if other.asked.salt == asked.salt and not asked.rows:
+                n = common(sequence.context.session.ids, ticket.ids)
+                if n > longest:
+                    best, longest = sequence.context.session, n
+        kept = self.prefixes.find(ticket.ids, asked.salt, rows=asked.rows, n_top=MAX_ROWS_TOP)
+        if best is None or (kept is not None and kept.n >= longest):
+            return kept
+        return Found(best.fork(longest), longest, [])
+
+    # What came of a step.
+
+    def _tell(self, events: list[Event]) -> None:
+        news: dict[Ticket, list[Heard]] = {}
+        for event in events:
+            ticket, choice = self._tickets[event.sequence]
+            heard = self._heard(event, ticket, choice)
+            if heard is not None:
+                news.setdefault(ticket, []).append(heard)
+        for ticket, heard_now in news.items():
+            ticket.tell(heard_now)
+        if events and not self._tickets:
+            self.prefixes.trim()
+
+    def _heard(self, event: Event, ticket: Ticket, choice: int) -> Heard | None:
+        if isinstance(event, Token):
+            return Piece(choice, event.id, event.text, event.logprobs)
+        if isinstance(event, Read):
+            return Began(event.done, event.n, event.sequence.stats.n_reused) if choice == 0 else None
+        return self._ended(event, ticket, choice)
+
+    def _ended(self, event: End, ticket: Ticket, choice: int) -> Ended:
+        sequence, asked = event.sequence, ticket.asked
+        del self._tickets[sequence]
+        text = self._texts.pop(sequence)
+        ticket.n_ended += 1
+        if choice:  # the first one's cache serves the others until they have all begun
+            ticket.running.pop(choice)
+        rows = sequence.rows.found if sequence.rows is not None else None
+        if event.error is None and asked.use_cache and not self.limits.deterministic:
+            self.prefixes.keep(sequence.context.session, asked.salt, list(rows or []), MAX_ROWS_TOP)
+        self._count(event, choice)
+        return Ended(choice, event.reason, event.text, text.stop, sequence.stats, rows, event.error)
+
+    def _count(self, event: End, choice: int) -> None:
+        stats, figures = event.sequence.stats, self.figures
+        if choice == 0:
+            figures.prompt_tokens += stats.n_prompt - stats.n_reused
+            figures.cached_tokens += stats.n_reused
+        figures.answer_tokens += stats.n_answer
+        figures.prompt_seconds += stats.prefill_seconds
+        figures.answer_seconds += stats.decode_seconds
+        figures.finished += event.reason not in ("cancelled", "error")
+        figures.cancelled += event.reason == "cancelled"
+        figures.failed += event.reason == "error"
+
+    def _all_tickets(self) -> list[Ticket]:
+        return [*self._waiting, *{ticket: None for ticket, _ in list(self._tickets.values())}]

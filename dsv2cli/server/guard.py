@@ -1,0 +1,169 @@
+"""Before any work: whose requests are heard, and how large they may be.
+
+A server on a loopback address is within reach of every web page that its user opens: a page can name any host, and by
+rebinding its own name it can even read the answers (CVE-2024-28224). So the Host must be an address or a name that was
+meant, an Origin must be the server's own or allowed, and a body must be JSON, which no page sends without asking first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from dsv2cli.server.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PUBLIC = frozenset({"/health", "/v1/health"})  # answered without a key, for load balancers
+MAX_BODY = 32 << 20
+BODY_SECONDS = 30.0
+PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """keys: digests of the API keys; none: no key is asked for. hosts, origins: allowed beside the usual ones."""
+
+    keys: frozenset[bytes] = frozenset()
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = field(default_factory=frozenset)
+
+
+def digest(key: bytes) -> bytes:
+    """Keys are kept and compared as digests: of equal length, so that the time tells nothing (CVE-2025-59425)."""
+    return hashlib.sha256(key).digest()
+
+
+def check_host(host: str | None, allowed: frozenset[str]) -> None:
+    if host is None:
+        return
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name not in allowed and name != "localhost" and not name.endswith(".localhost"):
+            ipaddress.ip_address(name)  # an address cannot be rebound
+    except ValueError:
+        raise ApiError(403, f"requests for the host {host[:100]!r} are not answered; --allowed-host names it") from None
+
+
+def check_origin(origin: str | None, host: str | None, allowed: frozenset[str]) -> None:
+    if origin is None or origin in allowed or (host is not None and origin in (f"http://{host}", f"https://{host}")):
+        return
+    raise ApiError(403, f"pages of {origin[:100]!r} are not answered; --cors-origin allows them")
+
+
+def key_of(headers: Mapping[str, str]) -> bytes:
+    """The key that came with a request, in OpenAI's or in Anthropic's form. headers: bytes as Latin-1, as in ASGI."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    return key.encode("latin-1")
+
+
+def check_key(headers: Mapping[str, str], keys: frozenset[bytes]) -> None:
+    if not keys:
+        return
+    given = digest(key_of(headers))
+    matches = [hmac.compare_digest(given, key) for key in keys]
+    if not any(matches):
+        raise ApiError(
+            401,
+            "a valid API key is needed",
+            "authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class Guard:
+    """ASGI middleware. What passes has its whole body read, within MAX_BODY bytes and BODY_SECONDS."""
+
+    def __init__(self, app: App, rules: Rules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        origin = headers.get("origin")
+        send = self._with_cors(send, origin)
+        try:
+            self._check(scope, headers)
+            if scope["method"] == "OPTIONS":
+                await _answer(send, 204, PREFLIGHT | {"Access-Control-Allow-Headers": "authorization, content-type"})
+                return
+            receive = await _read_body(receive, headers) if scope["method"] == "POST" else receive
+        except ApiError as error:
+            await _answer(send, error.status, error.headers, error.body())
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        host = headers.get("host")
+        check_host(host, self._rules.hosts)
+        check_origin(headers.get("origin"), host, self._rules.origins)
+        if scope["method"] == "OPTIONS":
+            return
+        if scope["path"] not in PUBLIC:
+            check_key(headers, self._rules.keys)
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json" and not (kind == "" and headers.get("content-length", "0") == "0"):
+                raise ApiError(415, "the Content-Type must be application/json")
+
+    def _with_cors(self, send: Send, origin: str | None) -> Send:
+        if origin is None or origin not in self._rules.origins:
+            return send
+
+        async def marked(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                allow = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"Origin")]
+                message["headers"] = [*message.get("headers", []), *allow]
+            await send(message)
+
+        return marked
+
+
+async def _read_body(receive: Receive, headers: Mapping[str, str]) -> Receive:
+    """Read all of a body, and give a ``receive`` that hands it out and then waits for the client to go."""
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB")
+    length = headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    break
+                body += message.get("body", b"")
+                if len(body) > MAX_BODY:
+                    raise too_large
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+    pending: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+async def _answer(send: Send, status: int, headers: Mapping[str, str], body: object = None) -> None:
+    data = b"" if body is None else json.dumps(body).encode()
+    named = {"content-length": str(len(data)), "content-type": "application/json", **headers}
+    lines = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    await send({"type": "http.response.body", "body": data})

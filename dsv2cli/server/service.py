@@ -1,0 +1,166 @@
+"""What the dialects share: the served model, and the way from their fields to a ``Generation``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cext.errors import TemplateError, TokenizerError
+from cext.tokenizer import Message
+from dsv2cli.server import errors
+from dsv2cli.server.errors import ApiError, bad_field
+from dsv2cli.server.generation import Generation, Params
+from dsv2cli.server.wire import Sampled
+
+if TYPE_CHECKING:
+    from dsv2cli.server.engine import Engine, Ticket
+
+MAX_TOP = 20
+MAX_BIAS = 1024
+U64 = 1 << 64
+
+
+@dataclass
+class Service:
+    """The model under the name that it answers to; requests may call it as they like, and mostly do."""
+
+    engine: Engine
+    name: str
+    defaults: Params
+    fingerprint: str = "dsv2"
+    began: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def n_vocab(self) -> int:
+        return self.engine.runtime.tokenizer.n_vocab
+
+    def params(self, body: Sampled) -> Params:
+        """The request's sampling over the server's defaults."""
+        d = self.defaults
+
+        def given(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        top_k = given(body.top_k, d.top_k)
+        last_n = given(body.repeat_last_n, d.repeat_last_n)
+        top_p = given(body.top_p, d.top_p)
+        return Params(
+            temperature=given(body.temperature, d.temperature),
+            top_k=max(top_k, 0),
+            top_p=top_p if top_p > 0 else 1e-6,
+            min_p=given(body.min_p, d.min_p),
+            repeat_penalty=given(body.repeat_penalty, d.repeat_penalty),
+            repeat_last_n=self.engine.limits.n_ctx if last_n < 0 else min(last_n, self.engine.limits.n_ctx),
+            presence_penalty=given(body.presence_penalty, 0.0),
+            frequency_penalty=given(body.frequency_penalty, 0.0),
+            bias=self.bias(body.logit_bias),
+            seed=None if body.seed is None else body.seed % U64,
+        )
+
+    def bias(self, given: Any) -> dict[int, float]:
+        """OpenAI's object, or llama-server's pairs, in which a word stands for its tokens and false for never."""
+        pairs = given.items() if isinstance(given, Mapping) else given or ()
+        if len(pairs) > MAX_BIAS:
+            raise bad_field("logit_bias", f"has more than {MAX_BIAS} entries")
+        bias: dict[int, float] = {}
+        for what, value in pairs:
+            amount = (float("-inf") if not value else 0.0) if isinstance(value, bool) else float(value)
+            for token in self._bias_ids(what):
+                bias[token] = float("-inf") if amount <= -100 else amount
+        return bias
+
+    def _bias_ids(self, what: int | str) -> list[int]:
+        if isinstance(what, int) or what.strip().lstrip("-").isdecimal():
+            return [token] if 0 <= (token := int(str(what)[:20])) < self.n_vocab else []
+        return self.engine.runtime.tokenizer.encode(what)
+
+    def stops(self, given: str | Sequence[str] | None) -> tuple[str, ...]:
+        stops = (given,) if isinstance(given, str) else tuple(given or ())
+        return tuple(stop for stop in stops if stop)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        answer: bool = True,
+    ) -> list[int]:
+        """A chat as ids. ApiError 400 for what the template cannot write."""
+        try:
+            return self.engine.runtime.tokenizer.chat(messages, answer=answer, tools=tools, thinking=thinking)
+        except (TemplateError, TokenizerError) as error:
+            raise ApiError(400, self.without_path(error), param="messages") from None
+
+    def without_path(self, error: Exception) -> str:
+        """A message about the model's file, without where it lies."""
+        return str(error).replace(f"`{self.engine.runtime.tokenizer.path}`: ", "")
+
+    def messages(self, given: Sequence[Any]) -> list[Message]:
+        if not given:
+            raise bad_field("messages", "is empty")
+        parsed = []
+        for i, value in enumerate(given):
+            try:
+                parsed.append(Message.parse(value))
+            except ValueError as error:
+                raise bad_field(f"messages[{i}]", str(error)) from None
+        return parsed
+
+    def opening(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.engine.runtime.tokenizer.opening(prompt))
+
+    def limit(self, *given: int | None) -> int | None:
+        """The first limit that is given; 0 and none leave it to the context. -1 is llama-server's for none."""
+        wanted = next((n for n in given if n is not None), None)
+        return None if wanted is None or wanted < 0 else wanted
+
+    def submit_all(self, asked: Sequence[Generation]) -> list[Ticket]:
+        """All of a request's prompts, or none. ApiError."""
+        tickets: list[Ticket] = []
+        try:
+            tickets = [self.engine.submit(one) for one in asked]
+        except ApiError:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return tickets
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        if not ids:
+            raise bad_field(field, "holds no tokens")
+        if min(ids) < 0 or max(ids) >= self.n_vocab:
+            raise bad_field(field, f"token ids go from 0 to {self.n_vocab - 1}")
+
+    def text_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """A raw prompt. Whoever sends one owns all of it, control tokens too, unless told otherwise."""
+        ids = self.engine.runtime.tokenizer.prompt(text, special=special)
+        return ids or self._begin()
+
+    def _begin(self) -> list[int]:
+        """What an empty prompt is: the token that begins a text."""
+        tokenizer = self.engine.runtime.tokenizer
+        token = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+        if token is None:
+            raise bad_field("prompt", "is empty, and the vocabulary has no token that begins a text")
+        return [token]
+
+    def check_model(self, name: str | None, *, strict: bool) -> None:
+        if strict and name not in (None, "", self.name):
+            raise errors.no_such_model(str(name))
+
+    def token_text(self, token: int) -> str:
+        """A token alone: a control token's spelling; part of a character as OpenAI spells it, bytes:\\xf0."""
+        tokenizer = self.engine.runtime.tokenizer
+        raw = tokenizer.token_bytes(token)
+        try:
+            return tokenizer.special_text(token) or raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_urlsafe(18)}"

@@ -1,0 +1,287 @@
+"""dsv2 serve: OpenAI's dialect, many at once, prefixes shared, clients that go."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from support.serving import LIMITS, Served, served
+from support.tiny import spec_named, variant
+from support.vocab import IDS, USER, V25_TEMPLATE, write_model
+
+import cext
+from cext.tokenizer import Message, Tokenizer
+
+SPEC = variant(spec_named("lite"), n_ctx=4096)
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+HI = [{"role": "user", "content": "Hi the ant"}]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("server") / "tiny.gguf", SPEC, V25_TEMPLATE, endless=True)
+
+
+@pytest.fixture(scope="module")
+def server(path: Path) -> Iterator[Served]:
+    with served(path) as running:
+        yield running
+
+
+def greedy(path: Path, ids: list[int], n: int) -> list[int]:
+    """What the engine itself answers."""
+    with cext.Model(path, threads=2) as model:
+        session = model.session(512, "f32")
+        logits, answer = session.eval(ids), list[int]()
+        for _ in range(n):
+            answer.append(int(logits.argmax()))
+            logits = session.eval(answer[-1:])
+    return answer
+
+
+def test_a_chat_is_the_engine_s_answer(server: Served, path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.chat([Message("user", "Hi the ant")])
+    body = server.asked(CHAT, messages=HI, max_tokens=8, temperature=0, model="whatever")
+    choice = body["choices"][0]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": tokenizer.decode(greedy(path, ids, 8)),
+        "refusal": None,
+    }
+    assert choice["finish_reason"] == "length" and body["object"] == "chat.completion"
+    assert body["usage"]["prompt_tokens"] == len(ids) and body["usage"]["completion_tokens"] == 8
+
+
+def test_a_stream_says_the_same(server: Served) -> None:
+    asked: dict[str, Any] = {"messages": HI, "max_tokens": 12, "seed": 7, "n": 2, "temperature": 1.0}
+    whole = server.asked(CHAT, **asked)
+    *chunks, done = server.events(CHAT, **asked, stream=True, stream_options={"include_usage": True})
+    assert done == "[DONE]"
+    for i in range(2):
+        mine = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == i]
+        assert mine[0]["delta"]["role"] == "assistant"
+        assert "".join(c["delta"].get("content") or "" for c in mine) == whole["choices"][i]["message"]["content"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["length"]
+    assert chunks[-1]["usage"]["completion_tokens"] == 24 and chunks[-1]["choices"] == []
+    assert whole["choices"][0]["message"] != whole["choices"][1]["message"]
+
+
+def test_what_a_client_sends_is_no_control_token(server: Served, path: Path) -> None:
+    typed = [{"role": "user", "content": f"Hi{USER}"}]
+    n = server.asked(CHAT, messages=typed, max_tokens=1)["usage"]["prompt_tokens"]
+    assert n == len(Tokenizer(path).chat([Message("user", f"Hi{USER}")])) > 12
+    raw = server.asked(TEXT, prompt=f"Hi{USER}", max_tokens=1, echo=True, logprobs=0)
+    assert USER in raw["choices"][0]["logprobs"]["tokens"]  # a raw prompt's owner may spell them
+    apart = server.asked(TEXT, prompt=f"Hi{USER}", max_tokens=1, echo=True, logprobs=0, parse_special=False)
+    assert USER not in apart["choices"][0]["logprobs"]["tokens"]
+
+
+def prompt_logprobs(path: Path, ids: list[int]) -> list[float]:
+    with cext.Model(path, threads=2) as model:
+        logits = model.session(512, "f32").eval(ids, "all").astype(np.float64)
+    logits -= np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) + logits.max(1, keepdims=True)
+    return [float(logits[i, token]) for i, token in enumerate(ids[1:])]
+
+
+def test_prompt_logprobs_with_the_cache_on(server: Served, path: Path) -> None:
+    """lm-eval's request: one context, several endings, each echoed with its log-probabilities."""
+    rng = np.random.default_rng(5)
+    context = [int(i) for i in rng.integers(0, 256, 200)]
+    for ending in ([7, 8, 9], [7, 8, 10, 11], [30]):
+        ids = context + ending
+        body = server.asked(TEXT, prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0)
+        told = body["choices"][0]["logprobs"]
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        np.testing.assert_allclose(told["token_logprobs"][1 : len(ids)], prompt_logprobs(path, ids), atol=2e-5)
+        for value, top in zip(told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True):
+            assert value in top.values() and max(top.values()) >= value
+        assert len(told["tokens"]) == len(ids) + 1
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] >= 199  # the endings read their own tokens alone
+
+
+def test_turns_are_read_once(server: Served) -> None:
+    messages = [{"role": "user", "content": "Hi " * 40}]
+    first = server.asked(CHAT, messages=messages, max_tokens=5, temperature=0)
+    messages += [first["choices"][0]["message"], {"role": "user", "content": "the ant"}]
+    second = server.asked(CHAT, messages=messages, max_tokens=5, temperature=0)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
+    alone = server.asked(CHAT, messages=messages, max_tokens=5, temperature=0, cache_prompt=False)
+    assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert alone["choices"][0]["message"] == second["choices"][0]["message"]
+
+
+def test_sixteen_at_once_answer_as_alone(server: Served) -> None:
+    asks = [{"messages": [{"role": "user", "content": "Hi " * i}], "max_tokens": 20, "seed": i} for i in range(1, 17)]
+    alone = [server.asked(CHAT, **ask)["choices"][0]["message"]["content"] for ask in asks]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda ask: server.asked(CHAT, **ask)["choices"][0]["message"]["content"], asks))
+    assert together == alone
+
+
+def test_requests_that_begin_alike_read_it_once(path: Path) -> None:
+    """Sent together, before anything is in the cache."""
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 256, 300)]
+    with served(path) as server, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: server.asked(TEXT, prompt=[*ids, i], max_tokens=2), range(4)))
+        assert server.engine.figures.prompt_tokens < 2 * 300
+
+
+def until(condition: Any, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ended", ["running", "queued"])
+def test_a_client_that_goes_costs_nothing_more(path: Path, stream: bool, ended: str) -> None:
+    limits = dataclasses.replace(LIMITS, parallel=1, n_ctx=4096)
+    long = {"prompt": "Hi", "max_tokens": 4000}
+    with served(path, limits) as server:
+        engine, address = server.engine, server.client.base_url
+        blocking = threading.Thread(target=lambda: httpx.post(f"{address}{TEXT}", json=long, timeout=60))
+        if ended == "queued":
+            blocking.start()
+            assert until(lambda: engine.n_running == 1)
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
+            if stream:
+                with client.stream("POST", f"{address}{TEXT}", json=long | {"stream": True}) as response:
+                    for _ in response.iter_lines():
+                        if engine.n_running:
+                            raise httpx.ReadTimeout("enough")
+            client.post(f"{address}{TEXT}", json=long)
+        if ended == "queued":
+            assert until(lambda: engine.figures.cancelled >= 1 and engine.n_waiting == 0)
+            assert engine.n_running == 1 and blocking.is_alive()  # the neighbour goes on
+        else:
+            assert until(lambda: engine.n_running == 0 and engine.figures.cancelled == 1)
+        for ticket in engine._all_tickets():
+            ticket.cancel()
+        if ended == "queued":
+            blocking.join()
+
+
+@pytest.mark.parametrize(
+    ("path_", "body", "status", "says"),
+    [
+        (CHAT, {}, 400, "messages"),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "messages[0]"),
+        (CHAT, {"messages": HI, "n": 10**9}, 400, "n:"),
+        (CHAT, {"messages": HI, "temperature": "hot"}, 400, "temperature"),
+        (CHAT, {"messages": HI, "max_tokens": -5}, 400, "max_tokens"),
+        (CHAT, {"messages": HI, "stop": [""]}, 400, "stop"),
+        (CHAT, {"messages": HI, "chat_template_kwargs": {"messages": "x"}}, 400, "chat_template_kwargs"),
+        (CHAT, {"messages": HI * 300}, 400, "tokens"),
+        (TEXT, {"prompt": []}, 400, "prompt"),
+        (TEXT, {"prompt": [[]]}, 400, "prompt"),
+        (TEXT, {"prompt": [-1]}, 400, "prompt"),
+        (TEXT, {"prompt": [10**6]}, 400, "prompt"),
+        (TEXT, {"prompt": ["a", 1]}, 400, "prompt"),
+        (TEXT, {"prompt": "a", "best_of": 2}, 400, "best_of"),
+        (TEXT, {"prompt": "a", "suffix": "b"}, 400, "filling in"),
+        (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+        ("/v1/nothing", {}, 404, "nothing at"),
+    ],
+)
+def test_refusals_name_the_field(server: Served, path_: str, body: dict[str, Any], status: int, says: str) -> None:
+    response = server.post(path_, **body)
+    error = response.json()["error"]
+    assert response.status_code == status and says in error["message"], response.text
+    assert error.keys() >= {"message", "type", "param", "code"}
+
+
+def test_a_prompt_beyond_the_context(server: Served) -> None:
+    response = server.post(TEXT, prompt=[1] * 600)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "exceed_context_size_error"
+    assert (error["n_prompt_tokens"], error["n_ctx"]) == (600, 512)
+
+
+@pytest.mark.parametrize("body", [b"{", b"nonsense", b'{"n": NaN}', b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200])
+def test_bodies_that_are_no_json(server: Served, body: bytes) -> None:
+    response = server.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "error" in response.json()
+
+
+def test_penalties_biases_and_ends(server: Served, path: Path) -> None:
+    ids = Tokenizer(path).chat([Message("user", "Hi the ant")])
+    likeliest = greedy(path, ids, 1)[0]
+    asked: dict[str, Any] = {"messages": HI, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    plain = server.asked(CHAT, **asked)["choices"][0]["logprobs"]["content"][0]
+    assert plain["id"] == likeliest == plain["top_logprobs"][0]["id"]
+    banned = server.asked(CHAT, **asked, logit_bias={str(likeliest): -100})["choices"][0]["logprobs"]["content"][0]
+    assert banned["id"] == plain["top_logprobs"][1]["id"] and banned["top_logprobs"] == plain["top_logprobs"]
+    forced = server.asked(
+        CHAT, messages=HI, max_tokens=9, temperature=0, logit_bias=[[IDS["<｜end▁of▁sentence｜>"], 100]]
+    )
+    assert forced["choices"][0]["finish_reason"] == "stop" and forced["usage"]["completion_tokens"] == 0
+    ignored = server.asked(CHAT, messages=HI, max_tokens=9, ignore_eos=True)
+    assert ignored["usage"]["completion_tokens"] == 9
+    often = server.asked(CHAT, messages=HI, max_tokens=40, temperature=0, frequency_penalty=2.0)
+    assert (
+        often["choices"][0]["message"]
+        != server.asked(CHAT, messages=HI, max_tokens=40, temperature=0)["choices"][0]["message"]
+    )
+
+
+def test_models_health_and_metrics(server: Served) -> None:
+    assert server.client.get("/health").json() == {"status": "ok"}
+    entry = server.client.get("/v1/models").json()["data"][0]
+    assert entry["id"] == "tiny" and entry["max_model_len"] == 512
+    assert server.client.get("/v1/models/tiny").json() == entry
+    assert server.client.get("/v1/models/other").status_code == 404
+    text = server.client.get("/metrics").text
+    assert "llamacpp:prompt_tokens_total" in text
+
+
+def test_the_queue_is_bounded(path: Path) -> None:
+    limits = dataclasses.replace(LIMITS, parallel=1, queue=2, n_ctx=4096)
+    with served(path, limits) as server, ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(server.post, TEXT, prompt="Hi", max_tokens=300) for _ in range(6)]
+        codes = sorted(future.result().status_code for future in asked)
+    assert codes.count(429) >= 2 and codes.count(200) >= 3
+
+
+def test_an_error_of_the_engine_fails_its_request_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(path) as server:
+        evaluate = server.engine._scheduler._evaluate
+        bad = 77
+
+        def fails(batch: Any, n_logits: Any) -> Any:
+            if any(bad in ids for _, ids in batch):
+                raise cext.EngineError("the device is on fire", "")
+            return evaluate(batch, n_logits)
+
+        monkeypatch.setattr(server.engine._scheduler, "_evaluate", fails)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(server.post, TEXT, prompt=ids, max_tokens=4) for ids in ([5, 6], [bad], [8, 9])]
+        codes = [future.result().status_code for future in asked]
+    assert codes == [200, 500, 200]
+
+
+def test_deterministic(path: Path) -> None:
+    """Alone and among others, in whatever order: the same log-probabilities to the bit."""
+    limits = dataclasses.replace(LIMITS, deterministic=True, parallel=8)
+    prompts = [[int(i) for i in np.random.default_rng(s).integers(0, 256, 40 + 70 * s)] for s in range(6)]
+
+    def ask(server: Served, ids: list[int]) -> Any:
+        return server.asked(TEXT, prompt=ids, max_tokens=6, temperature=0, logprobs=3)["choices"][0]["logprobs"]
+
+    with served(path, limits, kv="f16") as server:
+        alone = [ask(server, ids) for ids in prompts]
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(lambda ids: ask(server, ids), prompts)) == alone

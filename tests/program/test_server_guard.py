@@ -1,0 +1,143 @@
+"""Whose requests a server hears: hosts, origins, keys, content types, sizes."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.serving import Served, served
+from support.tiny import spec_named
+from support.vocab import write_model
+
+from dsv2cli.commands.serve import is_loopback, rules_of
+from dsv2cli.errors import UsageError
+from dsv2cli.server import guard
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("guard") / "tiny.gguf", spec_named("lite"))
+
+
+@pytest.fixture(scope="module")
+def server(path: Path) -> Iterator[Served]:
+    with served(path, rules=rules_of("127.0.0.1", [], ["Box.lan"], ["https://chat.example"])) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def keyed(path: Path) -> Iterator[Served]:
+    with served(path, rules=rules_of("127.0.0.1", ["sesame", "schlüssel"], [], [])) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8080", 200), ("LOCALHOST", 200), ("a.localhost", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200),
+        ("192.168.1.5", 200), ("box.lan:8080", 200), ("evil.example", 403), ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403), ("evil.example:127", 403), ("", 403), ("[::1", 403),
+    ],
+)  # fmt: skip
+def test_hosts(server: Served, host: str, status: int) -> None:
+    assert server.client.get("/health", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200), ("https://chat.example", 200), ("same", 200), ("http://evil.example", 403), ("null", 403),
+        ("https://chat.example.evil.example", 403), ("http://chat.example", 403), ("http://127.0.0.1:1", 403),
+    ],
+)  # fmt: skip
+def test_origins(server: Served, origin: str | None, status: int) -> None:
+    before = server.engine.figures.requests
+    value = str(server.client.base_url).rstrip("/") if origin == "same" else origin
+    response = server.client.post(CHAT, json=BODY, headers={} if value is None else {"origin": value})
+    assert response.status_code == status
+    assert server.engine.figures.requests - before == (status == 200)  # refused before any work
+    allowed = response.headers.get("access-control-allow-origin")
+    assert allowed == (origin if origin == "https://chat.example" else None)
+
+
+def test_preflights(server: Served) -> None:
+    asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
+    answer = server.client.options(CHAT, headers=asked)
+    assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
+    assert "access-control-allow-private-network" not in answer.headers
+    assert server.client.options(CHAT, headers=asked | {"origin": "http://evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}, {"x-api-key": "sesam"}, {"x-api-key": ""}],
+)
+def test_wrong_keys(keyed: Served, headers: dict[str, str]) -> None:
+    response = keyed.client.post(CHAT, json=BODY, headers=headers)
+    assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+    assert keyed.client.get("/v1/models", headers=headers).status_code == 401
+    assert keyed.client.get("/health", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{"authorization": "Bearer sesame"}, {"x-api-key": "schlüssel".encode()}])
+def test_right_keys(keyed: Served, headers: dict[str, Any]) -> None:
+    assert keyed.client.post(CHAT, json=BODY, headers=headers).status_code == 200
+
+
+def test_keys_share_no_prefixes(keyed: Served) -> None:
+    """Time would tell one key's user what another's has asked."""
+    body = {"prompt": "the ant " * 40, "max_tokens": 1}
+    cached = [
+        keyed.client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}".encode()}).json()[
+            "usage"
+        ]
+        for key in ("sesame", "sesame", "schlüssel")
+    ]
+    assert [bool(usage["prompt_tokens_details"]["cached_tokens"]) for usage in cached] == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+def test_only_json_is_heard(server: Served, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    response = server.client.post(CHAT, content=b'{"messages": []}', headers=headers)
+    assert response.status_code == 415
+
+
+def test_bodies_that_are_too_large(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_BODY", 1000)
+    assert server.client.post(CHAT, content=b" " * 1001, headers=JSON).status_code == 413
+    assert server.client.post(CHAT, content=iter([b" " * 600] * 2), headers=JSON).status_code == 413
+
+
+def test_bodies_that_do_not_come(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    url = httpx.URL(server.client.base_url)
+    begun = time.monotonic()
+    with socket.create_connection((url.host, url.port or 80), 10) as slow:
+        slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n".encode())
+        slow.sendall(b"Content-Length: 10\r\n\r\n{")
+        assert b" 408 " in slow.recv(1000)
+    assert time.monotonic() - begun < 5
+
+
+def test_headers_that_are_too_large(server: Served) -> None:
+    assert server.client.get("/health", headers={"x-long": "a" * (1 << 17)}).status_code in (400, 431)
+
+
+def test_what_is_refused_at_the_start() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "0.0.0.0", "::", "box")] == [
+        True, True, True, True, False, False, False,
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="every web page"):
+        rules_of("127.0.0.1", [], [], ["*"])
+    with pytest.raises(UsageError, match="empty"):
+        rules_of("127.0.0.1", [" "], [], [])
