@@ -18,7 +18,7 @@ from cext.errors import (
 )
 
 try:
-    from cext._engine import MAX_STEP, cores, formats, isa, isas
+    from cext._engine import MAX_STEP, architectures, cores, formats, isa, isas
 except ModuleNotFoundError as error:
     if error.name != "cext._engine":
         raise
@@ -59,6 +59,7 @@ __all__ = [
     "Tap",
     "TensorInfo",
     "UnsupportedError",
+    "architectures",
     "cores",
     "eval_batch",
     "formats",

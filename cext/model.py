@@ -22,7 +22,7 @@ MAX_ID = np.iinfo(np.int32).max
 
 
 class Hparams(TypedDict):
-    """A deepseek2 model's shape. Widths in values; 0 where a part is absent."""
+    """A model's shape. Widths in values; 0 where a part is absent."""
 
     arch: str
     name: str
@@ -52,6 +52,8 @@ class Hparams(TypedDict):
     rope_scaling_factor: float  # 1.0 without YaRN
     rope_orig_ctx: int
     attention_scale: float
+    attention_temperature_scale: float  # 0.0: queries are scaled alike wherever they stand
+    attention_temperature_length: int
 
 
 class Tap(dict[str, Any]):

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
     from cext.model import Hparams
 
-ARCHITECTURE = "deepseek2"
 # Bytes of a layer's cached row: a latent of n values and a rotary key of m, with their scales (cext/memory/kv.c).
 ROW_BYTES: dict[str, Callable[[int, int], int]] = {
     "f16": lambda n, m: 2 * _padded(n + m) + 4,
@@ -110,7 +109,7 @@ class Anatomy:
     @property
     def expert_usage(self) -> NDArray[np.int64] | None:
         """Calibration tokens that chose each expert, (n_layer, n_expert), with the layers that have experts only."""
-        if self.architecture != ARCHITECTURE:
+        if not is_known(self.architecture):
             return None
         names = ("block_count", "expert_count", "leading_dense_block_count")
         n_layer, n_expert, n_dense = (self.keys.get(name, 0) for name in names)
@@ -126,12 +125,19 @@ class Anatomy:
     @property
     def contexts(self) -> tuple[int, ...]:
         """Contexts worth knowing the memory at: a few, and the longest the model was trained for."""
-        longest = self.keys.get("context_length", CONTEXTS[0]) if self.architecture == ARCHITECTURE else CONTEXTS[0]
+        longest = self.keys.get("context_length", CONTEXTS[0]) if is_known(self.architecture) else CONTEXTS[0]
         return (*(c for c in CONTEXTS if c < longest), longest)
 
     def memory(self, n_ctx: int, kv_type: str = "f16") -> int:
         """Bytes of weights and cache with a context of n_ctx; the engine's scratch comes on top."""
         return self.tensor_bytes + self.kv_bytes[kv_type] * n_ctx
+
+
+def is_known(architecture: str) -> bool:
+    """Whether the engine runs files of this general.architecture."""
+    from cext import architectures
+
+    return architecture in architectures()
 
 
 def study(path: Path) -> Anatomy:
@@ -146,10 +152,11 @@ def study(path: Path) -> Anatomy:
         architecture = metadata.get("general.architecture", "unknown")
         prefix = f"{architecture}."
         keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
-        if architecture == ARCHITECTURE:
+        known = is_known(architecture)
+        if known:
             for name in COUNTS:
                 _check(path, prefix + name, keys.get(name, 0), int, "a count")
-        shape, remarks = _shape(gguf) if architecture == ARCHITECTURE else (None, ())
+        shape, remarks = _shape(gguf) if known else (None, ())
         keys |= _assumed(shape) if shape else {}
         return Anatomy(
             path=path,
@@ -159,8 +166,8 @@ def study(path: Path) -> Anatomy:
             keys=keys,
             vocabulary=_vocabulary(gguf),
             types=_types(gguf.tensors),
-            parts=_parts(gguf.tensors, keys) if architecture == ARCHITECTURE else (),
-            kv_bytes=_kv_bytes(keys if architecture == ARCHITECTURE else {}),
+            parts=_parts(gguf.tensors, keys) if known else (),
+            kv_bytes=_kv_bytes(keys if known else {}),
             notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
             remarks=remarks,
         )

@@ -8,6 +8,38 @@
 #include "arch/keys.h"
 #include "arch/reader.h"
 
+/* Mistral Small 4's file differs by its name, and by a key that llama.cpp's converter leaves out. */
+static const struct arch {
+    const char *name;
+    ds_attention_id attention;
+    double temp_scale; /* where the file does not say */
+    const char *temp_source;
+} ARCHS[] = {
+    {.name = "deepseek2", .attention = DS_ATTENTION_LATENT},
+    {.name = "mistral4", .attention = DS_ATTENTION_LATENT, .temp_scale = 0.1, .temp_source = "Mistral Small 4"},
+};
+
+enum { N_ARCHS = sizeof ARCHS / sizeof *ARCHS };
+
+const char *ds_config_arch(int i) { return i >= 0 && i < N_ARCHS ? ARCHS[i].name : NULL; }
+
+static const struct arch *find_arch(const char *name) {
+    for (int i = 0; i < N_ARCHS; i++)
+        if (strcmp(ARCHS[i].name, name) == 0) return &ARCHS[i];
+    return NULL;
+}
+
+static ds_status refuse_arch(const ds_gguf *gguf, const char *name, ds_error *err) {
+    char names[N_ARCHS * (DS_MAX_NAME + 4)] = "";
+    size_t used = 0;
+    for (int i = 0; i < N_ARCHS; i++)
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s`%s`", i ? ", " : "", ARCHS[i].name);
+    ds_fail(err, DS_EUNSUPPORTED, "%s: architecture is `%s`, expected one of %s", ds_gguf_label(gguf),
+            name[0] ? name : "(missing)", names);
+    return ds_hint(err, "dsv2 runs the DeepSeek-V2 family: V2, V2-Lite, V2.5, Coder-V2, V3 and models of their "
+                        "architecture, Mistral Small 4");
+}
+
 static int read_vocab(ds_reader *r) {
     const ds_gguf_kv *tokens = ds_gguf_kv_find(r->gguf, "tokenizer.ggml.tokens");
     int64_t fallback =
@@ -88,6 +120,12 @@ static void read_groups(ds_reader *r, ds_config *c) {
         ds_read_missing(r, "expert_group_used_count",
                         "without it no expert can be chosen as the model does: convert it again");
     if (!c->n_group_used) c->n_group_used = 1;
+    if (r->status == DS_OK && c->n_group > 1 && strcmp(c->arch, "mistral4") == 0) {
+        r->status = ds_fail(r->err, DS_EUNSUPPORTED, "%s: `%s.expert_group_count` is %d: no such model has groups",
+                            ds_gguf_label(r->gguf), r->arch, c->n_group);
+        ds_hint(r->err, "which groups such a router would take is not settled: run the file with llama.cpp");
+        return;
+    }
     if (r->status == DS_OK &&
         (c->n_expert % c->n_group || c->n_expert_used > c->n_group_used * (c->n_expert / c->n_group))) {
         r->status = ds_fail(r->err, DS_EFORMAT, "%s: %d of %d experts cannot come from %d of %d groups",
@@ -226,18 +264,34 @@ static void read_rope(ds_reader *r, ds_config *c) {
     c->attn_scale *= (float)(m * m);
 }
 
+/* Llama 4's rule for long contexts, as Mistral took it: queries grow with their position. */
+static void read_temperature(ds_reader *r, ds_config *c, const struct arch *arch) {
+    c->attn_temp_scale = ds_read_float(r, "attention.temperature_scale", 0.0, 1e3, arch->temp_scale);
+    c->attn_temp_length = ds_read_int(r, "attention.temperature_length", 0, 1 << 30, 0);
+    if (r->status != DS_OK || c->attn_temp_scale == 0.0f) return;
+    if (!ds_read_present(r, "attention.temperature_scale"))
+        ds_note(r->notes, "`%s.attention.temperature_scale` is missing: %g, as %s has it", r->arch, arch->temp_scale,
+                arch->temp_source);
+    if (c->attn_temp_length) return;
+    if (c->rope_factor == 1.0f && !ds_read_present(r, "rope.scaling.original_context_length")) {
+        ds_read_missing(r, "attention.temperature_length",
+                        "it is original_max_position_embeddings in config.json: convert the model again");
+        return;
+    }
+    c->attn_temp_length = c->rope_orig_ctx;
+    if (ds_read_present(r, "attention.temperature_scale"))
+        ds_note(r->notes, "`%s.attention.temperature_length` is missing: %d, the original context", r->arch,
+                c->attn_temp_length);
+}
+
 ds_status ds_config_read(const ds_gguf *gguf, ds_source source, ds_config *out, ds_error *err) {
     ds_config c = {0};
     ds_reader r = {gguf, source, c.arch, &c.notes, DS_OK, err};
     ds_read_string(gguf, "general.architecture", c.arch, sizeof c.arch);
     ds_read_string(gguf, "general.name", c.name, sizeof c.name);
-    if (strcmp(c.arch, "deepseek2") != 0) {
-        ds_fail(err, DS_EUNSUPPORTED, "%s: architecture is `%s`, not `deepseek2`", ds_gguf_label(gguf),
-                c.arch[0] ? c.arch : "(missing)");
-        return ds_hint(
-            err, "dsv2 runs the DeepSeek-V2 family: V2, V2-Lite, V2.5, Coder-V2, V3 and models of their architecture");
-    }
-    c.attention = DS_ATTENTION_LATENT;
+    const struct arch *arch = find_arch(c.arch);
+    if (!arch) return refuse_arch(gguf, c.arch, err);
+    c.attention = arch->attention;
     read_layers(&r, &c);
     c.n_ctx_train = ds_read_int(&r, "context_length", 1, 1 << 30, -1);
     c.n_embd = ds_read_int(&r, "embedding_length", 1, DS_MAX_WIDTH, -1);
@@ -249,6 +303,7 @@ ds_status ds_config_read(const ds_gguf *gguf, ds_source source, ds_config *out, 
     ds_attention(&c)->read(&r, &c);
     read_experts(&r, &c);
     read_rope(&r, &c);
+    read_temperature(&r, &c, arch);
     ds_read_product(&r, "shared experts times their width", c.n_expert_shared, c.n_ff_expert);
     ds_read_product(&r, "chosen experts times their width", c.n_expert_used, c.n_ff_expert);
     if (r.status == DS_OK) r.status = ds_keys_check(gguf, c.arch, &c.notes, err);

@@ -1,5 +1,5 @@
-/* config.h: a deepseek2 model's shape, read from GGUF metadata and checked. Of tensors it asks only which are there: they
- * tell what some converters leave unsaid. */
+/* config.h: a model's shape, read from GGUF metadata and checked. Of tensors it asks only which are there: they tell what
+ * some converters leave unsaid. */
 #pragma once
 
 #include <stdbool.h>
@@ -44,8 +44,13 @@ typedef struct ds_config {
     float rope_base, rope_factor, rope_beta_fast, rope_beta_slow, rope_attn_factor;
     int rope_orig_ctx;
     float attn_scale; /* of q . k, YaRN's m*m included */
+    float attn_temp_scale; /* 0: queries have one scale wherever they stand (ds_query_scale) */
+    int attn_temp_length;
     ds_notes notes; /* what the file leaves unsaid, and what was assumed */
 } ds_config;
+
+/* GGUF's name of the i-th architecture that runs here; NULL behind the last. */
+const char *ds_config_arch(int i);
 
 /* Read and check every value the engine uses; errors name the key. What is missing and can be told from the rest is assumed
  * and noted; what cannot is an error. Widths are at most 2^20, so that a step's tokens times a width is an int. */

@@ -39,6 +39,11 @@ void ds_rope_angles(const ds_rope *rope, int pos, float *row) {
     }
 }
 
+float ds_query_scale(const ds_config *c, int pos) {
+    if (c->attn_temp_scale == 0.0f) return c->attn_scale;
+    return (float)(c->attn_scale * (1.0 + c->attn_temp_scale * log(1.0 + floor((double)pos / c->attn_temp_length))));
+}
+
 void ds_rope_apply(int n, const float *angles, float *x) {
     for (int i = 0; i < n; i++) {
         float c = angles[2 * i], s = angles[2 * i + 1], a = x[2 * i], b = x[2 * i + 1];

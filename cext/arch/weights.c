@@ -5,6 +5,21 @@
 #include "arch/attention.h"
 #include "arch/binder.h"
 
+/* The experts' gate and up: two tensors, or one in which an expert's gate stands before its up. */
+static void bind_gate_up(ds_binder *b, ds_layer *l, int il) {
+    const ds_config *c = b->config;
+    const int64_t d = c->n_embd, f = c->n_ff_expert, e = c->n_expert;
+    const ds_mat both = ds_bind_matrix(b, false, d, 2 * f, e, "blk.%d.ffn_gate_up_exps.weight", il);
+    if (!both.data) {
+        l->experts.gate = ds_bind_matrix(b, true, d, f, e, "blk.%d.ffn_gate_exps.weight", il);
+        l->experts.up = ds_bind_matrix(b, true, d, f, e, "blk.%d.ffn_up_exps.weight", il);
+        return;
+    }
+    l->experts.gate = l->experts.up = both;
+    l->experts.gate.rows = l->experts.up.rows = c->n_ff_expert;
+    l->experts.up.data += (size_t)f * both.row_bytes;
+}
+
 static void bind_feed_forward(ds_binder *b, ds_layer *l, int il) {
     const ds_config *c = b->config;
     int64_t d = c->n_embd, f = c->n_ff_expert, e = c->n_expert, shared = (int64_t)c->n_expert_shared * f;
@@ -16,8 +31,7 @@ static void bind_feed_forward(ds_binder *b, ds_layer *l, int il) {
     }
     l->router = ds_bind_matrix(b, true, d, e, 1, "blk.%d.ffn_gate_inp.weight", il);
     l->router_bias = ds_bind_vector(b, c->router_bias, e, "blk.%d.exp_probs_b.bias", il);
-    l->experts.gate = ds_bind_matrix(b, true, d, f, e, "blk.%d.ffn_gate_exps.weight", il);
-    l->experts.up = ds_bind_matrix(b, true, d, f, e, "blk.%d.ffn_up_exps.weight", il);
+    bind_gate_up(b, l, il);
     l->experts.down = ds_bind_matrix(b, true, f, d, e, "blk.%d.ffn_down_exps.weight", il);
     if (b->status == DS_OK && ds_format_get(l->experts.gate.format)->act != ds_format_get(l->experts.up.format)->act) {
         b->status =

@@ -153,6 +153,16 @@ static PyObject *formats(PyObject *self, PyObject *unused) {
     return list;
 }
 
+static PyObject *architectures(PyObject *self, PyObject *unused) {
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && ds_config_arch(i); i++) {
+        PyObject *item = PyUnicode_FromString(ds_config_arch(i));
+        if (!item || PyList_Append(list, item) != 0) Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
 static PyObject *isas(PyObject *self, PyObject *unused) {
     int n;
     const ds_kernels *const *all = ds_kernels_available(&n);
@@ -174,6 +184,7 @@ static PyObject *isa(PyObject *self, PyObject *unused) {
 static PyObject *cores(PyObject *self, PyObject *unused) { return PyLong_FromLong(ds_os_cores()); }
 
 static PyMethodDef methods[] = {
+    {"architectures", architectures, METH_NOARGS, "general.architecture of the files that can be run."},
     {"formats", formats, METH_NOARGS, NULL},
     {"isas", isas, METH_NOARGS, NULL},
     {"isa", isa, METH_NOARGS, "The kernels that run unless another name is asked for."},

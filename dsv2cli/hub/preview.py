@@ -117,13 +117,12 @@ def check_gguf(plan: Plan, to: Path | None) -> None:
 def _check_header(plan: Plan, name: str, values: dict[str, object], types: dict[str, int]) -> None:
     from gguf.constants import GGMLQuantizationType
 
-    from cext import formats
-    from dsv2cli.anatomy import ARCHITECTURE
+    from cext import architectures, formats
 
-    architecture = values.get("general.architecture", ARCHITECTURE)
-    if architecture != ARCHITECTURE:
+    architecture = values.get("general.architecture", architectures()[0])
+    if architecture not in architectures():
         raise CliError(
-            f"`{name}` of {plan.repo} is of the architecture `{architecture}`, dsv2 runs `{ARCHITECTURE}`",
+            f"`{name}` of {plan.repo} is of the architecture `{architecture}`, dsv2 runs {', '.join(architectures())}",
             "--no-check fetches it all the same, for other programs",
         )
     runs = {f["gguf_type"] for f in formats()}

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import gguf_bytes as gb
-from support.gguf_bytes import TINY_VALUES, Tensor, tiny_model
+from support.gguf_bytes import TINY_VALUES, Tensor, tiny_mistral4, tiny_model
 
 from cext import EngineError, FormatError, Gguf, Model, UnsupportedError
 
 TINY = tiny_model()
+MISTRAL = tiny_mistral4()
 REQUIRED = {
     "block_count",
     "context_length",
@@ -101,6 +102,7 @@ def test_strange_values_are_refused_or_run(tmp_path: Path, key: str) -> None:
         "nextn_predict_layers",
         "expert_shared_feed_forward_length",
         "attention.temperature_scale",
+        "attention.temperature_length",
         "attention.causal",
         "attention.indexer.top_k",
         "rope.scaling.yarn_ext_factor",
@@ -120,6 +122,27 @@ def test_keys_that_change_the_arithmetic_may_hold_anything(tmp_path: Path, key: 
             assert str(error).isprintable()
             n_refused += 1
     assert n_refused > 0 or key == "ssm."  # which is no key of that family: it is told, and left
+
+
+@pytest.mark.parametrize("key", MISTRAL.values)
+def test_mistral4s_values_are_refused_or_run(tmp_path: Path, key: str) -> None:
+    n_refused = 0
+    for kind, item in STRANGE:
+        try:
+            assert np.isfinite(
+                run(write(tmp_path, replace(MISTRAL, values=MISTRAL.values | {key: (kind, item)})))
+            ).all()
+        except EngineError as error:
+            assert "model.gguf" in str(error)
+            n_refused += 1
+    assert n_refused > 0 or key in {"attention.head_count_kv", "attention.key_length", "attention.value_length"}
+
+
+@pytest.mark.parametrize("shape", [(32, 4, 2), (32, 9, 2), (32, 8, 3), (8, 32, 2), (32, 8)])
+def test_a_fused_tensor_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = [replace(t, shape=shape) if "gate_up" in t.name else t for t in MISTRAL.tensors]
+    with pytest.raises(EngineError, match=r"model\.gguf.*ffn_gate_up_exps"):
+        Model(write(tmp_path, replace(MISTRAL, tensors=tensors)))
 
 
 def test_a_draft_head_larger_than_the_model(tmp_path: Path) -> None:

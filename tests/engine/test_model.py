@@ -328,6 +328,8 @@ def test_hparams(open_model, spec, legacy):
         "rope_scaling_factor": spec.yarn.factor if spec.yarn else 1.0,
         "rope_orig_ctx": spec.yarn.orig_ctx if spec.yarn else spec.n_ctx,
         "attention_scale": pytest.approx(spec.hparams.attention_scale, rel=1e-6),
+        "attention_temperature_scale": pytest.approx(spec.temperature, rel=1e-7),
+        "attention_temperature_length": spec.yarn.orig_ctx if spec.temperature else 0,
     }
 
 

@@ -205,8 +205,6 @@ def test_other_shapes_stay_without_groups(files: Files, spec: Spec) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention.temperature_scale", 0.1),
-        ("attention.temperature_length", 8192),
         ("attention.sliding_window", 4096),
         ("attention.indexer.top_k", 2048),
         ("attention.indexer.head_count", 64),

@@ -19,6 +19,7 @@ def main() -> None:
     seeds |= {f"small-v{version}": gguf_bytes.small_file(version) for version in (2, 3)}
     for kind, (elements, _) in GGML_QUANT_SIZES.items():
         seeds[f"tiny-model-{kind.name.lower()}"] = gguf_bytes.tiny_model(kind, max(32, elements)).content()
+    seeds["tiny-mistral4"] = gguf_bytes.tiny_mistral4().content()
     for name, content in seeds.items():
         if len(content) <= MAX_SEED_BYTES:
             (out / f"{name}.gguf").write_bytes(content)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -58,6 +61,14 @@ class Hparams:
     rms_norm_eps: float
     rope_freq_base: float
     yarn: Yarn | None
+    temperature_scale: float = 0.0  # Llama 4's rule for long contexts: 0 leaves all queries alike
+    temperature_length: int = 0
+
+    def query_scale(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What queries at these positions are multiplied by, (n,)."""
+        if not self.temperature_scale:
+            return np.ones(len(positions))
+        return 1 + self.temperature_scale * np.log1p(positions // self.temperature_length)
 
     @property
     def attention_scale(self) -> float:
@@ -106,4 +117,6 @@ def from_metadata(metadata: Mapping[str, Any]) -> Hparams:
         rms_norm_eps=key("attention.layer_norm_rms_epsilon"),
         rope_freq_base=key("rope.freq_base", 10000.0),
         yarn=yarn,
+        temperature_scale=key("attention.temperature_scale", 0.0),
+        temperature_length=key("attention.temperature_length", 0),
     )

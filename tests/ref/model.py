@@ -78,8 +78,9 @@ class Model:
             q = self.linear(f"{blk}.attn_q_b", c_q)  # (13)
         else:
             q = self.linear(f"{blk}.attn_q", h)
-        q = q.reshape(n, hp.n_head, hp.qk_nope_head_dim + hp.qk_rope_head_dim)
         positions = np.arange(n)
+        q = q.reshape(n, hp.n_head, hp.qk_nope_head_dim + hp.qk_rope_head_dim)
+        q = q * hp.query_scale(positions)[:, None, None]
         q_nope, q_pe = q[..., : hp.qk_nope_head_dim], rotate(hp, q[..., hp.qk_nope_head_dim :], positions)  # (14)
         kv = self.linear(f"{blk}.attn_kv_a_mqa", h)  # (9), and the shared key before its rotation
         c_kv = taps[f"kv_a_norm-{il}"] = self.norm(f"{blk}.attn_kv_a_norm", kv[:, : hp.kv_lora_rank])

@@ -151,15 +151,16 @@ def _numbers(nbytes: int) -> bytes:
 
 @dataclass(frozen=True)
 class Model:
-    """A deepseek2 file in parts: values by key without "deepseek2.", and tensors whose places are not yet chosen."""
+    """A file in parts: values by key without the architecture, and tensors whose places are not yet chosen."""
 
     values: dict[str, tuple[int, object]]  # (type, value)
     tensors: list[Tensor]
+    arch: str = "deepseek2"
 
     def content(self, data: bytes | None = None) -> bytes:
         """The file; data stands for the weights where it is given."""
-        kvs = [kv("general.architecture", STRING, "deepseek2")]
-        kvs += [kv(f"deepseek2.{key}", kind, item) for key, (kind, item) in self.values.items()]
+        kvs = [kv("general.architecture", STRING, self.arch)]
+        kvs += [kv(f"{self.arch}.{key}", kind, item) for key, (kind, item) in self.values.items()]
         tensors, end = place(self.tensors)
         return gguf(kvs, tensors, _numbers(end) if data is None else (data * end)[:end])
 
@@ -211,3 +212,17 @@ def tiny_model(kind: int = TYPE_F32, n_embd: int = 32) -> Model:
     wide = [t.kind == TYPE_F32 and len(t.shape) > 1 and t.shape[0] == n_embd for t in tensors]
     tensors = [replace(t, kind=kind) if is_wide else t for t, is_wide in zip(tensors, wide, strict=True)]
     return Model(TINY_VALUES | {"embedding_length": (U32, n_embd)}, tensors)
+
+
+def tiny_mistral4() -> Model:
+    """The same as Mistral Small 4's architecture: experts' gate and up in one tensor, queries scaled by position."""
+    tiny = tiny_model()
+    tensors = [
+        replace(t, name=t.name.replace("gate", "gate_up"), shape=(t.shape[0], 2 * t.shape[1], t.shape[2]))
+        if "ffn_gate_exps" in t.name
+        else t
+        for t in tiny.tensors
+        if "ffn_up_exps" not in t.name
+    ]
+    temperature = {"attention.temperature_scale": (F32, 0.1), "attention.temperature_length": (U32, 4)}
+    return Model(tiny.values | temperature, tensors, "mistral4")

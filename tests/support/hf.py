@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from support.tiny import GLOBAL_NAMES, LAYER_NAMES, Checkpoint
 
 
-def load(folder: Path, eps: float | None = None) -> Any:
+def load(folder: Path, eps: float | None = None, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     """A Hugging Face folder as a float32 model with eager attention; every tensor of it must be used, and be enough.
 
-    eps: for all norms. transformers gives the two latent norms 1e-6 whatever the config says; a GGUF has one key.
+    kind: the class, where transformers does not tell it by the config. eps: for all norms. transformers gives the two
+    latent norms 1e-6 whatever the config says; a GGUF has one key.
     """
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = kind.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",

@@ -57,6 +57,7 @@ class Spec:
     tied: bool = False
     block_gain: float = 1.0  # scales what each block adds to the residual stream
     n_ctx: int = 4096
+    temperature: float = 0.0  # queries scaled by position, from YaRN's original context on
 
     @property
     def moe_layers(self) -> range:
@@ -85,6 +86,8 @@ class Spec:
             rms_norm_eps=self.eps,
             rope_freq_base=self.rope_base,
             yarn=self.yarn,
+            temperature_scale=self.temperature,
+            temperature_length=self.yarn.orig_ctx if self.yarn and self.temperature else 0,
         )
 
 
@@ -128,8 +131,28 @@ SPECS = (
     ),
     Spec("all_dense", seed=12, n_layer=2, n_layer_dense=2),
 )
-# What transformers does not do: V2 with normalised weights, and rows of odd width everywhere.
+# Mistral Small 4's switches (config.json of mistralai/Mistral-Small-4-119B-2603): a latent of two heads' width, no
+# dense layer, normalised softmax, YaRN of 128; the original context is short, so that prompts go beyond it.
+MISTRAL = Spec(
+    "mistral",
+    seed=640,
+    n_layer_dense=0,
+    q_lora_rank=48,
+    kv_lora_rank=64,
+    nope=16,
+    rope=16,
+    v=32,
+    n_expert=16,
+    n_used=4,
+    n_shared=1,
+    norm_topk=True,
+    yarn=Yarn(128.0, 8, 1.0),
+    temperature=0.1,
+)
+# What transformers' V2 and V3 do not do: normalised softmax weights, queries scaled by position, and rows of odd width
+# everywhere.
 NUMPY_ONLY = (
+    MISTRAL,
     Spec("normed", seed=295, norm_topk=True, scale=1.5),
     Spec("all_odd", seed=422, **(ODD | {"nope": 11, "kv_lora_rank": 23}), q_lora_rank=17),
 )
@@ -390,6 +413,11 @@ def gguf_metadata(s: Spec, legacy: bool = False) -> dict[str, Any]:
         betas = {"fast": s.yarn.beta_fast, "slow": s.yarn.beta_slow}
         if betas != {"fast": 32.0, "slow": 1.0}:
             keys |= {f"rope.scaling.yarn_beta_{end}": value for end, value in betas.items()}
+        if s.temperature:
+            keys |= {
+                "attention.temperature_scale": s.temperature,
+                "attention.temperature_length": s.yarn.orig_ctx,
+            }
     return {"general.name": s.name} | {f"deepseek2.{key}": value for key, value in keys.items()}
 
 
@@ -424,12 +452,13 @@ def write_gguf(path: Path, spec: Spec, *, legacy: bool = False, dtype: type[np.f
 
 
 def write_tensors(path: Path, keys: dict[str, Any], tensors: dict[str, Any], arch: str = "deepseek2") -> Path:
-    """Any keys and tensors as a GGUF, by gguf-py."""
+    """Any keys and tensors as a GGUF, by gguf-py. A tensor is an array, or its blocks and their type."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
         add_key(writer, key, value)
     for name, value in tensors.items():
-        writer.add_tensor(name, value)
+        blocks, kind = value if isinstance(value, tuple) else (value, None)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

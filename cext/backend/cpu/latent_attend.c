@@ -139,8 +139,8 @@ static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int e
             const ds_latent_group *g = group_of(s, i, t, h, &row);
             memcpy(out + c->kv_lora_rank, q + c->nope_dim, (size_t)c->rope_dim * sizeof *out);
             ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)t * (size_t)c->rope_dim, out + c->kv_lora_rank);
-            s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out, c->attn_scale,
-                               pack_of(s, g));
+            s->kern->query_put(kind_of(s, i), row, g->n_rows, c->kv_lora_rank, c->rope_dim, out,
+                               ds_query_scale(c, s->spans[i].pos + t - s->spans[i].first), pack_of(s, g));
         }
     }
 }
@@ -259,8 +259,8 @@ static void prepare_head(const ds_lane *lane, const ds_layer *l, int i, int h) {
                (size_t)ds_qk_dim(c) * sizeof *own->row);
         ds_rope_apply(c->rope_dim / 2, s->scratch->rope + (size_t)(span->first + t) * (size_t)c->rope_dim,
                       own->row + c->nope_dim);
-        s->kern->query_put(kind, t - block, n_rows, key_head(c, kind), key_tail(c, kind), own->row, c->attn_scale,
-                           queries_at(lane, kind, block));
+        s->kern->query_put(kind, t - block, n_rows, key_head(c, kind), key_tail(c, kind), own->row,
+                           ds_query_scale(c, span->pos + t), queries_at(lane, kind, block));
         own->visible[t] = span->pos + t + 1;
     }
 }
