@@ -1,7 +1,7 @@
-"""vocab.py: tokenizer.json and tokenizer_config.json -> the ``tokenizer.*`` keys of a GGUF.
+"""vocab.py: a checkpoint's tokenizer -> the ``tokenizer.*`` keys of a GGUF.
 
-The family uses byte-level BPE with one of three sets of splitting rules; GGUF names the set, so it is recognised here
-from the rules themselves. An unknown set is refused: a wrong name would tokenise almost, but not quite, like the model.
+The words and their pairs come from a reader of the file that holds them; which of its tokens begin a text and end an
+answer, and the chat template, are found here.
 """
 
 from __future__ import annotations
@@ -11,18 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from quantize.base.errors import CheckpointError, UnsupportedError
-from quantize.source import files, templates
+from quantize.source import families, files, templates, tiktoken, tokenizer_json
+from quantize.source.bpe import Bpe
 from quantize.source.checkpoint import read_json
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
-
-# GGUF's name -> how each splitting rule begins, in order. Character lists differ in length between releases of Unicode,
-# their beginnings do not.
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "deepseek-llm": ("[\r\n]", "\\s?[A-Za-zµ", "\\s?[!-/:-~", "\\s+$", "[一-龥", "<digits>"),
-    "deepseek-coder": ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[一-龥", "<digits>"),
-    "deepseek-v3": ("\\p{N}{1,3}", "[一-龥", "[!\"#$%&'()*+,\\-./:;<=>?@"),
-}
 SPECIAL_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 END_ROLES = ("eos", "eot", "eom")  # llama.cpp ends an answer at each of these
 
@@ -59,35 +51,42 @@ class Vocab:
 
 def read_vocab(folder: Path, n_vocab: int) -> Vocab:
     """The tokenizer of a checkpoint folder, padded to n_vocab tokens. Raises CheckpointError, UnsupportedError."""
-    path = folder / files.TOKENIZER
-    if not path.exists():
-        tiktoken = (folder / files.TIKTOKEN).exists() or any(folder.glob("*.tiktoken"))
-        found = f"its vocabulary is tiktoken's ({files.TIKTOKEN})" if tiktoken else "no other vocabulary is read"
-        raise UnsupportedError(
-            f"`{folder}`: no {files.TOKENIZER}, and {found}",
-            f"a {files.TOKENIZER} of the same vocabulary, put there, will do"
-            " (transformers makes one: AutoTokenizer.from_pretrained(...).save_pretrained(...))",
-        )
-    tokenizer = read_json(path)
     settings = _optional(folder / files.TOKENIZER_CONFIG)
     config = read_json(folder / files.CONFIG)
-    generation = _optional(folder / files.GENERATION_CONFIG)
-    model = tokenizer.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedError(f"`{path}`: the model is not byte-level BPE")
-    tokens, types = _tokens(path, model["vocab"], tokenizer.get("added_tokens") or [], n_vocab)
-    special, notes = _special_ids(path, settings, config, generation, tokens)
+    path, words = _words(folder, settings, n_vocab)
+    tokens = list(words.tokens)
+    special, notes = _special_ids(
+        path, settings, _with_text(config), _optional(folder / files.GENERATION_CONFIG), tokens
+    )
     template, more = templates.read(folder, settings)
+    first = tokens.index(words.in_front) if words.in_front in tokens else None
+    if first is not None:
+        special.setdefault("bos", first)
     return Vocab(
-        pre=_recognise(path, tokenizer.get("pre_tokenizer")),
-        tokens=tuple(tokens),
-        types=tuple(types),
-        merges=tuple(_merges(path, model.get("merges"))),
+        pre=words.pre,
+        tokens=words.tokens,
+        types=words.types,
+        merges=words.merges,
         special_ids=special,
-        add_bos=bool(settings.get("add_bos_token", False)),
+        add_bos=bool(settings.get("add_bos_token", first is not None and special["bos"] == first)),
         add_eos=bool(settings.get("add_eos_token", False)),
         chat_template=template,
-        notes=(*notes, *more),
+        notes=(*words.notes, *notes, *more),
+    )
+
+
+def _words(folder: Path, settings: dict[str, Any], n_vocab: int) -> tuple[Path, Bpe]:
+    """The file that holds the vocabulary, and what it holds. Of two, tiktoken's is what was published."""
+    if (path := folder / files.TIKTOKEN).exists() and tiktoken.rules(settings):
+        return path, tiktoken.read(path, settings, n_vocab)
+    if (path := folder / files.TOKENIZER).exists():
+        return path, tokenizer_json.read(path, n_vocab)
+    if (path := folder / files.TIKTOKEN).exists():
+        return path, tiktoken.read(path, settings, n_vocab)
+    raise UnsupportedError(
+        f"`{folder}`: neither {files.TOKENIZER} nor {files.TIKTOKEN}, and no other vocabulary is read",
+        f"a {files.TOKENIZER} of the same vocabulary, put there, will do"
+        " (transformers makes one: AutoTokenizer.from_pretrained(...).save_pretrained(...))",
     )
 
 
@@ -95,64 +94,10 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _recognise(path: Path, pre_tokenizer: Any) -> str:
-    rules = []
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
-    for step in steps:
-        if not isinstance(step, dict):
-            continue
-        match step.get("type"):
-            case "Split":
-                pattern = step.get("pattern")
-                rules.append(str(pattern.get("Regex", pattern.get("String", ""))) if isinstance(pattern, dict) else "")
-            case "Digits" if step.get("individual_digits"):
-                rules.append("<digits>")
-    for name, beginnings in PRE_TOKENIZERS.items():
-        if len(rules) == len(beginnings) and all(r.startswith(b) for r, b in zip(rules, beginnings, strict=True)):
-            return name
-    raise UnsupportedError(
-        f"`{path}`: the pre-tokenizer's {len(rules)} rules match none of {', '.join(PRE_TOKENIZERS)}",
-        "text would be split otherwise than in training; this tokenizer is not of the DeepSeek-V2 family",
-    )
-
-
-def _tokens(path: Path, vocab: dict[str, Any], added: list[Any], n_vocab: int) -> tuple[list[str], list[int]]:
-    tokens: list[str | None] = [None] * n_vocab
-    types = [UNUSED] * n_vocab
-
-    def put(text: Any, id_: Any, kind: int) -> None:
-        if not isinstance(text, str) or not isinstance(id_, int) or not 0 <= id_ < n_vocab:
-            raise CheckpointError(f"`{path}`: token {text!r} has id {id_!r}, config.json's vocab_size is {n_vocab}")
-        if tokens[id_] is not None and tokens[id_] != text:
-            raise CheckpointError(f"`{path}`: tokens {tokens[id_]!r} and {text!r} share id {id_}")
-        tokens[id_], types[id_] = text, kind
-
-    for text, id_ in vocab.items():
-        put(text, id_, NORMAL)
-    for token in added:
-        if not isinstance(token, dict):
-            raise CheckpointError(f"`{path}`: an added token is {token!r}, expected an object")
-        put(token.get("content"), token.get("id"), CONTROL if _is_control(token) else USER_DEFINED)
-    return [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)], types
-
-
-def _is_control(token: dict[str, Any]) -> bool:
-    """Tokens that text must never become. Chat and fill-in markers count, though the checkpoint calls them plain."""
-    text = str(token.get("content"))
-    bracketed = (text.startswith("<｜") and text.endswith("｜>")) or (text.startswith("<|") and text.endswith("|>"))
-    return bool(token.get("special")) or bracketed
-
-
-def _merges(path: Path, merges: Any) -> list[str]:
-    if not isinstance(merges, list) or not merges:
-        raise CheckpointError(f"`{path}`: the BPE model has no merges")
-    texts = []
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            raise CheckpointError(f"`{path}`: merge {merge!r} is not a pair of tokens")
-        texts.append(f"{pair[0]} {pair[1]}")
-    return texts
+def _with_text(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what it says of the language model alone, where that is a part of it."""
+    inner = config.get(families.TEXT_CONFIG)
+    return {**inner, **config} if isinstance(inner, dict) else config
 
 
 def _special_ids(

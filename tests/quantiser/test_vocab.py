@@ -13,7 +13,8 @@ from support import checkpoints as make
 from cext.tokenizer import Tokenizer
 from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
 from quantize.source.arch import parse
-from quantize.source.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocab
+from quantize.source.bpe import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from quantize.source.vocab import read_vocab
 from quantize.write.writer import write_vocab_only
 
 
