@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         Family("kimi_k2", defaults=_V3),
         Family("glm4_moe_lite", defaults={**_V3, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5}),
         Family("youtu", defaults={"tie_word_embeddings": True}, has_experts=False),
+        Family("youtu_llm", defaults={"tie_word_embeddings": True}, has_experts=False),  # before transformers 5
         Family(
             "kimi_vl",
             defaults=_V3,

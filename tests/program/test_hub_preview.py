@@ -297,7 +297,7 @@ def lose_a_shard(files: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop_tokenizer, ["no tokenizer.json", "tiktoken"]),
+        (drop_tokenizer, ["tiktoken.model", "stands in the code", "tokenizer_class"]),
         (fuse, ["fused", "experts.gate_up_proj"]),
         (prefix, ["language_model.model"]),
         (pack, ["up_proj.weight_packed", "quantised already"]),

@@ -140,7 +140,7 @@ def test_bad_tokenizers(folder: Path, case: str) -> None:
 
 def test_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UnsupportedError, match=r"no tokenizer\.json"):
+    with pytest.raises(UnsupportedError, match=r"neither tokenizer\.json nor tiktoken\.model"):
         read_vocab(folder, 320)
 
 
