@@ -116,7 +116,7 @@ class Rotary:
     def __init__(self, arch: Arch, n_positions: int, dtype: np.dtype[Any]) -> None:
         dim = arch.rope
         theta = arch.rope_base ** (-np.arange(0, dim, 2) / dim)
-        self.scale, length = (arch.nope + dim) ** -0.5, 1.0
+        scale, length = np.full((1, 1), (arch.nope + dim) ** -0.5), 1.0
         if arch.yarn is not None:
             y, turn = arch.yarn, 2 * math.log(arch.rope_base)
             ends = [dim * math.log(y.original_context / (2 * math.pi * b)) / turn for b in (y.beta_fast, y.beta_slow)]
@@ -124,9 +124,12 @@ class Rotary:
             ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
             theta = theta * (1 - ramp) + theta / y.factor * ramp
             if y.factor > 1 and y.mscale_all_dim is not None:
-                self.scale *= (0.1 * y.mscale_all_dim * math.log(y.factor) + 1) ** 2
+                scale *= (0.1 * y.mscale_all_dim * math.log(y.factor) + 1) ** 2
             elif y.factor > 1:
                 length = 0.1 * math.log(y.factor) + 1
+            if y.temperature:
+                scale = scale * (1 + y.temperature * np.log1p(np.arange(n_positions) // y.original_context)[:, None])
+        self.scale: Floats = scale.astype(dtype)  # of q . k by query: (n_positions, 1), or (1, 1) where all have one
         angle = np.arange(n_positions)[:, None] * theta
         self.cos, self.sin = (length * np.cos(angle)).astype(dtype), (length * np.sin(angle)).astype(dtype)
 
@@ -227,7 +230,7 @@ class Block:
         k_nope, v = shared.c @ self.read("attn_k_b", i), shared.c @ self.read("attn_v_b", i).T
         scores = q_nope @ k_nope.swapaxes(1, 2)
         scores += q_pe @ shared.k_pe.swapaxes(1, 2)
-        scores *= scores.dtype.type(rotary.scale)
+        scores *= rotary.scale
         scores += _future(scores.shape[-1]).astype(scores.dtype, copy=False)
         scores -= scores.max(-1, keepdims=True)
         probs = np.exp(scores, out=scores)
@@ -249,7 +252,7 @@ class Block:
             dscores = dout @ head.v.swapaxes(-1, -2)
             dscores -= (dout * head.out).sum(-1, keepdims=True)
             dscores *= head.probs
-            dscores *= dscores.dtype.type(rotary.scale)
+            dscores *= rotary.scale
             dk_nope = dscores.swapaxes(-1, -2) @ head.q_nope
             dk_pe += dscores.swapaxes(-1, -2) @ head.q_pe
             dc += dk_nope @ k_b.T + dv @ v_b

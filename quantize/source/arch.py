@@ -36,6 +36,7 @@ class Yarn:
     mscale_all_dim: float | None  # None: the softmax is not scaled, and cos and sin are, as GGUF has it by default
     beta_fast: float
     beta_slow: float
+    temperature: float = 0.0  # queries at pos are multiplied by 1 + this * ln(1 + floor(pos / original_context))
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ class Arch:
             }
             if self.yarn.mscale_all_dim is not None:
                 keys["rope.scaling.yarn_log_multiplier"] = 0.1 * self.yarn.mscale_all_dim
+            if self.yarn.temperature:
+                keys["attention.temperature_scale"] = self.yarn.temperature
+                keys["attention.temperature_length"] = self.yarn.original_context
         return {f"{self.family.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -158,10 +162,10 @@ def parse(config: dict[str, Any]) -> Arch:
     """The shape that config.json describes. CheckpointError: bad values; UnsupportedError: not this family."""
     family, text = families.find(config)
     c = _Config(text, family.defaults)
-    for key, value in FIXED.items():
+    for key, value in {**FIXED, **family.fixed}.items():
         if c.values.get(key, value) != value:
             raise UnsupportedError(
-                f"config.json: `{key}` is {c.values[key]!r}, and deepseek2 GGUF can only say {value!r}"
+                f"config.json: `{key}` is {c.values[key]!r}, and {family.architecture} GGUF can only say {value!r}"
             )
     if family.model_type == "deepseek_v2" and c.flag("norm_topk_prob"):
         # The published code drops the scaling factor then, transformers ignores the flag: no answer is the right one.
@@ -186,7 +190,7 @@ def parse(config: dict[str, Any]) -> Arch:
         **experts,
         rms_eps=c.number("rms_norm_eps", 1e-6),
         rope_base=_rope_base(c),
-        yarn=_yarn(c),
+        yarn=_yarn(c, family),
         tied=c.flag("tie_word_embeddings"),
         n_nextn=max(c.count(key, 0, least=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")),
     )
@@ -259,14 +263,21 @@ def _rope_base(c: _Config) -> float:
     return rope.number("rope_theta")
 
 
-def _yarn(c: _Config) -> Yarn | None:
+def _yarn(c: _Config, family: Family) -> Yarn | None:
     rope = _rope(c)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default" and family.scales_queries:
+        raise UnsupportedError(f"config.json: `rope_parameters` of a {family.model_type} model are not yarn's")
     if kind == "default":
         return None
     if kind != "yarn":
         raise UnsupportedError(f"config.json: rope scaling {kind!r} is not supported", "V2-family models use yarn")
     y = _Config(rope, {})
+    beta = y.values.get("llama_4_scaling_beta", 0)
+    if not family.scales_queries and beta != 0:
+        raise UnsupportedError(
+            f"config.json: `llama_4_scaling_beta` is {beta!r}, which {family.model_type} models do not have"
+        )
     mscale, all_dim = y.values.get("mscale"), y.values.get("mscale_all_dim")
     if "attention_factor" in y.values:
         raise UnsupportedError("config.json: rope_scaling has an attention_factor, for which deepseek2 GGUF has no key")
@@ -283,4 +294,5 @@ def _yarn(c: _Config) -> Yarn | None:
         mscale_all_dim=None if plain else y.number("mscale_all_dim"),
         beta_fast=y.number("beta_fast", 32),
         beta_slow=y.number("beta_slow", 1),
+        temperature=y.number("llama_4_scaling_beta") if beta != 0 or family.scales_queries else 0.0,
     )

@@ -16,6 +16,20 @@ _V2: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy",
 _V3: Mapping[str, object] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 
 
+# Mistral4Config of transformers 5.24. What groups of experts would mean there, GGUF's routers do not compute.
+_MISTRAL4: Mapping[str, object] = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0, "original_max_position_embeddings": 8192,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
+_ONE_GROUP: Mapping[str, object] = {"n_group": 1, "topk_group": 1}
+
+
 @dataclass(frozen=True)
 class Family:
     """What a kind of checkpoint is called, and what it takes for granted."""
@@ -23,8 +37,11 @@ class Family:
     model_type: str  # of config.json
     architecture: str = "deepseek2"  # GGUF's name for it
     defaults: Mapping[str, object] = field(default_factory=dict)  # of keys that config.json leaves out
+    fixed: Mapping[str, object] = field(default_factory=dict)  # of keys that GGUF cannot say otherwise: see arch.FIXED
+    scales_queries: bool = False  # by their position: Llama 4's rule for long contexts
     has_experts: bool = True
     nested: bool = False  # the language model's shape stands under TEXT_CONFIG
+    text_type: str = ""  # the model_type that stands there, where the outer one says too little
     prefix: str = ""  # what the names of its tensors begin with, before "model." and "lm_head."
     beside: tuple[str, ...] = ()  # beginnings of the names of tensors for other kinds of input, which are left out
 
@@ -38,6 +55,18 @@ FAMILIES: dict[str, Family] = {
         Family("glm4_moe_lite", defaults={**_V3, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5}),
         Family("youtu", defaults={"tie_word_embeddings": True}, has_experts=False),
         Family("youtu_llm", defaults={"tie_word_embeddings": True}, has_experts=False),  # before transformers 5
+        Family("mistral4", "mistral4", _MISTRAL4, _ONE_GROUP, scales_queries=True),
+        Family(
+            "mistral3",
+            "mistral4",
+            _MISTRAL4,
+            _ONE_GROUP,
+            scales_queries=True,
+            nested=True,
+            text_type="mistral4",
+            prefix="language_model.",
+            beside=("vision_tower.", "multi_modal_projector."),
+        ),
         Family(
             "kimi_vl",
             defaults=_V3,
@@ -57,10 +86,11 @@ def find(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     named = config.get("model_type")
     family = FAMILIES.get(named) if isinstance(named, str) else None
     inner = config.get(TEXT_CONFIG)
-    if family is None:
+    text_type = inner.get("model_type") if isinstance(inner, dict) else None
+    if family is None or (family.text_type and text_type is not None and text_type != family.text_type):
         classes = config.get("architectures")
         also = f" ({classes[0]})" if isinstance(classes, list) and classes else ""
-        inside = f"; its {TEXT_CONFIG} is {inner.get('model_type')!r}" if isinstance(inner, dict) else ""
+        inside = f"; its {TEXT_CONFIG} is {text_type!r}" if isinstance(inner, dict) else ""
         raise UnsupportedError(
             f"config.json: model_type {named!r}{also} is not supported{inside}",
             f"these can be quantised: model_type {', '.join(FAMILIES)}; a GGUF of it that others made may run",

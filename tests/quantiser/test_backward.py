@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from ref.model import Model
-from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, Spec, gguf_tensors
+from support.tiny import MISTRAL, NUMPY_ONLY, SPECS, Checkpoint, Spec, gguf_tensors
 
 from quantize.measure.backward import Block
 from quantize.source import arch as arch_of
@@ -20,7 +20,11 @@ TOLERANCE = 1e-6
 def arch_and_weights(spec: Spec):
     """What the project makes of a spec's config, and its weights in float64 by GGUF name."""
     config = Checkpoint(spec).config()
-    if spec.norm_topk and not spec.v3:  # refused at the door, yet the numpy reference has it
+    if spec.temperature:
+        config |= {"model_type": "mistral4"}
+        config["rope_scaling"]["llama_4_scaling_beta"] = spec.temperature
+        arch = arch_of.parse(config)
+    elif spec.norm_topk and not spec.v3:  # refused at the door, yet the numpy reference has it
         arch = replace(arch_of.parse(config | {"norm_topk_prob": False}), expert_norm=True)
     else:
         arch = arch_of.parse(config)
@@ -46,7 +50,11 @@ def slope(f, direction):
     return (f(STEP * direction) - f(-STEP * direction)) / (2 * STEP)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *NUMPY_ONLY], ids=lambda s: s.name)
+# Queries of three original contexts among the N_TOK of a window.
+SHORT = replace(MISTRAL, name="mistral_short", yarn=replace(MISTRAL.yarn, orig_ctx=3), temperature=0.5)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *NUMPY_ONLY, SHORT], ids=lambda s: s.name)
 def test_gradients(spec):
     """At the block's input, and at every matrix: d loss / d W = g^T x, along random directions."""
     arch, weights = arch_and_weights(spec)
