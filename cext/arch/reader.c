@@ -29,39 +29,36 @@ void ds_read_missing(ds_reader *r, const char *key, const char *hint) {
     ds_hint(r->err, hint);
 }
 
-int ds_read_int(ds_reader *r, const char *key, int64_t min, int64_t max, int64_t fallback) {
+/* A number in [min, max], a whole one where that is asked for; `fallback` as at ds_read_int. 0 on failure. */
+static double read_number(ds_reader *r, const char *key, bool whole, double min, double max, double fallback) {
     char full[160];
-    int64_t value = fallback;
+    int64_t integer = 0;
+    double value = fallback;
     bool bad = false;
-    if (r->status != DS_OK) return 0;
+    if (r->status != DS_OK) return 0.0;
     ds_read_key(r, key, full, sizeof full);
-    if (!ds_gguf_get_i64(r->gguf, full, &value, &bad, r->err) && !bad && fallback < 0) {
+    const bool found = whole ? ds_gguf_get_i64(r->gguf, full, &integer, &bad, r->err)
+                             : ds_gguf_get_f64(r->gguf, full, &value, &bad, r->err);
+    if (found && whole) value = (double)integer;
+    if (bad) return r->status = r->err->status, 0.0;
+    if (!found && fallback < 0) {
         r->status = ds_fail(r->err, DS_EFORMAT, "%s: metadata key `%s` is missing", ds_gguf_label(r->gguf), full);
-        return 0;
+        return 0.0;
     }
-    if (bad) return r->status = r->err->status, 0;
-    if (value < min || value > max) {
-        r->status = ds_fail(r->err, DS_EFORMAT, "%s: `%s` is %lld, expected %lld to %lld", ds_gguf_label(r->gguf), full,
-                            (long long)value, (long long)min, (long long)max);
-        return 0;
+    if (!(value >= min && value <= max)) { /* a NaN fails too */
+        r->status = ds_fail(r->err, DS_EFORMAT, "%s: `%s` is %.15g, expected %.15g to %.15g", ds_gguf_label(r->gguf),
+                            full, value, min, max);
+        return 0.0;
     }
-    return (int)value;
+    return value;
+}
+
+int ds_read_int(ds_reader *r, const char *key, int min, int max, int fallback) {
+    return (int)read_number(r, key, true, min, max, fallback);
 }
 
 float ds_read_float(ds_reader *r, const char *key, double min, double max, double fallback) {
-    char full[160];
-    double value = fallback;
-    bool bad = false;
-    if (r->status != DS_OK) return 0;
-    ds_read_key(r, key, full, sizeof full);
-    ds_gguf_get_f64(r->gguf, full, &value, &bad, r->err);
-    if (bad) return r->status = r->err->status, 0.0f;
-    if (!(value >= min && value <= max)) { /* a NaN fails too */
-        r->status = ds_fail(r->err, DS_EFORMAT, "%s: `%s` is %g, expected %g to %g", ds_gguf_label(r->gguf), full,
-                            value, min, max);
-        return 0;
-    }
-    return (float)value;
+    return (float)read_number(r, key, false, min, max, fallback);
 }
 
 bool ds_read_bool(ds_reader *r, const char *key, bool fallback) {

@@ -22,7 +22,7 @@ bool ds_read_has_tensor(const ds_reader *r, const char *format, ...);
 /* A key that is missing and cannot be guessed: what it should say is in the hint. */
 void ds_read_missing(ds_reader *r, const char *key, const char *hint);
 /* An integer in [min, max]; `fallback` where the key is absent and fallback >= 0, else the key is required. */
-int ds_read_int(ds_reader *r, const char *key, int64_t min, int64_t max, int64_t fallback);
+int ds_read_int(ds_reader *r, const char *key, int min, int max, int fallback);
 float ds_read_float(ds_reader *r, const char *key, double min, double max, double fallback);
 bool ds_read_bool(ds_reader *r, const char *key, bool fallback);
 /* Of a whole key; "" where it is absent or no string. */

@@ -17,6 +17,7 @@ static void make_printable(char *text) {
 ds_status ds_fail(ds_error *err, ds_status status, const char *format, ...) {
     va_list args;
     err->status = status;
+    err->system = 0;
     err->hint[0] = '\0';
     va_start(args, format);
     vsnprintf(err->message, sizeof err->message, format, args);

@@ -14,6 +14,7 @@ typedef enum ds_status {
 
 typedef struct ds_error {
     ds_status status;
+    int system;        /* the system's number (errno) for the call that it refused, or 0 */
     char message[512]; /* what, where, which value */
     char hint[256];    /* what to do about it, or "" */
 } ds_error;

@@ -38,6 +38,7 @@ static ds_status gguf_new(const char *label, ds_gguf **out, ds_error *err) {
 static ds_status fail_system(ds_gguf *g, ds_error *err, const char *verb) {
     int code = errno;
     DS_GGUF_FAIL(g, err, code == ENOMEM ? DS_ENOMEM : DS_EIO, "cannot %s: %s", verb, strerror(code));
+    err->system = code;
     if (code == ENOENT) return ds_hint(err, "check the path, or fetch a model with dsv2 download");
     if (code == EMFILE || code == ENFILE) return ds_hint(err, "raise the limit of open files (ulimit -n)");
     return err->status;

@@ -1,5 +1,6 @@
 /* split.c: a model in several files, NAME-00001-of-0000N.gguf, as gguf-split writes it: the first holds the metadata,
  * each its own tensors. One view over them all: the others are parsed like any file and belong to the first. */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,8 +64,8 @@ static ds_status open_part(ds_gguf *g, int64_t i, ds_error *err) {
     ds_status st = ds_gguf_open_one(path, &g->parts[i - 1], err);
     free(path);
     if (st != DS_OK) {
-        const bool limit = strstr(err->hint, "ulimit") != NULL;
-        return st == DS_EIO && !limit ? ds_hint(err, HINT_ALL) : st;
+        const bool missing = err->system == 0 || err->system == ENOENT; /* nothing of that name, or no file */
+        return st == DS_EIO && missing ? ds_hint(err, HINT_ALL) : st;
     }
     const ds_gguf *part = g->parts[i - 1];
     if (part->n_split != g->n_split || part->split != i) {

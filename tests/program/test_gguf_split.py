@@ -1,8 +1,11 @@
 """Models in several files, as gguf-py writes them (its --split-max-tensors) and as people mislay them."""
 
+import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +95,19 @@ def lose(parts: list[Path]) -> Path:
     return parts[0]
 
 
+def put_a_folder(parts: list[Path]) -> Path:
+    parts[2].unlink()
+    parts[2].mkdir()
+    return parts[0]
+
+
+def link_in_a_circle(parts: list[Path]) -> Path:
+    """What the system refuses for another reason than that the part is missing."""
+    parts[2].unlink()
+    parts[2].symlink_to(parts[2])
+    return parts[0]
+
+
 def cut(parts: list[Path]) -> Path:
     with parts[3].open("r+b") as file:
         file.truncate(parts[3].stat().st_size - 100)
@@ -117,6 +133,8 @@ def repeat(parts: list[Path]) -> Path:
     ("spoil", "error", "message", "hint"),
     [
         (lose, OSError, "00003-of-00005.gguf.*No such file", "all parts must lie in one folder"),
+        (put_a_folder, OSError, "00003-of-00005.gguf.*a directory", "all parts must lie in one folder"),
+        (link_in_a_circle, OSError, "00003-of-00005.gguf.*symbolic links", ""),
         (cut, cext.FormatError, "00004-of-00005.gguf.*past its end", "incomplete"),
         (swap, cext.FormatError, "00002-of-00005.gguf.*part 3 of 5, expected 2 of 5", "one folder"),
         (repeat, cext.FormatError, "stands in two parts|parts hold", "one folder"),
@@ -128,7 +146,7 @@ def repeat(parts: list[Path]) -> Path:
             "names",
         ),
     ],
-    ids=("lost", "cut", "swapped", "repeated", "second", "renamed"),
+    ids=("lost", "folder", "circle", "cut", "swapped", "repeated", "second", "renamed"),
 )
 def test_parts_that_do_not_fit(
     parts: list[Path], spoil: Callable[[list[Path]], Path], error: type[Exception], message: str, hint: str
@@ -136,4 +154,20 @@ def test_parts_that_do_not_fit(
     path = spoil(parts)
     with pytest.raises(error, match=message) as raised:
         Gguf(path)
-    assert hint in raised.value.hint  # type: ignore[attr-defined]
+    told = raised.value.hint  # type: ignore[attr-defined]
+    assert hint in told and bool(hint) == bool(told)
+
+
+def test_the_limit_of_open_files_is_told_of_a_part_too(parts: list[Path]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with ExitStack() as opened:
+        while opened.enter_context(parts[0].open("rb")).fileno() < highest + 1:
+            pass  # no number is free below
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, before[1]))
+            with pytest.raises(cext.FileError, match=r"-0000[2-5]-of.*Too many open files") as raised:
+                Gguf(parts[0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "ulimit -n" in raised.value.hint
