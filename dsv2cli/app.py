@@ -10,6 +10,8 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -19,6 +21,7 @@ from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantiz
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+NUMBERS = {"int_": "not a whole number", "float_": "not a number"}  # by the kind of a check of typer's
 COMPLETING = "_DSV2_COMPLETE"
 
 app = typer.Typer(
@@ -29,17 +32,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb, run_verb, summary in (
-    (download, download.download, "Fetch a model from the Hugging Face hub."),
-    (quantize, quantize.quantize, "Make a small GGUF of a checkpoint."),
-    (chat, chat.chat, "Talk to a model."),
-    (inspect, inspect.inspect, "Show what a GGUF is made of and needs."),
-    (perplexity, perplexity.perplexity, "Measure how well a model predicts a text."),
-    (serve, serve.serve, "Serve a model to other programs over HTTP."),
-    (bench, bench.bench, "Measure speed, beside llama.cpp if asked."),
-):
-    examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in verb.EXAMPLES)
-    app.command(verb.__name__.rpartition(".")[2], help=verb.HELP, short_help=summary, epilog=examples)(run_verb)
+VERBS: dict[str, tuple[ModuleType, str]] = {
+    "download": (download, "Fetch a model from the Hugging Face hub."),
+    "quantize": (quantize, "Make a small GGUF of a checkpoint."),
+    "chat": (chat, "Talk to a model."),
+    "inspect": (inspect, "Show what a GGUF is made of and needs."),
+    "perplexity": (perplexity, "Measure how well a model predicts a text."),
+    "serve": (serve, "Serve a model to other programs over HTTP."),
+    "bench": (bench, "Measure speed, beside llama.cpp if asked."),
+}
+for verb, (command, summary) in VERBS.items():
+    examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in command.EXAMPLES)
+    app.command(verb, help=command.HELP, short_help=summary, epilog=examples)(getattr(command, verb))
 
 
 def print_version(wanted: bool) -> None:
@@ -67,24 +71,39 @@ def root(
         console.say_text(ctx.get_help())
 
 
-def explain(error: BaseException) -> tuple[str, str, int]:
-    """(message, hint, exit code) of a failure."""
+def explain(error: BaseException, args: Sequence[str]) -> tuple[str, str, int]:
+    """(message, hint, exit code) of a failure of the command line ``args``."""
     # A command line that typer refuses: its UsageError is BadParameter's parent, wherever it keeps its click.
     if isinstance(error, typer.BadParameter.__mro__[1]):
         context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "dsv2"
-        return str(getattr(error, "format_message", error.__str__)()), f"{path} --help lists what it takes", MISUSED
+        verb = args[0] if args and args[0] in VERBS else ""
+        path = context.command_path if context is not None else f"dsv2 {verb}".rstrip()
+        return _refused(error), f"{path} --help lists what it takes", MISUSED
     if isinstance(error, CliError):
         return str(error), error.hint, error.exit_code
     hint = getattr(error, "hint", None)
-    if isinstance(hint, str):  # the engine's and the quantiser's own errors
-        return str(error), hint, FAILED
+    if isinstance(hint, str):  # the engine's and the quantiser's own errors; of values, those of arguments
+        return str(error), hint, MISUSED if isinstance(error, ValueError) else FAILED
     if isinstance(error, OSError):
         where = f"`{_name(error.filename)}`: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}", "", FAILED
     if isinstance(error, MemoryError):
         return "out of memory", "a shorter context (-c) or a smaller quantisation needs less", FAILED
     return f"internal error: {type(error).__name__}: {error}", "DSV2_DEBUG=1 shows where; please report it", FAILED
+
+
+def _refused(error: BaseException) -> str:
+    """What typer has to say, without the words in which its own checks speak to programmers."""
+    told = str(getattr(error, "format_message", error.__str__)())
+    errors = getattr(error.__cause__, "errors", None)
+    if errors is None:
+        return told
+    first = errors()[0]
+    wanted = next((what for kind, what in NUMBERS.items() if str(first["type"]).startswith(kind)), None)
+    said = str(first["msg"])
+    return told.replace(
+        said, said.removeprefix("Value error, ") if wanted is None else f"{first['input']!r} is {wanted}."
+    )
 
 
 def _name(file: object) -> str:
@@ -117,12 +136,16 @@ def run(args: list[str] | None = None) -> int:
     prepare_streams()
     try:
         result = app(args=args, prog_name="dsv2", standalone_mode=False)
-        sys.stdout.flush()
+        console.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         close_quietly()
+        return FAILED
+    except console.OutputError as error:
+        close_quietly()
+        console.print_error(str(error), error.hint)
         return FAILED
     except SystemExit as stop:  # typer leaves this way when the reader of stdout has gone
         close_quietly()
@@ -130,7 +153,7 @@ def run(args: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DSV2_DEBUG"):
             console.note_text(traceback.format_exc())
-        message, hint, code = explain(error)
+        message, hint, code = explain(error, sys.argv[1:] if args is None else args)
         if COMPLETING in os.environ:  # nothing but a shell's completion sets it, with more beside it
             message, hint, code = f"{COMPLETING} is set, and not by a shell's completion", "unset it", MISUSED
         console.print_error(message, hint)

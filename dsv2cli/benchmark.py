@@ -166,7 +166,8 @@ class Contender:
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise CliError(f"{self.name}: {answer['error']}", answer.get("hint", ""))
+            of_another = self.name != OURS and not answer["error"].startswith(self.name)
+            raise CliError(f"{self.name}: {answer['error']}" if of_another else answer["error"], answer.get("hint", ""))
         return answer
 
 

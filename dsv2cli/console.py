@@ -13,10 +13,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from dsv2cli.errors import CliError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +132,32 @@ def _tell(text: str) -> None:
 # Data, on stdout.
 
 
+class OutputError(CliError):
+    """Stdout takes no more."""
+
+
+@contextlib.contextmanager
+def _putting() -> Iterator[None]:
+    """What goes to stdout: OutputError where it cannot be written, BrokenPipeError where its reader has left."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write the output: {error.strerror or error}") from error
+
+
+def _put(text: str) -> None:
+    with _putting():
+        sys.stdout.write(text)
+
+
+def flush() -> None:
+    """What was written to stdout so far is on its way. OutputError, BrokenPipeError."""
+    with _putting():
+        sys.stdout.flush()
+
+
 def send(sequence: str) -> None:
     """A control sequence of ours to the terminal on stdout, which obeys."""
     with contextlib.suppress(OSError, ValueError):
@@ -139,27 +167,28 @@ def send(sequence: str) -> None:
 
 def say(line: str = "") -> None:
     """A line of text."""
-    sys.stdout.write(printable(line) + "\n")
+    _put(printable(line) + "\n")
 
 
 def say_text(text: str) -> None:
     """Text of several lines, as it is but for its control characters."""
-    sys.stdout.write(printable_text(text) + "\n")
+    _put(printable_text(text) + "\n")
 
 
 def say_fields(fields: Iterable[tuple[str, str]], width: int) -> None:
     """Lines of a label, ``width`` columns wide, and a value."""
     for label, value in fields:
-        sys.stdout.write(f"{styled(f'{label:<{width}}', 'label', sys.stdout)} {printable(value)}\n")
+        _put(f"{styled(f'{label:<{width}}', 'label', sys.stdout)} {printable(value)}\n")
 
 
 def say_data(text: str) -> None:
     """Text with names of files in it, for another program: into a pipe the bytes that they have on the disk."""
     if is_terminal(sys.stdout):
-        sys.stdout.write(printable_text(text))
+        _put(printable_text(text))
         return
-    sys.stdout.flush()
-    sys.stdout.buffer.write(os.fsencode(text))
+    with _putting():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(text))
 
 
 def say_path(path: Path) -> None:
@@ -169,21 +198,23 @@ def say_path(path: Path) -> None:
 
 def say_piece(piece: str) -> None:
     """A piece of an answer, at once: as it is into a pipe, safe on a terminal."""
-    sys.stdout.write(printable_text(piece) if is_terminal(sys.stdout) else piece)
-    sys.stdout.flush()
+    _put(printable_text(piece) if is_terminal(sys.stdout) else piece)
+    flush()
 
 
 def print_json(value: Any) -> None:
     """One JSON document. NaN and infinity, which JSON lacks, are refused by raising ValueError.
 
-    Characters that stdout's encoding lacks, or that a terminal would obey, are written as JSON's own \\u escapes.
+    Characters that stdout's encoding lacks, or that a terminal would obey, are written as JSON's own \\u escapes; what
+    is no character, as bytes of a file that are not UTF-8, as U+FFFD: readers refuse halves of surrogate pairs.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
-    sys.stdout.write(UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+        text = json.dumps(json.loads(text), indent=2, ensure_ascii=True, allow_nan=False)
+    _put(UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 # Tables and progress.
@@ -246,7 +277,7 @@ def _show(drawn: Any, stream: TextIO) -> None:
     if stream is sys.stderr:
         _tell(captured.get())
     else:
-        stream.write(captured.get())
+        _put(captured.get())
 
 
 def width(stream: TextIO | None = None) -> int:

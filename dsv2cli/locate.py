@@ -10,6 +10,7 @@ from dsv2cli.errors import CliError, UsageError
 from dsv2cli.hub import cache, choice
 from dsv2cli.hub.labels import made_as, normal, part_of
 from dsv2cli.hub.names import Reference, is_path
+from dsv2cli.text import kind_of
 
 PACKAGED = Path(__file__).parent / "models"
 SHOWN_FILES = 6
@@ -29,6 +30,8 @@ def model(name: str | None) -> Path:
         return _checked(path)
     if path.is_dir():
         return _in_folder(path)
+    if kind := kind_of(path):
+        raise UsageError(f"`{name}` is {kind}, not a GGUF file", "weights are read in place, which takes a file")
     if is_path(name):
         raise CliError(f"`{name}`: no such file or folder", "")
     return _by_name(name)
@@ -43,6 +46,8 @@ def checkpoint(name: str) -> Path:
         if path.suffix in (".safetensors", ".json"):
             return path.parent
         raise UsageError(f"`{name}` is no checkpoint", "SRC is a folder with config.json and *.safetensors")
+    if name.strip() and (kind := kind_of(path)):
+        raise UsageError(f"`{name}` is {kind}, not a checkpoint", "SRC is a folder with config.json and *.safetensors")
     reference = hub.resolve(name)
     folder = cache.snapshot(reference.repo, reference.revision or "main")
     if folder is not None and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -59,6 +60,17 @@ class Range:
 def number(*names: str, within: Range, help: str, metavar: str = "N", **more: Any) -> Any:
     """An option that takes a number of a range."""
     return typer.Option(*names, metavar=metavar, callback=within.check, help=f"{help} [{within}]", **more)
+
+
+def place(*names: str, help: str, metavar: str, **more: Any) -> Any:
+    """An option that takes the name of a file or folder."""
+    return typer.Option(*names, metavar=metavar, parser=_path, help=help, **more)
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise typer.BadParameter("the name is empty.")
+    return Path(name)
 
 
 COUNT = Range(1, C_INT)

@@ -66,9 +66,11 @@ class Chat:
         return "".join(written)
 
     def collect(self, text: str) -> str:
-        """One answer, as a string and nowhere else."""
+        """One answer, as a string and nowhere else; Ctrl-C ends it."""
         self.last = Stats()
-        return "".join(self._shown(self.conversation.reply(text, self.sampler, self.limit, self.last)))
+        reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
+        with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
+            return "".join(self._shown(reply))
 
     def _shown(self, reply: Iterator[Event], told: Callable[[int, int], None] = lambda done, n: None) -> Iterator[str]:
         """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import codecs
 import os
+import select
+import stat
+import sys
 from pathlib import Path
 
-from dsv2cli.errors import UsageError
+from dsv2cli import console
+from dsv2cli.errors import CliError, UsageError
 
 MARKS = (  # UTF-32's first: the little one begins like UTF-16's
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -27,6 +31,7 @@ ZEROS: dict[tuple[bool, ...], str] = {
 }
 MANY = 0.7
 LOOKED_AT = 4096  # bytes, to tell an encoding
+WAIT_SECONDS = 2.0  # for a pipe's first byte, after which it is told what is waited for
 
 
 def decode(data: bytes, name: str) -> str:
@@ -56,8 +61,43 @@ def _other_encoding(data: bytes) -> str:
 
 
 def read(path: Path) -> str:
-    """A text file. UsageError, OSError."""
+    """A text file, or a pipe that has a name. UsageError, OSError."""
+    kind = kind_of(path)
+    if kind in ("a device", "a socket"):
+        raise UsageError(f"`{path}` is {kind}, not a text file", "a text on stdin is read where the name is -")
     return decode(path.read_bytes(), f"`{path}`")
+
+
+def read_stdin(*, waits: bool) -> str:
+    """All of stdin as text, without its last line end. UsageError, CliError.
+
+    waits: in silence; else it is told, where nothing comes for a while.
+    """
+    try:
+        if not waits and not select.select([sys.stdin], [], [], WAIT_SECONDS)[0]:
+            console.note("(waiting for the end of the pipe on stdin; < /dev/null goes without it)", "dim")
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise CliError(f"cannot read stdin: {error.strerror or error}", "give a file's text with < FILE") from error
+    return decode(data, "the text on stdin").removesuffix("\n")
+
+
+KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: True, "a device"),
+)
+
+
+def kind_of(path: Path) -> str:
+    """What stands on the disk under a name, in words; "" where nothing does."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return ""
+    return next(what for fits, what in KINDS if fits(mode))
 
 
 def typed(words: str, name: str) -> str:

@@ -8,6 +8,7 @@ Terms and the papers' symbols: GLOSSARY.md.
 
 from quantize.allocate import parse_size
 from quantize.base.errors import (
+    ArgumentError,
     CalibrationError,
     CheckpointError,
     OtherRunError,
@@ -20,10 +21,11 @@ from quantize.meter import OnProgress, Progress
 from quantize.pipeline import quantize
 from quantize.recipe import RECIPES
 from quantize.report import Report
-from quantize.write.journal import is_finished, work_folder
+from quantize.write.journal import check_output, is_finished, work_folder
 
 __all__ = [
     "RECIPES",
+    "ArgumentError",
     "CalibrationError",
     "CheckpointError",
     "OnProgress",
@@ -34,6 +36,7 @@ __all__ = [
     "QuantizeError",
     "Report",
     "UnsupportedError",
+    "check_output",
     "is_finished",
     "parse_size",
     "quantize",

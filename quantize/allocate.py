@@ -18,7 +18,7 @@ from math import gcd, sqrt
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.base.errors import QuantizeError
+from quantize.base.errors import ArgumentError
 
 STARTS = (0.0, 1.0, 10.0, 100.0, 1000.0)  # slopes to begin with: the steeper, the fewer bits are missing
 MAX_ROUNDS = 12  # of each; it settles in three or four
@@ -55,10 +55,10 @@ class Allocation:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "9.5G" (10^9), "9.5GiB" (2^30), "700M" or "123456". QuantizeError where it says no size."""
+    """Bytes of "9.5G" (10^9), "9.5GiB" (2^30), "700M" or "123456". ArgumentError where it says no size."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmgt]i?|)b?", text.strip().lower())
     if match is None or not float(match[1]) > 0:
-        raise QuantizeError(f"`{text}` is not a size", "a number and a unit: 9.5G (10^9 bytes), 9.5GiB (2^30), 700M")
+        raise ArgumentError(f"`{text}` is not a size", "a number and a unit: 9.5G (10^9 bytes), 9.5GiB (2^30), 700M")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import cext
 from quantize import recipe
 from quantize.base.blas import padded
-from quantize.base.errors import QuantizeError
+from quantize.base.errors import ArgumentError
 from quantize.encode.encoder import Encoder
 from quantize.meter import Meter
 from quantize.recipe import Recipe
@@ -60,15 +60,15 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.bpw is not None and self.size is not None:
-            raise QuantizeError("both bits a weight and a size are given", "give --bpw or --size")
+            raise ArgumentError("both bits a weight and a size are given", "give --bpw or --size")
         if self.plain_mix and (self.bpw is not None or self.size is not None):
-            raise QuantizeError("a plain mix has a size of its own", "give --plain-mix with --type alone")
+            raise ArgumentError("a plain mix has a size of its own", "give --plain-mix with --type alone")
         if self.bpw is not None and not 0 < self.bpw < math.inf:
-            raise QuantizeError(f"bits a weight are {self.bpw}, expected a positive number")
+            raise ArgumentError(f"bits a weight are {self.bpw}, expected a positive number")
         if self.size is not None and self.size < 1:
-            raise QuantizeError(f"size is {self.size} bytes, expected at least 1")
+            raise ArgumentError(f"size is {self.size} bytes, expected at least 1")
         if self.threads is not None and self.threads < 1:
-            raise QuantizeError(f"threads is {self.threads}, expected at least 1")
+            raise ArgumentError(f"threads is {self.threads}, expected at least 1")
 
 
 @dataclass(frozen=True)

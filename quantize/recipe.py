@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Type
 
-from quantize.base.errors import QuantizeError
+from quantize.base.errors import ArgumentError
 from quantize.encode.encoder import FLOAT_TYPES, row_bytes
 from quantize.source.arch import Arch
 from quantize.source.tensors import Tensor
@@ -156,7 +156,7 @@ def find(name: str) -> Recipe:
     """A recipe by name, in any case. QuantizeError lists those there are."""
     recipe = RECIPES.get(name.lower())
     if recipe is None:
-        raise QuantizeError(f"unknown type `{name}`", f"one of {', '.join(RECIPES)}")
+        raise ArgumentError(f"unknown type `{name}`", f"one of {', '.join(RECIPES)}")
     return recipe
 
 

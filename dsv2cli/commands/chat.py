@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import stat
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 import typer
 
 from dsv2cli import console, options, text
-from dsv2cli.errors import CliError, UsageError
+from dsv2cli.errors import UsageError
 from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ THINKING = {"auto": None, "on": True, "off": False}
 THINK_HELP = "Whether the model reasons before it answers; auto: as its chat template has it."
 FIM_HELP = "Write what stands between two texts, for models that were trained for it (DeepSeek-Coder-V2)."
 CONTEXT_HELP = "Tokens of context; 4096 if left out, 0: as many as the model was trained for."
-WAIT_SECONDS = 2.0  # for a pipe's first byte, after which it is told what is waited for
 
 
 def chat(
@@ -103,7 +101,7 @@ def chat(
         raise UsageError("--system needs the chat template, which --raw leaves out", "put it into the prompt")
     if system is not None:
         system = text.typed(system, "the system message")
-    asked = given_text(prompt, quiet=quiet) if fim is None else text.typed(fim[0], "the text before")
+    asked = given_text(prompt, raw=raw, quiet=quiet) if fim is None else text.typed(fim[0], "the text before")
     if asked is None and as_json:
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
@@ -135,27 +133,32 @@ def chat(
         if asked is None:
             Repl(talk).run()
         elif as_json:
-            console.print_json(report(talk, talk.collect(asked), sampler.seed))
+            answer = talk.collect(asked)
+            console.print_json(report(talk, answer, sampler.seed))
         else:
             try:
                 talk.answer(asked)
             finally:
                 if not quiet and talk.last.n_prompt:
                     talk.tell_stats()
-            if talk.last.stop == "cancelled":
-                raise KeyboardInterrupt
+        if asked is not None and talk.last.stop == "cancelled":
+            console.flush()
+            raise KeyboardInterrupt
 
 
-def given_text(prompt: str | None, *, quiet: bool = False) -> str | None:
-    """The one text to answer: stdin's, -p's, or both; None where a person sits at a terminal."""
+def given_text(prompt: str | None, *, raw: bool = False, quiet: bool = False) -> str | None:
+    """The one text to answer: stdin's, -p's, or both; None where a person sits at a terminal.
+
+    What is nothing but space is no prompt, but text to go on from where raw.
+    """
     if prompt is None and console.is_terminal(sys.stdin):
         return None
     parts = []
     if prompt in (None, "-") or _is_document(sys.stdin):
-        parts.append(_read_stdin(quiet=quiet or prompt in (None, "-")))
+        parts.append(text.read_stdin(waits=quiet or prompt in (None, "-")))
     if prompt not in (None, "-"):
         parts.append(text.typed(prompt, "the prompt"))
-    asked = "\n\n".join(part for part in parts if part.strip())
+    asked = "\n\n".join(part for part in parts if (part if raw else part.strip()))
     if not asked:
         raise UsageError("the prompt is empty", "give one with -p, or run it in a terminal to talk")
     return asked
@@ -168,19 +171,6 @@ def _is_document(stream: TextIO) -> bool:
     except (OSError, ValueError):
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
-
-
-def _read_stdin(*, quiet: bool) -> str:
-    """All of stdin as text, without its last line end. A pipe beside -p that stays silent is told of."""
-    try:
-        if not quiet and not select.select([sys.stdin], [], [], WAIT_SECONDS)[0]:
-            console.note("(waiting for the end of the pipe on stdin; < /dev/null goes without it)", "dim")
-        data = sys.stdin.buffer.read()
-    except OSError as error:
-        raise CliError(
-            f"cannot read stdin: {error.strerror or error}", "give the prompt with -p < /dev/null"
-        ) from error
-    return text.decode(data, "the text on stdin").removesuffix("\n")
 
 
 def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dsv2cli import console
+from dsv2cli import console, options
+from dsv2cli.errors import UsageError
+from dsv2cli.text import kind_of
 
 if TYPE_CHECKING:
     from dsv2cli.hub import Plan
@@ -52,7 +54,7 @@ def download(
     repo: Annotated[str, REPO],
     revision: Annotated[str | None, REVISION] = None,
     to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to put the files in, not the shared cache.")
+        Path | None, options.place("--to", metavar="DIR", help="Folder to put the files in, not the shared cache.")
     ] = None,
     only: Annotated[Literal["safetensors", "gguf"] | None, KIND] = None,
     gguf_type: Annotated[str | None, TYPE] = None,
@@ -66,6 +68,9 @@ def download(
     from dsv2cli.hub import preview, transfer
 
     named = hub.resolve(repo)
+    hub.check_wishes(only, gguf_type or named.gguf_type, file or named.glob)
+    if to is not None and (kind := kind_of(to)) not in ("", "a folder"):
+        raise UsageError(f"`{to}` is {kind}", "--to takes a folder, which is made where there is none")
     listing = hub.list_files(named.repo, revision or named.revision or "main")
     plan = hub.choose(listing, only, gguf_type or named.gguf_type, file or named.glob)
     try:

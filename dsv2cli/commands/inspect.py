@@ -40,7 +40,7 @@ def inspect(
     model: options.Model = None,
     context: Annotated[int | None, CONTEXT] = None,
     heatmap: Annotated[
-        Path | None, typer.Option("--heatmap", metavar="PNG", help="Write a picture of how often each expert is used.")
+        Path | None, options.place("--heatmap", metavar="PNG", help="Write a picture of how often each expert is used.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:

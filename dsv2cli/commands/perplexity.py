@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HELP = "Measure how well a model predicts a text, and its distance from a reference."
 EXAMPLES = (
     "perplexity model.gguf --text held-out.txt",
+    "perplexity model.gguf --text - < held-out.txt",
     "perplexity q4.gguf --text held-out.txt --reference f16.gguf --json",
     "perplexity model.gguf --text held-out.txt -c 4096 --kv q8_0 --reference-kv f32",
 )
@@ -31,7 +32,7 @@ CONTEXT = number("-c", "--ctx", within=options.CONTEXT, help="Tokens of a window
 
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file.")],
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.")],
+    text: Annotated[Path, options.place("--text", metavar="FILE", help="UTF-8 text to predict; - reads stdin.")],
     context: Annotated[int, CONTEXT] = 512,
     reference: Annotated[
         str | None, typer.Option(metavar="GGUF", help="The same model in a finer type: KLD and agreement with it.")
@@ -48,10 +49,10 @@ def perplexity(
 ) -> None:
     from dsv2cli import locate, runtime
     from dsv2cli.evaluate import evaluate
-    from dsv2cli.text import read
+    from dsv2cli.text import read, read_stdin
 
     paths = [locate.model(name) for name in (model, reference) if name is not None]
-    content = read(text)
+    content = read_stdin(waits=quiet) if str(text) == "-" else read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
         models = [opened.enter_context(runtime.open_model(path, threads)) for path in paths]
         bar = display.add_task("scoring", total=None, detail="")

@@ -49,7 +49,7 @@ class Type(StrEnum):
 SOURCE = typer.Argument(
     metavar="SRC", help="A folder with config.json and *.safetensors, or an alias that was downloaded."
 )
-CALIBRATION = typer.Option(
+CALIBRATION = options.place(
     "--calibration",
     metavar="FILE",
     help="Text, or chats as .jsonl, to calibrate with; repeatable. A text ships with dsv2.",
@@ -87,7 +87,7 @@ LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 def quantize(
     source: Annotated[str, SOURCE],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="GGUF", help="NAME-TYPE.gguf here if left out.")
+        Path | None, options.place("-o", "--out", metavar="GGUF", help="NAME-TYPE.gguf here if left out.")
     ] = None,
     kind: Annotated[
         Type | None,
@@ -113,9 +113,6 @@ def quantize(
     from dsv2cli import locate
 
     check_budget(kind, bpw, size, plain_mix)
-    folder = locate.checkpoint(source)
-    target = out or Path(default_name(source, folder, bpw_name(bpw) or size_name(size) or (kind or Type.q4_k_m).value))
-    check_target(target, force)
     if threads is not None:
         # numpy's BLAS reads it when it is loaded, which is now or never.
         os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
@@ -135,6 +132,9 @@ def quantize(
         evaluate=evaluate,
         threads=threads,
     )
+    folder = locate.checkpoint(source)
+    target = out or Path(default_name(source, folder, bpw_name(bpw) or size_name(size) or (kind or Type.q4_k_m).value))
+    check_target(target, force)
     with keeping_work(target), Display(quiet=quiet) as display:
         report = run(folder, target, options, display.progress, say=display.say, restart=restart)
     if as_json:
@@ -167,13 +167,11 @@ def size_name(size: str | None) -> str:
 
 
 def check_target(target: Path, force: bool) -> None:
-    if target.is_dir():
-        raise UsageError(f"`{target}` is a folder", "-o takes the name of the file to write")
-    if target.exists() and not force:
-        from quantize import is_finished
+    from quantize import check_output, is_finished
 
-        if not is_finished(target):
-            raise UsageError(f"`{target}` exists", "--force replaces it, -o names another")
+    check_output(target, ())
+    if target.exists() and not force and not is_finished(target):
+        raise UsageError(f"`{target}` exists", "--force replaces it, -o names another")
 
 
 def default_name(source: str, folder: Path, kind: str) -> str:

@@ -7,8 +7,19 @@ HF_HOME and HF_HUB_OFFLINE mean what they always mean.
 """
 
 from dsv2cli.hub.aliases import ALIASES
-from dsv2cli.hub.choice import choose, select
+from dsv2cli.hub.choice import check_wishes, choose, select
 from dsv2cli.hub.listing import Listing, Plan, RemoteFile, list_files
 from dsv2cli.hub.names import Reference, resolve
 
-__all__ = ["ALIASES", "Listing", "Plan", "Reference", "RemoteFile", "choose", "list_files", "resolve", "select"]
+__all__ = [
+    "ALIASES",
+    "Listing",
+    "Plan",
+    "Reference",
+    "RemoteFile",
+    "check_wishes",
+    "choose",
+    "list_files",
+    "resolve",
+    "select",
+]

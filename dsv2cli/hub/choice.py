@@ -49,6 +49,13 @@ class Candidate:
         return any(fnmatchcase(name.lower(), glob.lower()) for name in names)
 
 
+def check_wishes(only: Kind | None, gguf_type: str | None, glob: str | None) -> None:
+    """UsageError where no repository could hold what is asked for."""
+    if only == "safetensors" and (gguf_type or glob):
+        option = "--type" if gguf_type else "--file"
+        raise UsageError(f"{option} picks among GGUF files, and --only safetensors leaves them out", "drop one of them")
+
+
 def choose(listing: Listing, only: Kind | None = None, gguf_type: str | None = None, glob: str | None = None) -> Plan:
     """The plan for what a person asked for. CliError, UsageError."""
     kind, files = select(listing.repo, listing.files, only, gguf_type, glob)
@@ -67,9 +74,7 @@ def select(
     """The kind, and the files in order: of a checkpoint all that may be needed, of a GGUF its parts."""
     from quantize.source import files as checkpoint_files
 
-    option = "--type" if gguf_type else "--file"
-    if only == "safetensors" and (gguf_type or glob):
-        raise UsageError(f"{option} picks among GGUF files, and --only safetensors leaves them out", "drop one of them")
+    check_wishes(only, gguf_type, glob)
     names = [f.path for f in files]
     weights = set(checkpoint_files.weights(names))
     ggufs = candidates(files)

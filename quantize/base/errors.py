@@ -15,6 +15,10 @@ class QuantizeError(Exception):
         self.hint = hint
 
 
+class ArgumentError(QuantizeError, ValueError):
+    """An option that means nothing, is out of its range or does not go with another; a place that no file can have."""
+
+
 class CheckpointError(QuantizeError):
     """The checkpoint is not what it claims to be: truncated, overlapping, missing a shard or a tensor, not finite."""
 

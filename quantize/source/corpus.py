@@ -70,6 +70,10 @@ def load(files: Sequence[Path], metadata: Mapping[str, object], max_tokens: int)
     with _tokenizer(metadata) as tokenizer:
         for path in files:
             try:
+                if path.is_char_device() or path.is_block_device():
+                    raise CalibrationError(
+                        f"calibration file `{path}` is a device", "name a text, or a .jsonl of chats"
+                    )
                 data = path.read_bytes()
             except OSError as error:
                 raise CalibrationError(f"calibration file `{path}`: {error.strerror}") from error

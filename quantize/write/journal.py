@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import system
-from quantize.base.errors import OtherRunError, OutputError, disk_error
+from quantize.base.errors import ArgumentError, OtherRunError, OutputError, disk_error
 
 SUFFIX = ".work"
 HEADS_BYTES = 1 << 16  # of the names and shapes in a record of arrays
@@ -64,16 +64,16 @@ def written_as(out: str | os.PathLike[str]) -> Path:
 
 def check_output(out: Path, read: Iterable[Path]) -> None:
     """Whether out may be written, and replaced where it exists: a file that is none of those that the run reads.
-    OutputError."""
+    ArgumentError."""
     if out.is_dir():
-        raise OutputError(f"`{out}` is a folder", "name the file: -o model.gguf")
+        raise ArgumentError(f"`{out}` is a folder", "name the file: -o model.gguf")
     if not out.exists():
         return
     if not out.is_file():
-        raise OutputError(f"`{out}` is a device or pipe, not a file", "name the file: -o model.gguf")
+        raise ArgumentError(f"`{out}` is a device or pipe, not a file", "name the file: -o model.gguf")
     for path in read:
         if path.exists() and path.samefile(out):
-            raise OutputError(f"`{out}` is a file that this run reads", "name another with -o")
+            raise ArgumentError(f"`{out}` is a file that this run reads", "name another with -o")
 
 
 def work_folder(out: Path) -> Path:

@@ -10,8 +10,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +134,27 @@ def test_version() -> None:
         (["bench", "-p", "0", "-n", "0"], ["nothing to measure"]),
         (["bench", "--json", "--csv"], ["--json"]),
         (["bench", "--against", "vllm"], ["--against"]),
-        (["quantize", ".", "--type", "q9_z"], ["q9_z"]),
+        (["quantize", ".", "--type", "q9_z"], ["--type': 'q9_z' is not one of 'f32'"]),
+        (["chat", "--kv", "q4_0"], ["--kv': 'q4_0' is not one of 'f16', 'q8_0', 'f32'."]),
+        (["chat", "--think", "maybe"], ["--think': 'maybe' is not one of 'auto', 'on', 'off'."]),
+        (["download", "lite", "--only", "pt"], ["--only': 'pt' is not one of 'safetensors', 'gguf'."]),
+        (["bench", "--against", "x"], ["--against': 'x' is not one of 'llama.cpp'."]),
+        (["chat", "--seed", "1.5"], ["--seed': '1.5' is not a whole number.", "dsv2 chat --help"]),
+        (["chat", "--min-p", "1,5"], ["--min-p': '1,5' is not a number."]),
+        (["chat", "--fim", "a"], ["--fim", "2 arguments", "dsv2 chat --help"]),
+        (["inspect", "-c"], ["requires an argument", "dsv2 inspect --help"]),
+        (["quantize", "lite", "--size", "abc"], ["`abc` is not a size"]),
+        (["quantize", "lite", "-o", ""], ["--out': the name is empty"]),
+        (["quantize", "lite", "--calibration", ""], ["--calibration': the name is empty"]),
+        (["inspect", "--heatmap", ""], ["--heatmap': the name is empty"]),
+        (["perplexity", "x.gguf", "--text", ""], ["--text': the name is empty"]),
+        (["download", "lite", "--to", ""], ["--to': the name is empty"]),
     ],
 )
 def test_misuse(args: list[str], words: list[str]) -> None:
-    assert_fails(dsv2(*args), 2, *words)
+    result = dsv2(*args)
+    assert_fails(result, 2, *words)
+    assert "Value error" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -149,6 +167,24 @@ def test_misuse(args: list[str], words: list[str]) -> None:
 )
 def test_what_is_not_there(args: list[str], words: list[str], tmp_path: Path) -> None:
     assert_fails(dsv2(*args, HF_HOME=str(tmp_path)), 1, *words)
+
+
+def test_what_is_there_and_no_file(tmp_path: Path, model: Path) -> None:
+    """A pipe would be waited for without end, a device read without end; each is told by what it is."""
+    pipe, socket_name = tmp_path / "pipe.gguf", tmp_path / "socket"
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(socket_name))
+        for name, what in ((pipe, "a pipe"), (socket_name, "a socket"), (Path("/dev/zero"), "a device")):
+            for verb, more, wanted in (
+                ("inspect", [], "not a GGUF"),
+                ("chat", ["-p", "x"], "not a GGUF"),
+                ("bench", [], "not a GGUF"),
+                ("quantize", [], "not a checkpoint"),
+            ):
+                assert_fails(dsv2(verb, name, *more), 2, f"`{name}` is {what}, {wanted}")
+        for name, what in ((socket_name, "a socket"), (Path("/dev/zero"), "a device")):
+            assert_fails(dsv2("perplexity", model, "--text", name), 2, f"`{name}` is {what}, not a text file")
 
 
 @pytest.mark.parametrize("verb", ["chat", "inspect", "perplexity", "bench"])
@@ -285,7 +321,48 @@ def test_stdout_on_a_full_disk(model: Path) -> None:
     with Path("/dev/full").open("w") as full:
         command = [*COMMAND, "inspect", str(model)]
         result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert result.returncode == 1 and result.stderr.startswith("error: No space left")
+    assert result.returncode == 1 and result.stderr == "error: cannot write the output: No space left on device\n"
+
+
+def test_an_answer_on_a_full_disk(endless: Path, tmp_path: Path) -> None:
+    """Of a file system's limit for one file, here."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); "
+    with (tmp_path / "out").open("w") as out:
+        command = [
+            *COMMAND[:-1],
+            limit + COMMAND[-1],
+            "chat",
+            str(endless),
+            "-p",
+            "Hi",
+            "-q",
+            "--temp",
+            "0",
+            "-n",
+            "99",
+        ]
+        result = subprocess.run(command, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1 and result.stderr == "error: cannot write the output: File too large\n"
+    assert 0 < (tmp_path / "out").stat().st_size <= 64
+
+
+def test_json_of_an_answer_that_was_stopped(endless: Path) -> None:
+    """What there is of it, and why it ended."""
+    command = [*COMMAND, "chat", str(endless), "-p", "Hi", "-c", "100000", "--temp", "0", "--json"]
+    process = subprocess.Popen(
+        command, env=environment(DSV2_DEBUG="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stderr
+    usage = Path(f"/proc/{process.pid}/stat")
+    while int(usage.read_text().rsplit(")", 1)[1].split()[11]) < 2 * os.sysconf("SC_CLK_TCK"):  # it writes by then
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in told, told
+    answer = json.loads(out)
+    assert answer["stop"] == "cancelled" and answer["answer_tokens"] > 0 and answer["answer"]
 
 
 def test_interrupted_from_outside(endless: Path) -> None:
@@ -544,6 +621,23 @@ def test_a_cache_beside_an_exact_one(model: Path, text: Path) -> None:
     assert distance("--kv", "q8_0", "--reference", model, "--reference-kv", "f32") == quantised
 
 
+def test_perplexity_of_a_text_on_stdin(model: Path, text: Path) -> None:
+    options = ["--ctx", "64", "--windows", "2", "--json"]
+    piped = json.loads(dsv2("perplexity", model, "--text", "-", *options, stdin=text.read_bytes()).stdout)
+    named = json.loads(dsv2("perplexity", model, "--text", text, *options).stdout)
+    assert piped == {**named, "text": "-"}
+    assert_fails(dsv2("perplexity", model, "--text", "-", stdin="né".encode("utf-16")), 2, "stdin", "UTF-16")
+
+
+def test_perplexity_of_a_pipe_with_a_name(model: Path, text: Path, tmp_path: Path) -> None:
+    """perplexity model.gguf --text <(...)"""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["/bin/sh", "-c", 'cat "$1" > "$2"', "sh", str(text), str(tmp_path / "pipe")]):
+        options = ["--ctx", "64", "--windows", "2", "--json"]
+        told = json.loads(dsv2("perplexity", model, "--text", tmp_path / "pipe", *options).stdout)
+    assert told["n_windows"] == 2
+
+
 def test_perplexity_for_people(model: Path, half: Path, text: Path) -> None:
     result = dsv2("perplexity", half, "--text", text, "--ctx", "64", "--windows", "2", "--reference", model)
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
@@ -606,6 +700,14 @@ def test_bench_as_csv(model: Path) -> None:
 def test_a_model_that_llama_cpp_does_not_run(model: Path) -> None:
     result = dsv2("bench", model, "-p", "8", "-n", "0", "-r", "1", "--against", "llama.cpp")
     assert_fails(result, 1, "llama.cpp cannot load the model")
+    assert result.stderr.count("llama.cpp") == 1
+
+
+def test_errors_of_the_engine_are_told_as_in_other_commands(model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(model.read_bytes()[:-100])
+    errors = {dsv2(verb, bad).stderr for verb in ("inspect", "bench")}
+    assert len(errors) == 1 and errors.pop().startswith("error: `")
 
 
 def test_depths_are_sorted_and_each_runs_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -200,6 +201,19 @@ def test_the_token_goes_to_the_hub_and_not_to_the_cdn(hub: Hub, env: dict[str, s
     to_hub = [r for r in hub.requests if "/resolve/" in r.path]
     assert to_hub and all(r.authorization == "Bearer hf_secret" for r in to_hub)
     assert all(r.authorization is None for r in hub.requests if r.path.startswith("/cdn/"))
+
+
+def test_what_no_repository_holds_is_told_first(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
+    """Before the hub is asked, and before the cache is missed."""
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        for name in ("lite", "lite:Q4_K_M"):
+            wishes = ["--only", "safetensors"] + (["--type", "Q4_K_M"] if name == "lite" else [])
+            assert_fails(dsv2(env, *FETCH, name, *wishes, **more), 2, "--only safetensors leaves them out")
+        assert_fails(dsv2(env, *FETCH, "lite", "--to", str(tmp_path / "file"), **more), 2, "is a file", "folder")
+        assert_fails(dsv2(env, *FETCH, "lite", "--to", str(tmp_path / "pipe"), **more), 2, "is a pipe", "folder")
+    assert hub.requests == []
 
 
 def test_offline_uses_the_cache(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_a_document_and_a_question(model: Path, tokenizer: Tokenizer) -> None:
     assert json.loads(alone.stdout)["prompt_tokens"] == len(tokenizer.chat([Message("user", QUESTION)]))
 
 
+def test_space_is_a_prompt_where_the_text_is_raw(model: Path, tokenizer: Tokenizer) -> None:
+    for words in ("  ", "\n\n", "\t", " \n"):
+        assert n_tokens(model, "--raw", "-p", words) == len(tokenizer.prompt(words))
+        assert n_tokens(model, "--raw", stdin=f"{words}\n".encode()) == len(tokenizer.prompt(words))
+        assert n_tokens(model, "--raw", "-p", "x", stdin=words.encode()) == len(
+            tokenizer.prompt("\n\n".join(part for part in (words.removesuffix("\n"), "x") if part))
+        )
+        for ran in (run("chat", model, "-p", words), run("chat", model, stdin=words.encode())):
+            assert ran.code == 2 and "the prompt is empty" in ran.told
+    for ran in (run("chat", model, "--raw", "-p", ""), run("chat", model, "--raw", stdin=b"\n")):
+        assert ran.code == 2 and "the prompt is empty" in ran.told
+
+
 def test_help_says_how_they_are_joined() -> None:
     assert "both are read: its text, an empty line, this" in " ".join(run("chat", "--help").out.decode().split())
 

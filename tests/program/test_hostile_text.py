@@ -95,10 +95,7 @@ def test_names_as_json(which: str, tmp_path: Path) -> None:
     path = named(tmp_path, NAMES[which])
     for encoding in ("utf-8", "ascii", "latin-1"):
         told = json.loads(run("inspect", path, "--json", terminal=True, encoding=encoding).out.decode(encoding))
-        assert (
-            told["name"].encode("utf-8", "surrogateescape" if which in ("half a pair", "no utf-8") else "strict")
-            == (NAMES[which])
-        )
+        assert told["name"] == NAMES[which].decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("which", [name for name in NAMES if name not in ("bell", "long")])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.base.errors import OutputError
+from quantize.base.errors import ArgumentError, OutputError
 from quantize.write.journal import Journal, check_output, is_finished, work_folder
 
 
@@ -163,7 +163,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_places_that_will_not_do(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is a folder"):
+    with pytest.raises(ArgumentError, match="is a folder"):
         Journal(tmp_path, Names(), Files())
     with pytest.raises(OutputError, match="no such folder"):
         Journal(tmp_path / "none" / "m.gguf", Names(), Files())
