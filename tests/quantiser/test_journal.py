@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_record_that_was(tmp_path: Path, monkeypatch: pyt
 
 def test_what_is_no_file_or_is_read_is_not_written_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OutputError, match="a device or pipe"):
+    with pytest.raises(ArgumentError, match="a device or pipe"):
         check_output(tmp_path / "pipe", ())
     checkpoint, text = tmp_path / "checkpoint", tmp_path / "text.txt"
     checkpoint.mkdir()
@@ -214,7 +214,7 @@ def test_what_is_no_file_or_is_read_is_not_written_over(tmp_path: Path) -> None:
     text.write_text("words")
     (tmp_path / "link.gguf").symlink_to(text)
     for out in (checkpoint / "model.safetensors", text, tmp_path / "link.gguf"):
-        with pytest.raises(OutputError, match="this run reads"):
+        with pytest.raises(ArgumentError, match="this run reads"):
             check_output(out, (checkpoint / "model.safetensors", text))
     (checkpoint / "new.gguf").write_bytes(b"made before")
     check_output(checkpoint / "new.gguf", (checkpoint / "model.safetensors", text))
