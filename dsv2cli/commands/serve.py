@@ -51,7 +51,7 @@ def serve(
     alias: Annotated[str | None, typer.Option("--alias", help="The model's name, in place of its own.")] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line.")
+        Path | None, options.place("--api-key-file", metavar="FILE", help="Keys, one a line.")
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Other machines may ask without a key.")] = False,
     allowed_host: Annotated[
