@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cext.errors import TemplateError, TokenizerError
 from cext.tokenizer import Message
 from dsv2cli.server import errors
+from dsv2cli.server.constraints import ANY_OBJECT, Grammars
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Generation, Params
-from dsv2cli.server.wire import Sampled
+from dsv2cli.server.tools import form_of
+from dsv2cli.server.wire import Sampled, StructuredOutputs
 
 if TYPE_CHECKING:
     from dsv2cli.server.engine import Engine, Ticket
+    from dsv2cli.server.generation import Constraint
 
 MAX_TOP = 20
 MAX_BIAS = 1024
@@ -32,6 +35,11 @@ class Service:
     defaults: Params
     fingerprint: str = "dsv2"
     began: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        tokenizer = self.engine.runtime.tokenizer
+        self.grammars = Grammars(tokenizer, self.engine.end_ids)
+        self.tool_form = form_of(tokenizer)
 
     @property
     def n_vocab(self) -> int:
@@ -59,6 +67,34 @@ class Service:
             bias=self.bias(body.logit_bias),
             seed=None if body.seed is None else body.seed % U64,
         )
+
+    def form(self, body: Sampled, response_format: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
+        """(grammar, the field that asks for it) of the form that an answer must have; None for any. ApiError."""
+        vllm = body.structured_outputs or StructuredOutputs()
+        grammars = self.grammars
+        forms: list[tuple[str, Any, Callable[[Any, str], str]]] = [
+            ("json_schema", body.json_schema, grammars.schema),
+            ("guided_json", body.guided_json, grammars.schema),
+            ("structured_outputs.json", vllm.json, grammars.schema),
+            ("grammar", body.grammar, grammars.gbnf),
+            ("guided_grammar", body.guided_grammar, grammars.gbnf),
+            ("structured_outputs.grammar", vllm.grammar, grammars.gbnf),
+            ("guided_regex", body.guided_regex, grammars.regex),
+            ("structured_outputs.regex", vllm.regex, grammars.regex),
+            ("guided_choice", body.guided_choice, grammars.choice),
+            ("structured_outputs.choice", vllm.choice, grammars.choice),
+        ]
+        if response_format is not None:
+            schema = schema_of(response_format)
+            forms.append(("response_format", schema, grammars.schema))
+        wanted = [(field, value, make) for field, value, make in forms if value is not None and value != ""]
+        if len(wanted) > 1:
+            raise bad_field(wanted[1][0], f"and {wanted[0][0]} each ask for a form of the answer: give one of them")
+        return (wanted[0][2](wanted[0][1], wanted[0][0]), wanted[0][0]) if wanted else None
+
+    def constraint(self, form: tuple[str, str] | None, opening: Sequence[int] = ()) -> Callable[[], Constraint] | None:
+        """What makes a form's constraint for each answer."""
+        return form and self.grammars.compiled(*form, self.engine.runtime.tokenizer.decode(opening))
 
     def bias(self, given: Any) -> dict[int, float]:
         """OpenAI's object, or llama-server's pairs, in which a word stands for its tokens and false for never."""
@@ -160,6 +196,22 @@ class Service:
             return tokenizer.special_text(token) or raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def schema_of(response_format: Mapping[str, Any]) -> Any:
+    """The schema of OpenAI's response_format, llama-server's variants included; None for text."""
+    kind = response_format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return response_format.get("schema") or ANY_OBJECT
+    if kind == "json_schema":
+        given = response_format.get("json_schema")
+        schema = given.get("schema") if isinstance(given, Mapping) else response_format.get("schema")
+        if schema is not None:
+            return schema
+        raise bad_field("response_format.json_schema.schema", "is missing")
+    raise bad_field("response_format.type", f"{str(kind)[:50]!r} is none of text, json_object, json_schema")
 
 
 def new_id(kind: str) -> str:

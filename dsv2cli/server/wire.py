@@ -25,6 +25,15 @@ class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
+class StructuredOutputs(Struct):
+    """vLLM's."""
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class Sampled(Struct, kw_only=True):
     """What every dialect of OpenAI's and llama-server's says of how an answer is drawn."""
 
@@ -47,6 +56,13 @@ class Sampled(Struct, kw_only=True):
     cache_prompt: bool | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
+    grammar: str | None = None
+    json_schema: Any = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 def parse(body: bytes, kind: type[T]) -> T:

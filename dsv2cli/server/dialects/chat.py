@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -17,6 +18,7 @@ from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.splitting import Part, Splitter
+from dsv2cli.server.tools import Call, CallReader, Offer, parse_offer, with_told
 from dsv2cli.server.wire import Sampled, parse
 
 
@@ -27,28 +29,57 @@ class ChatRequest(Sampled, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-async def chat(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ChatRequest)
-    messages = service.messages(body.messages)
-    thinking = _thinking(body)
-    prompt = await answering.aside(service.chat_prompt, messages, tools=body.tools, thinking=thinking)
-    asked = Generation(
+@dataclass(frozen=True)
+class Asked:
+    """A chat that is ready to be answered; offer: the tools that its answers may call."""
+
+    generation: Generation
+    offer: Offer
+
+
+async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
+    """Prompt, constraint and sampling of a chat. ApiError."""
+    messages, thinking = service.messages(body.messages), _thinking(body)
+    offer = parse_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
+    described = body.tools if offer.tools else None
+    if not service.tool_form.native:
+        messages, described = with_told(messages, offer.tools), None
+    prompt = await answering.aside(service.chat_prompt, messages, tools=described, thinking=thinking)
+    opening = service.opening(prompt)
+    form = service.form(body, body.response_format)
+    if form is not None and offer.must:
+        raise bad_field(form[1], "and tool_choice each ask for a form of the answer: give one of them")
+    constraint = await answering.aside(service.constraint, form, opening)
+    if form is None and (calls := offer.constraint(service.tool_form)):
+        text = service.engine.runtime.tokenizer.decode(opening)
+        constraint = await answering.aside(service.grammars.compiled, calls[0], "tools", text, calls[1])
+    generation = Generation(
         prompt=prompt,
         params=service.params(body),
         limit=service.limit(body.max_completion_tokens, body.max_tokens) or None,
         n=body.n or 1,
         stops=service.stops(body.stop),
         n_top=(body.top_logprobs or 0) if body.logprobs else None,
-        opening=service.opening(prompt),
-        salt=request.state.salt,
+        opening=opening,
+        salt=salt,
         use_cache=body.cache_prompt is not False,
         ignore_end=bool(body.ignore_eos),
+        constraint=constraint,
     )
-    [ticket] = service.submit_all([asked])
+    return Asked(generation, offer)
+
+
+async def chat(service: Service, request: Request) -> Response:
+    body = parse(await request.body(), ChatRequest)
+    asked = await prepare(service, body, request.state.salt)
+    [ticket] = service.submit_all([asked.generation])
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
     head |= {"system_fingerprint": service.fingerprint}
     if body.stream:
@@ -71,46 +102,71 @@ def _thinking(body: ChatRequest) -> bool | None:
 
 
 class Answer:
-    """One choice of a chat, collected as it comes."""
+    """One choice of a chat, collected as it comes: reasoning, content, calls of tools."""
 
-    def __init__(self, service: Service, opening: Sequence[int]) -> None:
+    def __init__(self, service: Service, asked: Asked) -> None:
         tokenizer = service.engine.runtime.tokenizer
         self._service = service
-        self._splitter = Splitter(tokenizer, tokenizer.decode(opening))
+        self._splitter = Splitter(tokenizer, tokenizer.decode(asked.generation.opening))
+        names = [tool.name for tool in asked.offer.tools]
+        self._calls = CallReader(service.tool_form, names) if names else None
         self.content, self.reasoning = "", ""
+        self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.n_reasoning = 0
 
-    def feed(self, event: Piece | Ended) -> list[Part]:
-        if isinstance(event, Ended):
-            parts = self._splitter.finish(event.text)
-        else:
-            parts = self._splitter.feed(event.text)
-            if event.logprobs is not None:
-                self.logprobs.append(chat_logprob(self._service, event))
-        for part in parts:
-            if part.kind == "content":
-                self.content += part.text
-            elif part.kind == "reasoning":
-                self.reasoning += part.text
-        self.n_reasoning += isinstance(event, Piece) and bool(self.reasoning) and not self.content
-        return parts
+    def feed(self, event: Piece | Ended) -> tuple[list[Part], list[dict[str, Any]]]:
+        """(parts that are new, calls that are complete now)."""
+        is_last = isinstance(event, Ended)
+        parts = self._splitter.finish(event.text) if is_last else self._splitter.feed(event.text)
+        calls: list[Call] = []
+        if self._calls is not None:
+            parts, calls = self._calls.feed(parts)
+            if is_last:
+                rest, more = self._calls.finish()
+                parts, calls = parts + rest, calls + more
+        if isinstance(event, Piece) and event.logprobs is not None:
+            self.logprobs.append(chat_logprob(self._service, event))
+        self.content += "".join(part.text for part in parts if part.kind == "content")
+        self.reasoning += "".join(part.text for part in parts if part.kind == "reasoning")
+        self.n_reasoning += not is_last and bool(self.reasoning) and not self.content and not self.calls
+        told = [self._told(call, len(self.calls) + i) for i, call in enumerate(calls)]
+        self.calls += told
+        return parts, told
+
+    @staticmethod
+    def _told(call: Call, index: int) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": new_id("call"), "index": index, "type": "function", "function": function}
+
+    def finish(self, event: Ended) -> str:
+        return "tool_calls" if self.calls else FINISH[event.reason]
+
+    def message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning.rstrip()
+        if self.calls:
+            message["content"] = self.content.rstrip() or None
+            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in self.calls]
+        return message
 
 
-def chat_body(service: Service, head: dict[str, Any], asked: Generation, heard: list[Heard]) -> dict[str, Any]:
-    answers = [Answer(service, asked.opening) for _ in range(asked.n)]
+def chat_body(service: Service, head: dict[str, Any], asked: Asked, heard: list[Heard]) -> dict[str, Any]:
+    answers = [Answer(service, asked) for _ in range(asked.generation.n)]
     ended: list[Ended] = []
     for event in heard:
         if isinstance(event, Piece | Ended):
             answers[event.choice].feed(event)
         if isinstance(event, Ended):
             ended.append(event)
+    wants_logprobs = asked.generation.n_top is not None
     choices = [
         {
             "index": e.choice,
-            "message": _message(answers[e.choice]),
-            "finish_reason": FINISH[e.reason],
-            "logprobs": {"content": answers[e.choice].logprobs} if asked.n_top is not None else None,
+            "message": answers[e.choice].message(),
+            "finish_reason": answers[e.choice].finish(e),
+            "logprobs": {"content": answers[e.choice].logprobs} if wants_logprobs else None,
         }
         for e in sorted(ended, key=lambda e: e.choice)
     ]
@@ -123,30 +179,25 @@ def chat_body(service: Service, head: dict[str, Any], asked: Generation, heard: 
     }
 
 
-def _message(answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
-    return message | ({"reasoning_content": answer.reasoning.rstrip()} if answer.reasoning else {})
-
-
 class ChatStream:
     """The chunks of a streamed chat."""
 
-    def __init__(self, service: Service, head: dict[str, Any], body: ChatRequest, asked: Generation) -> None:
-        self._service, self._asked = service, asked
+    def __init__(self, service: Service, head: dict[str, Any], body: ChatRequest, asked: Asked) -> None:
+        self._n = asked.generation.n
         self._head = head | {"object": "chat.completion.chunk"}
         self._wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        self._answers = [Answer(service, asked.opening) for _ in range(asked.n)]
+        self._answers = [Answer(service, asked) for _ in range(self._n)]
         self._ended: list[Ended] = []
 
     def first(self) -> bytes:
         """Every choice's role, before anything is read."""
-        return b"".join(self._chunk(i, {"role": "assistant", "content": None}) for i in range(self._asked.n))
+        return b"".join(self._chunk(i, {"role": "assistant", "content": None}) for i in range(self._n))
 
     def say(self, event: Heard) -> Iterable[bytes]:
         if not isinstance(event, Piece | Ended):
             return
         answer = self._answers[event.choice]
-        parts = answer.feed(event)
+        parts, calls = answer.feed(event)
         logprobs = None
         if isinstance(event, Piece) and event.logprobs is not None:
             logprobs = {"content": [answer.logprobs[-1]]}
@@ -155,11 +206,13 @@ class ChatStream:
         for part in spoken:
             yield self._chunk(event.choice, {names[part.kind]: part.text}, logprobs=logprobs)
             logprobs = None
-        if logprobs is not None:
+        if calls:
+            yield self._chunk(event.choice, {"tool_calls": calls}, logprobs=logprobs)
+        elif logprobs is not None:
             yield self._chunk(event.choice, {"content": ""}, logprobs=logprobs)
         if isinstance(event, Ended):
             self._ended.append(event)
-            yield self._chunk(event.choice, {}, finish=FINISH[event.reason], timings=timings(event.stats))
+            yield self._chunk(event.choice, {}, finish=answer.finish(event), timings=timings(event.stats))
 
     def last(self) -> Iterable[bytes]:
         if self._wants_usage:

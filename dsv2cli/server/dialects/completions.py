@@ -28,6 +28,7 @@ class CompletionRequest(Sampled, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+    response_format: dict[str, Any] | None = None
     parse_special: bool | None = None
 
 
@@ -39,8 +40,10 @@ async def completions(service: Service, request: Request) -> Response:
     limit = service.limit(body.max_tokens, 16)
     n_top = int(body.logprobs) if body.logprobs is not None and body.logprobs is not False else None
     echoes = bool(body.echo)
+    constraint = await answering.aside(service.constraint, service.form(body, body.response_format))
     asked = [
         Generation(
+            constraint=constraint,
             prompt=ids,
             params=service.params(body),
             limit=None if limit is None else max(limit, 1),

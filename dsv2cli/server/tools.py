@@ -1,0 +1,351 @@
+"""Functions that a model may call: how each family writes a call, how one is read, and how one is made sure of.
+
+A template that knows tools writes their descriptions itself, and the model answers in its family's own form. For the
+others the descriptions and the form are said in the system message. Where a call must come, a grammar holds the model
+to the form and the arguments to their schema; where it may come, from the token on that begins one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cext.template import free_variables
+from cext.tokenizer import Message
+from dsv2cli.scheduler.text import overlap
+from dsv2cli.server.errors import bad_field
+from dsv2cli.server.marked import CLOSE, OPEN
+from dsv2cli.server.splitting import Part
+
+if TYPE_CHECKING:
+    from cext.tokenizer import Tokenizer
+
+NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+MAX_SCHEMA = 1 << 20
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+TOLD = """\
+You can call functions. To call one, answer with nothing but
+<tool_call>
+{"name": "the function's name", "arguments": {...}}
+</tool_call>
+for each call. The functions, each with the JSON Schema of its arguments:
+"""
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """arguments: as JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+def parse_tools(given: Sequence[Mapping[str, Any]], field: str = "tools") -> list[Tool]:
+    """OpenAI's descriptions of functions. Kinds that are no functions are left out. ApiError."""
+    tools = []
+    for i, entry in enumerate(given):
+        if entry.get("type", "function") != "function":
+            continue
+        function = entry.get("function", entry)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise bad_field(f"{field}[{i}].function.name", "is no name of letters, digits, _ . : / -")
+        schema = function.get("parameters") or NO_ARGUMENTS
+        if not isinstance(schema, Mapping) or len(json.dumps(schema)) > MAX_SCHEMA:
+            raise bad_field(f"{field}[{i}].function.parameters", "is no JSON Schema, or a very long one")
+        tools.append(Tool(name, schema))
+    return tools
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a family writes calls.
+
+    begin: what begins them, as ``Marked`` spells it; end: what closes each one, if anything; begin_id: begin's token.
+    call: matches one call, with the groups name and arguments (or json). write: the body of a grammar's rule of a call,
+    given a tool and the name of the rule of its arguments. around: what stands before the first call (after begin) and
+    behind the last one, as grammar. native: the template describes tools. several: a grammar can ask for more than one.
+    """
+
+    begin: str
+    end: str
+    begin_id: int | None
+    call: re.Pattern[str]
+    write: Callable[[Tool, str], str]
+    around: tuple[str, str] = ("", "")
+    native: bool = True
+    several: bool = True
+
+    def grammar(self, tools: Sequence[Tool], *, begun: bool, several: bool) -> str:
+        """Lark: one call or more. begun: the token that begins them has come already."""
+        rules = [f"args{i}: %json {json.dumps({**tool.schema, **TIGHT})}" for i, tool in enumerate(tools)]
+        rules += [f"call{i}: {self.write(tool, f'args{i}')}" for i, tool in enumerate(tools)]
+        begin = "" if begun else f"<[{self.begin_id}]>" if self.begin_id is not None else ""
+        calls = (
+            "(" + " | ".join(f"call{i}" for i in range(len(tools))) + ")" + ("+" if several and self.several else "")
+        )
+        return "\n".join([f"start: {begin} {self.around[0]} {calls} {self.around[1]}", *rules])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def form_of(tokenizer: Tokenizer) -> Form:
+    """The form that a model's vocabulary and template speak of."""
+    template = tokenizer.chat_template or ""
+    for make in (_deepseek, _kimi, _mistral):
+        form = make(tokenizer, template)
+        if form is not None and "tools" in free_variables(template):
+            return form
+    return _told()
+
+
+def _shown(spelling: str) -> str:
+    return f"{OPEN}{spelling}{CLOSE}"
+
+
+class _Marks:
+    """The spellings of control tokens, as text is marked and as a grammar names them."""
+
+    def __init__(self, tokenizer: Tokenizer, *spellings: str) -> None:
+        self.ids = [tokenizer.control_id(text) for text in spellings]
+        self.shown = [re.escape(_shown(text)) for text in spellings]
+        self.rules = [f"<[{token}]>" for token in self.ids]
+
+    @property
+    def are_there(self) -> bool:
+        return None not in self.ids
+
+
+def _deepseek(tokenizer: Tokenizer, template: str) -> Form | None:
+    """V2.5, V3, R1: function SEP name and a fenced block; V3.1: name SEP arguments."""
+    names = ("calls▁begin", "calls▁end", "call▁begin", "sep", "call▁end")
+    marks = _Marks(tokenizer, *(f"<｜tool▁{name}｜>" for name in names))
+    if not marks.are_there or "tool▁call" not in template:
+        return None
+    begin, sep, end = marks.shown[2:]
+    _, calls_end_rule, begin_rule, sep_rule, end_rule = marks.rules
+    fenced = "```json" in template
+    if fenced:
+        pattern = rf"{begin}\s*function{sep}(?P<name>[^\n]*)\n```json\n(?P<arguments>.*?)\n?```\s*{end}"
+    else:
+        pattern = rf"{begin}(?P<name>.*?){sep}(?P<arguments>.*?){end}"
+
+    def write(tool: Tool, arguments: str) -> str:
+        if fenced:
+            name = _quoted(f"{tool.name}\n```json\n")
+            return f'{begin_rule} "function" {sep_rule} {name} {arguments} "\\n```" {end_rule}'
+        return f"{begin_rule} {_quoted(tool.name)} {sep_rule} {arguments} {end_rule}"
+
+    return Form(
+        _shown("<｜tool▁calls▁begin｜>"),
+        _shown("<｜tool▁call▁end｜>"),
+        marks.ids[0],
+        re.compile(pattern, re.DOTALL),
+        write,
+        ("", calls_end_rule),
+    )
+
+
+def _kimi(tokenizer: Tokenizer, template: str) -> Form | None:
+    """Kimi-K2: functions.NAME:INDEX, then the arguments."""
+    names = ("calls_section_begin", "calls_section_end", "call_begin", "call_argument_begin", "call_end")
+    marks = _Marks(tokenizer, *(f"<|tool_{name}|>" for name in names))
+    if not marks.are_there:
+        return None
+    _, _, begin, sep, end = marks.shown
+    _, section_end, begin_rule, sep_rule, end_rule = marks.rules
+    pattern = rf"{begin}\s*(?:functions\.)?(?P<name>.*?)(?::\d+)?\s*{sep}(?P<arguments>.*?){end}"
+
+    def write(tool: Tool, arguments: str) -> str:
+        return f"{begin_rule} {_quoted(f'functions.{tool.name}:')} /[0-9]+/ {sep_rule} {arguments} {end_rule}"
+
+    return Form(
+        _shown("<|tool_calls_section_begin|>"),
+        _shown("<|tool_call_end|>"),
+        marks.ids[0],
+        re.compile(pattern, re.DOTALL),
+        write,
+        ("", section_end),
+    )
+
+
+def _mistral(tokenizer: Tokenizer, template: str) -> Form | None:
+    """Mistral: [TOOL_CALLS] name [ARGS] arguments, for each call."""
+    marks = _Marks(tokenizer, "[TOOL_CALLS]", "[ARGS]")
+    if not marks.are_there:
+        return None
+    begin, sep = marks.shown
+    pattern = rf"{begin}(?P<name>.*?){sep}(?P<arguments>.*?)(?={begin}|\Z)"
+
+    def write(tool: Tool, arguments: str) -> str:
+        return f"{_quoted(tool.name)} {marks.rules[1]} {arguments}"
+
+    return Form(_shown("[TOOL_CALLS]"), "", marks.ids[0], re.compile(pattern, re.DOTALL), write, several=False)
+
+
+def _told() -> Form:
+    """The form of the system message, for templates that know none."""
+    pattern = rf"{CALL}\s*(?P<json>.*?)\s*(?:{CALL_END}|\Z)"
+
+    def write(tool: Tool, arguments: str) -> str:
+        begin = _quoted(f'{CALL}\n{{"name": {json.dumps(tool.name)}, "arguments": ')
+        end = _quoted("}\n" + CALL_END + "\n")
+        return f"{begin} {arguments} {end}"
+
+    return Form(CALL, CALL_END, None, re.compile(pattern, re.DOTALL), write, native=False)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a request offers: the tools that may be called now, and whether one must be; several: more than one."""
+
+    tools: tuple[Tool, ...]
+    must: bool
+    several: bool
+
+    def constraint(self, form: Form) -> tuple[str, int | None] | None:
+        """(grammar, the token that it begins after) that keeps calls to their form; None where nothing does."""
+        if not self.tools or (not self.must and form.begin_id is None):
+            return None
+        grammar = form.grammar(self.tools, begun=not self.must, several=self.several)
+        return grammar, None if self.must else form.begin_id
+
+
+def parse_offer(given: Sequence[Mapping[str, Any]] | None, choice: Any, several: bool | None) -> Offer:
+    """OpenAI's tools, tool_choice and parallel_tool_calls. ApiError."""
+    tools = tuple(parse_tools(given or ()))
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        named = tuple(tool for tool in tools if tool.name == name)
+        if not named:
+            raise bad_field("tool_choice", f"names {str(name)[:100]!r}, which is not among the tools")
+        return Offer(named, True, False)
+    if choice not in (None, "auto", "none", "required"):
+        raise bad_field("tool_choice", "is none of auto, none, required, or a function by name")
+    if choice == "required" and not tools:
+        raise bad_field("tool_choice", "asks for a call, and there are no tools")
+    return Offer(() if choice == "none" else tools, choice == "required", several is not False)
+
+
+def with_told(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """A chat for a template that knows no tools: descriptions in the system message, calls and results as text."""
+    lines = [json.dumps({"name": tool.name, "arguments": tool.schema}, ensure_ascii=False) for tool in tools]
+    told = TOLD + "\n".join(lines) if tools else ""
+    plain = [_as_text(message) for message in messages]
+    if not told:
+        return plain
+    if plain and plain[0].role in ("system", "developer") and isinstance(plain[0].content, str):
+        return [Message("system", f"{plain[0].content}\n\n{told}"), *plain[1:]]
+    return [Message("system", told), *plain]
+
+
+def _as_text(message: Message) -> Message:
+    calls = message.fields.get("tool_calls")
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{content_text(message)}\n</tool_response>")
+    if not calls:
+        return message
+    written = [
+        f'{CALL}\n{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}\n{CALL_END}'
+        for call in map(_given_call, calls)
+    ]
+    return Message(message.role, "\n".join(filter(None, [content_text(message), *written])))
+
+
+def _given_call(call: Any) -> Call:
+    function = call.get("function", {}) if isinstance(call, Mapping) else {}
+    arguments = function.get("arguments", "{}")
+    return Call(str(function.get("name", "")), arguments if isinstance(arguments, str) else json.dumps(arguments))
+
+
+def content_text(message: Message) -> str:
+    """A message's content as one text."""
+    content = message.content
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content or () if isinstance(part, Mapping))
+
+
+class CallReader:
+    """An answer's parts with its calls read out of them, each as soon as it is complete."""
+
+    def __init__(self, form: Form, names: Sequence[str]) -> None:
+        self._form, self._names = form, frozenset(names)
+        self._calling = ""  # everything from the mark that begins calls on
+        self._held = ""  # content that may be the beginning of that mark
+        self.calls: list[Call] = []
+
+    def feed(self, parts: Sequence[Part]) -> tuple[list[Part], list[Call]]:
+        """(what is no call, calls that are complete)."""
+        passed: list[Part] = []
+        for part in parts:
+            shown = _shown(part.text) if part.kind == "control" else part.text
+            if self._calling:
+                self._calling += shown
+            elif part.kind == "reasoning":
+                passed.append(part)
+            else:
+                self._look(shown, passed, is_control=part.kind == "control")
+        return passed, self._complete(final=False)
+
+    def finish(self) -> tuple[list[Part], list[Call]]:
+        """What is left: calls that an end token cut off, or text that was none after all."""
+        calls = self._complete(final=True)
+        left = self._held + ("" if self.calls else self._calling.replace(OPEN, "").replace(CLOSE, ""))
+        self._held = self._calling = ""
+        return ([Part("content", left)] if left else []), calls
+
+    def _look(self, shown: str, passed: list[Part], *, is_control: bool) -> None:
+        if is_control:
+            if shown == self._form.begin:
+                self._calling = shown
+            return
+        text = self._held + shown
+        at = text.find(self._form.begin)
+        if at >= 0:
+            self._held, self._calling, text = "", text[at:], text[:at]
+        else:
+            keep = overlap(text, self._form.begin)
+            self._held, text = text[len(text) - keep :], text[: len(text) - keep]
+        if text:
+            passed.append(Part("content", text))
+
+    def _complete(self, *, final: bool) -> list[Call]:
+        found = []
+        for match in list(self._form.call.finditer(self._calling))[len(self.calls) :]:
+            closed = self._form.end and match[0].endswith(self._form.end)
+            if not (final or closed or match.end() < len(self._calling)):
+                break
+            call = self._read(match)
+            if call is None:
+                break
+            found.append(call)
+            self.calls.append(call)
+        return found
+
+    def _read(self, match: re.Match[str]) -> Call | None:
+        groups = match.groupdict()
+        try:
+            if "json" in groups:
+                call = json.loads(groups["json"])
+                name, arguments = call["name"], json.dumps(call.get("arguments", {}), ensure_ascii=False)
+            else:
+                name, arguments = groups["name"].strip(), groups["arguments"].strip() or "{}"
+                json.loads(arguments)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return Call(name, arguments) if name in self._names else None
