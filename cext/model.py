@@ -26,11 +26,13 @@ class Hparams(TypedDict):
 
     arch: str
     name: str
+    attention: Literal["latent", "plain"]
     n_layer: int
     n_ctx_train: int
     n_embd: int
     n_vocab: int
     n_head: int
+    n_head_kv: int  # heads that keys and values are cached for; 1 where a latent serves all
     q_lora_rank: int
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -130,11 +132,12 @@ class Model:
         self._listing = threading.Lock()  # a set that grows cannot be walked
 
     def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
-        """A fresh sequence with room for n_ctx tokens of latent cache. ArgumentError, OutOfMemoryError.
+        """A fresh sequence with room for n_ctx tokens of cache. ArgumentError, OutOfMemoryError.
 
-        kv_type: how a token's latent row (kv_lora_rank + rope values a layer) is kept. "f16": two bytes a value, as
-        int16 with a scale a row: as fine as halves, and fit for integer products. "q8_0": a byte a value, the rotary
-        key in two, with scales; attention over it runs on integers. "f32": exact, for comparisons.
+        kv_type: how a token's rows are kept: in each layer a latent (kv_lora_rank + rope values), or a key and a value
+        of every head. "f16": two bytes a value, as int16 with a scale a row: as fine as halves, and fit for integer
+        products. "q8_0": a byte a value, a latent's rotary key in two, with scales; attention over it runs on integers.
+        "f32": exact, for comparisons.
         """
         return self._hold(_engine.session_open(self._handle, n_ctx, kv_type))
 

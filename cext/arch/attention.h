@@ -21,14 +21,19 @@ typedef struct ds_attention_kind {
     void (*read)(struct ds_reader *r, ds_config *c);
     /* What a layer keeps of a position; returns how many sorts. */
     int (*cached)(const ds_config *c, ds_cache_rows out[DS_CACHE_ROWS]);
-    /* A layer's norm and matrices. */
+    /* The largest rope.scaling.yarn_log_multiplier; 0 where YaRN leaves the scale of the scores alone. */
+    double yarn_log_most;
+    /* A layer's matrices between its norm and the output's projection. */
     void (*bind)(struct ds_binder *b, struct ds_layer *layer, int il);
 } ds_attention_kind;
 
-extern const ds_attention_kind DS_LATENT_ATTENTION;
+extern const ds_attention_kind DS_LATENT_ATTENTION, DS_PLAIN_ATTENTION;
 
 /* The row of a model's kind. */
 static inline const ds_attention_kind *ds_attention(const ds_config *c) {
-    static const ds_attention_kind *const KINDS[DS_ATTENTION_KINDS] = {[DS_ATTENTION_LATENT] = &DS_LATENT_ATTENTION};
+    static const ds_attention_kind *const KINDS[DS_ATTENTION_KINDS] = {
+        [DS_ATTENTION_LATENT] = &DS_LATENT_ATTENTION,
+        [DS_ATTENTION_PLAIN] = &DS_PLAIN_ATTENTION,
+    };
     return KINDS[c->attention];
 }

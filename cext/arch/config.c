@@ -16,6 +16,7 @@ static const struct arch {
     const char *temp_source;
 } ARCHS[] = {
     {.name = "deepseek2", .attention = DS_ATTENTION_LATENT},
+    {.name = "deepseek", .attention = DS_ATTENTION_PLAIN},
     {.name = "mistral4", .attention = DS_ATTENTION_LATENT, .temp_scale = 0.1, .temp_source = "Mistral Small 4"},
 };
 
@@ -37,7 +38,7 @@ static ds_status refuse_arch(const ds_gguf *gguf, const char *name, ds_error *er
     ds_fail(err, DS_EUNSUPPORTED, "%s: architecture is `%s`, expected one of %s", ds_gguf_label(gguf),
             name[0] ? name : "(missing)", names);
     return ds_hint(err, "dsv2 runs the DeepSeek-V2 family: V2, V2-Lite, V2.5, Coder-V2, V3 and models of their "
-                        "architecture, Mistral Small 4");
+                        "architecture, DeepSeekMoE, Mistral Small 4");
 }
 
 static int read_vocab(ds_reader *r) {
@@ -89,16 +90,18 @@ static void read_gating(ds_reader *r, ds_config *c) {
  * that have groups. JoyAI (256 experts, 40 layers) and Kimi (384) have none. */
 static void assume_groups(ds_reader *r, ds_config *c) {
     static const struct {
+        ds_attention_id attention;
         ds_gating gating;
         int n_expert, n_used, n_layer, n_embd; /* 0: any */
         int n_group, n_group_used;
         const char *model;
     } KNOWN[] = {
-        {DS_GATING_SOFTMAX, 160, 6, 0, 0, 8, 3, "DeepSeek-V2"},
-        {DS_GATING_SIGMOID, 256, 8, 61, 7168, 8, 4, "DeepSeek-V3"},
+        {DS_ATTENTION_LATENT, DS_GATING_SOFTMAX, 160, 6, 0, 0, 8, 3, "DeepSeek-V2"},
+        {DS_ATTENTION_LATENT, DS_GATING_SIGMOID, 256, 8, 61, 7168, 8, 4, "DeepSeek-V3"},
     };
     for (size_t i = 0; i < sizeof KNOWN / sizeof *KNOWN; i++) {
-        if (c->gating != KNOWN[i].gating || c->n_expert != KNOWN[i].n_expert || c->n_expert_used != KNOWN[i].n_used)
+        if (c->attention != KNOWN[i].attention || c->gating != KNOWN[i].gating || c->n_expert != KNOWN[i].n_expert ||
+            c->n_expert_used != KNOWN[i].n_used)
             continue;
         if (KNOWN[i].n_layer && (c->n_layer != KNOWN[i].n_layer || c->n_embd != KNOWN[i].n_embd)) continue;
         c->n_group = KNOWN[i].n_group;
@@ -239,6 +242,7 @@ static double read_scaling(ds_reader *r, ds_config *c) {
 
 /* YaRN: cos and sin carry mscale / mscale_all_dim, the softmax scale carries m * m (DeepSeek-V2, section 3.1.4). */
 static void read_rope(ds_reader *r, ds_config *c) {
+    const double most = ds_attention(c)->yarn_log_most;
     double factor, log_mul, m;
     c->rope_base = ds_read_float(r, "rope.freq_base", 1.0, 1e12, 10000.0);
     if (!ds_read_present(r, "rope.freq_base"))
@@ -251,8 +255,8 @@ static void read_rope(ds_reader *r, ds_config *c) {
     factor = read_scaling(r, c);
     if (r->status != DS_OK || factor == 0.0) return;
     c->rope_factor = (float)factor;
-    log_mul = ds_read_float(r, "rope.scaling.yarn_log_multiplier", 0.0, 1e3, 0.0);
-    if (!ds_read_present(r, "rope.scaling.yarn_log_multiplier"))
+    log_mul = ds_read_float(r, "rope.scaling.yarn_log_multiplier", 0.0, most, 0.0);
+    if (most > 0.0 && !ds_read_present(r, "rope.scaling.yarn_log_multiplier"))
         ds_note(
             r->notes,
             "`%s.rope.scaling.yarn_log_multiplier` is missing: 0, plain YaRN; DeepSeek's models have 0.0707 or 0.1 and "

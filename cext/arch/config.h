@@ -19,7 +19,7 @@ typedef enum ds_gating { DS_GATING_SOFTMAX = 1, DS_GATING_SIGMOID = 2 } ds_gatin
 enum { DS_MAX_NAME = 96 };
 
 /* How a layer attends: a row of attention.h's table, and one of each backend's. */
-typedef enum ds_attention_id { DS_ATTENTION_LATENT, DS_ATTENTION_KINDS } ds_attention_id;
+typedef enum ds_attention_id { DS_ATTENTION_LATENT, DS_ATTENTION_PLAIN, DS_ATTENTION_KINDS } ds_attention_id;
 
 /* A block has two: as far as the residual after attention, and from there on. */
 typedef enum ds_sublayer { DS_SUBLAYER_BOTH, DS_SUBLAYER_ATTENTION, DS_SUBLAYER_FEED_FORWARD } ds_sublayer;

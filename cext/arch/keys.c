@@ -27,6 +27,7 @@ static const rule RULES[] = {
     {.key = "feed_forward_length", .use = READ},
     {.key = "leading_dense_block_count", .use = READ},
     {.key = "attention.head_count", .use = READ},
+    {.key = "attention.head_count_kv", .use = READ}, /* latent: says nothing: 1, or all heads in the older form */
     {.key = "attention.q_lora_rank", .use = READ},
     {.key = "attention.kv_lora_rank", .use = READ},
     {.key = "attention.key_length", .use = READ},
@@ -56,7 +57,6 @@ static const rule RULES[] = {
     {.key = "expert_weights_norm", .use = READ},
     {.key = "expert_gating_func", .use = READ},
 
-    {.key = "attention.head_count_kv", .use = IDLE}, /* of the latent: 1, or all heads in files of the older form */
     {.key = "attention.layer_norm_epsilon", .use = IDLE},
     {.key = "attention.group_norm_epsilon", .use = IDLE},
     {.key = "attention.key_length_swa", .use = IDLE}, /* sliding windows are refused by their own key */

@@ -86,7 +86,6 @@ static void bind_kv_b(ds_binder *b, ds_layer *l, int il) {
 static void bind_layer(ds_binder *b, ds_layer *l, int il) {
     const ds_config *c = b->config;
     int64_t q_rows = (int64_t)c->n_head * ds_qk_dim(c);
-    l->attn_norm = ds_bind_vector(b, true, c->n_embd, "blk.%d.attn_norm.weight", il);
     if (c->q_lora_rank) {
         l->latent.q_a = ds_bind_matrix(b, true, c->n_embd, c->q_lora_rank, 1, "blk.%d.attn_q_a.weight", il);
         l->latent.q_a_norm = ds_bind_vector(b, true, c->q_lora_rank, "blk.%d.attn_q_a_norm.weight", il);
@@ -97,8 +96,7 @@ static void bind_layer(ds_binder *b, ds_layer *l, int il) {
     l->latent.kv_a = ds_bind_matrix(b, true, c->n_embd, ds_latent_width(c), 1, "blk.%d.attn_kv_a_mqa.weight", il);
     l->latent.kv_a_norm = ds_bind_vector(b, true, c->kv_lora_rank, "blk.%d.attn_kv_a_norm.weight", il);
     bind_kv_b(b, l, il);
-    l->o = ds_bind_matrix(b, true, (int64_t)c->n_head * c->v_dim, c->n_embd, 1, "blk.%d.attn_output.weight", il);
 }
 
 const ds_attention_kind DS_LATENT_ATTENTION = {
-    .name = "latent", .read = read_widths, .cached = cached, .bind = bind_layer};
+    .name = "latent", .read = read_widths, .cached = cached, .yarn_log_most = 1e3, .bind = bind_layer};

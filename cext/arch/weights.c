@@ -20,6 +20,13 @@ static void bind_gate_up(ds_binder *b, ds_layer *l, int il) {
     l->experts.up.data += (size_t)f * both.row_bytes;
 }
 
+static void bind_attention(ds_binder *b, ds_layer *l, int il) {
+    const ds_config *c = b->config;
+    l->attn_norm = ds_bind_vector(b, true, c->n_embd, "blk.%d.attn_norm.weight", il);
+    ds_attention(c)->bind(b, l, il);
+    l->o = ds_bind_matrix(b, true, (int64_t)c->n_head * c->v_dim, c->n_embd, 1, "blk.%d.attn_output.weight", il);
+}
+
 static void bind_feed_forward(ds_binder *b, ds_layer *l, int il) {
     const ds_config *c = b->config;
     int64_t d = c->n_embd, f = c->n_ff_expert, e = c->n_expert, shared = (int64_t)c->n_expert_shared * f;
@@ -63,7 +70,7 @@ ds_status ds_weights_bind(const ds_config *config, ds_source source, int layer_b
     }
     if (ends) bind_ends(&b);
     for (int il = layer_begin; il < layer_end && b.status == DS_OK; il++) {
-        if (sublayer != DS_SUBLAYER_FEED_FORWARD) ds_attention(config)->bind(&b, ds_weights_layer(&w, il), il);
+        if (sublayer != DS_SUBLAYER_FEED_FORWARD) bind_attention(&b, ds_weights_layer(&w, il), il);
         ds_weights_layer(&w, il)->ffn_norm = ds_bind_vector(&b, true, config->n_embd, "blk.%d.ffn_norm.weight", il);
         if (sublayer != DS_SUBLAYER_ATTENTION) bind_feed_forward(&b, ds_weights_layer(&w, il), il);
     }

@@ -21,12 +21,18 @@ typedef struct ds_latent_weights {
     ds_mat v_b; /* n_head x (v_dim, kv_lora_rank): W_uv */
 } ds_latent_weights;
 
+/* Of the plain kind (plain.c). */
+typedef struct ds_plain_weights {
+    ds_mat k, v; /* (n_head_kv * qk_dim, n_embd), (n_head_kv * v_dim, n_embd) */
+} ds_plain_weights;
+
 typedef struct ds_layer {
     const float *attn_norm, *ffn_norm; /* (n_embd) */
     ds_mat q; /* (n_head * qk_dim, n_embd), or (.., q_lora_rank) behind a latent's q_a */
     ds_mat o; /* (n_embd, n_head * v_dim) */
     union { /* by the model's kind of attention */
         ds_latent_weights latent;
+        ds_plain_weights plain;
     };
     ds_mat gate, up, down;                /* dense layers */
     ds_mat router;                        /* (n_expert, n_embd) */

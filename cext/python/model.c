@@ -1,4 +1,5 @@
 /* model.c: models and sessions. The GIL is released around every step; Python keeps two threads out of one session. */
+#include "arch/attention.h"
 #include "python/py.h"
 
 #include <limits.h>
@@ -15,19 +16,20 @@ static PyObject *file_text(void *text) {
 
 PyObject *ds_py_config(const ds_config *c) {
     return Py_BuildValue(
-        "{s:s,s:O&,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,s:d,s:i,"
+        "{s:s,s:O&,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,"
+        "s:d,s:i,"
         "s:d,s:d,s:i}",
-        "arch", c->arch, "name", file_text, (void *)c->name, "n_layer", c->n_layer, "n_ctx_train", c->n_ctx_train,
-        "n_embd", c->n_embd, "n_vocab", c->n_vocab, "n_head", c->n_head, "q_lora_rank", c->q_lora_rank, "kv_lora_rank",
-        c->kv_lora_rank, "qk_nope_head_dim", c->nope_dim, "qk_rope_head_dim", c->rope_dim, "v_head_dim", c->v_dim,
-        "n_ff_dense", c->n_ff_dense, "n_layer_dense", c->n_layer_dense, "n_expert", c->n_expert, "n_expert_used",
-        c->n_expert_used, "n_expert_shared", c->n_expert_shared, "n_ff_expert", c->n_ff_expert, "n_expert_group",
-        c->n_group, "n_expert_group_used", c->n_group_used, "expert_weights_scale", (double)c->expert_scale,
-        "expert_weights_norm", c->expert_norm ? Py_True : Py_False, "expert_gating",
-        c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax", "rms_norm_eps", (double)c->rms_eps, "rope_freq_base",
-        (double)c->rope_base, "rope_scaling_factor", (double)c->rope_factor, "rope_orig_ctx", c->rope_orig_ctx,
-        "attention_scale", (double)c->attn_scale, "attention_temperature_scale", (double)c->attn_temp_scale,
-        "attention_temperature_length", c->attn_temp_length);
+        "arch", c->arch, "name", file_text, (void *)c->name, "attention", ds_attention(c)->name, "n_layer", c->n_layer,
+        "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd, "n_vocab", c->n_vocab, "n_head", c->n_head, "n_head_kv",
+        c->n_head_kv, "q_lora_rank", c->q_lora_rank, "kv_lora_rank", c->kv_lora_rank, "qk_nope_head_dim", c->nope_dim,
+        "qk_rope_head_dim", c->rope_dim, "v_head_dim", c->v_dim, "n_ff_dense", c->n_ff_dense, "n_layer_dense",
+        c->n_layer_dense, "n_expert", c->n_expert, "n_expert_used", c->n_expert_used, "n_expert_shared",
+        c->n_expert_shared, "n_ff_expert", c->n_ff_expert, "n_expert_group", c->n_group, "n_expert_group_used",
+        c->n_group_used, "expert_weights_scale", (double)c->expert_scale, "expert_weights_norm",
+        c->expert_norm ? Py_True : Py_False, "expert_gating", c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax",
+        "rms_norm_eps", (double)c->rms_eps, "rope_freq_base", (double)c->rope_base, "rope_scaling_factor",
+        (double)c->rope_factor, "rope_orig_ctx", c->rope_orig_ctx, "attention_scale", (double)c->attn_scale,
+        "attention_temperature_scale", (double)c->attn_temp_scale, "attention_temperature_length", c->attn_temp_length);
 }
 
 PyObject *ds_py_notes(const ds_notes *notes) {

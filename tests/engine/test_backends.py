@@ -15,7 +15,7 @@ from test_model import assert_close, firm_prompt, reference
 import cext
 from cext import ArgumentError, Device, Model, Place, Tap
 
-LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
+LITE, PRO, V3, MOE = SPECS[0], SPECS[1], spec_named("v3"), spec_named("moe_shared")
 LAYERS = range(LITE.n_layer)
 BEST = cext.isas()[0]
 
@@ -96,7 +96,7 @@ def assert_same(got: dict[str, np.ndarray[Any, Any]], expected: dict[str, np.nda
 
 
 @pytest.mark.parametrize("how", spread(LITE))
-@pytest.mark.parametrize("spec", [LITE, PRO, V3], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [LITE, PRO, V3, MOE], ids=lambda s: s.name)
 def test_devices_of_one_kind_give_the_same_bits(open_model: Open, spec: Spec, how: str) -> None:
     expected = run(open_model(spec, threads=2), spec, "f16")
     devices = [Device(threads=1), Device(threads=2)]
@@ -124,7 +124,7 @@ def test_work_is_done_where_it_is_placed(open_model: Open) -> None:
 
 
 @pytest.mark.parametrize("how", spread(LITE))
-@pytest.mark.parametrize("spec", [LITE, PRO, V3], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [LITE, PRO, V3, MOE], ids=lambda s: s.name)
 def test_the_reference_beside_the_best(open_model: Open, spec: Spec, how: str) -> None:
     """Scalar kernels and the best share one model, which stays as near to float64 as either alone."""
     ids, expected = firm_prompt(reference(spec), spec, 20, 7)

@@ -65,15 +65,18 @@ def test_block_equals_the_oracle(spec, stored):
 
 
 def gguf_metadata(spec, legacy=False):
-    return {"general.architecture": "deepseek2"} | keys_without_architecture(spec, legacy)
+    return {"general.architecture": spec.arch} | keys_without_architecture(spec, legacy)
 
 
 def exists(spec, point, il):
+    if point == "kv_a_norm":
+        return not spec.n_head_kv
     return point != "dense_hidden" or il < spec.n_layer_dense
 
 
-def test_legacy_kv_b():
-    spec = SPECS[0]
+@pytest.mark.parametrize("spec", (SPECS[0], spec_named("moe_shared")), ids=lambda s: s.name)
+def test_legacy_kv_b(spec):
+    """kv_b in one piece, or q, k and v."""
     x = hidden(spec, 10)
     split = cext.Layer(gguf_metadata(spec), 1, layer_tensors(spec, 1)).forward(x, 1)[0]
     legacy = cext.Layer(gguf_metadata(spec, legacy=True), 1, layer_tensors(spec, 1, legacy=True)).forward(x, 1)[0]

@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import pytest
+from ref.hparams import Yarn
 from ref.model import Model as Reference
 from support import llama
 from support.scoring import perplexity, relative_error
@@ -11,6 +12,10 @@ from support.tiny import SPECS, WIDE, tokens, variant, write_gguf
 import cext
 
 NARROW = variant(WIDE, name="narrow", n_ff_expert=96, n_shared=2, n_layer=2)
+# DeepSeekMoE's attention in rows of whole blocks; llama.cpp wants keys and values as wide as the model.
+MOE = variant(WIDE, name="moe_wide", n_head_kv=4, q_lora_rank=0, kv_lora_rank=0, nope=0, rope=64, yarn=None, n_shared=2)
+MOE_SHARED = variant(MOE, name="moe_wide_shared", n_head_kv=2, seed=31, n_layer_dense=0)
+MOE_YARN = variant(MOE, name="moe_wide_yarn", seed=32, yarn=Yarn(8.0, 64))
 LITE_27 = variant(SPECS[0], name="lite_27", n_layer=27, seed=31)
 FLOAT32 = 1e-5  # 27 layers of 6 products of sqrt(k) 2^-24: where neither rounds activations
 IDS = tokens(WIDE, 400)
@@ -102,6 +107,24 @@ def test_every_isa_runs_every_format(written, name, isa):
     assert error.min() < 1e-5 and np.median(error) < 0.02
 
 
+@pytest.mark.parametrize("name", ("f32", "q8_0", "q4_k_m", "iq4_xs"))
+@pytest.mark.parametrize("spec", (MOE, MOE_SHARED, MOE_YARN), ids=lambda s: s.name)
+def test_plain_attention(written, spec, name):
+    """DeepSeekMoE's files: its own architecture, in which llama.cpp's graph is another than V2's."""
+    assert_agree(written(spec, name), spec, IDS)
+
+
+@pytest.mark.parametrize("spec", (MOE, MOE_SHARED), ids=lambda s: s.name)
+def test_plain_attention_in_float32(written, spec):
+    """Nothing is rounded but sums: the two engines' logits are the same, also where q, k and v are one matrix."""
+    ids = IDS[:200]
+    there = llama.logits(written(spec), ids)
+    assert relative_error(ours(written(spec), ids), there).max() < FLOAT32
+    fused = write_gguf(written(spec).with_suffix(".fused.gguf"), spec, legacy=True)
+    assert relative_error(ours(fused, ids), there).max() < FLOAT32
+    assert relative_error(llama.logits(fused, ids), there).max() < FLOAT32
+
+
 @pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
 @pytest.mark.parametrize("dtype", (np.float32, np.float16), ids=("f32", "f16"))
 def test_v2_lites_form(tmp_path, legacy, dtype):
@@ -111,10 +134,11 @@ def test_v2_lites_form(tmp_path, legacy, dtype):
     assert_agree(path, LITE_27, ids)
 
 
-def test_float16_cache(written):
+@pytest.mark.parametrize("spec", (WIDE, MOE), ids=lambda s: s.name)
+def test_float16_cache(written, spec):
     """The f16 caches of both cost the same."""
-    path, ids = written(WIDE), IDS[:96]
-    exact = Reference(WIDE.hparams, decoded(path)).forward(ids)
+    path, ids = written(spec), IDS[:96]
+    exact = Reference(spec.hparams, decoded(path)).forward(ids)
     with cext.Model(path) as model:
         here = model.session(len(ids)).eval(ids, "all")
     there = llama.logits(path, ids, kv_type="f16")

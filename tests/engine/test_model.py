@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FLOAT32 = 1.2e-5
 ALL_SPECS = (*SPECS, *NUMPY_ONLY)
 LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
+MOE, MOE_SHARED = spec_named("moe"), spec_named("moe_shared")
 
 
 def assert_close(got, expected, tolerance=FLOAT32):
@@ -30,10 +31,10 @@ def assert_close(got, expected, tolerance=FLOAT32):
 
 
 class Halves(Reference):
-    """Latents kept as IEEE halves, which peers call an f16 cache."""
+    """Rows kept as IEEE halves, which peers call an f16 cache."""
 
-    def cached(self, c_kv, k_pe):
-        return c_kv.astype(np.float16).astype(np.float64), k_pe.astype(np.float16).astype(np.float64)
+    def cached(self, first, second):
+        return first.astype(np.float16).astype(np.float64), second.astype(np.float16).astype(np.float64)
 
 
 def reference(spec, kind=Reference):
@@ -120,7 +121,7 @@ def test_threads_do_not_change_a_bit(open_model, spec):
         np.testing.assert_array_equal(in_pieces(model.session(200), ids, [128, 148, 149]), alone)
 
 
-@pytest.mark.parametrize("spec", (LITE, PRO, V3, spec_named("all_odd")), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, PRO, V3, spec_named("all_odd"), MOE, MOE_SHARED), ids=lambda s: s.name)
 @pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
 def test_longer_than_a_chunk(open_model, spec, legacy):
     """Prompts over the chunk of 512 and over the switch from the absorbed to the expanded form, and decode at depth."""
@@ -196,7 +197,7 @@ def test_last_logits_alone(open_model, n):
     assert_close(last_row.eval(ids[n:], "all"), all_rows.eval(ids[n:], "all"))
 
 
-@pytest.mark.parametrize("spec", (LITE, PRO, V3), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, PRO, V3, MOE), ids=lambda s: s.name)
 @pytest.mark.parametrize("keep", (0, 1, 7, 19, 20))
 def test_rewind_forgets(open_model, spec, keep):
     model, ids, others = open_model(spec), tokens(spec, 30), tokens(spec, 20, seed=1)
@@ -210,7 +211,7 @@ def test_rewind_forgets(open_model, spec, keep):
     np.testing.assert_array_equal(rewound.eval(ids[keep:], "all"), straight.eval(ids[keep:], "all"))
 
 
-@pytest.mark.parametrize("spec", (LITE, PRO, V3), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, PRO, V3, MOE_SHARED), ids=lambda s: s.name)
 def test_sessions_do_not_see_each_other(open_model, spec):
     model = open_model(spec)
     prompts = [tokens(spec, 24, seed=i) for i in range(3)]
@@ -242,7 +243,7 @@ def test_batch_of_sessions(open_model, spec):
 
 
 @pytest.mark.parametrize("wanted", ((0, 1, 3), (2, 0, 2), (1, 1, 1), (0, 0, 0), (5, 7, 4)), ids=str)
-@pytest.mark.parametrize("spec", (SPECS[0], PRO), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, PRO, MOE_SHARED), ids=lambda s: s.name)
 def test_logits_of_each_sequence(open_model, spec, wanted):
     """Every sequence of a step says how many of its last rows it wants; the others change nothing."""
     model = open_model(spec)
@@ -283,10 +284,11 @@ def test_logits_of_more_than_there_are(open_model, wanted):
     assert session.n_past == 0
 
 
-def test_batches_at_depth(open_model):
+@pytest.mark.parametrize("spec", (PRO, MOE, MOE_SHARED), ids=lambda s: s.name)
+def test_batches_at_depth(open_model, spec):
     """Steps of many sessions with long caches: attention by parts, beside a session that has none."""
-    model, ref = open_model(PRO), reference(PRO)
-    prompts = [firm_prompt(ref, PRO, n, seed) for seed, n in enumerate((400, 130, 2, 260))]
+    model, ref = open_model(spec), reference(spec)
+    prompts = [firm_prompt(ref, spec, n, seed) for seed, n in enumerate((400, 130, 2, 260))]
     sessions = [model.session(512, kv_type="f32") for _ in prompts]
     for session, (ids, _) in zip(sessions, prompts, strict=True):
         session.eval(ids[:-1])
@@ -300,7 +302,9 @@ def test_batches_at_depth(open_model):
 def test_hparams(open_model, spec, legacy):
     hp, moe = open_model(spec, legacy).hparams, spec.n_layer_dense < spec.n_layer
     assert hp == {
-        "arch": "deepseek2",
+        "arch": spec.arch,
+        "attention": "plain" if spec.n_head_kv else "latent",
+        "n_head_kv": spec.n_head_kv or 1,
         "name": spec.name,
         "n_layer": spec.n_layer,
         "n_ctx_train": spec.n_ctx,
@@ -341,6 +345,26 @@ def test_cache_size(open_model, kv_type):
     row = {"f16": 2 * -(-width // 64) * 64 + 4, "q8_0": 64 + 4 + 2 * 64 + 4 + 4, "f32": 4 * width}[kv_type]
     assert session.kv_type == kv_type
     assert session.kv_bytes == 128 * LITE.n_layer * row
+
+
+@pytest.mark.parametrize("spec", (MOE, MOE_SHARED), ids=lambda s: s.name)
+@pytest.mark.parametrize("kv_type", ("f16", "q8_0", "f32"))
+def test_cache_size_by_head(open_model, spec, kv_type):
+    """A key and a value for each head that is cached, each padded to 64 values, with its scales."""
+    row = {"f16": 2 * 64 + 4, "q8_0": 64 + 4 + 4 + 4, "f32": 4 * spec.v}[kv_type]
+    assert open_model(spec).session(128, kv_type=kv_type).kv_bytes == 128 * spec.n_layer * spec.n_head_kv * 2 * row
+
+
+@pytest.mark.parametrize("spec", (MOE, MOE_SHARED, spec_named("moe_one")), ids=lambda s: s.name)
+@pytest.mark.parametrize("kv_type", ("f16", "q8_0"))
+def test_plain_attention_over_coded_rows(open_model, spec, kv_type):
+    """At depth, in one piece and token by token: coded rows cost what their steps are worth, and no more."""
+    ref = reference(spec)
+    ids, exact = firm_prompt(ref, spec, 300, seed=0)
+    for cuts in ([], [270, *range(271, 300)]):
+        got = in_pieces(open_model(spec).session(300, kv_type=kv_type), ids, cuts)
+        error = np.sqrt(((got - exact) ** 2).mean(axis=-1)) / exact.std(axis=-1)
+        assert np.median(error) < {"f16": 2e-4, "q8_0": 2e-2}[kv_type]
 
 
 def test_same_input_same_bits(open_model):

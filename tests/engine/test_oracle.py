@@ -124,6 +124,53 @@ def test_glm_flash_as_its_converter_writes_it(tmp_path):
     assert np.abs(logits - expected).max() / np.ptp(expected) < FLOAT32
 
 
+def random_moe(seed):
+    """DeepSeekMoE of any shape."""
+    rng = np.random.default_rng(seed)
+    n_head_kv, share, half = (int(rng.integers(1, high)) for high in (4, 4, 20))
+    n_layer, n_expert = int(rng.integers(1, 4)), int(rng.integers(2, 12))
+    width = 2 * half
+    return Spec(
+        f"random_moe_{seed}",
+        seed=2000 + seed,
+        n_layer=n_layer,
+        n_layer_dense=int(rng.integers(0, n_layer + 1)),
+        n_head=n_head_kv * share,
+        n_head_kv=n_head_kv,
+        n_embd=n_head_kv * share * width,
+        nope=0,
+        kv_lora_rank=0,
+        rope=width,
+        v=width,
+        n_ff_dense=int(rng.integers(5, 150)),
+        n_ff_expert=int(rng.integers(5, 70)),
+        n_expert=n_expert,
+        n_used=int(rng.integers(1, n_expert + 1)),
+        n_shared=int(rng.integers(1, 4)),
+        n_vocab=int(rng.integers(100, 200)),
+        rope_base=float(rng.choice([10000.0, 1e6])),
+        yarn=Yarn(float(rng.choice([1.5, 8.0])), int(rng.choice([16, 64]))) if rng.random() < 0.4 else None,
+        eps=float(rng.choice([1e-6, 1e-5])),
+        tied=bool(rng.random() < 0.3),
+        block_gain=0.5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models_with_plain_attention(tmp_path, seed):
+    spec = random_moe(seed)
+    ids = firm_ids(spec)
+    expected = hf.tiny_logits(Checkpoint(spec), ids)
+    for legacy in (False, True):
+        with cext.Model(write_gguf(tmp_path / f"{legacy}.gguf", spec, legacy=legacy), threads=1) as model:
+            session = model.session(N_TOKENS, kv_type="f32")
+            prefill = session.eval(ids, "all")
+            session.rewind(7)
+            rest = np.concatenate([session.eval(ids[i : i + 1], "all") for i in range(7, N_TOKENS)])
+        for logits, true in ((prefill, expected), (rest, expected[7:])):
+            assert np.abs(logits - true).max() / np.ptp(true) < FLOAT32, spec
+
+
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_a_gguf_back_in_transformers(tmp_path, seed):
     """What the quantised files are measured with: decoded GGUF tensors in transformers give the checkpoint's logits."""

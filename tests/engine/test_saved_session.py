@@ -30,7 +30,7 @@ def written(model, tmp_path):
 
 
 @pytest.mark.parametrize("kv_type", TYPES)
-@pytest.mark.parametrize("spec", (LITE, WIDE), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, WIDE, spec_named("moe_shared")), ids=lambda s: s.name)
 @pytest.mark.parametrize("n", (0, 1, 64, 150))
 def test_a_session_goes_on_where_it_was(tiny_gguf, tmp_path, spec, n, kv_type):
     ids = tokens(spec, 260)

@@ -55,7 +55,7 @@ def step(sessions, ids):
 
 
 @pytest.mark.parametrize("kv_type", TYPES)
-@pytest.mark.parametrize("spec", (LITE, WIDE), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", (LITE, WIDE, spec_named("moe_shared")), ids=lambda s: s.name)
 @pytest.mark.parametrize("n", (0, 1, 63, 64, 65, 128, 200))
 def test_a_fork_and_its_origin_go_their_own_ways(tiny_gguf, spec, n, kv_type):
     ids, others = tokens(spec, 330), tokens(spec, 330, seed=1)

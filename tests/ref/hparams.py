@@ -1,4 +1,4 @@
-"""The shape of a deepseek2 model, read from its GGUF keys. Read here independently of the engine: it is an oracle."""
+"""The shape of a deepseek2 or deepseek model, read from its GGUF keys. Read here independently of the engine: it is an oracle."""
 
 import math
 from collections.abc import Mapping
@@ -44,6 +44,7 @@ class Hparams:
     n_layer: int
     n_embd: int  # (d)
     n_head: int  # (n_h)
+    n_head_kv: int  # heads of keys and values; 1 where a latent serves all
     q_lora_rank: int  # (d_c'), 0 where the query is not compressed
     kv_lora_rank: int  # (d_c)
     qk_nope_head_dim: int  # (d_h)
@@ -58,6 +59,7 @@ class Hparams:
     expert_weights_scale: float
     expert_weights_norm: bool
     sigmoid: bool  # the V3 router
+    plain: bool  # multi-head attention as in DeepSeekMoE (arXiv 2401.06066), no latent
     rms_norm_eps: float
     rope_freq_base: float
     yarn: Yarn | None
@@ -77,15 +79,22 @@ class Hparams:
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Hparams:
-    """The shape that the GGUF keys ``deepseek2.*`` describe, in the split or the legacy form of kv_b."""
+    """The shape that the GGUF keys ``deepseek2.*`` or ``deepseek.*`` describe, in the split or the legacy form of kv_b."""
+    arch = "deepseek2" if "deepseek2.block_count" in metadata else "deepseek"
+    plain = arch == "deepseek"
 
     def key(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"deepseek2.{name}", default)
+        value = metadata.get(f"{arch}.{name}", default)
         if value is None:
-            raise KeyError(f"deepseek2.{name}")
+            raise KeyError(f"{arch}.{name}")
         return value
 
-    qk_dim = key("attention.key_length_mla", metadata["deepseek2.attention.key_length"])
+    def head(name: str) -> int:
+        if plain:
+            return int(key(name, key("embedding_length") // key("attention.head_count")))
+        return int(key(f"{name}_mla", metadata[f"deepseek2.{name}"]))
+
+    qk_dim = head("attention.key_length")
     yarn = None
     if key("rope.scaling.type", "none") == "yarn":
         log_multiplier = key("rope.scaling.yarn_log_multiplier", 0.0)
@@ -100,11 +109,13 @@ def from_metadata(metadata: Mapping[str, Any]) -> Hparams:
         n_layer=key("block_count"),
         n_embd=key("embedding_length"),
         n_head=key("attention.head_count"),
+        n_head_kv=key("attention.head_count_kv") if plain else 1,
+        plain=plain,
         q_lora_rank=key("attention.q_lora_rank", 0),
-        kv_lora_rank=key("attention.kv_lora_rank"),
+        kv_lora_rank=0 if plain else key("attention.kv_lora_rank"),
         qk_nope_head_dim=qk_dim - key("rope.dimension_count"),
         qk_rope_head_dim=key("rope.dimension_count"),
-        v_head_dim=key("attention.value_length_mla", metadata["deepseek2.attention.value_length"]),
+        v_head_dim=head("attention.value_length"),
         n_layer_dense=key("leading_dense_block_count", 0),
         n_expert=key("expert_count", 0),
         n_expert_used=key("expert_used_count", 0),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from ref.hparams import Hparams, from_metadata
+from ref.mha import heads_of
 from ref.mla import Queries, UpProjections, mla_absorbed, mla_expanded, split_kv_b
 from ref.rope import rotate
 from ref.router import Routing, route_sigmoid, route_softmax
@@ -64,14 +65,28 @@ class Model:
         """One transformer block over x (n, n_embd), a sequence from position 0."""
         taps, blk = self.taps, f"blk.{il}"
         h = taps[f"attn_norm-{il}"] = self.norm(f"{blk}.attn_norm", x)
-        attn_out = taps[f"attn_out-{il}"] = self.attention(il, h)
+        heads = taps[f"attn_heads-{il}"] = self.plain(il, h) if self.hp.plain else self.latent(il, h)
+        attn_out = taps[f"attn_out-{il}"] = self.linear(f"{blk}.attn_output", heads)  # (19)
         x = taps[f"ffn_inp-{il}"] = x + attn_out
         h = taps[f"ffn_norm-{il}"] = self.norm(f"{blk}.ffn_norm", x)
         x = taps[f"l_out-{il}"] = x + (self.dense(il, h) if il < self.hp.n_layer_dense else self.experts(il, h))
         return x
 
-    def attention(self, il: int, h: F64) -> F64:
-        """Latent attention, V2 equations (9) to (19), over h (n, n_embd)."""
+    def plain(self, il: int, h: F64) -> F64:
+        """Heads of plain attention over h (n, n_embd); q, k and v may be one matrix."""
+        hp, n = self.hp, len(h)
+        widths = np.array([hp.n_head * hp.qk_rope_head_dim, hp.n_head_kv * hp.qk_rope_head_dim])
+        if f"blk.{il}.attn_qkv.weight" in self.tensors:
+            parts = np.split(self.linear(f"blk.{il}.attn_qkv", h), np.cumsum(widths), axis=1)
+        else:
+            parts = [self.linear(f"blk.{il}.attn_{part}", h) for part in "qkv"]
+        q, k, v = (part.reshape(n, heads, -1) for part, heads in zip(parts, (hp.n_head, *[hp.n_head_kv] * 2), strict=True))
+        positions = np.arange(n)
+        k, v = self.cached(rotate(hp, k, positions), v)
+        return heads_of(hp, rotate(hp, q, positions), k, v)
+
+    def latent(self, il: int, h: F64) -> F64:
+        """Heads of latent attention, V2 equations (9) to (18), over h (n, n_embd)."""
         hp, taps, blk, n = self.hp, self.taps, f"blk.{il}", len(h)
         if hp.q_lora_rank:
             c_q = taps[f"q_a_norm-{il}"] = self.norm(f"{blk}.attn_q_a_norm", self.linear(f"{blk}.attn_q_a", h))  # (12)
@@ -87,12 +102,13 @@ class Model:
         k_pe = rotate(hp, kv[:, hp.kv_lora_rank :], positions)  # (15)
         c_kv, k_pe = self.cached(c_kv, k_pe)
         attend = mla_absorbed if self.absorbed else mla_expanded
-        heads = taps[f"attn_heads-{il}"] = attend(hp, Queries(q_nope, q_pe, c_kv, k_pe), self.up_projections(il))
-        return self.linear(f"{blk}.attn_output", heads)  # (19)
+        return attend(hp, Queries(q_nope, q_pe, c_kv, k_pe), self.up_projections(il))
 
-    def cached(self, c_kv: F64, k_pe: F64) -> tuple[F64, F64]:
-        """What the cache gives back of the rows it is given: a place to round as the engine's caches do."""
-        return c_kv, k_pe
+    def cached(self, first: F64, second: F64) -> tuple[F64, F64]:
+        """What the cache gives back of the rows it is given (latents and rotary keys, or keys and values): a place to
+        round as the engine's caches do.
+        """
+        return first, second
 
     def up_projections(self, il: int) -> UpProjections:
         if f"blk.{il}.attn_kv_b.weight" in self.tensors:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from numpy.typing import ArrayLike, NDArray
 from support.tiny import GLOBAL_NAMES, LAYER_NAMES, Checkpoint
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 
 def load(folder: Path, eps: float | None = None, kind: Any = transformers.AutoModelForCausalLM) -> Any:
@@ -71,7 +72,65 @@ def logits(model: Any, ids: ArrayLike) -> NDArray[np.float32]:
     return out
 
 
+def load_moe(checkpoint: Checkpoint) -> Any:
+    """DeepSeekMoE, which transformers lacks, of what it has: Llama with the experts of DeepSeek-V2 without groups.
+
+    The published modelling file (deepseek-ai/deepseek-moe-16b-base) is the same: Llama's attention and norms, a softmax
+    router whose chosen weights are not normalised, and the shared experts as one feed-forward.
+    """
+    s, source = checkpoint.spec, checkpoint.config()
+    shared = ("hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps", "num_hidden_layers")
+    common = {name: source[name] for name in (*shared, "num_attention_heads", "num_key_value_heads")}
+    rope = {"rope_type": "default", "rope_theta": s.rope_base}
+    if s.yarn:
+        rope |= {
+            "rope_type": "yarn",
+            "factor": s.yarn.factor,
+            "original_max_position_embeddings": s.yarn.orig_ctx,
+        }
+    config = transformers.LlamaConfig(
+        **common,
+        max_position_embeddings=s.n_ctx,
+        rope_parameters=rope,
+        tie_word_embeddings=s.tied,
+        attn_implementation="eager",
+    )
+    experts = transformers.DeepseekV2Config(
+        **common,
+        moe_intermediate_size=s.n_ff_expert,
+        n_routed_experts=s.n_expert,
+        num_experts_per_tok=s.n_used,
+        n_shared_experts=s.n_shared,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+        experts_implementation="eager",
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for il in s.moe_layers:
+        model.model.layers[il].mlp = DeepseekV2Moe(experts)
+    model.load_state_dict(dict(_moe_state(checkpoint)), strict=not s.tied)
+    model.tie_weights()
+    return model.float().eval()
+
+
+def _moe_state(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors under the names of ``load_moe``'s modules: experts stacked, gate and up together."""
+    s, tensors = checkpoint.spec, checkpoint.tensors
+    for name, value in tensors.items():
+        if ".mlp.experts." not in name:
+            yield name, torch.from_numpy(value)
+    for il in s.moe_layers:
+        at = f"model.layers.{il}.mlp.experts."
+        gate, up, down = (
+            np.stack([tensors[f"{at}{e}.{part}_proj.weight"] for e in range(s.n_expert)]) for part in ("gate", "up", "down")
+        )
+        yield f"{at}gate_up_proj", torch.from_numpy(np.concatenate([gate, up], axis=1))
+        yield f"{at}down_proj", torch.from_numpy(down)
+
+
 def tiny_logits(checkpoint: Checkpoint, ids: ArrayLike) -> NDArray[np.float32]:
+    if checkpoint.spec.n_head_kv:
+        return logits(load_moe(checkpoint), ids)
     with tempfile.TemporaryDirectory() as folder:
         return logits(load(checkpoint.write(Path(folder)), checkpoint.spec.eps), ids)
 

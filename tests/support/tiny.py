@@ -22,6 +22,7 @@ from support.checkpoints import write_safetensors
 F32 = NDArray[np.float32]
 
 
+PLAIN_YARN = Yarn(factor=4.0, orig_ctx=32)  # cos and sin alone carry its temperature
 LITE_YARN = Yarn(factor=40.0, orig_ctx=64, mscale_all_dim=0.707)
 
 
@@ -32,6 +33,7 @@ class Spec:
     name: str
     seed: int = 0
     v3: bool = False  # DeepseekV3: sigmoid router with a selection bias
+    n_head_kv: int = 0  # DeepSeekMoE: plain attention over so many heads of keys and values; 0: latent attention
     n_layer: int = 3
     n_layer_dense: int = 1
     n_embd: int = 64
@@ -60,6 +62,10 @@ class Spec:
     temperature: float = 0.0  # queries scaled by position, from YaRN's original context on
 
     @property
+    def arch(self) -> str:
+        return "deepseek" if self.n_head_kv else "deepseek2"
+
+    @property
     def moe_layers(self) -> range:
         return range(self.n_layer_dense, self.n_layer)
 
@@ -69,6 +75,7 @@ class Spec:
             n_layer=self.n_layer,
             n_embd=self.n_embd,
             n_head=self.n_head,
+            n_head_kv=self.n_head_kv or 1,
             q_lora_rank=self.q_lora_rank,
             kv_lora_rank=self.kv_lora_rank,
             qk_nope_head_dim=self.nope,
@@ -83,6 +90,7 @@ class Spec:
             expert_weights_scale=self.scale,
             expert_weights_norm=self.norm_topk,
             sigmoid=self.v3,
+            plain=self.n_head_kv > 0,
             rms_norm_eps=self.eps,
             rope_freq_base=self.rope_base,
             yarn=self.yarn,
@@ -103,6 +111,8 @@ ODD = {
     "n_ff_expert": 19,
     "n_vocab": 101,
 }
+# DeepSeekMoE's attention: every value of a key is rotated, and a head's key and value are as wide.
+MOE = {"nope": 0, "kv_lora_rank": 0, "yarn": None}
 PRO = {"q_lora_rank": 48, "n_expert": 16, "n_used": 4, "n_group": 4, "n_group_used": 2, "scale": 4.0}
 
 # Seeds are such that no routing decision over the first 32 tokens is a near tie: see golden/make_golden.py.
@@ -130,6 +140,9 @@ SPECS = (
         yarn=Yarn(4.0, 32, 1.0, beta_fast=8.0, beta_slow=0.5),
     ),
     Spec("all_dense", seed=12, n_layer=2, n_layer_dense=2),
+    Spec("moe", seed=43, **MOE, n_head_kv=4, rope=16, v=16),
+    Spec("moe_shared", seed=42, **(MOE | {"yarn": PLAIN_YARN}), n_head=6, n_head_kv=2, n_embd=60, rope=10, v=10, tied=True),
+    Spec("moe_one", seed=22, **MOE, n_head=5, n_head_kv=1, n_embd=170, rope=34, v=34, n_layer_dense=0, rope_base=50000.0),
 )
 # Mistral Small 4's switches (config.json of mistralai/Mistral-Small-4-119B-2603): a latent of two heads' width, no
 # dense layer, normalised softmax, YaRN of 128; the original context is short, so that prompts go beyond it.
@@ -227,15 +240,12 @@ class Checkpoint:
     def _layer(self, draw: Draw, il: int) -> Iterator[tuple[str, F32]]:
         s = self.spec
         yield "input_layernorm.weight", draw.norm(s.n_embd)
-        if s.q_lora_rank:
-            yield "self_attn.q_a_proj.weight", draw.matrix(s.q_lora_rank, s.n_embd)
-            yield "self_attn.q_a_layernorm.weight", draw.norm(s.q_lora_rank)
-            yield "self_attn.q_b_proj.weight", draw.matrix(s.n_head * (s.nope + s.rope), s.q_lora_rank, gain=1.5)
+        if s.n_head_kv:
+            yield "self_attn.q_proj.weight", draw.matrix(s.n_head * s.rope, s.n_embd, gain=1.5)
+            yield "self_attn.k_proj.weight", draw.matrix(s.n_head_kv * s.rope, s.n_embd)
+            yield "self_attn.v_proj.weight", draw.matrix(s.n_head_kv * s.v, s.n_embd)
         else:
-            yield "self_attn.q_proj.weight", draw.matrix(s.n_head * (s.nope + s.rope), s.n_embd, gain=1.5)
-        yield "self_attn.kv_a_proj_with_mqa.weight", draw.matrix(s.kv_lora_rank + s.rope, s.n_embd)
-        yield "self_attn.kv_a_layernorm.weight", draw.norm(s.kv_lora_rank)
-        yield "self_attn.kv_b_proj.weight", draw.matrix(s.n_head * (s.nope + s.v), s.kv_lora_rank)
+            yield from self._latent(draw)
         yield "self_attn.o_proj.weight", draw.matrix(s.n_embd, s.n_head * s.v, gain=s.block_gain)
         yield "post_attention_layernorm.weight", draw.norm(s.n_embd)
         if il not in s.moe_layers:
@@ -247,6 +257,18 @@ class Checkpoint:
         for e in range(s.n_expert):
             yield from self._mlp(draw, f"mlp.experts.{e}", s.n_ff_expert)
         yield from self._mlp(draw, "mlp.shared_experts", s.n_ff_expert * s.n_shared)
+
+    def _latent(self, draw: Draw) -> Iterator[tuple[str, F32]]:
+        s = self.spec
+        if s.q_lora_rank:
+            yield "self_attn.q_a_proj.weight", draw.matrix(s.q_lora_rank, s.n_embd)
+            yield "self_attn.q_a_layernorm.weight", draw.norm(s.q_lora_rank)
+            yield "self_attn.q_b_proj.weight", draw.matrix(s.n_head * (s.nope + s.rope), s.q_lora_rank, gain=1.5)
+        else:
+            yield "self_attn.q_proj.weight", draw.matrix(s.n_head * (s.nope + s.rope), s.n_embd, gain=1.5)
+        yield "self_attn.kv_a_proj_with_mqa.weight", draw.matrix(s.kv_lora_rank + s.rope, s.n_embd)
+        yield "self_attn.kv_a_layernorm.weight", draw.norm(s.kv_lora_rank)
+        yield "self_attn.kv_b_proj.weight", draw.matrix(s.n_head * (s.nope + s.v), s.kv_lora_rank)
 
     def _mlp(self, draw: Draw, name: str, width: int) -> Iterator[tuple[str, F32]]:
         yield f"{name}.gate_proj.weight", draw.matrix(width, self.spec.n_embd)
@@ -263,6 +285,8 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json as the hub's checkpoints of this family write it."""
         s = self.spec
+        if s.n_head_kv:
+            return self._moe_config()
         kind = "V3" if s.v3 else "V2"
         config = {
             "architectures": [f"Deepseek{kind}ForCausalLM"],
@@ -314,6 +338,49 @@ class Checkpoint:
             }
         return config
 
+    def _moe_config(self) -> dict[str, Any]:
+        """The keys of deepseek-ai/deepseek-moe-16b-base."""
+        s = self.spec
+        config = {
+            "architectures": ["DeepseekForCausalLM"],
+            "model_type": "deepseek",
+            "torch_dtype": "float32",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "aux_loss_alpha": 0.001,
+            "seq_aux": True,
+            "pretraining_tp": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "vocab_size": s.n_vocab,
+            "hidden_size": s.n_embd,
+            "num_hidden_layers": s.n_layer,
+            "num_attention_heads": s.n_head,
+            "num_key_value_heads": s.n_head_kv,
+            "intermediate_size": s.n_ff_dense,
+            "moe_intermediate_size": s.n_ff_expert,
+            "n_routed_experts": s.n_expert,
+            "num_experts_per_tok": s.n_used,
+            "n_shared_experts": s.n_shared,
+            "scoring_func": "softmax",
+            "norm_topk_prob": s.norm_topk,
+            "first_k_dense_replace": s.n_layer_dense,
+            "moe_layer_freq": 1,
+            "max_position_embeddings": s.n_ctx,
+            "rms_norm_eps": s.eps,
+            "rope_theta": s.rope_base,
+            "rope_scaling": None,
+            "tie_word_embeddings": s.tied,
+        }
+        if s.yarn:
+            config["rope_scaling"] = {
+                "type": "yarn",
+                "factor": s.yarn.factor,
+                "original_max_position_embeddings": s.yarn.orig_ctx,
+            }
+        return config
+
     def write(self, folder: Path) -> Path:
         """A Hugging Face folder: config.json and model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -330,6 +397,8 @@ GLOBAL_NAMES = {
 LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -349,8 +418,15 @@ LAYER_NAMES = {
 }
 
 
+def pairs_together(w: F32, n_head: int) -> F32:
+    """Rows of w, head by head, so that the two values that turn together (i and i + half) are neighbours."""
+    half = len(w) // n_head // 2
+    order = [head * 2 * half + i + part * half for head in range(n_head) for i in range(half) for part in range(2)]
+    return w[order]
+
+
 def gguf_tensors(checkpoint: Checkpoint, legacy: bool = False) -> dict[str, F32]:
-    """The weights under their GGUF names, in numpy's order; legacy keeps kv_b in one piece."""
+    """The weights under their GGUF names, in numpy's order; legacy keeps kv_b, or q, k and v, in one piece."""
     s, source = checkpoint.spec, checkpoint.tensors
     out = {to: source[name] for name, to in GLOBAL_NAMES.items() if name in source}
     for il in range(s.n_layer):
@@ -362,7 +438,12 @@ def gguf_tensors(checkpoint: Checkpoint, legacy: bool = False) -> dict[str, F32]
             for part in ("gate", "up", "down"):
                 experts = [source[f"{prefix}mlp.experts.{e}.{part}_proj.weight"] for e in range(s.n_expert)]
                 out[f"blk.{il}.ffn_{part}_exps.weight"] = np.stack(experts)
-        if not legacy:
+        if s.n_head_kv:
+            q, k, v = (f"blk.{il}.attn_{part}.weight" for part in "qkv")
+            out[q], out[k] = pairs_together(out[q], s.n_head), pairs_together(out[k], s.n_head_kv)
+            if legacy:
+                out[f"blk.{il}.attn_qkv.weight"] = np.concatenate([out.pop(name) for name in (q, k, v)])
+        elif not legacy:
             kv_b = out.pop(f"blk.{il}.attn_kv_b.weight").reshape(s.n_head, s.nope + s.v, s.kv_lora_rank)
             out[f"blk.{il}.attn_k_b.weight"] = np.ascontiguousarray(kv_b[:, : s.nope].transpose(0, 2, 1))
             out[f"blk.{il}.attn_v_b.weight"] = np.ascontiguousarray(kv_b[:, s.nope :])
@@ -380,11 +461,7 @@ def gguf_metadata(s: Spec, legacy: bool = False) -> dict[str, Any]:
         "feed_forward_length": s.n_ff_dense,
         "vocab_size": s.n_vocab,
         "attention.head_count": s.n_head,
-        "attention.head_count_kv": s.n_head if legacy else 1,
         "attention.layer_norm_rms_epsilon": s.eps,
-        "attention.kv_lora_rank": s.kv_lora_rank,
-        "attention.key_length": s.nope + s.rope if legacy else s.kv_lora_rank + s.rope,
-        "attention.value_length": s.v if legacy else s.kv_lora_rank,
         "rope.dimension_count": s.rope,
         "rope.freq_base": s.rope_base,
         "leading_dense_block_count": s.n_layer_dense,
@@ -395,7 +472,16 @@ def gguf_metadata(s: Spec, legacy: bool = False) -> dict[str, Any]:
         "expert_weights_scale": s.scale,
         "expert_weights_norm": s.norm_topk,
     }
-    if not legacy:
+    if s.n_head_kv:
+        keys["attention.head_count_kv"] = s.n_head_kv
+    else:
+        keys |= {
+            "attention.head_count_kv": s.n_head if legacy else 1,
+            "attention.kv_lora_rank": s.kv_lora_rank,
+            "attention.key_length": s.nope + s.rope if legacy else s.kv_lora_rank + s.rope,
+            "attention.value_length": s.v if legacy else s.kv_lora_rank,
+        }
+    if not legacy and not s.n_head_kv:
         keys |= {"attention.key_length_mla": s.nope + s.rope, "attention.value_length_mla": s.v}
     if s.q_lora_rank:
         keys["attention.q_lora_rank"] = s.q_lora_rank
@@ -418,7 +504,7 @@ def gguf_metadata(s: Spec, legacy: bool = False) -> dict[str, Any]:
                 "attention.temperature_scale": s.temperature,
                 "attention.temperature_length": s.yarn.orig_ctx,
             }
-    return {"general.name": s.name} | {f"deepseek2.{key}": value for key, value in keys.items()}
+    return {"general.name": s.name} | {f"{s.arch}.{key}": value for key, value in keys.items()}
 
 
 def gguf_vocabulary(n_vocab: int) -> dict[str, Any]:
@@ -448,7 +534,8 @@ def write_gguf(path: Path, spec: Spec, *, legacy: bool = False, dtype: type[np.f
         name: value if value.ndim == 1 or "ffn_gate_inp" in name else value.astype(dtype)
         for name, value in gguf_tensors(Checkpoint(spec), legacy).items()
     }
-    return write_tensors(path, gguf_metadata(spec, legacy) | gguf_vocabulary(spec.n_vocab), tensors)
+    keys = gguf_metadata(spec, legacy) | gguf_vocabulary(spec.n_vocab)
+    return write_tensors(path, keys, tensors, spec.arch)
 
 
 def write_tensors(path: Path, keys: dict[str, Any], tensors: dict[str, Any], arch: str = "deepseek2") -> Path:

@@ -7,8 +7,10 @@
 #include "backend/cpu/lane.h"
 
 const ds_cpu_attention_kind *ds_cpu_attention_of(const ds_config *c) {
-    static const ds_cpu_attention_kind *const KINDS[DS_ATTENTION_KINDS] = {[DS_ATTENTION_LATENT] =
-                                                                               &DS_CPU_LATENT_ATTENTION};
+    static const ds_cpu_attention_kind *const KINDS[DS_ATTENTION_KINDS] = {
+        [DS_ATTENTION_LATENT] = &DS_CPU_LATENT_ATTENTION,
+        [DS_ATTENTION_PLAIN] = &DS_CPU_PLAIN_ATTENTION,
+    };
     return KINDS[c->attention];
 }
 

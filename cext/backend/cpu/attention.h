@@ -21,7 +21,7 @@ typedef struct ds_cpu_attention_kind {
     void (*attend)(const ds_lane *lane, const ds_layer *layer, int il);
 } ds_cpu_attention_kind;
 
-extern const ds_cpu_attention_kind DS_CPU_LATENT_ATTENTION;
+extern const ds_cpu_attention_kind DS_CPU_LATENT_ATTENTION, DS_CPU_PLAIN_ATTENTION;
 
 /* The row of a model's kind. */
 const ds_cpu_attention_kind *ds_cpu_attention_of(const ds_config *c);
