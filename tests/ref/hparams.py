@@ -1,4 +1,4 @@
-"""The shape of a deepseek2 or deepseek model, read from its GGUF keys. Read here independently of the engine: it is an oracle."""
+"""The shape of a deepseek2 or deepseek model, read from its GGUF keys, independently of the engine: an oracle."""
 
 import math
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ class Hparams:
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Hparams:
-    """The shape that the GGUF keys ``deepseek2.*`` or ``deepseek.*`` describe, in the split or the legacy form of kv_b."""
+    """The shape that the GGUF keys ``deepseek2.*`` (kv_b split or in the legacy form) or ``deepseek.*`` describe."""
     arch = "deepseek2" if "deepseek2.block_count" in metadata else "deepseek"
     plain = arch == "deepseek"
 

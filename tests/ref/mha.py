@@ -1,5 +1,6 @@
-"""Plain multi-head attention (Vaswani et al. 2017, section 3.2) with rotated queries and keys, as Llama has it; heads of
-queries may share heads of keys and values (arXiv 2305.13245).
+"""Plain multi-head attention (Vaswani et al. 2017, section 3.2) with rotated queries and keys, as Llama has it.
+
+Heads of queries may share heads of keys and values (arXiv 2305.13245).
 """
 
 import numpy as np

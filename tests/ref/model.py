@@ -80,7 +80,9 @@ class Model:
             parts = np.split(self.linear(f"blk.{il}.attn_qkv", h), np.cumsum(widths), axis=1)
         else:
             parts = [self.linear(f"blk.{il}.attn_{part}", h) for part in "qkv"]
-        q, k, v = (part.reshape(n, heads, -1) for part, heads in zip(parts, (hp.n_head, *[hp.n_head_kv] * 2), strict=True))
+        q, k, v = (
+            part.reshape(n, heads, -1) for part, heads in zip(parts, (hp.n_head, *[hp.n_head_kv] * 2), strict=True)
+        )
         positions = np.arange(n)
         k, v = self.cached(rotate(hp, k, positions), v)
         return heads_of(hp, rotate(hp, q, positions), k, v)

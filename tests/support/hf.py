@@ -122,7 +122,8 @@ def _moe_state(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     for il in s.moe_layers:
         at = f"model.layers.{il}.mlp.experts."
         gate, up, down = (
-            np.stack([tensors[f"{at}{e}.{part}_proj.weight"] for e in range(s.n_expert)]) for part in ("gate", "up", "down")
+            np.stack([tensors[f"{at}{e}.{part}_proj.weight"] for e in range(s.n_expert)])
+            for part in ("gate", "up", "down")
         )
         yield f"{at}gate_up_proj", torch.from_numpy(np.concatenate([gate, up], axis=1))
         yield f"{at}down_proj", torch.from_numpy(down)

@@ -141,8 +141,20 @@ SPECS = (
     ),
     Spec("all_dense", seed=12, n_layer=2, n_layer_dense=2),
     Spec("moe", seed=43, **MOE, n_head_kv=4, rope=16, v=16),
-    Spec("moe_shared", seed=42, **(MOE | {"yarn": PLAIN_YARN}), n_head=6, n_head_kv=2, n_embd=60, rope=10, v=10, tied=True),
-    Spec("moe_one", seed=22, **MOE, n_head=5, n_head_kv=1, n_embd=170, rope=34, v=34, n_layer_dense=0, rope_base=50000.0),
+    Spec(
+        "moe_shared",
+        seed=42,
+        **(MOE | {"yarn": PLAIN_YARN}),
+        n_head=6,
+        n_head_kv=2,
+        n_embd=60,
+        rope=10,
+        v=10,
+        tied=True,
+    ),
+    Spec(
+        "moe_one", seed=22, **MOE, n_head=5, n_head_kv=1, n_embd=170, rope=34, v=34, n_layer_dense=0, rope_base=50000.0
+    ),
 )
 # Mistral Small 4's switches (config.json of mistralai/Mistral-Small-4-119B-2603): a latent of two heads' width, no
 # dense layer, normalised softmax, YaRN of 128; the original context is short, so that prompts go beyond it.
