@@ -84,6 +84,7 @@ class Gguf:
         _engine.gguf_close(self._handle)
 
     def __enter__(self) -> Gguf:
+        _engine.gguf_size(self._handle)  # ArgumentError where it is closed
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import _engine
+from cext.arguments import whole
 from cext.model import Hparams, tap_array
 
 Sublayer = Literal["attention", "feed_forward"]
@@ -77,8 +78,9 @@ class Layer:
         sublayer: Sublayer | None = None,
     ) -> None:
         records = [_record(name, array) for name, array in tensors.items()]
-        self._handle = _engine.block_open(_header(metadata), il, records, threads or 0, _SUBLAYERS.index(sublayer))
-        self.il = il
+        n_threads = 0 if threads is None else whole("threads", threads, low=1)
+        self.il = whole("il", il)
+        self._handle = _engine.block_open(_header(metadata), self.il, records, n_threads, _SUBLAYERS.index(sublayer))
         self.hparams = cast(Hparams, _engine.block_hparams(self._handle))
 
     def forward(
@@ -91,7 +93,7 @@ class Layer:
         one sublayer nothing of the other can be tapped but ffn_norm.
         """
         x = np.ascontiguousarray(x, np.float32)
-        rows = len(x)
+        rows, n_seq = len(x), whole("n_seq", n_seq)
         if x.ndim != 2 or x.shape[1] != self.hparams["n_embd"] or n_seq < 1 or rows == 0 or rows % n_seq:
             raise ValueError(f"x is {x.shape}, expected (n_seq * n_tok, {self.hparams['n_embd']}) with n_seq = {n_seq}")
         out = np.empty_like(x)
@@ -108,6 +110,7 @@ class Layer:
         _engine.block_close(self._handle)
 
     def __enter__(self) -> Layer:
+        _engine.block_hparams(self._handle)  # ArgumentError where it is closed
         return self
 
     def __exit__(self, *exc: object) -> None:

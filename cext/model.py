@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cext import _engine, saved
+from cext.arguments import whole
 from cext.errors import BusyError, ContextFullError
 from cext.gguf import Gguf
 from cext.placement import Device, Place
@@ -120,11 +121,10 @@ class Model:
         devices: Sequence[Device] = (),
         placement: Sequence[Place] = (),
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
         self.path = fspath(path)
+        n_threads = 0 if threads is None else whole("threads", threads, low=1)
         self._handle = _engine.model_open(
-            path, threads or 0, isa, tuple(d.record() for d in devices), tuple(p.record() for p in placement)
+            path, n_threads, isa, tuple(d.record() for d in devices), tuple(p.record() for p in placement)
         )
         hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
@@ -139,7 +139,7 @@ class Model:
         products. "q8_0": a byte a value, a latent's rotary key in two, with scales; attention over it runs on integers.
         "f32": exact, for comparisons.
         """
-        return self._hold(_engine.session_open(self._handle, n_ctx, kv_type))
+        return self._hold(_engine.session_open(self._handle, whole("n_ctx", n_ctx), kv_type))
 
     def load_session(
         self, path: str | PathLike[str], n_ctx: int | None = None, kv_type: KvType | None = None
@@ -150,7 +150,7 @@ class Model:
         that is cut short or damaged or holds no session, UnsupportedError for another version's, MismatchError for
         another model's or another cache type's, ContextFullError where n_ctx does not hold it, FileError.
         """
-        return saved.load(self, path, n_ctx, kv_type)
+        return saved.load(self, path, None if n_ctx is None else whole("n_ctx", n_ctx), kv_type)
 
     def cache_usage(self) -> CacheUsage:
         """What the caches of all its sessions take now."""
@@ -173,7 +173,7 @@ class Model:
 
     def step_bytes(self, n_tok: int) -> int:
         """Memory that steps of n_tok tokens (at most MAX_STEP) take, beside weights and caches. ValueError."""
-        return _engine.model_step_bytes(self._handle, n_tok)
+        return _engine.model_step_bytes(self._handle, whole("n_tok", n_tok))
 
     def close(self) -> None:
         """Release the file and the threads, after the steps that are under way; its sessions raise from then on."""
@@ -184,6 +184,7 @@ class Model:
         _engine.model_close(self._handle)
 
     def __enter__(self) -> Model:
+        _engine.model_info(self._handle)  # ArgumentError where it is closed
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -212,11 +213,15 @@ class _Alone:
 
 def token_ids(ids: ArrayLike) -> NDArray[np.int32]:
     """Token ids as contiguous int32 (n,); ValueError where they are not integers that fit."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise ValueError("token ids are rows of several lengths, expected one dimension of integers") from None
     if array.size == 0:
         raise ValueError("no tokens to evaluate")
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"token ids are {array.dtype} of {array.ndim} dimensions, expected one dimension of integers")
+        what = "no integers, or too large" if array.dtype.kind == "O" else str(array.dtype)
+        raise ValueError(f"token ids are {what}, of {array.ndim} dimensions, expected one dimension of integers")
     if array.min() < 0 or array.max() > MAX_ID:
         raise ValueError(f"token ids run from {array.min()} to {array.max()}, expected 0 to n_vocab - 1")
     return np.ascontiguousarray(array, np.int32)
@@ -298,7 +303,7 @@ class Session:
         Neither sees what the other appends or forgets later. ArgumentError unless 0 <= n <= n_past.
         """
         with self._alone():
-            return self.model._hold(_engine.session_fork(self._handle, self.n_past if n is None else n))
+            return self.model._hold(_engine.session_fork(self._handle, self.n_past if n is None else whole("n", n)))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write tokens and cache to a file for ``Model.load_session``; an older file stays whole until this one is.
@@ -313,12 +318,12 @@ class Session:
         What such a context predicts means nothing. ArgumentError unless 1 <= n_past <= n <= n_ctx.
         """
         with self._alone():
-            _engine.session_repeat(self._handle, n)
+            _engine.session_repeat(self._handle, whole("n", n))
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens; ArgumentError unless 0 <= n <= n_past."""
         with self._alone():
-            _engine.session_rewind(self._handle, n)
+            _engine.session_rewind(self._handle, whole("n", n))
 
 
 def eval_batch(
@@ -327,15 +332,23 @@ def eval_batch(
     """Append to several sessions of one model in one step of at most MAX_STEP tokens in all.
 
     Returns the logits after the last n_logits[i] tokens (0 to all) of each sequence, (sum(n_logits), n_vocab), sequence
-    by sequence; by default after each one's last token. Nothing changes on failure. ValueError, ContextFullError,
-    BusyError.
+    by sequence; by default after each one's last token. Nothing changes on failure. ValueError, TypeError,
+    ContextFullError, BusyError.
     """
+    batch = list(batch)
     if not batch:
         raise ValueError("no sequences to evaluate")
+    for entry in batch:
+        if not (isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], Session)):
+            raise TypeError(f"a sequence of a batch is a pair of a session and its tokens, got {type(entry).__name__}")
+    if n_logits is None:
+        n_logits = [1] * len(batch)
+    if len(n_logits) != len(batch):
+        raise ValueError(f"n_logits holds {len(n_logits)} numbers for {len(batch)} sequences, expected one for each")
     inputs, locks, n_rows = [], [], 0
-    for (session, ids), n in zip(batch, [1] * len(batch) if n_logits is None else n_logits, strict=True):
-        array = token_ids(ids)
-        if not 0 <= n <= array.size:
+    for (session, ids), wanted in zip(batch, n_logits, strict=True):
+        array, n = token_ids(ids), whole("the number of logits", wanted, low=0)
+        if n > array.size:
             raise ValueError(f"the logits of {n} tokens, where {array.size} are evaluated")
         inputs.append((session._handle, array, n))
         locks.append(session._lock)

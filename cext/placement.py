@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cext.arguments import whole
+
 Part = Literal["ends", "attention", "feed_forward", "experts"]
 
 _PARTS: tuple[Part, ...] = ("ends", "attention", "feed_forward", "experts")
@@ -22,10 +24,8 @@ class Device:
     isa: str | None = None
 
     def record(self) -> tuple[str, int, str | None]:
-        """As the extension takes it. ValueError for fewer than one thread."""
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, expected at least 1")
-        return self.kind, self.threads or 0, self.isa
+        """As the extension takes it. ArgumentError for fewer than one thread."""
+        return self.kind, 0 if self.threads is None else whole("threads", self.threads, low=1), self.isa
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Place:
     """A part of a model on a device.
 
     part: "ends" (embeddings, final norm and head); or of the layers, "attention", "feed_forward" (dense, or router,
-    shared and routed experts), "experts" (some routed experts alone). layers, experts: ranges of step 1. The model
-    refuses layers, experts and devices that it does not have.
+    shared and routed experts), "experts" (some routed experts alone). layers, experts: ranges of step 1, of which the
+    ends have neither and the experts alone both. The model refuses layers, experts and devices that it does not have.
     """
 
     part: Part
@@ -43,10 +43,19 @@ class Place:
     experts: range = range(0)
 
     def record(self) -> tuple[int, int, int, int, int, int]:
-        """As the extension takes it. ValueError for another part or step."""
+        """As the extension takes it. ValueError for another part or step, or for ranges that the part does not have."""
         if self.part not in _PARTS:
             raise ValueError(f"part is {self.part!r}, expected one of {', '.join(_PARTS)}")
         if self.layers.step != 1 or self.experts.step != 1:
             raise ValueError("ranges of layers and experts have a step of 1")
+        wants = {"layers": self.part != "ends", "experts": self.part == "experts"}
+        for name, wanted in wants.items():
+            found = getattr(self, name)
+            if wanted and not found:
+                raise ValueError(f"a place for {self.part} names no {name}: {name}=range(FIRST, LAST + 1)")
+            if found and not wanted:
+                raise ValueError(f"a place for {self.part} has no {name}, got {found}")
+        ends = [self.layers.start, self.layers.stop, self.experts.start, self.experts.stop]
+        first, last, first_expert, last_expert = (whole("the end of a range", end) for end in ends)
         part = _PARTS.index(self.part)
-        return part, self.device, self.layers.start, self.layers.stop, self.experts.start, self.experts.stop
+        return part, whole("device", self.device), first, last, first_expert, last_expert

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from cext import _engine
+from cext.arguments import real, whole
 from cext.errors import ArgumentError
 
 
@@ -30,19 +32,40 @@ class Sampler:
         repeat_last_n: int = 64,
         seed: int | None = None,
     ) -> None:
-        self.seed = secrets.randbits(32) if seed is None else seed
+        try:
+            self.seed = secrets.randbits(32) if seed is None else operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed is {seed!r}, expected a whole number") from None
         if not 0 <= self.seed < 1 << 64:
             raise ArgumentError(f"seed is {self.seed}, expected 0 to 2^64 - 1")
-        self._repeat_last_n = repeat_last_n
-        self._handle = _engine.sampler_open(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, self.seed)
+        self._repeat_last_n = whole("repeat_last_n", repeat_last_n)
+        self._handle = _engine.sampler_open(
+            real("temperature", temperature),
+            whole("top_k", top_k),
+            real("top_p", top_p),
+            real("min_p", min_p),
+            real("repeat_penalty", repeat_penalty),
+            self._repeat_last_n,
+            self.seed,
+        )
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draw from (n_vocab,) logits, which are left as they are, and remember the token for the repeat penalty."""
-        if logits.ndim != 1:
-            raise ArgumentError(f"logits have shape {logits.shape}, expected (n_vocab,)")
-        return _engine.sampler_sample(self._handle, np.ascontiguousarray(logits, np.float32))
+    def sample(self, logits: ArrayLike) -> int:
+        """Draw from (n_vocab,) logits, which are left as they are, and remember the token for the repeat penalty.
+
+        ArgumentError where they are none, or of another shape; TypeError where they are no real numbers.
+        """
+        array = np.asarray(logits)
+        if array.ndim != 1 or array.size == 0:
+            raise ArgumentError(f"logits have shape {array.shape}, expected (n_vocab,)")
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"logits are {array.dtype}, expected numbers")
+        with np.errstate(over="ignore"):  # infinite then, which the engine tells from a number
+            return _engine.sampler_sample(self._handle, np.ascontiguousarray(array, np.float32))
 
     def accept(self, ids: Iterable[int]) -> None:
-        """Count tokens that were not sampled here (the prompt's) towards the repeat penalty: it looks at the last."""
-        for token in deque(ids, self._repeat_last_n):
-            _engine.sampler_accept(self._handle, int(token))
+        """Count tokens that were not sampled here (the prompt's) towards the repeat penalty: it looks at the last.
+
+        ArgumentError, TypeError for what is no token id; then none of them count.
+        """
+        for token in [whole("a token id", token) for token in deque(ids, self._repeat_last_n)]:
+            _engine.sampler_accept(self._handle, token)

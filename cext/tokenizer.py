@@ -112,6 +112,7 @@ class Tokenizer:
         self._vocab = None
 
     def __enter__(self) -> Tokenizer:
+        self._open_vocab()  # TokenizerError where it is closed
         return self
 
     def __exit__(self, *exc: object) -> None:
