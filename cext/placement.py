@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cext.arguments import whole
+from cext.errors import ArgumentError
 
 Part = Literal["ends", "attention", "feed_forward", "experts"]
 
@@ -43,7 +44,7 @@ class Place:
     experts: range = range(0)
 
     def record(self) -> tuple[int, int, int, int, int, int]:
-        """As the extension takes it. ValueError for another part or step, or for ranges that the part does not have."""
+        """As the extension takes it. ValueError for another part or step, or ranges that the part does not have."""
         if self.part not in _PARTS:
             raise ValueError(f"part is {self.part!r}, expected one of {', '.join(_PARTS)}")
         if self.layers.step != 1 or self.experts.step != 1:
@@ -52,9 +53,9 @@ class Place:
         for name, wanted in wants.items():
             found = getattr(self, name)
             if wanted and not found:
-                raise ValueError(f"a place for {self.part} names no {name}: {name}=range(FIRST, LAST + 1)")
+                raise ArgumentError(f"a place for {self.part} names no {name}: {name}=range(FIRST, LAST + 1)")
             if found and not wanted:
-                raise ValueError(f"a place for {self.part} has no {name}, got {found}")
+                raise ArgumentError(f"a place for {self.part} has no {name}, got {found}")
         ends = [self.layers.start, self.layers.stop, self.experts.start, self.experts.stop]
         first, last, first_expert, last_expert = (whole("the end of a range", end) for end in ends)
         part = _PARTS.index(self.part)
