@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dsv2cli import console
 from dsv2cli.server import answering, errors, metrics
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
-from dsv2cli.server.dialects import chat, completions, models
+from dsv2cli.server.dialects import chat, completions, models, native
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
 from dsv2cli.server.wire import dump
@@ -35,6 +35,15 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models", models.models),
     ("GET", "/models", models.models),
     ("GET", "/v1/models/{name:path}", models.model),
+    ("POST", "/completion", native.completion),
+    ("POST", "/completions", native.completion),
+    ("POST", "/infill", native.infill),
+    ("POST", "/tokenize", native.tokenize),
+    ("POST", "/detokenize", native.detokenize),
+    ("POST", "/apply-template", native.apply_template),
+    ("GET", "/tokenizer_info", native.tokenizer_info),
+    ("GET", "/props", native.props),
+    ("GET", "/slots", native.slots),
     ("GET", "/metrics", metrics.metrics),
 )
 

@@ -196,6 +196,10 @@ class Engine:
             self._wake.notify()
         return ticket
 
+    def running(self) -> list[Sequence]:
+        """The answers that are stepped now."""
+        return list(self._tickets)
+
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)

@@ -33,7 +33,9 @@ class Service:
     engine: Engine
     name: str
     defaults: Params
-    fingerprint: str = "dsv2"
+    fingerprint: str = "b1-dsv2"  # llama-server's form: clients look at its b
+    n_predict: int | None = None  # most tokens of an answer that asks for no number
+    seed: int = 2**32 - 1  # what llama-server tells where each answer draws its own
     began: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
