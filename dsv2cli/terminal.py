@@ -12,13 +12,11 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType, ModuleType
 
-from dsv2cli import console
+from dsv2cli import console, history
 from dsv2cli.text import typed
 
-HISTORY_LINES = 1000
 CONTINUED = "\\"
 # Values of TERM of the terminals that mark what is pasted; terminfo has no word for it.
 MARKS_PASTES = re.compile(
@@ -26,15 +24,6 @@ MARKS_PASTES = re.compile(
     "|st|rio)(-|$)"
 )
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
-
-
-def history_path() -> Path | None:
-    """Where lines are remembered; None where this user has no home."""
-    state = os.environ.get("XDG_STATE_HOME")
-    try:
-        return (Path(state) if state else Path.home() / ".local" / "state") / "dsv2" / "history"
-    except RuntimeError:
-        return None
 
 
 def marks_pastes() -> bool:
@@ -52,10 +41,9 @@ class LineReader:
             self._set_up(self._readline, commands)
 
     def _set_up(self, readline: ModuleType, commands: list[str]) -> None:
-        if path := history_path():
-            with contextlib.suppress(OSError, UnicodeError):
-                readline.read_history_file(path)
-        readline.set_history_length(HISTORY_LINES)
+        for line in history.read():
+            with contextlib.suppress(UnicodeError):  # a locale that cannot spell it
+                readline.add_history(line)
         readline.set_auto_history(False)  # a pasted paragraph is one entry
         readline.set_completer_delims(" \t\n")
         readline.set_completer(lambda text, i: ([c for c in commands if text and c.startswith(text)] + [None] * 9)[i])
@@ -79,6 +67,7 @@ class LineReader:
         if self._readline is not None and text.strip():
             with contextlib.suppress(UnicodeError):  # a locale that cannot spell it
                 self._readline.add_history(text)
+            history.add(text)
         return typed(text, "what was typed")
 
     def _line(self, prompt: str) -> str:
@@ -108,15 +97,8 @@ class LineReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the terminal as it was; keep the history, for this user alone."""
+        """Leave the terminal as it was."""
         self._mark_pastes(False)
-        path = history_path()
-        if self._readline is None or path is None:
-            return
-        with contextlib.suppress(OSError, UnicodeError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            self._readline.write_history_file(path)
 
 
 @contextlib.contextmanager

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
-from support.cli import Screen, terminal
+from support.cli import Screen, environment, terminal
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
 from cext.tokenizer import Message, Tokenizer
+from dsv2cli import history
 
 AHEAD = ["second\n/stats\n/exit\n", "second\r/stats\r/exit\r", "\x1b[200~a\nb\x1b[201~\n/stats\n\x04"]
 SYSTEM = ["/system You are brief. \\\nAlways.", "\x1b[200~/system You are brief. \nAlways.\x1b[201~"]
@@ -232,6 +235,61 @@ def test_no_home(model: Path, tmp_path: Path) -> None:
         at = screen.wait_for(r"> $", at)
         screen.type("/exit\n")
         assert screen.exit_code() == 0 and "error" not in screen.text
+
+
+def history_of(state: Path) -> list[str]:
+    return (state / "dsv2" / "history").read_text(encoding="utf-8").splitlines()
+
+
+def test_two_conversations_keep_each_other_s_history(model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as one, talk(model, tmp_path) as other:
+        for screen in (one, other):
+            screen.wait_for("> $")
+        for screen, typed in ((one, "/help a"), (other, "/help b"), (one, "/help c")):
+            at = len(screen.text)
+            screen.type(f"{typed}\n")
+            screen.wait_for(r"stops an answer\.\n> $", at)
+        for screen in (other, one):
+            screen.type("/exit\n")
+            assert screen.exit_code() == 0
+    assert history_of(tmp_path) == ["/help a", "/help b", "/help c", "/exit", "/exit"]
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("\x1b[A" * 3 + "\n")  # back past both /exit
+        screen.wait_for(r"stops an answer\.\n> $", at)
+    assert history_of(tmp_path)[-1] == "/help c"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_history_outlives_what_ends_the_conversation(number: signal.Signals, model: Path, tmp_path: Path) -> None:
+    with talk(model, tmp_path) as screen:
+        at = screen.wait_for("> $")
+        screen.type("né 模型\n")
+        screen.wait_for(r"-n\)\n> $", at)
+        screen.process.send_signal(number)
+        assert screen.exit_code() == -number
+    assert history_of(tmp_path) == ["né 模型"]
+
+
+def test_many_writers_of_one_history(tmp_path: Path) -> None:
+    """Lines are whole and none is lost, while one of them cuts the file to its latest."""
+    script = "import sys; from dsv2cli import history; [history.add(sys.argv[1] * 50 + str(i)) for i in range(150)]"
+    place = tmp_path / "dsv2" / "history"
+    place.parent.mkdir()
+    place.write_text("old\n" * (2 * history.LINES + 1), encoding="utf-8")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, name], env=environment(XDG_STATE_HOME=str(tmp_path)))
+        for name in "abc"
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path))
+        while any(writer.poll() is None for writer in writers):
+            assert len(history.read()) == history.LINES
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    lines = [line for line in history_of(tmp_path) if line != "old"]
+    for name in "abc":
+        assert [line for line in lines if line.startswith(name)] == [name * 50 + str(i) for i in range(150)]
+    assert len(lines) == 450 and len(history_of(tmp_path)) <= 2 * history.LINES
 
 
 def test_a_history_that_cannot_be_kept(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""history.py: what was typed, remembered across conversations: a file of lines, of this user alone.
+
+It is added to as lines are typed, so that nothing ends a conversation without them, and under a lock, so that several
+conversations at once keep each other's. Where it cannot be read or written, there is no history and no complaint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from cext import system
+
+LINES = 1000  # that are read; the file is cut to them once it holds twice as many
+PATIENCE = 1.0  # seconds that another's lock is waited for
+PAUSE = 0.01
+
+
+def path() -> Path | None:
+    """Where lines are remembered; None where this user has no home."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        return (Path(state) if state else Path.home() / ".local" / "state") / "dsv2" / "history"
+    except RuntimeError:
+        return None
+
+
+def read() -> list[str]:
+    """The latest lines, oldest first. Bytes that are no text stand there as surrogates."""
+    with contextlib.suppress(OSError), _opened() as file:
+        lines = file.read().split(b"\n")[:-1]
+        if len(lines) > 2 * LINES:
+            file.seek(0)
+            file.truncate()
+            file.write(b"".join(line + b"\n" for line in lines[-LINES:]))
+        return [os.fsdecode(line) for line in lines[-LINES:]]
+    return []
+
+
+def add(text: str) -> None:
+    """Remember a text that was typed."""
+    with contextlib.suppress(OSError, UnicodeError), _opened() as file:
+        file.write(os.fsencode(text) + b"\n")
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[BinaryIO]:
+    """The file, made where it is missing, to read and to append to, for this process alone. OSError."""
+    place = path()
+    if place is None:
+        raise FileNotFoundError
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):  # a file system without locks
+            while not system.try_lock(file.fileno()) and time.monotonic() < end:
+                time.sleep(PAUSE)
+        yield file
