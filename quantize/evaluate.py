@@ -141,7 +141,7 @@ def _logits(job: Job, x: F32, slabs: Callable[[str], Iterable[tuple[int, F32]]])
     The final norm is the original's: it stays in float32 in every file.
     """
     plan = job.plan
-    norm = read(plan.arch, plan.checkpoint, plan.outside["output_norm"])
+    norm = read(plan.arch, plan.store, plan.outside["output_norm"])
     scale = 1.0 / np.sqrt(np.square(x).mean(-1, dtype=np.float64, keepdims=True) + plan.arch.rms_eps)
     normed = (x * scale * norm).astype(np.float32)
     logits = np.empty((len(x), plan.arch.n_vocab), np.float32)

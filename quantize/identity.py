@@ -58,16 +58,15 @@ class RunIdentity:
         return replace(self, types=tuple(before[SURVEYED_TYPES]))
 
 
-def identity(plan: Plan, name: str, types: Sequence[Type]) -> RunIdentity:
-    """Of a run of this plan. name: of the model, as the file gives it; types: that a survey would measure."""
+def identity(plan: Plan, types: Sequence[Type]) -> RunIdentity:
+    """Of a run of this plan. types: that a survey would measure."""
     options, text = plan.options, plan.corpus
     names = {source for tensor in plan.tensors for source in tensor.sources}
-    stored = sorted((t.name, t.dtype, t.shape) for t in plan.checkpoint.tensors.values() if t.name in names)
     shared = {
         "the work folder's version": RECORDS,
         **numerics(),
         "the model's shape": _digest(asdict(plan.arch)),
-        "the tensors": _digest([*stored, plan.checkpoint.scale_block]),
+        "the tensors": _digest(plan.store.record(names)),
     }
     surveyed = {
         "the surveyed tokens": _ids(plan.survey_windows) if plan.allocates else "",
@@ -75,7 +74,7 @@ def identity(plan: Plan, name: str, types: Sequence[Type]) -> RunIdentity:
         "following outputs": plan.follows_outputs,
     }
     file = {
-        "the model's name": name,
+        "the model's name": plan.source.name,
         "the keys of the file": _digest([plan.keys, plan.tokenizer, plan.provenance]),
         "--type": plan.recipe.name,
         "--plain-mix": options.plain_mix,

@@ -19,14 +19,12 @@ from quantize.base.errors import ArgumentError
 from quantize.encode.encoder import Encoder
 from quantize.meter import Meter
 from quantize.recipe import Recipe
-from quantize.source import arch as arch_of
 from quantize.source import corpus, tensors
 from quantize.source.arch import Arch
-from quantize.source.card import provenance
-from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import Corpus
+from quantize.source.source import Source
+from quantize.source.store import Store
 from quantize.source.tensors import Tensor, Weights
-from quantize.source.vocab import read_vocab
 from quantize.write.journal import Journal
 
 F32 = NDArray[np.float32]
@@ -75,17 +73,22 @@ class Options:
 class Plan:
     """All that is known before a weight is read."""
 
-    checkpoint: Checkpoint
+    source: Source
     options: Options
     recipe: Recipe
     arch: Arch
     tensors: tuple[Tensor, ...]  # in the order of the file
-    left_out: tuple[str, ...]  # checkpoint tensors that GGUF has no use for
+    left_out: tuple[str, ...]  # stored tensors that GGUF has no use for
     keys: Mapping[str, Any]  # the architecture's
     tokenizer: Mapping[str, Any]  # its keys
     provenance: Mapping[str, object]  # keys: licence and origin, as the checkpoint tells them
     corpus: Corpus | None  # None: neither calibrated nor evaluated
     notes: tuple[str, ...] = ()  # what reading the source found that a person should know
+
+    @property
+    def store(self) -> Store:
+        """The source's weights."""
+        return self.source.store
 
     @property
     def label(self) -> str:
@@ -155,19 +158,20 @@ class Plan:
         return {t.role: t for t in self.tensors if t.il < 0}
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Check the options, the checkpoint's headers and the calibration text. QuantizeError, of one of its kinds."""
+def make_plan(source: Source, options: Options) -> Plan:
+    """Check the options, the source's headers and the calibration text. QuantizeError, of one of its kinds."""
     chosen = recipe.find(options.type)
-    arch = arch_of.parse(checkpoint.config)
+    arch = source.arch
     plan = tensors.model_tensors(arch)
     if options.bpw is not None or options.size is not None:
         n_values = sum(t.size for t in plan)
         chosen = recipe.nearest(arch, plan, options.size or int((options.bpw or 0) * n_values / 8))
-    left_out = tensors.check(arch, checkpoint, plan)
+    tensors.check(arch, source.store, plan)
+    left_out = tuple(source.left_out([name for tensor in plan for name in tensor.sources]))
     keys = {"general.architecture": arch.family.architecture, **arch.keys()}
-    vocab = read_vocab(checkpoint.path, arch.n_vocab)
-    tokenizer, origin, left = vocab.keys(), provenance(checkpoint.path), tuple(left_out)
-    made = Plan(checkpoint, options, chosen, arch, tuple(plan), left, keys, tokenizer, origin, None, vocab.notes)
+    tokenizer, origin = source.tokenizer, source.provenance
+    notes = tuple(source.notes)
+    made = Plan(source, options, chosen, arch, tuple(plan), left_out, keys, tokenizer, origin, None, notes)
     if not (made.calibrated or made.allocates or options.evaluate):
         return made
     max_tokens = corpus.enough(arch.n_embd) if options.max_tokens is None else options.max_tokens
@@ -190,7 +194,7 @@ class Job:
     ) -> Weights:
         """The original weights of layer il, or of one sublayer of it; on_tensor before each is read."""
         mine = [t for t in self.plan.layers[il] if sublayer in (None, t.sublayer) or t.role == "ffn_norm"]
-        return Weights(self.plan.arch, self.plan.checkpoint, mine, on_tensor)
+        return Weights(self.plan.arch, self.plan.store, mine, on_tensor)
 
     def engine(self, il: int, weights: Weights, sublayer: cext.Sublayer | None = None) -> cext.Layer:
         """Layer il, or one sublayer of it, over weights that were loaded for it."""
@@ -201,7 +205,7 @@ class Job:
         n_rows = padded(max(1, SLAB_VALUES // tensor.shape[1]))
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
-            yield start, self.plan.checkpoint.read_rows(tensor.sources[0], start, stop)
+            yield start, self.plan.store.read_rows(tensor.sources[0], start, stop)
 
     def rows(self, tensor: Tensor, ids: NDArray[Any]) -> F32:
         """(len(ids), n): these rows of a matrix outside the layers, in the order asked for."""

@@ -218,7 +218,7 @@ class WriteStage:
         weights: Weights | None = None
         if self.stream is not None or self.held is not None:
             weights = self.job.load(il, sublayer, partial(self._tell, "calibrate", 0.0))
-        read_part = weights or PartReader(self.arch, self.plan.checkpoint)
+        read_part = weights or PartReader(self.arch, self.plan.store)
         stats = self._calibrate(il, sublayer, weights) if weights is not None else None
         heap.trim()
         evidence, scales, drift = None, Scales(), None
@@ -282,7 +282,7 @@ class WriteStage:
 
     def _head(self) -> None:
         outside = self.plan.outside
-        norm = read(self.arch, self.plan.checkpoint, outside["output_norm"])
+        norm = read(self.arch, self.plan.store, outside["output_norm"])
         self._write(outside["output_norm"], norm, Objective())
         if "output" not in outside:
             return
@@ -401,6 +401,6 @@ def attend(job: Job, il: int, stream: Stream, written: Mapping[Tensor, Sequence[
         fits = whole.ndim > 1 and np.abs(whole).max() < F16_MAX
         weights[tensor.name] = whole.astype(np.float16 if fits else np.float32, copy=False)
     norm = next(tensor for tensor in plan.layers[il] if tensor.role == "ffn_norm")
-    weights[norm.name] = read(plan.arch, plan.checkpoint, norm)
+    weights[norm.name] = read(plan.arch, plan.store, norm)
     with cext.Layer(plan.keys, il, weights, plan.options.threads, "attention") as layer:
         stream.attend(layer)

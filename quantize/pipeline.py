@@ -32,9 +32,7 @@ from quantize.measure.calibrate import FEW_TOKENS
 from quantize.measure.score import Distance
 from quantize.meter import Meter, OnProgress
 from quantize.report import Report
-from quantize.source.card import model_name
-from quantize.source.checkpoint import Checkpoint
-from quantize.source.files import is_companion
+from quantize.source.source import open_source
 from quantize.source.tensors import left_out_notes
 from quantize.write.journal import Journal, check_output, written_as
 from quantize.write.writer import Writer, header_bytes
@@ -57,27 +55,21 @@ def quantize(
     """
     options, out = options or Options(), written_as(out)
     heap.map_large()
-    with Checkpoint(source) as checkpoint, Encoder(options.threads) as encoder, employed(encoder):
-        check_output(out, (*_read_from(checkpoint.path), *options.calibration))
-        plan = make_plan(checkpoint, options)
+    with open_source(source) as opened, Encoder(options.threads) as encoder, employed(encoder):
+        check_output(out, (*opened.files(), *options.calibration))
+        plan = make_plan(opened, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))
         meter.tell("read")
         infos = [(t.name, t.shape, Type.F32) for t in plan.tensors]  # a header is as long whatever the types
         n_header = header_bytes(_metadata(plan, (), None), infos)
         budget = budget_of(plan, n_header)
-        run = identity(plan, model_name(checkpoint.path), budget.allowed)
-        with Journal(out, run, checkpoint, restart) as journal:
+        run = identity(plan, budget.allowed)
+        with Journal(out, run, opened.store, restart) as journal:
             if (record := journal.finished()) is not None:
                 return _leave(Report.of(record), journal)
             if journal.kept:
                 say(f"the {' and the '.join(journal.kept)} of an earlier run is gone on from")
             return _run(Job(plan, journal, encoder, meter, say), budget, room(plan, budget, n_header), out)
-
-
-def _read_from(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that are its own: a GGUF that was written into it is none of them."""
-    names = (path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
-    return [path for path in names if path.suffix == ".safetensors" or is_companion(path.name)]
 
 
 def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:
@@ -137,7 +129,7 @@ def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> d
     keys: dict[str, object] = {
         **plan.keys,
         "general.type": "model",
-        "general.name": model_name(plan.checkpoint.path),
+        "general.name": plan.source.name,
         **plan.provenance,
         "general.file_type": int(plan.recipe.file_type),
         "general.quantization_version": 2,
@@ -181,7 +173,7 @@ def _report(
         path=out,
         recipe=plan.label,
         nbytes=nbytes,
-        source_nbytes=plan.checkpoint.nbytes,
+        source_nbytes=plan.store.nbytes,
         n_values=sum(t.size for t in plan.tensors),
         roles=report.role_sizes(sizes),
         evaluation=distance,

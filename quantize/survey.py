@@ -104,7 +104,7 @@ class SurveyStage:
         """Sampled losses, their gradient at the last layer's output, and the head's costs."""
         n_layer = self.arch.n_layer
         x = self._array(INPUTS.format(n_layer))
-        weight = read(self.arch, self.plan.checkpoint, self.plan.outside["output_norm"])
+        weight = read(self.arch, self.plan.store, self.plan.outside["output_norm"])
         head = _Head(self.job, norm(x, weight, self.arch.rms_eps).astype(np.float32))
         self._tell(-1, sum(self._forward_effort))
         gradients = np.zeros((N_GRADIENTS, *x.shape), np.float32)
@@ -232,7 +232,7 @@ class _Weights:
 
     def __init__(self, job: Job, by_role: dict[str, Tensor]) -> None:
         self.plan, self.by_role = job.plan, by_role
-        self.read_part = PartReader(job.plan.arch, job.plan.checkpoint)
+        self.read_part = PartReader(job.plan.arch, job.plan.store)
         self.heads: dict[str, F32] = {}
 
     def __call__(self, role: str, part: int) -> F32:
@@ -240,7 +240,7 @@ class _Weights:
         if tensor.form not in (Form.K_B, Form.V_B):
             return self.read_part(tensor, part)
         if not self.heads:
-            kv_b = self.plan.checkpoint.read_f32(tensor.sources[0])
+            kv_b = self.plan.store.read_f32(tensor.sources[0])
             for t in (t for t in self.by_role.values() if t.form in (Form.K_B, Form.V_B)):
                 self.heads[t.role] = split_kv_b(self.plan.arch, kv_b, t.form).astype(np.float32, copy=False)
         head: F32 = self.heads[role][part]

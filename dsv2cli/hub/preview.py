@@ -67,7 +67,8 @@ def named_by_index(path: Path) -> dict[str, str]:
 def check_checkpoint(plan: Plan, folder: Path, weights: list[RemoteFile], index: dict[str, str]) -> None:
     """Refuse a checkpoint that could not be quantised. Raises what quantize raises, CliError."""
     from quantize.source.preflight import preflight
-    from quantize.source.safetensors import StoredTensor, parse_header
+    from quantize.source.safetensors import parse_header
+    from quantize.source.stored import StoredTensor
 
     experts = next((shard for tensor, shard in index.items() if ".experts." in tensor), "")
     looked_at = {f.path: f for f in weights if f.path in (weights[0].path, experts)}

@@ -27,7 +27,7 @@ from quantize.encode import feedback
 from quantize.encode.feedback import Covariance, Sweep
 from quantize.encode.objective import Objective
 from quantize.encode.rows import Rows
-from quantize.source.checkpoint import bf16_to_f32, f32_to_bf16
+from quantize.source.forms import bf16_to_f32, f32_to_bf16
 
 FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # ggml's decoders, by the name in the library. Q8_0 and the float types ignore importance weights.

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from quantize.base.blas import by_rows, pieces, spread
 from quantize.encode.feedback import Covariance, Sums
 from quantize.source.arch import Arch
-from quantize.source.checkpoint import bf16_to_f32, f32_to_bf16
 from quantize.source.corpus import WINDOW
+from quantize.source.forms import bf16_to_f32, f32_to_bf16
 
 F32 = NDArray[np.float32]
 OnChunk = Callable[[float], None]

@@ -27,7 +27,7 @@ from quantize.measure.backward import Routing, route
 from quantize.measure.calibrate import Stream
 from quantize.measure.evidence import Last, ReadPart, hidden_channels, prior_share
 from quantize.source.arch import Arch
-from quantize.source.checkpoint import bf16_to_f32
+from quantize.source.forms import bf16_to_f32
 from quantize.source.tensors import Tensor
 
 F32 = NDArray[np.float32]

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from quantize.source import arch as arch_of
-from quantize.source.checkpoint import SCALE_SUFFIX, Checkpoint, missing
-from quantize.source.safetensors import StoredTensor
-from quantize.source.tensors import Form, left_out, model_tensors
+from quantize.source.checkpoint import Checkpoint, missing
+from quantize.source.found import find
+from quantize.source.stored import StoredTensor
+from quantize.source.tensors import left_out, model_tensors, source_shape
 from quantize.source.vocab import read_vocab
 
 
@@ -22,16 +23,15 @@ def preflight(folder: Path, headers: Mapping[str, StoredTensor], names: Iterable
         arch = arch_of.parse(checkpoint.config)
         read_vocab(folder, arch.n_vocab)
         known = set(names) if names is not None else None
-        kv_b = (arch.n_head * (arch.nope + arch.v_dim), arch.kv_lora_rank)
         used: set[str] = set()
         for tensor in model_tensors(arch):
-            shape = kv_b if tensor.form in (Form.K_B, Form.V_B) else tensor.source_shape
-            used.update(tensor.sources)
-            for source in tensor.sources:
-                if known is not None and source not in known:
-                    raise missing(folder, source, known)
-                stored = headers.get(source)
+            shape = source_shape(arch, tensor)
+            for name in tensor.sources:
+                found = find(name, headers if known is None else known)
+                if found is None and known is not None:
+                    raise missing(folder, name, known)
+                used.update(found.parts if found is not None else ())
                 # Scales may lie in a shard whose header was not read.
-                if stored is not None and (stored.dtype != "F8_E4M3" or source + SCALE_SUFFIX in headers):
-                    checkpoint.verify(source, shape)
+                if found is not None and headers.keys() >= {*found.parts}:
+                    checkpoint.verify(name, shape, len(tensor.sources))
         left_out(arch, {name: headers[name].dtype if name in headers else "" for name in known or headers}, used)

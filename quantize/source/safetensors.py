@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.base.errors import CheckpointError
+from quantize.source.stored import REPLACE_HINT, StoredTensor
 
 # The format's own limit. A header past it is an attack or garbage: json would be asked to parse gigabytes.
 MAX_HEADER_BYTES = 100_000_000
 PREFIX_BYTES = 8
 MAX_DIMS = 8
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-REPLACE_HINT = "download the file again; if it came from a conversion, run that again"
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -28,18 +27,6 @@ DTYPE_BYTES = {
 }  # fmt: skip
 # The format grows: a dtype not above is taken as it comes, and means trouble where a tensor of it is needed.
 DTYPE_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,30}")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as its shard stores it."""
-
-    name: str
-    dtype: str  # a key of DTYPE_BYTES, or a newer one
-    shape: tuple[int, ...]  # row-major
-    shard: Path
-    offset: int  # bytes from the start of the shard
-    nbytes: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from cext import Sublayer, system
 from quantize.base.errors import UnsupportedError
 from quantize.source.arch import Arch
-from quantize.source.checkpoint import NUMPY_DTYPES, SCALE_SUFFIX, Checkpoint, bf16_to_f32
+from quantize.source.forms import FORMS, Restore
+from quantize.source.found import is_of_activations
+from quantize.source.store import Store
 
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
 
@@ -59,11 +61,6 @@ class Tensor:
     def sublayer(self) -> Sublayer:
         """Where it belongs in its layer."""
         return "attention" if self.role.startswith("attn_") else "feed_forward"
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        """The shape that each source must have; kv_b_proj's own is checked where the layer is listed."""
-        return self.shape[1:] if self.form is Form.STACK else self.shape
 
 
 def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
@@ -137,19 +134,25 @@ def model_tensors(arch: Arch) -> list[Tensor]:
     return tensors
 
 
-def check(arch: Arch, checkpoint: Checkpoint, tensors: list[Tensor]) -> list[str]:
-    """Match the plan with the checkpoint before anything is written; returns the names left out (MTP layers, caches).
+def check(arch: Arch, store: Store, tensors: list[Tensor]) -> None:
+    """Match the plan with what is stored before anything is written.
 
-    Raises CheckpointError for a missing tensor or a wrong shape, UnsupportedError for one that GGUF has no place for.
+    Raises CheckpointError for a missing tensor or a wrong shape, UnsupportedError for one that is stored otherwise.
     """
-    used: set[str] = set()
-    kv_b = (arch.n_head * (arch.nope + arch.v_dim), arch.kv_lora_rank)
     for tensor in tensors:
-        expected = kv_b if tensor.form in (Form.K_B, Form.V_B) else tensor.source_shape
+        expected = source_shape(arch, tensor)
         for source in tensor.sources:
-            checkpoint.verify(source, expected)
-            used.add(source)
-    return left_out(arch, {name: t.dtype for name, t in checkpoint.tensors.items()}, used)
+            store.verify(source, expected, len(tensor.sources))
+    for tensor in tensors:
+        for source in tensor.sources:
+            store.verify_told(source, source_shape(arch, tensor))
+
+
+def source_shape(arch: Arch, tensor: Tensor) -> tuple[int, ...]:
+    """The shape that each of a tensor's sources must have."""
+    if tensor.form in (Form.K_B, Form.V_B):
+        return (arch.n_head * (arch.nope + arch.v_dim), arch.kv_lora_rank)
+    return tensor.shape[1:] if tensor.form is Form.STACK else tensor.shape
 
 
 def left_out(arch: Arch, dtypes: Mapping[str, str], used: set[str]) -> list[str]:
@@ -159,14 +162,15 @@ def left_out(arch: Arch, dtypes: Mapping[str, str], used: set[str]) -> list[str]
     """
     names = []
     for name, dtype in dtypes.items():
-        if name in used or (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in used):
+        if name in used:
             continue
         if not _may_leave_out(arch, name):
-            what = f" ({dtype})" if dtype and dtype not in NUMPY_DTYPES else ""
+            what = f" ({dtype})" if dtype and dtype not in FORMS else ""
             hint = "an adapter or another architecture? Merge or remove it first: leaving it out would change the model"
             if what or name.endswith(QUANTISED_SUFFIXES):
                 hint = (
-                    "it belongs to weights that are quantised already: start from the bf16, f16 or fp8 e4m3 checkpoint"
+                    "it belongs to weights that are quantised already in a way that is not read: start from the bf16,"
+                    " f16, fp8 e4m3 or int4 checkpoint"
                 )
             raise UnsupportedError(f"tensor `{name}`{what} has no place in a GGUF of {arch.family.model_type}", hint)
         names.append(name)
@@ -176,6 +180,8 @@ def left_out(arch: Arch, dtypes: Mapping[str, str], used: set[str]) -> list[str]
 def _may_leave_out(arch: Arch, name: str) -> bool:
     """Tensors that do not change what the main model computes from text."""
     if _is_beside(arch, name) or _draft_layer(arch, name) is not None:
+        return True
+    if is_of_activations(name):
         return True
     name = name.removeprefix(arch.family.prefix)
     return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
@@ -199,6 +205,8 @@ def left_out_notes(arch: Arch, names: Iterable[str]) -> list[str]:
     if n_beside := sum(_is_beside(arch, name) for name in names):
         parts = ", ".join(f"{beginning}*" for beginning in arch.family.beside)
         notes.append(f"{n_beside} tensors of vision left out ({parts}): the file reads text alone")
+    if n_activation := sum(is_of_activations(name) for name in names):
+        notes.append(f"{n_activation} scales of activations left out: an engine rounds those in its own way, or not")
     return notes
 
 
@@ -209,11 +217,11 @@ def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.
     return np.ascontiguousarray(part)
 
 
-def read(arch: Arch, checkpoint: Checkpoint, tensor: Tensor) -> NDArray[np.float32]:
+def read(arch: Arch, store: Store, tensor: Tensor) -> NDArray[np.float32]:
     """A whole GGUF tensor in float32, of tensor.shape. A stack reads one expert at a time with read_expert instead."""
     if tensor.form is Form.STACK:
-        return np.stack([checkpoint.read_f32(source) for source in tensor.sources])
-    values = checkpoint.read_f32(tensor.sources[0])
+        return np.stack([store.read_f32(source) for source in tensor.sources])
+    values = store.read_f32(tensor.sources[0])
     return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form).astype(np.float32, copy=False)
 
 
@@ -223,17 +231,17 @@ class PartReader:
     Keeps the last tensor of heads, and the last that was stored: k_b and v_b are halves of one.
     """
 
-    def __init__(self, arch: Arch, checkpoint: Checkpoint) -> None:
-        self.arch, self.checkpoint = arch, checkpoint
-        self._stored = lru_cache(maxsize=1)(checkpoint.read_f32)
+    def __init__(self, arch: Arch, store: Store) -> None:
+        self.arch, self.store = arch, store
+        self._stored = lru_cache(maxsize=1)(store.read_f32)
         self._whole = lru_cache(maxsize=1)(self._split)
 
     def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
         """An expert of a stack, a head of k_b or v_b, or the whole of another tensor, whose part is 0."""
         if tensor.form is Form.STACK:
-            return self.checkpoint.read_f32(tensor.sources[part])
+            return self.store.read_f32(tensor.sources[part])
         if tensor.form is Form.WHOLE:
-            return self.checkpoint.read_f32(tensor.sources[0])
+            return self.store.read_f32(tensor.sources[0])
         head: NDArray[np.float32] = self._whole(tensor)[part]
         return head
 
@@ -250,30 +258,32 @@ class Weights:
     def __init__(
         self,
         arch: Arch,
-        checkpoint: Checkpoint,
+        store: Store,
         tensors: Iterable[Tensor],
         on_tensor: Callable[[], None] = lambda: None,
     ) -> None:
-        self._checkpoint = checkpoint
-        self._read = PartReader(arch, checkpoint)
+        self._arch, self._store = arch, store
+        self._read = PartReader(arch, store)
         self._pages: dict[str, system.Pages] = {}
+        self._restore: dict[str, list[Restore]] = {}  # by source of a matrix, by name of a stack
+        self._heads: dict[str, NDArray[Any]] = {}  # by source: what k_b and v_b are made of
+        self._whole = lru_cache(maxsize=1)(self._restored)
         self.arrays: dict[str, NDArray[Any]] = {}
         """By name: float32, float16, or uint16 holding bfloat16 bits."""
-        stored: dict[str, NDArray[Any]] = {}  # what two tensors are made of
         for tensor in tensors:
             on_tensor()
-            self.arrays[tensor.name] = self._stack(tensor) if tensor.form is Form.STACK else self._one(tensor, stored)
-            if tensor.form not in (Form.K_B, Form.V_B):
-                continue
-            self.arrays[tensor.name] = split_kv_b(arch, self.arrays[tensor.name], tensor.form)
+            self.arrays[tensor.name] = self._stack(tensor) if tensor.form is Form.STACK else self._one(tensor)
 
     def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
-        """As PartReader gives it, from the checkpoint again where memory holds it rounded (fp8) or not at all."""
-        array = self.arrays.get(tensor.name)
-        if array is None or self._checkpoint.find(tensor.sources[0]).dtype == "F8_E4M3":
+        """As PartReader gives it, read again only where memory does not hold it any more, or does not tell it."""
+        if tensor.name not in self.arrays:
             return self._read(tensor, part)
-        values = array if tensor.form is Form.WHOLE else array[part]
-        return bf16_to_f32(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
+        if tensor.form is Form.STACK:
+            return self._restore[tensor.name][part](self.arrays[tensor.name][part])
+        if tensor.form is Form.WHOLE:
+            return self._restore[tensor.sources[0]][0](self.arrays[tensor.name])
+        head: NDArray[np.float32] = self._whole(tensor)[part]
+        return head
 
     def release(self, tensor: Tensor, part: int) -> None:
         """Nobody will ask for this part again, nor run an engine over its tensor."""
@@ -283,20 +293,30 @@ class Weights:
         else:
             self.arrays.pop(tensor.name, None) if tensor.form is Form.WHOLE else None
 
-    def _one(self, tensor: Tensor, stored: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    def _restored(self, tensor: Tensor) -> NDArray[np.float32]:
+        """k_b or v_b, all heads."""
         source = tensor.sources[0]
-        if source not in stored:
-            stored.clear()
-            stored[source] = np.empty(self._checkpoint.find(source).shape, self._checkpoint.half_dtype(source))
-            self._checkpoint.read_half(source, stored[source])
-        return stored[source]
+        exact = self._restore[source][0](self._heads[source])
+        return split_kv_b(self._arch, exact, tensor.form).astype(np.float32, copy=False)
+
+    def _one(self, tensor: Tensor) -> NDArray[Any]:
+        source = tensor.sources[0]
+        half = self._heads.get(source)
+        if half is None:
+            half = np.empty(self._store.shape(source), self._store.half_dtype(source))
+            self._restore[source] = [self._store.read_half(source, half)]
+        if tensor.form is Form.WHOLE:
+            return half
+        self._heads[source] = half
+        return split_kv_b(self._arch, half, tensor.form)
 
     def _stack(self, tensor: Tensor) -> NDArray[Any]:
-        dtype = self._checkpoint.half_dtype(tensor.sources[0])
+        dtype = self._store.half_dtype(tensor.sources[0])
         pages = self._pages[tensor.name] = system.Pages(tensor.size * dtype.itemsize)
         stack: NDArray[Any] = np.frombuffer(pages.memory, dtype).reshape(tensor.shape)
+        restore = self._restore[tensor.name] = []
         for part, source in zip(stack, tensor.sources, strict=True):
-            if self._checkpoint.half_dtype(source) != dtype:
+            if self._store.half_dtype(source) != dtype:
                 raise UnsupportedError(f"tensor `{source}` is stored otherwise than `{tensor.sources[0]}`")
-            self._checkpoint.read_half(source, part)
+            restore.append(self._store.read_half(source, part))
         return stack

@@ -11,7 +11,8 @@ import pytest
 from support import checkpoints as make
 
 from quantize.base.errors import CheckpointError, UnsupportedError
-from quantize.source.checkpoint import E4M3_VALUES, Checkpoint, bf16_to_f32, f32_to_bf16
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.forms import E4M3_VALUES, bf16_to_f32, f32_to_bf16
 from quantize.source.safetensors import MAX_HEADER_BYTES, read_header
 
 
@@ -277,17 +278,17 @@ BAD_TENSORS: dict[str, tuple[dict[str, tuple[str, np.ndarray]], str]] = {
     "another shape": ({"w": ("F32", np.zeros((256, 200), np.float32))}, "makes it"),
     "integers": ({"w": ("I8", np.zeros((200, 256), np.int8))}, "`w` is I8"),
     "fp8 e5m2": ({"w": ("F8_E5M2", np.zeros((200, 256), np.uint8))}, "`w` is F8_E5M2"),
-    "no scales": ({"w": ("F8_E4M3", np.zeros((200, 256), np.uint8))}, "no scales of blocks"),
+    "no scales": ({"w": ("F8_E4M3", np.zeros((200, 256), np.uint8))}, "no scales that are read"),
 } | {
     f"scales {dtype} {shape}": (
         {"w": ("F8_E4M3", np.zeros((200, 256), np.uint8)), "w_scale_inv": (dtype, np.ones(shape, kind))},
-        "blocks take F32",
+        "128x128 blocks take|scales are read in",
     )
     for dtype, kind, shape in (
         ("F32", np.float32, (1, 2)),
         ("F32", np.float32, (2, 1)),
         ("F32", np.float32, (4,)),
-        ("F16", np.float16, (2, 2)),
+        ("I16", np.int16, (2, 2)),
     )
 }
 

@@ -228,7 +228,7 @@ def fused(stacked: str) -> dict[str, tuple[str, np.ndarray]]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["gate_up_proj", "gate_proj", "down_proj.weight"])
+@pytest.mark.parametrize("name", ["gate_up_proj", "gate_up_proj_bias", "down_proj.weight"])
 def test_fused_experts_are_called_so(tmp_path: Path, name: str) -> None:
     error = refusal(write(tmp_path, fused(name)))
     assert isinstance(error, UnsupportedError) and "fused" in str(error) and f"experts.{name}" in str(error)
@@ -263,9 +263,9 @@ def test_a_new_dtype_matters_only_where_it_is_needed(tmp_path: Path, dtype: str)
 def test_fp8_without_scales_of_blocks_is_called_so(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj.weight"
     fp8 = ("F8_E4M3", np.zeros(make.random_weights(make.V2)[name].shape, np.uint8))
-    folder = write(tmp_path, {**stored(), name: fp8, f"{name}_scale": ("F32", np.ones(1, np.float32))})
+    folder = write(tmp_path, {**stored(), name: fp8})
     error = refusal(folder)
-    assert f"`{name}` is fp8 and has no scales of blocks" in str(error) and "start from the bf16" in error.hint
+    assert f"`{name}` is fp8 and has no scales that are read" in str(error) and "start from the bf16" in error.hint
     scaled = {name: fp8, f"{name}_scale_inv": ("F32", np.ones((7, 7), np.float32))}
     make.write_safetensors(folder / "model.safetensors", {**stored(), **scaled})
     assert "weight_block_size" in refusal(folder).hint

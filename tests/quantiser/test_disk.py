@@ -15,7 +15,7 @@ import quantize
 from cext import system
 from quantize import Options, OutputError, Progress, pipeline
 from quantize.disk import Room
-from quantize.source.checkpoint import Checkpoint
+from quantize.source.stored import Files
 
 SMALL = {**make.V2, "num_hidden_layers": 2, "n_routed_experts": 4}
 RUNS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def test_a_disk_that_is_too_small_is_told_before_a_weight_is_read(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     reads: list[str] = []
-    monkeypatch.setattr(Checkpoint, "_read_into", lambda self, tensor, out: reads.append(tensor.name))
+    monkeypatch.setattr(Files, "read_into", lambda self, tensor, out: reads.append(tensor.name))
 
     def full(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

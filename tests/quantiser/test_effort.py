@@ -15,7 +15,7 @@ from quantize import Options, Progress, quantize
 from quantize.effort import Effort, forward
 from quantize.job import Plan, make_plan
 from quantize.meter import Meter
-from quantize.source.checkpoint import Checkpoint
+from quantize.source.source import open_source
 from quantize.source.tensors import SUBLAYERS
 
 CONFIG = {**make.V2_LITE, "num_hidden_layers": 2, "hidden_size": 256, "moe_intermediate_size": 256}
@@ -30,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(source: Path, **options: Any) -> Plan:
-    return make_plan(Checkpoint(source), Options(calibration=(source / "text.txt",), threads=2, **options))
+    return make_plan(open_source(source), Options(calibration=(source / "text.txt",), threads=2, **options))
 
 
 def test_phases_are_those_of_the_plan(source: Path) -> None:

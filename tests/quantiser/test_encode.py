@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from quantize.base.errors import QuantizeError
 from quantize.encode.encoder import DECODERS, FLOAT_TYPES, GRID_TYPES, NEED_IMPORTANCE, Encoder, row_bytes
 from quantize.encode.objective import Objective
-from quantize.source.checkpoint import bf16_to_f32
+from quantize.source.forms import bf16_to_f32
 
 BLOCK_TYPES = sorted(DECODERS)
 

@@ -17,6 +17,7 @@ from quantize import Options
 from quantize.source import tensors
 from quantize.source.arch import parse
 from quantize.source.checkpoint import Checkpoint
+from quantize.source.stored import Files, StoredTensor
 
 SMALL = {**make.V2, "num_hidden_layers": 2}
 RUNS: dict[str, dict[str, Any]] = {
@@ -34,13 +35,13 @@ def test_weights_are_read_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make.write_checkpoint(tmp_path / "hf", SMALL)
     text = make.write_text(tmp_path / "text.txt", 1300)
     counts: Counter[str] = Counter()
-    read = Checkpoint._read_into
+    read = Files.read_into
 
-    def counting(self: Checkpoint, tensor: Any, out: Any) -> None:
+    def counting(self: Files, tensor: StoredTensor, out: Any) -> None:
         counts[tensor.name] += 1
         read(self, tensor, out)
 
-    monkeypatch.setattr(Checkpoint, "_read_into", counting)
+    monkeypatch.setattr(Files, "read_into", counting)
     options = Options(**RUNS[run], threads=1, calibration=(text,))
     quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options)
     counted = {name: n for name, n in counts.items() if ".mlp.experts." in name or "kv_b_proj" in name}

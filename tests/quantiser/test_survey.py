@@ -33,7 +33,7 @@ from quantize.measure.sensitivity import (
 )
 from quantize.meter import Meter
 from quantize.source import arch as arch_of
-from quantize.source.checkpoint import Checkpoint
+from quantize.source.source import open_source
 from quantize.survey import SurveyStage
 
 CONFIG = {
@@ -95,7 +95,7 @@ def made(
 ) -> SurveyStage:
     asked = options or Options(type="q3_k_m", calibration=(source / "text.txt",), threads=1)
     options = replace(asked, survey_tokens=512)
-    plan = make_plan(Checkpoint(source), options)
+    plan = make_plan(open_source(source), options)
     whole: Any = records
     work = Job(
         plan,
