@@ -157,10 +157,12 @@ class Weight:
 
     def read(self, files: Files, start: int = 0, stop: int | None = None) -> F32:
         """Rows start to stop in float32. CheckpointError names a weight that holds NaN or infinity."""
-        stop = self.shape[0] if stop is None else stop
+        return self._decoded(files, self.grid(files), start, self.shape[0] if stop is None else stop)
+
+    def _decoded(self, files: Files, grid: Grid | None, start: int, stop: int) -> F32:
         values = self.form.decode(self.read_stored(files, start, stop), self.shape[-1])
-        if self.scale is not None:
-            self.grid(files).apply(values, start)
+        if grid is not None:
+            grid.apply(values, start)
         self._check(values, start)
         return values
 
@@ -180,16 +182,16 @@ class Weight:
             if np.any((bits & self.form.exponent) == self.form.exponent):
                 self._check(self.form.decode(out, self.shape[-1]), 0)
             return lambda half: self.form.decode(half, self.shape[-1])
-        values = self.read(files)
-        out[...] = f32_to_bf16(values)
-        if self.scale is None or self.form.nearest is None:
-            return lambda half: self.read(files)
         grid = self.grid(files)
-        return partial(_restore, self.form.nearest, grid) if grid.is_moderate else lambda half: self.read(files)
+        out[...] = f32_to_bf16(self._decoded(files, grid, 0, self.shape[0]))
+        if grid is not None and grid.is_moderate and self.form.nearest is not None:
+            return partial(_restore, self.form.nearest, grid)
+        return lambda half: self.read(files)
 
-    def grid(self, files: Files) -> Grid:
-        """The scales. CheckpointError where one is no positive number."""
-        assert self.scale is not None
+    def grid(self, files: Files) -> Grid | None:
+        """The scales; None in a form without. CheckpointError where one is no positive number."""
+        if self.scale is None:
+            return None
         stored = np.empty(self.scale.shape, SCALE_DTYPES[self.scale.dtype])
         files.read_into(self.scale, stored)
         n_columns = -(-self.shape[-1] // self.block[1])

@@ -149,7 +149,7 @@ def _row_length(
         return shape[1]
     if form.width(values.shape[1]) == values.shape[1]:
         return values.shape[1]
-    per_word = values.shape[1] // form.width(values.shape[1])
+    per_word = 64 // form.width(64)
     return scale.shape[-1] * kind.block[1] if kind.share == "group" and scale.shape else values.shape[1] * per_word
 
 

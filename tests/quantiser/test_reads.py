@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import checkpoints as make
+from support import stored as forms
 
 import quantize
 from cext import system
@@ -29,10 +30,19 @@ RUNS: dict[str, dict[str, Any]] = {
 MOST = {"the default": 3, "folds": 3, "a plain mix": 1, "not calibrated": 1}
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_weights_are_read_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
-    """Once to survey forwards, once backwards, once to write: experts, which are nearly all, and kv_b, which is two."""
-    make.write_checkpoint(tmp_path / "hf", SMALL)
+FORMS = [*((run, "BF16") for run in RUNS), ("the default", "F8_E4M3"), ("the default", "int4"), ("folds", "F8_E4M3")]
+
+
+@pytest.mark.parametrize(("run", "form"), FORMS)
+def test_weights_are_read_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, form: str) -> None:
+    """Once to survey forwards, once backwards, once to write: experts, which are nearly all, and kv_b, which is two.
+
+    Those too that the engine gets rounded: fp8 and packed integers are told by what they were rounded to.
+    """
+    if form == "int4":
+        forms.write(tmp_path / "hf", {**SMALL, "q_lora_rank": 64}, "int4")
+    else:
+        make.write_checkpoint(tmp_path / "hf", SMALL, dtype=form)
     text = make.write_text(tmp_path / "text.txt", 1300)
     counts: Counter[str] = Counter()
     read = Files.read_into
@@ -45,13 +55,14 @@ def test_weights_are_read_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = Options(**RUNS[run], threads=1, calibration=(text,))
     quantize.quantize(tmp_path / "hf", tmp_path / "m.gguf", options)
     counted = {name: n for name, n in counts.items() if ".mlp.experts." in name or "kv_b_proj" in name}
-    assert len(counted) == 2 + 8 * 3
+    weights = {name for name in counted if name.endswith(("weight", "packed"))}
+    assert len(weights) == 2 + 8 * 3 and len(counted) == len(weights) * {"BF16": 1, "F8_E4M3": 2, "int4": 3}[form]
     assert max(counted.values()) <= MOST[run], Counter(counted).most_common(3)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3"])
 def test_weights_in_memory_are_those_of_the_checkpoint(tmp_path: Path, dtype: str) -> None:
-    """Bit for bit, released parts aside; fp8, which the engine gets rounded, is read again."""
+    """Bit for bit, released parts aside; fp8 too, which the engine gets rounded."""
     config = {**SMALL, "quantization_config": make.FP8} if dtype == "F8_E4M3" else SMALL
     make.write_checkpoint(tmp_path / "hf", config, dtype=dtype)
     with Checkpoint(tmp_path / "hf") as checkpoint:
