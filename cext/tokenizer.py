@@ -24,6 +24,7 @@ from cext import vocabulary
 from cext.chat import MAX_OPENING, THINK_TAGS, Answer, Message, chat_ids, has_switch, split_answer, switches
 from cext.errors import TemplateError, TokenizerError
 from cext.traced import Traced
+from cext.words import Words
 
 __all__ = ["Answer", "Message", "TemplateError", "TextStream", "Tokenizer", "TokenizerError"]
 
@@ -192,15 +193,22 @@ class Tokenizer:
         return [spelling for token in set(ids) if (spelling := self.special_text(token)) is not None]
 
     def _tokenize(self, text: str) -> list[int]:
-        data = _utf8(text)
+        data, vocab = _utf8(text), self._open_vocab()
         if len(data) > MAX_TEXT_BYTES:
             raise TokenizerError(f"a text of {len(data)} bytes is too long to tokenise at once", "split it")
+        if not text.isascii() and self._words is not None:
+            return self._words.encode(data.decode())
         size = len(data) + 1  # a token spells at least one byte
         ids = (llama_cpp.llama_token * size)()
-        n = llama_cpp.llama_tokenize(self._open_vocab(), data, len(data), ids, size, False, False)
+        n = llama_cpp.llama_tokenize(vocab, data, len(data), ids, size, False, False)
         if n < 0:
             raise TokenizerError(f"`{self.path}`: the vocabulary cannot spell {text[:40]!r}")
         return list(ids[:n])
+
+    @cached_property
+    def _words(self) -> Words | None:
+        """For rules that llama.cpp does not keep to."""
+        return vocabulary.words(self.path, self._facts.pre)
 
     def _open_vocab(self) -> _Vocab:
         vocab = self._vocab

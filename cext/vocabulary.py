@@ -23,6 +23,7 @@ from gguf import GGUFValueType, GGUFWriter
 
 from cext.errors import TokenizerError
 from cext.gguf import Gguf
+from cext.words import RULES, Words
 
 NORMAL, UNKNOWN_TOKEN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 # Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
@@ -79,6 +80,22 @@ def read(path: str) -> Vocabulary:
         pre if isinstance(pre, str) else None,
         template if isinstance(template, str) and template.strip() else None,
     )
+
+
+def words(path: str, pre: str | None) -> Words | None:
+    """The file's rule and merges, where llama.cpp keeps to its rule in ASCII alone; None where it does, or where the
+    file tells no merges. OSError."""
+    if pre is None or pre not in RULES:
+        return None
+    with Gguf(path) as gguf:
+        metadata = gguf.metadata
+        tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges")
+        types = metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        return None
+    kinds = [*types, *[NORMAL] * len(tokens)] if isinstance(types, list) else [NORMAL] * len(tokens)
+    normal, defined = ({t: i for i, t in enumerate(tokens) if kinds[i] == kind} for kind in (NORMAL, USER_DEFINED))
+    return Words(pre, normal, merges, defined)
 
 
 def _is_id(value: object, n_vocab: int) -> bool:

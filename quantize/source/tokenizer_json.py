@@ -10,27 +10,26 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from cext.words import CONTRACTIONS, RULES, WHOLE, by_case
 from quantize.base.errors import CheckpointError, UnsupportedError
 from quantize.source.bpe import NORMAL, Bpe, Table, added_kind
 from quantize.source.checkpoint import read_json
 
-_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions, as published; llama.cpp spells the cases out
+# English contractions as llama.cpp spells them.
 _SPELT_OUT = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_BY_CASE = (  # OpenAI's o200k rule, but for numbers
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}?|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}?|"
-)
-_THE_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # GGUF's name -> the splitting rules, in order. One that ends in "..." is known by how it begins: lists of characters
 # differ between releases of Unicode, their beginnings do not. In angle brackets: a step that is no regular expression.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "deepseek-llm": ("[\r\n]...", "\\s?[A-Za-zµ...", "\\s?[!-/:-~...", "\\s+$...", "[一-龥...", "<digits>"),
     "deepseek-coder": ("[\r\n]...", "\\s?\\p{L}+...", "\\s?\\p{P}+...", "[一-龥...", "<digits>"),
     "deepseek-v3": ("\\p{N}{1,3}...", "[一-龥...", "[!\"#$%&'()*+,\\-./:;<=>?@..."),
-    "glm4": (_SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
+    "glm4": (
+        CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
     "gigachat": ("<gpt-2>",),
-    "kanana2": (_BY_CASE + r"\p{N}{1,3}" + _THE_REST,),
-    "youtu": ("[가-힣ㄱ-ㆎ]+|...", _BY_CASE + r"\p{N}" + _THE_REST),
+    "kanana2": (RULES["kanana2"],),
+    "tekken": (RULES["tekken"],),
+    "youtu": ("[가-힣ㄱ-ㆎ]+|...", by_case(f"{CONTRACTIONS}?", r"\p{N}")),
 }
 
 
@@ -50,10 +49,16 @@ def read(path: Path, n_vocab: int) -> Bpe:
         if not isinstance(token, dict):
             raise CheckpointError(f"`{path}`: an added token is {token!r}, expected an object")
         table.put(token.get("content"), token.get("id"), added_kind(token))
+    pre = recognise(path, tokenizer.get("pre_tokenizer"))
+    if pre in WHOLE and model.get("ignore_merges") is not True:
+        raise UnsupportedError(
+            f"`{path}`: `ignore_merges` is {model.get('ignore_merges')!r}, and {pre} GGUF can only say true",
+            "the hub's copy of the tokenizer replaces it",
+        )
     tokens, types = table.rows()
     in_front = _in_front(tokenizer.get("post_processor"))
     return Bpe(
-        pre=recognise(path, tokenizer.get("pre_tokenizer")),
+        pre=pre,
         tokens=tokens,
         types=types,
         merges=tuple(_merges(path, model.get("merges"))),
@@ -93,7 +98,7 @@ def _rule(step: dict[str, Any]) -> list[str]:
             text = str(pattern.get("Regex", pattern.get("String", ""))) if isinstance(pattern, dict) else ""
             # What stands between two matches is a word too: rules that match all text leave nothing there.
             whole = step.get("behavior") == "Isolated" or (step.get("behavior") == "Removed" and step.get("invert"))
-            return [text.replace(_SPELT_OUT, _SHORT) if whole else f"<split {step.get('behavior')}>"]
+            return [text.replace(_SPELT_OUT, CONTRACTIONS) if whole else f"<split {step.get('behavior')}>"]
         case "Digits" if step.get("individual_digits"):
             return ["<digits>"]
         case "ByteLevel":
