@@ -196,9 +196,10 @@ def say_path(path: Path) -> None:
     say_data(str(path) + "\n") if not is_terminal(sys.stdout) else say(str(path))
 
 
-def say_piece(piece: str) -> None:
-    """A piece of an answer, at once: as it is into a pipe, safe on a terminal."""
-    _put(printable_text(piece) if is_terminal(sys.stdout) else piece)
+def say_piece(piece: str, style: str | None = None) -> None:
+    """A piece of an answer, at once: as it is into a pipe, safe on a terminal, and there in a named style."""
+    text = printable_text(piece) if is_terminal(sys.stdout) else piece
+    _put(styled(text, style, sys.stdout) if style else text)
     flush()
 
 

@@ -13,7 +13,8 @@ from cext.system import resident_bytes
 from dsv2cli import console, interrupts
 from dsv2cli.conversation import Conversation
 from dsv2cli.errors import UsageError
-from dsv2cli.scheduler import Event, Read, Stats
+from dsv2cli.reasoning import Piece, Reasoning
+from dsv2cli.scheduler import Event, Read, Stats, Token
 from dsv2cli.terminal import LineReader, terminating_in_order
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ HELP = {
     "/help": "this list",
     "/system TEXT": "set the system message (/system alone shows it, /system none removes it)",
     "/think on|off|auto": "whether the model reasons before it answers",
+    "/think show|hide": "its reasoning, or a line in place of it",
     "/clear": "forget the conversation; the system message stays",
     "/retry": "answer the last message again",
     "/stats": "speed, context and memory",
@@ -44,20 +46,27 @@ class Chat:
     limit: int | None = None
     quiet: bool = False
     raw: bool = False
+    folded: bool = False  # a line in place of reasoning, on a terminal
     last: Stats = field(default_factory=Stats)
 
     def answer(self, text: str) -> str:
         """Stream one answer to stdout and return it; Ctrl-C ends it. ContextFullError where ``text`` is too long."""
         self.last = Stats()
-        progress = ReadProgress(shown=not self.quiet)
+        progress = Progress(shown=not self.quiet)
         reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
+        reasoning = Reasoning(self.runtime.tokenizer)
+        fold = Fold(reasoning, progress) if self.folded and console.is_terminal(sys.stdout) else None
         written: list[str] = []
         try:
             with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-                for piece in self._shown(reply, progress.told):
-                    progress.clear()
-                    written.append(piece)
-                    console.say_piece(piece)
+                for piece in self._pieces(reply, reasoning, progress.read):
+                    shown = piece.text if fold is None else fold.rest(piece)
+                    if shown:
+                        progress.clear()
+                        written.append(shown)
+                        console.say_piece(shown, "dim" if piece.reasoning else None)
+            if fold is not None:
+                fold.tell()
         finally:
             progress.clear()
             if written and not written[-1].endswith("\n"):
@@ -70,9 +79,11 @@ class Chat:
         self.last = Stats()
         reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
         with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-            return "".join(self._shown(reply))
+            return "".join(piece.text for piece in self._pieces(reply, Reasoning(self.runtime.tokenizer)))
 
-    def _shown(self, reply: Iterator[Event], told: Callable[[int, int], None] = lambda done, n: None) -> Iterator[str]:
+    def _pieces(
+        self, reply: Iterator[Event], reasoning: Reasoning, told: Callable[[int, int], None] = lambda done, n: None
+    ) -> Iterator[Piece]:
         """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with."""
         begun = self.raw
         for event in reply:
@@ -82,9 +93,12 @@ class Chat:
             text = event.text if begun else event.text.lstrip()
             if text and not begun:
                 text = self.conversation.opening + text
-            if text:
                 begun = True
-                yield text
+            if self.raw:
+                yield Piece(text, False)
+            elif begun:
+                yield from reasoning.feed(text, event.id if isinstance(event, Token) else None)
+        yield from reasoning.finish()
 
     def _tell_stop(self) -> None:
         if self.last.stop == "cancelled":
@@ -101,21 +115,54 @@ class Chat:
 
 
 @dataclass
-class ReadProgress:
-    """A line on stderr while a long prompt is read, gone when the answer begins."""
+class Progress:
+    """A line on stderr while nothing of an answer is to be seen, gone when it begins."""
 
     shown: bool
     on_screen: bool = False
 
-    def told(self, done: int, n: int) -> None:
-        if self.shown and n >= LONG_READ and console.obeys(sys.stderr):
-            console.show_progress(f"reading: {done} of {n} tokens")
+    def read(self, done: int, n: int) -> None:
+        if n >= LONG_READ:
+            self.tell(f"reading: {done} of {n} tokens")
+
+    def tell(self, line: str) -> None:
+        if self.shown and console.obeys(sys.stderr):
+            console.show_progress(line)
             self.on_screen = True
 
     def clear(self) -> None:
         if self.on_screen:
             console.show_progress("")
             self.on_screen = False
+
+
+@dataclass
+class Fold:
+    """A line in place of an answer's reasoning."""
+
+    reasoning: Reasoning
+    progress: Progress
+    folded: bool = False  # something is, and not yet told
+    at_edge: bool = False  # of the content, whose first line breaks parted it from what is folded
+
+    def rest(self, piece: Piece) -> str:
+        """What is to be shown of a piece."""
+        if piece.reasoning:
+            self.folded = self.at_edge = True
+            self.progress.tell(f"thinking: {self.reasoning.n_tokens} tokens")
+            return ""
+        text = piece.text.lstrip("\n") if self.at_edge else piece.text
+        if text:
+            self.tell()
+            self.at_edge = False
+        return text
+
+    def tell(self) -> None:
+        if self.folded:
+            self.progress.clear()
+            seconds, n = console.format_seconds(self.reasoning.seconds), self.reasoning.n_tokens
+            console.note(f"(thought for {seconds}, {n} tokens; /think show shows it)", "dim")
+            self.folded = False
 
 
 def describe(stats: Stats, load_seconds: float) -> str:
@@ -226,7 +273,9 @@ class Repl:
         from cext.tokenizer import TokenizerError
 
         conversation, word = self.chat.conversation, text.strip().lower()
-        if self.chat.raw:
+        if word in ("show", "hide"):
+            self.chat.folded = word == "hide"
+        elif self.chat.raw:
             console.note("--raw has no chat template, which is what switches reasoning")
         elif word in ("on", "off", "auto"):
             try:
@@ -234,9 +283,10 @@ class Repl:
             except TokenizerError as error:
                 console.print_error(str(error), error.hint.replace("--think", "/think"))
         elif word:
-            console.note(f"/think takes on, off or auto, and not {text.strip()}")
+            console.note(f"/think takes on, off, auto, show or hide, and not {text.strip()}")
         else:
-            console.note({None: "auto", True: "on", False: "off"}[conversation.thinking])
+            switch = {None: "auto", True: "on", False: "off"}[conversation.thinking]
+            console.note(f"{switch}, {'hidden' if self.chat.folded else 'shown'}")
         return True
 
     def clear(self, _: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from support.cli import dsv2
+from support.cli import dsv2, terminal
 from support.templates import MARKERS, family_keys
 from support.tiny import Checkpoint, gguf_metadata, gguf_tensors, spec_named, variant, write_tensors
 from support.vocab import BOS, N_VOCAB, V2_TEMPLATE
@@ -14,6 +15,7 @@ from support.vocab import BOS, N_VOCAB, V2_TEMPLATE
 import cext
 from cext.tokenizer import Message, Tokenizer
 from dsv2cli.conversation import Conversation, Turn
+from dsv2cli.reasoning import Reasoning
 
 SWITCHED = (  # R1's way with reasoning, and V3.1's switch
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
@@ -68,6 +70,57 @@ def test_reasoning_is_a_part_of_its_own_in_json(model: Path) -> None:
 def test_the_opening_tag_is_not_lost_from_the_text(model: Path) -> None:
     assert dsv2("chat", model, "-p", "Hi", "-q", "-n", "4").stdout.startswith("<think>\n")
     assert "think>" not in dsv2("chat", model, "-p", "Hi", "-q", "-n", "4", "--raw").stdout
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], opening: str = "") -> tuple[str, str, int]:
+    """(reasoning, content, tokens of reasoning) of an answer that comes token by token."""
+    reasoning, stream = Reasoning(tokenizer), tokenizer.stream()
+    came = [piece for id in ids for piece in reasoning.feed(opening * (id == ids[0]) + stream.feed(id), id)]
+    came += reasoning.finish()
+    kinds = [piece.reasoning for piece in came]
+    assert kinds == sorted(kinds, reverse=True) and all(piece.text for piece in came)
+    said, rest = ("".join(p.text for p in came if p.reasoning == kind) for kind in (True, False))
+    return said, rest, reasoning.n_tokens
+
+
+def test_reasoning_as_it_comes(model: Path) -> None:
+    with Tokenizer(model) as tokenizer:
+        opens, closes = (tokenizer.control_id(tag) or 0 for tag in ("<think>", "</think>"))
+        plain = tokenizer.encode
+        spelt = plain("</think>")  # letters, which are no tag where the tag is a token
+        assert closes not in spelt
+        ids = [opens, *plain("why"), *spelt, *plain("not"), closes, *plain("\n\nYes </think>")]
+        expected = ("<think>why</think>not</think>", "\n\nYes </think>", ids.index(closes) + 1)
+        assert pieces(tokenizer, ids) == expected
+        assert pieces(tokenizer, ids[1:], "<think>\n") == ("<think>\n" + expected[0][7:], expected[1], expected[2] - 1)
+        assert pieces(tokenizer, [opens, *plain("on and on")])[:2] == ("<think>on and on", "")
+        for text in ("No tag.", "<thin air>", "<thi", "a <think> in the middle</think>"):
+            assert pieces(tokenizer, plain(text)) == ("", text, 0)
+        letters = plain("[THINK] so [/THIN] or [/THINK]done")  # of a vocabulary that has no such tokens
+        assert pieces(tokenizer, letters)[:2] == ("[THINK] so [/THIN] or [/THINK]", "done")
+        assert pieces(tokenizer, plain("[THINK] so [/THI"))[:2] == ("[THINK] so [/THI", "")
+
+
+def test_reasoning_is_dim_or_folded_on_a_terminal_and_plain_in_a_pipe(model: Path, tmp_path: Path) -> None:
+    with terminal("chat", model, "-n", "4", "--temp", "0", XDG_STATE_HOME=str(tmp_path)) as screen:
+        at = screen.wait_for("> $")
+        screen.type("Hi\n")
+        at = screen.wait_for(r"Hi\n<think>\n\S+(.|\n)*-n\)\n> $", at)
+        assert b"\x1b[2m<think>" in screen.raw
+        screen.type("/think hide\n/think\n")
+        at = screen.wait_for(r"auto, hidden\n> $", at)
+        screen.type("/retry\n")
+        end = screen.wait_for(r"-n\)\n> $", at)
+        assert re.search(r"\(thought for 0\.\d\d s, 4 tokens; /think show shows it\)\n", screen.text[at:end])
+        assert "<think>" not in screen.text[at:end]
+        screen.type("/think off\n/retry\n")  # content: nothing to fold
+        at = screen.wait_for(r"/retry\n(.|\n)*-n\)\n> $", end)
+        assert "thought" not in screen.text[end:at]
+        screen.type("/think auto\n/think show\n/retry\n")
+        screen.wait_for(r"/retry\n<think>\n(.|\n)*-n\)\n> $", at)
+    with terminal("chat", model, "-n", "4", "-p", "Hi", "-q", NO_COLOR="1") as screen:
+        assert screen.exit_code() == 0 and b"\x1b" not in screen.raw and "<think>" in screen.text
+    assert "\x1b" not in dsv2("chat", model, "-n", "4", "-p", "Hi", "-q").stdout
 
 
 def test_a_model_without_the_switch_says_so(folder: Path) -> None:

@@ -147,9 +147,9 @@ def test_reasoning_that_the_template_does_not_know(model: Path, tmp_path: Path) 
         screen.type("/think on\n")
         at = screen.wait_for(r"error:.*cannot switch reasoning on(.|\n)*hint: /think auto(.|\n)*> $", at)
         screen.type("/think\n")
-        at = screen.wait_for(r"/think\nauto\n> $", at)
+        at = screen.wait_for(r"/think\nauto, shown\n> $", at)
         screen.type("/think maybe\n")
-        at = screen.wait_for(r"/think takes on, off or auto, and not maybe\n> $", at)
+        at = screen.wait_for(r"/think takes on, off, auto, show or hide, and not maybe\n> $", at)
         screen.type("Hi\n")
         screen.wait_for(r"-n\)\n> $", at)
     with talk(model, tmp_path, "--think", "on") as screen:
@@ -162,7 +162,7 @@ def test_the_list_of_commands_is_aligned(model: Path, tmp_path: Path) -> None:
         screen.type("/help\n")
         end = screen.wait_for(r"stops an answer\.\n> $", at)
         lines = re.findall(r"^  (/\S+(?: \S+)?  +)\S", screen.text[at:end], re.MULTILINE)
-        assert len(lines) == 7 and len({len(line) for line in lines}) == 1
+        assert len(lines) == 8 and len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("name", ["dumb", "", "unknown"])
