@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dsv2cli import console
 from dsv2cli.server import answering, errors, metrics
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
-from dsv2cli.server.dialects import chat, completions, models, native
+from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
 from dsv2cli.server.wire import dump
@@ -35,6 +35,14 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models", models.models),
     ("GET", "/models", models.models),
     ("GET", "/v1/models/{name:path}", models.model),
+    ("POST", "/v1/messages", anthropic.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("GET", "/api/version", ollama.version),
+    ("GET", "/api/tags", ollama.tags),
+    ("GET", "/api/ps", ollama.running),
+    ("POST", "/api/show", ollama.show),
+    ("POST", "/api/chat", ollama.chat),
+    ("POST", "/api/generate", ollama.generate),
     ("POST", "/completion", native.completion),
     ("POST", "/completions", native.completion),
     ("POST", "/infill", native.infill),
