@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.logits import assert_close, firm_prompt, reference
 from support.tiny import SPECS, Spec, spec_named, tokens
-from test_model import assert_close, firm_prompt, reference
 
 import cext
 from cext import ArgumentError, Device, Model, Place, Tap

@@ -6,28 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ref.model import Model as Reference
-from support.tiny import NUMPY_ONLY, SPECS, Checkpoint, gguf_tensors, spec_named, tokens, variant
+from support.logits import FLOAT32, assert_close, firm_prompt, reference
+from support.tiny import NUMPY_ONLY, SPECS, spec_named, tokens, variant
 
 import cext
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# The engine works in float32. A product of k terms errs by about sqrt(k) 2^-24 of its size; k is at most 128 here and
-# the longest path to a logit has 3 layers of 6 products: 18 sqrt(128) 2^-24 = 1.2e-5 of the logits' range.
-FLOAT32 = 1.2e-5
 ALL_SPECS = (*SPECS, *NUMPY_ONLY)
 LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
 MOE, MOE_SHARED = spec_named("moe"), spec_named("moe_shared")
-
-
-def assert_close(got, expected, tolerance=FLOAT32):
-    """Within tolerance of the expected values' range; a failure names the worst place."""
-    got, expected = np.asarray(got), np.asarray(expected)
-    assert got.shape == expected.shape
-    error = np.abs(got - expected) / np.ptp(expected)
-    worst = np.unravel_index(error.argmax(), error.shape)
-    assert error.max() <= tolerance, (
-        f"{error.max():.2e} of the range at {worst}: {got[worst]}, expected {expected[worst]}"
-    )
 
 
 class Halves(Reference):
@@ -35,20 +22,6 @@ class Halves(Reference):
 
     def cached(self, first, second):
         return first.astype(np.float16).astype(np.float64), second.astype(np.float16).astype(np.float64)
-
-
-def reference(spec, kind=Reference):
-    return kind(spec.hparams, gguf_tensors(Checkpoint(spec)))
-
-
-def firm_prompt(ref, spec, n, seed):
-    """(ids, logits) of a prompt in which no routing decision is so near that float32 may settle it otherwise."""
-    for attempt in range(seed, seed + 1000, 100):
-        ids = tokens(spec, n, attempt)
-        logits = ref.forward(ids)
-        if min((margin.min() for margin in ref.margins), default=1) > FLOAT32:
-            return ids, logits
-    raise AssertionError("every prompt has a near tie")
 
 
 def in_pieces(session, ids, cuts):

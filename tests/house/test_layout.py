@@ -17,6 +17,23 @@ ENGINE = ROOT / "cext"
 
 PYTHON_ROOMS = {"cext": {"cext"}, "quantize": {"quantize", "cext"}, "dsv2cli": {"dsv2cli", "quantize", "cext"}}
 
+TEST_ROOMS = {
+    "engine": {"cext"},
+    "quantiser": {"cext", "quantize"},
+    "program": PYTHON_ROOMS.keys(),
+    "house": set[str](),
+    "bench": PYTHON_ROOMS.keys(),
+    "ref": set[str](),
+    "support": PYTHON_ROOMS.keys(),
+    "golden": {"cext", "quantize"},
+    "fuzz": {"cext"},
+    "isa": set[str](),
+    "stress": set[str](),
+}
+"""What a room of tests/ may import of the packages: a package is tested without those above it."""
+HELPERS = {"ref": {"ref"}, "house": set[str](), "support": {"support", "ref"}}
+"""What it may import of the tests' own; the others, support and ref alike."""
+
 FLOORS = {
     "base": set[str](),
     "write": {"base"},
@@ -38,6 +55,8 @@ BELOW = {
     "model": {"backend", "memory", "arch", "quant", "gguf", "base"},
 }
 """What a room of the engine may include beside itself."""
+
+TEST = re.compile(r"test_")  # what a file of tests is called
 
 MADE = {"kernels/isas.h"}  # by CMakeLists.txt, in the build folder
 MAX_LINES = 1000
@@ -94,6 +113,15 @@ def includes(text: str) -> Iterator[tuple[str, bool]]:
         yield m[2], m[1] == '"'
 
 
+def folders_of(folder: Path) -> set[str]:
+    """The names of the folders in it that hold files, but for what programs leave there."""
+    return {
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith((".", "_")) and any(p.is_file() for p in path.iterdir())
+    }
+
+
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
     """Top-level names of the modules that a file imports; package is its own, for relative imports."""
     for node in ast.walk(tree):
@@ -130,9 +158,31 @@ def test_python_imports_run_one_way(room: str) -> None:
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files
         for name in imported(ast.parse(path.read_text(encoding="utf-8")), room)
-        if name in (PYTHON_ROOMS.keys() | {"tests", "support", "ref"}) - PYTHON_ROOMS[room]
+        if name in (PYTHON_ROOMS.keys() | {"tests", "conftest", *TEST_ROOMS}) - PYTHON_ROOMS[room] or TEST.match(name)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("room", TEST_ROOMS)
+def test_tests_import_what_they_test_and_never_each_other(room: str) -> None:
+    """Under pytest any test file can be imported by its name; what two share is in support."""
+    allowed = TEST_ROOMS[room] | HELPERS.get(room, {"support", "ref"})
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in python_files(f"tests/{room}")
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")), room)
+        if name in (PYTHON_ROOMS.keys() | {"tests", "conftest", *TEST_ROOMS}) - allowed or TEST.match(name)
+    ]
+    assert not wrong
+
+
+def test_tests_are_in_rooms() -> None:
+    """With names of their own: two files of one name are one module to Python."""
+    assert folders_of(ROOT / "tests") == TEST_ROOMS.keys()
+    assert [path.name for path in (ROOT / "tests").glob("*.py")] == ["conftest.py"]
+    files = [path for path in (ROOT / "tests").rglob("*.py") if TEST.match(path.name)]
+    assert len({path.name for path in files}) == len(files)
+    assert {path.parent.name for path in files} == {"engine", "quantiser", "program", "house"}
 
 
 @pytest.mark.parametrize("floor", FLOORS)
@@ -162,8 +212,38 @@ def test_the_scheduler_knows_the_engine_alone() -> None:
     assert not wrong
 
 
-def test_every_floor_is_listed() -> None:
-    assert {path.name for path in (ROOT / "quantize").iterdir() if (path / "__init__.py").exists()} == FLOORS.keys()
+def test_every_floor_and_room_is_listed() -> None:
+    assert folders_of(ROOT / "quantize") == FLOORS.keys()
+    assert folders_of(ENGINE) == BELOW.keys() | {"python"}
+
+
+TREE = re.compile(r"^(?:(\w+)/|  (\w+)/) +\S", re.MULTILINE)
+
+
+def rooms_in(readme: str) -> dict[str, set[str]]:
+    """The rooms that the tree in the README has lines for, and within each line the others that it names."""
+    rooms: dict[str, set[str]] = {}
+    room = ""
+    for line in readme.partition("## How the rooms fit")[2].split("```")[1].strip("\n").splitlines():
+        found = TREE.match(line)
+        assert found, f"not a line of the tree: {line}"
+        if found[1]:
+            room = found[1]
+            rooms[room] = set()
+        else:
+            rooms[room].add(found[2])
+        rooms[room] |= set(re.findall(r"(?<![\w/])(\w+)/(?=[ ,;:.]|$)", line[len(found[0]) - 1 :]))
+    return rooms
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    """Every folder of code has its word, and every word its folder (of the room, or of a room in it)."""
+    rooms = rooms_in((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert rooms.keys() == PYTHON_ROOMS.keys() | {"tests"}
+    for room, named in rooms.items():
+        there = folders_of(ROOT / room) - {"models"}  # data: the packaged model
+        deeper = {inner for outer in there for inner in folders_of(ROOT / room / outer)}
+        assert there <= named <= there | deeper, room
 
 
 @pytest.mark.parametrize("room", BELOW)
@@ -362,6 +442,11 @@ def test_writing_is_seen() -> None:
 def test_imports_are_seen() -> None:
     tree = ast.parse("import os.path\nfrom quantize.recipe import a\ndef f():\n    from . import b\n    import cext\n")
     assert set(imported(tree, "dsv2cli")) == {"os", "quantize", "dsv2cli", "cext"}
+
+
+def test_a_tree_is_read() -> None:
+    tree = "## How the rooms fit\n\n```\na/    one in b/, some\n  c/  two (x.h); d/ and e/\nf/  g.c/h no\n```\n```\n"
+    assert rooms_in(tree) == {"a": {"b", "c", "d", "e"}, "f": set()}
 
 
 def test_modules_are_seen() -> None:

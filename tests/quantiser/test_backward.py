@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from ref.model import Model
+from support.calibrated import reader
 from support.tiny import MISTRAL, NUMPY_ONLY, SPECS, Checkpoint, Spec, gguf_tensors
 
 from quantize.measure.backward import Block
@@ -29,15 +30,6 @@ def arch_and_weights(spec: Spec):
     else:
         arch = arch_of.parse(config)
     return arch, {name: w.astype(np.float64) for name, w in gguf_tensors(Checkpoint(spec)).items()}
-
-
-def reader(weights, il):
-    def read(role, part):
-        suffix = "bias" if role == "exp_probs_b" else "weight"
-        whole = weights[f"blk.{il}.{role}.{suffix}"]
-        return whole[part] if whole.ndim == 3 else whole
-
-    return read
 
 
 def loss(spec, weights, il, x, dy):

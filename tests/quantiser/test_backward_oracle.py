@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from ref.model import Model
+from support.calibrated import reader
 from support.tiny import SPECS, Checkpoint, gguf_tensors, tokens
-from test_backward import reader
 
 from quantize.measure.backward import Block, norm, norm_backward
 from quantize.source import arch as arch_of

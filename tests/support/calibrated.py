@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,17 @@ import cext
 from quantize.measure.calibrate import Stream, SublayerStats
 
 Weights = Mapping[str, np.ndarray]
+
+
+def reader(weights: Weights, il: int) -> Callable[[str, Any], Any]:
+    """``read(role, part)``: a weight of layer il, or that part of a stack, as the stages read them."""
+
+    def read(role: str, part: Any) -> Any:
+        suffix = "bias" if role == "exp_probs_b" else "weight"
+        whole = weights[f"blk.{il}.{role}.{suffix}"]
+        return whole[part] if whole.ndim == 3 else whole
+
+    return read
 
 
 def attention(stream: Stream, keys: dict[str, Any], il: int, weights: Weights, **how: Any) -> SublayerStats:
