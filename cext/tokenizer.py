@@ -36,7 +36,7 @@ LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
 WORD_END = re.compile(r"(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])|(?<=[一-龥])(?=[！-／：-～‘-‟、。])")
 REASONING = frozenset(itertools.chain(*THINK_TAGS))
 # Warnings of llama.cpp's that are told in our own words, or are about what it guesses and we do not.
-TOLD = re.compile("missing pre-tokenizer|QUALITY WILL BE|CONSIDER REGEN|special_eos_id is not in|bad special token")
+TOLD = re.compile("missing pre-tokenizer|QUALITY WILL BE|CONSIDER REGEN|special_eo[stm]_id is not in|bad special token")
 MAX_TOLD = 4
 MAX_TEXT_BYTES = 1 << 30  # llama.cpp counts bytes and tokens in 32 bits
 

@@ -24,15 +24,36 @@ def by_case(ending: str, numbers: str) -> str:
     return rf"{word}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+def kimi() -> str:
+    """Kimi's and Moonlight's, as their tokenizer's code has it: o200k's words without Han, whose runs are words."""
+    upper, lower = rf"[{UPPER}&&[^\p{{Han}}]]", rf"[{LOWER}&&[^\p{{Han}}]]"
+    word = (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{CONTRACTIONS}?"
+    )
+    return rf"[\p{{Han}}]+|{word}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
 # GGUF's name of the rules (tokenizer.ggml.pre) -> the rule.
 RULES: Mapping[str, str] = {
     "tekken": by_case("", r"\p{N}"),
     "kanana2": by_case(f"{CONTRACTIONS}?", r"\p{N}{1,3}"),
     "gpt-4o": by_case(f"{CONTRACTIONS}?", r"\p{N}{1,3}"),
+    "youtu": by_case(f"{CONTRACTIONS}?", r"\p{N}"),
+    "kimi-k2": kimi(),
 }
-WHOLE = ("tekken",)  # here a word that is a token is one, whatever its merges would make of it
+# What is cut out of a text before that.
+FIRST: Mapping[str, str] = {
+    "youtu": "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥\u3040-ゟ゠-ヿ]+",
+}
+WHOLE = ("tekken", "youtu", "kimi-k2")  # here a word that is a token is one, whatever its merges would make of it
 # White space as Unicode has it; Python's \s holds four separators of ASCII more.
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The script Han, which Python does not tell: from, to.
+HAN = (
+    (0x2E80, 0x2E99), (0x2E9B, 0x2EF3), (0x2F00, 0x2FD5), (0x3005, 0x3005), (0x3007, 0x3007), (0x3021, 0x3029),
+    (0x3038, 0x303B), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFA6D), (0xFA70, 0xFAD9), (0x16FE2, 0x16FE3),
+    (0x16FF0, 0x16FF1), (0x20000, 0x2A6DF), (0x2A700, 0x2EE5D), (0x2F800, 0x2FA1D), (0x30000, 0x323AF),
+)  # fmt: skip
 N_CACHED = 1 << 15  # words
 
 
@@ -47,6 +68,7 @@ class Words:
         self, pre: str, ids: Mapping[str, int], merges: Sequence[str], defined: Mapping[str, int] | None = None
     ) -> None:
         self._rule = _compiled(RULES[pre])
+        self._first = re.compile(f"({FIRST[pre]})") if pre in FIRST else None
         self._ids = ids
         self._defined = {text: id_ for text, id_ in (defined or {}).items() if text}
         spellings = sorted(self._defined, key=len, reverse=True)
@@ -67,7 +89,8 @@ class Words:
 
     def split(self, text: str) -> Iterator[str]:
         """The words: they make up the text."""
-        return (match[0] for match in self._rule.finditer(text))
+        for piece in self._first.split(text) if self._first else [text]:
+            yield from (match[0] for match in self._rule.finditer(piece))
 
     def _merged(self, word: str) -> tuple[int, ...]:
         spelt = "".join(map(_BYTE_CHARACTERS.__getitem__, word.encode()))
@@ -126,6 +149,7 @@ _BYTE_CHARACTERS = _byte_characters()
 @cache
 def _compiled(rule: str) -> re.Pattern[str]:
     r"""A rule with \p{..} and Unicode's \s, which Python's expressions lack."""
+    rule = re.sub(r"(\[[^][&]+)&&\[\^\\p\{Han\}\]\]", r"(?:(?!\\p{Han})\1])", rule)
     out, inside = [], False
     for piece in re.findall(r"\\p\{\w+\}|\\.|.", rule):
         inside = (inside or piece == "[") and piece != "]"
@@ -136,7 +160,7 @@ def _compiled(rule: str) -> re.Pattern[str]:
 
 @cache
 def _classes() -> dict[str, str]:
-    """The insides of character classes, by general category ("Lu") and by group of them ("L")."""
+    """The insides of character classes, by general category ("Lu"), by group of them ("L"), and Han."""
     runs: dict[str, list[list[int]]] = {}
     for code in itertools.chain(range(0x40000), range(0xE0000, 0xE1000)):  # the planes between hold no characters
         category = unicodedata.category(chr(code))
@@ -146,4 +170,5 @@ def _classes() -> dict[str, str]:
                 last[-1][1] = code
             else:
                 last.append([code, code])
+    runs["Han"] = [list(run) for run in HAN]
     return {name: "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in found) for name, found in runs.items()}

@@ -149,11 +149,16 @@ def _metadata(plan: Plan, steps: Sequence[Step], distance: Distance | None) -> d
             "dsv2.expert_usage": usage.reshape(-1),
         }
     if plan.evaluated:
-        names = ("perplexity_ratio", "kld_mean", "kld_p99", "top1", "routing")
+        names = ("perplexity_ratio", "kld_mean", "kld_p99", "top1", *(("routing",) if _routes(plan) else ()))
         figures = {name: getattr(distance, name, None) or 0.0 for name in names}
         keys["dsv2.evaluation.tokens"] = distance.n_scored if distance is not None else 0
         keys |= {f"dsv2.evaluation.{name}": float(value) for name, value in figures.items()}
     return keys
+
+
+def _routes(plan: Plan) -> bool:
+    """Whether any layer chooses experts."""
+    return not all(plan.arch.is_dense(il) for il in range(plan.arch.n_layer))
 
 
 def _report(

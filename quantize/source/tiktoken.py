@@ -47,7 +47,7 @@ def read(path: Path, settings: Mapping[str, Any], n_vocab: int) -> Bpe:
     _put_special(table, len(ranked), settings)
     pairs, n_alone = merges(ranked)
     tokens, types = table.rows()
-    alone = f"{n_alone} tokens of {path.name} are no two others joined: a word that is one of them is cut in GGUF"
+    alone = f"{n_alone} tokens of {path.name} are no two others joined: llama.cpp cuts a word that is one of them"
     return Bpe(
         pre=pre,
         tokens=tokens,

@@ -6,11 +6,12 @@ ones are refused: a wrong name would tokenise almost, but not quite, like the mo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cext.words import CONTRACTIONS, RULES, WHOLE, by_case
+from cext.words import CONTRACTIONS, RULES, WHOLE, merge
 from quantize.base.errors import CheckpointError, UnsupportedError
 from quantize.source.bpe import NORMAL, Bpe, Table, added_kind
 from quantize.source.checkpoint import read_json
@@ -29,7 +30,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gigachat": ("<gpt-2>",),
     "kanana2": (RULES["kanana2"],),
     "tekken": (RULES["tekken"],),
-    "youtu": ("[가-힣ㄱ-ㆎ]+|...", by_case(f"{CONTRACTIONS}?", r"\p{N}")),
+    "youtu": ("[가-힣ㄱ-ㆎ]+|...", RULES["youtu"]),
 }
 
 
@@ -50,9 +51,11 @@ def read(path: Path, n_vocab: int) -> Bpe:
             raise CheckpointError(f"`{path}`: an added token is {token!r}, expected an object")
         table.put(token.get("content"), token.get("id"), added_kind(token))
     pre = recognise(path, tokenizer.get("pre_tokenizer"))
-    if pre in WHOLE and model.get("ignore_merges") is not True:
+    merges = _merges(path, model.get("merges"))
+    if pre in WHOLE and model.get("ignore_merges") is not True and (alone := unjoined(model["vocab"], merges)):
         raise UnsupportedError(
-            f"`{path}`: `ignore_merges` is {model.get('ignore_merges')!r}, and {pre} GGUF can only say true",
+            f"`{path}`: `ignore_merges` is {model.get('ignore_merges')!r}, and {pre} GGUF can only say true: a word"
+            f" {alone!r} would be that token, which no merges make",
             "the hub's copy of the tokenizer replaces it",
         )
     tokens, types = table.rows()
@@ -61,7 +64,7 @@ def read(path: Path, n_vocab: int) -> Bpe:
         pre=pre,
         tokens=tokens,
         types=types,
-        merges=tuple(_merges(path, model.get("merges"))),
+        merges=tuple(merges),
         in_front=in_front[0] if in_front else None,
         notes=(*_unsaid_front(in_front[1:]), *_normalised(tokenizer.get("normalizer"))),
     )
@@ -106,6 +109,12 @@ def _rule(step: dict[str, Any]) -> list[str]:
             return prefix + (["<gpt-2>"] if step.get("use_regex", True) else [])
         case kind:
             return [f"<{kind}>"]
+
+
+def unjoined(tokens: Iterable[str], merges: Sequence[str]) -> str | None:
+    """A token that the merges do not make of its characters; None where they make all."""
+    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+    return next((token for token in tokens if merge(token, ranks) != [token]), None)
 
 
 def _merges(path: Path, merges: Any) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from support.tiny import write_tensors
 
 from cext.tokenizer import Tokenizer, TokenizerError
-from cext.words import RULES, WHOLE, Words
+from cext.words import FIRST, RULES, WHOLE, Words
 
 TEXTS = {
     "English": "Hello World! It's HTTPServer's camelCase, isn't it? 1234 tests.",
@@ -53,9 +53,10 @@ class Both:
     def __init__(self, folder: Path, pre: str) -> None:
         tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")
         theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(RULES[pre]), behavior="isolated")
+        rules = [FIRST[pre], RULES[pre]] if pre in FIRST else [RULES[pre]]
+        steps = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(rule), behavior="isolated") for rule in rules]
         bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_])
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*steps, bytes_])
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=1500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
@@ -84,7 +85,7 @@ class Both:
         return ids
 
 
-@pytest.fixture(scope="module", params=["tekken", "kanana2"])
+@pytest.fixture(scope="module", params=["tekken", "kanana2", "youtu", "kimi-k2"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     return Both(tmp_path_factory.mktemp("words"), request.param)
 
