@@ -96,7 +96,7 @@ class Words:
         spelt = "".join(map(_BYTE_CHARACTERS.__getitem__, word.encode()))
         if self._whole and (whole := self._ids.get(spelt)) is not None:
             return (whole,)
-        parts = _merge(spelt, self._ranks)
+        parts = merge(spelt, self._ranks)
         return tuple(itertools.chain.from_iterable(self._spelt(part) for part in parts))
 
     def _spelt(self, part: str) -> list[int]:
@@ -106,7 +106,7 @@ class Words:
         return [self._ids[c] for c in part if c in self._ids]
 
 
-def _merge(spelt: str, ranks: Mapping[str, int]) -> list[str]:
+def merge(spelt: str, ranks: Mapping[str, int]) -> list[str]:
     """Byte-pair merges of a word: the pair of the lowest rank first, of equals the leftmost."""
     parts: list[str] = list(spelt)
     after = list(range(1, len(parts) + 1))

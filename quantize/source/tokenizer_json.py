@@ -52,7 +52,8 @@ def read(path: Path, n_vocab: int) -> Bpe:
         table.put(token.get("content"), token.get("id"), added_kind(token))
     pre = recognise(path, tokenizer.get("pre_tokenizer"))
     merges = _merges(path, model.get("merges"))
-    if pre in WHOLE and model.get("ignore_merges") is not True and (alone := unjoined(model["vocab"], merges)):
+    ordinary = model["vocab"].keys() - {token.get("content") for token in added}
+    if pre in WHOLE and model.get("ignore_merges") is not True and (alone := unjoined(ordinary, merges)):
         raise UnsupportedError(
             f"`{path}`: `ignore_merges` is {model.get('ignore_merges')!r}, and {pre} GGUF can only say true: a word"
             f" {alone!r} would be that token, which no merges make",
@@ -114,17 +115,17 @@ def _rule(step: dict[str, Any]) -> list[str]:
 def unjoined(tokens: Iterable[str], merges: Sequence[str]) -> str | None:
     """A token that the merges do not make of its characters; None where they make all."""
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
-    return next((token for token in tokens if merge(token, ranks) != [token]), None)
+    return next((token for token in sorted(tokens) if merge(token, ranks) != [token]), None)
 
 
 def _merges(path: Path, merges: Any) -> list[str]:
     if not isinstance(merges, list) or not merges:
         raise CheckpointError(f"`{path}`: the BPE model has no merges")
     texts = []
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+    for entry in merges:
+        pair = entry.split(" ") if isinstance(entry, str) else entry
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            raise CheckpointError(f"`{path}`: merge {merge!r} is not a pair of tokens")
+            raise CheckpointError(f"`{path}`: merge {entry!r} is not a pair of tokens")
         texts.append(f"{pair[0]} {pair[1]}")
     return texts
 
