@@ -93,7 +93,7 @@ class Words:
             yield from (match[0] for match in self._rule.finditer(piece))
 
     def _merged(self, word: str) -> tuple[int, ...]:
-        spelt = "".join(map(_BYTE_CHARACTERS.__getitem__, word.encode()))
+        spelt = "".join(map(BYTE_CHARACTERS.__getitem__, word.encode()))
         if self._whole and (whole := self._ids.get(spelt)) is not None:
             return (whole,)
         parts = merge(spelt, self._ranks)
@@ -136,14 +136,14 @@ def merge(spelt: str, ranks: Mapping[str, int]) -> list[str]:
     return [part for part in parts if part]
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The characters that byte-level BPE writes bytes as, by byte: GPT-2's table."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
-_BYTE_CHARACTERS = _byte_characters()
+BYTE_CHARACTERS = byte_characters()
 
 
 @cache

@@ -61,10 +61,3 @@ def added_kind(token: dict[str, Any]) -> int:
     text = str(token.get("content"))
     bracketed = (text.startswith("<｜") and text.endswith("｜>")) or (text.startswith("<|") and text.endswith("|>"))
     return CONTROL if token.get("special") or bracketed else USER_DEFINED
-
-
-def byte_characters() -> list[str]:
-    """The 256 characters that byte-level BPE writes bytes as, by byte: GPT-2's table."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]

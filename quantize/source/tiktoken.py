@@ -13,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cext.words import BYTE_CHARACTERS
 from quantize.base.errors import CheckpointError, UnsupportedError
 from quantize.source import files
-from quantize.source.bpe import CONTROL, NORMAL, Bpe, Table, added_kind, byte_characters
+from quantize.source.bpe import CONTROL, NORMAL, Bpe, Table, added_kind
 from quantize.source.safetensors import LFS_POINTER
 
 MAX_FILE_BYTES = 1 << 26
@@ -40,10 +41,9 @@ def read(path: Path, settings: Mapping[str, Any], n_vocab: int) -> Bpe:
             f"{files.TOKENIZER_CONFIG} names the class (tokenizer_class): {', '.join(PRE_TOKENIZERS)} is known",
         )
     ranked = read_ranks(path)
-    characters = byte_characters()
     table = Table(path, n_vocab)
     for id_, token in enumerate(ranked):
-        table.put("".join(characters[b] for b in token), id_, NORMAL)
+        table.put(spelt(token), id_, NORMAL)
     _put_special(table, len(ranked), settings)
     pairs, n_alone = merges(ranked)
     tokens, types = table.rows()
@@ -52,9 +52,14 @@ def read(path: Path, settings: Mapping[str, Any], n_vocab: int) -> Bpe:
         pre=pre,
         tokens=tokens,
         types=types,
-        merges=tuple(" ".join("".join(characters[b] for b in part) for part in pair) for pair in pairs),
+        merges=tuple(f"{spelt(left)} {spelt(right)}" for left, right in pairs),
         notes=(alone,) if n_alone else (),
     )
+
+
+def spelt(token: bytes) -> str:
+    """A token's bytes as byte-level BPE writes them."""
+    return "".join(map(BYTE_CHARACTERS.__getitem__, token))
 
 
 def rules(settings: Mapping[str, Any]) -> str | None:

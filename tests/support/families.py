@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from support import checkpoints as make
 
 TINY = {
@@ -140,13 +143,70 @@ FAMILIES = {
     "youtu": Family(YOUTU, "youtu", ("<|begin_of_text|>", "<|end_of_text|>"), ("<|end_of_text|>",)),
 }  # fmt: skip
 
-MERGES = ["t h", "th e", "Ġ the", "i n", "e r", "Ð ¿", "Ġ Ð¿", "à ¤", "à¤ ¨", "0 0", "00 0", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ"]
+# Joins that cross what rules cut: case, contractions, marks, Han beside letters, digits, spaces and line ends.
+JOINED = (
+    "the",
+    " the",
+    "in",
+    "er",
+    "e's",
+    "'s",
+    "000",
+    "    ",
+    "\n\n",
+    " \n",
+    "/\n",
+    "иМ",
+    "тМ",
+    "ве",
+    "नम",
+    "नु",
+    "स्",
+    "น่",
+    "สุ",
+    "本は",
+    "漢a",
+    "اَ",
+    "لل",
+    "שָ",
+    "왔",
+    "ㅋㅋ",
+    "🙂",
+    "aaaa",
+    "----",
+    "1234",
+    "é",
+    "ÀB",
+    "τὴ",
+)
+
+
+def merges_of(texts: tuple[str, ...]) -> list[str]:
+    """One pair after another, from the left, until each text is a token."""
+    made: dict[str, None] = {}
+    for text in texts:
+        parts = [make.byte_tokens()[byte] for byte in text.encode()]
+        while len(parts) > 1:
+            made[f"{parts[0]} {parts[1]}"] = None
+            parts[:2] = [parts[0] + parts[1]]
+    return list(made)
+
+
+MERGES = merges_of(JOINED)
 CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 BY_CASE = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTION + r"?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTION + r"?|"
 )
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KIMI = (  # tokenization_kimi.py's and tokenization_moonshot.py's
+    r"[\p{Han}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    + CONTRACTION + r"?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    + CONTRACTION + r"?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # fmt: skip
 RULES: dict[str, list[str]] = {
     "glm4": [CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
     "kanana2": [BY_CASE + r"\p{N}{1,3}" + REST],
@@ -199,7 +259,12 @@ def write_vocabulary(folder: Path, family: Family, template: str | None = None) 
             "pre_tokenizer": pre_tokenizer(family.pre),
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": MERGES},
+            "model": {
+                "ignore_merges": family.pre in ("glm4", "youtu"),
+                "type": "BPE",
+                "vocab": {t: i for i, t in enumerate(tokens)},
+                "merges": MERGES,
+            },
         }
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -245,3 +310,39 @@ def write_reference(folder: Path, name: str, weights: dict[str, np.ndarray]) -> 
     kept = {n: ("F32", values) for n, values in weights.items() if not n.startswith(draft)}
     make.write_safetensors(folder / "model.safetensors", kept)
     return folder
+
+
+class Reference:
+    """The checkpoint's tokenizer as its own library reads it: Hugging Face's, or tiktoken's rule by its definition."""
+
+    def __init__(self, folder: Path, family: Family) -> None:
+        tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")
+        self.theirs = self.ranks = None
+        if family.pre != "kimi-k2":
+            self.theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return
+        lines = (folder / "tiktoken.model").read_bytes().split(b"\n")
+        self.ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines if line}
+        self.special = {text: len(self.ranks) + i for i, text in enumerate(family.specials)}
+        self.words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(KIMI), "isolated")
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; special: the spelling of a special token is that token."""
+        if self.theirs is not None:
+            self.theirs.encode_special_tokens = not special
+            found: list[int] = self.theirs.encode(text, add_special_tokens=False).ids
+            return found
+        if special:
+            parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text)
+            return [i for p in parts for i in ([self.special[p]] if p in self.special else self.encode(p))]
+        return [id_ for word, _ in self.words.pre_tokenize_str(text) for id_ in self._joined(word.encode())]
+
+    def _joined(self, word: bytes) -> list[int]:
+        assert self.ranks is not None
+        if word in self.ranks:
+            return [self.ranks[word]]
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while joins := [(self.ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in self.ranks]:
+            at = min(joins)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return [self.ranks[part] for part in parts]
