@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cext.errors import TemplateError, TokenizerError
@@ -143,10 +144,26 @@ class Service:
         parsed = []
         for i, value in enumerate(given):
             try:
-                parsed.append(Message.parse(value))
+                parsed.append(self._known_role(Message.parse(value)))
             except ValueError as error:
                 raise bad_field(f"messages[{i}]", str(error)) from None
         return parsed
+
+    @cached_property
+    def can_fill_in(self) -> bool:
+        """Whether the model was trained to write what stands between two texts."""
+        try:
+            self.engine.runtime.tokenizer.fill_in("", "")
+        except TokenizerError:
+            return False
+        return True
+
+    def _known_role(self, message: Message) -> Message:
+        """OpenAI's newer name of the system's role, for templates that were written before it."""
+        template = self.engine.runtime.tokenizer.chat_template or ""
+        return (
+            replace(message, role="system") if message.role == "developer" and "developer" not in template else message
+        )
 
     def opening(self, prompt: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.engine.runtime.tokenizer.opening(prompt))

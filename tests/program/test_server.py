@@ -192,7 +192,6 @@ def test_a_client_that_goes_costs_nothing_more(path: Path, stream: bool, ended: 
         (TEXT, {"prompt": [10**6]}, 400, "prompt"),
         (TEXT, {"prompt": ["a", 1]}, 400, "prompt"),
         (TEXT, {"prompt": "a", "best_of": 2}, 400, "best_of"),
-        (TEXT, {"prompt": "a", "suffix": "b"}, 400, "filling in"),
         (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
         ("/v1/nothing", {}, 404, "nothing at"),
     ],
@@ -202,6 +201,15 @@ def test_refusals_name_the_field(server: Served, path_: str, body: dict[str, Any
     error = response.json()["error"]
     assert response.status_code == status and says in error["message"], response.text
     assert error.keys() >= {"message", "type", "param", "code"}
+
+
+def test_what_is_not_followed_is_told(server: Served) -> None:
+    """Clients send fields that a model has no use for: the answer says which were not used."""
+    assert "suffix" in server.asked(TEXT, prompt="a", suffix="b", max_tokens=1)["warnings"][0]
+    developer = [{"role": "developer", "content": "Short."}, *HI]
+    system = [{"role": "system", "content": "Short."}, *HI]
+    n = [server.asked(CHAT, messages=m, max_tokens=1)["usage"]["prompt_tokens"] for m in (developer, system)]
+    assert n[0] == n[1]  # the template knows no developer
 
 
 def test_a_prompt_beyond_the_context(server: Served) -> None:

@@ -14,7 +14,7 @@ from dsv2cli.scheduler import Logprobs
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.wording import DONE, FINISH, text_logprobs, timings, usage
-from dsv2cli.server.errors import ApiError, bad_field
+from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service, new_id
@@ -34,7 +34,7 @@ class CompletionRequest(Sampled, kw_only=True):
 
 async def completions(service: Service, request: Request) -> Response:
     body = parse(await request.body(), CompletionRequest)
-    if body.best_of not in (None, 1):
+    if body.best_of is not None and body.best_of > 1:
         raise bad_field("best_of", "is not offered: ask for n answers and choose")
     prompts = await answering.aside(text_prompts, service, body)
     limit = service.limit(body.max_tokens, 16)
@@ -62,6 +62,8 @@ async def completions(service: Service, request: Request) -> Response:
     tickets = service.submit_all(asked)
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time())}
     head |= {"model": body.model or service.name, "system_fingerprint": service.fingerprint}
+    if body.suffix and not service.can_fill_in:
+        head |= {"warnings": ["suffix was not used: the vocabulary has no tokens for filling in"]}
     writers = [TextAnswers(service, one, echoes=echoes, writes=limit != 0) for one in asked]
     if body.stream:
         return _stream_text(head, body, tickets[0], writers[0])
@@ -89,13 +91,10 @@ def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
         raise bad_field("prompt", "mixes texts, ids and lists of ids")
     if len(items) > service.engine.limits.queue:
         raise bad_field("prompt", f"more than {service.engine.limits.queue} prompts at once")
-    if body.suffix:
+    if body.suffix and service.can_fill_in:
         if not all(isinstance(item, str) for item in items):
             raise bad_field("suffix", "needs prompts of text")
-        try:
-            return [service.engine.runtime.tokenizer.fill_in(item, body.suffix) for item in items]
-        except Exception as error:
-            raise ApiError(400, service.without_path(error), param="suffix") from None
+        return [service.engine.runtime.tokenizer.fill_in(item, body.suffix) for item in items]
     prompts = []
     for item in items:
         if isinstance(item, str):
