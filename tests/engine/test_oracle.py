@@ -78,9 +78,8 @@ def firm_ids(spec):
     return pytest.skip(f"{spec.name}: every prompt has a near tie")
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_random_models(tmp_path, seed):
-    spec = random_spec(seed)
+def assert_as_transformers(tmp_path, spec):
+    """In both forms of a file, with the prompt read at once, and from a position on token by token."""
     ids = firm_ids(spec)
     expected = hf.tiny_logits(Checkpoint(spec), ids)
     for legacy in (False, True):
@@ -93,6 +92,11 @@ def test_random_models(tmp_path, seed):
             error = np.abs(logits - true) / np.ptp(true)
             worst = np.unravel_index(error.argmax(), error.shape)
             assert error.max() < FLOAT32, f"{spec}: off by {error.max():.1e} of the range at (token, logit) {worst}"
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_models(tmp_path, seed):
+    assert_as_transformers(tmp_path, random_spec(seed))
 
 
 class Glm(Checkpoint):
@@ -158,17 +162,7 @@ def random_moe(seed):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models_with_plain_attention(tmp_path, seed):
-    spec = random_moe(seed)
-    ids = firm_ids(spec)
-    expected = hf.tiny_logits(Checkpoint(spec), ids)
-    for legacy in (False, True):
-        with cext.Model(write_gguf(tmp_path / f"{legacy}.gguf", spec, legacy=legacy), threads=1) as model:
-            session = model.session(N_TOKENS, kv_type="f32")
-            prefill = session.eval(ids, "all")
-            session.rewind(7)
-            rest = np.concatenate([session.eval(ids[i : i + 1], "all") for i in range(7, N_TOKENS)])
-        for logits, true in ((prefill, expected), (rest, expected[7:])):
-            assert np.abs(logits - true).max() / np.ptp(true) < FLOAT32, spec
+    assert_as_transformers(tmp_path, random_moe(seed))
 
 
 @pytest.mark.parametrize("seed", range(100, 104))

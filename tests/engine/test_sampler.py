@@ -156,6 +156,15 @@ def test_tokens_of_another_vocabulary_are_ignored() -> None:
     assert sampler.sample(np.array([3.0, 2.0, 1.0], dtype=np.float32)) == 0
 
 
+def test_the_window_of_the_repeat_penalty_is_as_long_as_asked_for() -> None:
+    """However many tokens came before, none that did not come is penalised, and none that left the window."""
+    for window in (1, 2, 7):
+        sampler = Options(temperature=0.0, repeat_penalty=10.0, repeat_last_n=window).sampler()
+        sampler.accept([2, *[1] * (2 * window + 1)])
+        assert sampler.sample(np.array([3.0, 2.9, 2.8], dtype=np.float32)) == 0
+        assert sampler.sample(np.array([0.0, 0.0, 2.8], dtype=np.float32)) == 2
+
+
 # Seeds.
 
 

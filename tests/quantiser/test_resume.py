@@ -296,13 +296,18 @@ def test_a_checkpoint_that_moved_is_the_same(tmp_path: Path) -> None:
     assert said == ["continuing at layer 3 of 3"]
 
 
-def test_a_finished_marker_of_another_run(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole file whose work folder stayed: the same run takes it, another neither takes nor replaces it."""
+def finished(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, bytes]:
+    """A whole file, and its bytes, whose run died before its work folder was gone."""
     out = tmp_path / "m.gguf"
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "discard", Journal._release)
         quantize.quantize(source, out, FLOATS)
-    whole = out.read_bytes()
+    return out, out.read_bytes()
+
+
+def test_a_finished_marker_of_another_run(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole file whose work folder stayed: the same run takes it, another neither takes nor replaces it."""
+    out, whole = finished(tmp_path, source, monkeypatch)
     assert quantize.is_finished(out)
     other = Options(type="bf16", threads=1, evaluate=False)
     with pytest.raises(OutputError, match="--type was f16, is bf16"):
@@ -313,11 +318,7 @@ def test_a_finished_marker_of_another_run(tmp_path: Path, source: Path, monkeypa
 
 def test_a_finished_marker_is_of_its_file(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another file has been put in its place since: it is made again."""
-    out = tmp_path / "m.gguf"
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "discard", Journal._release)
-        quantize.quantize(source, out, FLOATS)
-    whole = out.read_bytes()
+    out, whole = finished(tmp_path, source, monkeypatch)
     out.write_bytes(b"something else")
     assert not quantize.is_finished(out)
     quantize.quantize(source, out, FLOATS)
