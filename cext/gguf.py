@@ -25,6 +25,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]  # ggml's order: ne0 (the row) first
     offset: int  # bytes from the start of its file
     nbytes: int
+    part: int = 0  # which file of a split model, from 0
 
 
 class Metadata(Mapping[str, Any]):
@@ -56,8 +57,8 @@ class Gguf:
         self.nbytes = _engine.gguf_size(self._handle)  # of the file, or of all parts of a split model
         self.metadata = Metadata(self._handle)
         self.tensors = [
-            TensorInfo(name, kind, format_name or f"type {kind}", shape, offset, nbytes)
-            for name, kind, format_name, shape, offset, nbytes in _engine.gguf_tensors(self._handle)
+            TensorInfo(name, kind, format_name or f"type {kind}", shape, offset, nbytes, part)
+            for name, kind, format_name, shape, offset, nbytes, part in _engine.gguf_tensors(self._handle)
         ]
 
     @cached_property

@@ -14,6 +14,9 @@ from dsv2cli.text import kind_of
 
 PACKAGED = Path(__file__).parent / "models"
 SHOWN_FILES = 6
+SRC_HINT = "SRC is a folder with config.json and *.safetensors, or a GGUF in BF16, F16 or F32"
+# What a GGUF's name ends in after the model's: its type, and which part it is.
+_TYPE_AND_PART = re.compile(r"(?:[-._](?:bf16|f16|fp16|f32|fp32|q8_0))?(?:-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 
 
 def model(name: str | None) -> Path:
@@ -38,27 +41,34 @@ def model(name: str | None) -> Path:
 
 
 def checkpoint(name: str) -> Path:
-    """The folder of safetensors that SRC means: a path, or an alias or repository that was downloaded."""
+    """What SRC means: a folder of safetensors or a GGUF, as a path, or an alias or repository that was downloaded."""
     path = expanded(name)
     if name.strip() and path.is_dir():
-        return path
+        is_gguf = not (path / "config.json").exists() and not any(path.glob("*.safetensors"))
+        return _in_folder(path) if is_gguf and any(path.glob("*.gguf")) else path
     if path.is_file():
+        if path.suffix == ".gguf":
+            return _checked(path)
         if path.suffix in (".safetensors", ".json"):
             return path.parent
-        raise UsageError(f"`{name}` is no checkpoint", "SRC is a folder with config.json and *.safetensors")
+        raise UsageError(f"`{name}` is no checkpoint", SRC_HINT)
     if name.strip() and (kind := kind_of(path)):
-        raise UsageError(f"`{name}` is {kind}, not a checkpoint", "SRC is a folder with config.json and *.safetensors")
+        raise UsageError(f"`{name}` is {kind}, not a checkpoint", SRC_HINT)
     reference = hub.resolve(name)
     folder = cache.snapshot(reference.repo, reference.revision or "main")
     if folder is not None and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return folder
     if folder is not None and any(folder.rglob("*.gguf")):
-        raise UsageError(f"{reference.repo} is here as a GGUF, which is quantised already", f"dsv2 chat {name}")
+        return _by_name(name)
     raise CliError(f"{reference.repo} is not on this machine", f"dsv2 download {name}")
 
 
 def model_name(source: str, folder: Path) -> str:
-    """What a checkpoint is called: its repository's name, or its folder's where it has none."""
+    """What a checkpoint is called: its repository's name, or its folder's where it has none. A GGUF: its file's name,
+    less the type.
+    """
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _TYPE_AND_PART.sub("", folder.name)
     snapshot = re.fullmatch(r"models--.+?--(.+)", folder.resolve().parent.parent.name)
     if snapshot and folder.resolve().parent.name == "snapshots":  # whose own name is a commit's
         return snapshot[1]

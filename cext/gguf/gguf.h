@@ -52,7 +52,8 @@ typedef struct ds_tensor {
     int64_t ne[4]; /* ggml's order: ne[0] is the row; unused ones are 1 */
     const void *data; /* inside the mapping, n_bytes long */
     size_t n_bytes;
-    uint64_t offset; /* from the start of its file */
+    uint64_t offset; /* from the start of its file, */
+    int part;        /* which is this one of a split model, from 0 */
 } ds_tensor;
 
 /* Map the file at path; of a model split into several, its first part, which brings in the others. *out is set on success only; close unmaps. */

@@ -106,6 +106,7 @@ static ds_status join_tensors(ds_gguf *g, ds_error *err) {
         const ds_gguf *part = i == 0 ? g : g->parts[i - 1];
         for (size_t j = 0; j < part->n_tensors; j++, at++) {
             tensors[at] = part->tensors[j];
+            tensors[at].part = (int)i;
             names[at] = (ds_gguf_name){{tensors[at].name, strlen(tensors[at].name)}, at};
         }
     }

@@ -114,7 +114,7 @@ static PyObject *gguf_value(void *gguf, PyObject *args) {
 }
 DS_PY_HELD(gguf_value, DS_PY_GGUF)
 
-/* [(name, type id, type name or None where nothing is known of it, shape, offset, bytes)] */
+/* [(name, type id, type name or None where nothing is known of it, shape, offset, bytes, part)] */
 static PyObject *gguf_tensors(void *gguf, PyObject *args) {
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < ds_gguf_n_tensors(gguf); i++) {
@@ -124,8 +124,8 @@ static PyObject *gguf_tensors(void *gguf, PyObject *args) {
         ds_gguf_tensor_type_get(t->gguf_type, &type);
         for (int d = 0; shape && d < t->n_dims; d++) PyTuple_SetItem(shape, d, PyLong_FromLongLong(t->ne[d]));
         name = PyUnicode_DecodeUTF8(t->name, (Py_ssize_t)strlen(t->name), "surrogateescape");
-        record = shape && name ? Py_BuildValue("(OIzOKn)", name, t->gguf_type, type.name, shape,
-                                               (unsigned long long)t->offset, (Py_ssize_t)t->n_bytes)
+        record = shape && name ? Py_BuildValue("(OIzOKni)", name, t->gguf_type, type.name, shape,
+                                               (unsigned long long)t->offset, (Py_ssize_t)t->n_bytes, t->part)
                                : NULL;
         if (!record || PyList_Append(list, record) != 0) Py_CLEAR(list);
         Py_XDECREF(record);

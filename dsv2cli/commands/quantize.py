@@ -21,10 +21,11 @@ from dsv2cli.options import Range, number
 if TYPE_CHECKING:
     from quantize import Progress, Report
 
-HELP = "Turn a checkpoint (safetensors) into a calibrated GGUF; prints its path."
+HELP = "Turn a checkpoint (safetensors), or a GGUF in BF16, F16 or F32, into a calibrated GGUF; prints its path."
 EXAMPLES = (
     "quantize lite-chat",
     "quantize path/to/checkpoint --type iq4_xs -o model.gguf",
+    "quantize model-BF16.gguf --type q4_k_m -o model-q4.gguf",
     "quantize lite --size 9.5G",
     "quantize lite --calibration my.txt --calibration chats.jsonl",
 )
@@ -47,7 +48,8 @@ class Type(StrEnum):
 
 
 SOURCE = typer.Argument(
-    metavar="SRC", help="A folder with config.json and *.safetensors, or an alias that was downloaded."
+    metavar="SRC",
+    help="A folder with config.json and *.safetensors, a GGUF in BF16, F16 or F32, or an alias that was downloaded.",
 )
 CALIBRATION = options.place(
     "--calibration",

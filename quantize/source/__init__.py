@@ -1,1 +1,1 @@
-"""What is read: a checkpoint's shards, shape, tensors and vocabulary, and the calibration text."""
+"""What is read: a checkpoint or a GGUF, its weights, shape and vocabulary, and the calibration text."""

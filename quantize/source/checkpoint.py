@@ -20,7 +20,7 @@ from quantize.source.forms import Restore, Weight
 from quantize.source.found import Found, find
 from quantize.source.resolve import OTHER_MODEL_HINT, weight_of
 from quantize.source.safetensors import LFS_POINTER, read_header
-from quantize.source.stored import Files, StoredTensor
+from quantize.source.stored import Files, StoredTensor, stamps
 
 TWO_SAVES = "these files are of different saves of a model: take all of them from one revision, into an empty folder"
 
@@ -156,12 +156,6 @@ class Checkpoint:
         if name not in self._weights:
             self._weights[name] = weight_of(name, self._found(name), self.tensors, self.kinds)
         return self._weights[name]
-
-
-def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """[bytes, time of the last change in ns] of every file, by its name."""
-    stats = {path.name: path.stat() for path in sorted(set(paths))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def missing(folder: Path, name: str, there: Iterable[str]) -> QuantizeError:

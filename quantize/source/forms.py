@@ -82,10 +82,10 @@ def _packed(bits: int, words: NDArray[np.int32], n: int) -> F32:
 
 
 def _q8_0(blocks: NDArray[np.uint8], n: int) -> F32:
-    """GGUF's blocks of a float16 scale and 32 int8: (rows, n) float32."""
-    parts = np.ascontiguousarray(blocks).reshape(len(blocks), -1, 34)
+    """GGUF's blocks of a float16 scale and 32 int8: (..., n) float32."""
+    parts = np.ascontiguousarray(blocks).reshape(*blocks.shape[:-1], -1, 34)
     scale = np.ascontiguousarray(parts[..., :2]).view("<f2").astype(np.float32)
-    return (parts[..., 2:].view(np.int8) * scale).reshape(len(blocks), n)
+    return (parts[..., 2:].view(np.int8) * scale).reshape(*blocks.shape[:-1], n)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from quantize.source import card, tensors
 from quantize.source.arch import Arch
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.files import is_companion
+from quantize.source.gguf_source import SUFFIX, GgufSource
 from quantize.source.store import Store
 from quantize.source.vocab import Vocab, read_vocab
 
@@ -102,5 +103,6 @@ class CheckpointSource:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """The model at a path. CheckpointError, UnsupportedError."""
-    return CheckpointSource(path)
+    """The model at a path: a checkpoint's folder, or a GGUF. CheckpointError, UnsupportedError."""
+    place = Path(path)
+    return GgufSource(place) if place.suffix == SUFFIX and not place.is_dir() else CheckpointSource(place)

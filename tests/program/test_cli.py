@@ -743,7 +743,9 @@ def test_quantize_names_its_output_after_the_model(tmp_path: Path) -> None:
 def test_quantize_refuses(tmp_path: Path, model: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_fails(dsv2("quantize", tmp_path / "empty", "-o", tmp_path / "o.gguf"), 1, "config.json")
-    assert_fails(dsv2("quantize", model, "-o", tmp_path / "o.gguf"), 2, "no checkpoint")
+    (tmp_path / "model.txt").touch()
+    assert_fails(dsv2("quantize", tmp_path / "model.txt", "-o", tmp_path / "o.gguf"), 2, "no checkpoint", "GGUF")
+    assert_fails(dsv2("quantize", model, "-o", model, "--force"), 2, "reads")
     assert_fails(dsv2("quantize", tmp_path / "empty", "-o", tmp_path), 2, "is a folder")
     assert not (tmp_path / "o.gguf").exists()
 
