@@ -23,6 +23,7 @@ FIXED: dict[str, object] = {
     "mlp_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
+    "partial_rotary_factor": 1.0,
 }
 MAX_COUNT = 1 << 24  # above any width or count of the family; products of three stay below 2**72, which Python holds
 
@@ -255,6 +256,8 @@ def _rope(c: _Config) -> dict[str, Any]:
     rope = c.values.get("rope_scaling") or c.values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: `rope_scaling` is {rope!r}, expected an object")
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedError(f"config.json: `partial_rotary_factor` is {part!r}, and deepseek2 GGUF can only say 1")
     return rope
 
 
