@@ -240,6 +240,21 @@ static double read_scaling(ds_reader *r, ds_config *c) {
     return factor;
 }
 
+/* Converters wrote no betas before the end of 2025: DeepSeek's 32 and 1 need no word, Kimi's are others. All its models
+ * have 384 experts. */
+static void assume_betas(ds_reader *r, ds_config *c) {
+    if (c->n_expert != 384 || ds_read_present(r, "rope.scaling.yarn_beta_fast")) return;
+    if (c->rope_factor == 32.0f) {
+        c->rope_beta_fast = 1.0f;
+        ds_note(r->notes, "`%s.rope.scaling.yarn_beta_fast` is missing: 1, because the shape is Kimi-K2's", r->arch);
+    } else if (c->rope_factor == 64.0f) {
+        ds_note(r->notes,
+                "`%s.rope.scaling.yarn_beta_fast` is missing: 32, as Kimi-K2-Thinking has it; Kimi-K2-0905 has 1, and "
+                "answers worse with this file",
+                r->arch);
+    }
+}
+
 /* YaRN: cos and sin carry mscale / mscale_all_dim, the softmax scale carries m * m (DeepSeek-V2, section 3.1.4). */
 static void read_rope(ds_reader *r, ds_config *c) {
     const double most = ds_attention(c)->yarn_log_most;
@@ -255,6 +270,7 @@ static void read_rope(ds_reader *r, ds_config *c) {
     factor = read_scaling(r, c);
     if (r->status != DS_OK || factor == 0.0) return;
     c->rope_factor = (float)factor;
+    assume_betas(r, c);
     log_mul = ds_read_float(r, "rope.scaling.yarn_log_multiplier", 0.0, most, 0.0);
     if (most > 0.0 && !ds_read_present(r, "rope.scaling.yarn_log_multiplier"))
         ds_note(

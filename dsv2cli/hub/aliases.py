@@ -7,7 +7,7 @@ _DEEPSEEK = {
     "lite-chat": "DeepSeek-V2-Lite-Chat",
     "coder-lite": "DeepSeek-Coder-V2-Lite-Instruct",
     "coder-lite-base": "DeepSeek-Coder-V2-Lite-Base",
-    "esft-lite": "ESFT-vanilla-lite",
+    "esft-lite": "ESFT-vanilla-lite",  # the others of its name hold the tuned experts alone
     "v2": "DeepSeek-V2",
     "v2-chat": "DeepSeek-V2-Chat",
     "v2-chat-0628": "DeepSeek-V2-Chat-0628",
@@ -34,10 +34,6 @@ _DEEPSEEK = {
     "moe-16b-chat": "deepseek-moe-16b-chat",
     "ocr": "DeepSeek-OCR",
     "ocr-2": "DeepSeek-OCR-2",
-} | {
-    f"esft-{how}-{what}-lite": f"ESFT-{how}-{what}-lite"
-    for how in ("gate", "token")
-    for what in ("code", "intent", "law", "math", "summary", "translation")
 }
 _OTHERS = {
     "moonlight": "moonshotai/Moonlight-16B-A3B-Instruct",
@@ -59,10 +55,12 @@ _OTHERS = {
     "kanana-2-base-2601": "kakaocorp/kanana-2-30b-a3b-base-2601",
     "kanana-2-thinking-2601": "kakaocorp/kanana-2-30b-a3b-thinking-2601",
     "joyai-flash": "jdopensource/JoyAI-LLM-Flash",
+    "joyai-flash-base": "jdopensource/JoyAI-LLM-Flash-Base",
     "gigachat3": "ai-sage/GigaChat3-10B-A1.8B-bf16",
     "gigachat3.1": "ai-sage/GigaChat3.1-10B-A1.8B-bf16",
     "gigachat3-702b": "ai-sage/GigaChat3-702B-A36B-preview",
     "gigachat-20b": "ai-sage/GigaChat-20B-A3B-instruct",
+    "gigachat-20b-base": "ai-sage/GigaChat-20B-A3B-base",
     "youtu": "tencent/Youtu-LLM-2B",
     "youtu-base": "tencent/Youtu-LLM-2B-Base",
     "youtu-vl": "tencent/Youtu-VL-4B-Instruct",

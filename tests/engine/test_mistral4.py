@@ -24,6 +24,7 @@ from support.tiny import (
 )
 
 import cext
+from cext import Device, Place
 
 FLOAT32 = 1e-5  # test_model.py's bound for 3 layers, and the oracle's own rounding
 N_TOKENS = 60  # the original context is 8: 0, 1, ... 7 contexts further queries are scaled otherwise
@@ -286,3 +287,13 @@ def test_the_shape_says_how_queries_are_scaled(tmp_path: Path) -> None:
         assert model.hparams["attention_temperature_scale"] == pytest.approx(0.1)
         assert model.hparams["attention_temperature_length"] == ORIGINAL
     assert {"deepseek2", "mistral4"} <= set(cext.architectures())
+
+
+def test_experts_of_one_tensor_on_two_devices(tmp_path: Path) -> None:
+    """Each device finds its experts' gates and ups in the halves that they have."""
+    ids, path = firm_ids(MISTRAL, 24), write(tmp_path / "m.gguf")
+    places = [Place("experts", 1, range(MISTRAL.n_layer), range(MISTRAL.n_expert // 2))]
+    with cext.Model(path, threads=1, isa="scalar") as model:
+        expected = model.session(len(ids), kv_type="f32").eval(ids, "all")
+    with cext.Model(path, threads=1, isa="scalar", devices=[Device("cpu", 1, "scalar")], placement=places) as model:
+        np.testing.assert_array_equal(model.session(len(ids), kv_type="f32").eval(ids, "all"), expected)

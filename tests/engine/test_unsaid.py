@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ref.hparams import Yarn
 from support import gguf_bytes as gb
 from support.tiny import (
     Checkpoint,
@@ -197,6 +198,28 @@ def test_other_shapes_stay_without_groups(files: Files, spec: Spec) -> None:
     assert notes(path) == ""
     with cext.Model(path, threads=1) as model:
         assert model.hparams["n_expert_group"] == 1
+
+
+KIMI = replace(
+    V3, name="kimi", n_expert=384, n_used=8, n_ff_expert=8, n_group=1, n_group_used=1,
+    yarn=Yarn(32.0, 64, 1.0, beta_fast=1.0, beta_slow=1.0),
+)  # fmt: skip
+
+
+def test_kimi_k2_without_betas_is_run_with_its_own(files: Files) -> None:
+    """Its converters wrote none for months, and DeepSeek's would be assumed."""
+    whole = files.write(KIMI)
+    without = files.write(KIMI, drop=("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"))
+    deepseeks = files.write(KIMI, put={"rope.scaling.yarn_beta_fast": 32.0})
+    assert np.array_equal(logits(without), logits(whole))
+    assert not np.array_equal(logits(deepseeks), logits(whole))
+    assert notes(whole) == notes(deepseeks) == ""
+    assert "yarn_beta_fast` is missing: 1, because the shape is Kimi-K2's" in notes(without)
+
+
+def test_kimi_k2_of_september_and_thinking_cannot_be_told_apart(files: Files) -> None:
+    later = replace(KIMI, yarn=Yarn(64.0, 64, 1.0))
+    assert "yarn_beta_fast` is missing: 32, as Kimi-K2-Thinking has it; Kimi-K2-0905 has 1" in notes(files.write(later))
 
 
 # Keys that change the arithmetic.

@@ -89,7 +89,7 @@ def test_a_mistyped_path_is_not_a_name_on_the_hub(
 
 
 def test_aliases_are_names_on_the_hub() -> None:
-    assert len(ALIASES) > 70
+    assert len(ALIASES) > 60
     for alias, repo in ALIASES.items():
         assert alias == alias.lower() and resolve(alias) == resolve(repo) == Reference(repo)
 
