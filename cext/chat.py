@@ -323,7 +323,8 @@ class _Assembly:
                         " cannot be told from typed text",
                         "the template is part of the file: another file of the model may have one that can be followed",
                     )
-        self._ids += self._tokenizer.encode(self._text)
+        continues = bool(self._ids) and self._tokenizer.special_text(self._ids[-1]) is None
+        self._ids += self._tokenizer.encode(self._text, continues=continues)
         self._text, self._origins = "", array("I")
 
 

@@ -245,6 +245,11 @@ class Session:
         return _engine.session_info(self._handle)[1]
 
     @property
+    def growth(self) -> int:
+        """Most bytes that its cache may still take from the system, which it does block by block."""
+        return self.kv_bytes
+
+    @property
     def ids(self) -> NDArray[np.int32]:
         """The tokens in the cache, (n_past,)."""
         with self._alone():

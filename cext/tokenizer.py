@@ -83,14 +83,14 @@ class Tokenizer:
         self.bos, self.eos = self._facts.named.get("bos"), self._facts.named.get("eos")
         self._special: dict[int, str | None] = dict(self._facts.specials)
         self.marker_ids = {text: token for token, text in self._facts.specials.items() if len(text) > 1}
-        model, log = vocabulary.load(self.path)
+        model, log = vocabulary.load(self.path, self._facts.kind)
         self._vocab = _Vocab(model)
         self.add_bos: bool = self.bos is not None and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.notes = self._assumptions(log.warnings)
 
     def _assumptions(self, warnings: Sequence[str]) -> tuple[str, ...]:
         notes = []
-        if self._facts.pre is None:
+        if self._facts.pre is None and self._facts.kind == vocabulary.BYTE_PAIRS:
             notes.append(
                 "does not say how text is split into words (tokenizer.ggml.pre): llama.cpp's default rules are assumed,"
                 " and tokens may differ from those the model was trained on"
@@ -121,15 +121,22 @@ class Tokenizer:
 
     # Text to ids.
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of plain text, without BOS. Never a control token, whatever the text spells, unless ``special``."""
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
+        """Ids of plain text, without BOS. Never a control token, whatever the text spells, unless ``special``.
+
+        continues: the text goes on after other text, and does not begin with the space that SentencePiece puts there.
+        """
         ids: list[int] = []
         at = 0
         for match in self.markers.finditer(text) if special else ():
             ids += self.encode(text[at : match.start()])
             ids.append(self.marker_ids[match[0]])
             at = match.end()
-        for piece in _cut_long_runs(text[at:]):
+        rest = text[at:]
+        if self._facts.kind == vocabulary.PIECES:
+            space = " " if self._facts.space_first and rest and not (continues and not at) else ""
+            return ids + self._encode_plain(space + rest)
+        for piece in _cut_long_runs(rest) if self._facts.kind == vocabulary.BYTE_PAIRS else [rest]:
             ids += self._encode_plain(piece)
         return ids
 
@@ -189,8 +196,9 @@ class Tokenizer:
         return ids
 
     def _spelt(self, ids: Iterable[int]) -> list[str]:
-        """The control tokens among ``ids``."""
-        return [spelling for token in set(ids) if (spelling := self.special_text(token)) is not None]
+        """The control tokens among ``ids``. What stands for a character that the vocabulary lacks is none."""
+        found = set(ids) - self._facts.unknown
+        return [spelling for token in found if (spelling := self.special_text(token)) is not None]
 
     def _tokenize(self, text: str) -> list[int]:
         data, vocab = _utf8(text), self._open_vocab()

@@ -28,6 +28,10 @@ from cext.words import RULES, Words
 NORMAL, UNKNOWN_TOKEN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 # Control tokens are written like this in every vocabulary of the family; some files mark them as ordinary text.
 MARKER = re.compile("<[|｜][^<>]{1,64}[|｜]>")
+BYTE_PAIRS, PIECES = "gpt2", "llama"  # tokenizer.ggml.model: byte-level byte-pair encoding, SentencePiece
+NO_VOCABULARY = (None, "", "none", "no_vocab")
+# What SentencePiece's own trainer gives these tokens, and llama.cpp takes where a file does not say.
+PIECES_NAMED = {"unknown": 0, "bos": 1, "eos": 2}
 # What llama.cpp says where a key has another type than it expects, or the architecture is younger than it is.
 OTHER_TYPE = re.compile("wrong type|invalid gguf type|unknown model architecture")
 WARN, ERROR, CONT = 3, 4, 5  # ggml's log levels
@@ -41,14 +45,18 @@ class Vocabulary:
     specials: id -> spelling of the tokens that mark structure: control tokens; user-defined ones and those with a
     name of their own that are written as markers ("<think>", "[INST]"); those written like control tokens whatever
     their type. named: ids by name ("bos", "eos", "padding"), where the file names one that it has. template: the Jinja
-    source, or None.
+    source, or None. kind: tokenizer.ggml.model. unknown: tokens that stand for characters that the vocabulary lacks;
+    byte pairs lack none. space_first: a text begins with a space of its own (SentencePiece).
     """
 
+    kind: str
     n_vocab: int
     specials: Mapping[int, str]
     named: Mapping[str, int]
     pre: str | None
     template: str | None
+    unknown: frozenset[int]
+    space_first: bool
 
 
 def read(path: str) -> Vocabulary:
@@ -56,9 +64,8 @@ def read(path: str) -> Vocabulary:
     with Gguf(path) as gguf:
         metadata = gguf.metadata
         kind = metadata.get("tokenizer.ggml.model")
-        if kind != "gpt2":
-            what = f"a vocabulary of kind `{kind}`" if kind else "no vocabulary"
-            raise TokenizerError(f"`{path}` has {what}, expected byte-pair encoding (gpt2)")
+        if kind in NO_VOCABULARY or not isinstance(kind, str):
+            raise TokenizerError(f"`{path}` has no vocabulary", "take a file that holds the vocabulary")
         tokens = metadata.get("tokenizer.ggml.tokens")
         if tokens is None:
             raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is missing", "take a file that holds the vocabulary")
@@ -69,16 +76,24 @@ def read(path: str) -> Vocabulary:
         types = metadata.get("tokenizer.ggml.token_type")
         template = metadata.get("tokenizer.chat_template")
         pre = metadata.get("tokenizer.ggml.pre")
-        named = {}
+        named = {name: i for name, i in PIECES_NAMED.items() if kind == PIECES and i < len(tokens)}
         for key in metadata:
             if (match := re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", key)) and _is_id(metadata[key], len(tokens)):
                 named[match[1]] = int(metadata[key])
+        space_first = kind == PIECES and bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    types = types if isinstance(types, list) else []
+    unknown = {i for i, token_type in enumerate(types[: len(tokens)]) if token_type == UNKNOWN_TOKEN}
     return Vocabulary(
+        kind,
         len(tokens),
-        _specials(tokens, types if isinstance(types, list) else [], named.values()),
+        _specials(tokens, types, named.values()),
         named,
         pre if isinstance(pre, str) else None,
         template if isinstance(template, str) and template.strip() else None,
+        frozenset()
+        if kind == BYTE_PAIRS
+        else frozenset(unknown | {i for name, i in named.items() if name == "unknown"}),
+        space_first,
     )
 
 
@@ -162,29 +177,44 @@ def take_log() -> None:
         llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
 
 
-def load(path: str) -> tuple[Any, Log]:
-    """llama.cpp's model of a file's vocabulary, which the caller frees, and what it said. TokenizerError."""
+@contextlib.contextmanager
+def kept_log() -> Iterator[Log]:
+    """What llama.cpp says in the block, which no other thread's runs beside."""
+    global _log  # noqa: PLW0603
+    with _loading:
+        take_log()
+        _log = log = Log()
+        try:
+            yield log
+        finally:
+            _log = None
+
+
+def load(path: str, kind: str) -> tuple[Any, Log]:
+    """llama.cpp's model of a file's vocabulary, which the caller frees, and what it said. TokenizerError.
+
+    Of SentencePiece's kind it adds no space before a text: that is for the text's first piece alone.
+    """
     start_llama()
-    model, log = _load(path)
+    model, log = _load(path, kind)
     if model is None and OTHER_TYPE.search(log.reason):
         with _plain_copy(path) as copy:
-            model, log = _load(copy)
+            model, log = _load(copy, kind)
     if model is None:
         raise TokenizerError(f"`{path}`: llama.cpp cannot load the vocabulary: {log.reason}", _remedy(log.reason))
     return model, log
 
 
-def _load(path: str) -> tuple[Any | None, Log]:
-    global _log  # noqa: PLW0603
+def _load(path: str, kind: str) -> tuple[Any | None, Log]:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    with _loading:
-        take_log()
-        _log = log = Log()
-        try:
-            model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        finally:
-            _log = None
+    overrides = (llama_cpp.llama_model_kv_override * 2)()  # the first says no; the second, empty, ends the list
+    overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL
+    overrides[0].key = b"tokenizer.ggml.add_space_prefix"
+    if kind == PIECES:
+        params.kv_overrides = overrides
+    with kept_log() as log:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     return model or None, log
 
 
@@ -213,7 +243,7 @@ def _plain_copy(path: str) -> Iterator[str]:
                     writer.add_uint32(key, value)
             elif name == "token_type" and isinstance(value, list):
                 writer.add_key_value(key, list(map(int, value)), GGUFValueType.ARRAY, GGUFValueType.INT32)
-            elif name in ("tokens", "merges") and isinstance(value, list):
+            elif name in ("tokens", "merges", "scores") and isinstance(value, list):
                 writer.add_array(key, value)
             elif isinstance(value, str):
                 writer.add_string(key, value)

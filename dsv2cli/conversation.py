@@ -17,8 +17,8 @@ from dsv2cli.options import MAX_CONTEXT
 from dsv2cli.scheduler import Context, End, Event, Lookup, Sampling, Scheduler, Sequence, Stats, Text, Token
 
 if TYPE_CHECKING:
-    from cext import Session
     from cext.tokenizer import Tokenizer
+    from dsv2cli.engines.protocol import Session
 
 LEAST_ROOM = 256  # tokens kept free for an answer before it begins; a quarter of the context where that is less
 
@@ -39,7 +39,8 @@ class Conversation:
     """Turns over one session. ``dropped(n)`` is told when the n oldest turns leave the context; n_draft: most tokens
     that Lookup drafts at once; 0: none. raw: no template; then special: control tokens may be spelt, and suffix: what
     follows the text that is asked for. thinking: whether the model is to reason; None leaves it to the template.
-    n_ctx_train: tokens that the model was trained for, for the hint of a prompt that is too long; 0: not known."""
+    n_ctx_train: tokens that the model was trained for, for the hint of a prompt that is too long; 0: not known.
+    interrupt: ends an evaluation under way, where the engine can."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Conversation:
         n_draft: int = 0,
         n_ctx_train: int = 0,
         dropped: Callable[[int], None] = lambda n: None,
+        interrupt: Callable[[], None] = lambda: None,
         scheduler: Scheduler | None = None,
     ) -> None:
         self._context = Context(session)
@@ -67,6 +69,7 @@ class Conversation:
         self._n_draft = n_draft
         self._n_ctx_train = n_ctx_train
         self._dropped = dropped
+        self._interrupt = interrupt
         self.system = system
         self.turns: list[Turn] = []
 
@@ -129,6 +132,7 @@ class Conversation:
         if self._sequence is None or self._sequence.cancelled:
             return False
         self._sequence.cancel()
+        self._interrupt()
         return True
 
     @property

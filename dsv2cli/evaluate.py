@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import MAX_STEP, Tap, eval_batch
+from cext import MAX_STEP, Session, Tap
 from dsv2cli import memory
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.runtime import Runtime
@@ -23,8 +23,8 @@ from quantize.measure import score
 from quantize.measure.score import SKIPPED_SHARE, Distance, Score
 
 if TYPE_CHECKING:
-    from cext import Session
     from cext.model import KvType
+    from dsv2cli.engines import protocol
 
 F32 = NDArray[np.float32]
 PIECE = MAX_STEP  # positions whose logits are held at once: 420 MB for a vocabulary of 102,400
@@ -105,7 +105,7 @@ def _check_same_vocabulary(runtime: Runtime, reference: Runtime) -> None:
         )
 
 
-def _score(session: Session, other: Session | None, window: NDArray[np.int32], skip: int) -> Score:
+def _score(session: protocol.Session, other: protocol.Session | None, window: NDArray[np.int32], skip: int) -> Score:
     """Evaluate a window piece by piece: of its logits only a piece's are ever held. Without other, the reference's
     figures are the model's own.
     """
@@ -130,12 +130,13 @@ def _score(session: Session, other: Session | None, window: NDArray[np.int32], s
     return score.window(parts, n_routed, n_alike)
 
 
-def _logits(session: Session, piece: NDArray[np.int32], scored: slice, tap: Tap | None = None) -> F32:
+def _logits(session: protocol.Session, piece: NDArray[np.int32], scored: slice, tap: Tap | None = None) -> F32:
     """Evaluate a piece; the logits of its scored positions, (n, n_vocab): each predicts the token after it."""
     if scored.start >= scored.stop:
-        eval_batch([(session, piece)], [0])
+        session.eval(piece)
         return np.empty((0, session.model.hparams["n_vocab"]), np.float32)
-    logits = session.eval(piece, "all", tap=tap)[scored]
+    logits = session.eval(piece, "all", tap=tap) if isinstance(session, Session) else session.eval(piece, "all")
+    logits = logits[scored]
     if not np.isfinite(logits).all():
         raise CliError(
             f"`{session.model.path}` computes values that are not numbers", "the file is damaged: make it again"
@@ -143,13 +144,16 @@ def _logits(session: Session, piece: NDArray[np.int32], scored: slice, tap: Tap 
     return logits
 
 
-def _piece_bytes(session: Session) -> int:
+def _piece_bytes(session: protocol.Session) -> int:
     """What the logits of a piece take, and some rows of them in float64: themselves and what is made of them."""
     n_vocab = session.model.hparams["n_vocab"]
     return n_vocab * (4 * min(PIECE, session.n_ctx) + 4 * 8 * score.ROWS)
 
 
-def _router_tap(session: Session) -> Tap:
+def _router_tap(session: protocol.Session) -> Tap:
+    """For the experts that each layer chose, which llama.cpp does not tell."""
+    if not isinstance(session, Session):
+        return Tap()
     hparams = session.model.hparams
     return Tap({f"experts-{il}": None for il in range(hparams["n_layer_dense"], hparams["n_layer"])})
 

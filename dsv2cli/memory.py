@@ -10,7 +10,7 @@ from dsv2cli import console
 from dsv2cli.errors import CliError
 
 if TYPE_CHECKING:
-    from cext import Session
+    from dsv2cli.engines.protocol import Session
 
 ROUND = 256  # tokens: a context that is proposed is a multiple of it
 
@@ -23,7 +23,7 @@ def need(sessions: Sequence[Session], n_step: int, other: int = 0) -> tuple[str,
     """
     free = free_bytes()
     other += sum(model.step_bytes(n_step) for model in {session.model for session in sessions})
-    caches = sum(session.kv_bytes for session in sessions)
+    caches = sum(session.growth for session in sessions)
     if free is None or caches + other <= free:
         return None
     n_ctx = max(session.n_ctx for session in sessions)
@@ -31,9 +31,10 @@ def need(sessions: Sequence[Session], n_step: int, other: int = 0) -> tuple[str,
         f"a context of {n_ctx} tokens takes {console.format_bytes(caches)}, reading and writing it"
         f" {console.format_bytes(other)}, and {console.format_bytes(free)} of memory are free"
     )
-    fits = int(n_ctx * max(0, free - other) / caches) // ROUND * ROUND
+    fits = int(n_ctx * max(0, free - other) / max(caches, 1)) // ROUND * ROUND
     hints = [f"a context of {fits} fits" if fits else "a smaller context"]
-    coded = sum(session.model.session(session.n_ctx, "q8_0").kv_bytes for session in sessions)
+    growing = [session for session in sessions if session.growth]
+    coded = sum(session.model.session(session.n_ctx, "q8_0").kv_bytes for session in growing)
     if coded < caches:  # narrow rows do not gain
         hints.append(f"--kv q8_0 takes {console.format_bytes(coded)}")
     return message, "; ".join(hints)

@@ -10,9 +10,12 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from dsv2cli.runtime import Wishes
 
 C_INT = 2**31 - 1
 SHOWN_LIMIT = 1 << 24  # a larger one is a machine's affair, and not in --help
@@ -92,5 +95,37 @@ Threads = Annotated[
     int | None, number("-t", "--threads", within=Range(1, MAX_THREADS), help="Worker threads.", show_default=False)
 ]
 Kv = Annotated[KvType, typer.Option("--kv", help=KV_HELP)]
+Engine = Annotated[
+    Literal["auto", "dsv2", "llama.cpp"],
+    typer.Option("--engine", help="What runs it; auto: dsv2's own engine where it can, else llama.cpp."),
+]
+Rpc = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="llama.cpp's RPC servers that hold the model's layers. Nothing is encrypted, nobody is checked: for a"
+        " trusted network only.",
+        show_default=False,
+    ),
+]
+GpuLayers = Annotated[
+    int,
+    number("--gpu-layers", within=Range(0, C_INT), help="Layers for a GPU, where llama.cpp was built for one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+
+
+def wishes(engine: Literal["auto", "dsv2", "llama.cpp"], rpc: str | None, gpu_layers: int, *, told: bool) -> Wishes:
+    """How a model is to be run, from the options above. UsageError."""
+    from dsv2cli.errors import UsageError
+    from dsv2cli.runtime import Wishes
+
+    if engine == "dsv2" and (rpc is not None or gpu_layers):
+        raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
+    if rpc is None:
+        return Wishes(engine, (), gpu_layers, told)
+    from dsv2cli.engines.llamacpp.rpc import parse
+
+    return Wishes(engine, parse(rpc), gpu_layers, told)

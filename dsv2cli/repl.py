@@ -18,7 +18,8 @@ from dsv2cli.scheduler import Event, Read, Stats, Token
 from dsv2cli.terminal import LineReader, terminating_in_order
 
 if TYPE_CHECKING:
-    from cext import Sampler, Session
+    from cext import Sampler
+    from dsv2cli.engines.protocol import Session
     from dsv2cli.runtime import Runtime
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)

@@ -1,9 +1,10 @@
-"""A model opened for use: the engine's model and the file's tokenizer, loaded side by side."""
+"""A model opened for use: an engine's model and the file's tokenizer."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,25 +12,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2cli import console
-from dsv2cli.errors import CliError
+from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, architecture_of, not_ours, refuse_others
+from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from cext import Model, Session
     from cext.model import KvType
     from cext.tokenizer import Tokenizer
+    from dsv2cli.engines.llamacpp.rpc import Endpoint
+    from dsv2cli.engines.protocol import Model, Session
+    from dsv2cli.scheduler import Evaluate
 
 DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """An open model, its tokenizer, and how long opening took (seconds)."""
+    """An open model, its tokenizer, and how long opening took (seconds). evaluate: a step of several of its sessions;
+    interrupt: ends the one under way, where the engine can."""
 
     path: Path
     model: Model
     tokenizer: Tokenizer
     load_seconds: float
+    evaluate: Evaluate
+    interrupt: Callable[[], None]
+    engine: Engine
 
     @property
     def name(self) -> str:
@@ -53,25 +61,106 @@ class Runtime:
         return self.model.session(n_ctx, kv_type)
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """How a model is to be run. servers: RPC servers that hold its layers; gpu_layers: layers for a GPU; both
+    llama.cpp's. told: whether the person who runs it is to see what was chosen, and how far loading has come."""
+
+    engine: Wanted = "auto"
+    servers: tuple[Endpoint, ...] = ()
+    gpu_layers: int = 0
+    told: bool = True
+
+
 @contextmanager
-def open_model(path: Path, threads: int | None) -> Iterator[Runtime]:
-    """Model and tokenizer of a GGUF. EngineError, OSError."""
+def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) -> Iterator[Runtime]:
+    """Model and tokenizer of a GGUF, with the engine that runs it. EngineError, OSError, CliError."""
+    wishes = wishes or Wishes()
     begun = time.perf_counter()
+    wants_llama = wishes.servers or wishes.gpu_layers or wishes.engine == LLAMA
+    opened = None if wants_llama else _open_ours(path, threads, wishes)
+    model, tokenizer, evaluate, interrupt, engine = opened or _open_llama(path, threads, wishes)
+    with tokenizer:
+        try:
+            n_rows = model.hparams["n_vocab"]
+            if tokenizer.n_vocab > n_rows:
+                raise CliError(
+                    f"`{path}`: the vocabulary has {tokenizer.n_vocab} tokens and the model {n_rows}",
+                    "the file was made with another model's tokenizer",
+                )
+            yield Runtime(path, model, tokenizer, time.perf_counter() - begun, evaluate, interrupt, engine)
+        finally:
+            model.close()
+
+
+Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine]
+
+
+def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None:
+    """With dsv2's own engine; None where it is left to llama.cpp."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, path)
-        from cext import Model
+        from cext import EngineError, Model, UnsupportedError, eval_batch
 
-        model = Model(path, threads)
-        tokenizer = loading.result()
+        try:
+            model = Model(path, threads)
+        except UnsupportedError as error:
+            if loading.exception() is None:
+                loading.result().close()
+            if wishes.engine == OURS:
+                raise
+            if (reason := _why_not_ours(path)) is None:
+                hint = "--engine llama.cpp runs it as far as llama.cpp understands it"
+                error.hint = f"{error.hint}; {hint}" if error.hint else hint
+                raise
+            if wishes.told:
+                console.note(f"({reason}: llama.cpp runs this file)", "dim")
+            return None
+        try:
+            tokenizer = loading.result()
+        except EngineError:
+            model.close()
+            raise
     tell(path, [*model.notes, *tokenizer.notes])
-    with model, tokenizer:
-        n_rows = model.hparams["n_vocab"]
-        if tokenizer.n_vocab > n_rows:
-            raise CliError(
-                f"`{path}`: the vocabulary has {tokenizer.n_vocab} tokens and the model {n_rows}",
-                "the file was made with another model's tokenizer",
-            )
-        yield Runtime(path, model, tokenizer, time.perf_counter() - begun)
+    return model, tokenizer, eval_batch, lambda: None, OURS
+
+
+def _why_not_ours(path: Path) -> str | None:
+    """Why a file is llama.cpp's to run; None where it is dsv2's own engine's. CliError where it is nobody's."""
+    from cext import Gguf
+
+    with Gguf(path) as gguf:
+        refuse_others(f"`{path}`", gguf.metadata, len(gguf.tensors))
+        return not_ours(architecture_of(gguf.metadata), (tensor.type_name for tensor in gguf.tensors))
+
+
+def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
+    """With llama.cpp, which is imported here and nowhere before."""
+    if wishes.engine == OURS:
+        raise UsageError("--rpc and --gpu-layers are llama.cpp's", "leave out --engine dsv2")
+    from dsv2cli.engines import llamacpp
+    from dsv2cli.engines.llamacpp import rpc
+
+    if warning := rpc.warning(wishes.servers):
+        console.warn(warning)
+    llamacpp.study(path)  # what it is, before a word on its vocabulary
+    tokenizer = _load_tokenizer(path)
+    shown = wishes.told and console.obeys(sys.stderr)
+
+    def told(share: float) -> None:
+        if shown:
+            console.show_progress(f"loading: {share:.0%}" if share < 1 else "")
+
+    try:
+        model = llamacpp.Model(path, threads, servers=wishes.servers, gpu_layers=wishes.gpu_layers, told=told)
+    except BaseException:
+        tokenizer.close()
+        raise
+    finally:
+        told(1)
+    known = " ".join(tokenizer.notes)
+    tell(path, [*tokenizer.notes, *(note for note in model.notes if note.partition(": ")[2] not in known)])
+    return model, tokenizer, model.evaluate, model.interrupt, LLAMA
 
 
 def tell(path: Path, notes: Iterable[str]) -> None:

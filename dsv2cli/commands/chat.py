@@ -79,6 +79,9 @@ def chat(
     context: Annotated[int | None, number("-c", "--ctx", within=options.CONTEXT, help=CONTEXT_HELP)] = None,
     kv: options.Kv = "f16",
     threads: options.Threads = None,
+    engine: options.Engine = "auto",
+    rpc: options.Rpc = None,
+    gpu_layers: options.GpuLayers = 0,
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
     think: Annotated[Think, typer.Option("--think", help=THINK_HELP)] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
@@ -107,12 +110,13 @@ def chat(
 
     from dsv2cli import locate, memory, runtime
 
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
     path = locate.model(model)
-    with runtime.open_model(path, threads) as opened:
+    with runtime.open_model(path, threads, wishes) as opened:
         from cext import Sampler
         from dsv2cli.conversation import Conversation
         from dsv2cli.repl import Chat, Repl, tell_dropped
-        from dsv2cli.scheduler import Budget
+        from dsv2cli.scheduler import Budget, Scheduler
 
         session = opened.session(context, kv)
         memory.warn([session], Budget().alone)
@@ -127,6 +131,8 @@ def chat(
             n_draft=lookup,
             n_ctx_train=opened.n_ctx_train,
             dropped=lambda n: None if quiet else tell_dropped(n),
+            interrupt=opened.interrupt,
+            scheduler=Scheduler(opened.evaluate),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
         talk = Chat(opened, session, conversation, sampler, limit, quiet=quiet, raw=raw or fim is not None)
@@ -190,6 +196,7 @@ def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:
         "first_token_seconds": round(stats.prefill_seconds, 4),
         "prefill_tokens_per_second": round(stats.prefill_rate, 2),
         "decode_tokens_per_second": round(stats.decode_rate, 2),
+        "engine": talk.runtime.engine,
         "kv_type": talk.session.kv_type,
         "kv_bytes": talk.session.kv_bytes,
         "resident_bytes": resident_bytes(),

@@ -44,6 +44,9 @@ def perplexity(
         int | None, number("--windows", within=options.COUNT, help="Score only the first so many windows.")
     ] = None,
     threads: options.Threads = None,
+    engine: options.Engine = "auto",
+    rpc: options.Rpc = None,
+    gpu_layers: options.GpuLayers = 0,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -52,9 +55,10 @@ def perplexity(
     from dsv2cli.text import read, read_stdin
 
     paths = [locate.model(name) for name in (model, reference) if name is not None]
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
     content = read_stdin(waits=quiet) if str(text) == "-" else read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
-        models = [opened.enter_context(runtime.open_model(path, threads)) for path in paths]
+        models = [opened.enter_context(runtime.open_model(path, threads, wishes)) for path in paths]
         bar = display.add_task("scoring", total=None, detail="")
         found = evaluate(
             models[0],

@@ -8,7 +8,7 @@ from dsv2cli.scheduler.context import Context
 from dsv2cli.scheduler.drafts import Drafter, Lookup
 from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
 from dsv2cli.scheduler.sampling import Logprobs, PromptRows, Sampling
-from dsv2cli.scheduler.scheduler import Budget, Scheduler
+from dsv2cli.scheduler.scheduler import Budget, Evaluate, Scheduler
 from dsv2cli.scheduler.sequence import Sequence
 from dsv2cli.scheduler.stats import Stats
 from dsv2cli.scheduler.text import Text
@@ -18,6 +18,7 @@ __all__ = [
     "Context",
     "Drafter",
     "End",
+    "Evaluate",
     "Event",
     "Logprobs",
     "Lookup",

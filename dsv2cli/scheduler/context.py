@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from cext import Session
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Session(Protocol):
+    """What is needed of a ``cext.Session``, or of another engine's."""
+
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def n_past(self) -> int: ...
+    @property
+    def ids(self) -> NDArray[np.int32]: ...
+    def rewind(self, n: int) -> None: ...
 
 
 class Context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cext import MAX_STEP, eval_batch
 from dsv2cli.scheduler.events import Event, Reason
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cext import Session
-
-# ``cext.eval_batch``: the logits after the last so many tokens of each session, one after another.
-Evaluate = Callable[[list[tuple["Session", list[int]]], list[int]], "NDArray[np.float32]"]
+# ``cext.eval_batch``, or another engine's over its own sessions: the logits after the last so many tokens of each, one
+# after another.
+Evaluate = Callable[[list[tuple[Any, list[int]]], list[int]], "NDArray[np.float32]"]
 # A sequence's part in a step: tokens, and of how many of the last ones the logits are wanted.
 Share = tuple[Sequence, list[int], int]
 
@@ -114,8 +113,11 @@ class Scheduler:
         return len(ids)
 
     def _evaluate_shares(self, shares: list[Share], events: list[Event]) -> None:
-        """Evaluate and append what comes of it. Where it fails, each is tried alone: an error ends who causes it."""
-        batch: list[tuple[Session, list[int]]] = []
+        """Evaluate and append what comes of it. Where it fails, each is tried alone: an error ends who causes it.
+
+        Where a sequence was cancelled meanwhile, it was that: an engine may stop what it computes.
+        """
+        batch: list[tuple[Any, list[int]]] = []
         wanted: list[int] = []
         for sequence, ids, n_logits in shares:
             batch.append((sequence.context.session, ids))
@@ -124,7 +126,10 @@ class Scheduler:
             logits = self._evaluate(batch, wanted)
         except Exception as error:
             if len(shares) == 1:
-                return self._end(shares[0][0], "error", events, error)
+                sequence = shares[0][0]
+                if sequence.cancelled:
+                    return self._end(sequence, "cancelled", events)
+                return self._end(sequence, "error", events, error)
             for share in shares:
                 self._evaluate_shares([share], events)
             return None

@@ -204,7 +204,8 @@ def test_ids_outside_the_vocabulary_spell_nothing(tokenizer: Tokenizer) -> None:
     ("changes", "message"),
     [
         ({"ggml__model": None}, "has no vocabulary"),
-        ({"ggml__model": "llama"}, "kind `llama`"),
+        ({"ggml__model": "none"}, "has no vocabulary"),
+        ({"ggml__model": "runes"}, "cannot load the vocabulary: unknown tokenizer: 'runes'"),
         ({"ggml__tokens": None}, "tokens is missing"),
         ({"ggml__tokens": ["a", "b", "a"]}, "there twice"),
         ({"ggml__tokens": [1, 2]}, "not a list of strings"),

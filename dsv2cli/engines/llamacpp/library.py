@@ -1,0 +1,96 @@
+"""llama.cpp's library as it is installed: started once, its log and its last words ours."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from cext.vocabulary import start_llama
+from dsv2cli import console
+
+T = TypeVar("T")
+FAILED = 1  # the exit code of what failed
+PLACE = re.compile(r"^\S*?([^/\s]+:\d+): ")
+
+
+@functools.cache
+def library() -> Any:
+    """The module ``llama_cpp``, with its backend started."""
+    import llama_cpp
+
+    start_llama()
+    with contextlib.suppress(AttributeError, OSError):  # a version without: it ends by a signal
+        ggml().ggml_set_abort_callback(_last_words)
+    return llama_cpp
+
+
+def version() -> str:
+    return str(library().__version__)
+
+
+@functools.cache
+def ggml() -> Any:
+    """The library below llama.cpp's, where devices are listed."""
+    from llama_cpp._ggml import libggml
+
+    return libggml
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
+def _last_words(message: bytes | None) -> None:
+    """llama.cpp checks itself and ends the process where it is wrong, after this: not with a dump of the stack."""
+    told = PLACE.sub(r"\1: ", (message or b"").decode("utf-8", "replace").strip())
+    console.print_error(f"llama.cpp ended: {told}", "the file may be damaged, or a machine of --rpc gone")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(FAILED)
+
+
+class Worker:
+    """One thread that calls llama.cpp, so that its owner hears Ctrl-C while it computes, and calls never meet.
+
+    stop: a byte that llama.cpp looks at between two operations, and ends what it does where it is not 0.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
+        self.stop = ctypes.create_string_buffer(2)
+
+    def run(self, call: Callable[[], T]) -> T:
+        """What the call returns or raises. Where Ctrl-C ends the wait, the call is stopped first."""
+        future: Future[T] | None = None
+        try:
+            self.stop[0] = b"\0"
+            future = self._pool.submit(call)
+            return future.result()
+        finally:
+            while future is not None and not future.done():
+                self.interrupt()
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([future])
+
+    def interrupt(self) -> None:
+        """Stop what runs. From any thread, or a signal's handler."""
+        self.stop[0] = b"\1"
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop[0] != b"\0"
+
+    def abort_callback(self) -> tuple[Any, int]:
+        """(function, its argument) for llama.cpp to ask whether to stop.
+
+        It is C's own strlen over ``stop``, since it is asked after each of a thousand operations a token, each of which
+        would wait for Python: no character, no stop.
+        """
+        return ctypes.cast(ctypes.CDLL(None).strlen, library().ggml_abort_callback), ctypes.addressof(self.stop)
+
+    def close(self) -> None:
+        self._pool.shutdown()

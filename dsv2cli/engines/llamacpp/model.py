@@ -1,0 +1,296 @@
+"""A GGUF that llama.cpp runs: its weights, contexts made of it, and a step of several sequences."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cext import MAX_STEP, Gguf, cores
+from cext.errors import ArgumentError, ContextFullError, EngineError, OutOfMemoryError, UnsupportedError
+from cext.system import free_bytes
+from cext.vocabulary import kept_log
+from dsv2cli import console
+from dsv2cli.engines.cache import Cache, cache_of
+from dsv2cli.engines.choice import architecture_of, no_chat_model
+from dsv2cli.engines.llamacpp import rpc
+from dsv2cli.engines.llamacpp.library import Worker, library, version
+from dsv2cli.engines.llamacpp.session import Room, Session, step
+from dsv2cli.engines.protocol import Shape
+
+if TYPE_CHECKING:
+    from cext.model import KvType
+
+F32 = NDArray[np.float32]
+STEP = 512  # tokens computed at once; llama.cpp's own default
+NO_ROOM, ABORTED = 1, 2  # what llama_decode returns
+ALL_LAYERS = 1 << 16
+HALVES = ("f16", "bf16")
+
+
+class StoppedError(EngineError):
+    """An evaluation was stopped on request; nothing of it stays."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the header says that is wanted before llama.cpp opens the file."""
+
+    architecture: str
+    name: str
+    nbytes: int  # of all tensors
+    cache: Cache
+    logits: int  # bytes of a row
+    width: int
+    has_half_experts: bool
+
+
+def study(path: str | PathLike[str]) -> Facts:
+    """FormatError and FileError as the engine's own; UnsupportedError for a file that writes no text."""
+    with Gguf(path) as gguf:
+        values = gguf.metadata
+        if (what := no_chat_model(values, len(gguf.tensors))) is not None:
+            raise UnsupportedError(f"`{fspath(path)}` is {what}", "give the model's own GGUF")
+        architecture = architecture_of(values)
+        keys = {k.removeprefix(f"{architecture}."): values[k] for k in values if k.startswith(f"{architecture}.")}
+        name, tokens = values.get("general.name"), values.get("tokenizer.ggml.tokens")
+        width = keys.get("embedding_length")
+        return Facts(
+            architecture,
+            name if isinstance(name, str) else "",
+            sum(t.nbytes for t in gguf.tensors),
+            cache_of(keys),
+            4 * len(tokens) if isinstance(tokens, list) else 0,
+            width if isinstance(width, int) else 0,
+            any("_exps." in t.name and t.type_name in HALVES for t in gguf.tensors),
+        )
+
+
+class Model:
+    """See protocol.Model. threads: None takes every core. told: the share of the file that is loaded, as it comes.
+
+    servers: RPC servers whose devices hold the layers. gpu_layers: layers that a GPU of this machine holds, where
+    llama.cpp was built for one. Raises EngineError with llama.cpp's own reason, and what ``study`` raises.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        threads: int | None = None,
+        *,
+        servers: tuple[rpc.Endpoint, ...] = (),
+        gpu_layers: int = 0,
+        told: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self.path = fspath(path)
+        self.threads = threads or cores()
+        self.facts = study(path)
+        self.worker = Worker()
+        self._rooms: list[Room] = []
+        lib = library()
+        self.isa = f"llama.cpp {version()}"
+        if gpu_layers and not lib.llama_supports_gpu_offload():
+            raise UnsupportedError(
+                "the llama.cpp that is installed was built for the processor alone", "--gpu-layers 0"
+            )
+        notes: list[str] = []
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = ALL_LAYERS if servers else gpu_layers
+        params.use_extra_bufts = self._may_repack(notes) and not servers
+        if servers:
+            self._devices = rpc.devices(servers)
+            params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+
+        @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+        def progress(share: float, data: Any) -> bool:
+            told(share)
+            return not self.worker.stopped
+
+        params.progress_callback = progress
+
+        def load() -> tuple[Any, Any]:
+            with kept_log() as log:
+                return lib.llama_model_load_from_file(os.fsencode(path), params), log
+
+        self._model, log = self.worker.run(load)
+        if not self._model:
+            self.worker.close()
+            raise UnsupportedError(
+                f"`{self.path}`: llama.cpp {version()} cannot load it: {log.reason}", _remedy(log.reason)
+            )
+        self.notes = [*notes, *(f"llama.cpp says: {line}" for line in log.warnings)]
+        self.is_recurrent = bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
+        self.n_vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+        self.hparams: Shape = {
+            "name": self.facts.name,
+            "n_ctx_train": max(0, int(lib.llama_model_n_ctx_train(self._model))),
+            "n_vocab": self.n_vocab,
+        }
+
+    def _may_repack(self, notes: list[str]) -> bool:
+        """Whether llama.cpp may copy the weights into a layout that is faster: where memory holds them twice."""
+        if self.facts.has_half_experts:
+            return False  # AMX's layout for these ends in a failed check when it computes
+        free = free_bytes()
+        if free is not None and self.facts.nbytes > free:
+            notes.append(
+                f"{console.format_bytes(self.facts.nbytes)} of weights are more than the {console.format_bytes(free)}"
+                " of memory that are free: they are read from the disk again for every token, which is slow"
+            )
+            return False
+        return True
+
+    def session(self, n_ctx: int = 4096, kv_type: KvType = "f16", n_seq: int = 1) -> Session:
+        """A sequence of at most n_ctx tokens, in a context for n_seq such sequences (see ``Session.fork``).
+
+        Its memory is taken at once: OutOfMemoryError where it is not there; EngineError with llama.cpp's own reason.
+        """
+        if n_ctx < 1 or n_seq < 1:
+            raise ArgumentError(f"a context of {n_ctx} tokens for {n_seq} sequences")
+        lib = library()
+        self._check_memory(n_ctx, kv_type, n_seq)
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_batch, params.n_ubatch = min(MAX_STEP, n_ctx * n_seq), STEP
+        params.n_seq_max, params.kv_unified, params.swa_full = n_seq, True, True
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = {
+            "f16": lib.GGML_TYPE_F16,
+            "q8_0": lib.GGML_TYPE_Q8_0,
+            "f32": lib.GGML_TYPE_F32,
+        }[kv_type]
+        params.abort_callback, params.abort_callback_data = self.worker.abort_callback()
+        params.no_perf = True
+
+        def make() -> tuple[Any, Any]:
+            with kept_log() as log:
+                return lib.llama_init_from_model(self._open(), params), log
+
+        context, log = self.worker.run(make)
+        if not context:
+            raise EngineError(
+                f"`{self.path}`: llama.cpp makes no context of {n_ctx} tokens in {kv_type}: {log.reason}",
+                "a smaller -c may fit, or --kv f16",
+            )
+        room = Room(context, n_seq, n_ctx, kv_type, self.facts.cache.token_bytes(kv_type))
+        self._rooms.append(room)
+        return Session(self, room)
+
+    def _check_memory(self, n_ctx: int, kv_type: KvType, n_seq: int) -> None:
+        free, row = free_bytes(), self.facts.cache.token_bytes(kv_type)
+        other = min(STEP, n_ctx) * (self.facts.logits + 64 * self.facts.width)
+        if free is None or row * n_ctx * n_seq + other <= free:
+            return
+        fits = int(max(0, free - other) / max(row, 1) / n_seq) // 256 * 256
+        hints = [f"a context of {fits} fits" if fits else "a smaller context"]
+        if (coded := self.facts.cache.token_bytes("q8_0") * n_ctx * n_seq) < row * n_ctx * n_seq:
+            hints.append(f"--kv q8_0 takes {console.format_bytes(coded)}")
+        raise OutOfMemoryError(
+            f"a context of {n_ctx} tokens takes {console.format_bytes(row * n_ctx * n_seq)}, computing"
+            f" {console.format_bytes(other)}, and {console.format_bytes(free)} of memory are free",
+            "; ".join(hints),
+        )
+
+    def step_bytes(self, n_tok: int) -> int:
+        """0: a context has the memory of its steps from the beginning."""
+        return 0
+
+    def evaluate(self, batch: Sequence[tuple[Session, Sequence[int]]], n_logits: Sequence[int]) -> F32:
+        """Append to several sessions of this model in one step: see ``cext.eval_batch``. Nothing changes on failure.
+
+        Sessions that share a context are computed together, others one after another. ValueError, ContextFullError;
+        StoppedError after ``interrupt``.
+        """
+        parts: dict[int, list[tuple[int, Session, list[int], int]]] = {}
+        for at, ((session, given), n) in enumerate(zip(batch, n_logits, strict=True)):
+            ids = self._checked(session, given)
+            if not 0 <= n <= len(ids):
+                raise ValueError(f"the logits of {n} tokens, where {len(ids)} are evaluated")
+            parts.setdefault(id(session.room), []).append((at, session, ids, n))
+        if len({id(session) for session, _ in batch}) < len(batch) or not batch:
+            raise ValueError("a step takes each session once, and at least one")
+        try:
+            rows = self.worker.run(lambda: self._steps(list(parts.values())))
+        finally:
+            for session, _ in batch:
+                if session.n_cached > session.n_past:  # another room failed
+                    session.n_cached, session.is_clean = session.n_past, False
+        return np.concatenate([rows[at] for at in range(len(batch))])
+
+    def _steps(self, rooms: list[list[tuple[int, Session, list[int], int]]]) -> dict[int, F32]:
+        """A step of every room; the logits of each part by its place in the batch. In the worker."""
+        self._open()
+        found: dict[int, F32] = {}
+        with kept_log() as log:
+            for parts in rooms:
+
+                def failed(status: int) -> EngineError:
+                    if status == ABORTED:
+                        return StoppedError("the evaluation was stopped")
+                    if status == NO_ROOM:
+                        return ContextFullError("llama.cpp has no room left in its context", "-c makes it larger")
+                    return EngineError(f"`{self.path}`: llama.cpp cannot evaluate it: {log.reason} ({status})")
+
+                rows = step(parts[0][1].room, [(s, ids, n) for _, s, ids, n in parts], self.n_vocab, failed)
+                for at, _, _, n in parts:
+                    found[at], rows = rows[:n], rows[n:]
+        for parts in rooms:
+            for _, session, ids, _ in parts:
+                session.tokens += ids
+        return found
+
+    def _checked(self, session: Session, given: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in given]
+        if session.model is not self:
+            raise ArgumentError("the session is another model's")
+        if not ids or min(ids) < 0 or max(ids) >= self.n_vocab:
+            raise ValueError(f"token ids are to be 0 to {self.n_vocab - 1}, and at least one")
+        if session.n_past + len(ids) > session.n_ctx:
+            raise ContextFullError(
+                f"{len(ids)} tokens do not fit: the context holds {session.n_ctx} and {session.n_past} are used",
+                "open the session with a larger n_ctx, or rewind it",
+            )
+        return ids
+
+    def interrupt(self) -> None:
+        """End the evaluation under way. From any thread, or a signal's handler."""
+        self.worker.interrupt()
+
+    def _open(self) -> Any:
+        if self._model is None:
+            raise ArgumentError(f"`{self.path}`: the model was closed")
+        return self._model
+
+    def close(self) -> None:
+        """Release contexts and weights, after the call that is under way."""
+        if self._model is None:
+            return
+
+        def free() -> None:
+            for room in self._rooms:
+                room.close()
+            library().llama_model_free(self._model)
+            self._model = None
+
+        self.worker.run(free)
+        self.worker.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _remedy(reason: str) -> str:
+    if "unknown model architecture" in reason or "pre-tokenizer" in reason:
+        return "llama-cpp-python may be older than this model: pip install -U llama-cpp-python"
+    if "memory" in reason or "alloc" in reason:
+        return "free some memory, or take a smaller type"
+    return "take another file of the model: this one may be damaged, or of another program"
