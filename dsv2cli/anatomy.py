@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv2cli.console import cut
+from dsv2cli.engines.cache import cache_of, count
+from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, no_chat_model, not_ours
 from dsv2cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -79,7 +81,11 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A GGUF taken apart. kv_bytes is the latent cache of one token by --kv type; 0 for other architectures."""
+    """A GGUF taken apart. kv_bytes is the cache of one token by --kv type.
+
+    engine: what runs it, and why where it is not dsv2's own; None where nothing does. kind: what it is where it is no
+    model that writes text.
+    """
 
     path: Path
     name: str
@@ -92,6 +98,9 @@ class Anatomy:
     kv_bytes: dict[str, int]
     notes: dict[str, Any]  # dsv2.*: what our quantiser wrote down
     remarks: tuple[str, ...] = ()  # the engine's: what the file leaves unsaid, or why it does not run
+    engine: Engine | None = OURS
+    reason: str = ""
+    kind: str | None = None
 
     @property
     def tensor_bytes(self) -> int:
@@ -125,7 +134,7 @@ class Anatomy:
     @property
     def contexts(self) -> tuple[int, ...]:
         """Contexts worth knowing the memory at: a few, and the longest the model was trained for."""
-        longest = self.keys.get("context_length", CONTEXTS[0]) if is_known(self.architecture) else CONTEXTS[0]
+        longest = count(self.keys, "context_length") or CONTEXTS[0]
         return (*(c for c in CONTEXTS if c < longest), longest)
 
     def memory(self, n_ctx: int, kv_type: str = "f16") -> int:
@@ -140,8 +149,9 @@ def is_known(architecture: str) -> bool:
     return architecture in architectures()
 
 
-def study(path: Path) -> Anatomy:
-    """Read a GGUF's header. FileError, FormatError; CliError where a key that is known holds what it cannot."""
+def study(path: Path, wanted: Wanted = "auto") -> Anatomy:
+    """Read a GGUF's header, for an engine. FileError, FormatError; CliError where a key that is known holds what it
+    cannot."""
     from cext import Gguf
 
     with Gguf(path) as gguf:
@@ -156,8 +166,15 @@ def study(path: Path) -> Anatomy:
         if known:
             for name in COUNTS:
                 _check(path, prefix + name, keys.get(name, 0), int, "a count")
+        kind = no_chat_model(metadata, len(gguf.tensors))
+        reason = not_ours(architecture, (t.type_name for t in gguf.tensors)) or ""
+        is_ours = not reason and wanted != LLAMA
         shape, remarks = _shape(gguf) if known else (None, ())
         keys |= _assumed(shape) if shape else {}
+        cache = cache_of(keys)
+        if cache.recurrent:
+            remarks += ("some of its layers keep a state of fixed size in place of a cache, which is not counted here",)
+        runs = kind is None and (shape is not None if is_ours else wanted != OURS)
         return Anatomy(
             path=path,
             name=metadata.get("general.name", path.stem),
@@ -166,10 +183,13 @@ def study(path: Path) -> Anatomy:
             keys=keys,
             vocabulary=_vocabulary(gguf),
             types=_types(gguf.tensors),
-            parts=_parts(gguf.tensors, keys) if known else (),
-            kv_bytes=_kv_bytes(keys if known else {}),
+            parts=_parts(gguf.tensors, keys),
+            kv_bytes=_kv_bytes(keys) if is_ours else {name: cache.token_bytes(name) for name in ROW_BYTES},
             notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
             remarks=remarks,
+            engine=(OURS if is_ours else LLAMA) if runs else None,
+            reason=reason,
+            kind=kind,
         )
 
 
@@ -233,8 +253,8 @@ def _types(tensors: Iterable[TensorInfo]) -> tuple[TypeSize, ...]:
 
 def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, ...]:
     """By part, in PARTS' order. Where there is no head, the embeddings are read whole in its place."""
-    n_expert, n_used = keys.get("expert_count", 0), keys.get("expert_used_count", 0)
-    n_layer = keys.get("block_count", 0)
+    n_expert, n_used = count(keys, "expert_count"), count(keys, "expert_used_count")
+    n_layer = count(keys, "block_count")
     tied = not any(t.name == "output.weight" for t in tensors)
     sizes: dict[str, list[int]] = {}
     for tensor in tensors:

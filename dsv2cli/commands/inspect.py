@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv2cli import console, options
+from dsv2cli.engines.cache import count
+from dsv2cli.engines.choice import LLAMA
 from dsv2cli.errors import UsageError
 from dsv2cli.options import number
 
@@ -42,11 +44,14 @@ def inspect(
     heatmap: Annotated[
         Path | None, options.place("--heatmap", metavar="PNG", help="Write a picture of how often each expert is used.")
     ] = None,
+    engine: options.Engine = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     from dsv2cli import anatomy, locate, runtime
 
-    found = anatomy.study(locate.model(model))
+    found = anatomy.study(locate.model(model), engine)
+    if found.engine == LLAMA and found.reason:
+        console.note(f"({found.reason}: llama.cpp runs this file)", "dim")
     runtime.tell(found.path, found.remarks)
     if heatmap is not None:
         draw(found, heatmap)
@@ -133,8 +138,13 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
         ("file", f"{found.path} ({console.format_bytes(found.file_bytes)})"),
         ("architecture", found.architecture),
         ("weights", f"{found.n_values / 1e9:.3f} billion, {bits:.2f} bits each" if found.types else "none"),
+        ("engine", found.engine or f"none{f': it is {found.kind}' if found.kind else ''}"),
     ]
-    if found.parts:
+    from dsv2cli.anatomy import is_known
+
+    if found.parts and not is_known(found.architecture):
+        lines += other_shape(found)
+    elif found.parts:
         q_rank = keys.get("attention.q_lora_rank", 0)
         groups = keys.get("expert_group_count", 1)
         lines += [
@@ -165,6 +175,22 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
     return lines
 
 
+def other_shape(found: Anatomy) -> list[tuple[str, str]]:
+    """Of an architecture that llama.cpp runs, what its keys say."""
+    keys = found.keys
+    heads, kept = keys.get("attention.head_count"), keys.get("attention.head_count_kv")
+    lines = [("layers", f"{count(keys, 'block_count')} of width {count(keys, 'embedding_length')}")]
+    if heads is not None:
+        lines.append(
+            ("attention", f"{brief(heads)} heads, {brief(heads if kept is None else kept)} of keys and values")
+        )
+    if count(keys, "expert_count"):
+        lines.append(("experts", f"{count(keys, 'expert_used_count')} of {count(keys, 'expert_count')}"))
+    cache = f"{found.kv_bytes['f16']} bytes of cache each ({found.kv_bytes['q8_0']} with --kv q8_0)"
+    lines.append(("context", f"{count(keys, 'context_length') or 'unknown'} tokens trained, {cache}"))
+    return lines
+
+
 def types_table(found: Anatomy) -> console.Table:
     made = console.Table("Tensors by type", ("type", "tensors", "size", "share", "bits/weight", ""))
     for row in found.types:
@@ -174,7 +200,7 @@ def types_table(found: Anatomy) -> console.Table:
             console.format_bytes(row.nbytes),
             share(row.nbytes, found.tensor_bytes),
             f"{row.bits_per_weight:.2f}",
-            "" if row.runs else "not run by this build",
+            "" if row.runs or found.engine == LLAMA else "not run by this build",
         )
     return made
 
@@ -235,6 +261,8 @@ def describe(found: Anatomy, contexts: tuple[int, ...]) -> dict[str, Any]:
         "path": str(found.path),
         "name": found.name,
         "architecture": found.architecture,
+        "engine": found.engine,
+        "kind": found.kind,
         "file_bytes": found.file_bytes,
         "tensor_bytes": found.tensor_bytes,
         "n_values": found.n_values,

@@ -11,7 +11,6 @@ Engine = Literal["dsv2", "llama.cpp"]
 Wanted = Literal["auto", "dsv2", "llama.cpp"]
 OURS: Engine = "dsv2"
 LLAMA: Engine = "llama.cpp"
-ARCHITECTURES = ("deepseek2",)  # general.architecture of what dsv2's own engine computes
 
 # Architectures of llama.cpp's that write no text by themselves: what they are.
 ENCODER = "an encoder: it makes vectors of texts and writes none"
@@ -68,9 +67,9 @@ def refuse_others(name: str, values: Mapping[str, object], n_tensors: int) -> No
 
 def not_ours(architecture: str, type_names: Iterable[str]) -> str | None:
     """Why dsv2's own engine does not run such a file; None where it does."""
-    from cext import formats
+    from cext import architectures, formats
 
-    if architecture not in ARCHITECTURES:
+    if architecture not in architectures():
         return f"architecture `{architecture}`"
     known = {f["name"] for f in formats()}
     lacking = [name for name in dict.fromkeys(type_names) if name not in known]
