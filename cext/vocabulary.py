@@ -73,6 +73,11 @@ def read(path: str) -> Vocabulary:
             raise TokenizerError(f"`{path}`: tokenizer.ggml.tokens is not a list of strings")
         if len(set(tokens)) != len(tokens):
             raise TokenizerError(f"`{path}`: {len(tokens) - len(set(tokens))} tokens of the vocabulary are there twice")
+        if kind == PIECES and (byte := _missing_byte(tokens)) is not None:  # llama.cpp would end the process
+            raise TokenizerError(
+                f"`{path}`: the vocabulary has no token for the byte {byte:#04x}, to write unknown characters in",
+                "the file is damaged, or its converter was: take another file of the model",
+            )
         types = metadata.get("tokenizer.ggml.token_type")
         template = metadata.get("tokenizer.chat_template")
         pre = metadata.get("tokenizer.ggml.pre")
@@ -111,6 +116,12 @@ def words(path: str, pre: str | None) -> Words | None:
     kinds = [*types, *[NORMAL] * len(tokens)] if isinstance(types, list) else [NORMAL] * len(tokens)
     normal, defined = ({t: i for i, t in enumerate(tokens) if kinds[i] == kind} for kind in (NORMAL, USER_DEFINED))
     return Words(pre, normal, merges, defined)
+
+
+def _missing_byte(tokens: list[str]) -> int | None:
+    """The first byte that a SentencePiece vocabulary spells neither as <0x41> nor as itself."""
+    known = set(tokens)
+    return next((b for b in range(256) if f"<0x{b:02X}>" not in known and (b > 127 or chr(b) not in known)), None)
 
 
 def _is_id(value: object, n_vocab: int) -> bool:

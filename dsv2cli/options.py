@@ -117,7 +117,9 @@ Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
-def wishes(engine: Literal["auto", "dsv2", "llama.cpp"], rpc: str | None, gpu_layers: int, *, told: bool) -> Wishes:
+def wishes(
+    engine: Literal["auto", "dsv2", "llama.cpp"], rpc: str | None, gpu_layers: int, *, n_seq: int = 1, told: bool
+) -> Wishes:
     """How a model is to be run, from the options above. UsageError."""
     from dsv2cli.errors import UsageError
     from dsv2cli.runtime import Wishes
@@ -125,7 +127,7 @@ def wishes(engine: Literal["auto", "dsv2", "llama.cpp"], rpc: str | None, gpu_la
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
     if rpc is None:
-        return Wishes(engine, (), gpu_layers, told)
+        return Wishes(engine, (), gpu_layers, n_seq, told)
     from dsv2cli.engines.llamacpp.rpc import parse
 
-    return Wishes(engine, parse(rpc), gpu_layers, told)
+    return Wishes(engine, parse(rpc), gpu_layers, n_seq, told)

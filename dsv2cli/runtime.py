@@ -63,12 +63,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Wishes:
-    """How a model is to be run. servers: RPC servers that hold its layers; gpu_layers: layers for a GPU; both
-    llama.cpp's. told: whether the person who runs it is to see what was chosen, and how far loading has come."""
+    """How a model is to be run. servers: RPC servers that hold its layers; gpu_layers: layers for a GPU; n_seq:
+    sequences that are stepped together; all llama.cpp's. told: whether the person who runs it is to see what was
+    chosen, and how far loading has come."""
 
     engine: Wanted = "auto"
     servers: tuple[Endpoint, ...] = ()
     gpu_layers: int = 0
+    n_seq: int = 1
     told: bool = True
 
 
@@ -152,7 +154,9 @@ def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
             console.show_progress(f"loading: {share:.0%}" if share < 1 else "")
 
     try:
-        model = llamacpp.Model(path, threads, servers=wishes.servers, gpu_layers=wishes.gpu_layers, told=told)
+        model = llamacpp.Model(
+            path, threads, servers=wishes.servers, gpu_layers=wishes.gpu_layers, n_seq=wishes.n_seq, told=told
+        )
     except BaseException:
         tokenizer.close()
         raise

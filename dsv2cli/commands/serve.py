@@ -48,6 +48,9 @@ def serve(
     kv: options.Kv = "f16",
     cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
     threads: options.Threads = None,
+    engine: options.Engine = "auto",
+    rpc: options.Rpc = None,
+    gpu_layers: options.GpuLayers = 0,
     alias: Annotated[str | None, typer.Option("--alias", help="The model's name, in place of its own.")] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
     api_key_file: Annotated[
@@ -73,16 +76,17 @@ def serve(
     from dsv2cli.server import process
     from dsv2cli.server.engine import Limits
 
+    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
     path = locate.model(model)
     listening = process.listen(host, port)
     if not quiet:
         console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
-    with runtime.open_model(path, threads) as opened:
+    with runtime.open_model(path, threads, wishes) as opened:
         trained = opened.n_ctx_train or runtime.DEFAULT_CONTEXT
         n_ctx = min(runtime.DEFAULT_CONTEXT, trained) if context is None else opened.context(context)
         limits = Limits(n_ctx, parallel, queue, cache_bytes, deterministic)
-        engine, server = process.prepare(opened, limits, kv, alias or opened.name, rules, GRACE)
-        process.run(engine, server, listening)
+        serving, server = process.prepare(opened, limits, kv, alias or opened.name, rules, GRACE)
+        process.run(serving, server, listening)
 
 
 def size(text: str) -> int:

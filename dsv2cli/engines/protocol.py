@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cext.model import KvType
+    from cext.model import CacheUsage, KvType
 
 
 class Shape(TypedDict):
@@ -18,6 +18,7 @@ class Shape(TypedDict):
     name: str
     n_ctx_train: int  # tokens; 0 where the file does not say
     n_vocab: int  # values of a row of logits
+    n_embd: int
 
 
 class Session(Protocol):
@@ -51,6 +52,9 @@ class Session(Protocol):
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens."""
 
+    def fork(self, n: int | None = None) -> Session:
+        """A session that begins with the first n tokens of this one (None: all); each goes on alone."""
+
 
 class Model(Protocol):
     """Weights that are ready. notes: sentences to tell once; isa: what computes, in a word."""
@@ -65,8 +69,13 @@ class Model(Protocol):
     def threads(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+
     def session(self, n_ctx: int = ..., kv_type: KvType = ...) -> Session: ...
     def step_bytes(self, n_tok: int) -> int:
         """Memory that steps of n_tok tokens take beside weights and caches, and that is not taken yet."""
 
+    def cache_usage(self) -> CacheUsage: ...
     def close(self) -> None: ...

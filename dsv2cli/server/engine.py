@@ -15,15 +15,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cext import eval_batch
 from dsv2cli.scheduler import (
     Budget,
     Context,
     End,
+    Evaluate,
     Event,
     PromptRows,
     Read,
@@ -43,7 +43,6 @@ from dsv2cli.server.prefixes import LEAST, Found, Prefixes, common
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cext import Session
     from cext.model import KvType
     from dsv2cli.runtime import Runtime
 
@@ -110,9 +109,13 @@ class Ticket:
             self._loop.call_soon_threadsafe(self._heard.put_nowait, news)
 
 
-def apart(batch: list[tuple[Session, list[int]]], n_logits: list[int]) -> NDArray[np.float32]:
-    """``cext.eval_batch``, each session alone: sums are then added in an order that knows no neighbours."""
-    return np.concatenate([eval_batch([item], [n]) for item, n in zip(batch, n_logits, strict=True)])
+def apart(evaluate: Evaluate) -> Evaluate:
+    """A step of each session alone: sums are then added in an order that knows no neighbours."""
+
+    def each(batch: list[tuple[Any, list[int]]], n_logits: list[int]) -> NDArray[np.float32]:
+        return np.concatenate([evaluate([item], [n]) for item, n in zip(batch, n_logits, strict=True)])
+
+    return each
 
 
 def _never_began(choice: int, reason: Reason, error: Exception | None) -> Ended:
@@ -153,7 +156,8 @@ class Engine:
         self.prefixes = Prefixes(lambda: runtime.model.cache_usage().nbytes, limits.cache_bytes)
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
-        self._scheduler = Scheduler(apart if limits.deterministic else eval_batch, self._budget(64))
+        evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
+        self._scheduler = Scheduler(evaluate, self._budget(64))
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
         self._texts: dict[Sequence, Text] = {}

@@ -18,7 +18,7 @@ from dsv2cli.scheduler import Logprobs
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cext import Session
+    from dsv2cli.scheduler.context import Session
 
 LEAST = 16  # tokens: shorter prefixes are read again faster than they are looked for
 MOST_KEPT = 512

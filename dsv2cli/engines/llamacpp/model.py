@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import MAX_STEP, Gguf, cores
+from cext import MAX_STEP, CacheUsage, Gguf, cores
 from cext.errors import ArgumentError, ContextFullError, EngineError, OutOfMemoryError, UnsupportedError
 from cext.system import free_bytes
 from cext.vocabulary import kept_log
 from dsv2cli import console
-from dsv2cli.engines.cache import Cache, cache_of
+from dsv2cli.engines.cache import Cache, cache_of, count
 from dsv2cli.engines.choice import architecture_of, no_chat_model
 from dsv2cli.engines.llamacpp import rpc
 from dsv2cli.engines.llamacpp.library import Worker, library, version
@@ -48,6 +48,7 @@ class Facts:
     cache: Cache
     logits: int  # bytes of a row
     width: int
+    n_head: int
     has_half_experts: bool
 
 
@@ -60,23 +61,24 @@ def study(path: str | PathLike[str]) -> Facts:
         architecture = architecture_of(values)
         keys = {k.removeprefix(f"{architecture}."): values[k] for k in values if k.startswith(f"{architecture}.")}
         name, tokens = values.get("general.name"), values.get("tokenizer.ggml.tokens")
-        width = keys.get("embedding_length")
         return Facts(
             architecture,
             name if isinstance(name, str) else "",
             sum(t.nbytes for t in gguf.tensors),
             cache_of(keys),
             4 * len(tokens) if isinstance(tokens, list) else 0,
-            width if isinstance(width, int) else 0,
+            count(keys, "embedding_length"),
+            count(keys, "attention.head_count"),
             any("_exps." in t.name and t.type_name in HALVES for t in gguf.tensors),
         )
 
 
 class Model:
-    """See protocol.Model. threads: None takes every core. told: the share of the file that is loaded, as it comes.
+    """See protocol.Model. threads: None takes every core. n_seq: sequences that a context is made for, which share it.
+    told: the share of the file that is loaded, as it comes. servers: RPC servers whose devices hold the layers.
+    gpu_layers: layers that a GPU of this machine holds, where llama.cpp was built for one.
 
-    servers: RPC servers whose devices hold the layers. gpu_layers: layers that a GPU of this machine holds, where
-    llama.cpp was built for one. Raises EngineError with llama.cpp's own reason, and what ``study`` raises.
+    Raises EngineError with llama.cpp's own reason, and what ``study`` raises.
     """
 
     def __init__(
@@ -86,11 +88,14 @@ class Model:
         *,
         servers: tuple[rpc.Endpoint, ...] = (),
         gpu_layers: int = 0,
+        n_seq: int = 1,
         told: Callable[[float], None] = lambda share: None,
     ) -> None:
         self.path = fspath(path)
         self.threads = threads or cores()
         self.facts = study(path)
+        self.nbytes = self.facts.nbytes
+        self._n_seq = n_seq
         self.worker = Worker()
         self._rooms: list[Room] = []
         lib = library()
@@ -131,6 +136,7 @@ class Model:
             "name": self.facts.name,
             "n_ctx_train": max(0, int(lib.llama_model_n_ctx_train(self._model))),
             "n_vocab": self.n_vocab,
+            "n_embd": self.facts.width,
         }
 
     def _may_repack(self, notes: list[str]) -> bool:
@@ -146,14 +152,28 @@ class Model:
             return False
         return True
 
-    def session(self, n_ctx: int = 4096, kv_type: KvType = "f16", n_seq: int = 1) -> Session:
-        """A sequence of at most n_ctx tokens, in a context for n_seq such sequences (see ``Session.fork``).
+    def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
+        """A sequence of at most n_ctx tokens, in a context of that size that has one left, or a new one.
 
-        Its memory is taken at once: OutOfMemoryError where it is not there; EngineError with llama.cpp's own reason.
+        A context's memory is taken at once: OutOfMemoryError where it is not there; EngineError with llama.cpp's own
+        reason.
         """
-        if n_ctx < 1 or n_seq < 1:
-            raise ArgumentError(f"a context of {n_ctx} tokens for {n_seq} sequences")
-        lib = library()
+        if n_ctx < 1:
+            raise ArgumentError(f"a context of {n_ctx} tokens")
+        fitting = (r for r in self._rooms if r.free and (r.n_ctx, r.kv_type) == (n_ctx, kv_type))
+        return Session(self, next(fitting, None) or self._new_room(n_ctx, kv_type))
+
+    def session_beside(self, other: Session) -> Session:
+        """A sequence in the same context as another, where that has one left."""
+        room = other.room
+        return Session(self, room) if room.free else self.session(room.n_ctx, room.kv_type)
+
+    def cache_usage(self) -> CacheUsage:
+        """What its contexts take, which is the same full or empty; they have no blocks."""
+        return CacheUsage(0, 0, sum(room.nbytes for room in self._rooms))
+
+    def _new_room(self, n_ctx: int, kv_type: KvType) -> Room:
+        lib, n_seq = library(), self._n_seq
         self._check_memory(n_ctx, kv_type, n_seq)
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
@@ -167,6 +187,8 @@ class Model:
         }[kv_type]
         params.abort_callback, params.abort_callback_data = self.worker.abort_callback()
         params.no_perf = True
+        if kv_type == "f32":  # exact: llama.cpp's flash attention rounds to halves
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
         def make() -> tuple[Any, Any]:
             with kept_log() as log:
@@ -180,19 +202,22 @@ class Model:
             )
         room = Room(context, n_seq, n_ctx, kv_type, self.facts.cache.token_bytes(kv_type))
         self._rooms.append(room)
-        return Session(self, room)
+        return room
 
     def _check_memory(self, n_ctx: int, kv_type: KvType, n_seq: int) -> None:
         free, row = free_bytes(), self.facts.cache.token_bytes(kv_type)
         other = min(STEP, n_ctx) * (self.facts.logits + 64 * self.facts.width)
+        if kv_type == "f32":  # without flash attention every score of a step is kept
+            other += 4 * min(STEP, n_ctx) * self.facts.n_head * n_ctx * n_seq
         if free is None or row * n_ctx * n_seq + other <= free:
             return
         fits = int(max(0, free - other) / max(row, 1) / n_seq) // 256 * 256
         hints = [f"a context of {fits} fits" if fits else "a smaller context"]
         if (coded := self.facts.cache.token_bytes("q8_0") * n_ctx * n_seq) < row * n_ctx * n_seq:
             hints.append(f"--kv q8_0 takes {console.format_bytes(coded)}")
+        together = f" for {n_seq} sequences" if n_seq > 1 else ""
         raise OutOfMemoryError(
-            f"a context of {n_ctx} tokens takes {console.format_bytes(row * n_ctx * n_seq)}, computing"
+            f"a context of {n_ctx} tokens{together} takes {console.format_bytes(row * n_ctx * n_seq)}, computing"
             f" {console.format_bytes(other)}, and {console.format_bytes(free)} of memory are free",
             "; ".join(hints),
         )
@@ -207,6 +232,7 @@ class Model:
         Sessions that share a context are computed together, others one after another. ValueError, ContextFullError;
         StoppedError after ``interrupt``.
         """
+        self._open()
         parts: dict[int, list[tuple[int, Session, list[int], int]]] = {}
         for at, ((session, given), n) in enumerate(zip(batch, n_logits, strict=True)):
             ids = self._checked(session, given)
@@ -225,7 +251,6 @@ class Model:
 
     def _steps(self, rooms: list[list[tuple[int, Session, list[int], int]]]) -> dict[int, F32]:
         """A step of every room; the logits of each part by its place in the batch. In the worker."""
-        self._open()
         found: dict[int, F32] = {}
         with kept_log() as log:
             for parts in rooms:

@@ -7,16 +7,19 @@ knows its tokens itself, and what the cache lacks of them is read again before w
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cext.errors import ArgumentError, EngineError, UnsupportedError
+from cext.errors import ArgumentError, EngineError
 from dsv2cli.engines.llamacpp.library import library
 
 if TYPE_CHECKING:
+    from cext.model import KvType
     from dsv2cli.engines.llamacpp.model import Model
 
 F32 = NDArray[np.float32]
@@ -25,14 +28,15 @@ F32 = NDArray[np.float32]
 class Room:
     """One of llama.cpp's contexts: cells that n_seq sequences share. Owned by its model; used by its worker alone."""
 
-    def __init__(self, context: Any, n_seq: int, n_ctx: int, kv_type: str, token_bytes: int) -> None:
+    def __init__(self, context: Any, n_seq: int, n_ctx: int, kv_type: KvType, token_bytes: int) -> None:
         lib = library()
         self.context = context
         self.memory = lib.llama_get_memory(context)
         self.n_seq, self.n_ctx, self.kv_type, self.token_bytes = n_seq, n_ctx, kv_type, token_bytes
+        self.nbytes = token_bytes * n_ctx * n_seq
         self.n_batch = int(lib.llama_n_batch(context))
         self.batch = lib.llama_batch_init(self.n_batch, 0, 1)
-        self.free = set(range(n_seq))  # sequences that no session has
+        self.free = deque(range(n_seq))  # sequences that no session has; the cache may still hold what they had
 
     def close(self) -> None:
         if self.context is not None:
@@ -46,14 +50,14 @@ class Session:
 
     def __init__(self, model: Model, room: Room) -> None:
         self.model, self.room = model, room
-        self.seq = min(room.free)
-        room.free.remove(self.seq)
+        self.seq = room.free.popleft()
+        weakref.finalize(self, room.free.append, self.seq)
         self.n_ctx, self.kv_type = room.n_ctx, room.kv_type
         self.kv_bytes = room.token_bytes * room.n_ctx
         self.growth = 0  # llama.cpp takes the whole cache from the system when it makes a context
         self.tokens: list[int] = []
         self.n_cached = 0  # so many of the first of them are in the cache,
-        self.is_clean = True  # and nothing after them
+        self.is_clean = False  # and nothing after them
 
     @property
     def n_past(self) -> int:
@@ -79,51 +83,34 @@ class Session:
         del self.tokens[n:]
 
     def fork(self, n: int | None = None) -> Session:
-        """A session that begins with the first n tokens of this one (None: all), in the same context.
-
-        UnsupportedError where that context has no sequence left: ``Model.session`` is told how many there are to be.
-        """
+        """A session that begins with the first n tokens of this one (None: all). Where this one's context has no
+        sequence left, it is one in another context and reads them again. ArgumentError, and what ``session`` raises."""
         n = self.n_past if n is None else n
         if not 0 <= n <= self.n_past:
             raise ArgumentError(f"a fork at {n} of {self.n_past} tokens")
-        if not self.room.free:
-            raise UnsupportedError(
-                f"llama.cpp's context was made for {self.room.n_seq} sequences", "open the session with a larger n_seq"
-            )
-        other = Session(self.model, self.room)
+        other = self.model.session_beside(self)
         other.tokens = self.tokens[:n]
-        self.model.worker.run(lambda: self._share(other))
+        if other.room is self.room:
+            self.model.worker.run(lambda: self._share(other))
         return other
 
     def _share(self, other: Session) -> None:
         """Let the other see what is cached here of its tokens; a state that cannot be cut is shared whole or not."""
         n = min(self.n_cached, len(other.tokens))
-        self.clear_up(other)
-        if n and (not self.model.is_recurrent or (n == self.n_cached and self.is_clean)):
-            library().llama_memory_seq_cp(
-                self.room.memory, self.seq, other.seq, 0, -1 if self.model.is_recurrent else n
-            )
+        whole = n == self.n_cached and self.is_clean
+        other.settle()
+        if n and (whole or not self.model.is_recurrent):
+            library().llama_memory_seq_cp(self.room.memory, self.seq, other.seq, -1, -1 if whole else n)
             other.n_cached = n
-
-    def close(self) -> None:
-        """Give the sequence back."""
-        if self.seq not in self.room.free and self.room.context is not None:
-            self.model.worker.run(lambda: self.clear_up(self))
-            self.room.free.add(self.seq)
-        self.tokens, self.n_cached = [], 0
-
-    @staticmethod
-    def clear_up(session: Session) -> None:
-        """Forget all of the cache."""
-        library().llama_memory_seq_rm(session.room.memory, session.seq, -1, -1)
-        session.n_cached, session.is_clean = 0, True
 
     def settle(self) -> None:
         """Make the cache hold the first ``n_cached`` tokens and nothing else. In the worker."""
         if self.is_clean:
             return
-        if not library().llama_memory_seq_rm(self.room.memory, self.seq, self.n_cached, -1):
-            self.clear_up(self)  # a state that knows no earlier one: its tokens are read again
+        lib = library()
+        if not lib.llama_memory_seq_rm(self.room.memory, self.seq, self.n_cached, -1):
+            lib.llama_memory_seq_rm(self.room.memory, self.seq, -1, -1)
+            self.n_cached = 0  # a state that knows no earlier one: its tokens are read again
         self.is_clean = True
 
 
