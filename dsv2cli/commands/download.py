@@ -35,7 +35,9 @@ TYPE = typer.Option(
     show_default="Q4_K_M",
 )
 FILE = typer.Option("--file", metavar="GLOB", help="The GGUF to fetch, by its path or name: '*Q4_K_M-V2*'.")
-CHECK = typer.Option("--check/--no-check", help="Refuse, before the weights, what dsv2 cannot quantise or run.")
+CHECK = typer.Option(
+    "--check/--no-check", help="Refuse, before the weights, what dsv2 cannot quantise or no engine runs."
+)
 
 
 def print_aliases(wanted: bool) -> None:
@@ -75,7 +77,12 @@ def download(
     plan = hub.choose(listing, only, gguf_type or named.gguf_type, file or named.glob)
     try:
         plan = preview.settle(
-            plan, listing, to, lambda part: fetch(transfer.Transfer(part, to, keeps_ref=False), quiet), checks=check
+            plan,
+            listing,
+            to,
+            lambda part: fetch(transfer.Transfer(part, to, keeps_ref=False), quiet),
+            checks=check,
+            told=lambda line: None if quiet else console.note(line, "dim"),
         )
         job = transfer.Transfer(plan, to)
         if not quiet:

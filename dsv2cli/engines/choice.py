@@ -36,10 +36,10 @@ POOLED = {1: "an embedding model", 2: "an embedding model", 3: "an embedding mod
 MODEL_HINT = "give the model's own GGUF"
 
 
-def architecture_of(values: Mapping[str, object]) -> str:
-    """general.architecture, or "unknown"."""
+def architecture_of(values: Mapping[str, object], otherwise: str = "unknown") -> str:
+    """general.architecture, where the file says it."""
     named = values.get("general.architecture")
-    return named if isinstance(named, str) and named else "unknown"
+    return named if isinstance(named, str) and named else otherwise
 
 
 def no_chat_model(values: Mapping[str, object], n_tensors: int) -> str | None:

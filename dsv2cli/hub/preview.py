@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
+from dsv2cli.engines.choice import architecture_of, no_chat_model, not_ours
 from dsv2cli.errors import CliError
 from dsv2cli.hub import cache, client, gguf_header, transfer
 from dsv2cli.hub.labels import label_of
@@ -23,15 +24,22 @@ FIRST_BYTES = 1 << 18  # looked at first, twice as many each time they are too f
 
 
 def settle(
-    plan: Plan, listing: Listing, to: Path | None, fetch: Callable[[Plan], Path], *, checks: bool = True
+    plan: Plan,
+    listing: Listing,
+    to: Path | None,
+    fetch: Callable[[Plan], Path],
+    *,
+    checks: bool = True,
+    told: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """The plan with the weights that the index names. Fetches what tells about the model; refuses what cannot be used.
 
-    fetch brings a plan's files and returns where they are. Raises CliError, and what quantize raises.
+    fetch brings a plan's files and returns where they are; told hears what is to be known before. Raises CliError, and
+    what quantize raises.
     """
     if plan.kind == "gguf":
         if checks and not plan.offline:
-            check_gguf(plan, to)
+            check_gguf(plan, to, told)
         return plan
     from quantize.source import files
 
@@ -83,8 +91,9 @@ def check_checkpoint(plan: Plan, folder: Path, weights: list[RemoteFile], index:
     preflight(folder, tensors, set(index) or (set(tensors) if whole and tensors else None))
 
 
-def check_gguf(plan: Plan, to: Path | None) -> None:
-    """Refuse a GGUF that the engine does not run: by its header, or where that cannot be had, by its name."""
+def check_gguf(plan: Plan, to: Path | None, told: Callable[[str], None] = lambda line: None) -> None:
+    """Refuse a GGUF that no engine runs: by its header, or where that cannot be had, by its name. Tell of one that is
+    llama.cpp's to run."""
     if all(target.is_complete() for target in cache.targets(plan, to)):
         return
     types: dict[str, int] = {}
@@ -107,32 +116,45 @@ def check_gguf(plan: Plan, to: Path | None) -> None:
         if header is not None:
             types |= header.tensors
             values |= header.values
+    from cext import architectures
+
     name = str(plan.joined or plan.files[0].path)
     if not types:
         if (label := label_of(name)) is not None and (lacking := unrun_label(label.base)):
-            raise _refusal(plan, name, f"is {label.name}", lacking)
+            if not _is_llamas(lacking):
+                raise _refusal(plan, name, f"is {label.name}", lacking)
+            told(f"({lacking} is no type of dsv2's own engine: llama.cpp will run it)")
         return
     _check_header(plan, name, values, types)
+    if reason := not_ours(architecture_of(values, architectures()[0]), (_type_name(kind) for kind in types.values())):
+        told(f"({reason}: llama.cpp will run it)")
 
 
 def _check_header(plan: Plan, name: str, values: dict[str, object], types: dict[str, int]) -> None:
-    from gguf.constants import GGMLQuantizationType
+    from cext import formats
 
-    from cext import architectures, formats
-
-    architecture = values.get("general.architecture", architectures()[0])
-    if architecture not in architectures():
-        raise CliError(
-            f"`{name}` of {plan.repo} is of the architecture `{architecture}`, dsv2 runs {', '.join(architectures())}",
-            "--no-check fetches it all the same, for other programs",
-        )
+    if (what := no_chat_model(values, len(types))) is not None:
+        raise CliError(f"`{name}` of {plan.repo} is {what}", "--no-check fetches it all the same, for other programs")
     runs = {f["gguf_type"] for f in formats()}
     for tensor, kind in types.items():
-        if kind not in runs:
-            known = kind in GGMLQuantizationType._value2member_map_
-            what = GGMLQuantizationType(kind).name if known else f"type {kind}, which llama.cpp lacks as well"
+        if kind not in runs and not _is_llamas(_type_name(kind)):
             more = sum(k == kind for k in types.values()) - 1
-            raise _refusal(plan, name, f"holds `{tensor}` and {more} more in {what}")
+            raise _refusal(plan, name, f"holds `{tensor}` and {more} more in type {kind}")
+
+
+def _type_name(kind: int) -> str:
+    """A tensor type's name, as ``cext.TensorInfo`` has it."""
+    from gguf.constants import GGMLQuantizationType
+
+    known = kind in GGMLQuantizationType._value2member_map_
+    return GGMLQuantizationType(kind).name.lower() if known else f"type {kind}"
+
+
+def _is_llamas(name: str) -> bool:
+    """Whether llama.cpp has a tensor type, or the type that a mix is called by."""
+    from gguf.constants import GGMLQuantizationType
+
+    return name.upper().removesuffix("_MOE") in GGMLQuantizationType.__members__
 
 
 def _refusal(plan: Plan, name: str, what: str, lacking: str = "") -> CliError:
@@ -141,8 +163,8 @@ def _refusal(plan: Plan, name: str, what: str, lacking: str = "") -> CliError:
     runs = ", ".join(f["name"].upper() for f in formats() if f["block_elements"] > 1)
     because = f" ({lacking})" if lacking else ""
     return CliError(
-        f"`{name}` of {plan.repo} {what}{because}, which dsv2 does not run",
-        f"it runs {runs}: --type picks one of those; --no-check fetches this all the same",
+        f"`{name}` of {plan.repo} {what}{because}, which neither dsv2 nor llama.cpp runs",
+        f"dsv2 runs {runs}: --type picks one of those; --no-check fetches this all the same",
     )
 
 

@@ -65,28 +65,50 @@ def test_a_gguf_that_runs_is_fetched_after_a_look(hub: Hub, env: dict[str, str])
     ("name", "kind", "words"),
     [
         ("M-IQ4_KS.gguf", 144, ["blk.0.ffn_up_exps.weight", "type 144"]),
-        ("M-TQ1_0.gguf", 34, ["TQ1_0"]),
-        ("M-Q4_K_M.gguf", 39, ["MXFP4"]),  # a name that promises something else
+        ("M-Q4_K_M.gguf", 31, ["type 31"]),  # a name that promises something else
     ],
 )
 def test_a_type_that_does_not_run_is_refused_by_its_header(
     hub: Hub, env: dict[str, str], name: str, kind: int, words: list[str]
 ) -> None:
     hub.add(REPO, {name: gguf(kind)})
-    assert_fails(dsv2("download", REPO, **env), 1, name, "which dsv2 does not run", "Q4_K", "--no-check", *words)
+    assert_fails(
+        dsv2("download", REPO, **env), 1, name, "which neither dsv2 nor llama.cpp runs", "Q4_K", "--no-check", *words
+    )
     assert all(r.range and not r.range.endswith("-") for r in hub.downloads(name)) and len(hub.downloads(name)) == 1
     assert dsv2("download", REPO, "--no-check", **env).returncode == 0
 
 
 def test_a_part_of_a_split_file_is_looked_at_too(hub: Hub, env: dict[str, str]) -> None:
     names = [f"M-Q4_K_M-0000{i}-of-00002.gguf" for i in (1, 2)]
-    hub.add(REPO, {names[0]: gguf(12), names[1]: gb.gguf([], [gb.Tensor("blk.9.x.weight", (256, 4), 19)], FILLING)})
-    assert_fails(dsv2("download", REPO, **env), 1, "blk.9.x.weight", "IQ1_S")
+    hub.add(REPO, {names[0]: gguf(12), names[1]: gb.gguf([], [gb.Tensor("blk.9.x.weight", (256, 4), 31)], FILLING)})
+    assert_fails(dsv2("download", REPO, **env), 1, "blk.9.x.weight", "type 31")
 
 
-def test_another_architecture_is_refused(hub: Hub, env: dict[str, str]) -> None:
-    hub.add(REPO, {"M-Q4_K_M.gguf": gguf(12, "llama")})
-    assert_fails(dsv2("download", REPO, **env), 1, "architecture `llama`", "--no-check")
+@pytest.mark.parametrize(
+    ("name", "kind", "architecture", "words"),
+    [
+        ("M-Q4_K_M.gguf", 12, "llama", "architecture `llama`"),
+        ("M-Q4_K_M.gguf", 12, "runes", "architecture `runes`"),
+        ("M-TQ1_0.gguf", 34, "deepseek2", "tensors in TQ1_0"),
+        ("M-Q4_K_M.gguf", 39, "deepseek2", "tensors in MXFP4"),
+        ("M-IQ1_S.gguf", 19, "qwen3", "architecture `qwen3`"),
+    ],
+)
+def test_what_llama_cpp_runs_is_fetched_and_told(
+    hub: Hub, env: dict[str, str], name: str, kind: int, architecture: str, words: str
+) -> None:
+    hub.add(REPO, {name: gguf(kind, architecture)})
+    result = dsv2("download", f"{REPO}:{name[2:-5]}", **env)
+    assert result.returncode == 0 and Path(result.stdout.strip()).name == name, result.stderr
+    assert f"({words}: llama.cpp will run it)" in result.stderr
+    assert "llama.cpp" not in dsv2("download", f"{REPO}:{name[2:-5]}", "-q", **env).stderr
+
+
+@pytest.mark.parametrize("architecture", ["clip", "bert"])
+def test_what_writes_no_text_is_refused(hub: Hub, env: dict[str, str], architecture: str) -> None:
+    hub.add(REPO, {"M-Q4_K_M.gguf": gguf(12, architecture)})
+    assert_fails(dsv2("download", REPO, **env), 1, "M-Q4_K_M.gguf", "is a", "--no-check")
 
 
 @pytest.mark.parametrize(
@@ -101,20 +123,22 @@ def test_what_is_no_gguf_is_refused(hub: Hub, env: dict[str, str], data: bytes) 
         assert_fails(result, 1, "M-Q4_K_M.gguf", "no GGUF")
 
 
-@pytest.mark.parametrize(("name", "code"), [("M-IQ2_KS.gguf", 1), ("M-Q4_0_4_4.gguf", 1), ("M-UD-Q4_K_XL.gguf", 0)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("M-IQ2_KS.gguf", 1), ("M-Q4_0_4_4.gguf", 1), ("M-UD-Q4_K_XL.gguf", 0), ("M-IQ1_M.gguf", 0)]
+)
 def test_the_name_tells_where_the_header_does_not(hub: Hub, env: dict[str, str], name: str, code: int) -> None:
     hub.add(REPO, {name: gguf(8)[:100]})
     result = dsv2("download", REPO, **env)
     assert result.returncode == code, result.stderr
     if code:
-        assert_fails(result, 1, "which dsv2 does not run")
+        assert_fails(result, 1, "which neither dsv2 nor llama.cpp runs")
 
 
 def test_a_header_of_any_length_is_read(hub: Hub, env: dict[str, str]) -> None:
-    hub.add(REPO, {"M-Q4_K_M.gguf": gguf(39, n_tokens=60_000)})
-    assert_fails(dsv2("download", REPO, **env), 1, "MXFP4")
+    hub.add(REPO, {"M-Q4_K_M.gguf": gguf(31, n_tokens=60_000)})
+    assert_fails(dsv2("download", REPO, **env), 1, "type 31")
     hub.ignore_ranges = True  # a server that sends the whole is not read to its end
-    assert_fails(dsv2("download", REPO, **env), 1, "MXFP4")
+    assert_fails(dsv2("download", REPO, **env), 1, "type 31")
 
 
 def test_headers_say_what_the_engine_reads_in_them(tmp_path: Path) -> None:
