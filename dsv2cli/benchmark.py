@@ -20,12 +20,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import CliError
 
-OURS = "dsv2"
-LLAMA = "llama.cpp"
 # What changes llama.cpp's speed from test to test: the faster one of these is compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {OURS: ("kv=f16",), LLAMA: ("fa=0", "fa=1")}
+# The same where it is measured for itself, with the cache that is asked for; q8_0 needs flash attention.
+LLAMA_ALONE = {
+    "f16": VARIANTS[LLAMA],
+    "f32": ("fa=0,kv=f32", "fa=1,kv=f32"),
+    "q8_0": ("fa=1,kv=q8_0",),
+}
 
 
 @dataclass(frozen=True)
@@ -99,34 +104,36 @@ def run(
     *,
     threads: int | None,
     rounds: int,
+    engine: str = OURS,
     against: Sequence[str] = (),
     kv_type: str = "f16",
     told: Callable[[str, int, int], None] = lambda what, done, n: None,
 ) -> Result:
-    """Run the tests; ``told(what runs now, steps done, steps)``. CliError where an engine fails."""
-    variants = {**VARIANTS, OURS: (f"kv={kv_type}",)}
-    names = (OURS, *against)
+    """Run the tests with an engine, and others in turns with it; ``told(what runs now, steps done, steps)``. CliError
+    where an engine fails."""
+    variants = {**VARIANTS, engine: LLAMA_ALONE[kv_type] if engine == LLAMA else (f"kv={kv_type}",)}
+    names = (engine, *against)
     n_ctx = max(test.depth + test.n for test in wanted)
     rows = [Row(test) for test in wanted]
     total, done = len(names) * len(rows) * (rounds + 1), 0
     with contextlib.ExitStack() as stack:
         told("loading", 0, total)
-        engines = {OURS: stack.enter_context(contender(OURS, model, n_ctx, threads))}
-        used = int(engines[OURS].hello["threads"])  # the others get as many as ours chose
+        engines = {engine: stack.enter_context(contender(engine, model, n_ctx, threads))}
+        used = int(engines[engine].hello["threads"])  # the others get as many as it chose
         for name in against:
             engines[name] = stack.enter_context(contender(name, model, n_ctx, used))
         for row in rows:  # a deeper context is kept from test to test: depth by depth, then round by round
             for round_ in range(rounds + 1):
-                for name, engine in engines.items():
+                for name, runs in engines.items():
                     told(f"{row.test.name}, {name}", done, total)
                     done += 1
                     if round_ == 0:
-                        row.variants[name] = engine.fastest(row.test, variants[name])
+                        row.variants[name] = runs.fastest(row.test, variants[name])
                     else:
-                        row.rates.setdefault(name, []).append(engine.rate(row.test, row.variants[name]))
+                        row.rates.setdefault(name, []).append(runs.rate(row.test, row.variants[name]))
         told("measuring memory", total, total)
-        footprints = {name: engine.footprint() for name, engine in engines.items()}
-        isa = str(engines[OURS].hello["isa"])
+        footprints = {name: runs.footprint() for name, runs in engines.items()}
+        isa = str(engines[engine].hello["isa"])
     return Result(model, used, isa, machine(), rounds, rows, footprints)
 
 

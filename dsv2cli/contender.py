@@ -98,10 +98,13 @@ class Ours:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python: mapped file, repacked weights, f16 cache; flash attention on or off."""
+    """llama.cpp through llama-cpp-python: mapped file, repacked weights. A setting is flash attention off or on and,
+    where it is not f16, the cache's type: "fa=1,kv=q8_0"."""
 
     def __init__(self, model: Path, n_ctx: int, threads: int) -> None:
         import llama_cpp
+
+        from cext import cores
 
         self._lib = llama_cpp
         self._discard = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -112,7 +115,7 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), params)
         if not self._model:
             raise RuntimeError("llama.cpp cannot load the model")
-        self.threads, self.isa = threads, "its own"
+        self.threads, self.isa = threads or cores(), f"llama.cpp {llama_cpp.__version__}"
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._n_ctx = n_ctx
         self._contexts: dict[str, Any] = {}  # by setting: each keeps its own context filled
@@ -126,11 +129,13 @@ class LlamaCpp:
             params = self._lib.llama_context_default_params()
             params.n_ctx, params.n_batch, params.n_ubatch = self._n_ctx, BATCH, BATCH
             params.n_threads = params.n_threads_batch = self.threads
-            params.flash_attn_type = int(variant == "fa=1")
+            setting = dict(part.split("=") for part in variant.split(","))
+            params.flash_attn_type = int(setting["fa"])
+            params.type_k = params.type_v = getattr(self._lib, f"GGML_TYPE_{setting.get('kv', 'f16').upper()}")
             params.no_perf = True
             self._contexts[variant] = self._lib.llama_init_from_model(self._model, params)
             if not self._contexts[variant]:
-                raise RuntimeError(f"llama.cpp has no room for a context of {self._n_ctx}")
+                raise RuntimeError(f"llama.cpp makes no context of {self._n_ctx} tokens with {variant}")
             self._positions[variant] = 0
         self._variant = variant
 

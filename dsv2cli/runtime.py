@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2cli import console
-from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, architecture_of, not_ours, refuse_others
+from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import MAX_CONTEXT
 
@@ -111,7 +111,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
                 loading.result().close()
             if wishes.engine == OURS:
                 raise
-            if (reason := _why_not_ours(path)) is None:
+            if (reason := why_not_ours(path)) is None:
                 hint = "--engine llama.cpp runs it as far as llama.cpp understands it"
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
                 raise
@@ -125,15 +125,6 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
             raise
     tell(path, [*model.notes, *tokenizer.notes])
     return model, tokenizer, eval_batch, lambda: None, OURS
-
-
-def _why_not_ours(path: Path) -> str | None:
-    """Why a file is llama.cpp's to run; None where it is dsv2's own engine's. CliError where it is nobody's."""
-    from cext import Gguf
-
-    with Gguf(path) as gguf:
-        refuse_others(f"`{path}`", gguf.metadata, len(gguf.tensors))
-        return not_ours(architecture_of(gguf.metadata), (tensor.type_name for tensor in gguf.tensors))
 
 
 def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:

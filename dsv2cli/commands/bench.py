@@ -11,7 +11,10 @@ from dsv2cli.errors import UsageError
 from dsv2cli.options import MAX_CONTEXT, Range, number
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsv2cli.benchmark import Result, Row
+    from dsv2cli.engines.choice import Engine, Wanted
 
 HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp if asked."
 EXAMPLES = ("bench model.gguf", "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv")
@@ -34,6 +37,7 @@ def bench(
     threads: options.Threads = None,
     kv: options.Kv = "f16",
     against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
+    engine: options.Engine = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
     quiet: options.Quiet = False,
@@ -48,6 +52,9 @@ def bench(
     if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
         raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
     path = locate.model(model)
+    runs = engine_for(path, engine, quiet=quiet)
+    if runs == against:
+        raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     with console.progress(quiet=quiet) as display:
         bar = display.add_task("bench", total=None, detail="")
         result = benchmark.run(
@@ -55,6 +62,7 @@ def bench(
             wanted,
             threads=threads,
             rounds=rounds,
+            engine=runs,
             against=(against,) if against else (),
             kv_type=kv,
             told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
@@ -65,6 +73,19 @@ def bench(
         print_csv(result)
     else:
         show(result)
+
+
+def engine_for(path: Path, wanted: Wanted, *, quiet: bool) -> Engine:
+    """The engine that is measured. What ``why_not_ours`` raises."""
+    from dsv2cli.engines.choice import LLAMA, OURS, why_not_ours
+
+    if wanted != "auto":
+        return wanted
+    if (reason := why_not_ours(path)) is None:
+        return OURS
+    if not quiet:
+        console.note(f"({reason}: llama.cpp runs this file)", "dim")
+    return LLAMA
 
 
 def parse_depths(text: str) -> list[int]:
@@ -79,17 +100,18 @@ def parse_depths(text: str) -> list[int]:
 
 
 def show(result: Result) -> None:
-    from dsv2cli.benchmark import LLAMA, OURS
+    from dsv2cli.engines.choice import LLAMA
 
     engines = list(result.footprints)
+    compared = len(engines) > 1
     columns = ["test", *(f"{name} tok/s" for name in engines)]
-    if LLAMA in engines:
+    if compared:
         columns += ["ratio", "its setting"]
     made = console.Table("", tuple(columns))
     for row in result.rows:
         cells = [row.test.name, *(spread(row.rates[name], 1) for name in engines)]
-        made.add(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if LLAMA in engines else ()))
-    setting = result.rows[0].variants[OURS]
+        made.add(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if compared else ()))
+    setting = result.rows[0].variants[engines[0]]
     console.say(f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}")
     console.show(made)
     for name, footprint in result.footprints.items():

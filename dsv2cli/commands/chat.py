@@ -94,6 +94,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
     if special and not raw:
         raise UsageError("--special is for --raw: a chat's control tokens come from its template alone", "add --raw")
     if fim is not None and (raw or prompt is not None or system or think != "auto"):
@@ -110,7 +111,6 @@ def chat(
 
     from dsv2cli import locate, memory, runtime
 
-    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
     path = locate.model(model)
     with runtime.open_model(path, threads, wishes) as opened:
         from cext import Sampler

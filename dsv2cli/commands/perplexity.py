@@ -54,8 +54,8 @@ def perplexity(
     from dsv2cli.evaluate import evaluate
     from dsv2cli.text import read, read_stdin
 
-    paths = [locate.model(name) for name in (model, reference) if name is not None]
     wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
+    paths = [locate.model(name) for name in (model, reference) if name is not None]
     content = read_stdin(waits=quiet) if str(text) == "-" else read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
         models = [opened.enter_context(runtime.open_model(path, threads, wishes)) for path in paths]

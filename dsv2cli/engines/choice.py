@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Literal
 
 from dsv2cli.errors import CliError
@@ -59,12 +60,6 @@ def no_chat_model(values: Mapping[str, object], n_tensors: int) -> str | None:
     return None
 
 
-def refuse_others(name: str, values: Mapping[str, object], n_tensors: int) -> None:
-    """CliError that says by name what a file is which writes no text."""
-    if (what := no_chat_model(values, n_tensors)) is not None:
-        raise CliError(f"{name} is {what}", MODEL_HINT)
-
-
 def not_ours(architecture: str, type_names: Iterable[str]) -> str | None:
     """Why dsv2's own engine does not run such a file; None where it does."""
     from cext import architectures, formats
@@ -74,3 +69,14 @@ def not_ours(architecture: str, type_names: Iterable[str]) -> str | None:
     known = {f["name"] for f in formats()}
     lacking = [name for name in dict.fromkeys(type_names) if name not in known]
     return f"tensors in {', '.join(name.upper() for name in lacking[:4])}" if lacking else None
+
+
+def why_not_ours(path: Path) -> str | None:
+    """Why a file is llama.cpp's to run; None where it is dsv2's own engine's. FormatError and FileError; CliError that
+    says by name what a file is which writes no text."""
+    from cext import Gguf
+
+    with Gguf(path) as gguf:
+        if (what := no_chat_model(gguf.metadata, len(gguf.tensors))) is not None:
+            raise CliError(f"`{path}` is {what}", MODEL_HINT)
+        return not_ours(architecture_of(gguf.metadata), (tensor.type_name for tensor in gguf.tensors))

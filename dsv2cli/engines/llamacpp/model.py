@@ -18,7 +18,7 @@ from cext.system import free_bytes
 from cext.vocabulary import kept_log
 from dsv2cli import console
 from dsv2cli.engines.cache import Cache, cache_of, count
-from dsv2cli.engines.choice import architecture_of, no_chat_model
+from dsv2cli.engines.choice import MODEL_HINT, architecture_of, no_chat_model
 from dsv2cli.engines.llamacpp import rpc
 from dsv2cli.engines.llamacpp.library import Worker, library, version
 from dsv2cli.engines.llamacpp.session import Room, Session, step
@@ -57,7 +57,7 @@ def study(path: str | PathLike[str]) -> Facts:
     with Gguf(path) as gguf:
         values = gguf.metadata
         if (what := no_chat_model(values, len(gguf.tensors))) is not None:
-            raise UnsupportedError(f"`{fspath(path)}` is {what}", "give the model's own GGUF")
+            raise UnsupportedError(f"`{fspath(path)}` is {what}", MODEL_HINT)
         architecture = architecture_of(values)
         keys = {k.removeprefix(f"{architecture}."): values[k] for k in values if k.startswith(f"{architecture}.")}
         name, tokens = values.get("general.name"), values.get("tokenizer.ggml.tokens")

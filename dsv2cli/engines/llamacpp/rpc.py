@@ -16,7 +16,7 @@ from typing import Any
 from dsv2cli.engines.llamacpp.library import ggml, library, version
 from dsv2cli.errors import CliError, UsageError
 
-ENDPOINT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
+ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")  # llama.cpp takes no IPv6 address
 SECONDS = 5.0  # for a server to answer the first call
 MAX_SERVERS = 16  # llama.cpp's
 BUILD = (
@@ -39,7 +39,7 @@ class Endpoint:
     def is_here(self) -> bool:
         """Whether it is this machine."""
         try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host.strip("[]")).is_loopback
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
 
@@ -98,7 +98,7 @@ def devices(endpoints: tuple[Endpoint, ...]) -> Any:
 def _call(endpoint: Endpoint) -> None:
     """CliError where nobody answers: llama.cpp would end the process."""
     try:
-        socket.create_connection((endpoint.host.strip("[]"), endpoint.port), SECONDS).close()
+        socket.create_connection((endpoint.host, endpoint.port), SECONDS).close()
     except OSError as error:
         raise CliError(
             f"nobody answers at {endpoint}: {error.strerror or error}",
