@@ -88,6 +88,7 @@ def read(path: str) -> Vocabulary:
         space_first = kind == PIECES and bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     types = types if isinstance(types, list) else []
     unknown = {i for i, token_type in enumerate(types[: len(tokens)]) if token_type == UNKNOWN_TOKEN}
+    unknown |= {named["unknown"]} if "unknown" in named else set()
     return Vocabulary(
         kind,
         len(tokens),
@@ -95,9 +96,7 @@ def read(path: str) -> Vocabulary:
         named,
         pre if isinstance(pre, str) else None,
         template if isinstance(template, str) and template.strip() else None,
-        frozenset()
-        if kind == BYTE_PAIRS
-        else frozenset(unknown | {i for name, i in named.items() if name == "unknown"}),
+        frozenset(unknown if kind != BYTE_PAIRS else ()),
         space_first,
     )
 

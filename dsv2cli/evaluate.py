@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cext import MAX_STEP, Session, Tap
+from cext import MAX_STEP, Session, Tap, eval_batch
 from dsv2cli import memory
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.runtime import Runtime
@@ -133,7 +133,7 @@ def _score(session: protocol.Session, other: protocol.Session | None, window: ND
 def _logits(session: protocol.Session, piece: NDArray[np.int32], scored: slice, tap: Tap | None = None) -> F32:
     """Evaluate a piece; the logits of its scored positions, (n, n_vocab): each predicts the token after it."""
     if scored.start >= scored.stop:
-        session.eval(piece)
+        eval_batch([(session, piece)], [0]) if isinstance(session, Session) else session.eval(piece)
         return np.empty((0, session.model.hparams["n_vocab"]), np.float32)
     logits = session.eval(piece, "all", tap=tap) if isinstance(session, Session) else session.eval(piece, "all")
     logits = logits[scored]

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class Shape(TypedDict):
     """What every model has, of all that an engine knows of its own."""
 
+    arch: str
     name: str
+    n_layer: int
     n_ctx_train: int  # tokens; 0 where the file does not say
     n_vocab: int  # values of a row of logits
     n_embd: int

@@ -47,6 +47,7 @@ class Facts:
     nbytes: int  # of all tensors
     cache: Cache
     logits: int  # bytes of a row
+    n_layer: int
     width: int
     n_head: int
     has_half_experts: bool
@@ -67,6 +68,7 @@ def study(path: str | PathLike[str]) -> Facts:
             sum(t.nbytes for t in gguf.tensors),
             cache_of(keys),
             4 * len(tokens) if isinstance(tokens, list) else 0,
+            count(keys, "block_count"),
             count(keys, "embedding_length"),
             count(keys, "attention.head_count"),
             any("_exps." in t.name and t.type_name in HALVES for t in gguf.tensors),
@@ -133,7 +135,9 @@ class Model:
         self.is_recurrent = bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
         self.n_vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
         self.hparams: Shape = {
+            "arch": self.facts.architecture,
             "name": self.facts.name,
+            "n_layer": self.facts.n_layer,
             "n_ctx_train": max(0, int(lib.llama_model_n_ctx_train(self._model))),
             "n_vocab": self.n_vocab,
             "n_embd": self.facts.width,
