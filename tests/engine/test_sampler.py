@@ -80,6 +80,7 @@ CASES = {
     "min-p-1": Options(min_p=1.0),
     "top-k-then-top-p": Options(top_k=4, top_p=0.6),
     "top-p-then-min-p": Options(top_p=0.9, min_p=0.3),
+    "top-p-then-min-p-1": Options(top_p=0.9, min_p=1.0),  # the likeliest alone, which is as likely as itself
     "all-on": Options(0.7, 5, 0.9, 0.1, 1.3, 8),
     "penalty-up": Options(repeat_penalty=2.0, repeat_last_n=8),
     "penalty-down": Options(repeat_penalty=0.5, repeat_last_n=8),

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from support.tiny import SPECS, spec_named, tokens, variant
+from support.tiny import SPECS, Checkpoint, gguf_metadata, gguf_tensors, spec_named, tokens, variant, write_tensors
 
 import cext
 from cext import _engine, saved
@@ -92,6 +92,23 @@ def test_every_weight_counts(tiny_gguf, tmp_path, model):
         (tmp_path / "other.gguf").write_bytes(changed)
         with cext.Model(tmp_path / "other.gguf") as other:
             assert saved.identity(other) != saved.identity(model), tensor.name
+
+
+def test_the_same_bytes_of_another_type_are_another_model(tmp_path):
+    """f16 and bf16: sixteen bits a weight, and nothing but the type tells them apart."""
+    tensors = {
+        name: value.astype(np.float16) if value.ndim > 1 else value
+        for name, value in gguf_tensors(Checkpoint(LITE)).items()
+    }
+    write_tensors(tmp_path / "half.gguf", gguf_metadata(LITE), tensors)
+    whole = bytearray((tmp_path / "half.gguf").read_bytes())
+    name = b"blk.0.attn_output.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8  # behind its number of dimensions, and these
+    assert whole[at : at + 4] == bytes([1, 0, 0, 0])
+    whole[at] = 30
+    (tmp_path / "brain.gguf").write_bytes(whole)
+    with cext.Model(tmp_path / "half.gguf") as half, cext.Model(tmp_path / "brain.gguf") as brain:
+        assert saved.identity(half) != saved.identity(brain)
 
 
 def test_another_cache_type_is_refused(model, written):

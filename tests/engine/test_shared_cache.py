@@ -1,6 +1,7 @@
 """Sessions that share a past: what one does, no other sees; memory for what is held, and back when it is not."""
 
 import gc
+import resource
 import subprocess
 import sys
 import textwrap
@@ -294,3 +295,20 @@ def test_no_memory_changes_nothing(tiny_gguf):
     first, second, state, rest = done.stdout.splitlines()
     assert "64 tokens" in first and "smaller context" in first and second == first
     assert (state, rest) == ("0 0 1", f"{LITE.n_vocab} {LITE.n_vocab}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_what_sessions_had_is_unmapped(tiny_gguf):
+    """Addresses too, which is all that a slab takes whose pages were never touched or were given back."""
+
+    def mapped():
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    with cext.Model(tiny_gguf(LITE_CACHE), threads=1) as model:
+        model.session(64).eval([1])
+        gc.collect()
+        before = mapped()
+        for _ in range(100):  # each makes a slab of 2 MiB or more, the only one
+            model.session(64).eval([1])
+        gc.collect()
+        assert mapped() - before < 50 << 20

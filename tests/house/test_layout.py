@@ -365,6 +365,23 @@ def test_only_the_console_writes() -> None:
     assert not wrong
 
 
+def told_of(readme: str) -> tuple[set[str], set[str]]:
+    """(files, names of functions and classes) that the README's part on the rooms sets in backticks."""
+    part = readme.partition("## How the rooms fit")[2].partition("\n## ")[0]
+    spelt = set(re.findall(r"`([\w./]+)`", re.sub(r"```.*?```", "", part, flags=re.DOTALL)))
+    files = {name for name in spelt if "/" in name or name.endswith((".py", ".c", ".h"))}
+    return files, {name.rpartition(".")[2] for name in spelt - files}
+
+
+def test_what_the_readme_leads_to_is_there() -> None:
+    files, names = told_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(files) > 10 and len(names) > 20
+    assert not {name for name in files if not (ROOT / name).exists() and not (ENGINE / name).exists()}
+    sources = [path for room in PYTHON_ROOMS for path in (*python_files(room), *c_files())]
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in dict.fromkeys(sources))
+    assert not {name for name in names if not re.search(rf"\b(?:def|class) {name}\b|^[^#=;]*\b{name}\(", defined, re.M)}
+
+
 def test_files_stay_readable() -> None:
     files = [*c_files(), *(path for room in (*PYTHON_ROOMS, "tests") for path in python_files(room))]
     lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
