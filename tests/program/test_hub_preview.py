@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import checkpoints as make
+from support import families as made
 from support import gguf_bytes as gb
 from support.cli import assert_fails, dsv2
 from support.hub import Hub, serve
@@ -259,6 +260,25 @@ def test_a_checkpoint_with_all_that_belongs_to_it(hub: Hub, env: dict[str, str],
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {*files, *beside}
     for name in left_out:
         assert not hub.downloads(name)
+
+
+@pytest.mark.parametrize("name", made.FAMILIES)
+def test_a_family_that_quantises_is_fetched(hub: Hub, env: dict[str, str], tmp_path: Path, name: str) -> None:
+    """With the vocabulary in the form that its repository has it, without code."""
+    made.write(tmp_path / "hf-source", name)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hf-source").iterdir()}
+    hub.add(REPO, {**files, "tokenization_kimi.py": b"1"})
+    result = dsv2("download", REPO, **env)
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in Path(result.stdout.strip()).iterdir()} == set(files)
+
+
+@pytest.mark.parametrize("name", ["kimi-vl", "glm-4.7-flash"])
+def test_a_families_vocabulary_is_refused_first(hub: Hub, env: dict[str, str], tmp_path: Path, name: str) -> None:
+    made.write(tmp_path / "hf-source", name)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hf-source").iterdir()}
+    vocabulary = next(file for file in ("tiktoken.model", "tokenizer.json") if file in files)
+    refused(hub, env, files | {vocabulary: files[vocabulary][:-40]}, vocabulary)
 
 
 def test_small_files_come_first(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
