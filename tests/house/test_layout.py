@@ -212,6 +212,18 @@ def test_the_scheduler_knows_the_engine_alone() -> None:
     assert not wrong
 
 
+def test_llama_cpp_is_behind_its_engine() -> None:
+    """What the program needs of a model is a protocol: llama.cpp is called in one room, and by what measures it."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in python_files("dsv2cli")
+        if path.parent.name != "llamacpp" and path.name != "contender.py"
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")), "dsv2cli")
+        if name == "llama_cpp"
+    ]
+    assert not wrong
+
+
 def test_every_floor_and_room_is_listed() -> None:
     assert folders_of(ROOT / "quantize") == FLOORS.keys()
     assert folders_of(ENGINE) == BELOW.keys() | {"python"}

@@ -6,19 +6,24 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
 from support import llama as oracle
 from support import others
-from support.cli import assert_fails, dsv2, terminal
+from support.cli import COMMAND, assert_fails, dsv2, environment, terminal
 from support.others import LLAMA, MIXTRAL, QWEN2, SHAPES, Other
+from support.serving import served
+from support.tiny import add_key
 
 from cext import ContextFullError, EngineError, OutOfMemoryError, Sampler
 from cext.tokenizer import Message, Tokenizer, TokenizerError
@@ -30,6 +35,7 @@ from dsv2cli.engines.choice import not_ours
 from dsv2cli.engines.llamacpp.library import library
 from dsv2cli.scheduler import Context, Lookup, Scheduler, Sequence, Text
 
+LARGE = Other(n_embd=512, n_ff=2048, n_layer=24, n_head=8, n_head_kv=8, n_ctx=4096)
 IDS = [1, 5, 200, 31, 77, 8, 9, 263, 260, 40, 41, 42]
 
 
@@ -481,6 +487,86 @@ def test_llama_cpps_reason_in_a_line(tmp_path: Path) -> None:
     assert_fails(dsv2("chat", path, "-p", "x"), 1, "m.gguf")
 
 
+def test_bench_measures_llama_cpp_alone(written: Callable[..., Path]) -> None:
+    path = written(MIXTRAL)
+    result = dsv2("bench", path, "-p", "16", "-n", "2", "-r", "1", "-t", "1", "--json")
+    assert result.returncode == 0 and "(architecture `llama`: llama.cpp runs this file)" in result.stderr
+    told = json.loads(result.stdout)
+    assert set(told["engines"]) == {"llama.cpp"} and told["isa"].startswith("llama.cpp ")
+    assert all(test["tokens_per_second"]["llama.cpp"][0] > 0 and not test["ratios"] for test in told["tests"])
+    assert_fails(dsv2("bench", path, "--against", "llama.cpp"), 2, "nothing to compare it with")
+
+
+def test_a_split_file_is_opened_by_its_first_part(tmp_path: Path) -> None:
+    whole = others.write(tmp_path / "m.gguf", LLAMA)
+    keys = {"general.name": "m"} | others.keys_of(LLAMA) | others.pieces()
+    writer = gguf.GGUFWriter(tmp_path / "s.gguf", "llama", split_max_tensors=8)
+    for key, value in keys.items():
+        add_key(writer, key, value)
+    for name, value in others.tensors_of(LLAMA, 279).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("s-*.gguf"))
+    assert len(parts) == 3
+    assert answer(parts[0], 8, "hi the") == answer(whole, 8, "hi the")
+    assert_fails(dsv2("chat", parts[1], "-p", "x"), 1, parts[1].name)
+    parts[2].unlink()
+    assert_fails(dsv2("chat", parts[0], "-p", "x"), 1, parts[2].name)
+
+
+def test_ctrl_c_while_a_text_is_scored(written: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing of ours is between llama.cpp's operations there: the exception comes at once all the same."""
+    text = tmp_path / "t.txt"
+    text.write_text("the hi " * 20_000, encoding="utf-8")
+    command = [*COMMAND, "perplexity", str(written(LARGE)), "--text", str(text), "-c", "1024", "-t", "1"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.readline()  # that llama.cpp runs it
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in told
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "integers": ({}, {"output.weight": np.int32}, "`output.weight` is I32"),
+    "doubles": ({}, {"blk.1.attn_v.weight": np.float64}, "`blk.1.attn_v.weight` is F64"),
+    "a norm of halves": ({}, {"blk.1.attn_norm.weight": np.float16}, "llama.cpp"),
+    "a check of its own": ({"llama.attention.layer_norm_rms_epsilon": -1.0}, {}, "llama.cpp ended"),
+    "layers without number": ({"llama.block_count": 2**32 - 1}, {}, "llama.cpp ended"),
+    "heads of no width": ({"llama.attention.head_count": 0}, {}, "llama.cpp"),
+    "short scores": ({"tokenizer.ggml.scores": [0.0]}, {}, "out of array bounds for scores"),
+    "no bytes": ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(279)]}, {}, "no token for the byte"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_a_line(tmp_path: Path, name: str) -> None:
+    """llama.cpp ends the process where it finds itself wrong: a line and exit code 1 come of it, never a signal."""
+    changed, types, words = HOSTILE[name]
+    tensors = others.tensors_of(LLAMA, 279)
+    tensors |= {key: tensors[key].astype(dtype) for key, dtype in types.items()}
+    path = tmp_path / "m.gguf"
+    others.write_raw(path, "llama", others.keys_of(LLAMA) | others.pieces() | changed, tensors)
+    assert_fails(dsv2("chat", path, "-p", "hi", "-n", "4", "-t", "1"), 1, words)
+
+
+def test_serve_answers_with_it(written: Callable[..., Path]) -> None:
+    """Several at once, several answers of one prompt, and the same prompt again."""
+    path = written(QWEN2)
+    with Tokenizer(path) as tokenizer:
+        text = tokenizer.decode(answer(path, 8, "hi the")[0])
+    with served(path, threads=1) as server:
+        asked = {"messages": [{"role": "user", "content": "hi the"}], "max_tokens": 8, "temperature": 0}
+        with ThreadPoolExecutor(3) as pool:
+            bodies = list(pool.map(lambda _: server.asked("/v1/chat/completions", n=2, **asked), range(3)))
+        said = [choice["message"]["content"] for body in bodies for choice in body["choices"]]
+    assert said == [text] * 6
+
+
 def test_a_type_that_dsv2_lacks_is_llama_cpps() -> None:
     assert not_ours("deepseek2", ["f32", "iq1_s", "tq1_0"]) == "tensors in IQ1_S, TQ1_0"
     assert not_ours("deepseek2", ["f32", "q4_k"]) is None
@@ -502,9 +588,6 @@ def test_a_talk_in_a_terminal(written: Callable[..., Path]) -> None:
         screen.type("/system a\n/clear\n/exit\n")
         assert screen.exit_code() == 0
     assert "Traceback" not in screen.text
-
-
-LARGE = Other(n_embd=512, n_ff=2048, n_layer=24, n_head=8, n_head_kv=8, n_ctx=4096)
 
 
 def test_ctrl_c_within_a_step(written: Callable[..., Path]) -> None:

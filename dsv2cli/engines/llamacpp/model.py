@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import MAX_STEP, CacheUsage, Gguf, cores
-from cext.errors import ArgumentError, ContextFullError, EngineError, OutOfMemoryError, UnsupportedError
+from cext.errors import ArgumentError, ContextFullError, EngineError, FormatError, OutOfMemoryError, UnsupportedError
 from cext.system import free_bytes
 from cext.vocabulary import kept_log
 from dsv2cli import console
@@ -32,6 +33,8 @@ STEP = 512  # tokens computed at once; llama.cpp's own default
 NO_ROOM, ABORTED = 1, 2  # what llama_decode returns
 ALL_LAYERS = 1 << 16
 HALVES = ("f16", "bf16")
+NUMBERS = ("f64", "i8", "i16", "i32", "i64")  # types that no product takes: llama.cpp would read past its tables
+MATRIX = re.compile(r"token_embd\.weight|output\.weight|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)\w*)\.weight")
 
 
 class StoppedError(EngineError):
@@ -59,6 +62,8 @@ def study(path: str | PathLike[str]) -> Facts:
         values = gguf.metadata
         if (what := no_chat_model(values, len(gguf.tensors))) is not None:
             raise UnsupportedError(f"`{fspath(path)}` is {what}", MODEL_HINT)
+        if wrong := next((t for t in gguf.tensors if t.type_name in NUMBERS and MATRIX.fullmatch(t.name)), None):
+            raise FormatError(f"`{fspath(path)}`: `{wrong.name}` is {wrong.type_name.upper()}, which no weights are")
         architecture = architecture_of(values)
         keys = {k.removeprefix(f"{architecture}."): values[k] for k in values if k.startswith(f"{architecture}.")}
         name, tokens = values.get("general.name"), values.get("tokenizer.ggml.tokens")
