@@ -14,6 +14,7 @@ from cext.errors import (
     MismatchError,
     NoEngineError,
     OutOfMemoryError,
+    StoppedError,
     UnsupportedError,
 )
 
@@ -29,7 +30,7 @@ except ModuleNotFoundError as error:
 
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.layer import Encoded, Layer, Sublayer
-from cext.model import CacheUsage, Hparams, Model, Session, Tap, eval_batch
+from cext.model import CacheUsage, DriveCounts, Hparams, Model, Session, Tap, eval_batch
 from cext.placement import Device, Place
 from cext.sampler import Sampler
 
@@ -40,6 +41,7 @@ __all__ = [
     "CacheUsage",
     "ContextFullError",
     "Device",
+    "DriveCounts",
     "Encoded",
     "EngineError",
     "FileError",
@@ -55,6 +57,7 @@ __all__ = [
     "Place",
     "Sampler",
     "Session",
+    "StoppedError",
     "Sublayer",
     "Tap",
     "TensorInfo",

@@ -10,8 +10,8 @@ from cext.errors import ArgumentError
 LARGEST = 2**31 - 1  # of a C int
 
 
-def whole(name: str, value: Any, low: int = -LARGEST - 1) -> int:
-    """``value`` as an int from low to LARGEST; ArgumentError outside, TypeError where it is no whole number.
+def whole(name: str, value: Any, low: int = -LARGEST - 1, high: int = LARGEST) -> int:
+    """``value`` as an int from low to high; ArgumentError outside, TypeError where it is no whole number.
 
     The engine knows the range that has a meaning, and refuses the rest itself.
     """
@@ -19,9 +19,9 @@ def whole(name: str, value: Any, low: int = -LARGEST - 1) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected a whole number") from None
-    if not low <= number <= LARGEST:
+    if not low <= number <= high:
         shown = number if abs(number) < 10**20 else f"{'-' if number < 0 else ''}10^20 or more"
-        raise ArgumentError(f"{name} is {shown}, expected {f'at least {low}' if number < low else 'less than 2^31'}")
+        raise ArgumentError(f"{name} is {shown}, expected {f'at least {low}' if number < low else f'less than 2^{(high + 1).bit_length() - 1}'}")
     return number
 
 

@@ -6,6 +6,8 @@
 #include "arch/config.h"
 #include "arch/tap.h"
 #include "gguf/gguf.h"
+#include "memory/budget.h"
+#include "memory/residency.h"
 #include "model/placement.h"
 #include "model/sample.h"
 
@@ -21,11 +23,17 @@ enum {
 /* The shape of the model in a file, without its weights. DS_EUNSUPPORTED for what the engine does not run. */
 ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err);
 
-/* Open the GGUF at path for n_threads workers (0: what is fastest here) with the kernels of `isa` (NULL or "": the best).
- * placement: which further devices compute which parts; NULL: the processor does it all. Weights are mapped, not copied.
- * A model that has sessions goes with the last of them. */
-ds_status ds_model_open(const char *path, int n_threads, const char *isa, const ds_placement *placement, ds_model **out,
-                        ds_error *err);
+/* How a model is opened: zeros are the usual. */
+typedef struct ds_opening {
+    int n_threads; /* 0: what is fastest here */
+    const char *isa; /* NULL or "": the best */
+    const ds_placement *placement; /* which further devices compute which parts; NULL: the processor does it all */
+    ds_budget budget; /* of memory for weights; what is over is read from the file as it is needed */
+} ds_opening;
+
+/* Open the GGUF at path. Weights that the budget holds are mapped, not copied. A model that has sessions goes with the last
+ * of them. budget.uses is read here; budget.stop may be asked in every step. */
+ds_status ds_model_open(const char *path, const ds_opening *opening, ds_model **out, ds_error *err);
 /* The same, all on the processor, over a file's bytes, which the caller keeps alive and unchanged until close; label
  * names it in errors. */
 ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
@@ -35,6 +43,10 @@ const ds_config *ds_model_config(const ds_model *model);
 const ds_gguf *ds_model_gguf(const ds_model *model);
 /* How many tokens chose each routed expert since the model was opened: out (n_layer, n_expert). */
 ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err);
+/* What became of the experts that steps needed: false where all weights are mapped, and nothing is counted. */
+bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading);
+/* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */
+void ds_model_stop(ds_model *model);
 int ds_model_threads(const ds_model *model);
 /* Memory that steps of n_tok (1 to DS_MAX_STEP) tokens take in all, beside weights and caches; it is kept. */
 size_t ds_model_step_bytes(const ds_model *model, int n_tok);
@@ -86,7 +98,8 @@ typedef struct ds_input {
 /* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits (the sum of
  * n_logits, n_vocab) takes their rows, input by input; NULL where none are wanted. tap may be NULL; its entries' rows
  * move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second caller waits.
- * DS_EIO where the file was changed since it was opened, DS_EFORMAT where no logit is a number, DS_EINVAL in a forked
+ * DS_EIO where the file was changed since it was opened or cannot be read, DS_ESTOPPED where the budget's `stop` said
+ * so, DS_EFORMAT where no logit is a number, DS_EINVAL in a forked
  * process. */
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err);
 

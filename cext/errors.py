@@ -40,6 +40,10 @@ class OutOfMemoryError(EngineError, MemoryError):
     """The system refused memory."""
 
 
+class StoppedError(EngineError):
+    """A step was ended by ``Model.stop`` while it waited for the drive; nothing was evaluated."""
+
+
 class NoEngineError(ImportError):
     """The source tree was imported, where the engine is not compiled."""
 

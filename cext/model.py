@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, cast
 from weakref import WeakSet
@@ -20,6 +20,7 @@ from cext.placement import Device, Place
 
 KvType = Literal["f16", "q8_0", "f32"]
 MAX_ID = np.iinfo(np.int32).max
+MAX_RAM = 2**63 - 1
 
 
 class Hparams(TypedDict):
@@ -95,8 +96,32 @@ class CacheUsage:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class DriveCounts:
+    """What became of the routed experts that steps needed, where not all stay in memory."""
+
+    tokens: int
+    needed: int  # experts, once a layer and step
+    ready: int  # of these, in memory when they were asked for
+    late: int  # of these, being read by then
+    told: int  # experts that forecasts named
+    right: int  # of these, needed
+    needed_told: int  # all that were needed in layers that a forecast was made for
+    bytes_read: int
+    wait_ns: int  # what steps waited for the drive
+
+    def __sub__(self, earlier: DriveCounts) -> DriveCounts:
+        """What came since."""
+        return DriveCounts(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
 class Model:
-    """A model ready to run: weights mapped from the GGUF, not copied.
+    """A model ready to run: weights mapped from the GGUF, not copied, unless ``ram`` is less than they take.
+
+    ram: bytes of memory for weights; caches and steps take theirs beside it. Where it does not hold all, what every
+    token needs is read into memory, and routed experts into slots as layers ask for them, past the system's cache. The
+    logits are the same. uses: (n_layer, n_expert) how often each expert was used so far, to tell which ones to keep.
+    ArgumentError where ram does not hold what every token needs and a slot of each size.
 
     threads: workers in the pool; None takes the fastest number for this machine. isa: a name from ``isas()``; None
     takes DSV2_ISA or the best. Raises FileError, FormatError, UnsupportedError, ArgumentError.
@@ -120,11 +145,19 @@ class Model:
         *,
         devices: Sequence[Device] = (),
         placement: Sequence[Place] = (),
+        ram: int | None = None,
+        uses: NDArray[np.uint64] | None = None,
     ) -> None:
         self.path = fspath(path)
         n_threads = 0 if threads is None else whole("threads", threads, low=1)
         self._handle = _engine.model_open(
-            path, n_threads, isa, tuple(d.record() for d in devices), tuple(p.record() for p in placement)
+            path,
+            n_threads,
+            isa,
+            tuple(d.record() for d in devices),
+            tuple(p.record() for p in placement),
+            0 if ram is None else whole("ram", ram, low=1, high=MAX_RAM),
+            None if uses is None else np.ascontiguousarray(uses, np.uint64),
         )
         hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
@@ -170,6 +203,18 @@ class Model:
         uses = np.zeros((self.hparams["n_layer"], self.hparams["n_expert"]), np.uint64)
         _engine.model_expert_uses(self._handle, uses)
         return uses
+
+    def drive_counts(self) -> tuple[DriveCounts, DriveCounts] | None:
+        """Since the model was opened: of steps of up to 16 tokens, and of longer ones, which read prompts.
+
+        None where all weights stay in memory, and nothing is counted.
+        """
+        counts = _engine.model_counts(self._handle)
+        return None if counts is None else (DriveCounts(*counts[0]), DriveCounts(*counts[1]))
+
+    def stop(self) -> None:
+        """Let a step under way raise StoppedError where it waits for the drive; for other threads and handlers."""
+        _engine.model_stop(self._handle)
 
     def step_bytes(self, n_tok: int) -> int:
         """Memory that steps of n_tok tokens (at most MAX_STEP) take, beside weights and caches. ValueError."""

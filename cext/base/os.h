@@ -25,6 +25,8 @@ bool ds_signal_init(ds_signal *signal);
 void ds_signal_free(ds_signal *signal);
 /* Give the lock, sleep until the signal is sent, take it again; may wake for nothing. */
 void ds_signal_wait(ds_signal *signal, ds_lock *lock);
+/* The same, for about so long at most. */
+void ds_signal_wait_for(ds_signal *signal, ds_lock *lock, int64_t ns);
 void ds_signal_send(ds_signal *signal); /* to all who wait */
 
 /* Run start(arg) beside the caller; no system signal (Ctrl-C) lands on it. 0, or the system's error number. */
@@ -71,6 +73,17 @@ void ds_file_close(ds_file file);
 bool ds_file_stamp_get(ds_file file, ds_file_stamp *out);
 bool ds_file_stamp_equal(const ds_file_stamp *a, const ds_file_stamp *b);
 
+/* Reads of a file past the system's cache, which a file larger than memory would push everything else out of. */
+
+enum { DS_DIRECT_ALIGN = 4096 }; /* of offset, length and memory of such a read: what no drive or file system exceeds */
+
+/* Have reads of an open file go past the cache, or through it again. False where the file system refuses. */
+bool ds_file_direct(ds_file file, bool on);
+/* Read n bytes at an offset. What was read: less than n where the file ends; -1 with errno set where it fails. */
+int64_t ds_file_read(ds_file file, void *to, size_t n, int64_t offset);
+/* Let the cache forget what it has of n bytes at an offset. */
+void ds_file_forget(ds_file file, size_t n, int64_t offset);
+
 /* ---- Pages ----
  * Reads of a model are bound by memory, and every 4 KiB page needs its own address translation; with pages of 2 MiB a core
  * reads a file some 20 % faster, and a cold file comes from disk in larger pieces. */
@@ -79,6 +92,8 @@ enum { DS_HUGE_PAGE = 2 << 20 };
 
 /* Map size bytes of an open file read-only, shared with other processes; NULL with errno set where that fails. */
 void *ds_pages_map(ds_file file, size_t size);
+/* Of a mapping that is read here and there and not as a whole: no pages ahead, none larger than usual, none kept so far. */
+void ds_pages_sparse(void *pages, size_t size);
 /* size zeroed bytes that take memory once they are touched; NULL with errno set where that fails. */
 void *ds_pages_new(size_t size);
 /* The same in pages of the usual size: for pieces much smaller than a huge page, each of which would take a whole one. */

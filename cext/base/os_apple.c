@@ -1,7 +1,8 @@
-/* os_apple.c: what macOS tells of its processors. */
+/* os_apple.c: what macOS tells of its processors, and reads past its cache. */
 #if defined(__APPLE__)
 #include "base/os.h"
 
+#include <fcntl.h>
 #include <sys/sysctl.h>
 
 /* A number that the system knows by name, or 0. */
@@ -10,6 +11,10 @@ static int number(const char *name) {
     size_t size = sizeof value;
     return sysctlbyname(name, &value, &size, NULL, 0) == 0 ? value : 0;
 }
+
+bool ds_file_direct(ds_file file, bool on) { return fcntl((int)file, F_NOCACHE, on ? 1 : 0) == 0; }
+
+void ds_file_forget(ds_file file, size_t n, int64_t offset) {} /* what came past the cache is not in it */
 
 int ds_os_cores(void) {
     /* The performance cores where the machine tells them apart: a team waits for its slowest member. */

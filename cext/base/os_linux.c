@@ -1,9 +1,10 @@
-/* os_linux.c: what Linux has of its own: sleeping on a word, affinity masks, and the quotas of control groups. A question
+/* os_linux.c: what Linux has of its own: sleeping on a word, reads past the page cache, affinity masks, and the quotas of control groups. A question
  * that the machine does not answer counts as "no limit". */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include "base/os.h"
 
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <sched.h>
 #include <stdio.h>
@@ -18,6 +19,11 @@ void ds_word_sleep(_Atomic uint32_t *word, uint32_t old) {
 }
 
 void ds_word_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0); }
+
+bool ds_file_direct(ds_file file, bool on) {
+    const int flags = fcntl((int)file, F_GETFL);
+    return flags >= 0 && fcntl((int)file, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+}
 
 #if defined(__aarch64__)
 /* Bits of the arm64 kernel interface: ASIMD 1 and ASIMDDP 20 of HWCAP, I8MM 13 of HWCAP2. */

@@ -3,6 +3,7 @@
 #define _DARWIN_C_SOURCE
 #include "base/os.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -18,6 +19,14 @@ void ds_lock_give(ds_lock *lock) { pthread_mutex_unlock(lock); }
 bool ds_signal_init(ds_signal *signal) { return pthread_cond_init(signal, NULL) == 0; }
 void ds_signal_free(ds_signal *signal) { pthread_cond_destroy(signal); }
 void ds_signal_wait(ds_signal *signal, ds_lock *lock) { pthread_cond_wait(signal, lock); }
+void ds_signal_wait_for(ds_signal *signal, ds_lock *lock, int64_t ns) {
+    struct timespec until; /* the wall's clock: the only one that every system waits by */
+    clock_gettime(CLOCK_REALTIME, &until);
+    ns += until.tv_nsec;
+    until.tv_sec += (time_t)(ns / 1000000000);
+    until.tv_nsec = (long)(ns % 1000000000);
+    pthread_cond_timedwait(signal, lock, &until);
+}
 void ds_signal_send(ds_signal *signal) { pthread_cond_broadcast(signal); }
 
 int ds_thread_start(void *(*start)(void *arg), void *arg, ds_thread *out) {
@@ -72,6 +81,25 @@ bool ds_file_stamp_equal(const ds_file_stamp *a, const ds_file_stamp *b) {
     return a->kind == b->kind && a->size == b->size && a->seconds == b->seconds && a->nanoseconds == b->nanoseconds;
 }
 
+int64_t ds_file_read(ds_file file, void *to, size_t n, int64_t offset) {
+    size_t done = 0;
+    while (done < n) {
+        const ssize_t got = pread((int)file, (char *)to + done, n - done, (off_t)(offset + (int64_t)done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return -1;
+        if (got == 0) break;
+        done += (size_t)got;
+        if (done % DS_DIRECT_ALIGN) break; /* the end of the file: a read past the cache cannot go on from here */
+    }
+    return (int64_t)done;
+}
+
+#if !defined(__APPLE__)
+void ds_file_forget(ds_file file, size_t n, int64_t offset) {
+    posix_fadvise((int)file, (off_t)offset, (off_t)n, POSIX_FADV_DONTNEED);
+}
+#endif
+
 /* Ask for huge pages; a kernel or file system without them refuses, which costs nothing. */
 static void *advised(void *pages, size_t size) {
 #ifdef MADV_HUGEPAGE
@@ -84,6 +112,14 @@ static void *mapped(void *pages) { return pages == MAP_FAILED ? NULL : pages; }
 
 void *ds_pages_map(ds_file file, size_t size) {
     return advised(mapped(mmap(NULL, size, PROT_READ, MAP_SHARED, (int)file, 0)), size);
+}
+
+void ds_pages_sparse(void *pages, size_t size) {
+#ifdef MADV_NOHUGEPAGE
+    madvise(pages, size, MADV_NOHUGEPAGE);
+#endif
+    madvise(pages, size, MADV_RANDOM);
+    madvise(pages, size, MADV_DONTNEED); /* read-only pages of a file: they come back as they were */
 }
 
 void *ds_pages_new_small(size_t size) {
@@ -102,6 +138,7 @@ void ds_pages_release(void *pages, size_t size) {
 
 #if !defined(__linux__) && !defined(__APPLE__)
 int ds_os_cores(void) { return ds_os_processors(); }
+bool ds_file_direct(ds_file file, bool on) { return !on; }
 bool ds_os_has_dotprod(void) { return false; }
 bool ds_os_has_i8mm(void) { return false; }
 #endif

@@ -10,6 +10,7 @@ typedef enum ds_status {
     DS_EUNSUPPORTED,  /* well-formed, but not something this build runs */
     DS_EINVAL,        /* the caller's argument */
     DS_ECONTEXT,      /* more tokens than the context holds */
+    DS_ESTOPPED,      /* the caller had it stopped */
 } ds_status;
 
 typedef struct ds_error {

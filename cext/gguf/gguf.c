@@ -117,6 +117,42 @@ ds_status ds_gguf_check(const ds_gguf *gguf, ds_error *err) {
     return st;
 }
 
+/* Part i, 0 the first. */
+static const ds_gguf *part_of(const ds_gguf *g, int64_t i) { return i == 0 ? g : g->parts[i - 1]; }
+
+static int64_t n_parts(const ds_gguf *g) { return g->parts ? g->n_split : 1; }
+
+bool ds_gguf_locate(const ds_gguf *gguf, const void *data, size_t n, ds_gguf_place *out) {
+    const uintptr_t at = (uintptr_t)data;
+    for (int64_t i = 0; i < n_parts(gguf); i++) {
+        const ds_gguf *part = part_of(gguf, i);
+        const uintptr_t base = (uintptr_t)part->base;
+        if (!part->mapped || at < base || at - base > part->size || n > part->size - (at - base)) {
+            continue;
+        }
+        *out = (ds_gguf_place){part->file, (int64_t)(at - base), (int64_t)part->size};
+        return true;
+    }
+    return false;
+}
+
+bool ds_gguf_leave_mapping(const ds_gguf *gguf, bool direct) {
+    bool all = true;
+    for (int64_t i = 0; i < n_parts(gguf); i++) {
+        const ds_gguf *part = part_of(gguf, i);
+        if (!part->mapped) {
+            return false;
+        }
+        ds_pages_sparse((void *)part->base, part->size);
+        ds_file_forget(part->file, part->size, 0);
+        all = all && (!direct || ds_file_direct(part->file, true));
+    }
+    for (int64_t i = 0; (!all || !direct) && i < n_parts(gguf); i++) {
+        ds_file_direct(part_of(gguf, i)->file, false);
+    }
+    return all;
+}
+
 ds_status ds_gguf_open_one(const char *path, ds_gguf **out, ds_error *err) {
     ds_gguf *g = NULL;
     ds_status st = gguf_new(path, &g, err);

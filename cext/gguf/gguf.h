@@ -66,6 +66,18 @@ void ds_gguf_close(ds_gguf *gguf);
  * system call a file. What is read between two checks that succeed is what was opened. */
 ds_status ds_gguf_check(const ds_gguf *gguf, ds_error *err);
 
+/* Where in which file bytes of the mapping lie. */
+typedef struct ds_gguf_place {
+    intptr_t file; /* open, base/os.h's ds_file */
+    int64_t offset;
+    int64_t file_bytes;
+} ds_gguf_place;
+/* Of n bytes at data, which a tensor of the view points to. False where they are not a mapped file's. */
+bool ds_gguf_locate(const ds_gguf *gguf, const void *data, size_t n, ds_gguf_place *out);
+/* From now on tensors are read from the files and not from the mapping, which only little of is looked at; past the
+ * system's cache if `direct`. False where a file system does not read past it: all then go through it. */
+bool ds_gguf_leave_mapping(const ds_gguf *gguf, bool direct);
+
 const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
 size_t ds_gguf_size(const ds_gguf *gguf); /* bytes of the file, or of all parts */
 

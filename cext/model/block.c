@@ -34,7 +34,11 @@ ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors,
     block->tensors = tensors;
     block->n_tensors = n_tensors;
     if (il < 0 || il > 1 << 20) st = ds_fail(err, DS_EINVAL, "layer %d: expected a number from 0", il);
-    else st = ds_core_create(header, source, il, il + 1, false, sublayer, &processor, NULL, &block->core, err);
+    else {
+        const ds_core_spec spec = {
+            .layer_begin = il, .layer_end = il + 1, .sublayer = sublayer, .processor = &processor};
+        st = ds_core_create(header, source, &spec, &block->core, err);
+    }
     if (st == DS_OK) *out = block;
     else free(block);
     return st;

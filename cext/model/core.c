@@ -4,6 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "memory/disk.h"
+#include "memory/slots.h"
+
 enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
 
 static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
@@ -23,30 +26,71 @@ static ds_status make_room(ds_core *c, ds_error *err) {
     return c->program && c->tail_spans ? DS_OK : ds_fail(err, DS_ENOMEM, "no memory for a step's program");
 }
 
-/* Everything behind the configuration; what is made so far is released by the caller. */
-static ds_status create(ds_source source, int layer_begin, int layer_end, bool ends, ds_sublayer sublayer,
-                        const ds_device *processor, const ds_placement *placement, ds_core *c, ds_error *err) {
-    ds_status st = ds_weights_bind(&c->config, source, layer_begin, layer_end, ends, sublayer, &c->weights, err);
-    if (st == DS_OK) st = ds_rope_create(&c->config, &c->rope, err);
-    if (st == DS_OK) st = ds_residency_mapped(&c->config, &c->weights, &c->residency, err);
-    if (st == DS_OK) st = ds_places_create(&c->config, placement, c->residency, &c->places, err);
-    if (st == DS_OK) st = open_backends(c, processor, placement, err);
-    return st == DS_OK ? make_room(c, err) : st;
+static size_t bytes_of_all(const ds_gguf *gguf) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
+    return bytes;
 }
 
-ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
-                         ds_sublayer sublayer, const ds_device *processor, const ds_placement *placement, ds_core *out,
+static bool fits(const ds_gguf *gguf, const ds_budget *budget) {
+    return !budget || !budget->ram || budget->ram >= bytes_of_all(gguf);
+}
+
+/* The routed experts' part of a budget that the other weights have taken theirs of. */
+static ds_status create_disk(ds_core *c, const ds_gguf *gguf, const ds_budget *budget, ds_error *err) {
+    const size_t shared = c->loaded.bytes + c->weights.owned_bytes, least = ds_slots_least(&c->config, &c->weights);
+    if (budget->ram < shared || budget->ram - shared < least) {
+        ds_fail(err, DS_EINVAL,
+                "%s: %zu bytes of memory for its weights: expected at least %zu, of which %zu are for "
+                "what every token needs",
+                ds_gguf_label(gguf), budget->ram, shared + least, shared);
+        return ds_hint(err, "give it more memory, or take a file of fewer bits a weight");
+    }
+    if (budget->uses && budget->n_uses != (size_t)c->config.n_layer * (size_t)c->config.n_expert)
+        return ds_fail(err, DS_EINVAL, "%s: uses of %zu experts, expected %d layers of %d", ds_gguf_label(gguf),
+                       budget->n_uses, c->config.n_layer, c->config.n_expert);
+    if (c->loaded.cached)
+        ds_note(&c->config.notes,
+                "its file system has no reads past the system's cache: they go through it, slower, and "
+                "are dropped from it");
+    return ds_residency_disk(&c->config, &c->weights, gguf, budget->ram - shared, c->loaded.cached, budget,
+                             &c->residency, err);
+}
+
+/* Weights, and where the routed experts are. */
+static ds_status bind(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, int layer_end, ds_core *c,
+                      ds_error *err) {
+    const bool mapped = fits(metadata, spec->budget);
+    ds_status st = DS_OK;
+    if (!mapped) {
+        st = ds_loaded_open(metadata, &c->config, source, spec->budget, &c->loaded, err);
+        if (st == DS_OK) source = ds_loaded_view(&c->loaded);
+    }
+    if (st == DS_OK)
+        st = ds_weights_bind(&c->config, source, spec->layer_begin, layer_end, spec->ends, spec->sublayer, &c->weights,
+                             err);
+    if (st != DS_OK) return st;
+    return mapped ? ds_residency_mapped(&c->config, &c->weights, &c->residency, err)
+                  : create_disk(c, metadata, spec->budget, err);
+}
+
+ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, ds_core *out,
                          ds_error *err) {
     ds_status st;
     memset(out, 0, sizeof *out);
     out->process = ds_process_id();
     if ((st = ds_config_read(metadata, source, &out->config, err)) != DS_OK) return st;
-    if (layer_end < 0) layer_end = out->config.n_layer;
-    if (layer_begin < 0 || layer_end > out->config.n_layer) {
-        return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", layer_begin, out->config.n_layer - 1);
+    const int layer_end = spec->layer_end < 0 ? out->config.n_layer : spec->layer_end;
+    if (spec->layer_begin < 0 || layer_end > out->config.n_layer) {
+        return ds_fail(err, DS_EINVAL, "layer %d is not in the model's 0 to %d", spec->layer_begin,
+                       out->config.n_layer - 1);
     }
     if (!ds_lock_init(&out->lock)) return ds_fail(err, DS_ENOMEM, "no memory for a lock");
-    st = create(source, layer_begin, layer_end, ends, sublayer, processor, placement, out, err);
+    st = bind(metadata, source, spec, layer_end, out, err);
+    if (st == DS_OK) st = ds_rope_create(&out->config, &out->rope, err);
+    if (st == DS_OK) st = ds_places_create(&out->config, spec->placement, out->residency, &out->places, err);
+    if (st == DS_OK) st = open_backends(out, spec->processor, spec->placement, err);
+    if (st == DS_OK) st = make_room(out, err);
     if (st != DS_OK) ds_core_release(out);
     return st;
 }
@@ -58,6 +102,7 @@ void ds_core_release(ds_core *core) {
     ds_residency_destroy(core->residency);
     ds_rope_release(&core->rope);
     ds_weights_release(&core->weights);
+    ds_loaded_release(&core->loaded);
     free(core->program);
     free(core->tail_spans);
     ds_lock_free(&core->lock);

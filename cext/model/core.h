@@ -4,6 +4,8 @@
 
 #include "backend/backend.h"
 #include "base/os.h"
+#include "memory/budget.h"
+#include "memory/loaded.h"
 #include "model/placement.h"
 
 /* Host memory through which backends read each other's states: (n_tok, ...) of a step. Only where there are several. */
@@ -26,6 +28,7 @@ enum {
 
 typedef struct ds_core {
     ds_config config;
+    ds_loaded loaded; /* where a budget does not hold all weights */
     ds_weights weights;
     ds_rope rope;
     ds_residency *residency;
@@ -40,10 +43,20 @@ typedef struct ds_core {
     ds_lock lock; /* one step at a time: all of the above is shared */
 } ds_core;
 
-/* Set up everything but the file, in `out`, which stays where it is: on failure nothing is kept. processor: device 0.
- * placement may be NULL. */
-ds_status ds_core_create(const ds_gguf *metadata, ds_source source, int layer_begin, int layer_end, bool ends,
-                         ds_sublayer sublayer, const ds_device *processor, const ds_placement *placement, ds_core *out,
+/* Which part of a model, and what runs it. */
+typedef struct ds_core_spec {
+    int layer_begin, layer_end; /* layer_end -1: to the last */
+    bool ends;
+    ds_sublayer sublayer;
+    const ds_device *processor; /* device 0 */
+    const ds_placement *placement; /* or NULL */
+    /* NULL, or a ram of 0 or as much as all weights take: these stay where the source has them. Else metadata is the file
+     * that they are in, and outlives the core; the layers are all. */
+    const ds_budget *budget;
+} ds_core_spec;
+
+/* Set up everything but the file, in `out`, which stays where it is: on failure nothing is kept. */
+ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, ds_core *out,
                          ds_error *err);
 void ds_core_release(ds_core *core);
 

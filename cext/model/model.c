@@ -12,24 +12,41 @@ enum { DS_MAX_INPUTS = DS_MAX_STEP, SAMPLE_BYTES = 4096 };
 _Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interface is one chunk");
 
 /* Bind all of a file. On failure nothing is kept. */
-static ds_status bind_file(const ds_gguf *gguf, const ds_device *processor, const ds_placement *placement, ds_core *out,
+static ds_status bind_file(const ds_gguf *gguf, const ds_opening *opening, const ds_budget *budget, ds_core *out,
                            ds_error *err) {
+    const ds_device processor = {"cpu", opening->n_threads, opening->isa};
+    const ds_core_spec spec = {.layer_end = -1,
+                               .ends = true,
+                               .sublayer = DS_SUBLAYER_BOTH,
+                               .processor = &processor,
+                               .placement = opening->placement,
+                               .budget = budget};
     ds_file_source file;
     ds_status st = ds_file_source_open(gguf, &file, err);
     if (st != DS_OK) return st;
-    st =
-        ds_core_create(gguf, ds_file_source_view(&file), 0, -1, true, DS_SUBLAYER_BOTH, processor, placement, out, err);
+    st = ds_core_create(gguf, ds_file_source_view(&file), &spec, out, err);
     if (st == DS_OK && (st = ds_file_source_check(&file, &out->config, err)) != DS_OK) ds_core_release(out);
     ds_file_source_close(&file);
     return st;
 }
 
+static bool stops(void *ctx) {
+    const ds_model *model = ctx;
+    return atomic_load(&model->stopping) || ds_budget_stops(&model->budget);
+}
+
 /* Takes the gguf: it is closed on failure. */
-static ds_status open_gguf(ds_gguf *gguf, const ds_device *processor, const ds_placement *placement, ds_model **out,
-                           ds_error *err) {
+static ds_status open_gguf(ds_gguf *gguf, const ds_opening *opening, ds_model **out, ds_error *err) {
     ds_model *model = calloc(1, sizeof *model);
-    ds_status st = model ? bind_file(gguf, processor, placement, &model->core, err)
-                         : ds_fail(err, DS_ENOMEM, "no memory for a model");
+    ds_status st = ds_fail(err, DS_ENOMEM, "no memory for a model");
+    if (model) {
+        ds_budget budget = opening->budget;
+        budget.stop = stops, budget.stop_ctx = model;
+        model->budget = opening->budget;
+        model->budget.uses = NULL; /* the caller's own until this returns */
+        atomic_init(&model->stopping, false);
+        st = bind_file(gguf, opening, &budget, &model->core, err);
+    }
     if (st != DS_OK) {
         ds_gguf_close(gguf);
         free(model);
@@ -55,20 +72,18 @@ ds_status ds_config_of(const ds_gguf *gguf, ds_config *out, ds_error *err) {
     return st;
 }
 
-ds_status ds_model_open(const char *path, int n_threads, const char *isa, const ds_placement *placement, ds_model **out,
-                        ds_error *err) {
-    const ds_device processor = {"cpu", n_threads, isa};
+ds_status ds_model_open(const char *path, const ds_opening *opening, ds_model **out, ds_error *err) {
     ds_gguf *gguf;
     ds_status st = ds_gguf_open(path, &gguf, err);
-    return st == DS_OK ? open_gguf(gguf, &processor, placement, out, err) : st;
+    return st == DS_OK ? open_gguf(gguf, opening, out, err) : st;
 }
 
 ds_status ds_model_view(const void *data, size_t size, const char *label, int n_threads, const char *isa,
                         ds_model **out, ds_error *err) {
-    const ds_device processor = {"cpu", n_threads, isa};
+    const ds_opening opening = {.n_threads = n_threads, .isa = isa};
     ds_gguf *gguf;
     ds_status st = ds_gguf_view(data, size, label, &gguf, err);
-    return st == DS_OK ? open_gguf(gguf, &processor, NULL, out, err) : st;
+    return st == DS_OK ? open_gguf(gguf, &opening, out, err) : st;
 }
 
 void ds_model_close(ds_model *model) {
@@ -90,6 +105,15 @@ ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     memcpy(out, model->core.residency->uses, (size_t)c->n_layer * (size_t)c->n_expert * sizeof *out);
     ds_lock_give(&model->core.lock);
     return DS_OK;
+}
+
+void ds_model_stop(ds_model *model) { atomic_store(&model->stopping, true); }
+
+bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading) {
+    ds_residency *r = model->core.residency;
+    if (!r->ops->count || ds_process_id() != model->core.process) return false;
+    r->ops->count(r, decoding, reading);
+    return true;
 }
 
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
@@ -207,6 +231,7 @@ static ds_status lay_out(const ds_model *model, const ds_input *inputs, int n_in
 static ds_status run_step(ds_model *model, const ds_input *inputs, ds_request *step, ds_error *err) {
     ds_status st = reserve(step, inputs, err);
     if (st != DS_OK) return st;
+    atomic_store(&model->stopping, false);
     /* Before the step, lest it read past the end of a file cut short; after it, lest it has read half of another. */
     if ((st = ds_gguf_check(model->gguf, err)) == DS_OK && (st = ds_core_run(&model->core, step, err)) == DS_OK &&
         (st = ds_gguf_check(model->gguf, err)) == DS_OK)

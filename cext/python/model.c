@@ -65,30 +65,72 @@ static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out
     return ok;
 }
 
-/* model_open(path, threads, isa, devices, rules): see read_placement */
+/* Asked while the engine waits for a drive, by whatever thread waits: lets Python's handlers of signals run where that is
+ * the main thread. What one raises stands until the call is over. */
+static bool stops(void *ctx) {
+    PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return raised;
+}
+
+/* NULL with an exception: what a signal's handler raised in the call, or the engine's error. */
+static PyObject *raise_error(const ds_error *err) { return PyErr_Occurred() ? NULL : ds_py_raise(err); }
+
+/* model_open(path, threads, isa, devices, rules, ram, uses uint64 (n_layer, n_expert) or None): see read_placement */
 static PyObject *model_open(PyObject *self, PyObject *args) {
-    PyObject *path, *devices, *rules, *capsule = NULL;
-    int threads;
-    const char *isa;
+    PyObject *path, *devices, *rules, *uses, *capsule = NULL;
+    Py_buffer view = {0};
+    ds_opening opening = {.budget = {.stop = stops}};
     ds_model *model;
     ds_placement placement;
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "O&izO!O!", PyUnicode_FSConverter, &path, &threads, &isa, &PyTuple_Type, &devices,
-                          &PyTuple_Type, &rules))
+    unsigned long long ram;
+    if (!PyArg_ParseTuple(args, "O&izO!O!KO", PyUnicode_FSConverter, &path, &opening.n_threads, &opening.isa,
+                          &PyTuple_Type, &devices, &PyTuple_Type, &rules, &ram, &uses))
         return NULL;
-    if (read_placement(devices, rules, &placement)) {
+    bool ok = read_placement(devices, rules, &placement);
+    if (ok && !Py_IsNone(uses)) ok = ds_py_buffer(uses, 0, false, &view);
+    if (ok) {
         const char *name = PyBytes_AsString(path);
+        opening.placement = &placement;
+        opening.budget.ram = ram < SIZE_MAX ? (size_t)ram : SIZE_MAX;
+        opening.budget.uses = view.buf;
+        opening.budget.n_uses = (size_t)view.len / sizeof(uint64_t);
         Py_BEGIN_ALLOW_THREADS
-        st = ds_model_open(name, threads, isa, &placement, &model, &err);
+        st = ds_model_open(name, &opening, &model, &err);
         Py_END_ALLOW_THREADS
-        capsule = st == DS_OK ? ds_py_own(model, DS_PY_MODEL, release_model) : ds_py_raise(&err);
+        capsule = st == DS_OK ? ds_py_own(model, DS_PY_MODEL, release_model) : raise_error(&err);
     }
+    if (view.obj) PyBuffer_Release(&view);
     free((void *)placement.devices);
     free((void *)placement.rules);
     Py_DECREF(path);
     return capsule;
 }
+
+/* model_counts(model) -> None, or two tuples: of decoding, and of reading prompts; (tokens, needed, ready, late, told, right,
+ * needed where told, bytes read, nanoseconds waited) */
+static PyObject *counts_of(const ds_residency_counts *c) {
+    return Py_BuildValue("(KKKKKKKKK)", (unsigned long long)c->n_tokens, (unsigned long long)c->needed,
+                         (unsigned long long)c->ready, (unsigned long long)c->late, (unsigned long long)c->told,
+                         (unsigned long long)c->right, (unsigned long long)c->needed_told,
+                         (unsigned long long)c->bytes_read, (unsigned long long)c->wait_ns);
+}
+
+static PyObject *model_counts(void *model, PyObject *args) {
+    ds_residency_counts decoding, reading;
+    if (!ds_model_counts(model, &decoding, &reading)) Py_RETURN_NONE;
+    return Py_BuildValue("(NN)", counts_of(&decoding), counts_of(&reading));
+}
+DS_PY_HELD(model_counts, DS_PY_MODEL)
+
+static PyObject *model_stop(void *model, PyObject *args) {
+    ds_model_stop(model);
+    Py_RETURN_NONE;
+}
+DS_PY_HELD(model_stop, DS_PY_MODEL)
 
 /* model_expert_uses(model, out uint64 (n_layer, n_expert)) */
 static PyObject *model_expert_uses(void *model, PyObject *args) {
@@ -264,7 +306,7 @@ static PyObject *eval(void *model, PyObject *args) {
         Py_BEGIN_ALLOW_THREADS
         st = ds_eval(model, b.inputs, b.n, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
         Py_END_ALLOW_THREADS
-        if (st != DS_OK) ok = ds_py_raise(&err) != NULL;
+        if (st != DS_OK) ok = raise_error(&err) != NULL;
     }
     ds_py_tap_close(&tap);
     if (logits.obj) PyBuffer_Release(&logits);
@@ -276,6 +318,8 @@ DS_PY_HELD(eval, DS_PY_MODEL)
 PyMethodDef ds_py_model_methods[] = {
     {"model_open", model_open, METH_VARARGS, NULL},
     {"model_close", model_close, METH_O, NULL},
+    {"model_counts", model_counts_held, METH_O, NULL},
+    {"model_stop", model_stop_held, METH_O, NULL},
     {"model_info", model_info_held, METH_O, NULL},
     {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},
     {"model_step_bytes", model_step_bytes_held, METH_VARARGS, NULL},

@@ -18,6 +18,7 @@ typedef struct handle {
 static const char *const EXCEPTIONS[] = {
     [DS_ENOMEM] = "OutOfMemoryError",       [DS_EIO] = "FileError",        [DS_EFORMAT] = "FormatError",
     [DS_EUNSUPPORTED] = "UnsupportedError", [DS_EINVAL] = "ArgumentError", [DS_ECONTEXT] = "ContextFullError",
+    [DS_ESTOPPED] = "StoppedError",
 };
 
 PyObject *ds_py_raise(const ds_error *err) {

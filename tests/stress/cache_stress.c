@@ -117,7 +117,7 @@ static bool check(const char *path, const char *kv_type) {
     pthread_t threads[N_THREADS];
     int32_t ids[N_PAST];
     ds_error err;
-    if (ds_model_open(path, 2, NULL, NULL, &model, &err) != DS_OK ||
+    if (ds_model_open(path, &(ds_opening){.n_threads = 2}, &model, &err) != DS_OK ||
         ds_session_create(model, N_CTX, kv_type, &origin, &err) != DS_OK)
         return printf("cache_stress: %s\n", err.message), false;
     for (int i = 0; i < N_PAST; i++) ids[i] = (i * 7 + 1) % ds_model_config(model)->n_vocab;

@@ -53,7 +53,7 @@ static bool check(const char *path, const char *kv_type, int n_threads, const ds
     ds_model *model;
     ds_error err;
     bool good = true;
-    if (ds_model_open(path, n_threads, NULL, placement, &model, &err) != DS_OK) {
+    if (ds_model_open(path, &(ds_opening){.n_threads = n_threads, .placement = placement}, &model, &err) != DS_OK) {
         printf("engine_stress: %s\n", err.message);
         return false;
     }
@@ -92,7 +92,7 @@ static bool check_placed(const char *path, const char *kv_type, int n_threads, f
     const ds_device devices[] = {{"cpu", 2, NULL}, {"cpu", 1, NULL}};
     ds_model *model;
     ds_error err;
-    if (ds_model_open(path, 1, NULL, NULL, &model, &err) != DS_OK) {
+    if (ds_model_open(path, &(ds_opening){.n_threads = 1}, &model, &err) != DS_OK) {
         printf("engine_stress: %s\n", err.message);
         return false;
     }

@@ -119,6 +119,7 @@ typedef struct moe {
     const ds_op *op;
     ds_moe_room *room;
     const ds_plan *plan;
+    ds_wave *wave; /* every worker's, or where experts have to be waited for, one for all that worker 0 writes */
     float *rows; /* (n_slots, n_embd) */
 } moe;
 
@@ -130,6 +131,7 @@ static moe moe_of(const ds_lane *lane, const ds_op *op) {
         .op = op,
         .room = room,
         .plan = op->split ? &op->split->plan : &room->plan,
+        .wave = ds_residency_is_settled(lane->step->residency) ? &room->wave : &lane->step->scratch->moe.wave,
         .rows = op->split && !op->shared ? op->split->rows : lane->step->scratch->out_exps,
     };
 }
@@ -138,6 +140,11 @@ static bool is_mine(const moe *m, int e) { return !m->op->split || m->op->split-
 
 static ds_expert expert_of(const moe *m, int a) {
     return ds_residency_get(m->lane->step->residency, m->op->il, m->plan->expert[a]);
+}
+
+/* Its formats and shapes, whether it is ready or not. */
+static ds_expert bound_of(const moe *m, int a) {
+    return ds_residency_bound(m->lane->step->weights, m->op->il, m->plan->expert[a]);
 }
 
 /* The kind of pack that an expert's inputs take (its gate's and its up's: they are bound to the same), or its hidden rows. */
@@ -149,7 +156,7 @@ static void lay_out(const moe *m) {
     size_t input[DS_ACT_COUNT] = {0}, hidden[DS_ACT_COUNT] = {0};
     for (int a = 0; a < m->plan->n_active; a++) {
         if (!is_mine(m, m->plan->expert[a])) continue;
-        const ds_expert e = expert_of(m, a);
+        const ds_expert e = bound_of(m, a);
         const ds_act_kind in = kind_of(&e.gate), mid = kind_of(&e.down);
         const int n = m->plan->count[a];
         m->room->input_at[a] = input[in];
@@ -160,20 +167,18 @@ static void lay_out(const moe *m) {
     }
 }
 
-/* Worker 0 has this backend's experts of the plan made ready. Where the host made the plan, it has begun already. */
-static void make_ready(const moe *m) {
-    const ds_step *s = m->lane->step;
-    const int il = m->op->il;
-    ds_status st = m->op->split ? DS_OK : ds_residency_begin(s->residency, il, m->plan, s->failure);
-    const bool begun = st == DS_OK && !m->op->split;
-    for (int a = 0; a < m->plan->n_active && st == DS_OK; a++) {
-        if (is_mine(m, m->plan->expert[a])) st = ds_residency_wait(s->residency, il, m->plan->expert[a], s->failure);
-    }
-    if (st != DS_OK && begun) ds_residency_end(s->residency, il);
-    s->failure->status = st;
+/* Nothing of this backend's part is computed yet: all of it is one wave, or is left. */
+static void begin_waves(const moe *m, bool settled) {
+    ds_wave *w = m->wave;
+    int *to = settled ? w->now : w->left, n = 0;
+    for (int a = 0; a < m->plan->n_active; a++)
+        if (is_mine(m, m->plan->expert[a])) to[n++] = a;
+    w->n_now = settled ? n : 0;
+    w->n_left = settled ? 0 : n;
 }
 
-/* The plan, this backend's part of it ready and laid out. False where an expert cannot be had. */
+/* The plan, this backend's part of it laid out and being made ready. False where the experts cannot be had. Where the
+ * host made the plan, they have been begun already. */
 static bool prepare(const moe *m) {
     const ds_lane *lane = m->lane;
     const ds_step *s = lane->step;
@@ -181,14 +186,63 @@ static bool prepare(const moe *m) {
     const bool first = lane->worker->ith == 0, settled = ds_residency_is_settled(s->residency);
     if (!m->op->split && (lane->solo || first))
         ds_plan_build(&m->room->plan, c->n_expert, s->n_tok, c->n_expert_used, ids_of(lane));
-    if (first) make_ready(m);
-    if (!settled) {
-        ds_barrier(lane->worker);
-        if (s->failure->status != DS_OK) return false;
-    }
+    if (first && !m->op->split) s->failure->status = ds_residency_begin(s->residency, m->op->il, m->plan, s->failure);
     if (lane->solo || first) lay_out(m);
-    ds_lane_sync(lane);
-    return true;
+    if (first || (lane->solo && settled)) begin_waves(m, settled);
+    if (!settled) ds_barrier(lane->worker);
+    else ds_lane_sync(lane);
+    return settled || s->failure->status == DS_OK;
+}
+
+/* Worker 0: the experts that are ready, of those that are left. At least one where `wait`. */
+static ds_status choose_ready(const moe *m, bool wait) {
+    ds_residency *r = m->lane->step->residency;
+    ds_wave *w = m->wave;
+    const int il = m->op->il;
+    int n = 0;
+    for (int i = 0; i < w->n_left; i++) w->experts[i] = m->plan->expert[w->left[i]];
+    if (wait) {
+        const ds_status st = ds_residency_wait(r, il, w->experts, w->n_left, m->lane->step->failure);
+        if (st != DS_OK) return st;
+    }
+    w->n_now = 0;
+    for (int i = 0; i < w->n_left; i++) {
+        if (ds_residency_ready(r, il, w->experts[i])) w->now[w->n_now++] = w->left[i];
+        else w->left[n++] = w->left[i];
+    }
+    w->n_left = n;
+    return DS_OK;
+}
+
+/* Worker 0: nothing reads the wave's experts any more. */
+static void release_wave(const moe *m) {
+    ds_wave *w = m->wave;
+    for (int i = 0; i < w->n_now; i++) w->experts[i] = m->plan->expert[w->now[i]];
+    ds_residency_release(m->lane->step->residency, m->op->il, w->experts, w->n_now);
+}
+
+static void end_experts(const moe *m) {
+    if (!m->op->split) ds_residency_end(m->lane->step->residency, m->op->il);
+}
+
+typedef enum wave_outcome { WAVE_FAILED, WAVE_DONE, WAVE_NEXT } wave_outcome;
+
+/* The next experts to compute; every worker calls it. The first wave takes what is there and waits for nothing where the
+ * shared experts are to be computed in it. */
+static wave_outcome next_wave(const moe *m, bool first, bool shared) {
+    const ds_lane *lane = m->lane;
+    const ds_step *s = lane->step;
+    ds_wave *w = m->wave;
+    if (ds_residency_is_settled(s->residency)) return first ? WAVE_NEXT : WAVE_DONE;
+    if (lane->worker->ith == 0) {
+        if (!first) release_wave(m);
+        w->n_now = 0;
+        if (w->n_left) s->failure->status = choose_ready(m, !first || !shared);
+        if (s->failure->status != DS_OK || (!w->n_now && !first)) end_experts(m);
+    }
+    ds_barrier(lane->worker);
+    if (s->failure->status != DS_OK) return WAVE_FAILED;
+    return w->n_now || first ? WAVE_NEXT : WAVE_DONE;
 }
 
 static unsigned char *input_pack(const moe *m, const ds_expert *e, int a) {
@@ -209,7 +263,7 @@ static void pack_one(const moe *m) {
     unsigned kinds = 0, packed = m->op->shared ? route_kinds(lane, m->layer) : 0;
     for (int a = 0; a < m->plan->n_active; a++) {
         if (!is_mine(m, m->plan->expert[a])) continue;
-        const ds_expert e = expert_of(m, a);
+        const ds_expert e = bound_of(m, a);
         kinds |= 1u << kind_of(&e.gate);
     }
     ds_lane_pack(lane, kinds & ~packed, lane->step->config->n_embd, lane->xn, &lane->own->act_x, NULL);
@@ -222,7 +276,7 @@ static void gather(const moe *m) {
     const int d = s->config->n_embd;
     for (size_t a = ds_claim(m->lane->worker); a < (size_t)plan->n_active; a = ds_claim(m->lane->worker)) {
         if (!is_mine(m, plan->expert[a])) continue;
-        const ds_expert e = expert_of(m, (int)a);
+        const ds_expert e = bound_of(m, (int)a);
         s->kern->act_pack(kind_of(&e.gate), 0, plan->count[a], plan->count[a], d, m->lane->xn, (size_t)d,
                           plan->slot_token + plan->first[a], input_pack(m, &e, (int)a));
     }
@@ -235,8 +289,8 @@ static void gate_up(const moe *m) {
     const size_t f = (size_t)s->config->n_ff_expert;
     ds_job *jobs = m->lane->own->jobs;
     int n = 0;
-    for (int a = 0; a < plan->n_active; a++) {
-        if (!is_mine(m, plan->expert[a])) continue;
+    for (int i = 0; i < m->wave->n_now; i++) {
+        const int a = m->wave->now[i];
         const ds_expert e = expert_of(m, a);
         const void *act = input_pack(m, &e, a);
         const size_t at = (size_t)plan->first[a] * f;
@@ -251,8 +305,7 @@ static void activate_expert(const moe *m, int a) {
     const ds_step *s = m->lane->step;
     const ds_plan *plan = m->plan;
     ds_scratch *b = s->scratch;
-    if (!is_mine(m, plan->expert[a])) return;
-    const ds_expert e = expert_of(m, a);
+    const ds_expert e = bound_of(m, a);
     const size_t f = (size_t)s->config->n_ff_expert, at = (size_t)plan->first[a] * f;
     float *hidden = (m->lane->solo ? m->lane->own->hidden_exps : b->gate_exps) + at;
     ds_lane_silu_mul(m->lane, (size_t)plan->count[a] * f, b->gate_exps + at, b->up_exps + at, hidden);
@@ -262,11 +315,12 @@ static void activate_expert(const moe *m, int a) {
 
 static void activate_all(const moe *m) {
     const ds_lane *lane = m->lane;
+    const ds_wave *w = m->wave;
     if (lane->solo)
-        for (int a = 0; a < m->plan->n_active; a++) activate_expert(m, a);
+        for (int i = 0; i < w->n_now; i++) activate_expert(m, w->now[i]);
     else
-        for (size_t a = ds_claim(lane->worker); a < (size_t)m->plan->n_active; a = ds_claim(lane->worker))
-            activate_expert(m, (int)a);
+        for (size_t i = ds_claim(lane->worker); i < (size_t)w->n_now; i = ds_claim(lane->worker))
+            activate_expert(m, w->now[i]);
 }
 
 static void tap_hidden(const moe *m) {
@@ -293,8 +347,8 @@ static void down_all(const moe *m, const ds_act *shared) {
     const size_t d = (size_t)s->config->n_embd;
     ds_job *jobs = m->lane->own->jobs;
     int n = 0;
-    for (int a = 0; a < plan->n_active; a++) {
-        if (!is_mine(m, plan->expert[a])) continue;
+    for (int i = 0; i < m->wave->n_now; i++) {
+        const int a = m->wave->now[i];
         const ds_expert e = expert_of(m, a);
         jobs[n++] = ds_cpu_job(&e.down, e.down.data, hidden_pack(m, &e, a), plan->count[a],
                                m->rows + (size_t)plan->first[a] * d, d);
@@ -306,22 +360,27 @@ static void down_all(const moe *m, const ds_act *shared) {
     ds_cpu_mul(m->lane->worker, s->kern, jobs, n);
 }
 
+/* What is ready is computed while the drive reads the rest. */
 bool ds_cpu_experts(const ds_lane *lane, const ds_op *op) {
     const moe m = moe_of(lane, op);
+    const bool has_shared = op->shared && m.layer->down_shared.data;
     const ds_act *shared = NULL;
+    wave_outcome outcome;
     if (!prepare(&m)) return false;
     if (lane->solo) pack_one(&m);
     else gather(&m);
-    gate_up(&m);
-    if (op->shared && m.layer->down_shared.data)
-        shared = activate(lane, &m.layer->down_shared, DS_TAP_SHARED_HIDDEN, op->il);
-    ds_barrier(lane->worker);
-    activate_all(&m);
+    for (bool first = true; (outcome = next_wave(&m, first, has_shared)) == WAVE_NEXT; first = false) {
+        gate_up(&m);
+        if (has_shared && first) shared = activate(lane, &m.layer->down_shared, DS_TAP_SHARED_HIDDEN, op->il);
+        ds_barrier(lane->worker);
+        activate_all(&m);
+        ds_lane_sync(lane);
+        down_all(&m, first ? shared : NULL);
+        ds_barrier(lane->worker);
+    }
+    if (outcome == WAVE_FAILED) return false;
     tap_hidden(&m);
-    ds_lane_sync(lane);
-    down_all(&m, shared);
-    ds_barrier(lane->worker);
-    if (!op->split && lane->worker->ith == 0) ds_residency_end(lane->step->residency, op->il);
+    if (ds_residency_is_settled(lane->step->residency) && lane->worker->ith == 0) end_experts(&m);
     return true;
 }
 

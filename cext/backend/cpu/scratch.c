@@ -32,6 +32,9 @@ static ds_moe_room moe_room(ds_carver *c, const ds_config *g, int n_tok) {
                  .place = ds_carve(c, (size_t)g->n_expert, sizeof(int))},
         .input_at = ds_carve(c, active, sizeof(size_t)),
         .hidden_at = ds_carve(c, active, sizeof(size_t)),
+        .wave = {.now = ds_carve(c, active, sizeof(int)),
+                 .left = ds_carve(c, active, sizeof(int)),
+                 .experts = ds_carve(c, active, sizeof(int))},
     };
 }
 

@@ -10,10 +10,19 @@
 #include "backend/cpu/mul.h"
 #include "base/pool.h"
 
+/* Which experts of a plan are computed together, as their numbers in it: all, or those that are ready while others are
+ * not. */
+typedef struct ds_wave {
+    int *now, n_now;   /* (n_active) */
+    int *left, n_left; /* (n_active) not computed yet */
+    int *experts;      /* (n_active) room for what the residency is asked */
+} ds_wave;
+
 /* A layer's plan, and where the rows of each active expert lie in the packs of its inputs and of its hidden rows. */
 typedef struct ds_moe_room {
     ds_plan plan;
     size_t *input_at, *hidden_at; /* (n_active) */
+    ds_wave wave;
 } ds_moe_room;
 
 typedef struct ds_lane_scratch {

@@ -1,0 +1,331 @@
+"""Models larger than their budget of memory: the mapping's logits to the bit, whatever the drive does."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny import Spec, tokens, variant
+
+import cext
+from cext import ArgumentError, Device, FileError, Model, Place
+
+# Experts that are large beside the blocks of a drive; the second kind has two sizes, one a layer.
+PLAIN = Spec("disk", seed=11, n_layer=4, n_ff_expert=160, n_expert=16, n_used=4)
+V3 = variant(PLAIN, name="disk_v3", v3=True, n_group=4, n_group_used=2, norm_topk=True)
+KINDS = (PLAIN, V3, variant(PLAIN, name="disk_one", n_used=1, n_shared=1))
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+/* A drive that takes DRIVE_MS for a read of the model, and fails where the file DRIVE_BROKEN is there. */
+ssize_t pread64(int fd, void *to, size_t n, off_t at) {
+    ssize_t (*real)(int, void *, size_t, off_t) = (ssize_t (*)(int, void *, size_t, off_t))dlsym(RTLD_NEXT, "pread64");
+    const char *ms = getenv("DRIVE_MS"), *broken = getenv("DRIVE_BROKEN");
+    if (ms) {
+        long t = atol(ms);
+        nanosleep(&(struct timespec){t / 1000, t % 1000 * 1000000}, NULL);
+    }
+    if (broken && access(broken, F_OK) == 0) return errno = EIO, -1;
+    return real(fd, to, n, at);
+}
+ssize_t pread(int fd, void *to, size_t n, off_t at) { return pread64(fd, to, n, at); }
+"""
+
+
+@pytest.fixture(scope="module")
+def slow_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the shim is preloaded as Linux does it")
+    folder = tmp_path_factory.mktemp("drive")
+    (folder / "drive.c").write_text(SHIM)
+    made = subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", folder / "drive.so", folder / "drive.c", "-ldl"], check=False
+    )
+    if made.returncode:
+        pytest.skip("no C compiler")
+    return folder / "drive.so"
+
+
+def least(path: Path) -> int:
+    """The smallest budget that the model opens with, as its error says."""
+    with pytest.raises(ArgumentError, match="expected at least") as caught:
+        Model(path, ram=1)
+    return int(str(caught.value).split("at least ")[1].split(",")[0])
+
+
+def budgets(path: Path) -> list[int]:
+    with Model(path) as model:
+        whole = model.nbytes
+    low = least(path)
+    assert low < whole
+    return [low, low + (whole - low) // 4, whole - 1]
+
+
+def run(model: Model, spec: Spec, kv_type: Any = "f16") -> list[bytes]:
+    """Prompts in pieces, decoding, all logits, a fork, a batch, taps."""
+    ids = tokens(spec, 120)
+    session = model.session(160, kv_type)
+    out = [session.eval(ids[at:end]) for at, end in ((0, 50), (50, 51), (51, 77))]
+    out.append(session.eval(ids[77:86], "all"))
+    out += [session.eval(ids[at : at + 1]) for at in range(86, 100)]
+    fork = session.fork(90)
+    out.append(cext.eval_batch([(session, ids[:3]), (fork, ids[:1]), (model.session(16, kv_type), ids[:7])], [0, 1, 2]))
+    for n in (1, 19):
+        names = [f"{name}-{il}" for il in spec.moe_layers for name in ("experts", "expert_hidden", "l_out")]
+        tap = cext.Tap(dict.fromkeys(names))
+        model.session(32, kv_type).eval(ids[:n], tap=tap)
+        out += [tap[name] for name in names]
+    return [array.tobytes() for array in out]
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=lambda s: s.name)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_budget_gives_the_mapping_s_bits(tiny_gguf: Callable[[Spec], Path], spec: Spec, threads: int) -> None:
+    path = tiny_gguf(spec)
+    with Model(path, threads=threads) as model:
+        expected = run(model, spec)
+        assert model.drive_counts() is None
+    for ram in budgets(path):
+        with Model(path, threads=threads, ram=ram) as model:
+            assert run(model, spec) == expected
+            assert run(model, spec) == expected
+            assert model.drive_counts() is not None
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_experts_of_two_devices(tiny_gguf: Callable[[Spec], Path], kv_type: str) -> None:
+    path = tiny_gguf(PLAIN)
+    places = [Place("experts", 1, range(1, 4), range(8)), Place("attention", 1, range(2, 3))]
+    with Model(path, threads=2) as model:
+        expected = run(model, PLAIN, kv_type)
+    for ram in budgets(path):
+        with Model(path, threads=2, devices=[Device(threads=2)], placement=places, ram=ram) as model:
+            assert run(model, PLAIN, kv_type) == expected
+
+
+def test_a_split_model_and_a_trained_one(tmp_path: Path) -> None:
+    """Matrices of several formats, and of two sizes of expert."""
+    path = Path(cext.__file__).parents[1] / "dsv2cli" / "models" / "storyteller-52m.gguf"
+    ids = np.arange(200) % 300 + 5
+    with Model(path, threads=2) as model:
+        session = model.session(256)
+        expected = [session.eval(ids), *(session.eval(ids[i : i + 1]) for i in range(20))]
+        whole = model.nbytes
+    for ram in (least(path), whole * 2 // 3):
+        with Model(path, threads=2, ram=ram) as model:
+            session = model.session(256)
+            got = [session.eval(ids), *(session.eval(ids[i : i + 1]) for i in range(20))]
+            assert [a.tobytes() for a in got] == [a.tobytes() for a in expected]
+
+
+def test_what_fits_is_mapped(tiny_gguf: Callable[[Spec], Path]) -> None:
+    path = tiny_gguf(PLAIN)
+    with Model(path) as model:
+        whole = model.nbytes
+    for ram in (whole, 1 << 62):
+        with Model(path, ram=ram) as model:
+            assert model.drive_counts() is None
+    for ram in (0, -1, 1 << 63):
+        with pytest.raises(ValueError, match="ram is"):
+            Model(path, ram=ram)
+
+
+def test_counts_add_up(tiny_gguf: Callable[[Spec], Path]) -> None:
+    path = tiny_gguf(PLAIN)
+    ids = tokens(PLAIN, 100)
+    with Model(path, ram=least(path)) as model:
+        session = model.session(128)
+        session.eval(ids[:80])
+        for token in ids[80:]:
+            session.eval([int(token)])
+        decoding, reading = model.drive_counts() or pytest.fail("nothing is counted")
+    layers = len(PLAIN.moe_layers)
+    assert decoding.tokens == 20 and reading.tokens == 80
+    assert decoding.needed == 20 * layers * PLAIN.n_used
+    assert reading.needed <= layers * PLAIN.n_expert
+    assert decoding.ready + decoding.late <= decoding.needed
+    expert = 3 * PLAIN.n_embd * PLAIN.n_ff_expert * 4
+    assert reading.bytes_read + decoding.bytes_read >= (decoding.needed - decoding.ready - decoding.late) * expert
+    assert (decoding.bytes_read + reading.bytes_read) % expert == 0
+
+
+def test_usage_tells_what_to_keep(tiny_gguf: Callable[[Spec], Path]) -> None:
+    """Counts of a run before change what is read and not what is computed; those of another shape are refused."""
+    path = tiny_gguf(PLAIN)
+    with Model(path) as model:
+        expected = run(model, PLAIN)
+        uses = model.expert_uses()
+    for given in (uses, np.zeros_like(uses), np.full_like(uses, 2**64 - 1)):
+        with Model(path, ram=budgets(path)[1], uses=given) as model:
+            assert run(model, PLAIN) == expected
+    with pytest.raises(ArgumentError, match="uses of 3 experts"):
+        Model(path, ram=budgets(path)[1], uses=uses.reshape(-1)[:3])
+
+
+@pytest.mark.parametrize("how", ["written to", "cut short"])
+def test_a_file_that_changes(tiny_gguf: Callable[[Spec], Path], tmp_path: Path, how: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_gguf(PLAIN).read_bytes())
+    with Model(path, ram=least(path)) as model:
+        session = model.session(64)
+        session.eval([1, 2, 3])
+        if how == "cut short":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            with path.open("r+b") as file:
+                file.seek(-5000, 2)
+                file.write(b"\0" * 100)
+        for _ in range(3):
+            with pytest.raises(FileError, match=r"when it was opened|after it was opened"):
+                session.eval([4])
+        assert session.n_past == 3
+
+
+def test_a_file_that_is_replaced_is_still_the_old_one(tiny_gguf: Callable[[Spec], Path], tmp_path: Path) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    path.write_bytes(tiny_gguf(PLAIN).read_bytes())
+    with Model(path, threads=2) as model:
+        expected = run(model, PLAIN)
+    with Model(path, threads=2, ram=least(path)) as model:
+        other.write_bytes(b"something else")
+        other.replace(path)
+        assert run(model, PLAIN) == expected
+
+
+def script(path: Path, shim: Path, code: str, **env: str) -> subprocess.Popen[str]:
+    told = {**os.environ, "LD_PRELOAD": str(shim), **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(path), str(least(path))],
+        env=told,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_drive_that_fails(tiny_gguf: Callable[[Spec], Path], slow_drive: Path, tmp_path: Path) -> None:
+    """One error a step, and the model goes on when the drive does."""
+    code = """
+        import pathlib, sys
+        import cext
+        broken = pathlib.Path(__import__("os").environ["DRIVE_BROKEN"])
+        with cext.Model(sys.argv[1], ram=int(sys.argv[2])) as model:
+            session = model.session(64)
+            first = model.session(64).eval([1, 2, 3]).tobytes()
+            broken.touch()
+            for _ in range(2):
+                try:
+                    session.eval([1, 2, 3])
+                except cext.FileError as error:
+                    print(error)
+            broken.unlink()
+            print(session.n_past, session.eval([1, 2, 3]).tobytes() == first)
+    """
+    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_BROKEN=str(tmp_path / "broken"))
+    out, err = process.communicate(timeout=120)
+    lines = out.splitlines()
+    assert process.returncode == 0, err
+    assert len(lines) == 3 and all("cannot read" in line and "nput/output" in line for line in lines[:2]), out
+    assert lines[2] == "0 True"
+
+
+INTERRUPTED = """
+    import signal, sys, threading, time
+    import cext
+    model = cext.Model(sys.argv[1], ram=int(sys.argv[2]))
+    session = model.session(256)
+    if {stop}:
+        signal.signal(signal.SIGINT, lambda *_: model.stop())
+    print("ready", flush=True)
+    try:
+        while True:
+            session.eval([1, 2, 3] * 10)
+            session.rewind(0)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    except cext.StoppedError:
+        print("stopped", session.n_past, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("stop", "said"), [(False, "interrupted"), (True, "stopped 0")])
+def test_ctrl_c_is_heard_while_the_drive_is_slow(
+    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, stop: bool, said: str
+) -> None:
+    process = script(tiny_gguf(PLAIN), slow_drive, INTERRUPTED.format(stop=stop), DRIVE_MS="60")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == said + "\n"
+    taken = time.monotonic() - begun
+    process.communicate(timeout=60)
+    assert taken < 0.3 + 0.3, "0.3 s, and as much for a busy machine"
+
+
+def test_stop_without_a_step_stops_nothing(tiny_gguf: Callable[[Spec], Path]) -> None:
+    path = tiny_gguf(PLAIN)
+    with Model(path, ram=least(path)) as model:
+        model.stop()
+        session = model.session(32)
+        assert np.isfinite(session.eval([1, 2, 3])).all()
+    with pytest.raises(ArgumentError, match="closed"):
+        model.stop()
+
+
+def test_a_forked_child_lets_go_of_it(tiny_gguf: Callable[[Spec], Path]) -> None:
+    path = tiny_gguf(PLAIN)
+    with Model(path, threads=2, ram=least(path)) as model:
+        session = model.session(32)
+        session.eval([1, 2, 3])
+        child = os.fork()
+        if child == 0:
+            try:
+                session.eval([4])
+            except ArgumentError:
+                model.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        session.eval([4])
+
+
+def test_it_stays_in_its_budget(tiny_gguf: Callable[[Spec], Path]) -> None:
+    """What weights, steps and cache add to the process, whose memory the system tells."""
+    spec = variant(PLAIN, name="disk_large", n_embd=256, n_ff_expert=512, n_expert=32)
+    path = tiny_gguf(spec)
+    with Model(path) as model:
+        whole = model.nbytes
+    ram = least(path) + (whole - least(path)) // 3
+    code = f"""
+        import cext
+        from cext.system import resident_bytes
+        ids = {[int(i) for i in tokens(spec, 200)]}
+        base = resident_bytes()
+        with cext.Model({str(path)!r}, threads=2, ram={ram}) as model:
+            session = model.session(512)
+            for _ in range(3):
+                session.rewind(0)
+                session.eval(ids[:100])
+                for token in ids[100:]:
+                    session.eval([token])
+            print(resident_bytes() - base, model.step_bytes(128) + session.kv_bytes)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    grown, beside = map(int, out.split())
+    assert whole * 0.2 < grown <= ram * 1.05 + beside + (4 << 20), "and the engine's code and tables"
