@@ -11,6 +11,8 @@
 
 enum { MOST_STREAMED = 32, SHARE_STREAMED = 4 /* of a pool's slots, one in so many at most */ };
 
+static const double LEAST_TRUST = 0.4, TRUST_RATE = 0.01; /* of forecasts in decoding: how many are right */
+
 typedef struct ahead {
     int il, e;
 } ahead;
@@ -30,6 +32,7 @@ typedef struct disk {
     int n_streamed, n_taken_ahead; /* slots */
     bool *told; /* (layers, n_expert) by the last forecast */
     bool *told_layer; /* (layers) */
+    double trust;
     int64_t looked; /* when who waits last asked whether it is to stop */
     ds_error failure; /* of the last slot that failed, or of a wait */
     bool broken; /* a wait of the layer begun has failed: what its backend holds is let go at the end, and not before */
@@ -81,6 +84,9 @@ static int most_streamed(const disk *d, int il) {
     return share < 1 ? 1 : share < MOST_STREAMED ? share : MOST_STREAMED;
 }
 
+/* A read ahead that nobody needs costs what it takes of the drive from one that somebody does. */
+static bool is_trusted(const disk *d) { return d->now == &d->counts[1] || d->trust >= LEAST_TRUST; }
+
 /* Give slots to what is missing, and then to what may be needed. */
 static void pump(disk *d) {
     ds_slot *slot;
@@ -93,7 +99,9 @@ static void pump(disk *d) {
     while (d->at_missing == d->n_missing && d->at_ahead < d->n_ahead) {
         const ahead *a = &d->aheads[d->at_ahead];
         if (!(slot = ds_slots_find(&d->slots, a->il, a->e))) {
-            if (d->n_taken_ahead >= most_streamed(d, a->il) || !(slot = claim(d, a->il, a->e, false))) break;
+            if (!is_trusted(d) || d->n_taken_ahead >= most_streamed(d, a->il) ||
+                !(slot = claim(d, a->il, a->e, false)))
+                break;
             slot->ahead = true;
             d->n_taken_ahead++;
         }
@@ -164,9 +172,12 @@ static void begin_step(disk *d, int il, int n_tok) {
 static void end_forecast(disk *d, int il, const ds_plan *plan) {
     const size_t row = ds_slots_at(&d->slots, il, 0);
     if (d->told_layer[il - d->head.weights->layer_begin]) {
-        for (int e = 0; e < d->head.n_expert; e++) d->now->told += d->told[row + (size_t)e];
-        for (int a = 0; a < plan->n_active; a++) d->now->right += d->told[row + (size_t)plan->expert[a]];
+        int told = 0, right = 0;
+        for (int e = 0; e < d->head.n_expert; e++) told += d->told[row + (size_t)e];
+        for (int a = 0; a < plan->n_active; a++) right += d->told[row + (size_t)plan->expert[a]];
+        d->now->told += (uint64_t)told, d->now->right += (uint64_t)right;
         d->now->needed_told += (uint64_t)plan->n_active;
+        if (told && d->now == &d->counts[0]) d->trust += TRUST_RATE * ((double)right / told - d->trust);
     }
     d->told_layer[il - d->head.weights->layer_begin] = false;
     d->n_ahead = d->at_ahead = 0;
@@ -379,6 +390,7 @@ ds_status ds_residency_disk(const ds_config *config, const ds_weights *weights, 
     d->budget.uses = NULL; /* the caller's own until this returns */
     d->open = d->last = -1;
     d->now = &d->counts[0];
+    d->trust = 1;
     if ((st = check_places(d, config, err)) == DS_OK)
         st = ds_slots_create(config, weights, bytes, budget->uses, &d->slots, err);
     if (st == DS_OK) {

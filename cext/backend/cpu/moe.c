@@ -187,6 +187,7 @@ static bool prepare(const moe *m) {
     if (!m->op->split && (lane->solo || first))
         ds_plan_build(&m->room->plan, c->n_expert, s->n_tok, c->n_expert_used, ids_of(lane));
     if (first && !m->op->split) s->failure->status = ds_residency_begin(s->residency, m->op->il, m->plan, s->failure);
+    if (first && !settled && m->op->shared && s->failure->status == DS_OK) ds_cpu_forecast(lane, m->op->il);
     if (lane->solo || first) lay_out(m);
     if (first || (lane->solo && settled)) begin_waves(m, settled);
     if (!settled) ds_barrier(lane->worker);

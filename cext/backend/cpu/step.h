@@ -25,6 +25,16 @@ typedef struct ds_moe_room {
     ds_wave wave;
 } ds_moe_room;
 
+/* Room to guess what the next layer chooses. */
+typedef struct ds_forecast_room {
+    float *xn; /* (n_embd) */
+    ds_act act; /* of it */
+    int32_t *ids; /* (n_expert_used) */
+    float *weights; /* (n_expert_used) */
+    float *chance; /* (n_expert) */
+    int *experts; /* (n_expert) */
+} ds_forecast_room;
+
 typedef struct ds_lane_scratch {
     float *x, *xn; /* (n_embd) one token's rows */
     float *hidden; /* (max of the feed-forward widths) one token's */
@@ -33,6 +43,7 @@ typedef struct ds_lane_scratch {
     ds_act act_x, act_heads, act_hidden, act_experts; /* one token */
     float *groups; /* (n_group) their scores */
     ds_moe_room moe; /* one token */
+    ds_forecast_room forecast;
     int32_t *ids; /* (n_expert_used) */
     float *weights; /* (n_expert_used) */
     ds_job *jobs; /* (2 * n_expert + 4) */
@@ -107,6 +118,10 @@ bool ds_cpu_ffn_norm(const ds_lane *lane, const ds_op *op);
 bool ds_cpu_head(const ds_lane *lane, const ds_op *op);
 bool ds_cpu_copy_in(const ds_lane *lane, const ds_op *op);
 bool ds_cpu_copy_out(const ds_lane *lane, const ds_op *op);
+
+/* Worker 0, between the routing of layer il and the end of its experts, which are begun: tell the residency what the next
+ * layer may choose. */
+void ds_cpu_forecast(const ds_lane *lane, int il);
 
 /* Choose a token's experts and their weights from its router logits, which become probabilities. */
 void ds_route(const ds_config *config, const ds_kernels *kern, const float *bias /* (n_expert) or NULL */,
