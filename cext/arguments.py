@@ -21,7 +21,8 @@ def whole(name: str, value: Any, low: int = -LARGEST - 1, high: int = LARGEST) -
         raise TypeError(f"{name} is {value!r}, expected a whole number") from None
     if not low <= number <= high:
         shown = number if abs(number) < 10**20 else f"{'-' if number < 0 else ''}10^20 or more"
-        raise ArgumentError(f"{name} is {shown}, expected {f'at least {low}' if number < low else f'less than 2^{(high + 1).bit_length() - 1}'}")
+        most = f"less than 2^{high.bit_length()}"
+        raise ArgumentError(f"{name} is {shown}, expected {f'at least {low}' if number < low else most}")
     return number
 
 

@@ -99,8 +99,7 @@ static void pump(disk *d) {
     while (d->at_missing == d->n_missing && d->at_ahead < d->n_ahead) {
         const ahead *a = &d->aheads[d->at_ahead];
         if (!(slot = ds_slots_find(&d->slots, a->il, a->e))) {
-            if (!is_trusted(d) || d->n_taken_ahead >= most_streamed(d, a->il) ||
-                !(slot = claim(d, a->il, a->e, false)))
+            if (!is_trusted(d) || d->n_taken_ahead >= most_streamed(d, a->il) || !(slot = claim(d, a->il, a->e, false)))
                 break;
             slot->ahead = true;
             d->n_taken_ahead++;

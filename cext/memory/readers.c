@@ -28,6 +28,7 @@ static ds_status fail_read(const ds_readers *r, const ds_read *read, ds_error *e
     }
     ds_fail(err, DS_EIO, "`%s`: cannot read %zu bytes at %" PRId64 ": %s", r->label, read->n, read->from.offset,
             strerror(code));
+    err->system = code;
     return ds_hint(err, "the drive or its connection fails: look at the system's log, and copy the file elsewhere");
 }
 
