@@ -177,9 +177,9 @@ static void begin_waves(const moe *m, bool settled) {
     w->n_left = settled ? 0 : n;
 }
 
-/* The plan, this backend's part of it laid out and being made ready. False where the experts cannot be had. Where the
- * host made the plan, they have been begun already. */
-static bool prepare(const moe *m) {
+/* The plan, this backend's part of it laid out and being made ready; worker 0 tells with the first wave where that failed.
+ * Where the host made the plan, the experts have been begun already. */
+static void prepare(const moe *m) {
     const ds_lane *lane = m->lane;
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
@@ -190,9 +190,7 @@ static bool prepare(const moe *m) {
     if (first && !settled && m->op->shared && s->failure->status == DS_OK) ds_cpu_forecast(lane, m->op->il);
     if (lane->solo || first) lay_out(m);
     if (first || (lane->solo && settled)) begin_waves(m, settled);
-    if (!settled) ds_barrier(lane->worker);
-    else ds_lane_sync(lane);
-    return settled || s->failure->status == DS_OK;
+    ds_lane_sync(lane);
 }
 
 /* Worker 0: the experts that are ready, of those that are left. At least one where `wait`. */
@@ -235,7 +233,7 @@ static wave_outcome next_wave(const moe *m, bool first, bool shared) {
     const ds_step *s = lane->step;
     ds_wave *w = m->wave;
     if (ds_residency_is_settled(s->residency)) return first ? WAVE_NEXT : WAVE_DONE;
-    if (lane->worker->ith == 0) {
+    if (lane->worker->ith == 0 && s->failure->status == DS_OK) { /* else the layer could not be begun */
         if (!first) release_wave(m);
         w->n_now = 0;
         if (w->n_left) s->failure->status = choose_ready(m, !first || !shared);
@@ -367,7 +365,7 @@ bool ds_cpu_experts(const ds_lane *lane, const ds_op *op) {
     const bool has_shared = op->shared && m.layer->down_shared.data;
     const ds_act *shared = NULL;
     wave_outcome outcome;
-    if (!prepare(&m)) return false;
+    prepare(&m);
     if (lane->solo) pack_one(&m);
     else gather(&m);
     for (bool first = true; (outcome = next_wave(&m, first, has_shared)) == WAVE_NEXT; first = false) {
