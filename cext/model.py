@@ -55,6 +55,8 @@ class Hparams(TypedDict):
     rope_freq_base: float
     rope_scaling_factor: float  # 1.0 without YaRN
     rope_orig_ctx: int
+    rope_beta_fast: float
+    rope_beta_slow: float
     attention_scale: float
     attention_temperature_scale: float  # 0.0: queries are scaled alike wherever they stand
     attention_temperature_length: int

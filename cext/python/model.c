@@ -17,8 +17,7 @@ static PyObject *file_text(void *text) {
 PyObject *ds_py_config(const ds_config *c) {
     return Py_BuildValue(
         "{s:s,s:O&,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:d,s:O,s:s,s:d,s:d,"
-        "s:d,s:i,"
-        "s:d,s:d,s:i}",
+        "s:d,s:i,s:d,s:d,s:i,s:d,s:d}",
         "arch", c->arch, "name", file_text, (void *)c->name, "attention", ds_attention(c)->name, "n_layer", c->n_layer,
         "n_ctx_train", c->n_ctx_train, "n_embd", c->n_embd, "n_vocab", c->n_vocab, "n_head", c->n_head, "n_head_kv",
         c->n_head_kv, "q_lora_rank", c->q_lora_rank, "kv_lora_rank", c->kv_lora_rank, "qk_nope_head_dim", c->nope_dim,
@@ -29,7 +28,8 @@ PyObject *ds_py_config(const ds_config *c) {
         c->expert_norm ? Py_True : Py_False, "expert_gating", c->gating == DS_GATING_SIGMOID ? "sigmoid" : "softmax",
         "rms_norm_eps", (double)c->rms_eps, "rope_freq_base", (double)c->rope_base, "rope_scaling_factor",
         (double)c->rope_factor, "rope_orig_ctx", c->rope_orig_ctx, "attention_scale", (double)c->attn_scale,
-        "attention_temperature_scale", (double)c->attn_temp_scale, "attention_temperature_length", c->attn_temp_length);
+        "attention_temperature_scale", (double)c->attn_temp_scale, "attention_temperature_length", c->attn_temp_length,
+        "rope_beta_fast", (double)c->rope_beta_fast, "rope_beta_slow", (double)c->rope_beta_slow);
 }
 
 PyObject *ds_py_notes(const ds_notes *notes) {

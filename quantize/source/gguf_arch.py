@@ -16,8 +16,8 @@ from quantize.base.errors import UnsupportedError
 from quantize.source import arch as arch_of
 from quantize.source.arch import Arch
 
-ARCHITECTURES = ("deepseek2",)
-# Keys that change the arithmetic and that the engine reads, unless they have this value: Arch says none of them.
+ARCHITECTURES = ("deepseek2", "mistral4")
+# Keys that change the arithmetic and that the engine reads, unless they have this value or our file would say them.
 UNSAID = {"rope.scaling.attn_factor": None, "attention.temperature_scale": 0.0, "attention.temperature_length": 0}
 # What a file may say otherwise than ours: draft layers in the count, the older form's widths.
 SAID_OTHERWISE = (
@@ -45,14 +45,15 @@ def arch_of_file(path: str, metadata: Mapping[str, Any], shape: Hparams, names: 
     def key(suffix: str, default: Any = None) -> Any:
         return metadata.get(f"{name}.{suffix}", default)
 
+    arch = arch_of.parse(_config(shape, key, names))
+    ours = arch.keys()
     for suffix, neutral in UNSAID.items():
-        if key(suffix) is not None and key(suffix) != neutral:
+        if f"{name}.{suffix}" not in ours and key(suffix) is not None and key(suffix) != neutral:
             raise UnsupportedError(
                 f"`{path}`: `{name}.{suffix}` is {key(suffix)}, which a file made here would not say",
                 "start from the checkpoint (safetensors)",
             )
-    arch = arch_of.parse(_config(shape, key, names))
-    for written, value in arch.keys().items():
+    for written, value in ours.items():
         suffix = written.removeprefix(f"{name}.")
         if written in metadata and suffix not in SAID_OTHERWISE and not _same(metadata[written], value):
             raise UnsupportedError(
@@ -67,8 +68,9 @@ def _config(shape: Hparams, key: Any, names: set[str]) -> dict[str, Any]:
     is_v2 = shape["expert_gating"] == "softmax" and not has_bias and not shape["expert_weights_norm"]
     ungrouped = "group_limited_greedy" if shape["n_expert_group"] > 1 else "greedy"
     has_experts = shape["n_layer_dense"] < shape["n_layer"]
+    ours = "youtu" if not has_experts else "deepseek_v2" if is_v2 else "deepseek_v3"
     return {
-        "model_type": "youtu" if not has_experts else "deepseek_v2" if is_v2 else "deepseek_v3",
+        "model_type": ours if shape["arch"] == "deepseek2" else shape["arch"],
         "num_hidden_layers": shape["n_layer"],
         "max_position_embeddings": shape["n_ctx_train"],
         "hidden_size": shape["n_embd"],
@@ -107,10 +109,11 @@ def _yarn(shape: Hparams, key: Any) -> dict[str, Any] | None:
         "type": "yarn",
         "factor": _decimal(shape["rope_scaling_factor"]),
         "original_max_position_embeddings": shape["rope_orig_ctx"],
-        "beta_fast": _decimal(key("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": _decimal(key("rope.scaling.yarn_beta_slow", 1.0)),
+        "beta_fast": _decimal(shape["rope_beta_fast"]),
+        "beta_slow": _decimal(shape["rope_beta_slow"]),
         "mscale": mscale or None,
         "mscale_all_dim": mscale or None,
+        "llama_4_scaling_beta": _decimal(shape["attention_temperature_scale"]) or None,
     }
 
 

@@ -307,6 +307,8 @@ def test_hparams(open_model, spec, legacy):
         "attention_scale": pytest.approx(spec.hparams.attention_scale, rel=1e-6),
         "attention_temperature_scale": pytest.approx(spec.temperature, rel=1e-7),
         "attention_temperature_length": spec.yarn.orig_ctx if spec.temperature else 0,
+        "rope_beta_fast": spec.yarn.beta_fast if spec.yarn else 32.0,
+        "rope_beta_slow": spec.yarn.beta_slow if spec.yarn else 1.0,
     }
 
 

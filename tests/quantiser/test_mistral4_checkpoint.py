@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from support import checkpoints as make
 from support import llama
+from support.tiny import MISTRAL, gguf_metadata, gguf_tensors, gguf_vocabulary, write_tensors
+from support.tiny import Checkpoint as TinyCheckpoint
 
 import cext
 import quantize
@@ -375,3 +378,36 @@ def test_what_stands_for_the_rule_must_be_it(tmp_path: Path) -> None:
     path.write_text(json.dumps(good))
     with pytest.raises(UnsupportedError, match="pre-tokenizer"):
         read_vocab(tmp_path / "hf", TINY["vocab_size"])
+
+
+@pytest.mark.parametrize("unsaid", [False, True], ids=["ours", "llama.cpp's"])
+def test_a_gguf_of_it_is_a_source_too(tmp_path: Path, unsaid: bool) -> None:
+    """llama.cpp's converter stacks gate and up, and leaves out how queries are scaled: it is told again."""
+    spec = replace(MISTRAL, n_vocab=288)
+    keys = {k.replace("deepseek2.", "mistral4."): v for k, v in gguf_metadata(spec).items()}
+    tensors = gguf_tensors(TinyCheckpoint(spec))
+    if unsaid:
+        keys = {k: v for k, v in keys.items() if "temperature" not in k}
+        for il in range(spec.n_layer):
+            gate, up = (tensors.pop(f"blk.{il}.ffn_{kind}_exps.weight") for kind in ("gate", "up"))
+            tensors[f"blk.{il}.ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
+    path = write_tensors(tmp_path / "a.gguf", keys | gguf_vocabulary(spec.n_vocab), tensors, "mistral4")
+    quantize.quantize(path, tmp_path / "b.gguf", Options(type="f32", threads=1, evaluate=False))
+    logits = []
+    for file in (path, tmp_path / "b.gguf"):
+        with cext.Model(file, threads=1) as model:
+            logits.append(model.session(48, kv_type="f32").eval(np.arange(48), "all"))
+    np.testing.assert_array_equal(*logits)
+    with cext.Gguf(tmp_path / "b.gguf") as gguf:
+        assert gguf.metadata["mistral4.attention.temperature_scale"] == pytest.approx(0.1)
+        assert gguf.metadata["mistral4.attention.temperature_length"] == spec.yarn.orig_ctx
+
+
+def test_another_length_of_the_scale_is_refused_as_a_source(tmp_path: Path) -> None:
+    """A file made here says the original context."""
+    keys = {k.replace("deepseek2.", "mistral4."): v for k, v in gguf_metadata(MISTRAL).items()}
+    keys["mistral4.attention.temperature_length"] = 5
+    keys |= gguf_vocabulary(MISTRAL.n_vocab)
+    path = write_tensors(tmp_path / "a.gguf", keys, gguf_tensors(TinyCheckpoint(MISTRAL)), "mistral4")
+    with pytest.raises(UnsupportedError, match=r"a\.gguf.*temperature_length` is 5.*would say 8"):
+        quantize.quantize(path, tmp_path / "b.gguf", Options(type="f32", threads=1, evaluate=False))
