@@ -30,7 +30,6 @@ HOST_NAME_HELP = "Answer requests for this host name beside localhost and addres
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
 MAX_PARALLEL = 64
-GRACE = 30.0
 SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -72,21 +71,16 @@ def serve(
             "--api-key asks for one; --no-auth lets anybody in",
         )
 
-    from dsv2cli import locate, runtime
+    from dsv2cli import locate
     from dsv2cli.server import process
-    from dsv2cli.server.engine import Limits
 
     wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
+    settings = process.Settings(context, parallel, queue, cache_bytes, kv, alias, deterministic)
     path = locate.model(model)
     listening = process.listen(host, port)
     if not quiet:
         console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
-    with runtime.open_model(path, threads, wishes) as opened:
-        trained = opened.n_ctx_train or runtime.DEFAULT_CONTEXT
-        n_ctx = min(runtime.DEFAULT_CONTEXT, trained) if context is None else opened.context(context)
-        limits = Limits(n_ctx, parallel, queue, cache_bytes, deterministic)
-        serving, server = process.prepare(opened, limits, kv, alias or opened.name, rules, GRACE)
-        process.run(serving, server, listening)
+    process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules)).run(listening)
 
 
 def size(text: str) -> int:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from dsv2cli import runtime
 from dsv2cli.errors import CliError
 from dsv2cli.server.app import State, build
 from dsv2cli.server.engine import Engine, Limits
@@ -16,7 +25,6 @@ from dsv2cli.server.service import Service
 
 if TYPE_CHECKING:
     from cext.model import KvType
-    from dsv2cli.runtime import Runtime
 
 MAX_HEADERS = 16 << 10  # bytes (CVE-2025-48956)
 MAX_CONNECTIONS = 512
@@ -43,15 +51,44 @@ def address(bound: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def prepare(
-    runtime: Runtime, limits: Limits, kv: KvType, name: str, rules: Rules, grace: float
-) -> tuple[Engine, uvicorn.Server]:
-    """An engine and the server before it, neither begun. grace: seconds that what runs has at the end."""
-    engine = Engine(runtime, limits, kv)
-    state = State()
-    state.service = Service(engine, name, Params(temperature=0.7))
+class Server(uvicorn.Server):
+    """uvicorn's, whose signals are ours: the first ends it gently, a second at once."""
+
+    interrupted = False  # by Ctrl-C
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted |= number == signal.SIGINT
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be served. load: opens the model, which takes a while; requests before it has are told so.
+
+    grace: seconds that what runs has at the end.
+    """
+
+    load: Callable[[], AbstractContextManager[Service]]
+    rules: Rules
+    grace: float = 30.0
+
+
+def server_of(state: State, plan: Plan) -> Server:
     config = uvicorn.Config(
-        build(state, rules),
+        build(state, plan.rules),
         http="h11",
         ws="none",
         lifespan="off",
@@ -61,15 +98,76 @@ def prepare(
         h11_max_incomplete_event_size=MAX_HEADERS,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=int(grace),
+        timeout_graceful_shutdown=int(plan.grace),
     )
-    return engine, uvicorn.Server(config)
+    return Server(config)
 
 
-def run(engine: Engine, server: uvicorn.Server, listening: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C: then no more is taken on, and what runs has its grace."""
-    engine.start()
-    try:
-        server.run(sockets=[listening])
-    finally:
-        engine.stop(0)
+class Serving:
+    """A model that loads and answers while a server listens before it. ``run`` returns when the server has ended."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.state = State()
+        self.server = server_of(self.state, plan)
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self, listening: socket.socket) -> None:
+        """Until SIGTERM or Ctrl-C (KeyboardInterrupt): then no more is taken on, and what runs has its grace. Raises
+        what opening the model raises."""
+        loader = threading.Thread(target=self._serve_model, name="dsv2-model")
+        loader.start()
+        try:
+            self.server.run(sockets=[listening])
+        finally:
+            self._over.set()
+            loader.join()
+        if self._failure is not None:
+            raise self._failure
+        if self.server.interrupted:
+            raise KeyboardInterrupt
+
+    def _serve_model(self) -> None:
+        try:
+            with self._plan.load() as service:
+                service.engine.start()
+                self.state.service = service
+                self._over.wait()
+                service.engine.stop(0)
+        except BaseException as error:
+            self._failure = error
+            self.server.should_exit = True
+
+
+def load(
+    path: Path, threads: int | None, settings: Settings, wishes: runtime.Wishes | None = None
+) -> Callable[[], AbstractContextManager[Service]]:
+    """What opens a model for serving as the settings say."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Service]:
+        with runtime.open_model(path, threads, wishes) as model:
+            trained = model.n_ctx_train or runtime.DEFAULT_CONTEXT
+            usual = min(runtime.DEFAULT_CONTEXT, trained)
+            n_ctx = usual if settings.n_ctx is None else model.context(settings.n_ctx)
+            limits = Limits(n_ctx, settings.parallel, settings.queue, settings.cache_bytes, settings.deterministic)
+            engine = Engine(model, limits, settings.kv)
+            yield Service(engine, settings.name or model.name, settings.params)
+
+    return opened
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served. n_ctx None: 4096, or what it was trained for if less; 0: what it was trained for. name
+    None: its own."""
+
+    n_ctx: int | None = None
+    parallel: int = 4
+    queue: int = 64
+    cache_bytes: int = 2_000_000_000
+    kv: KvType = "f16"
+    name: str | None = None
+    deterministic: bool = False
+    params: Params = field(default_factory=lambda: Params(temperature=0.7))

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from support.serving import LIMITS, Served, served
+from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import IDS, USER, V25_TEMPLATE, write_model
 
@@ -148,7 +148,7 @@ def until(condition: Any, seconds: float = 10) -> bool:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ended", ["running", "queued"])
 def test_a_client_that_goes_costs_nothing_more(path: Path, stream: bool, ended: str) -> None:
-    limits = dataclasses.replace(LIMITS, parallel=1, n_ctx=4096)
+    limits = dataclasses.replace(USUAL, parallel=1, n_ctx=4096)
     long = {"prompt": "Hi", "max_tokens": 4000}
     with served(path, limits) as server:
         engine, address = server.engine, server.client.base_url
@@ -257,7 +257,7 @@ def test_models_health_and_metrics(server: Served) -> None:
 
 
 def test_the_queue_is_bounded(path: Path) -> None:
-    limits = dataclasses.replace(LIMITS, parallel=1, queue=2, n_ctx=4096)
+    limits = dataclasses.replace(USUAL, parallel=1, queue=2, n_ctx=4096)
     with served(path, limits) as server, ThreadPoolExecutor(3) as pool:
         engine = server.engine
         running = pool.submit(server.post, TEXT, prompt="Hi", max_tokens=4000)
@@ -291,13 +291,13 @@ def test_an_error_of_the_engine_fails_its_request_alone(path: Path, monkeypatch:
 
 def test_deterministic(path: Path) -> None:
     """Alone and among others, in whatever order: the same log-probabilities to the bit."""
-    limits = dataclasses.replace(LIMITS, deterministic=True, parallel=8)
+    limits = dataclasses.replace(USUAL, deterministic=True, parallel=8)
     prompts = [[int(i) for i in np.random.default_rng(s).integers(0, 256, 40 + 70 * s)] for s in range(6)]
 
     def ask(server: Served, ids: list[int]) -> Any:
         return server.asked(TEXT, prompt=ids, max_tokens=6, temperature=0, logprobs=3)["choices"][0]["logprobs"]
 
-    with served(path, limits, kv="f16") as server:
+    with served(path, dataclasses.replace(limits, kv="f16")) as server:
         alone = [ask(server, ids) for ids in prompts]
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda ids: ask(server, ids), prompts)) == alone

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import LIMITS as USUAL
-from support.serving import Served, served
+from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
 
-LIMITS = dataclasses.replace(USUAL, n_ctx=2048)
+WIDE = dataclasses.replace(USUAL, n_ctx=2048)
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi the ant"}]
 GREEDY: dict[str, Any] = {"temperature": 0}
@@ -26,7 +25,7 @@ TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "pro
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     spec = variant(spec_named("lite"), n_ctx=4096)
     path: Path = write_model(tmp_path_factory.mktemp("dialects") / "tiny.gguf", spec, V25_TEMPLATE, endless=True)
-    with served(path, LIMITS) as running:
+    with served(path, WIDE) as running:
         yield running
 
 
@@ -111,10 +110,10 @@ def test_ollama(server: Served, said: str) -> None:
 def test_ollama_s_models(server: Served) -> None:
     assert server.client.get("/api/version").json()["version"] >= "0.18"
     assert server.client.get("/api/tags").json()["models"][0]["name"] == "tiny"
-    assert server.client.get("/api/ps").json()["models"][0]["context_length"] == LIMITS.n_ctx
+    assert server.client.get("/api/ps").json()["models"][0]["context_length"] == WIDE.n_ctx
     shown = server.asked("/api/show", model="tiny")
     assert {"completion", "tools"} <= set(shown["capabilities"])
-    assert shown["model_info"][f"{shown['model_info']['general.architecture']}.context_length"] == LIMITS.n_ctx
+    assert shown["model_info"][f"{shown['model_info']['general.architecture']}.context_length"] == WIDE.n_ctx
     for path in ("/api/show", "/api/chat", "/api/generate"):
         response = server.post(path, model="other", messages=HI, prompt="x")
         assert response.status_code == 404 and "other" in response.json()["error"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import llguidance
 import pytest
-from support.serving import LIMITS, Served, served
+from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
 
@@ -155,7 +155,7 @@ def test_grammars_are_grammars(vocabulary: Any, begun: bool) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     spec = variant(spec_named("lite"), n_ctx=4096)
     path: Path = write_model(tmp_path_factory.mktemp("tools") / "tiny.gguf", spec, V25_TEMPLATE)
-    with served(path, dataclasses.replace(LIMITS, n_ctx=2048)) as running:
+    with served(path, dataclasses.replace(USUAL, n_ctx=2048)) as running:
         yield running
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +13,24 @@ from typing import Any
 
 import httpx
 
-from dsv2cli import runtime
 from dsv2cli.server import process
-from dsv2cli.server.engine import Engine, Limits
+from dsv2cli.server.engine import Engine
 from dsv2cli.server.guard import Rules
+from dsv2cli.server.process import Serving, Settings
 
 OPEN = Rules()
-LIMITS = Limits(n_ctx=512, parallel=4, queue=32, cache_bytes=64 << 20)
+USUAL = Settings(n_ctx=512, parallel=4, queue=32, cache_bytes=64 << 20, kv="f32", name="tiny")
 
 
 @dataclass
 class Served:
-    """engine: what computes; client: asks it."""
-
-    engine: Engine
+    serving: Serving
     client: httpx.Client
+
+    @property
+    def engine(self) -> Engine:
+        assert self.serving.state.service is not None
+        return self.serving.state.service.engine
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json=body)
@@ -49,17 +53,20 @@ class Served:
 
 @contextmanager
 def served(
-    path: Path, limits: Limits = LIMITS, rules: Rules = OPEN, kv: Any = "f32", threads: int = 2
+    path: Path, settings: Settings = USUAL, rules: Rules = OPEN, *, threads: int = 2, ready: bool = True
 ) -> Iterator[Served]:
+    """ready: the model has been loaded."""
     listening = process.listen("127.0.0.1", 0)
-    with runtime.open_model(path, threads) as opened:
-        engine, server = process.prepare(opened, limits, kv, "tiny", rules, 5)
-        thread = threading.Thread(target=process.run, args=(engine, server, listening), daemon=True)
-        thread.start()
-        try:
-            with httpx.Client(base_url=f"http://{process.address(listening)}", timeout=60) as client:
-                yield Served(engine, client)
-        finally:
-            server.should_exit = True
-            thread.join()
-            listening.close()
+    serving = process.Serving(process.Plan(process.load(path, threads, settings), rules, grace=5))
+    thread = threading.Thread(target=serving.run, args=(listening,), daemon=True)
+    thread.start()
+    try:
+        while ready and serving.state.service is None:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        with httpx.Client(base_url=f"http://{process.address(listening)}", timeout=60) as client:
+            yield Served(serving, client)
+    finally:
+        serving.server.should_exit = True
+        thread.join()
+        listening.close()

@@ -1,0 +1,119 @@
+"""The server as a process: loading, signals, ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.cli import PACKAGES
+from support.serving import served
+from support.tiny import spec_named, variant
+from support.vocab import write_model
+
+from dsv2cli import runtime
+
+RUN = "from dsv2cli.app import main; main()"
+STREAM = {"prompt": "Hi", "max_tokens": 400, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = variant(spec_named("lite"), n_ctx=4096)
+    return write_model(tmp_path_factory.mktemp("process") / "tiny.gguf", spec, endless=True)
+
+
+@contextmanager
+def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(the process, its address), when it listens."""
+    command = [sys.executable, "-c", RUN, "serve", str(path), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
+    try:
+        assert process.stderr is not None
+        found = re.search(r"http://[^/]+", process.stderr.readline())
+        assert found
+        while httpx.get(f"{found[0]}/health").status_code == 503:
+            time.sleep(0.02)
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_what_runs_is_finished(path: Path, number: int, code: int) -> None:
+    with running(path, "-c", "1024") as (process, address):
+        n, last = 0, ""
+        with httpx.stream("POST", f"{address}/v1/completions", json=STREAM, timeout=60) as response:
+            for line in response.iter_lines():
+                if n == 3:
+                    process.send_signal(number)
+                n += line.startswith("data: {")
+                last = line or last
+        assert last == "data: [DONE]" and n > 50
+        assert process.wait(30) == code
+
+
+def test_a_second_signal_ends_it_at_once(path: Path) -> None:
+    with running(path, "-c", "0") as (process, address):
+        body = STREAM | {"max_tokens": 4000}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for _ in range(2):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+            assert process.wait(20) == 0
+
+
+def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = runtime.open_model
+
+    def slow(*given: Any, **named: Any) -> Any:
+        time.sleep(1.5)
+        return usual(*given, **named)
+
+    monkeypatch.setattr(runtime, "open_model", slow)
+    with served(path, ready=False) as server:
+        health = server.client.get("/health")
+        assert health.status_code == 503 and "loaded" in health.json()["error"]["message"]
+        refused = server.post("/v1/completions", prompt="Hi")
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        while server.client.get("/health").status_code == 503:
+            time.sleep(0.05)
+        assert server.asked("/v1/completions", prompt="Hi", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--host", "0.0.0.0"], 2, "no key is asked for"),
+        (["--host", "203.0.113.1", "--no-auth"], 1, "cannot listen on 203.0.113.1"),
+        (["--cors-origin", "*"], 2, "every web page"),
+        (["--api-key", ""], 2, "empty"),
+        (["--cache", "lots"], 2, "no size"),
+        (["--port", "70000"], 2, "range"),
+        (["--api-key-file", "nowhere.txt"], 1, "nowhere.txt"),
+    ],
+)
+def test_what_does_not_start(path: Path, options: list[str], code: int, says: str) -> None:
+    command = [sys.executable, "-c", RUN, "serve", str(path), "--port", "0", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
+    assert ended.returncode == code and says in ended.stderr, ended.stderr
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "no.gguf").write_bytes(b"GGUF but no more")
+    command = [sys.executable, "-c", RUN, "serve", str(tmp_path / "no.gguf"), "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
+    assert ended.returncode == 1 and "no.gguf" in ended.stderr and "Traceback" not in ended.stderr
+    assert json.dumps(ended.stdout) == '""'
