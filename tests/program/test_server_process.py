@@ -23,7 +23,7 @@ from support.vocab import write_model
 from dsv2cli import runtime
 
 RUN = "from dsv2cli.app import main; main()"
-STREAM = {"prompt": "Hi", "max_tokens": 400, "stream": True, "ignore_eos": True}
+STREAM = {"prompt": "Hi", "max_tokens": 100, "stream": True, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_what_runs_is_finished(path: Path, number: int, code: int) -> None:
                     process.send_signal(number)
                 n += line.startswith("data: {")
                 last = line or last
-        assert last == "data: [DONE]" and n > 50
+        assert last == "data: [DONE]" and n > 20
         assert process.wait(30) == code
 
 
