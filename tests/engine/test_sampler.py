@@ -161,7 +161,8 @@ def test_the_window_of_the_repeat_penalty_is_as_long_as_asked_for() -> None:
     """However many tokens came before, none that did not come is penalised, and none that left the window."""
     for window in (1, 2, 7):
         sampler = Options(temperature=0.0, repeat_penalty=10.0, repeat_last_n=window).sampler()
-        sampler.accept([2, *[1] * (2 * window + 1)])
+        for token in [2, *[1] * (2 * window + 1)]:  # one at a time: of many at once only the last are looked at
+            sampler.accept([token])
         assert sampler.sample(np.array([3.0, 2.9, 2.8], dtype=np.float32)) == 0
         assert sampler.sample(np.array([0.0, 0.0, 2.8], dtype=np.float32)) == 2
 
