@@ -654,12 +654,20 @@ def test_perplexity_for_people(model: Path, half: Path, text: Path) -> None:
         (["--text", "TEXT", "--ctx", "16", "--skip", "15"], 2, ["--skip"]),
         (["--text", "MODEL"], 2, ["not UTF-8"]),
         (["--text", "TEXT", "--ctx", "16", "--reference", "OTHER"], 2, ["different vocabularies"]),
+        (["--text", "TEXT", "--ctx", "16", "--reference", "PADDED"], 2, ["different vocabularies"]),
     ],
 )
 def test_perplexity_refuses(
     args: list[str], code: int, words: list[str], model: Path, text: Path, tmp_path: Path, tiny_gguf
 ) -> None:
-    named = {"TEXT": str(text), "MODEL": str(model), "OTHER": str(tiny_gguf(variant(SPEC, n_vocab=N_VOCAB)))}
+    padded = variant(SPEC, n_vocab=N_VOCAB + 8)  # the same tokens, and a head of more rows
+    keys = gguf_metadata(padded) | vocab.vocabulary(vocab.V2_TEMPLATE)
+    named = {
+        "TEXT": str(text),
+        "MODEL": str(model),
+        "OTHER": str(tiny_gguf(variant(SPEC, n_vocab=N_VOCAB))),
+        "PADDED": str(write_tensors(tmp_path / "padded.gguf", keys, gguf_tensors(Checkpoint(padded)))),
+    }
     assert_fails(dsv2("perplexity", model, *(named.get(a, a) for a in args)), code, *words)
 
 

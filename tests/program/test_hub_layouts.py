@@ -316,3 +316,13 @@ def test_names_without_a_label(path: str) -> None:
 )
 def test_names_that_the_quantiser_gives(name: str, what: str | None) -> None:
     assert made_as("X", name) == what
+
+
+@pytest.mark.parametrize(
+    ("letters", "number"), [("a", 1), ("c", 3), ("z", 26), ("aa", 1), ("ab", 2), ("az", 26), ("ba", 27), ("dc", 81)]
+)
+def test_pieces_by_letters_are_in_their_order(letters: str, number: int) -> None:
+    """As split(1) names them, with as many letters as all of them take."""
+    for name in (f"m-Q4_K_M.gguf-split-{letters}", f"m-Q4_K_M.gguf.part-{letters.upper()}"):
+        part = part_of(name)
+        assert part is not None and (part.whole, part.number, part.raw) == ("m-Q4_K_M.gguf", number, True)
