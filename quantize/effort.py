@@ -176,9 +176,13 @@ def _feed_forward(arch: Arch, il: int) -> float:
 
 def _attention(arch: Arch) -> float:
     head = arch.nope + arch.rope
+    over_window = arch.n_head * (arch.v_dim * arch.n_embd + WINDOW // 2 * (head + arch.v_dim))
+    if arch.attention == "plain":
+        keys_and_values = arch.n_head_kv * (head + arch.v_dim)
+        return float(arch.n_embd * (arch.n_head * head + keys_and_values) + over_window)
     queries = arch.q_lora_rank * (arch.n_embd + arch.n_head * head) or arch.n_embd * arch.n_head * head
     latent = arch.kv_lora_rank * arch.n_head * (arch.nope + arch.v_dim) + arch.n_embd * (arch.kv_lora_rank + arch.rope)
-    return float(queries + latent + arch.n_head * (arch.v_dim * arch.n_embd + WINDOW // 2 * (head + arch.v_dim)))
+    return float(queries + latent + over_window)
 
 
 def _drift(arch: Arch, il: int) -> float:

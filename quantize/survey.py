@@ -26,9 +26,10 @@ from quantize.effort import Effort
 from quantize.encode.encoder import FED_BACK
 from quantize.encode.feedback import Covariance
 from quantize.job import Job
-from quantize.measure.backward import Block, Floats, norm, norm_backward
+from quantize.measure.backward import Block
 from quantize.measure.evidence import n_parts, prior_share
 from quantize.measure.flips import Flips
+from quantize.measure.gradients import Floats, norm, norm_backward
 from quantize.measure.outputs import PRIOR_TOKENS, Outputs, OutputSums
 from quantize.measure.sensitivity import FISHER, N_GRADIENTS, Cost, CostMeter, pick_experts, pick_rows
 from quantize.source.corpus import WINDOW

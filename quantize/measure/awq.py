@@ -35,15 +35,17 @@ class Group:
     norm: str = ""  # the norm whose weights are divided by s, or
     rows: str = ""  # the matrix whose rows are
     columns_too: tuple[str, ...] = ()  # read the same input but are kept in float32: multiplied, not judged
+    heads_alone: bool = False  # only where each head of queries has its own keys and values
     rows_too: tuple[str, ...] = ()  # meet the input in their rows, which a block scale follows: multiplied, not judged
 
 
 GROUPS = (
-    Group("attn_norm", ("attn_q", "attn_q_a", "attn_kv_a_mqa"), norm="attn_norm"),
+    Group("attn_norm", ("attn_q", "attn_q_a", "attn_kv_a_mqa", "attn_k", "attn_v"), norm="attn_norm"),
     Group("q_a_norm", ("attn_q_b",), norm="attn_q_a_norm"),
     # Rescales the cached latent too: channels come nearer to each other in size, which an int8 cache likes.
     Group("kv_a_norm", ("attn_v_b",), norm="attn_kv_a_norm", rows_too=("attn_k_b",)),
     Group("v_heads", ("attn_output",), rows="attn_v_b"),
+    Group("v_rows", ("attn_output",), rows="attn_v", heads_alone=True),
     Group(
         "ffn_norm",
         ("ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp"),
@@ -166,7 +168,7 @@ class Searcher:
         on_group(fraction done) is called before each.
         """
         scales, results = Scales(), []
-        groups = [group for group in GROUPS if not self.evidence.tensors.keys().isdisjoint(group.targets)]
+        groups = [group for group in GROUPS if self._has(group)]
         for i, group in enumerate(groups):
             if on_group:
                 on_group(i / len(groups))
@@ -182,6 +184,12 @@ class Searcher:
             if kept:
                 scales.fold(group, self.evidence.tensors, self._scale(group, best))
         return scales, results
+
+    def _has(self, group: Group) -> bool:
+        tensors, arch = self.evidence.tensors, self.evidence.arch
+        if tensors.keys().isdisjoint(group.targets) or (group.rows and group.rows not in tensors):
+            return False
+        return not group.heads_alone or arch.n_head == arch.n_head_kv
 
     def _scale(self, group: Group, exponent: float) -> F32:
         role = next(role for role in group.targets if role in self.evidence.tensors)

@@ -15,20 +15,15 @@ dense layer's hidden channels come later and take less: 6 x 0.4 GB. Half of it w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantize.measure.attention import attention
+from quantize.measure.gradients import Floats, ReadWeight, Visit, norm, norm_backward, sigmoid
 from quantize.source.arch import Arch
-
-Floats = NDArray[np.floating[Any]]  # float32 in use; float64 where tests want its precision
-ReadWeight = Callable[[str, int], Floats]  # (role, part) -> a matrix (n_row, n), a norm (n,); part: expert or head
-# (role, part, weights (n_row, n), inputs (m, n), gradients (n_grad, m, n_row)): output = inputs @ weights.T
-Visit = Callable[[str, int, Floats, Floats, Floats], None]
 
 
 class Routing(NamedTuple):
@@ -45,32 +40,6 @@ class Routing(NamedTuple):
 Pick = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 # (routing, logits (m, n_expert), gradients at the chosen weights (n_grad, m, n_used)) -> more gradients at the logits
 OnRoute = Callable[[Routing, Floats, Floats], Floats]
-
-
-def norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    """RMSNorm over the last axis."""
-    out: Floats = x * _rms(x, eps) * weight
-    return out
-
-
-def norm_backward(x: Floats, weight: Floats, eps: float, dy: Floats) -> Floats:
-    """The gradient at norm's x: with r = rms(x)^-1, r w dy - x r^3 mean(w dy x)."""
-    r = _rms(x, eps)
-    scaled = dy * weight
-    scaled -= x * (r * r * (scaled * x).mean(-1, keepdims=True))
-    scaled *= r
-    return scaled
-
-
-def _rms(x: Floats, eps: float) -> Floats:
-    inverse: Floats = 1.0 / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps)
-    return inverse
-
-
-def sigmoid(x: Floats) -> Floats:
-    """1 / (1 + exp(-x)), without overflow."""
-    out: Floats = 0.5 * (1.0 + np.tanh(0.5 * x))
-    return out
 
 
 def route(arch: Arch, logits: Floats, bias: Floats | None) -> Routing:
@@ -110,60 +79,6 @@ def route_backward(arch: Arch, routing: Routing, dweights: Floats) -> Floats:
     return out
 
 
-class Rotary:
-    """Rotation of adjacent pairs by position, (14) and (15), with YaRN's frequencies (arXiv 2309.00071)."""
-
-    def __init__(self, arch: Arch, n_positions: int, dtype: np.dtype[Any]) -> None:
-        dim = arch.rope
-        theta = arch.rope_base ** (-np.arange(0, dim, 2) / dim)
-        scale, length = np.full((1, 1), (arch.nope + dim) ** -0.5), 1.0
-        if arch.yarn is not None:
-            y, turn = arch.yarn, 2 * math.log(arch.rope_base)
-            ends = [dim * math.log(y.original_context / (2 * math.pi * b)) / turn for b in (y.beta_fast, y.beta_slow)]
-            low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
-            ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
-            theta = theta * (1 - ramp) + theta / y.factor * ramp
-            if y.factor > 1 and y.mscale_all_dim is not None:
-                scale *= (0.1 * y.mscale_all_dim * math.log(y.factor) + 1) ** 2
-            elif y.factor > 1:
-                length = 0.1 * math.log(y.factor) + 1
-            if y.temperature:
-                scale = scale * (1 + y.temperature * np.log1p(np.arange(n_positions) // y.original_context)[:, None])
-        self.scale: Floats = scale.astype(dtype)  # of q . k by query: (n_positions, 1), or (1, 1) where all have one
-        angle = np.arange(n_positions)[:, None] * theta
-        self.cos, self.sin = (length * np.cos(angle)).astype(dtype), (length * np.sin(angle)).astype(dtype)
-
-    def turn(self, x: Floats, back: bool = False) -> Floats:
-        """x (..., n_positions, dim) rotated; back carries gradients the other way."""
-        even, odd, sin = x[..., 0::2], x[..., 1::2], -self.sin if back else self.sin
-        out = np.empty_like(x)
-        out[..., 0::2] = even * self.cos - odd * sin
-        out[..., 1::2] = even * sin + odd * self.cos
-        return out
-
-
-class _Heads(NamedTuple):
-    """What all heads of a block's attention share. Rows are tokens, m = n_seq * n_tok."""
-
-    h: Floats  # (m, n_embd) the normed input
-    q_latent: Floats | None  # (m, q_lora_rank) before its norm
-    q: Floats  # (m, n_head, nope + rope), not rotated
-    kv: Floats  # (m, kv_lora_rank + rope), as kv_a gives it
-    c: Floats  # (n_seq, n_tok, kv_lora_rank), normed
-    k_pe: Floats  # (n_seq, n_tok, rope), rotated
-
-
-class _Head(NamedTuple):
-    """One head, forward. Shapes begin with (n_seq, n_tok)."""
-
-    q_nope: Floats
-    q_pe: Floats
-    k_nope: Floats
-    v: Floats
-    probs: Floats  # (n_seq, n_tok, n_tok)
-    out: Floats
-
-
 class Block:
     """One decoder block over n_seq windows of equal length. read gives its weights, a part at a time."""
 
@@ -185,12 +100,8 @@ class Block:
         those that were picked, with gradients over the root of their chance: squares add up as if all had been visited.
         """
         arch = self.arch
-        shared = self._project(x)
-        rotary = Rotary(arch, len(x) // self.n_seq, x.dtype)
-        heads = np.empty((len(x), arch.n_head, arch.v_dim), x.dtype)
-        for i in range(arch.n_head):
-            heads[:, i] = self._head(shared, rotary, i).out.reshape(len(x), -1)
-        joined = heads.reshape(len(x), -1)
+        attended = attention(arch, self.read, self.n_seq, x)
+        joined = attended.heads()
         output = self.read("attn_output", 0)
         middle = x + joined @ output.T
         ffn_norm = self.read("ffn_norm", 0)
@@ -199,88 +110,8 @@ class Block:
         dmiddle = dy + norm_backward(middle, ffn_norm, arch.rms_eps, dh)
         visit("attn_output", 0, output, joined, dmiddle)
         dheads = (dmiddle @ output).reshape(*dy.shape[:2], arch.n_head, arch.v_dim)
-        dh = self._attention_backward(shared, rotary, dheads, visit)
+        dh = attended.backward(dheads, visit)
         return dmiddle + norm_backward(x, self.read("attn_norm", 0), arch.rms_eps, dh)
-
-    def _project(self, x: Floats) -> _Heads:
-        """Queries and latents of all heads: (9), (12), (13), (15)."""
-        arch = self.arch
-        h = norm(x, self.read("attn_norm", 0), arch.rms_eps)
-        q_latent = None
-        if arch.q_lora_rank:
-            q_latent = h @ self.read("attn_q_a", 0).T
-            q = norm(q_latent, self.read("attn_q_a_norm", 0), arch.rms_eps) @ self.read("attn_q_b", 0).T
-        else:
-            q = h @ self.read("attn_q", 0).T
-        kv = h @ self.read("attn_kv_a_mqa", 0).T
-        latent = norm(kv[:, : arch.kv_lora_rank], self.read("attn_kv_a_norm", 0), arch.rms_eps)
-        c, k_pe = self._windows(latent), self._windows(kv[:, arch.kv_lora_rank :])
-        k_pe = Rotary(arch, k_pe.shape[1], x.dtype).turn(k_pe)
-        return _Heads(h, q_latent, q.reshape(len(x), arch.n_head, -1), kv, c, k_pe)
-
-    def _windows(self, x: Floats) -> Floats:
-        """(..., m, n) -> (..., n_seq, n_tok, n)."""
-        return x.reshape(*x.shape[:-2], self.n_seq, -1, x.shape[-1])
-
-    def _head(self, shared: _Heads, rotary: Rotary, i: int) -> _Head:
-        """Attention of head i, keys and values expanded from the latent: (10), (11), (16) to (18)."""
-        nope = self.arch.nope
-        q = self._windows(shared.q[:, i])
-        q_nope, q_pe = np.ascontiguousarray(q[..., :nope]), rotary.turn(q[..., nope:])
-        k_nope, v = shared.c @ self.read("attn_k_b", i), shared.c @ self.read("attn_v_b", i).T
-        scores = q_nope @ k_nope.swapaxes(1, 2)
-        scores += q_pe @ shared.k_pe.swapaxes(1, 2)
-        scores *= rotary.scale
-        scores += _future(scores.shape[-1]).astype(scores.dtype, copy=False)
-        scores -= scores.max(-1, keepdims=True)
-        probs = np.exp(scores, out=scores)
-        probs /= probs.sum(-1, keepdims=True)
-        return _Head(q_nope, q_pe, k_nope, v, probs, probs @ v)
-
-    def _attention_backward(self, shared: _Heads, rotary: Rotary, dheads: Floats, visit: Visit) -> Floats:
-        """The gradients at the normed input from dheads (n_grad, m, n_head, v_dim)."""
-        arch, (n_grad, m) = self.arch, dheads.shape[:2]
-        flat = (n_grad, m, -1)
-        dc = np.zeros((n_grad, *shared.c.shape), dheads.dtype)
-        dk_pe = np.zeros((n_grad, *shared.k_pe.shape), dheads.dtype)
-        dq = np.empty((n_grad, *shared.q.shape), dheads.dtype)
-        for i in range(arch.n_head):
-            head = self._head(shared, rotary, i)
-            k_b, v_b = self.read("attn_k_b", i), self.read("attn_v_b", i)
-            dout = self._windows(dheads[:, :, i])
-            dv = head.probs.swapaxes(-1, -2) @ dout
-            dscores = dout @ head.v.swapaxes(-1, -2)
-            dscores -= (dout * head.out).sum(-1, keepdims=True)
-            dscores *= head.probs
-            dscores *= rotary.scale
-            dk_nope = dscores.swapaxes(-1, -2) @ head.q_nope
-            dk_pe += dscores.swapaxes(-1, -2) @ head.q_pe
-            dc += dk_nope @ k_b.T + dv @ v_b
-            # Both as the absorbed form has them, by query: score = (W_uk q_nope) . c, head = W_uv (probs c).
-            visit("attn_k_b", i, k_b, head.q_nope.reshape(m, -1), (dscores @ shared.c).reshape(flat))
-            visit("attn_v_b", i, v_b, (head.probs @ shared.c).reshape(m, -1), dout.reshape(flat))
-            dq[:, :, i, : arch.nope] = (dscores @ head.k_nope).reshape(flat)
-            dq[:, :, i, arch.nope :] = rotary.turn(dscores @ shared.k_pe, back=True).reshape(flat)
-        dkv = np.empty((n_grad, *shared.kv.shape), dheads.dtype)
-        dkv[..., : arch.kv_lora_rank] = norm_backward(
-            shared.kv[:, : arch.kv_lora_rank], self.read("attn_kv_a_norm", 0), arch.rms_eps, dc.reshape(flat)
-        )
-        dkv[..., arch.kv_lora_rank :] = rotary.turn(dk_pe, back=True).reshape(flat)
-        kv_a = self.read("attn_kv_a_mqa", 0)
-        visit("attn_kv_a_mqa", 0, kv_a, shared.h, dkv)
-        dh: Floats = dkv @ kv_a + self._queries_backward(shared, dq.reshape(flat), visit)
-        return dh
-
-    def _queries_backward(self, shared: _Heads, dq: Floats, visit: Visit) -> Floats:
-        if shared.q_latent is None:
-            q = self.read("attn_q", 0)
-            visit("attn_q", 0, q, shared.h, dq)
-            return dq @ q
-        weight, q_b, q_a = self.read("attn_q_a_norm", 0), self.read("attn_q_b", 0), self.read("attn_q_a", 0)
-        visit("attn_q_b", 0, q_b, norm(shared.q_latent, weight, self.arch.rms_eps), dq)
-        dlatent = norm_backward(shared.q_latent, weight, self.arch.rms_eps, dq @ q_b)
-        visit("attn_q_a", 0, q_a, shared.h, dlatent)
-        return dlatent @ q_a
 
     def _dense(self, h: Floats, dy: Floats, visit: Visit) -> Floats:
         return self._gated(("ffn_gate", "ffn_up", "ffn_down"), 0, h, dy, None, visit)[0]
@@ -355,12 +186,6 @@ class Block:
         visit(roles[1], part, up, x, dhidden)
         dx += dhidden @ up
         return dx, dweights
-
-
-@lru_cache(maxsize=1)
-def _future(n_tok: int) -> NDArray[np.float32]:
-    """(n_tok, n_tok) what scores get for tokens to come, so that their probability is 0."""
-    return np.triu(np.full((n_tok, n_tok), -np.inf, np.float32), 1)
 
 
 def _with_chance(visit: Visit, chance: float) -> Visit:

@@ -30,7 +30,6 @@ SAMPLE_TOKENS = 1024  # tokens whose inputs are kept whole, for measuring output
 # Tokens an expert must see before its own statistics outweigh the layer's. Below it they are blended.
 FEW_TOKENS = 64
 
-ATTENTION_TAPS = ("attn_norm", "kv_a_norm", "attn_heads")
 EXPERT_TAPS = ("experts", "expert_weights", "expert_hidden")
 
 
@@ -189,6 +188,12 @@ class _Experts:
         )
 
 
+def _attention_taps(arch: Arch) -> list[str]:
+    """The inputs of attention's matrices."""
+    taps = ["attn_norm", "attn_heads"] if arch.attention == "plain" else ["attn_norm", "kv_a_norm", "attn_heads"]
+    return [*taps, "q_a_norm"] if arch.q_lora_rank else taps
+
+
 def _attention_width(arch: Arch) -> int:
     """Values a token of a layer's queries, expanded keys and values, and heads' outputs."""
     return arch.n_head * (2 * (arch.nope + arch.rope) + 2 * arch.v_dim)
@@ -213,7 +218,7 @@ class Stream:
         on_chunk(fraction done) is called as it goes. covariances: collect those of the inputs too. Where states drift,
         the statistics are those of the drifted, which stay where they are.
         """
-        taps = [*ATTENTION_TAPS, *(("q_a_norm",) if self.arch.q_lora_rank else ())]
+        taps = _attention_taps(self.arch)
         moments = {tap: _Moments(covariances) for tap in taps}
         drifted = self.drifted
 

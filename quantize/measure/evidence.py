@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from quantize.base.blas import MAX_COLUMNS, pieces, spread
 from quantize.encode.feedback import Covariance
-from quantize.measure.backward import sigmoid
 from quantize.measure.calibrate import FEW_TOKENS, SublayerStats
+from quantize.measure.gradients import sigmoid
 from quantize.source.arch import Arch
-from quantize.source.tensors import Form, Tensor
+from quantize.source.tensors import Tensor
 
 F32 = NDArray[np.float32]
 
@@ -28,6 +28,8 @@ FEEDS = {
     "attn_q": "attn_norm",
     "attn_q_a": "attn_norm",
     "attn_kv_a_mqa": "attn_norm",
+    "attn_k": "attn_norm",
+    "attn_v": "attn_norm",
     "attn_q_b": "q_a_norm",
     "attn_v_b": "kv_a_norm",
     "attn_output": "attn_heads",
@@ -47,7 +49,7 @@ ReadPart = Callable[[Tensor, int], F32]  # a part of a tensor of this layer, ori
 
 def n_parts(tensor: Tensor) -> int:
     """Experts of a stack, heads of k_b and v_b, else 1."""
-    return 1 if tensor.form is Form.WHOLE else tensor.shape[0]
+    return tensor.shape[0] if tensor.in_parts else 1
 
 
 # An expert's covariance needs as many tokens as it has channels; with fewer it is drawn towards the layer's, and that

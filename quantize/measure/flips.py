@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.measure.backward import Floats, Routing
+from quantize.measure.backward import Routing
+from quantize.measure.gradients import Floats
 from quantize.measure.sensitivity import FISHER, ROUTING
 from quantize.source.arch import Arch
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from quantize.base.blas import product
 from quantize.encode.rows import Rows
-from quantize.measure.backward import Floats
 from quantize.measure.evidence import prior_share
+from quantize.measure.gradients import Floats
 from quantize.source.arch import Arch
 
 F32 = NDArray[np.float32]
 
 BY_PART = ("attn_k_b", "attn_v_b")  # heads with outputs of their own; experts share theirs
-BY_HEAD = ("attn_q", "attn_q_b")  # a matrix of all heads, whose outputs meet in none
+BY_HEAD = ("attn_q", "attn_q_b", "attn_k", "attn_v")  # a matrix of all heads, whose outputs meet in none
 ROLES = (*BY_PART, *BY_HEAD, "attn_q_a", "attn_kv_a_mqa", "attn_output", "ffn_down", "ffn_down_shexp", "ffn_down_exps")
 # At which a block's gradients weigh as much as none off the diagonal, in tokens a row. The survey has few: with 4 a
 # row (V2-Lite's residual stream) 0.1 would lose 3 % of a down's loss, this gains 5 to 10 of the 15 that many tokens do.
@@ -39,7 +39,7 @@ class OutputSums:
         """gradients (n_tokens, n_row) at a part's output."""
         if role not in ROLES:
             return
-        n_blocks = self._arch.n_head if role in BY_HEAD else 1
+        n_blocks = self._heads(role) if role in BY_HEAD else 1
         m = gradients.shape[1] // n_blocks
         parts, at = self._sums.setdefault(role, {}), part if role in BY_PART else 0
         if at not in parts:
@@ -47,6 +47,9 @@ class OutputSums:
         for i, block in enumerate(parts[at]):
             g = np.ascontiguousarray(gradients[:, i * m : (i + 1) * m], np.float32)
             product(g.T, g, block)
+
+    def _heads(self, role: str) -> int:
+        return self._arch.n_head_kv if role in ("attn_k", "attn_v") else self._arch.n_head
 
     def arrays(self, n_tokens: int) -> dict[str, NDArray[np.float16]]:
         """(n_blocks, m, m) by role, those of parts one after the other; each block's mean diagonal is 1. Few tokens
@@ -103,7 +106,8 @@ class Outputs:
         g = (blocks[at : at + 1] if role in BY_PART else blocks).astype(np.float32)
         if role in self._scales:
             scale = self._scales[role] if self._scales[role].ndim == 1 else self._scales[role][at]
-            g /= np.outer(scale, scale)
+            scale = scale.reshape(len(g), -1)  # the blocks' rows follow one another
+            g /= scale[:, :, None] * scale[:, None, :]
         try:
             return Rows(g)
         except np.linalg.LinAlgError:

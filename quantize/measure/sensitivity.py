@@ -32,8 +32,8 @@ from quantize.base.blas import spread
 from quantize.encode.encoder import FED_BACK, GRID_TYPES, NEED_IMPORTANCE, Encoder
 from quantize.encode.feedback import Covariance
 from quantize.encode.objective import Objective
-from quantize.measure.backward import Floats
 from quantize.measure.evidence import prior_share
+from quantize.measure.gradients import Floats
 
 F32 = NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""arch.py: config.json of the DeepSeek-V2 family -> a checked shape and the ``deepseek2.*`` keys of its GGUF.
+"""arch.py: config.json of the DeepSeek-V2 family -> a checked shape and the keys of its GGUF.
 
 Owns what the keys mean; families.py, what each kind of checkpoint takes for granted. What GGUF cannot say (two
 different mscales, expert layers that skip) is refused here rather than written as something else.
@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.base.errors import CheckpointError, UnsupportedError
 from quantize.source import families
-from quantize.source.families import Family
+from quantize.source.families import Attention, Family
 
 GATING = {"softmax": 1, "sigmoid": 2}  # deepseek2.expert_gating_func
 
@@ -50,6 +50,7 @@ class Arch:
     n_embd: int
     n_vocab: int
     n_head: int
+    n_head_kv: int  # that keys and values are cached for; 1 where a latent serves all
     q_lora_rank: int
     kv_lora_rank: int
     nope: int
@@ -73,13 +74,17 @@ class Arch:
     tied: bool
     n_nextn: int  # multi-token prediction layers at the end of the checkpoint, which GGUF leaves out
 
+    @property
+    def attention(self) -> Attention:
+        """How its layers attend."""
+        return self.family.attention
+
     def is_dense(self, il: int) -> bool:
         """Whether layer il has a plain feed-forward network instead of experts."""
         return il < self.n_layer_dense
 
     def keys(self) -> dict[str, int | float | bool | str]:
         """The ``deepseek2.*`` metadata: int stands for GGUF's uint32, float for float32."""
-        head = self.kv_lora_rank + self.rope
         keys: dict[str, int | float | bool | str] = {
             "block_count": self.n_layer,
             "context_length": self.n_ctx,
@@ -87,13 +92,9 @@ class Arch:
             "feed_forward_length": self.n_ff,
             "vocab_size": self.n_vocab,
             "attention.head_count": self.n_head,
-            "attention.head_count_kv": 1,  # MLA as one shared latent head
+            "attention.head_count_kv": self.n_head_kv,
             "attention.layer_norm_rms_epsilon": self.rms_eps,
-            "attention.kv_lora_rank": self.kv_lora_rank,
-            "attention.key_length": head,
-            "attention.value_length": self.kv_lora_rank,
-            "attention.key_length_mla": self.nope + self.rope,
-            "attention.value_length_mla": self.v_dim,
+            **self._head_keys(),
             "rope.dimension_count": self.rope,
             "rope.freq_base": self.rope_base,
             "leading_dense_block_count": self.n_layer_dense,
@@ -110,8 +111,6 @@ class Arch:
                 "expert_weights_norm": self.expert_norm,
                 "expert_gating_func": GATING[self.gating],
             }
-        if self.q_lora_rank:
-            keys["attention.q_lora_rank"] = self.q_lora_rank
         if self.yarn is not None:
             keys |= {
                 "rope.scaling.type": "yarn",
@@ -126,6 +125,20 @@ class Arch:
                 keys["attention.temperature_scale"] = self.yarn.temperature
                 keys["attention.temperature_length"] = self.yarn.original_context
         return {f"{self.family.architecture}.{key}": value for key, value in keys.items()}
+
+    def _head_keys(self) -> dict[str, int]:
+        """Widths of heads, and of a latent with its rotary key, which is one head to all."""
+        key, value = self.nope + self.rope, self.v_dim
+        if self.attention == "plain":
+            return {"attention.key_length": key, "attention.value_length": value}
+        return {
+            "attention.kv_lora_rank": self.kv_lora_rank,
+            "attention.key_length": self.kv_lora_rank + self.rope,
+            "attention.value_length": self.kv_lora_rank,
+            "attention.key_length_mla": key,
+            "attention.value_length_mla": value,
+            **({"attention.q_lora_rank": self.q_lora_rank} if self.q_lora_rank else {}),
+        }
 
 
 class _Config:
@@ -171,9 +184,7 @@ def parse(config: dict[str, Any]) -> Arch:
     if family.model_type == "deepseek_v2" and c.flag("norm_topk_prob"):
         # The published code drops the scaling factor then, transformers ignores the flag: no answer is the right one.
         raise UnsupportedError("config.json: `norm_topk_prob` is true in a V2 model, where its meaning is not settled")
-    n_layer, n_head = c.count("num_hidden_layers"), c.count("num_attention_heads")
-    if c.count("num_key_value_heads", n_head) != n_head:
-        raise UnsupportedError("config.json: `num_key_value_heads` differs from `num_attention_heads`: not MLA")
+    n_layer = c.count("num_hidden_layers")
     experts = _experts(c, n_layer) if family.has_experts else _no_experts(c, n_layer)
     return Arch(
         family=family,
@@ -181,12 +192,7 @@ def parse(config: dict[str, Any]) -> Arch:
         n_ctx=c.count("max_position_embeddings"),
         n_embd=c.count("hidden_size"),
         n_vocab=c.count("vocab_size"),
-        n_head=n_head,
-        q_lora_rank=c.count("q_lora_rank", 0, least=0),
-        kv_lora_rank=c.count("kv_lora_rank"),
-        nope=c.count("qk_nope_head_dim"),
-        rope=c.count("qk_rope_head_dim"),
-        v_dim=c.count("v_head_dim"),
+        **(_latent_heads(c) if family.attention == "latent" else _plain_heads(c)),
         n_ff=c.count("intermediate_size"),
         **experts,
         rms_eps=c.number("rms_norm_eps", 1e-6),
@@ -195,6 +201,38 @@ def parse(config: dict[str, Any]) -> Arch:
         tied=c.flag("tie_word_embeddings"),
         n_nextn=max(c.count(key, 0, least=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")),
     )
+
+
+def _latent_heads(c: _Config) -> dict[str, Any]:
+    n_head = c.count("num_attention_heads")
+    if c.count("num_key_value_heads", n_head) != n_head:
+        raise UnsupportedError("config.json: `num_key_value_heads` differs from `num_attention_heads`: not MLA")
+    return {
+        "n_head": n_head,
+        "n_head_kv": 1,
+        "q_lora_rank": c.count("q_lora_rank", 0, least=0),
+        "kv_lora_rank": c.count("kv_lora_rank"),
+        "nope": c.count("qk_nope_head_dim"),
+        "rope": c.count("qk_rope_head_dim"),
+        "v_dim": c.count("v_head_dim"),
+    }
+
+
+def _plain_heads(c: _Config) -> dict[str, Any]:
+    """All heads together are as wide as the model; each is rotated whole."""
+    n_head, width = c.count("num_attention_heads"), c.count("hidden_size")
+    n_head_kv, head = c.count("num_key_value_heads", n_head), width // n_head
+    if n_head % n_head_kv:
+        raise CheckpointError(f"config.json: {n_head} heads cannot share {n_head_kv} heads of keys and values evenly")
+    if width % n_head or head % 2 or c.count("head_dim", head) != head:
+        raise UnsupportedError(
+            f"config.json: {n_head} heads, `head_dim` {c.values.get('head_dim', head)}, `hidden_size` {width}",
+            "together heads must be as wide as the model, and each of an even width",
+        )
+    return {
+        "n_head": n_head, "n_head_kv": n_head_kv, "q_lora_rank": 0, "kv_lora_rank": 0, "nope": 0, "rope": head,
+        "v_dim": head,
+    }  # fmt: skip
 
 
 def _experts(c: _Config, n_layer: int) -> dict[str, Any]:
@@ -290,6 +328,10 @@ def _yarn(c: _Config, family: Family) -> Yarn | None:
         # GGUF keeps one multiplier: cos and sin unscaled, the softmax scale carrying m * m.
         raise UnsupportedError(
             f"config.json: rope_scaling has mscale {mscale} and mscale_all_dim {all_dim}; GGUF can only say equal ones"
+        )
+    if not plain and family.attention == "plain":
+        raise UnsupportedError(
+            f"config.json: rope_scaling has mscale_all_dim {all_dim}, which {family.architecture} GGUF cannot say"
         )
     return Yarn(
         factor=y.number("factor"),

@@ -6,14 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from quantize.base.errors import CheckpointError, UnsupportedError
 
+Attention = Literal["latent", "plain"]
 TEXT_CONFIG = "text_config"  # a key of config.json: what a model of several kinds of input says of its language model
 
 _V2: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 _V3: Mapping[str, object] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+
+
+# DeepSeekMoE: plain attention. Its GGUF architecture knows one router and one scale; its code scales cos and sin alone.
+_MOE: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+_MOE_FIXED: Mapping[str, object] = {**_MOE, "routed_scaling_factor": 1.0}
 
 
 # Mistral4Config of transformers 5.24. What groups of experts would mean there, GGUF's routers do not compute.
@@ -36,6 +42,7 @@ class Family:
 
     model_type: str  # of config.json
     architecture: str = "deepseek2"  # GGUF's name for it
+    attention: Attention = "latent"  # how its layers attend
     defaults: Mapping[str, object] = field(default_factory=dict)  # of keys that config.json leaves out
     fixed: Mapping[str, object] = field(default_factory=dict)  # of keys that GGUF cannot say otherwise: see arch.FIXED
     scales_queries: bool = False  # by their position: Llama 4's rule for long contexts
@@ -49,18 +56,19 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family("deepseek", "deepseek", "plain", _MOE, _MOE_FIXED),
         Family("deepseek_v2", defaults=_V2),
         Family("deepseek_v3", defaults=_V3),
         Family("kimi_k2", defaults=_V3),
         Family("glm4_moe_lite", defaults={**_V3, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5}),
         Family("youtu", defaults={"tie_word_embeddings": True}, has_experts=False),
         Family("youtu_llm", defaults={"tie_word_embeddings": True}, has_experts=False),  # before transformers 5
-        Family("mistral4", "mistral4", _MISTRAL4, _ONE_GROUP, scales_queries=True),
+        Family("mistral4", "mistral4", defaults=_MISTRAL4, fixed=_ONE_GROUP, scales_queries=True),
         Family(
             "mistral3",
             "mistral4",
-            _MISTRAL4,
-            _ONE_GROUP,
+            defaults=_MISTRAL4,
+            fixed=_ONE_GROUP,
             scales_queries=True,
             nested=True,
             text_type="mistral4",

@@ -1,7 +1,7 @@
 """tensors.py: which tensors a GGUF of this architecture has, and which checkpoint tensors each is made of.
 
-Shapes are numpy's (ggml's reversed). Rotary rows stay in the checkpoint's order: V2 and V3 pair adjacent
-dimensions, and so does GGUF's deepseek2, so nothing is permuted.
+Shapes are numpy's (ggml's reversed). GGUF's architectures of the family turn adjacent dimensions together, and so do
+V2 and V3, whose rows stay in order; DeepSeekMoE turns the halves of a head against each other: Form.PAIRED.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Form(Enum):
     """How checkpoint tensors become a GGUF tensor."""
 
     WHOLE = "whole"  # one tensor, as it is
+    PAIRED = "paired"  # one tensor of heads' rows, the two that turn together made neighbours
     STACK = "stack"  # one tensor an expert, along a new first axis
     K_B = "k_b"  # the K rows of kv_b_proj, per head and transposed: (n_head, kv_lora_rank, nope)
     V_B = "v_b"  # the V rows of kv_b_proj, per head: (n_head, v_dim, kv_lora_rank)
@@ -62,15 +63,31 @@ class Tensor:
         """Where it belongs in its layer."""
         return "attention" if self.role.startswith("attn_") else "feed_forward"
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether it is a stack of experts, or of heads."""
+        return self.form in (Form.STACK, Form.K_B, Form.V_B)
+
 
 def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
     layer, d, h = f"{arch.family.prefix}model.layers.{il}.", arch.n_embd, arch.n_head
-    qk, kv = arch.nope + arch.rope, arch.kv_lora_rank
+    qk = arch.nope + arch.rope
 
     def tensor(role: str, source: str, shape: tuple[int, ...], form: Form = Form.WHOLE) -> Tensor:
         return Tensor(f"blk.{il}.{role}.weight", role, il, shape, (f"{layer}self_attn.{source}.weight",), form)
 
     yield Tensor(f"blk.{il}.attn_norm.weight", "attn_norm", il, (d,), (f"{layer}input_layernorm.weight",), Form.WHOLE)
+    if arch.attention == "plain":
+        yield tensor("attn_q", "q_proj", (h * qk, d), Form.PAIRED)
+        yield tensor("attn_k", "k_proj", (arch.n_head_kv * qk, d), Form.PAIRED)
+        yield tensor("attn_v", "v_proj", (arch.n_head_kv * arch.v_dim, d))
+    else:
+        yield from _latent(arch, tensor)
+    yield tensor("attn_output", "o_proj", (d, h * arch.v_dim))
+
+
+def _latent(arch: Arch, tensor: Callable[..., Tensor]) -> Iterator[Tensor]:
+    d, h, qk, kv = arch.n_embd, arch.n_head, arch.nope + arch.rope, arch.kv_lora_rank
     if arch.q_lora_rank:
         yield tensor("attn_q_a", "q_a_proj", (arch.q_lora_rank, d))
         yield tensor("attn_q_a_norm", "q_a_layernorm", (arch.q_lora_rank,))
@@ -81,7 +98,6 @@ def _attention(arch: Arch, il: int) -> Iterator[Tensor]:
     yield tensor("attn_kv_a_norm", "kv_a_layernorm", (kv,))
     yield tensor("attn_k_b", "kv_b_proj", (h, kv, arch.nope), Form.K_B)
     yield tensor("attn_v_b", "kv_b_proj", (h, arch.v_dim, kv), Form.V_B)
-    yield tensor("attn_output", "o_proj", (d, h * arch.v_dim))
 
 
 def _ffn(arch: Arch, il: int) -> Iterator[Tensor]:
@@ -217,12 +233,24 @@ def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.
     return np.ascontiguousarray(part)
 
 
+def pair_rows(arch: Arch, w: NDArray[Any]) -> NDArray[Any]:
+    """Rows of heads (n, n_embd), rows i and i + half of each made neighbours, as llama.cpp's converter does; contiguous."""
+    halves = w.reshape(-1, 2, arch.rope // 2, w.shape[-1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(w.shape)
+
+
+def _formed(arch: Arch, tensor: Tensor, values: NDArray[Any]) -> NDArray[Any]:
+    """What a tensor that is no stack makes of its source's values."""
+    if tensor.form is Form.WHOLE:
+        return values
+    return pair_rows(arch, values) if tensor.form is Form.PAIRED else split_kv_b(arch, values, tensor.form)
+
+
 def read(arch: Arch, store: Store, tensor: Tensor) -> NDArray[np.float32]:
     """A whole GGUF tensor in float32, of tensor.shape. A stack reads one expert at a time with read_expert instead."""
     if tensor.form is Form.STACK:
         return np.stack([store.read_f32(source) for source in tensor.sources])
-    values = store.read_f32(tensor.sources[0])
-    return values if tensor.form is Form.WHOLE else split_kv_b(arch, values, tensor.form).astype(np.float32, copy=False)
+    return _formed(arch, tensor, store.read_f32(tensor.sources[0])).astype(np.float32, copy=False)
 
 
 class PartReader:
@@ -240,8 +268,8 @@ class PartReader:
         """An expert of a stack, a head of k_b or v_b, or the whole of another tensor, whose part is 0."""
         if tensor.form is Form.STACK:
             return self.store.read_f32(tensor.sources[part])
-        if tensor.form is Form.WHOLE:
-            return self.store.read_f32(tensor.sources[0])
+        if not tensor.in_parts:
+            return read(self.arch, self.store, tensor)
         head: NDArray[np.float32] = self._whole(tensor)[part]
         return head
 
@@ -266,7 +294,7 @@ class Weights:
         self._read = PartReader(arch, store)
         self._pages: dict[str, system.Pages] = {}
         self._restore: dict[str, list[Restore]] = {}  # by source of a matrix, by name of a stack
-        self._heads: dict[str, NDArray[Any]] = {}  # by source: what k_b and v_b are made of
+        self._heads: dict[str, NDArray[Any]] = {}  # by source, as stored: what k_b and v_b, or paired rows, are made of
         self._whole = lru_cache(maxsize=1)(self._restored)
         self.arrays: dict[str, NDArray[Any]] = {}
         """By name: float32, float16, or uint16 holding bfloat16 bits."""
@@ -282,22 +310,24 @@ class Weights:
             return self._restore[tensor.name][part](self.arrays[tensor.name][part])
         if tensor.form is Form.WHOLE:
             return self._restore[tensor.sources[0]][0](self.arrays[tensor.name])
-        head: NDArray[np.float32] = self._whole(tensor)[part]
-        return head
+        values: NDArray[np.float32] = self._whole(tensor)
+        return values[part] if tensor.in_parts else values
 
     def release(self, tensor: Tensor, part: int) -> None:
         """Nobody will ask for this part again, nor run an engine over its tensor."""
         if (pages := self._pages.get(tensor.name)) is not None:
             nbytes = len(pages.memory) // tensor.shape[0]
             pages.release(part * nbytes, (part + 1) * nbytes)
-        else:
-            self.arrays.pop(tensor.name, None) if tensor.form is Form.WHOLE else None
+        elif not tensor.in_parts:
+            self.arrays.pop(tensor.name, None)
+            if self._heads.pop(tensor.sources[0], None) is not None:
+                self._whole.cache_clear()
 
     def _restored(self, tensor: Tensor) -> NDArray[np.float32]:
-        """k_b or v_b, all heads."""
+        """All of a tensor that is not as its source is stored."""
         source = tensor.sources[0]
         exact = self._restore[source][0](self._heads[source])
-        return split_kv_b(self._arch, exact, tensor.form).astype(np.float32, copy=False)
+        return _formed(self._arch, tensor, exact).astype(np.float32, copy=False)
 
     def _one(self, tensor: Tensor) -> NDArray[Any]:
         source = tensor.sources[0]
@@ -308,7 +338,7 @@ class Weights:
         if tensor.form is Form.WHOLE:
             return half
         self._heads[source] = half
-        return split_kv_b(self._arch, half, tensor.form)
+        return _formed(self._arch, tensor, half)
 
     def _stack(self, tensor: Tensor) -> NDArray[Any]:
         dtype = self._store.half_dtype(tensor.sources[0])

@@ -6,7 +6,8 @@ from ref.model import Model
 from support.calibrated import reader
 from support.tiny import SPECS, Checkpoint, gguf_tensors, tokens
 
-from quantize.measure.backward import Block, norm, norm_backward
+from quantize.measure.backward import Block
+from quantize.measure.gradients import norm, norm_backward
 from quantize.source import arch as arch_of
 
 hf = pytest.importorskip("support.hf", reason="needs PyTorch and transformers", exc_type=ImportError)

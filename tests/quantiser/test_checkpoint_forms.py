@@ -17,7 +17,7 @@ from cext.tokenizer import Tokenizer
 from quantize import Options
 from quantize.allocate import format_size, parse_size
 from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
-from quantize.measure.backward import Rotary
+from quantize.measure.attention import Rotary
 from quantize.source import files, templates
 from quantize.source.arch import parse
 from quantize.source.checkpoint import Checkpoint
