@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cext import Gguf, TensorInfo
     from cext.model import Hparams
 
-# Bytes of a layer's cached row: a latent of n values and a rotary key of m, with their scales (cext/memory/kv.c).
+# Bytes of a cached row of n values and a tail of m (a latent and its rotary key), with scales (cext/memory/kv.c).
 ROW_BYTES: dict[str, Callable[[int, int], int]] = {
     "f16": lambda n, m: 2 * _padded(n + m) + 4,
     "q8_0": lambda n, m: _padded(n) + 2 * _padded(m) + 12,
@@ -44,6 +44,7 @@ COUNTS = (  # keys that are reckoned with or shown
     "block_count", "expert_count", "expert_used_count", "leading_dense_block_count", "context_length",
     "attention.kv_lora_rank", "rope.dimension_count", "expert_group_count", "expert_shared_count", "embedding_length",
     "attention.head_count", "attention.q_lora_rank", "expert_feed_forward_length", "expert_group_used_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length",
 )  # fmt: skip
 TEXTS = (
     "general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template",
@@ -280,5 +281,15 @@ def _padded(n: int) -> int:
 
 
 def _kv_bytes(keys: dict[str, Any]) -> dict[str, int]:
-    latent, rotary = keys.get("attention.kv_lora_rank", 0), keys.get("rope.dimension_count", 0)
-    return {name: int(row(latent, rotary) * keys.get("block_count", 0)) for name, row in ROW_BYTES.items()}
+    rows, n_layer = _cached_rows(keys), keys.get("block_count", 0)
+    return {name: int(sum(n * row(*width) for n, *width in rows) * n_layer) for name, row in ROW_BYTES.items()}
+
+
+def _cached_rows(keys: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """What a layer keeps of a token: (rows, values, values of a tail). A latent, or a key and a value by head."""
+    if "attention.kv_lora_rank" in keys:
+        return [(1, keys["attention.kv_lora_rank"], keys.get("rope.dimension_count", 0))]
+    n_head = keys.get("attention.head_count", 0)
+    head = keys.get("embedding_length", 0) // max(n_head, 1)
+    widths = (keys.get(f"attention.{name}_length", head) for name in ("key", "value"))
+    return [(keys.get("attention.head_count_kv", n_head), n, 0) for n in widths]

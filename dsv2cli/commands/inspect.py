@@ -130,6 +130,16 @@ def draw(found: Anatomy, path: Path) -> None:
     console.note(f"wrote {path}")
 
 
+def _attention_line(keys: dict[str, Any]) -> str:
+    n_head, q_rank = keys.get("attention.head_count"), keys.get("attention.q_lora_rank", 0)
+    if "attention.kv_lora_rank" not in keys:
+        return f"{n_head} heads over keys and values of {keys.get('attention.head_count_kv', n_head)}"
+    return (
+        f"{n_head} heads over a latent of {keys['attention.kv_lora_rank']} + {keys.get('rope.dimension_count')},"
+        f" {f'queries through {q_rank}' if q_rank else 'queries direct'}"
+    )
+
+
 def headline(found: Anatomy) -> list[tuple[str, str]]:
     keys, vocabulary = found.keys, found.vocabulary
     bits = 8 * found.tensor_bytes / max(found.n_values, 1)
@@ -145,7 +155,6 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
     if found.parts and not is_known(found.architecture):
         lines += other_shape(found)
     elif found.parts:
-        q_rank = keys.get("attention.q_lora_rank", 0)
         groups = keys.get("expert_group_count", 1)
         lines += [
             (
@@ -153,11 +162,7 @@ def headline(found: Anatomy) -> list[tuple[str, str]]:
                 f"{keys.get('block_count')} of width {keys.get('embedding_length')},"
                 f" the first {keys.get('leading_dense_block_count', 0)} dense",
             ),
-            (
-                "attention",
-                f"{keys.get('attention.head_count')} heads over a latent of {keys.get('attention.kv_lora_rank')}"
-                f" + {keys.get('rope.dimension_count')}, {f'queries through {q_rank}' if q_rank else 'queries direct'}",
-            ),
+            ("attention", _attention_line(keys)),
             (
                 "experts",
                 f"{keys.get('expert_used_count')} of {keys.get('expert_count')}"

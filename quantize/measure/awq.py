@@ -33,9 +33,8 @@ class Group:
     name: str
     targets: tuple[str, ...]  # their columns are multiplied by s, and their error judges it
     norm: str = ""  # the norm whose weights are divided by s, or
-    rows: str = ""  # the matrix whose rows are
+    rows: tuple[str, ...] = ()  # the matrix whose rows are, whichever of these a layer has
     columns_too: tuple[str, ...] = ()  # read the same input but are kept in float32: multiplied, not judged
-    heads_alone: bool = False  # only where each head of queries has its own keys and values
     rows_too: tuple[str, ...] = ()  # meet the input in their rows, which a block scale follows: multiplied, not judged
 
 
@@ -44,17 +43,16 @@ GROUPS = (
     Group("q_a_norm", ("attn_q_b",), norm="attn_q_a_norm"),
     # Rescales the cached latent too: channels come nearer to each other in size, which an int8 cache likes.
     Group("kv_a_norm", ("attn_v_b",), norm="attn_kv_a_norm", rows_too=("attn_k_b",)),
-    Group("v_heads", ("attn_output",), rows="attn_v_b"),
-    Group("v_rows", ("attn_output",), rows="attn_v", heads_alone=True),
+    Group("v_heads", ("attn_output",), rows=("attn_v_b", "attn_v")),
     Group(
         "ffn_norm",
         ("ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp"),
         norm="ffn_norm",
         columns_too=("ffn_gate_inp",),  # forgetting the router would route wrongly
     ),
-    Group("dense_up", ("ffn_down",), rows="ffn_up"),
-    Group("shared_up", ("ffn_down_shexp",), rows="ffn_up_shexp"),
-    Group("experts_up", ("ffn_down_exps",), rows="ffn_up_exps"),  # each expert has its own s
+    Group("dense_up", ("ffn_down",), rows=("ffn_up",)),
+    Group("shared_up", ("ffn_down_shexp",), rows=("ffn_up_shexp",)),
+    Group("experts_up", ("ffn_down_exps",), rows=("ffn_up_exps",)),  # each expert has its own s
 )
 EXPONENTS = tuple(i / 20 for i in range(20))  # s = mean|x|**exponent; 0 is no fold
 SCALE_LIMIT = 1e4
@@ -119,9 +117,9 @@ class Scales:
                 self.columns[role] = scale
         if group.norm:
             self.columns[group.norm] = 1.0 / scale
-        if group.rows:
-            n_part = n_parts(tensors[group.rows])
-            self.rows[group.rows] = 1.0 / (scale if n_part == 1 else scale.reshape(n_part, -1))
+        for role in tensors.keys() & group.rows:
+            n_part = n_parts(tensors[role])
+            self.rows[role] = 1.0 / (scale if n_part == 1 else scale.reshape(n_part, -1))
         for role in group.rows_too:
             self.rows[role] = scale  # every head's rows are the same channels
 
@@ -186,10 +184,13 @@ class Searcher:
         return scales, results
 
     def _has(self, group: Group) -> bool:
-        tensors, arch = self.evidence.tensors, self.evidence.arch
-        if tensors.keys().isdisjoint(group.targets) or (group.rows and group.rows not in tensors):
-            return False
-        return not group.heads_alone or arch.n_head == arch.n_head_kv
+        """Whether a layer has its matrices, and a row for each column: heads that share values have fewer."""
+        tensors = self.evidence.tensors
+        target = next((tensors[role] for role in group.targets if role in tensors), None)
+        rows = [tensors[role].size // tensors[role].shape[-1] for role in group.rows if role in tensors]
+        if target is None or not group.rows:
+            return target is not None
+        return rows == [n_parts(target) * target.shape[-1]]
 
     def _scale(self, group: Group, exponent: float) -> F32:
         role = next(role for role in group.targets if role in self.evidence.tensors)

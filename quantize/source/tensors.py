@@ -234,7 +234,7 @@ def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.
 
 
 def pair_rows(arch: Arch, w: NDArray[Any]) -> NDArray[Any]:
-    """Rows of heads (n, n_embd), rows i and i + half of each made neighbours, as llama.cpp's converter does; contiguous."""
+    """Rows of heads (n, n_embd), rows i and i + half of each made neighbours, as llama.cpp's converter has them."""
     halves = w.reshape(-1, 2, arch.rope // 2, w.shape[-1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(w.shape)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ref.model import Model
 from support.calibrated import reader
-from support.tiny import SPECS, Checkpoint, gguf_tensors, tokens
+from support.tiny import SPECS, Checkpoint, gguf_tensors, pairs_together, tokens
 
 from quantize.measure.backward import Block
 from quantize.measure.gradients import norm, norm_backward
@@ -18,7 +18,7 @@ N_TOKENS = 24
 FLOAT32 = 2e-4  # transformers normalises and routes in float32 whatever the weights' precision
 # checkpoint name -> GGUF role, of matrices that are one tensor on both sides
 SAME = {
-    "self_attn.q_proj": "attn_q",
+    "self_attn.v_proj": "attn_v",
     "self_attn.q_a_proj": "attn_q_a",
     "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
@@ -34,7 +34,8 @@ SAME = {
 
 def autograd(spec, folder, ids, labels):
     """Gradients of the summed loss of labels: by parameter name, and at every layer's input."""
-    model = hf.load(Checkpoint(spec).write(folder), spec.eps)
+    checkpoint = Checkpoint(spec)
+    model = hf.load_moe(checkpoint) if spec.n_head_kv else hf.load(checkpoint.write(folder), spec.eps)
     inputs = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]) or args[0].retain_grad())
@@ -78,10 +79,18 @@ def test_gradients_of_whole_models(tmp_path, spec):
         for name, role in SAME.items():
             if role in met:
                 assert_close(met[role][0], parameters[f"model.layers.{il}.{name}.weight"], f"layer {il}: {role}")
-        kv_b = parameters[f"model.layers.{il}.self_attn.kv_b_proj.weight"]
-        for head, rows in enumerate(kv_b.reshape(spec.n_head, spec.nope + spec.v, -1)):
-            assert_close(met["attn_k_b"][head], rows[: spec.nope].T, f"layer {il}: k_b {head}")
-            assert_close(met["attn_v_b"][head], rows[spec.nope :], f"layer {il}: v_b {head}")
+        if spec.n_head_kv:
+            for part, n_head in (("q", spec.n_head), ("k", spec.n_head_kv)):
+                gradient = parameters[f"model.layers.{il}.self_attn.{part}_proj.weight"]
+                assert_close(met[f"attn_{part}"][0], pairs_together(gradient, n_head), f"layer {il}: {part}")
+        else:
+            if "attn_q" in met:
+                q = parameters[f"model.layers.{il}.self_attn.q_proj.weight"]
+                assert_close(met["attn_q"][0], q, f"layer {il}: q")
+            kv_b = parameters[f"model.layers.{il}.self_attn.kv_b_proj.weight"]
+            for head, rows in enumerate(kv_b.reshape(spec.n_head, spec.nope + spec.v, -1)):
+                assert_close(met["attn_k_b"][head], rows[: spec.nope].T, f"layer {il}: k_b {head}")
+                assert_close(met["attn_v_b"][head], rows[spec.nope :], f"layer {il}: v_b {head}")
         for expert, down in met.get("ffn_down_exps", {}).items():
             both = np.concatenate([met["ffn_gate_exps"][expert], met["ffn_up_exps"][expert]])
             prefix = f"model.layers.{il}.mlp.experts."

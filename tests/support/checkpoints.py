@@ -71,6 +71,20 @@ V3 = {
     "num_nextn_predict_layers": 1,
     "n_shared_experts": 1,
 }
+# DeepSeekMoE: the keys of deepseek-ai/deepseek-moe-16b-base's config.json, which has none for latents.
+MOE = {
+    **{k: v for k, v in V2.items() if "lora" not in k and not k.startswith(("qk_", "v_head"))},
+    "architectures": ["DeepseekForCausalLM"],
+    "model_type": "deepseek",
+    "rope_scaling": None,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "pretraining_tp": 1,
+    "use_cache": True,
+}
+for _key in ("topk_method", "n_group", "topk_group", "routed_scaling_factor"):
+    del MOE[_key]
+MOE_SHARED = {**MOE, "num_key_value_heads": 2}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -154,32 +168,20 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) ->
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint with this config, multi-token prediction layers included."""
     c, d = config, config["hidden_size"]
-    h, nope, rope, v, kv = (
-        c[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
-    )
     f, e = c["moe_intermediate_size"], c["n_routed_experts"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], d)}
     n_nextn = c.get("num_nextn_predict_layers", 0)
     for il in range(c["num_hidden_layers"] + n_nextn):
         p = f"model.layers.{il}."
         shapes[p + "input_layernorm.weight"] = (d,)
-        if c["q_lora_rank"]:
-            shapes[p + "self_attn.q_a_proj.weight"] = (c["q_lora_rank"], d)
-            shapes[p + "self_attn.q_a_layernorm.weight"] = (c["q_lora_rank"],)
-            shapes[p + "self_attn.q_b_proj.weight"] = (h * (nope + rope), c["q_lora_rank"])
-        else:
-            shapes[p + "self_attn.q_proj.weight"] = (h * (nope + rope), d)
-        shapes[p + "self_attn.kv_a_proj_with_mqa.weight"] = (kv + rope, d)
-        shapes[p + "self_attn.kv_a_layernorm.weight"] = (kv,)
-        shapes[p + "self_attn.kv_b_proj.weight"] = (h * (nope + v), kv)
-        shapes[p + "self_attn.o_proj.weight"] = (d, h * v)
+        shapes |= {f"{p}self_attn.{name}.weight": shape for name, shape in _attention_shapes(c).items()}
         shapes[p + "post_attention_layernorm.weight"] = (d,)
         parts: list[tuple[str, int]] = []
         if il < c["first_k_dense_replace"]:
             parts.append(("mlp.", c["intermediate_size"]))
         else:
             shapes[p + "mlp.gate.weight"] = (e, d)
-            if c["topk_method"] == "noaux_tc":
+            if c.get("topk_method") == "noaux_tc":
                 shapes[p + "mlp.gate.e_score_correction_bias"] = (e,)
             parts += [(f"mlp.experts.{i}.", f) for i in range(e)]
             if c["n_shared_experts"]:
@@ -196,6 +198,28 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], d)
     return shapes
+
+
+def _attention_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    d, h = c["hidden_size"], c["num_attention_heads"]
+    if "kv_lora_rank" not in c:
+        kv = d // h * c["num_key_value_heads"]
+        return {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+    nope, rope, v, kv = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
+    q = {"q_proj": (h * (nope + rope), d)}
+    if c["q_lora_rank"]:
+        q = {
+            "q_a_proj": (c["q_lora_rank"], d),
+            "q_a_layernorm": (c["q_lora_rank"],),
+            "q_b_proj": (h * (nope + rope), c["q_lora_rank"]),
+        }
+    return {
+        **q,
+        "kv_a_proj_with_mqa": (kv + rope, d),
+        "kv_a_layernorm": (kv,),
+        "kv_b_proj": (h * (nope + v), kv),
+        "o_proj": (d, h * v),
+    }
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
