@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import checkpoints as make
 from support import families as made
-from support import scripts, templates
+from support import scripts, stored, templates
 
 import cext
 import quantize
@@ -42,6 +44,31 @@ def test_a_family_is_transformers(tmp_path: Path, name: str) -> None:
     drafts = family.text.get("num_nextn_predict_layers", 0)
     assert any("multi-token prediction" in note for note in report.notes) == bool(drafts)
     assert any("2 tensors of vision" in note for note in report.notes) == bool(family.beside)
+
+
+@pytest.mark.oracle
+def test_packed_experts_of_a_part_of_a_larger_model_are_transformers(tmp_path: Path) -> None:
+    """Kimi-K2.5 as published: experts in int4 groups of 32 under its language model, which config.json tells there."""
+    hf = pytest.importorskip("support.hf", reason="needs PyTorch and transformers", exc_type=ImportError)
+    family, folder = made.FAMILIES["kimi-k2.5"], tmp_path / "hf"
+    exact = made.write(folder, "kimi-k2.5")
+    tensors: stored.Stored = {name: ("F32", np.ones((4, 4), np.float32)) for name in family.beside}
+    for name, values in exact.items():
+        if ".experts." in name:
+            packed, exact[name] = stored.to_int(family.prefix + name, values)
+            tensors |= packed
+        else:
+            tensors[family.prefix + name] = ("F32", values)
+    make.write_safetensors(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = stored.scheme()
+    (folder / "config.json").write_text(json.dumps(config))
+    quantize.quantize(folder, tmp_path / "m.gguf", F32)
+    ids = np.random.default_rng(1).integers(0, family.text["vocab_size"], 48)
+    true = hf.logits(hf.load(made.write_reference(tmp_path / "ref", "kimi-k2.5", exact), 1e-5), ids)
+    with cext.Model(tmp_path / "m.gguf", threads=1) as model:
+        got = model.session(len(ids), kv_type="f32").eval(ids, "all")
+    assert np.abs(got - true).max() < 1e-5 * np.ptp(true)
 
 
 def vocabulary(folder: Path, name: str, template: str | None = None) -> tuple[made.Family, Tokenizer]:
