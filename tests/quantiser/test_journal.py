@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cext import system
 from quantize.base.errors import ArgumentError, OutputError
 from quantize.write.journal import Journal, check_output, is_finished, work_folder
 
@@ -202,6 +204,30 @@ def test_a_full_disk_leaves_the_record_that_was(tmp_path: Path, monkeypatch: pyt
             second.put("write/step-0", {"il": 1})
         assert second.get("write/step-0") == {"il": 0}
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_record_s_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is synced once the record has its name there: else a power cut could leave a later one without it."""
+    synced = []
+    monkeypatch.setattr(system, "sync_folder", lambda path: synced.append((path, (path / "step-0.json").exists())))
+    with journal(tmp_path) as first:
+        first.put("write/step-0", {"il": 0})
+        assert synced[-1] == (first.folder / "write", True)
+
+
+def test_a_folder_that_goes_before_its_lock_is_had_is_another_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who held the lock has finished and removed the folder: a lock on a file that is gone keeps nobody out."""
+    lock = system.try_lock
+
+    def late(fd: int) -> bool:
+        shutil.rmtree(work_folder(tmp_path / "m.gguf"))
+        return lock(fd)
+
+    monkeypatch.setattr(system, "try_lock", late)
+    with pytest.raises(OutputError, match="another run"):
+        journal(tmp_path)
 
 
 def test_what_is_no_file_or_is_read_is_not_written_over(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def _keys() -> list[Hostile]:
         Hostile("string-wraps", bad_value(u32(gb.STRING) + u64(U64_MAX)), ("`the.key`", str(U64_MAX))),
         Hostile("string-past-end", bad_value(u32(gb.STRING) + u64(65)), ("`the.key`", "65 bytes")),
         Hostile("array-wraps", bad_value(u32(gb.ARRAY) + u32(gb.F64) + u64(2**61)), ("`the.key`", str(2**61), "f64")),
+        Hostile(
+            "array-longer-than-the-file",  # whose number of items alone would fit
+            bad_value(u32(gb.ARRAY) + u32(gb.F64) + u64(60) + bytes(100)),
+            ("`the.key`", "60 values of type f64 do not fit"),
+        ),
         Hostile("array-huge", bad_value(u32(gb.ARRAY) + u32(gb.U8) + u64(U64_MAX)), ("`the.key`", str(U64_MAX), "u8")),
         Hostile("strings-huge", bad_value(u32(gb.ARRAY) + u32(gb.STRING) + u64(2**61)), ("`the.key`", str(2**61))),
         Hostile(
