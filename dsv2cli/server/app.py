@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dsv2cli import console
-from dsv2cli.server import answering, errors, metrics
+from dsv2cli.server import answering, errors, metrics, webpage
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
 from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama
 from dsv2cli.server.errors import ApiError
@@ -91,6 +91,7 @@ def build(state: State, rules: Rules) -> App:
         return Response(dump(body), 200 if ready else 503, media_type=JSON_TYPE)
 
     routes = [Route(path, answered(handler), methods=[method]) for method, path, handler in ROUTES]
+    routes += [Route(path, webpage.page) for path in webpage.FILES]
     routes += [Route(path, health) for path in ("/health", "/v1/health")]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False

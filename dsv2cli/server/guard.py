@@ -24,7 +24,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PUBLIC = frozenset({"/health", "/v1/health"})  # answered without a key, for load balancers
+# Answered without a key: for load balancers; and the page, which asks its reader for one.
+PUBLIC = frozenset({"/health", "/v1/health", "/", "/page.js", "/page.css"})
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
 PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from dsv2cli.scheduler import Stats
 from dsv2cli.server import answering
@@ -302,7 +302,3 @@ async def show(service: Service, request: Request) -> Response:
 
 async def version(service: Service, request: Request) -> Response:
     return Response(dump({"version": VERSION}), media_type=answering.JSON_TYPE)
-
-
-async def alive(service: Service, request: Request) -> Response:
-    return PlainTextResponse("Ollama is running")
