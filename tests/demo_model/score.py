@@ -285,7 +285,7 @@ def table(results: list[tuple[str, bool]]) -> str:
 
 def asked(job: tuple[Path, int, int]) -> list[dict[str, object]]:
     """Every case once (or each n-th), with one seed: a process of its own for each seed."""
-    from program import Program  # the engine: not wanted where only cases() is
+    from asking import Program  # the engine: not wanted where only cases() is
 
     path, seed, every = job
     program, said = Program(path), []

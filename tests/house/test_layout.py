@@ -23,6 +23,7 @@ TEST_ROOMS = {
     "program": PYTHON_ROOMS.keys(),
     "house": set[str](),
     "bench": PYTHON_ROOMS.keys(),
+    "demo_model": PYTHON_ROOMS.keys(),
     "ref": set[str](),
     "support": PYTHON_ROOMS.keys(),
     "golden": {"cext", "quantize"},
@@ -31,7 +32,7 @@ TEST_ROOMS = {
     "stress": set[str](),
 }
 """What a room of tests/ may import of the packages: a package is tested without those above it."""
-HELPERS = {"ref": {"ref"}, "house": set[str](), "support": {"support", "ref"}}
+HELPERS = {"ref": {"ref"}, "house": set[str](), "demo_model": set[str](), "support": {"support", "ref"}}
 """What it may import of the tests' own; the others, support and ref alike."""
 
 FLOORS = {

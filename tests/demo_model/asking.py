@@ -1,4 +1,4 @@
-"""The program's own conversations over a GGUF, without the terminal: what score.py and show.py ask."""
+"""The program's own conversations over a GGUF, without the terminal: what score.py asks."""
 
 from collections.abc import Sequence
 from pathlib import Path
