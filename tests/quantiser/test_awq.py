@@ -34,7 +34,7 @@ def read_layer(arch: Arch, checkpoint: Checkpoint, il: int) -> dict[str, np.ndar
 
 def write_f32(path: Path, arch: Arch, values: dict[str, np.ndarray]) -> None:
     plan = tensors.model_tensors(arch)
-    keys = {"general.architecture": "deepseek2", **arch.keys()}
+    keys = {"general.architecture": arch.family.architecture, **arch.keys()}
     with Writer(path, path.with_suffix(".part"), keys, [(t.name, t.shape, Type.F32) for t in plan]) as writer:
         for tensor in plan:
             writer.append(tensor.name, values[tensor.name].astype(np.float32))
@@ -246,7 +246,7 @@ def test_stream_is_the_model(tmp_path: Path) -> None:
     arch = parse(config)
     make.write_checkpoint(tmp_path / "hf", config)
     ids = np.random.default_rng(3).integers(0, 256, 2 * WINDOW).astype(np.int32)
-    keys = {"general.architecture": "deepseek2", **arch.keys()}
+    keys = {"general.architecture": arch.family.architecture, **arch.keys()}
     with Checkpoint(tmp_path / "hf") as checkpoint:
         plan = tensors.model_tensors(arch)
         write_f32(tmp_path / "m.gguf", arch, {t.name: tensors.read(arch, checkpoint, t) for t in plan})
