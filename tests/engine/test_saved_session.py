@@ -7,7 +7,7 @@ import pytest
 from support.tiny import SPECS, Checkpoint, gguf_metadata, gguf_tensors, spec_named, tokens, variant, write_tensors
 
 import cext
-from cext import _engine, saved
+from cext import _engine, saved, system
 
 LITE = SPECS[0]
 WIDE = variant(spec_named("all_dense"), name="wide", kv_lora_rank=128)
@@ -62,6 +62,14 @@ def test_what_was_forgotten_is_not_in_the_file(model, tmp_path):
     for name, session in (("plain", plain), ("other", other)):
         session.save(tmp_path / name)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_its_name_is_on_the_disk(model, tmp_path, monkeypatch):
+    """The folder is synced once the whole file has its name there."""
+    synced = []
+    monkeypatch.setattr(system, "sync_folder", lambda path: synced.append((path, (path / "talk").exists())))
+    model.session(8).save(tmp_path / "talk")
+    assert synced == [(tmp_path, True)]
 
 
 def test_only_its_owner_reads_it(written):

@@ -112,6 +112,10 @@ def _layout() -> list[Hostile]:
         Hostile("alignment-negative", aligned(gb.I32, -32), ("general.alignment", "-32")),
         Hostile("alignment-wraps", aligned(gb.U64, U64_MAX), ("general.alignment", str(U64_MAX))),
         Hostile("split", gguf([kv("split.count", gb.U16, 3)]), ("3 parts", "split"), "unsupported"),
+        Hostile(
+            "split-past-its-end", gguf([kv("split.count", gb.U16, 2), kv("split.no", gb.U16, 2)]), ("split.no", "2")
+        ),
+        Hostile("key-with-delete", gguf([kv("the\x7fkey", gb.U8, 1)]), ("control byte 0x7f",)),
         Hostile("split-float", gguf([kv("split.count", gb.F32, 2.0)]), ("split.count", "f32")),
     ]
 
