@@ -100,7 +100,7 @@ def allowed_types(bits: float) -> tuple[Type, ...]:
 
 def choices(tensor: Tensor, types: Sequence[Type]) -> tuple[Type, ...]:
     """What a tensor may become."""
-    return candidates(tensor.shape[-1], types) if recipe.is_matrix(tensor) else (Type.F32,)
+    return candidates(tensor.shape[-1], types) if tensor.is_matrix else (Type.F32,)
 
 
 def spend(plan: Plan, survey: Survey, allowed: Sequence[Type], budget: int) -> tuple[dict[str, Type], float]:
@@ -121,7 +121,7 @@ def describe(plan: Plan, types: dict[str, Type], damage: float) -> list[str]:
     sizes = {t.name: recipe.nbytes(t, types[t.name]) for t in plan.tensors}
     bits = 8 * sum(sizes.values()) / sum(t.size for t in plan.tensors)
     lines = [f"types: {bits:.3f} bits a weight, predicted KL divergence {damage:.4f}"]
-    for role in dict.fromkeys(t.role for t in plan.tensors if recipe.is_matrix(t)):
+    for role in dict.fromkeys(t.role for t in plan.tensors if t.is_matrix):
         mine = [t for t in plan.tensors if t.role == role]
         counts = Counter(types[t.name].name for t in mine)
         role_bits = 8 * sum(sizes[t.name] for t in mine) / sum(t.size for t in mine)

@@ -90,7 +90,7 @@ class Effort:
         arch, n = self.plan.arch, self.plan.survey_tokens
         price = PRICE * SAMPLED_VALUES * (1 + self._grids())
         layers = [
-            n * BACKWARD * forward(arch, il) + price * sum(map(recipe.is_matrix, self.plan.layers[il]))
+            n * BACKWARD * forward(arch, il) + price * sum(tensor.is_matrix for tensor in self.plan.layers[il])
             for il in range(arch.n_layer)
         ]
         head = 3.0 * n * arch.n_vocab * arch.n_embd + price

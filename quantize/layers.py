@@ -30,9 +30,10 @@ from quantize.job import Job
 from quantize.measure import loss
 from quantize.measure.awq import FoldResult, Scales, Searcher
 from quantize.measure.calibrate import FEW_TOKENS, Stream, SublayerStats
-from quantize.measure.drift import ROUTER, FeedForward, expert_bytes
+from quantize.measure.drift import FeedForward, expert_bytes
 from quantize.measure.evidence import Bundle, Evidence, ReadPart, bundles
 from quantize.measure.loss import SAMPLE_STEP, Loss, LossMeter, TensorLoss
+from quantize.measure.objectives import Objectives
 from quantize.measure.outputs import Outputs
 from quantize.meter import Stage
 from quantize.report import Coverage
@@ -229,9 +230,13 @@ class WriteStage:
             if self.stream is not None and stats.exact is not None:
                 drift = FeedForward(self.arch, tensors, self.stream, stats.exact, scales, read_part)
         outputs = Outputs(self.job.journal.get_arrays(OUTPUTS.format(il)) or {}, scales.rows)
-        parts = _Parts(read_part, evidence, scales, drift, outputs)
+
+        def folded(tensor: Tensor, part: int) -> F32:
+            return scales.apply(tensor.role, part, read_part(tensor, part))
+
+        objectives = Objectives(evidence, scales, drift, outputs)
         written: dict[Tensor, list[F32]] = {}
-        for encoded in self._encode_parts(list(tensors.values()), parts):
+        for encoded in self._encode_parts(list(tensors.values()), folded, objectives):
             self._put(encoded)
             if sublayer == "attention" and self.plan.sequential:
                 written.setdefault(encoded.tensor, []).append(encoded.decoded)
@@ -241,14 +246,15 @@ class WriteStage:
                 weights.release(encoded.tensor, encoded.part)
         return written
 
-    def _encode_parts(self, tensors: Sequence[Tensor], parts: _Parts) -> Iterator[Encoded]:
+    def _encode_parts(self, tensors: Sequence[Tensor], folded: ReadPart, objectives: Objectives) -> Iterator[Encoded]:
         """In the order of bundles, experts side by side."""
 
         def encode(bundle: Bundle) -> list[Encoded]:
             made = []
             for tensor, part in bundle:
-                made.append(self._encode(tensor, part, *parts.get(tensor, part)))
-                parts.wrote(made[-1])
+                objective = objectives.of(tensor, part)
+                made.append(self._encode(tensor, part, objective.corrected(folded(tensor, part)), objective))
+                objectives.wrote(tensor, part, made[-1].decoded)
             return made
 
         nbytes = sum(self._nbytes[t.name] for t in tensors)
@@ -292,8 +298,7 @@ class WriteStage:
             weights = inputs.mean_square if options.importance else None
             objective = Objective(weights, inputs.covariance, inputs=inputs.sample[::SAMPLE_STEP])
         for _, values in self.job.slabs(outside["output"]):
-            moved = objective.covariance.corrected(values) if objective.covariance is not None else values
-            self._write(outside["output"], moved, objective)
+            self._write(outside["output"], objective.corrected(values), objective)
 
     def _write(self, tensor: Tensor, values: F32, objective: Objective) -> F32:
         """Encode the next rows of a tensor outside the layers and put them after those before; returns them as they
@@ -342,47 +347,6 @@ class WriteStage:
             done += work.calibrate + work.search + fraction * work.encode
         il = work.il if work.il < self.arch.n_layer else -1
         self.job.meter.tell(stage, il, done / self._effort, layer / self._effort)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The parts of one sublayer's tensors, as they are to be encoded. Threads may share it."""
-
-    read: ReadPart
-    evidence: Evidence | None
-    scales: Scales
-    drift: FeedForward | None
-    outputs: Outputs
-
-    def get(self, tensor: Tensor, part: int) -> tuple[F32, Objective]:
-        """Folded weights, moved to make up for what their inputs lack, and what is known of these."""
-        role, outputs = tensor.role, self.outputs.rows(tensor.role, part)
-        values = self.scales.apply(role, part, self.read(tensor, part))
-        judged = recipe.is_matrix(tensor) or (self.drift is not None and role == ROUTER)
-        if self.evidence is None or not judged:
-            return values, Objective(rows=outputs)
-        covariance = self.drift.covariance(role, part) if self.drift is not None else None
-        if covariance is None:
-            covariance = self.scales.covariance(role, part, self.evidence.covariance(role, part))
-        importance = self.scales.importance(role, part, self.evidence.importance(role, part))
-        inputs = _folded_inputs(self.evidence, self.scales, role, part)
-        objective = Objective(importance, covariance, outputs, inputs)
-        return (values if covariance is None else covariance.corrected(values)), objective
-
-    def wrote(self, encoded: Encoded) -> None:
-        """What comes after it in its bundle goes by it."""
-        if self.drift is not None:
-            self.drift.wrote(encoded.tensor.role, encoded.part, encoded.decoded)
-
-
-def _folded_inputs(evidence: Evidence, scales: Scales, role: str, part: int) -> F32 | None:
-    """Some inputs of a part as its folded weights meet them, (m, n); None for k_b, which the queries multiply."""
-    if role == "attn_k_b":
-        return None
-    inputs = evidence.sample(role, part)[::SAMPLE_STEP]
-    squared = scales.importance(role, part, np.ones(inputs.shape[1], np.float32))
-    assert squared is not None, "there is an importance"
-    return inputs * np.sqrt(squared)
 
 
 def n_lanes(arch: Arch, threads: int) -> int:

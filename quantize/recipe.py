@@ -33,8 +33,6 @@ FALLBACKS = {
     Type.IQ2_XS: Type.IQ4_NL,
     Type.IQ2_XXS: Type.IQ4_NL,
 }
-# Kept in float32: the router decides which experts run, and its matrix is small.
-F32_ROLES = ("ffn_gate_inp", "exp_probs_b")
 DOWN_ROLES = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
 
@@ -169,15 +167,9 @@ def nearest(arch: Arch, tensors: Sequence[Tensor], budget: int) -> Recipe:
     return min((recipe for recipe in RECIPES.values() if recipe.is_budget), key=distance)
 
 
-def is_matrix(tensor: Tensor) -> bool:
-    """Whether a tensor is quantised at all. Norms, biases and the router stay float32."""
-    n_dims = max((i + 1 for i, n in enumerate(reversed(tensor.shape)) if n > 1), default=1)
-    return n_dims >= 2 and tensor.role not in F32_ROLES and not tensor.role.endswith("_norm")
-
-
 def type_of(recipe: Recipe, arch: Arch, tensor: Tensor, weighted: bool) -> Type:
     """The type of one tensor. weighted: whether an importance matrix will be at hand."""
-    if not is_matrix(tensor):
+    if not tensor.is_matrix:
         return Type.F32
     if recipe.is_float:
         return recipe.default

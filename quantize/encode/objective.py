@@ -25,3 +25,7 @@ class Objective:
     covariance: Covariance | None = None  # H = E[x x^T], (n, n)
     rows: Rows | None = None  # of G = E[g g^T], (n_row, n_row): how the rows of the matrix follow each other
     inputs: F32 | None = None  # X (m, n): inputs of some tokens, to measure the error with, not to encode by
+
+    def corrected(self, values: F32) -> F32:
+        """A part (n_row, n) moved to make up for what its inputs lack, as far as that is known."""
+        return values if self.covariance is None else self.covariance.corrected(values)

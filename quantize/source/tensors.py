@@ -24,6 +24,8 @@ from quantize.source.forms import FORMS, Restore
 from quantize.source.found import is_of_activations
 from quantize.source.store import Store
 
+# Kept in float32: the router decides which experts run, and its matrix is small.
+F32_ROLES = ("ffn_gate_inp", "exp_probs_b")
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "feed_forward")  # of a layer, in order
 
 # What quantisers beside ours leave with a weight: compressed-tensors, GPTQ, AWQ, fp8 in other forms.
@@ -57,6 +59,12 @@ class Tensor:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is quantised at all. Norms, biases and the router stay float32."""
+        n_dims = max((i + 1 for i, n in enumerate(reversed(self.shape)) if n > 1), default=1)
+        return n_dims >= 2 and self.role not in F32_ROLES and not self.role.endswith("_norm")
 
     @property
     def sublayer(self) -> Sublayer:

@@ -11,7 +11,6 @@ from support import calibrated
 from support import checkpoints as make
 
 import cext
-from quantize import recipe
 from quantize.base import blas
 from quantize.measure.awq import Scales
 from quantize.measure.calibrate import Stream, SublayerStats
@@ -83,7 +82,7 @@ def test_of_an_expert(case: Case) -> None:
 def test_every_matrix_has_one(case: Case) -> None:
     evidence = case.evidence()
     for tensor in case.layer.values():
-        if recipe.is_matrix(tensor):
+        if tensor.is_matrix:
             for part in range(n_parts(tensor)):
                 covariance = evidence.covariance(tensor.role, part)
                 assert covariance is not None and covariance.n == tensor.shape[-1]

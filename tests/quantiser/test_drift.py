@@ -11,7 +11,6 @@ import pytest
 from support import calibrated
 from support import checkpoints as make
 
-from quantize import recipe
 from quantize.encode import feedback
 from quantize.encode.feedback import Covariance
 from quantize.layers import attend
@@ -75,7 +74,7 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
                 drift = FeedForward(arch, mine, stream, stats.exact, Scales(), read)
             for tensor, part in (of for some in bundles(list(mine.values())) for bundle in some for of in bundle):
                 values = read(tensor, part)
-                if recipe.is_matrix(tensor):
+                if tensor.is_matrix:
                     covariance = drift.covariance(tensor.role, part) if drift else None
                     covariance = covariance or evidence.covariance(tensor.role, part)
                     if covariance is not None and correct:
