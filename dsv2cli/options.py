@@ -113,21 +113,51 @@ GpuLayers = Annotated[
     int,
     number("--gpu-layers", within=Range(0, C_INT), help="Layers for a GPU, where llama.cpp was built for one."),
 ]
+
+Ram = Annotated[
+    str,
+    typer.Option(
+        "--ram",
+        metavar="SIZE|all",
+        help="Memory for the weights, as 12G or 9.5GiB: what it does not hold is read from the file as it is needed."
+        " The context takes its own beside it.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
+def _size(text: str) -> int:
+    """Bytes of memory. UsageError."""
+    from dsv2cli.errors import UsageError
+    from quantize import ArgumentError, parse_size
+
+    try:
+        return parse_size(text)
+    except ArgumentError as error:
+        raise UsageError(f"--ram: {error}", f"{error.hint}; all for what the file has") from error
+
+
 def wishes(
-    engine: Literal["auto", "dsv2", "llama.cpp"], rpc: str | None, gpu_layers: int, *, n_seq: int = 1, told: bool
+    engine: Literal["auto", "dsv2", "llama.cpp"],
+    rpc: str | None,
+    gpu_layers: int,
+    *,
+    n_seq: int = 1,
+    told: bool,
+    ram: str = "all",
 ) -> Wishes:
     """How a model is to be run, from the options above. UsageError."""
     from dsv2cli.errors import UsageError
     from dsv2cli.runtime import Wishes
 
+    nbytes = None if ram == "all" else _size(ram)
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
+    if nbytes is not None and (rpc is not None or gpu_layers or engine == "llama.cpp"):
+        raise UsageError("--ram is of dsv2's own engine", "leave it out: llama.cpp maps the file")
     if rpc is None:
-        return Wishes(engine, (), gpu_layers, n_seq, told)
+        return Wishes(engine, (), gpu_layers, n_seq, told, nbytes)
     from dsv2cli.engines.llamacpp.rpc import parse
 
     return Wishes(engine, parse(rpc), gpu_layers, n_seq, told)

@@ -18,7 +18,7 @@ from dsv2cli.scheduler import Event, Read, Stats, Token
 from dsv2cli.terminal import LineReader, terminating_in_order
 
 if TYPE_CHECKING:
-    from cext import Sampler
+    from cext import DriveCounts, Sampler
     from dsv2cli.engines.protocol import Session
     from dsv2cli.runtime import Runtime
 
@@ -113,6 +113,8 @@ class Chat:
 
     def tell_stats(self) -> None:
         console.note(describe(self.last, self.runtime.load_seconds), "dim")
+        if counts := self.runtime.drive_counts():
+            console.note(describe_drive(*counts), "dim")
 
 
 @dataclass
@@ -176,6 +178,22 @@ def describe(stats: Stats, load_seconds: float) -> str:
         f" first token after {stats.prefill_seconds:.2f} s;"
         f" wrote {stats.n_answer} at {stats.decode_rate:.1f} tok/s{drafts};"
         f" {console.format_bytes(resident_bytes())} in memory"
+    )
+
+
+def describe_drive(decoding: DriveCounts, reading: DriveCounts) -> str:
+    """The line about experts that are read from the file, since it was opened."""
+
+    def share(part: int, whole: int) -> str:
+        return f"{100 * part / whole:.0f} %" if whole else "none"
+
+    token_bytes = decoding.bytes_read // max(decoding.tokens, 1)
+    return (
+        f"experts in memory when they were needed: {share(decoding.ready, decoding.needed)};"
+        f" {console.format_bytes(token_bytes)} read a token, {console.format_bytes(reading.bytes_read)} for prompts;"
+        f" guessed ahead: {share(decoding.right, decoding.needed_told)}, of the guesses right:"
+        f" {share(decoding.right, decoding.told)};"
+        f" waited {(decoding.wait_ns + reading.wait_ns) / 1e9:.2f} s for the drive"
     )
 
 

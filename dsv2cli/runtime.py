@@ -17,6 +17,7 @@ from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
+    from cext import DriveCounts
     from cext.model import KvType
     from cext.tokenizer import Tokenizer
     from dsv2cli.engines.llamacpp.rpc import Endpoint
@@ -48,6 +49,12 @@ class Runtime:
         """Tokens of context that the model was trained for; 0 where its file does not say."""
         return self.model.hparams["n_ctx_train"]
 
+    def drive_counts(self) -> tuple[DriveCounts, DriveCounts] | None:
+        """Of decoding and of reading prompts, since it was opened; None where all weights are in memory."""
+        from cext import Model as Ours
+
+        return self.model.drive_counts() if isinstance(self.model, Ours) else None
+
     def context(self, n_ctx: int) -> int:
         """``n_ctx``, or for 0 what the model was trained for."""
         return n_ctx or min(self.n_ctx_train or DEFAULT_CONTEXT, MAX_CONTEXT)
@@ -64,14 +71,15 @@ class Runtime:
 @dataclass(frozen=True)
 class Wishes:
     """How a model is to be run. servers: RPC servers that hold its layers; gpu_layers: layers for a GPU; n_seq:
-    sequences that are stepped together; all llama.cpp's. told: whether the person who runs it is to see what was
-    chosen, and how far loading has come."""
+    sequences that are stepped together; all llama.cpp's. ram: dsv2's own. told: whether the person who runs it is to
+    see what was chosen, and how far loading has come."""
 
     engine: Wanted = "auto"
     servers: tuple[Endpoint, ...] = ()
     gpu_layers: int = 0
     n_seq: int = 1
     told: bool = True
+    ram: int | None = None  # bytes for weights; None: all that there are
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
         from cext import EngineError, Model, UnsupportedError, eval_batch
 
         try:
-            model = Model(path, threads)
+            model = Model(path, threads, ram=wishes.ram)
         except UnsupportedError as error:
             if loading.exception() is None:
                 loading.result().close()
@@ -124,7 +132,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
             model.close()
             raise
     tell(path, [*model.notes, *tokenizer.notes])
-    return model, tokenizer, eval_batch, lambda: None, OURS
+    return model, tokenizer, eval_batch, model.stop, OURS
 
 
 def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:

@@ -47,6 +47,7 @@ def perplexity(
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
+    ram: options.Ram = "all",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -54,7 +55,7 @@ def perplexity(
     from dsv2cli.evaluate import evaluate
     from dsv2cli.text import read, read_stdin
 
-    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet)
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram)
     paths = [locate.model(name) for name in (model, reference) if name is not None]
     content = read_stdin(waits=quiet) if str(text) == "-" else read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
