@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,6 +88,7 @@ class Result:
     rounds: int
     rows: list[Row]
     footprints: dict[str, Footprint]
+    notes: list[str]  # of the engines, on how they ran
 
 
 def tests(n_prefill: int, n_decode: int, depths: Sequence[int]) -> list[Test]:
@@ -134,7 +136,8 @@ def run(
         told("measuring memory", total, total)
         footprints = {name: runs.footprint() for name, runs in engines.items()}
         isa = str(engines[engine].hello["isa"])
-    return Result(model, used, isa, machine(), rounds, rows, footprints)
+        notes = [note for runs in engines.values() for note in runs.hello["notes"]]
+    return Result(model, used, isa, machine(), rounds, rows, footprints, notes)
 
 
 class Contender:
@@ -168,14 +171,22 @@ class Contender:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise CliError(
-                f"{self.name} ended with exit code {self._process.wait()}", "DSV2_DEBUG=1 shows what it said"
-            )
+            raise CliError(f"{self.name} {ending(self._process.wait())}", "DSV2_DEBUG=1 shows what it said")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            of_another = self.name != OURS and not answer["error"].startswith(self.name)
+            of_another = self.name != OURS and self.name not in answer["error"]
             raise CliError(f"{self.name}: {answer['error']}" if of_another else answer["error"], answer.get("hint", ""))
         return answer
+
+
+def ending(code: int) -> str:
+    """ "ended with exit code 1", "ended by SIGSEGV": a process's, by its return code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"ended by signal {-code}"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 
 SEED = 20240507
 PAUSE = 0.05  # seconds after which the workers of the engine that ran before sleep, and no longer spin
+NOT_REPACKED = (
+    "llama.cpp's AMX layout of weights can end its process: it is measured with the weights as the file has them"
+)
 BATCH = 512  # tokens computed at once where a context is filled; llama.cpp's own default in its batches
 Ids = NDArray[np.int32]
 
@@ -36,6 +38,7 @@ class Engine(Protocol):
     threads: int
     isa: str
     n_vocab: int
+    notes: list[str]  # what a reader of the figures should know
 
     def select(self, variant: str, sequences: int) -> None:
         """Run with this setting, so many sequences side by side, from now on."""
@@ -58,6 +61,7 @@ class Ours:
 
         self._model = Model(model, threads or None)
         runtime.tell(model, self._model.notes)
+        self.notes: list[str] = []
         self._n_ctx = n_ctx
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
@@ -98,23 +102,19 @@ class Ours:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python: mapped file, repacked weights. A setting is flash attention off or on and,
-    where it is not f16, the cache's type: "fa=1,kv=q8_0"."""
+    """llama.cpp through llama-cpp-python: mapped file, weights repacked where it can (``may_repack``). A setting is
+    flash attention off or on and, where it is not f16, the cache's type: "fa=1,kv=q8_0"."""
 
     def __init__(self, model: Path, n_ctx: int, threads: int) -> None:
-        import llama_cpp
-
         from cext import cores
+        from dsv2cli.engines.llamacpp import library
 
-        self._lib = llama_cpp
-        self._discard = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._discard, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
+        self._lib = llama_cpp = library.library()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), params)
-        if not self._model:
-            raise RuntimeError("llama.cpp cannot load the model")
+        params.use_extra_bufts = library.may_repack()
+        self.notes = [] if params.use_extra_bufts else [NOT_REPACKED]
+        self._model, _ = library.load(str(model), params)
         self.threads, self.isa = threads or cores(), f"llama.cpp {llama_cpp.__version__}"
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._n_ctx = n_ctx
@@ -215,7 +215,7 @@ def footprint() -> dict[str, int]:
 
 def load(name: str, model: Path, n_ctx: int, threads: int) -> tuple[Engine, float]:
     """An engine and the seconds from opening the file to its first logits, imports not counted."""
-    __import__("cext" if name == "dsv2" else "llama_cpp")
+    __import__("cext" if name == "dsv2" else "dsv2cli.engines.llamacpp.library")
     begun = time.perf_counter()
     engine: Engine = Ours(model, n_ctx, threads) if name == "dsv2" else LlamaCpp(model, n_ctx, threads)
     engine.eval(np.zeros(1, np.int32))
@@ -232,7 +232,7 @@ def serve(name: str, model: Path, n_ctx: int, threads: int) -> None:
 
     try:
         engine, seconds = load(name, model, n_ctx, threads)
-        answer({"load_seconds": seconds, "threads": engine.threads, "isa": engine.isa})
+        answer({"load_seconds": seconds, "threads": engine.threads, "isa": engine.isa, "notes": engine.notes})
         for line in sys.stdin:
             request = json.loads(line)
             if request["kind"] == "memory":

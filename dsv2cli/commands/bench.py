@@ -67,6 +67,8 @@ def bench(
             kv_type=kv,
             told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
         )
+    for note in result.notes:
+        console.note(f"({note})", "dim")
     if as_json:
         console.print_json(describe(result))
     elif as_csv:
@@ -143,6 +145,7 @@ def describe(result: Result) -> dict[str, Any]:
         "machine": result.machine,
         "rounds": result.rounds,
         "tests": [describe_row(row) for row in result.rows],
+        "notes": result.notes,
         "engines": {name: asdict(footprint) for name, footprint in result.footprints.items()},
     }
 

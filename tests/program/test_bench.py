@@ -8,12 +8,14 @@ from pathlib import Path
 import bench_context
 import numpy as np
 import pytest
+from support import llama
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
 from dsv2cli import benchmark
 from dsv2cli.benchmark import LLAMA, OURS
 from dsv2cli.contender import BATCH, LlamaCpp, Ours, measure
+from dsv2cli.errors import CliError
 from dsv2cli.llama_state import lengthened
 
 SPEC = variant(spec_named("lite"), n_ctx=4096, n_layer=27)  # without q-LoRA llama.cpp runs 26, 27 or 48 layers
@@ -89,6 +91,31 @@ def test_llama_cpp_takes_a_lengthened_context(model: Path, setting: str) -> None
     assert engine._lib.llama_memory_seq_pos_max(memory, 0) == depth
     assert measure(engine, "decode", 2, depth, 1, setting) > 0
     assert engine._lib.llama_memory_seq_pos_max(memory, 0) == depth + 1
+
+
+@pytest.mark.parametrize("spec", ["moe", "moe_shared"])
+def test_both_read_a_quantised_file_of_plain_attention(tmp_path: Path, spec: str) -> None:
+    """Matrices that a processor with AMX would be given in its own layout, several tokens at once."""
+    plain = write_model(tmp_path / "f32.gguf", spec_named(spec))
+    path = llama.quantize(plain, tmp_path / "q8_0.gguf", llama.FILE_TYPES["q8_0"])
+    tests = [benchmark.Test("prefill", 40), benchmark.Test("decode", 2, 40)]
+    result = benchmark.run(path, tests, threads=2, rounds=1, against=(LLAMA,))
+    assert [len(row.ratios) for row in result.rows] == [1, 1]
+
+
+def test_llama_cpps_own_reason(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", variant(SPEC, n_layer=3))
+    with pytest.raises(CliError, match=r"^`.*m\.gguf`: llama\.cpp \S+ cannot load it: .*q_lora_rank") as caught:
+        benchmark.run(path, [benchmark.Test("decode", 1)], threads=1, rounds=1, against=(LLAMA,))
+    assert "another file" in caught.value.hint
+
+
+def test_how_a_process_ended() -> None:
+    assert [benchmark.ending(code) for code in (1, -11, -200)] == [
+        "ended with exit code 1",
+        "ended by SIGSEGV",
+        "ended by signal 200",
+    ]
 
 
 # Ours.

@@ -73,4 +73,4 @@ def write_model(
         tensors["output.weight"][IDS[EOS]] = 0  # a logit of 0, and of some 270 random ones the largest is above
     if dtype is not None:
         tensors = {n: t if t.ndim == 1 or "ffn_gate_inp" in n else t.astype(dtype) for n, t in tensors.items()}
-    return write_tensors(path, gguf_metadata(spec) | vocabulary(template), tensors)
+    return write_tensors(path, gguf_metadata(spec) | vocabulary(template), tensors, spec.arch)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from cext.vocabulary import start_llama
+from cext.errors import UnsupportedError
+from cext.vocabulary import kept_log, start_llama
 from dsv2cli import console
 
 T = TypeVar("T")
@@ -33,6 +34,37 @@ def library() -> Any:
 
 def version() -> str:
     return str(library().__version__)
+
+
+def may_repack() -> bool:
+    """Whether llama.cpp may copy weights into layouts of its own, which are faster.
+
+    Not where it was built for AMX: GCC 12 takes the instruction that sets the tiles' shapes to read 8 bytes of 64 and
+    leaves the rest unwritten, so that two tokens at once end the process; and experts of f16 in AMX's layout end in a
+    failed check. llama.cpp cannot be asked for its other layouts alone.
+    """
+    return b"AMX_INT8 = 1" not in library().llama_print_system_info()
+
+
+def load(path: str, params: Any) -> tuple[Any, list[str]]:
+    """llama.cpp's model of a file, which the caller frees, and what it warned of.
+
+    UnsupportedError with llama.cpp's own reason.
+    """
+    lib = library()
+    with kept_log() as log:
+        model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise UnsupportedError(f"`{path}`: llama.cpp {version()} cannot load it: {log.reason}", _remedy(log.reason))
+    return model, log.warnings
+
+
+def _remedy(reason: str) -> str:
+    if "unknown model architecture" in reason or "pre-tokenizer" in reason:
+        return "llama-cpp-python may be older than this model: pip install -U llama-cpp-python"
+    if "memory" in reason or "alloc" in reason:
+        return "free some memory, or take a smaller type"
+    return "take another file of the model: this one may be damaged, or of another program"
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dsv2cli import console
 from dsv2cli.engines.cache import Cache, cache_of, count
 from dsv2cli.engines.choice import MODEL_HINT, architecture_of, no_chat_model
 from dsv2cli.engines.llamacpp import rpc
-from dsv2cli.engines.llamacpp.library import Worker, library, version
+from dsv2cli.engines.llamacpp.library import Worker, library, load, may_repack, version
 from dsv2cli.engines.llamacpp.session import Room, Session, step
 from dsv2cli.engines.protocol import Shape
 
@@ -32,7 +31,6 @@ F32 = NDArray[np.float32]
 STEP = 512  # tokens computed at once; llama.cpp's own default
 NO_ROOM, ABORTED = 1, 2  # what llama_decode returns
 ALL_LAYERS = 1 << 16
-HALVES = ("f16", "bf16")
 NUMBERS = ("f64", "i8", "i16", "i32", "i64")  # types that no product takes: llama.cpp would read past its tables
 MATRIX = re.compile(r"token_embd\.weight|output\.weight|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)\w*)\.weight")
 
@@ -53,7 +51,6 @@ class Facts:
     n_layer: int
     width: int
     n_head: int
-    has_half_experts: bool
 
 
 def study(path: str | PathLike[str]) -> Facts:
@@ -76,7 +73,6 @@ def study(path: str | PathLike[str]) -> Facts:
             count(keys, "block_count"),
             count(keys, "embedding_length"),
             count(keys, "attention.head_count"),
-            any("_exps." in t.name and t.type_name in HALVES for t in gguf.tensors),
         )
 
 
@@ -126,17 +122,12 @@ class Model:
 
         params.progress_callback = progress
 
-        def load() -> tuple[Any, Any]:
-            with kept_log() as log:
-                return lib.llama_model_load_from_file(os.fsencode(path), params), log
-
-        self._model, log = self.worker.run(load)
-        if not self._model:
+        try:
+            self._model, warnings = self.worker.run(lambda: load(self.path, params))
+        except BaseException:
             self.worker.close()
-            raise UnsupportedError(
-                f"`{self.path}`: llama.cpp {version()} cannot load it: {log.reason}", _remedy(log.reason)
-            )
-        self.notes = [*notes, *(f"llama.cpp says: {line}" for line in log.warnings)]
+            raise
+        self.notes = [*notes, *(f"llama.cpp says: {line}" for line in warnings)]
         self.is_recurrent = bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
         self.n_vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
         self.hparams: Shape = {
@@ -150,8 +141,8 @@ class Model:
 
     def _may_repack(self, notes: list[str]) -> bool:
         """Whether llama.cpp may copy the weights into a layout that is faster: where memory holds them twice."""
-        if self.facts.has_half_experts:
-            return False  # AMX's layout for these ends in a failed check when it computes
+        if not may_repack():
+            return False
         free = free_bytes()
         if free is not None and self.facts.nbytes > free:
             notes.append(
@@ -320,11 +311,3 @@ class Model:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _remedy(reason: str) -> str:
-    if "unknown model architecture" in reason or "pre-tokenizer" in reason:
-        return "llama-cpp-python may be older than this model: pip install -U llama-cpp-python"
-    if "memory" in reason or "alloc" in reason:
-        return "free some memory, or take a smaller type"
-    return "take another file of the model: this one may be damaged, or of another program"
