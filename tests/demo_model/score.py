@@ -1,15 +1,17 @@
 """Whether the packaged model is worth talking to: a table of what it must show, sampled as the program samples by default.
 
-usage: score.py MODEL.gguf [SEEDS [EVERY]]   (EVERY: each n-th case only)
+usage: score.py MODEL.gguf [--seeds 3] [--every 1]   (every: each n-th case only)
+       score.py MODEL.gguf --teacher TEACHER.gguf --heldout HELDOUT.jsonl   (the row of the teacher's perplexity alone)
 
 The prompts and the word lists were written before the model was trained; mix.py keeps them out of its text, apart from
 greetings of a word or two.
 """
 
+import argparse
 import json
+import math
 import random
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ BARS = {
     "first prompts": 0.95, "stories": 0.90, "capitals": 0.90, "definitions": 0.60, "sums": 0.80, "lists of five": 0.80, "second turns": 0.80, "JSON": 0.70,
 }  # fmt: skip
 MAX_TOKENS = 400
+N_HELDOUT = 40  # prompts of those set apart that the teacher judges answers to, beside the first ones
+WORST = 2.5  # how much less likely the model's answers may be to the teacher than its own: a ratio of perplexities
 FIRST = [  # a prompt and the words of which one must be in its answer
     ("Hello", "hello|hi |hi!|help"), ("Hi, how are you?", "fine|well|good|great|hello|hi"), ("good morning to you", "morning|hello|hi|help|good"), ("hey, anyone there?", "hello|hi|here|help|yes"),
     ("So who are you, exactly?", "model|dsv2"), ("What kind of thing are you?", "model|dsv2"), ("Tell me a little about yourself, please.", "model|dsv2"), ("are you a person?", "model|dsv2|no"),
@@ -285,24 +289,66 @@ def table(results: list[tuple[str, bool]]) -> str:
 
 def asked(job: tuple[Path, int, int]) -> list[dict[str, object]]:
     """Every case once (or each n-th), with one seed: a process of its own for each seed."""
-    from asking import Program  # the engine: not wanted where only cases() is
+    from asking import converse  # the engine: not wanted where only cases() is
+
+    from dsv2cli.runtime import open_model
 
     path, seed, every = job
-    program, said = Program(path), []
-    for case in cases()[::every]:
-        answers = program.converse(case.asks, seed, MAX_TOKENS)
-        said.append({"row": case.row, "seed": seed, "good": case.good(answers), "asks": case.asks, "answers": answers})
+    said: list[dict[str, object]] = []
+    with open_model(path, None) as opened:
+        for case in cases()[::every]:
+            answers = converse(opened, case.asks, seed, MAX_TOKENS)
+            good = case.good(answers)
+            said.append({"row": case.row, "seed": seed, "good": good, "asks": case.asks, "answers": answers})
     return said
 
 
-def main(path: Path, n_seeds: int, every: int) -> None:
-    with Pool(n_seeds) as pool:
-        said = [
-            row for part in pool.map(asked, [(path, seed, every) for seed in range(1, n_seeds + 1)]) for row in part
-        ]
-    Path(f"{path.stem}.said.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in said))
+def judged(path: Path, teacher: Path, heldout: Path, n_seeds: int) -> str:
+    """A line for each kind of prompt: the teacher's perplexity of the model's answers, and of its own to the same prompts.
+
+    The prompts set apart have an answer of the teacher's (mix.py puts these first), sampled cooler than the program
+    does, under a system message, and cleaned. To the first prompts it answers here, once, sampled as the model is.
+    """
+    from asking import converse
+    from losses import mean_nats
+
+    from dsv2cli.runtime import open_model
+
+    apart = [json.loads(line)["messages"] for line in heldout.read_text().splitlines()[: 10 * N_HELDOUT]]
+    kept = [(turns[0]["content"], turns[1]["content"]) for turns in apart if len(turns) == 2][:N_HELDOUT]
+    first, lines = [ask for ask, _ in FIRST], []
+    with open_model(path, None) as ours, open_model(teacher, None) as judge:
+        own = [(ask, converse(judge, [ask], 1, MAX_TOKENS)[0].rstrip("\0")) for ask in first]
+        for name, answers in (("first prompts", own), ("set apart", kept)):
+            seeds = range(1, n_seeds + 1)
+            said = [(ask, converse(ours, [ask], n, MAX_TOKENS)[0].rstrip("\0")) for n in seeds for ask, _ in answers]
+            model, teachers = math.exp(mean_nats(judge, said)), math.exp(mean_nats(judge, answers))
+            lines.append(
+                f"{name:14} perplexity {model:.2f} of {len(said)} answers, {teachers:.2f} of the teacher's own"
+                f" {len(answers)}: {model / teachers:.2f}x  must under {WORST}x"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the packaged model must show.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=1, help="each n-th case only")
+    parser.add_argument("--teacher", type=Path, help="a GGUF: how likely the answers are to it, and nothing else")
+    parser.add_argument("--heldout", type=Path, help="the conversations that mix.py set apart; with --teacher")
+    args = parser.parse_args()
+    if (args.teacher is None) != (args.heldout is None):
+        parser.error("--teacher and --heldout go together")
+    if args.teacher is not None:
+        print(judged(args.model, args.teacher, args.heldout, args.seeds))
+        return
+    with Pool(args.seeds) as pool:
+        jobs = [(args.model, seed, args.every) for seed in range(1, args.seeds + 1)]
+        said = [row for part in pool.map(asked, jobs) for row in part]
+    Path(f"{args.model.stem}.said.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in said))
     print(table([(str(x["row"]), bool(x["good"])) for x in said]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(x) for x in sys.argv[2:4] + ["3", "1"][len(sys.argv[2:4]) :]))
+    main()
