@@ -31,9 +31,9 @@ def path() -> Path | None:
 
 def read() -> list[str]:
     """The latest lines, oldest first. Bytes that are no text stand there as surrogates."""
-    with contextlib.suppress(OSError), _opened() as file:
+    with contextlib.suppress(OSError), _opened() as (file, is_alone):
         lines = file.read().split(b"\n")[:-1]
-        if len(lines) > 2 * LINES:
+        if is_alone and len(lines) > 2 * LINES:
             file.seek(0)
             file.truncate()
             file.write(b"".join(line + b"\n" for line in lines[-LINES:]))
@@ -43,20 +43,22 @@ def read() -> list[str]:
 
 def add(text: str) -> None:
     """Remember a text that was typed."""
-    with contextlib.suppress(OSError, UnicodeError), _opened() as file:
+    with contextlib.suppress(OSError, UnicodeError), _opened() as (file, _):
         file.write(os.fsencode(text) + b"\n")
 
 
 @contextlib.contextmanager
-def _opened() -> Iterator[BinaryIO]:
-    """The file, made where it is missing, to read and to append to, for this process alone. OSError."""
+def _opened() -> Iterator[tuple[BinaryIO, bool]]:
+    """The file, made where it is missing, to read and to append to, and whether it is this process's alone: not
+    where another's lock outlasts PATIENCE, or nothing can be locked. OSError."""
     place = path()
     if place is None:
         raise FileNotFoundError
     place.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
         end = time.monotonic() + PATIENCE
+        is_alone = False
         with contextlib.suppress(OSError):  # a file system without locks
-            while not system.try_lock(file.fileno()) and time.monotonic() < end:
+            while not (is_alone := system.try_lock(file.fileno())) and time.monotonic() < end:
                 time.sleep(PAUSE)
-        yield file
+        yield file, is_alone

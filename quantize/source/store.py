@@ -1,4 +1,4 @@
-"""store.py: what holds a model's weights, whatever its files are. checkpoint.py and gguf.py each have one.
+"""store.py: what holds a model's weights, whatever its files are. checkpoint.py and gguf_source.py each have one.
 
 Weights go by the names that Hugging Face's checkpoints of the family give them.
 """

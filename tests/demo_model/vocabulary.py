@@ -1,6 +1,6 @@
 """The vocabulary: byte-level BPE of 8,192 entries with DeepSeek's pre-tokenizer, made for this text, and its control tokens.
 
-usage: vocabulary.py STORYTELLER_TOKENIZER.json ANSWERS.jsonl... OUT.json   (the pre-tokenizer is taken from the first)
+usage: vocabulary.py ANSWERS.jsonl... OUT.json
 """
 
 import json
@@ -10,9 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mix
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CONTROL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+# DeepSeek-V2's words, in the order in which they are split off: GGUF's pre-tokenizer `deepseek-llm`.
+LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ"
+    "-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰"
+    "-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+WORDS = ("[\r\n]", rf"\s?[{LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+")
 N_VOCAB = 8192
 BOS, EOS, USER, ASSISTANT = range(N_VOCAB - len(CONTROL), N_VOCAB)
 
@@ -42,9 +49,18 @@ def _texts(answers: Sequence[Path]) -> Iterator[str]:
             yield text
 
 
-def main(model: Path, answers: Sequence[Path], out: Path) -> None:
-    like, tokenizer = Tokenizer.from_file(str(model)), Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = like.pre_tokenizer, like.decoder
+def blank() -> Tokenizer:
+    """A tokenizer that splits text as DeepSeek-V2's does, and has no vocabulary yet."""
+    tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(word), "isolated") for word in WORDS]
+    digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, digits, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def main(answers: Sequence[Path], out: Path) -> None:
+    tokenizer = blank()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=N_VOCAB - len(CONTROL), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
@@ -57,4 +73,4 @@ def main(model: Path, answers: Sequence[Path], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(x) for x in sys.argv[2:-1]], Path(sys.argv[-1]))
+    main([Path(x) for x in sys.argv[1:-1]], Path(sys.argv[-1]))

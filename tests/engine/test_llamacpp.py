@@ -1,4 +1,4 @@
-"""The same files in llama.cpp and here. It is the reference only where the model has no expert groups (DESIGN.md)."""
+"""The same files in llama.cpp and here. It is the reference only where the model has no expert groups (README)."""
 
 import gguf
 import numpy as np

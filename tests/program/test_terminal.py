@@ -16,6 +16,7 @@ from support.cli import Screen, environment, terminal
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
+from cext import system
 from cext.tokenizer import Message, Tokenizer
 from dsv2cli import history
 
@@ -290,6 +291,21 @@ def test_many_writers_of_one_history(tmp_path: Path) -> None:
     for name in "abc":
         assert [line for line in lines if line.startswith(name)] == [name * 50 + str(i) for i in range(150)]
     assert len(lines) == 450 and len(history_of(tmp_path)) <= 2 * history.LINES
+
+
+def test_a_history_that_another_holds_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that outlasts patience: its owner may be writing what a cut would lose."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(history, "PATIENCE", 0.05)
+    place = tmp_path / "dsv2" / "history"
+    place.parent.mkdir()
+    place.write_text("old\n" * (2 * history.LINES + 1), encoding="utf-8")
+    with place.open("rb+") as other:
+        assert system.try_lock(other.fileno())
+        assert len(history.read()) == history.LINES
+        history.add("new")
+        assert len(history_of(tmp_path)) == 2 * history.LINES + 2
+    assert history.read()[-1] == "new" and len(history_of(tmp_path)) == history.LINES
 
 
 def test_a_history_that_cannot_be_kept(model: Path, tmp_path: Path) -> None:
