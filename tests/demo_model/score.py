@@ -303,7 +303,7 @@ def asked(job: tuple[Path, int, int]) -> list[dict[str, object]]:
     return said
 
 
-def judged(path: Path, teacher: Path, heldout: Path, n_seeds: int) -> str:
+def judged(path: Path, teacher: Path, heldout: Path, n_seeds: int, every: int) -> Iterator[str]:
     """A line for each kind of prompt: the teacher's perplexity of the model's answers, and of its own to the same prompts.
 
     The prompts set apart have an answer of the teacher's (mix.py puts these first), sampled cooler than the program
@@ -315,33 +315,36 @@ def judged(path: Path, teacher: Path, heldout: Path, n_seeds: int) -> str:
     from dsv2cli.runtime import open_model
 
     apart = [json.loads(line)["messages"] for line in heldout.read_text().splitlines()[: 10 * N_HELDOUT]]
-    kept = [(turns[0]["content"], turns[1]["content"]) for turns in apart if len(turns) == 2][:N_HELDOUT]
-    first, lines = [ask for ask, _ in FIRST], []
+    kept = [(turns[0]["content"], turns[1]["content"]) for turns in apart if len(turns) == 2][:N_HELDOUT:every]
     with open_model(path, None) as ours, open_model(teacher, None) as judge:
-        own = [(ask, converse(judge, [ask], 1, MAX_TOKENS)[0].rstrip("\0")) for ask in first]
-        for name, answers in (("first prompts", own), ("set apart", kept)):
+
+        def line(name: str, own: list[tuple[str, str]]) -> str:
             seeds = range(1, n_seeds + 1)
-            said = [(ask, converse(ours, [ask], n, MAX_TOKENS)[0].rstrip("\0")) for n in seeds for ask, _ in answers]
-            model, teachers = math.exp(mean_nats(judge, said)), math.exp(mean_nats(judge, answers))
-            lines.append(
+            said = [(ask, converse(ours, [ask], n, MAX_TOKENS)[0].rstrip("\0")) for n in seeds for ask, _ in own]
+            model, teachers = math.exp(mean_nats(judge, said)), math.exp(mean_nats(judge, own))
+            return (
                 f"{name:14} perplexity {model:.2f} of {len(said)} answers, {teachers:.2f} of the teacher's own"
-                f" {len(answers)}: {model / teachers:.2f}x  must under {WORST}x"
+                f" {len(own)}: {model / teachers:.2f}x  must under {WORST}x"
             )
-    return "\n".join(lines)
+
+        yield line("set apart", kept)
+        asks = [ask for ask, _ in FIRST[::every]]
+        yield line("first prompts", [(ask, converse(judge, [ask], 1, MAX_TOKENS)[0].rstrip("\0")) for ask in asks])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the packaged model must show.")
     parser.add_argument("model", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=1, help="each n-th case only")
+    parser.add_argument("--every", type=int, default=1, help="each n-th case or prompt only")
     parser.add_argument("--teacher", type=Path, help="a GGUF: how likely the answers are to it, and nothing else")
     parser.add_argument("--heldout", type=Path, help="the conversations that mix.py set apart; with --teacher")
     args = parser.parse_args()
     if (args.teacher is None) != (args.heldout is None):
         parser.error("--teacher and --heldout go together")
     if args.teacher is not None:
-        print(judged(args.model, args.teacher, args.heldout, args.seeds))
+        for line in judged(args.model, args.teacher, args.heldout, args.seeds, args.every):
+            print(line, flush=True)
         return
     with Pool(args.seeds) as pool:
         jobs = [(args.model, seed, args.every) for seed in range(1, args.seeds + 1)]
