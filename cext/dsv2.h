@@ -61,7 +61,7 @@ int ds_session_n_ctx(const ds_session *session);
 size_t ds_session_bytes(const ds_session *session); /* of the cache, full */
 const char *ds_session_kv_type(const ds_session *session);
 /* A session that begins with the first n tokens (0 <= n <= n_past) of this one and shares their cache: neither sees what
- * the other does later. */
+ * the other does later. This, a rewind, a repeat and a load are DS_EINVAL in a forked process. */
 ds_status ds_session_fork(const ds_session *session, int n, ds_session **out, ds_error *err);
 void ds_session_ids(const ds_session *session, int32_t *out); /* (n_past) of the tokens that it holds */
 /* Forget all but the first n tokens (0 <= n <= n_past). */

@@ -34,6 +34,7 @@ void ds_blocks_create(size_t n_bytes, ds_blocks *out) {
     *out = (ds_blocks){.stride = huge - all <= all / HUGE_WASTE ? huge : round_up(all, ds_pages_size())};
     out->n_slab = out->stride < SLAB_BYTES ? (int)(SLAB_BYTES / out->stride) : 1;
     ds_lock_init(&out->lock);
+    out->process = ds_process_id();
 }
 
 static ds_slab *slab_new(const ds_blocks *b) {
@@ -109,6 +110,7 @@ static void put_back(ds_blocks *b, unsigned char *block) {
 }
 
 void ds_blocks_drop(ds_blocks *blocks, unsigned char *block) {
+    if (blocks->process != ds_process_id()) return;
     ds_lock_take(&blocks->lock);
     const int left = --header_of(block)->holders;
     blocks->n_shared -= left == 1;
@@ -124,8 +126,9 @@ bool ds_blocks_sole(ds_blocks *blocks, const unsigned char *block) {
 }
 
 ds_blocks_usage ds_blocks_count(ds_blocks *blocks) {
-    ds_lock_take(&blocks->lock);
+    const bool shared = blocks->process == ds_process_id(); /* a forked child is alone with its copy */
+    if (shared) ds_lock_take(&blocks->lock);
     const ds_blocks_usage usage = {blocks->n_used, blocks->n_shared, blocks->n_used * blocks->stride};
-    ds_lock_give(&blocks->lock);
+    if (shared) ds_lock_give(&blocks->lock);
     return usage;
 }

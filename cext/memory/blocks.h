@@ -1,5 +1,8 @@
 /* blocks.h: memory in blocks of one size, each held by one sequence or by several that share a past. Owns the memory and
- * counts the holders; knows no rows. All but create and release may be called from several threads at once. */
+ * counts the holders; knows no rows. All but create and release may be called from several threads at once.
+ *
+ * In a forked child another thread may have held the lock at the fork, for ever: there a drop keeps the block until release,
+ * a count tells what it finds, and take, share and sole must not be called. */
 #pragma once
 
 #include <stdbool.h>
@@ -14,6 +17,7 @@ typedef struct ds_blocks {
     struct ds_slab *slabs; /* the oldest first: the younger ones empty themselves, and go back to the system */
     size_t n_used, n_shared; /* blocks held, and those of them held by more than one */
     ds_lock lock;
+    int64_t process; /* that made it */
 } ds_blocks;
 
 typedef struct ds_blocks_usage {

@@ -37,7 +37,8 @@ ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_
 
 ds_status ds_session_fork(const ds_session *session, int n, ds_session **out, ds_error *err) {
     ds_kv kv;
-    ds_status st;
+    ds_status st = ds_core_check(&session->model->core, err);
+    if (st != DS_OK) return st;
     if (n < 0 || n > session->n_past)
         return ds_fail(err, DS_EINVAL, "cannot fork after %d tokens: the session holds %d", n, session->n_past);
     if ((st = ds_kv_fork(&session->kv, n, &kv, err)) != DS_OK) return st;
@@ -57,6 +58,8 @@ size_t ds_session_bytes(const ds_session *session) { return ds_kv_bytes(session-
 const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.store->type); }
 
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
+    ds_status st = ds_core_check(&session->model->core, err);
+    if (st != DS_OK) return st;
     if (n < 0 || n > session->n_past)
         return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
     session->n_past = n;
@@ -65,7 +68,8 @@ ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
 }
 
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
-    ds_status st;
+    ds_status st = ds_core_check(&session->model->core, err);
+    if (st != DS_OK) return st;
     if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
     if (n < session->n_past || n > session->kv.n_ctx) {
         return ds_fail(err, DS_EINVAL, "cannot repeat up to %d tokens: the session holds %d, and %d fit", n,
@@ -93,7 +97,8 @@ ds_status ds_session_block_save(const ds_session *session, int block, unsigned c
 
 ds_status ds_session_block_load(ds_session *session, const unsigned char *content, int n, ds_error *err) {
     const int n_vocab = session->model->core.config.n_vocab;
-    ds_status st;
+    ds_status st = ds_core_check(&session->model->core, err);
+    if (st != DS_OK) return st;
     if (session->n_past % DS_KV_BLOCK || n < 1 || n > DS_KV_BLOCK || n > session->kv.n_ctx - session->n_past) {
         return ds_fail(err, DS_EINVAL, "a block of %d tokens behind %d, in a context of %d", n, session->n_past,
                        session->kv.n_ctx);

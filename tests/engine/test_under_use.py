@@ -165,7 +165,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 @needs_fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("devices", [(), (cext.Device(threads=2),)], ids=["one device", "two"])
-def test_a_model_after_a_fork_is_refused(path: Path, devices: tuple[cext.Device, ...]) -> None:
+def test_a_model_after_a_fork_is_refused(path: Path, devices: tuple[cext.Device, ...], tmp_path: Path) -> None:
     model = cext.Model(path, threads=2, devices=devices)
     session = model.session(16)
     expected = session.eval([1, 2, 3])
@@ -176,6 +176,16 @@ def test_a_model_after_a_fork_is_refused(path: Path, devices: tuple[cext.Device,
         with cext.Model(path, threads=2) as own:
             return str(np.array_equal(own.session(16).eval([1, 2, 3]), expected))
 
+    def use(call: str, *args: int) -> None:
+        said = in_child(lambda: str(getattr(session, call)(*args)))
+        assert said.startswith("ArgumentError: the model was opened in process"), call
+        assert session.n_past == 3
+
+    use("fork")
+    use("rewind", 1)
+    use("repeat", 10)
+    session.save(tmp_path / "session")
+    assert "the model was opened in process" in in_child(lambda: str(model.load_session(tmp_path / "session", 16)))
     assert in_child(open_again) == "True"
     assert session.eval([4]).shape == (SPEC.n_vocab,)
 

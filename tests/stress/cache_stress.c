@@ -1,13 +1,16 @@
 /* cache_stress.c: sessions that share a past, forked, evaluated, saved and closed by several threads at once, the model
- * closed before the last of them. Built with a sanitizer against the engine's static library; takes the path of a small
+ * closed before the last of them; and a child that was forked while a thread had the blocks' lock. Built with a sanitizer against the engine's static library; takes the path of a small
  * GGUF. Returns 1 where a fork's logits are not what they are alone, or a block is not given back. */
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "dsv2.h"
+#include "model/session.h"
 
 enum { N_PAST = 130, N_TAIL = 5, N_CTX = 300, N_THREADS = 4, N_ROUNDS = 12 };
 
@@ -106,6 +109,37 @@ static bool run_all(ds_model *model, const ds_session *origin) {
     return good;
 }
 
+/* In a child whose copy of the blocks' lock nobody will ever give back. */
+static bool is_refused(ds_model *model, ds_session *session) {
+    unsigned char *content = malloc(ds_session_block_bytes(session));
+    ds_session *fork;
+    ds_error err;
+    const size_t n_blocks = ds_model_cache(model).n_blocks;
+    const bool refused =
+        ds_session_block_save(session, 0, content, &err) == DS_OK &&
+        ds_session_fork(session, 1, &fork, &err) == DS_EINVAL && ds_session_rewind(session, 1, &err) == DS_EINVAL &&
+        ds_session_repeat(session, N_CTX, &err) == DS_EINVAL &&
+        ds_session_block_load(session, content, 1, &err) == DS_EINVAL && ds_session_n_past(session) == N_PAST;
+    free(content);
+    ds_session_destroy(session);
+    return refused && n_blocks == (N_PAST + DS_SESSION_BLOCK - 1) / DS_SESSION_BLOCK;
+}
+
+static bool check_child(ds_model *model, ds_session *session) {
+    int status = 0;
+    ds_lock *lock = &session->kv.store->blocks.lock;
+    ds_lock_take(lock);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        _exit(is_refused(model, session) ? 0 : 1);
+    }
+    ds_lock_give(lock);
+    const bool good = child > 0 && waitpid(child, &status, 0) == child && status == 0;
+    if (!good) printf("cache_stress: a forked child ended with status %#x\n", (unsigned)status);
+    return good;
+}
+
 static void *destroy(void *session) {
     ds_session_destroy(session);
     return NULL;
@@ -122,7 +156,8 @@ static bool check(const char *path, const char *kv_type) {
         return printf("cache_stress: %s\n", err.message), false;
     for (int i = 0; i < N_PAST; i++) ids[i] = (i * 7 + 1) % ds_model_config(model)->n_vocab;
     const ds_input input = {.session = origin, .ids = ids, .n = N_PAST};
-    bool good = ds_eval(model, &input, 1, NULL, NULL, &err) == DS_OK && run_all(model, origin);
+    bool good =
+        ds_eval(model, &input, 1, NULL, NULL, &err) == DS_OK && run_all(model, origin) && check_child(model, origin);
     for (int i = 0; i < N_THREADS; i++) ds_session_fork(origin, N_PAST - i, &last[i], &err);
     ds_session_destroy(origin);
     ds_model_close(model); /* the last fork takes it along */
