@@ -128,7 +128,13 @@ void *ds_pages_new_small(size_t size) {
 
 void *ds_pages_new(size_t size) { return advised(ds_pages_new_small(size), size); }
 
-void ds_pages_forget(void *pages, size_t size) { madvise(pages, size, MADV_DONTNEED); }
+void ds_pages_forget(void *pages, size_t size) {
+#if defined(__linux__)
+    madvise(pages, size, MADV_DONTNEED);
+#else /* elsewhere that is a hint, which macOS does not follow for memory: map it anew in its own place */
+    mmap(pages, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+#endif
+}
 
 size_t ds_pages_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
 

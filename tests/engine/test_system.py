@@ -1,10 +1,12 @@
-"""cext.system and cext.cores: locks between processes and descriptors, room on the disk, folders that last."""
+"""cext.system, cext.cores, os_posix.c: pages, locks of processes and descriptors, room on disk, folders that last."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,10 @@ import pytest
 
 import cext
 from cext import system
+from cext.system import resident_bytes
 
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+CEXT = Path(__file__).parents[2] / "cext"
 LOCK = "import os, sys; from cext import system; print(system.try_lock(os.open(sys.argv[1], os.O_RDWR)))"
 
 
@@ -88,3 +93,26 @@ def test_cores_follow_the_affinity_mask() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert int(done.stdout) == 1
     assert 1 <= cext.cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts pages in /proc")
+@pytest.mark.parametrize("flags", [(), ("-U__linux__",)], ids=["linux", "others"])
+def test_forgotten_pages_are_the_systems_again(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """By the advice that Linux follows, and by mapping anew where a system does not; they can be written again."""
+    built, size, kept = tmp_path / "os.so", 64 << 20, 1 << 20
+    command = [str(COMPILER), "-std=gnu11", "-shared", "-fPIC", *flags, f"-I{CEXT}", str(CEXT / "base/os_posix.c")]
+    subprocess.run([*command, "-pthread", "-o", str(built)], check=True, timeout=60)
+    pages = ctypes.CDLL(str(built))
+    pages.ds_pages_new_small.restype = ctypes.c_void_p
+    pages.ds_pages_new_small.argtypes = [ctypes.c_size_t]
+    pages.ds_pages_forget.argtypes = pages.ds_pages_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    start = pages.ds_pages_new_small(size)
+    ctypes.memset(start, 7, size)
+    full = resident_bytes()
+    pages.ds_pages_forget(start + kept, size - 2 * kept)
+    assert full - resident_bytes() > size // 2
+    ctypes.memset(start + kept, 5, kept)
+    found = [ctypes.string_at(at, 1) for at in (start, start + kept, start + size - kept)]
+    pages.ds_pages_release(start, size)
+    assert found == [b"\7", b"\5", b"\7"]
