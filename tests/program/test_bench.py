@@ -1,6 +1,7 @@
 """What measures: contexts filled the short way, sequences side by side, figures on their way to a table."""
 
 import csv
+import ctypes
 import struct
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -47,11 +48,11 @@ def test_processors_are_named(cpuinfo: str, name: str | None) -> None:
 # A saved sequence of llama.cpp, in its own layout.
 
 
-def state(n: int, layers: list[bytes], tail: bytes = b"") -> bytes:
+def state(n: int, layers: list[bytes], tail: bytes = b"", *, transposed: bool = False) -> bytes:
     """A head, one stream of n cells at positions 0, 1, ..., and for each layer the type, the row's size and n rows."""
     cells = b"".join(struct.pack("<iIi", i, 1, 0) for i in range(n))
     keys = b"".join(struct.pack("<iQ", 1, len(rows) // n) + rows for rows in layers)
-    return struct.pack("<IiII", 7, 0, 1, n) + cells + struct.pack("<II", 0, len(layers)) + keys + tail
+    return struct.pack("<IiII", 7, 0, 1, n) + cells + struct.pack("<II", transposed, len(layers)) + keys + tail
 
 
 @pytest.mark.parametrize(("depth", "repeated"), [(3, b"aabbcc"), (6, b"aabbcc" * 2), (8, b"aabbccaabbccaabb")])
@@ -60,10 +61,26 @@ def test_rows_are_repeated(depth: int, repeated: bytes) -> None:
     assert lengthened(state(3, [b"aabbcc", b"xxbbcc"]), 3, depth) == state(depth, [repeated, other])
 
 
+@pytest.mark.parametrize(("depth", "values"), [(6, b"pqrpqrxyzxyz"), (8, b"pqrpqrpqxyzxyzxy")])
+def test_values_are_repeated(depth: int, values: bytes) -> None:
+    """Two values of a byte at three positions: value by value where they lie transposed, else position by position."""
+    head, keys = struct.pack("<iII", 1, 1, 2), (b"aabbcc" * 3)[: 2 * depth]
+    short, long = (
+        state(3, [b"aabbcc"], head + b"pqrxyz", transposed=True),
+        state(depth, [keys], head + values, transposed=True),
+    )
+    assert lengthened(short, 3, depth) == long
+    head, rows = struct.pack("<iQ", 1, 2), (b"pxqyrz" * 3)[: 2 * depth]
+    assert lengthened(state(3, [b"aabbcc"], head + b"pxqyrz"), 3, depth) == state(depth, [keys], head + rows)
+
+
 @pytest.mark.parametrize(
     "content",
     [
         state(3, [b"aabbcc"], tail=b"values"),
+        state(3, [b"aabbcc"], tail=struct.pack("<iQ", 1, 1 << 60) + b"pqr"),
+        state(3, [b"aabbcc"], tail=struct.pack("<iII", 1, 1, 1 << 31) + b"pqr", transposed=True),
+        state(3, [b"aabbcc"], tail=struct.pack("<iII", 1, 1, 2) + b"pqrxyz" + b"more", transposed=True),
         state(3, [b"aabbcc"])[:-1],
         state(3, [b"aabbcc"])[:30],
         state(3, [b"aabbcc"]).replace(struct.pack("<II", 1, 3), struct.pack("<II", 2, 3), 1),
@@ -75,16 +92,30 @@ def test_other_layouts_are_left_alone(content: bytes) -> None:
     assert lengthened(content, 3, 6) is None
 
 
+def saved(engine: LlamaCpp, setting: str) -> bytes:
+    context = engine._contexts[setting]
+    out = (ctypes.c_uint8 * engine._lib.llama_state_seq_get_size(context, 0))()
+    engine._lib.llama_state_seq_get_data(context, out, len(out), 0)
+    return bytes(out)
+
+
 @pytest.mark.parametrize("setting", ["fa=0", "fa=1"])
-def test_llama_cpp_takes_a_lengthened_context(model: Path, setting: str) -> None:
+@pytest.mark.parametrize("kind", ["latent", "plain", "shared heads"])
+def test_llama_cpp_takes_a_lengthened_context(model: Path, tmp_path: Path, kind: str, setting: str) -> None:
     depth = 2 * BATCH + 200
-    engine = LlamaCpp(model, depth + 8, 1)
+    spec = {"plain": "moe", "shared heads": "moe_shared"}.get(kind)
+    path = write_model(tmp_path / "m.gguf", variant(spec_named(spec), n_ctx=4096)) if spec else model
+    engine = LlamaCpp(path, depth + 8, 1)
     engine.select(setting, 1)
     ids = np.arange(depth, dtype=np.int32) % 200
     evaluated = []
     run = engine.eval
     engine.eval = lambda ids: (evaluated.append(len(ids)), run(ids))  # type: ignore[method-assign,assignment]
+    run(ids[:BATCH])
+    want = lengthened(saved(engine, setting), BATCH, depth)
+    engine._rewind(0)
     engine.fill(ids)
+    assert saved(engine, setting) == want
     engine.step(np.array([5], np.int32))
     assert evaluated == [BATCH, 1]
     memory = engine._lib.llama_get_memory(engine._contexts[setting])
