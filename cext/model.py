@@ -191,6 +191,13 @@ class Model:
         """What the caches of all its sessions take now."""
         return CacheUsage(*_engine.model_cache(self._handle))
 
+    def n_left(self) -> None:
+        """None: sessions are not counted, each takes the blocks that it holds."""
+
+    def excess(self, budget: int) -> int:
+        """Bytes that the caches take beyond a budget."""
+        return max(0, self.cache_usage().nbytes - budget)
+
     def _hold(self, handle: _engine.Handle) -> Session:
         session = Session(self, handle)
         with self._listing:

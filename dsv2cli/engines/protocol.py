@@ -80,4 +80,11 @@ class Model(Protocol):
         """Memory that steps of n_tok tokens take beside weights and caches, and that is not taken yet."""
 
     def cache_usage(self) -> CacheUsage: ...
+    def n_left(self) -> int | None:
+        """Sequences that the caches made already have room for; None where a session takes but what it holds."""
+
+    def excess(self, budget: int) -> int:
+        """Bytes that caches take beyond the budget and would give back if sessions ended. What no session needs is
+        given back first."""
+
     def close(self) -> None: ...

@@ -153,7 +153,7 @@ class Engine:
     def __init__(self, runtime: Runtime, limits: Limits, kv: KvType) -> None:
         self.runtime, self.limits, self.kv = runtime, limits, kv
         self.figures = Figures()
-        self.prefixes = Prefixes(lambda: runtime.model.cache_usage().nbytes, limits.cache_bytes)
+        self.prefixes = Prefixes(runtime.model, limits.cache_bytes)
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
         evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
@@ -310,6 +310,8 @@ class Engine:
     def _sequence(self, ticket: Ticket, choice: int) -> tuple[Sequence, Text]:
         asked, tokenizer = ticket.asked, self.runtime.tokenizer
         found = self._find(ticket, choice)
+        if found is None:
+            self.prefixes.make_room()
         session = found.session if found else self.runtime.model.session(self.limits.n_ctx, self.kv)
         rows = None
         if asked.rows and choice == 0:
@@ -332,9 +334,13 @@ class Engine:
         asked = ticket.asked
         if self.limits.deterministic:
             return None
-        first = ticket.running.get(0)
-        if choice and first is not None:
-            return Found(first.context.session.fork(len(asked.prompt) - 1), len(asked.prompt) - 1, [])
+        n, first = len(asked.prompt) - 1, ticket.running.get(0)
+        if choice and first is not None and common(first.context.session.ids, ticket.ids) >= n:
+            if first in self._tickets:
+                self.prefixes.make_room()
+            if first in self._tickets or self.runtime.model.n_left() != 0:
+                return Found(first.context.session.fork(n), n, [])
+            del ticket.running[0]  # it has ended: as a kept one its sequence is there to be taken
         if not asked.use_cache:
             return None
         best, longest = None, LEAST - 1
@@ -343,9 +349,10 @@ class Engine:
                 n = common(sequence.context.session.ids, ticket.ids)
                 if n > longest:
                     best, longest = sequence.context.session, n
-        kept = self.prefixes.find(ticket.ids, asked.salt, rows=asked.rows, n_top=MAX_ROWS_TOP)
-        if best is None or (kept is not None and kept.n >= longest):
+        kept = self.prefixes.find(ticket.ids, asked.salt, least=longest, rows=asked.rows, n_top=MAX_ROWS_TOP)
+        if best is None or kept is not None:
             return kept
+        self.prefixes.make_room()
         return Found(best.fork(longest), longest, [])
 
     # What came of a step.

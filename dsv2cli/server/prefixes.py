@@ -2,14 +2,14 @@
 
 A kept prefix is a session: its blocks of cache are counted and shared (cext/memory/blocks.c), so that a fork of one
 costs nothing and prefixes that begin alike hold their common part once. The least recently used go first when the
-blocks take more than their budget.
+blocks take more than their budget. llama.cpp's contexts take the same full or empty and have a fixed number of
+sequences: there the least recently used go where a sequence is wanted and none is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -52,23 +52,39 @@ class Found:
     rows: list[Logprobs | None]
 
 
+class Caches(Protocol):
+    """What is asked of a model: see protocol.Model."""
+
+    def n_left(self) -> int | None: ...
+    def excess(self, budget: int) -> int: ...
+
+
 class Prefixes:
     """The kept sessions, the least recently used first. For one thread.
 
-    nbytes: how much the caches of all sessions of the model take now, running ones included; budget: what they may take
-    before the kept ones go.
+    budget: bytes that the caches of all sessions of the model, running ones included, may take before the kept ones go;
+    0 keeps none.
     """
 
-    def __init__(self, nbytes: Callable[[], int], budget: int) -> None:
-        self._nbytes, self._budget = nbytes, budget
+    def __init__(self, caches: Caches, budget: int) -> None:
+        self._caches, self._budget = caches, budget
         self._kept: list[Kept] = []
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, ids: NDArray[np.int32], salt: bytes, *, rows: bool = False, n_top: int = 0) -> Found | None:
-        """A fork of the session that shares the longest beginning; None where none shares enough."""
-        best, longest = None, LEAST - 1
+    def find(
+        self, ids: NDArray[np.int32], salt: bytes, *, least: int = LEAST, rows: bool = False, n_top: int = 0
+    ) -> Found | None:
+        """What begins as the kept session that shares the most does; None where none shares ``least`` tokens."""
+        best, n = self._longest(ids, salt, rows, n_top)
+        if best is None or n < max(least, LEAST):
+            return None
+        self._kept.remove(best)
+        return Found(self._begun(best, n), n, best.rows[: n + 1])
+
+    def _longest(self, ids: NDArray[np.int32], salt: bytes, rows: bool, n_top: int) -> tuple[Kept | None, int]:
+        best, longest = None, 0
         for kept in self._kept:
             if kept.salt != salt:
                 continue
@@ -77,16 +93,28 @@ class Prefixes:
                 n = min(n, len(kept.rows)) - 1 if kept.n_top >= n_top else 0
             if n > longest:
                 best, longest = kept, n
-        if best is None:
-            return None
-        self._kept.remove(best)
+        return best, longest
+
+    def _begun(self, best: Kept, n: int) -> Session:
+        """A fork of what was taken out of the list. Where no sequence is left for one, the oldest goes or the session
+        itself is given, its end lost: what are fewer tokens to read again."""
+        if self._kept and len(self._kept[0].ids) < len(best.ids) - n:
+            self.make_room()
+        if self._caches.n_left() == 0:
+            best.session.rewind(n)
+            return best.session
         self._kept.append(best)
-        return Found(best.session.fork(longest), longest, best.rows[: longest + 1])
+        return best.session.fork(n)
+
+    def make_room(self) -> None:
+        """Let go of the oldest until a sequence is left, or none is kept. Before a session is asked for."""
+        while self._kept and self._caches.n_left() == 0:
+            del self._kept[0]
 
     def keep(self, session: Session, salt: bytes, rows: list[Logprobs | None], n_top: int) -> None:
         """Take over a session that has ended. Those that are its beginning, with no more rows, are let go."""
         ids = session.ids
-        if len(ids) < LEAST:
+        if len(ids) < LEAST or not self._budget:
             return
         new = Kept(session, ids, salt, rows, n_top)
         self._kept = [kept for kept in self._kept if not _within(kept, new)]
@@ -97,7 +125,7 @@ class Prefixes:
 
     def trim(self) -> None:
         """Let go of the oldest until the caches fit their budget."""
-        while self._kept and self._nbytes() > self._budget:
+        while self._caches.excess(self._budget) and self._kept:
             del self._kept[0]
 
     def clear(self) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from support import llama as oracle
 from support import others
 from support.cli import COMMAND, assert_fails, dsv2, environment, terminal
 from support.others import LLAMA, MIXTRAL, QWEN2, SHAPES, Other
-from support.serving import served
+from support.serving import USUAL, served
 from support.tiny import add_key
 
 from cext import ContextFullError, EngineError, OutOfMemoryError, Sampler
@@ -33,6 +34,7 @@ from dsv2cli.engines import llamacpp
 from dsv2cli.engines.cache import cache_of
 from dsv2cli.engines.choice import not_ours
 from dsv2cli.engines.llamacpp.library import library
+from dsv2cli.runtime import Wishes
 from dsv2cli.scheduler import Context, Lookup, Scheduler, Sequence, Text
 
 LARGE = Other(n_embd=512, n_ff=2048, n_layer=24, n_head=8, n_head_kv=8, n_ctx=4096)
@@ -568,6 +570,68 @@ def test_serve_answers_with_it(written: Callable[..., Path]) -> None:
             bodies = list(pool.map(lambda _: server.asked("/v1/chat/completions", n=2, **asked), range(3)))
         said = [choice["message"]["content"] for body in bodies for choice in body["choices"]]
     assert said == [text] * 6
+
+
+TWO = replace(USUAL, n_ctx=256, parallel=2, cache_bytes=1)  # a cache that one context is more than
+
+
+def words(*numbers: int) -> str:
+    """A prompt that begins as no other does, and goes on for 30 tokens and more."""
+    return " ".join(f"{n} the hi a" for n in numbers for _ in range(8))
+
+
+def test_kept_prefixes_go_before_a_context_is_added(written: Callable[..., Path]) -> None:
+    with served(written(QWEN2), TWO, threads=1, wishes=Wishes(n_seq=2)) as server:
+        model, ask = server.engine.runtime.model, {"max_tokens": 4, "temperature": 0}
+        took = []
+        for n in range(8):
+            server.asked("/v1/completions", prompt=words(n), **ask)
+            took.append(model.cache_usage().nbytes)
+        assert set(took) == {took[0]} and len(server.engine.prefixes) == 2
+
+        def cached(prompt: str) -> int:
+            usage = server.asked("/v1/completions", prompt=prompt, **ask)["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached(words(7)) > 16 and cached(words(6)) > 16  # the two latest
+        assert cached(words(0)) < 16
+        assert cached(words(0)) > 16
+        assert model.cache_usage().nbytes == took[0]
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_prompt": False}])
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_answers_of_one_prompt_share_one_context(
+    written: Callable[..., Path], parallel: int, more: dict[str, Any]
+) -> None:
+    settings = replace(TWO, parallel=parallel)
+    with served(written(QWEN2), settings, threads=1, wishes=Wishes(n_seq=parallel)) as server:
+        ask = {"prompt": words(1), "max_tokens": 6, "temperature": 0, **more}
+        text = server.asked("/v1/completions", **ask)["choices"][0]["text"]
+        one = server.engine.runtime.model.cache_usage().nbytes
+        with ThreadPoolExecutor(3) as pool:
+            bodies = list(pool.map(lambda _: server.asked("/v1/completions", **ask, n=4), range(3)))
+        assert [c["text"] for body in bodies for c in body["choices"]] == [text] * 12
+        server.asked("/v1/completions", **ask)
+        assert server.engine.runtime.model.cache_usage().nbytes == one
+
+
+def test_contexts_without_sessions_are_given_back(written: Callable[..., Path]) -> None:
+    with llamacpp.Model(written(QWEN2), 1, n_seq=2) as made:
+        assert made.n_left() == 2
+        sessions = [made.session(64) for _ in range(3)]
+        one = made.cache_usage().nbytes // 2
+        assert made.n_left() == 1
+        assert made.excess(2 * one) == 0 and made.excess(one) == one and made.excess(0) == one
+        del sessions[0]
+        assert made.n_left() == 2 and made.excess(one) == one
+        del sessions[1]  # the only one of the second context
+        assert made.excess(2 * one) == 0 and made.cache_usage().nbytes == 2 * one
+        assert made.excess(one) == 0 and made.cache_usage().nbytes == one
+        np.testing.assert_array_equal(sessions[0].eval(IDS), made.session(64).eval(IDS))
+        sessions.clear()
+        made.session(32)
+        assert made.cache_usage().nbytes == one // 2  # one of another size takes its place
 
 
 def test_a_type_that_dsv2_lacks_is_llama_cpps() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from dsv2cli.runtime import Wishes
 from dsv2cli.server import process
 from dsv2cli.server.engine import Engine
 from dsv2cli.server.guard import Rules
@@ -53,11 +54,17 @@ class Served:
 
 @contextmanager
 def served(
-    path: Path, settings: Settings = USUAL, rules: Rules = OPEN, *, threads: int = 2, ready: bool = True
+    path: Path,
+    settings: Settings = USUAL,
+    rules: Rules = OPEN,
+    *,
+    threads: int = 2,
+    wishes: Wishes | None = None,
+    ready: bool = True,
 ) -> Iterator[Served]:
     """ready: the model has been loaded."""
     listening = process.listen("127.0.0.1", 0)
-    serving = process.Serving(process.Plan(process.load(path, threads, settings), rules, grace=5))
+    serving = process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules, grace=5))
     thread = threading.Thread(target=serving.run, args=(listening,), daemon=True)
     thread.start()
     try:

@@ -172,8 +172,28 @@ class Model:
         """What its contexts take, which is the same full or empty; they have no blocks."""
         return CacheUsage(0, 0, sum(room.nbytes for room in self._rooms))
 
+    def n_left(self) -> int:
+        """Sequences of its contexts that no session has; before there is a context, those of one."""
+        return sum(len(room.free) for room in self._rooms) if self._rooms else self._n_seq
+
+    def excess(self, budget: int) -> int:
+        """See protocol.Model. One context stays whatever it takes: sequences in it cost nothing more."""
+        nbytes = self.cache_usage().nbytes
+        while nbytes > budget and len(self._rooms) > 1 and (idle := next((r for r in self._rooms if r.is_idle), None)):
+            self._release([idle])
+            nbytes -= idle.nbytes
+        least = min((room.nbytes for room in self._rooms), default=0)
+        return max(0, nbytes - max(budget, least))
+
+    def _release(self, rooms: list[Room]) -> None:
+        """Give contexts back that no session is in."""
+        for room in rooms:
+            self._rooms.remove(room)
+            self.worker.run(room.close)
+
     def _new_room(self, n_ctx: int, kv_type: KvType) -> Room:
         lib, n_seq = library(), self._n_seq
+        self._release([room for room in self._rooms if room.is_idle])  # of other sizes, or it would be taken
         self._check_memory(n_ctx, kv_type, n_seq)
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq

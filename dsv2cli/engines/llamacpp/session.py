@@ -38,6 +38,11 @@ class Room:
         self.batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self.free = deque(range(n_seq))  # sequences that no session has; the cache may still hold what they had
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no session is in it."""
+        return len(self.free) == self.n_seq
+
     def close(self) -> None:
         if self.context is not None:
             library().llama_batch_free(self.batch)
