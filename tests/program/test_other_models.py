@@ -580,8 +580,9 @@ def words(*numbers: int) -> str:
     return " ".join(f"{n} the hi a" for n in numbers for _ in range(8))
 
 
-def test_kept_prefixes_go_before_a_context_is_added(written: Callable[..., Path]) -> None:
-    with served(written(QWEN2), TWO, threads=1, wishes=Wishes(n_seq=2)) as server:
+@pytest.mark.parametrize("cache_bytes", [1, 64 << 20])
+def test_kept_prefixes_go_before_a_context_is_added(written: Callable[..., Path], cache_bytes: int) -> None:
+    with served(written(QWEN2), replace(TWO, cache_bytes=cache_bytes), threads=1, wishes=Wishes(n_seq=2)) as server:
         model, ask = server.engine.runtime.model, {"max_tokens": 4, "temperature": 0}
         took = []
         for n in range(8):
