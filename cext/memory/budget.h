@@ -13,7 +13,8 @@ typedef struct ds_budget {
     size_t ram; /* bytes for weights; 0, or as much as all take: they stay mapped */
     const uint64_t *uses; /* (n_layer, n_expert) how often each expert was used so far, to begin with; or NULL */
     size_t n_uses;
-    /* Asked by who waits for a drive, on the thread that waits: whether the caller wants no more of it. May be NULL. */
+    /* Asked by who waits for a drive, or for a thread that does, on the thread that waits: whether the caller wants no
+     * more of it. May be NULL. */
     bool (*stop)(void *ctx);
     void *stop_ctx;
 } ds_budget;

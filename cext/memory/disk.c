@@ -33,12 +33,14 @@ typedef struct disk {
     bool *told; /* (layers, n_expert) by the last forecast */
     bool *told_layer; /* (layers) */
     double trust;
-    int64_t looked; /* when who waits last asked whether it is to stop */
     ds_error failure; /* of the last slot that failed, or of a wait */
     bool broken; /* a wait of the layer begun has failed: what its backend holds is let go at the end, and not before */
     ds_residency_counts counts[2]; /* decoding, reading */
     ds_residency_counts *now; /* of the step under way */
 } disk;
+
+/* When this thread last asked whether it is to stop. Each by itself: only one of them may be the one that hears it. */
+static _Thread_local int64_t looked;
 
 /* ---- The queue ---- */
 
@@ -258,8 +260,8 @@ static ds_status wait_for(ds_residency *r, int il, const int *experts, int n, ds
     ds_lock_take(&d->readers.lock);
     while ((st = look(d, il, experts, n, &found, err)) == DS_OK && !found) {
         ds_signal_wait_for(&d->readers.news, &d->readers.lock, DS_STOP_LOOK_NS);
-        if (ds_now_ns() - d->looked < DS_STOP_LOOK_NS) continue;
-        d->looked = ds_now_ns();
+        if (ds_now_ns() - looked < DS_STOP_LOOK_NS) continue;
+        looked = ds_now_ns();
         ds_lock_give(&d->readers.lock); /* whoever is asked may take its time */
         const bool stops = ds_budget_stops(&d->budget);
         ds_lock_take(&d->readers.lock);
@@ -276,6 +278,8 @@ static ds_status wait_for(ds_residency *r, int il, const int *experts, int n, ds
     ds_lock_give(&d->readers.lock);
     return st;
 }
+
+static bool stops(ds_residency *r) { return ds_budget_stops(&((const disk *)r)->budget); }
 
 static ds_expert get(const ds_residency *r, int il, int e) {
     const disk *d = (const disk *)r;
@@ -354,6 +358,7 @@ static void destroy(ds_residency *r) {
 static const ds_residency_ops DISK = {.begin = begin,
                                       .ready = ready,
                                       .wait = wait_for,
+                                      .stops = stops,
                                       .get = get,
                                       .release = release,
                                       .end = end,

@@ -8,8 +8,9 @@
 static bool read_blocks(ds_readers *r, const ds_read *read, int64_t at, size_t n, size_t least, unsigned char *to) {
     const ds_file file = read->from.file;
     int64_t got = ds_file_read(file, to, n, at);
-    if (got < 0 && errno == EINVAL && !atomic_load(&r->cached)) { /* opened, but not read past the cache */
-        atomic_store(&r->cached, true);
+    if (got < 0 && errno == EINVAL) { /* opened, but not read past the cache */
+        atomic_store(&r->cached,
+                     true); /* whoever set it before: others may have been refused together, of other files */
         ds_file_direct(file, false);
         got = ds_file_read(file, to, n, at);
     }

@@ -49,7 +49,7 @@ typedef struct ds_readers {
     int n_threads;
     int64_t process; /* that has the threads */
     atomic_bool ending;
-    atomic_bool cached; /* a file system would not have it otherwise */
+    atomic_bool cached; /* a file system would not have it otherwise, of one of the files at least */
 } ds_readers;
 
 /* In place: it is not to be moved. */

@@ -66,6 +66,8 @@ ds_status ds_residency_wait(ds_residency *r, int il, const int *experts, int n, 
     return r->ops->wait ? r->ops->wait(r, il, experts, n, err) : DS_OK;
 }
 
+bool ds_residency_stops(ds_residency *r) { return r->ops->stops && r->ops->stops(r); }
+
 ds_expert ds_residency_get(const ds_residency *r, int il, int e) { return r->ops->get(r, il, e); }
 
 void ds_residency_release(ds_residency *r, int il, const int *experts, int n) {

@@ -38,6 +38,8 @@ typedef struct ds_residency_ops {
     bool (*ready)(ds_residency *residency, int il, int e);
     /* Return when one of n experts of a plan begun is ready. Not all need be at once. */
     ds_status (*wait)(ds_residency *residency, int il, const int *experts, int n, ds_error *err);
+    /* Whether the caller wants no more of the step, asked by who waits for a thread that may be in `wait`. */
+    bool (*stops)(ds_residency *residency);
     /* Of an expert that is ready. Every thread may ask. */
     ds_expert (*get)(const ds_residency *residency, int il, int e);
     /* n experts that were ready have been computed. */
@@ -83,6 +85,7 @@ static inline uint64_t *ds_residency_uses(const ds_residency *r, int il) { retur
 ds_status ds_residency_begin(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
 bool ds_residency_ready(ds_residency *residency, int il, int e);
 ds_status ds_residency_wait(ds_residency *residency, int il, const int *experts, int n, ds_error *err);
+bool ds_residency_stops(ds_residency *residency);
 ds_expert ds_residency_get(const ds_residency *residency, int il, int e);
 void ds_residency_release(ds_residency *residency, int il, const int *experts, int n);
 void ds_residency_end(ds_residency *residency, int il);

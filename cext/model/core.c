@@ -79,6 +79,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_cor
     ds_status st;
     memset(out, 0, sizeof *out);
     out->process = ds_process_id();
+    atomic_init(&out->stopping, false);
     if ((st = ds_config_read(metadata, source, &out->config, err)) != DS_OK) return st;
     const int layer_end = spec->layer_end < 0 ? out->config.n_layer : spec->layer_end;
     if (spec->layer_begin < 0 || layer_end > out->config.n_layer) {
@@ -244,6 +245,7 @@ ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
     ds_request tail;
     ds_status st;
     ds_lock_take(&core->lock);
+    atomic_store(&core->stopping, false); /* under the lock: what is asked until then is of the step before */
     st = reserve(core, step_capacity(request->n_tok), err);
     const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
     if (st == DS_OK) ds_forward(core, request, cut ? &tail : NULL);

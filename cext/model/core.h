@@ -2,6 +2,8 @@
  * step. */
 #pragma once
 
+#include <stdatomic.h>
+
 #include "backend/backend.h"
 #include "base/os.h"
 #include "memory/budget.h"
@@ -41,6 +43,7 @@ typedef struct ds_core {
     ds_span *tail_spans; /* (DS_CHUNK) */
     long process; /* that made it, and has its threads */
     ds_lock lock; /* one step at a time: all of the above is shared */
+    atomic_bool stopping; /* the step under way, at its next wait; each begins without */
 } ds_core;
 
 /* Which part of a model, and what runs it. */

@@ -30,9 +30,12 @@ static ds_status bind_file(const ds_gguf *gguf, const ds_opening *opening, const
     return st;
 }
 
+/* What the caller says to one thread holds for all that wait. */
 static bool stops(void *ctx) {
-    const ds_model *model = ctx;
-    return atomic_load(&model->stopping) || ds_budget_stops(&model->budget);
+    ds_model *model = ctx;
+    atomic_bool *stopping = &model->core.stopping;
+    if (!atomic_load(stopping) && ds_budget_stops(&model->budget)) atomic_store(stopping, true);
+    return atomic_load(stopping);
 }
 
 /* Takes the gguf: it is closed on failure. */
@@ -44,7 +47,6 @@ static ds_status open_gguf(ds_gguf *gguf, const ds_opening *opening, ds_model **
         budget.stop = stops, budget.stop_ctx = model;
         model->budget = opening->budget;
         model->budget.uses = NULL; /* the caller's own until this returns */
-        atomic_init(&model->stopping, false);
         st = bind_file(gguf, opening, &budget, &model->core, err);
     }
     if (st != DS_OK) {
@@ -107,7 +109,7 @@ ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     return DS_OK;
 }
 
-void ds_model_stop(ds_model *model) { atomic_store(&model->stopping, true); }
+void ds_model_stop(ds_model *model) { atomic_store(&model->core.stopping, true); }
 
 bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading) {
     ds_residency *r = model->core.residency;
@@ -231,7 +233,6 @@ static ds_status lay_out(const ds_model *model, const ds_input *inputs, int n_in
 static ds_status run_step(ds_model *model, const ds_input *inputs, ds_request *step, ds_error *err) {
     ds_status st = reserve(step, inputs, err);
     if (st != DS_OK) return st;
-    atomic_store(&model->stopping, false);
     /* Before the step, lest it read past the end of a file cut short; after it, lest it has read half of another. */
     if ((st = ds_gguf_check(model->gguf, err)) == DS_OK && (st = ds_core_run(&model->core, step, err)) == DS_OK &&
         (st = ds_gguf_check(model->gguf, err)) == DS_OK)

@@ -11,7 +11,6 @@ struct ds_model {
     ds_gguf *gguf;
     ds_kv_store stores[DS_KV_TYPES];
     ds_budget budget; /* the caller's */
-    atomic_bool stopping; /* the step under way, at its next wait */
     atomic_int holders; /* who opened it, and its sessions */
 };
 

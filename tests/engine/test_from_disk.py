@@ -245,7 +245,10 @@ def test_a_drive_that_fails(tiny_gguf: Callable[[Spec], Path], slow_drive: Path,
 INTERRUPTED = """
     import signal, sys, threading, time
     import cext
-    model = cext.Model(sys.argv[1], ram=int(sys.argv[2]))
+    from cext import Device, Place
+    placement = [Place("experts", 1, range(1, 4), range({apart}))] if {apart} else []
+    devices = [Device(threads=1)] if {apart} else []
+    model = cext.Model(sys.argv[1], ram=int(sys.argv[2]), devices=devices, placement=placement)
     session = model.session(256)
     if {stop}:
         signal.signal(signal.SIGINT, lambda *_: model.stop())
@@ -261,11 +264,14 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.parametrize("apart", [0, 8, 16], ids=["one device", "two devices", "experts apart"])
 @pytest.mark.parametrize(("stop", "said"), [(False, "interrupted"), (True, "stopped 0")])
 def test_ctrl_c_is_heard_while_the_drive_is_slow(
-    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, stop: bool, said: str
+    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, apart: int, stop: bool, said: str
 ) -> None:
-    process = script(tiny_gguf(PLAIN), slow_drive, INTERRUPTED.format(stop=stop), DRIVE_MS="60")
+    """On the main thread, whichever thread waits for the experts: of `apart` of them a second device's."""
+    code = INTERRUPTED.format(stop=stop, apart=apart)
+    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_MS="60")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
@@ -275,6 +281,33 @@ def test_ctrl_c_is_heard_while_the_drive_is_slow(
     taken = time.monotonic() - begun
     process.communicate(timeout=60)
     assert taken < 0.3 + 0.3, "0.3 s, and as much for a busy machine"
+
+
+def test_a_step_that_comes_after_a_stop_leaves_it_to_the_one_under_way(
+    tiny_gguf: Callable[[Spec], Path], slow_drive: Path
+) -> None:
+    code = """
+        import sys, threading, time
+        import cext
+        model = cext.Model(sys.argv[1], ram=int(sys.argv[2]))
+        first, second = model.session(256), model.session(256)
+        def step():
+            try:
+                first.eval([1, 2, 3] * 10)
+                print("not stopped", flush=True)
+            except cext.StoppedError:
+                print("stopped", flush=True)
+        thread = threading.Thread(target=step)
+        thread.start()
+        time.sleep(0.3)
+        model.stop()
+        second.eval([4])
+        thread.join()
+        print(second.n_past)
+    """
+    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_MS="60")
+    out, err = process.communicate(timeout=120)
+    assert (out, process.returncode) == ("stopped\n1\n", 0), err
 
 
 def test_stop_without_a_step_stops_nothing(tiny_gguf: Callable[[Spec], Path]) -> None:

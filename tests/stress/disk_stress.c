@@ -17,6 +17,7 @@ enum {
     N_TOK = 70,
     N_STEPS = 5,
     N_CTX = N_TOK + N_STEPS,
+    N_FILES = 256, /* numbers of them */
     WORST_STOP_MS = 3000 /* of a machine that is busy and checks every access */
 };
 
@@ -27,7 +28,8 @@ static struct drive {
     atomic_int fail_in, cut_in; /* reads until one fails, or falls short; 0: none */
     atomic_int n_reads;
     atomic_bool cached; /* no reads past the cache */
-    atomic_bool refuses; /* says that it has them, and has not */
+    atomic_bool refuses; /* says that it has them, and has not: */
+    atomic_bool past[N_FILES]; /* where they were asked for since */
 } drive;
 
 int64_t __real_ds_file_read(ds_file file, void *to, size_t n, int64_t offset);
@@ -35,22 +37,24 @@ int64_t __wrap_ds_file_read(ds_file file, void *to, size_t n, int64_t offset);
 bool __real_ds_file_direct(ds_file file, bool on);
 bool __wrap_ds_file_direct(ds_file file, bool on);
 
+static void sleep_us(int us) { nanosleep(&(struct timespec){us / 1000000, us % 1000000 * 1000L}, NULL); }
+
 static bool is_due(atomic_int *in) { return atomic_load(in) > 0 && atomic_fetch_sub(in, 1) == 1; }
 
 int64_t __wrap_ds_file_read(ds_file file, void *to, size_t n, int64_t offset) {
     const int us = atomic_load(&drive.slow_us), i = atomic_fetch_add(&drive.n_reads, 1);
-    if (us) {
-        const int64_t ns = (us + us * (i * 7 % 5) / 4) * (int64_t)1000;
-        nanosleep(&(struct timespec){ns / 1000000000, ns % 1000000000}, NULL);
-    }
+    if (us) sleep_us(us + us * (i * 7 % 5) / 4);
     if (is_due(&drive.fail_in)) return errno = EIO, -1;
-    if (atomic_load(&drive.refuses) && !atomic_load(&drive.cached)) return errno = EINVAL, -1;
+    if (atomic_load(&drive.refuses) && atomic_load(&drive.past[file])) {
+        sleep_us(20 * 1000); /* until every thread that reads has been refused */
+        return errno = EINVAL, -1;
+    }
     const int64_t got = __real_ds_file_read(file, to, n, offset);
     return is_due(&drive.cut_in) && got > 0 ? 1 : got;
 }
 
 bool __wrap_ds_file_direct(ds_file file, bool on) {
-    if (!on && atomic_load(&drive.refuses)) atomic_store(&drive.cached, true);
+    if (atomic_load(&drive.refuses)) return atomic_store(&drive.past[file], on), true;
     return on && atomic_load(&drive.cached) ? false : __real_ds_file_direct(file, on);
 }
 
@@ -167,6 +171,31 @@ static bool check_core(const expectation *x, ds_core *core) {
     return good && runs_the_same(x, core);
 }
 
+/* File systems without reads past the cache: one that says so, and one that only refuses the reads, all at once. */
+static bool check_caching(expectation *x, const ds_gguf *gguf, setting how, const ds_budget *budget) {
+    ds_core core;
+    ds_error err;
+    bool good = true;
+    atomic_store(&drive.slow_us, 0);
+    for (int refuses = 0; refuses <= 1 && good; refuses++) {
+        snprintf(x->what, sizeof x->what, "%d threads, %s, %s", how.n_threads, how.split ? "two devices" : "one device",
+                 refuses ? "reads past the cache refused" : "no reads past the cache");
+        atomic_store(&drive.cached, !refuses);
+        atomic_store(&drive.refuses, refuses);
+        good = open_core(gguf, how, budget, &core, &err) == DS_OK || says(x, "not opened", &err);
+        if (good) {
+            const ds_notes *notes = &core.config.notes;
+            good = runs_the_same(x, &core);
+            if (!notes->n || !strstr(notes->text[notes->n - 1], "cache"))
+                good = says(x, "reads through the cache that nothing is said of", NULL);
+            ds_core_release(&core);
+        }
+        atomic_store(&drive.cached, false);
+        atomic_store(&drive.refuses, false);
+    }
+    return good;
+}
+
 /* Of the experts' memory: none but a slot of each size, some, nearly all. */
 static bool check_budgets(const ds_gguf *gguf, setting how) {
     static const double SHARES[] = {0, 0.15, 0.5, 0.9};
@@ -193,13 +222,15 @@ static bool check_budgets(const ds_gguf *gguf, setting how) {
         good = good && check_core(&x, &core);
         ds_core_release(&core);
     }
+    const ds_budget small = {.ram = shared + least, .stop = stops};
+    good = good && check_caching(&x, gguf, how, &small);
     free(expected);
     free(x.room);
     ds_core_release(&mapped);
     return good;
 }
 
-/* What cannot be opened, and file systems without reads past the cache. */
+/* What cannot be opened. */
 static bool check_opening(const ds_gguf *gguf) {
     const setting how = {2, false};
     ds_budget budget = {.ram = 1000, .stop = stops};
@@ -220,17 +251,6 @@ static bool check_opening(const ds_gguf *gguf) {
     good = good && (open_core(gguf, how, &budget, &core, &err) == DS_ESTOPPED || says(&x, "not stopped", NULL));
     atomic_store(&stop_in, 0);
     atomic_store(&drive.slow_us, 0);
-    for (int refuses = 0; refuses <= 1 && good; refuses++) {
-        atomic_store(&drive.cached, !refuses);
-        atomic_store(&drive.refuses, refuses);
-        good = open_core(gguf, how, &budget, &core, &err) == DS_OK || says(&x, "through the cache", &err);
-        if (!good) break;
-        if (!core.config.notes.n || !strstr(core.config.notes.text[core.config.notes.n - 1], "cache"))
-            good = says(&x, "reads through the cache that nothing is said of", NULL);
-        ds_core_release(&core);
-        atomic_store(&drive.cached, false);
-        atomic_store(&drive.refuses, false);
-    }
     return good;
 }
 

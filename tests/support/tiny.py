@@ -540,19 +540,26 @@ def gguf_byte(i: int) -> str:
     return chr(i) if i in printable else chr(256 + [b for b in range(256) if b not in printable].index(i))
 
 
-def write_gguf(path: Path, spec: Spec, *, legacy: bool = False, dtype: type[np.floating[Any]] = np.float32) -> Path:
-    """The spec's model as a GGUF; dtype is that of the matrices (float32 or float16), vectors and router stay f32."""
+def write_gguf(
+    path: Path, spec: Spec, *, legacy: bool = False, dtype: type[np.floating[Any]] = np.float32, parts: int = 1
+) -> Path:
+    """The spec's model as a GGUF; dtype is that of the matrices (float32 or float16), vectors and router stay f32.
+
+    In several parts their names are the path's with `-00001-of-00002` before the suffix; the first one's is returned.
+    """
     tensors = {
         name: value if value.ndim == 1 or "ffn_gate_inp" in name else value.astype(dtype)
         for name, value in gguf_tensors(Checkpoint(spec), legacy).items()
     }
     keys = gguf_metadata(spec, legacy) | gguf_vocabulary(spec.n_vocab)
-    return write_tensors(path, keys, tensors, spec.arch)
+    return write_tensors(path, keys, tensors, spec.arch, parts)
 
 
-def write_tensors(path: Path, keys: dict[str, Any], tensors: dict[str, Any], arch: str = "deepseek2") -> Path:
+def write_tensors(
+    path: Path, keys: dict[str, Any], tensors: dict[str, Any], arch: str = "deepseek2", parts: int = 1
+) -> Path:
     """Any keys and tensors as a GGUF, by gguf-py. A tensor is an array, or its blocks and their type."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=-(-len(tensors) // parts) if parts > 1 else 0)
     for key, value in keys.items():
         add_key(writer, key, value)
     for name, value in tensors.items():
@@ -562,7 +569,7 @@ def write_tensors(path: Path, keys: dict[str, Any], tensors: dict[str, Any], arc
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05d}.gguf")
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -8,6 +8,7 @@
 #include "backend/cpu/step.h"
 #include "base/cpu.h"
 #include "base/os.h"
+#include "memory/budget.h"
 
 typedef struct cpu {
     ds_backend head;
@@ -73,13 +74,32 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
     return DS_OK;
 }
 
+/* The caller's thread looks whether it is to stop: the one that waits for the drive may not be asked in its place, as
+ * handlers of signals run on the main thread alone. */
+static void wait_apart(cpu *c) {
+    ds_residency *r = c->facts.residency;
+    bool stopped = false;
+    ds_lock_take(&c->lock);
+    while (c->ops) {
+        if (stopped || ds_residency_is_settled(r)) {
+            ds_signal_wait(&c->changed, &c->lock);
+            continue;
+        }
+        ds_signal_wait_for(&c->changed, &c->lock, DS_STOP_LOOK_NS);
+        if (!c->ops) break;
+        ds_lock_give(&c->lock); /* whoever is asked may take its time */
+        stopped = ds_residency_stops(r);
+        ds_lock_take(&c->lock);
+    }
+    ds_lock_give(&c->lock);
+    if (stopped && c->failure.status == DS_OK)
+        ds_fail(&c->failure, DS_ESTOPPED, "stopped while another device computed");
+}
+
 static ds_status wait_for(ds_backend *backend, ds_error *err) {
     cpu *c = (cpu *)backend;
-    if (c->apart) {
-        ds_lock_take(&c->lock);
-        while (c->ops) ds_signal_wait(&c->changed, &c->lock);
-        ds_lock_give(&c->lock);
-    } else if (c->ops) {
+    if (c->apart) wait_apart(c);
+    else if (c->ops) {
         ds_pool_run(c->pool, run, c);
         c->ops = NULL;
     }
