@@ -171,12 +171,12 @@ class Tokenizer:
 
     def special_text(self, token: int) -> str | None:
         """The spelling of a token that marks structure (vocabulary.Vocabulary.specials); None for ordinary tokens."""
-        if token not in self._special:  # llama.cpp knows a few ends by their spelling
+        if token not in self._special and 0 <= token < self.n_vocab:  # llama.cpp knows a few ends by their spelling
             vocab = self._open_vocab()
             control = llama_cpp.llama_vocab_is_control(vocab, token)
             text = (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace")
             self._special[token] = text if control else None
-        return self._special[token]
+        return self._special.get(token)
 
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._tokenize(text)

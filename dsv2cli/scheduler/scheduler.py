@@ -130,14 +130,24 @@ class Scheduler:
                 if sequence.cancelled:
                     return self._end(sequence, "cancelled", events)
                 return self._end(sequence, "error", events, error)
+            for sequence, _, _ in shares:  # some may have been evaluated before it failed
+                self._take_back(sequence, events)
             for share in shares:
-                self._evaluate_shares([share], events)
+                if not share[0].ended:
+                    self._evaluate_shares([share], events)
             return None
         start = 0
         for sequence, _, n_logits in shares:
             self._deliver(sequence, logits[start : start + n_logits], events)
             start += n_logits
         return None
+
+    def _take_back(self, sequence: Sequence, events: list[Event]) -> None:
+        """Let the cache hold what it did before the step. A sequence whose cache cannot do that ends."""
+        try:
+            sequence.take_back()
+        except Exception as error:
+            self._end(sequence, "error", events, error)
 
     def _deliver(self, sequence: Sequence, logits: NDArray[np.float32], events: list[Event]) -> None:
         if sequence.cancelled:

@@ -100,6 +100,12 @@ class Sequence:
         self.context.keep(n_done)
         return ids, n_logits
 
+    def take_back(self) -> None:
+        """What was wanted has failed: the cache forgets as much of it as it took in."""
+        n_done = len(self._ids) - self.n_waiting
+        if self.context.session.n_past > n_done:
+            self.context.keep(n_done)
+
     def _room(self) -> int:
         """How many drafted tokens fit in the context and may be wanted."""
         room = self.context.n_ctx - len(self._ids)
@@ -145,7 +151,7 @@ class Sequence:
             self._drafter.add(token)
         text = self._text.feed(token)
         events.append(Token(self, token, text, None if self._n_top is None else logprobs(row, token, self._n_top)))
-        if self._text.stopped:
+        if self._text.stop is not None:
             return "stop"
         if len(self.answer) == self._limit:
             return "length"

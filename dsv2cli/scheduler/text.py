@@ -28,10 +28,6 @@ class Text:
         self._held = ""
         self.stop: str | None = None  # the stop string that came
 
-    @property
-    def stopped(self) -> bool:
-        return self.stop is not None
-
     def feed(self, token: int) -> str:
         """The text that is certain now."""
         piece = self._characters.feed(token)
@@ -44,7 +40,7 @@ class Text:
         return text
 
     def _release(self, piece: str) -> str:
-        if self.stopped:
+        if self.stop is not None:
             return ""
         self._held += piece
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
@@ -54,7 +50,7 @@ class Text:
         else:
             keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         text = self._held[: len(self._held) - keep]
-        self._held = "" if self.stopped else self._held[len(text) :]
+        self._held = "" if self.stop is not None else self._held[len(text) :]
         return text
 
 

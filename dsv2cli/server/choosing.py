@@ -58,6 +58,8 @@ class Chooser:
             shaped[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
         if self._constraint is not None:
             self._constraint.mask(shaped)
+            if not np.isfinite(shaped).any():
+                raise ValueError("logit_bias leaves no token that the form of the answer allows")
         token = self._sampler.sample(shaped)
         self._counts[token] += 1
         if self._constraint is not None:

@@ -156,8 +156,8 @@ class Engine:
         self.prefixes = Prefixes(runtime.model, limits.cache_bytes)
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
-        evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
-        self._scheduler = Scheduler(evaluate, self._budget(64))
+        self._evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
+        self._scheduler = Scheduler(self._evaluate, self._budget(64))
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
         self._texts: dict[Sequence, Text] = {}
@@ -178,6 +178,8 @@ class Engine:
             for ticket in self._all_tickets():
                 ticket.cancel()
             self._wake.notify()
+        if self._thread.is_alive():
+            self.runtime.interrupt()
         self._thread.join()
 
     # Asked from the event loop.
@@ -221,8 +223,23 @@ class Engine:
                     self._wake.wait()
                 if self._stopping and not self._waiting and not self._tickets:
                     return
-            self._admit()
-            self._tell(self._step())
+            try:
+                self._admit()
+                self._tell(self._step())
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """After a failure that is no single answer's: all that run end with it, and the thread goes on for others."""
+        for sequence, (ticket, choice) in self._tickets.items():
+            sequence.cancel()
+            ticket.n_ended += 1
+            ticket.tell([_never_began(choice, "error", error)])
+        self.figures.failed += len(self._tickets)
+        self._tickets.clear()
+        self._texts.clear()
+        self.prefixes.clear()
+        self._scheduler = Scheduler(self._evaluate, self._budget(64))
 
     def _step(self) -> list[Event]:
         decodes = any(s.n_waiting == 1 for s in self._tickets)
@@ -272,7 +289,7 @@ class Engine:
             return False
         first = ticket.running.get(0)
         if ticket.next_choice > 0:  # the other answers fork the first one's prompt
-            return first is None or first.n_waiting <= 1
+            return first is None or first.ended or first.n_waiting <= 1
         return not self._is_being_read(ticket)
 
     def _is_being_read(self, ticket: Ticket) -> bool:
@@ -306,6 +323,8 @@ class Engine:
         self._tickets[sequence] = (ticket, choice)
         self._texts[sequence] = text
         self._scheduler.add(sequence)
+        if ticket.cancelled:  # while the session was made: whoever cancelled did not see this answer
+            sequence.cancel()
 
     def _sequence(self, ticket: Ticket, choice: int) -> tuple[Sequence, Text]:
         asked, tokenizer = ticket.asked, self.runtime.tokenizer
@@ -385,7 +404,10 @@ class Engine:
             ticket.running.pop(choice)
         rows = sequence.rows.found if sequence.rows is not None else None
         if event.error is None and asked.use_cache and not self.limits.deterministic:
-            self.prefixes.keep(sequence.context.session, asked.salt, list(rows or []), MAX_ROWS_TOP)
+            try:
+                self.prefixes.keep(sequence.context.session, asked.salt, list(rows or []), MAX_ROWS_TOP)
+            except Exception:  # the answer is whole all the same: what was kept makes room
+                self.prefixes.clear()
         self._count(event, choice)
         return Ended(choice, event.reason, event.text, text.stop, sequence.stats, rows, event.error)
 

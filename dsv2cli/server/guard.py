@@ -28,6 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset({"/health", "/v1/health", "/", "/page.js", "/page.css"})
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
+ALLOWED_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
 PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
 
 
@@ -100,7 +101,7 @@ class Guard:
         try:
             self._check(scope, headers)
             if scope["method"] == "OPTIONS":
-                await _answer(send, 204, PREFLIGHT | {"Access-Control-Allow-Headers": "authorization, content-type"})
+                await _answer(send, 204, PREFLIGHT | {"Access-Control-Allow-Headers": ALLOWED_HEADERS})
                 return
             receive = await _read_body(receive, headers) if scope["method"] == "POST" else receive
         except ApiError as error:

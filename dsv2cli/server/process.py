@@ -116,13 +116,14 @@ class Serving:
     def run(self, listening: socket.socket) -> None:
         """Until SIGTERM or Ctrl-C (KeyboardInterrupt): then no more is taken on, and what runs has its grace. Raises
         what opening the model raises."""
-        loader = threading.Thread(target=self._serve_model, name="dsv2-model")
+        loader = threading.Thread(target=self._serve_model, name="dsv2-model", daemon=True)
         loader.start()
         try:
             self.server.run(sockets=[listening])
         finally:
             self._over.set()
-            loader.join()
+            if self.state.service is not None or self._failure is not None:
+                loader.join()  # a model that is still being loaded is not waited for
         if self._failure is not None:
             raise self._failure
         if self.server.interrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dsv2cli.server import errors
 from dsv2cli.server.constraints import ANY_OBJECT, Grammars
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Generation, Params
-from dsv2cli.server.tools import form_of
+from dsv2cli.server.tools import check_calls, form_of
 from dsv2cli.server.wire import Sampled, StructuredOutputs
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 MAX_TOP = 20
 MAX_BIAS = 1024
+MAX_BIAS_VALUE = 1e4  # far above every logit
 U64 = 1 << 64
+NUMBER = re.compile(r"\s*-?[0-9]{1,19}\s*")
 
 
 @dataclass
@@ -108,12 +111,12 @@ class Service:
         for what, value in pairs:
             amount = (float("-inf") if not value else 0.0) if isinstance(value, bool) else float(value)
             for token in self._bias_ids(what):
-                bias[token] = float("-inf") if amount <= -100 else amount
+                bias[token] = float("-inf") if amount <= -100 else min(amount, MAX_BIAS_VALUE)
         return bias
 
     def _bias_ids(self, what: int | str) -> list[int]:
-        if isinstance(what, int) or what.strip().lstrip("-").isdecimal():
-            return [token] if 0 <= (token := int(str(what)[:20])) < self.n_vocab else []
+        if isinstance(what, int) or NUMBER.fullmatch(what):
+            return [token] if 0 <= (token := int(what)) < self.n_vocab else []
         return self.engine.runtime.tokenizer.encode(what)
 
     def stops(self, given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -147,6 +150,7 @@ class Service:
                 parsed.append(self._known_role(Message.parse(value)))
             except ValueError as error:
                 raise bad_field(f"messages[{i}]", str(error)) from None
+            check_calls(parsed[-1], f"messages[{i}]")
         return parsed
 
     @cached_property
@@ -169,7 +173,7 @@ class Service:
         return tuple(self.engine.runtime.tokenizer.opening(prompt))
 
     def limit(self, *given: int | None) -> int | None:
-        """The first limit that is given; 0 and none leave it to the context. -1 is llama-server's for none."""
+        """The first limit that is given; None leaves it to the context, and so does llama-server's -1."""
         wanted = next((n for n in given if n is not None), None)
         return None if wanted is None or wanted < 0 else wanted
 

@@ -17,7 +17,7 @@ from cext.template import free_variables
 from cext.tokenizer import Message
 from dsv2cli.scheduler.text import overlap
 from dsv2cli.server.errors import bad_field
-from dsv2cli.server.marked import CLOSE, OPEN
+from dsv2cli.server.marked import CLOSE, MARK, OPEN
 from dsv2cli.server.splitting import Part
 
 if TYPE_CHECKING:
@@ -266,8 +266,21 @@ def _as_text(message: Message) -> Message:
     return Message(message.role, "\n".join(filter(None, [content_text(message), *written])))
 
 
-def _given_call(call: Any) -> Call:
-    function = call.get("function", {}) if isinstance(call, Mapping) else {}
+def check_calls(message: Message, field: str) -> None:
+    """ApiError unless a message's calls have OpenAI's form."""
+    calls = message.fields.get("tool_calls")
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise bad_field(f"{field}.tool_calls", "is no list")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise bad_field(f"{field}.tool_calls[{i}]", "is no call of a function with a name")
+
+
+def _given_call(call: Mapping[str, Any]) -> Call:
+    function = call["function"]
     arguments = function.get("arguments", "{}")
     return Call(str(function.get("name", "")), arguments if isinstance(arguments, str) else json.dumps(arguments))
 
@@ -286,8 +299,8 @@ class CallReader:
     def __init__(self, form: Form, names: Sequence[str]) -> None:
         self._form, self._names = form, frozenset(names)
         self._calling = ""  # everything from the mark that begins calls on
+        self._at = 0  # how much of it has been read
         self._held = ""  # content that may be the beginning of that mark
-        self.calls: list[Call] = []
 
     def feed(self, parts: Sequence[Part]) -> tuple[list[Part], list[Call]]:
         """(what is no call, calls that are complete)."""
@@ -300,14 +313,16 @@ class CallReader:
                 passed.append(part)
             else:
                 self._look(shown, passed, is_control=part.kind == "control")
-        return passed, self._complete(final=False)
+        return passed, self._complete(passed, final=False)
 
     def finish(self) -> tuple[list[Part], list[Call]]:
-        """What is left: calls that an end token cut off, or text that was none after all."""
-        calls = self._complete(final=True)
-        left = self._held + ("" if self.calls else self._calling.replace(OPEN, "").replace(CLOSE, ""))
+        """What is left: calls that an end token cut off, and text that is none."""
+        passed: list[Part] = []
+        calls = self._complete(passed, final=True)
+        self._pass(self._held + self._calling[self._at :], passed)
         self._held = self._calling = ""
-        return ([Part("content", left)] if left else []), calls
+        self._at = 0
+        return passed, calls
 
     def _look(self, shown: str, passed: list[Part], *, is_control: bool) -> None:
         if is_control:
@@ -324,18 +339,27 @@ class CallReader:
         if text:
             passed.append(Part("content", text))
 
-    def _complete(self, *, final: bool) -> list[Call]:
+    def _complete(self, passed: list[Part], *, final: bool) -> list[Call]:
+        """The calls that are whole; what stands between them, and what only looks like one, is content."""
         found = []
-        for match in list(self._form.call.finditer(self._calling))[len(self.calls) :]:
+        for match in self._form.call.finditer(self._calling, self._at):
             closed = self._form.end and match[0].endswith(self._form.end)
             if not (final or closed or match.end() < len(self._calling)):
                 break
+            self._pass(self._calling[self._at : match.start()], passed)
+            self._at = match.end()
             call = self._read(match)
             if call is None:
-                break
-            found.append(call)
-            self.calls.append(call)
+                self._pass(match[0], passed)
+            else:
+                found.append(call)
         return found
+
+    @staticmethod
+    def _pass(text: str, passed: list[Part]) -> None:
+        text = MARK.sub("", text)
+        if text.strip():
+            passed.append(Part("content", text))
 
     def _read(self, match: re.Match[str]) -> Call | None:
         groups = match.groupdict()
@@ -348,4 +372,4 @@ class CallReader:
                 json.loads(arguments)
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        return Call(name, arguments) if name in self._names else None
+        return Call(name, arguments) if isinstance(name, str) and name in self._names else None

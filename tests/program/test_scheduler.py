@@ -602,3 +602,19 @@ def test_only_the_latest_tokens_count_towards_the_penalty() -> None:
         sampler = cext.Sampler(0, repeat_penalty=2.0, repeat_last_n=2)
         sampler.accept(said_before)
         assert sampler.sample(logits) == chosen
+
+
+def test_a_step_that_fails_half_done_is_taken_back(model: cext.Model) -> None:
+    """An evaluation that did some sequences before it failed: each is evaluated once more, from where it was."""
+    failures = iter([True])
+
+    def one_by_one(batch: Any, n_logits: Any) -> Any:
+        rows = [cext.eval_batch([item], [n]) for item, n in zip(batch, n_logits, strict=True)]
+        if len(batch) > 1 and next(failures, False):
+            raise MemoryError
+        return np.concatenate(rows)
+
+    expected = [alone(session_of(model), p, limit=5) for p in PROMPTS[:3]]
+    answers = [sequence(session_of(model), p, limit=5) for p in PROMPTS[:3]]
+    events = run(*answers, evaluate=one_by_one)
+    assert [said(events, answer) for answer in answers] == expected

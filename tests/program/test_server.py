@@ -278,7 +278,7 @@ def test_an_error_of_the_engine_fails_its_request_alone(path: Path, monkeypatch:
         bad = 77
 
         def fails(batch: Any, n_logits: Any) -> Any:
-            if any(bad in ids for _, ids in batch):
+            if any(ids == [bad] and session.n_past == 0 for session, ids in batch):
                 raise cext.EngineError("the device is on fire", "")
             return evaluate(batch, n_logits)
 
@@ -301,3 +301,50 @@ def test_deterministic(path: Path) -> None:
         alone = [ask(server, ids) for ids in prompts]
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda ids: ask(server, ids), prompts)) == alone
+
+
+def raises(*given: Any) -> Any:
+    raise MemoryError
+
+
+def test_several_answers_of_a_prompt_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's failure is the others' chance, and theirs the end: nobody waits for ever."""
+    with served(path) as server:
+        monkeypatch.setattr(server.engine._scheduler, "_evaluate", raises)
+        assert server.post(TEXT, prompt=[5] * 400, n=3, max_tokens=2).status_code == 500
+        assert until(lambda: server.engine.n_running == server.engine.n_waiting == 0)
+
+
+def test_a_failure_beside_the_answers_is_not_the_server_s_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(path) as server:
+        with monkeypatch.context() as broken:
+            broken.setattr(server.engine.prefixes, "keep", raises)
+            assert server.asked(TEXT, prompt="Hi the ant", max_tokens=2)  # nothing is kept, and the answer is whole
+        with monkeypatch.context() as broken:
+            broken.setattr(server.engine, "_heard", raises)
+            assert server.post(TEXT, prompt="Hi the ant", max_tokens=2).status_code == 500
+        assert server.asked(TEXT, prompt="Hi the ant", max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("path_", "body"),
+    [
+        (CHAT, {"messages": HI, "logit_bias": {"--5": 1}}),
+        (CHAT, {"messages": [*HI, {"role": "assistant", "tool_calls": 5}, *HI]}),
+        (CHAT, {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": 7}]}, *HI]}),
+        (CHAT, {"messages": HI, "guided_choice": ["x"], "logit_bias": [["x", -100]]}),
+        (CHAT, {"messages": HI, "logit_bias": {"5": 1e300}, "max_tokens": 1}),
+        ("/tokenize", {"content": [99999999], "with_pieces": True}),
+        ("/tokenize", {"content": [-3]}),
+    ],
+)
+def test_odd_requests_are_no_internal_errors(server: Served, path_: str, body: dict[str, Any]) -> None:
+    assert server.post(path_, **body).status_code in (200, 400)
+    assert server.client.get("/health").status_code == 200
+
+
+def test_few_tokens_are_few_in_every_dialect(server: Served) -> None:
+    assert server.asked(CHAT, messages=HI, max_tokens=0)["usage"]["completion_tokens"] == 1
+    for raw in (False, True):
+        asked = {"prompt": "Hi", "raw": raw, "stream": False, "options": {"num_predict": 0}}
+        assert server.asked("/api/generate", **asked)["eval_count"] == 1

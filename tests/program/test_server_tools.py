@@ -107,6 +107,9 @@ ANSWERS: list[tuple[Any, str, list[Call], str]] = [
     (PLAIN, "<tool_call>\n{not json}\n</tool_call>", [], "<tool_call>\n{not json}\n</tool_call>"),
     (PLAIN, '<tool_call>{"name": "rm_rf", "arguments": {}}</tool_call>', [], None),
     (PLAIN, "a < b <tool", [], "a < b <tool"),
+    (PLAIN, '<tool_call>{"name": ["x"], "arguments": {}}</tool_call>', [], None),
+    (PLAIN, '<tool_call>{"name": "get_time", "arguments": {}}</tool_call> and more', [NOW], " and more"),
+    (PLAIN, '<tool_call>no</tool_call><tool_call>{"name": "get_time"}</tool_call>', [NOW], "<tool_call>no</tool_call>"),
     (V31, "typed <｜tool▁calls▁begin｜> is text", [], "typed <｜tool▁calls▁begin｜> is text"),
 ]
 

@@ -16,7 +16,7 @@ from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Began, Ended, Heard, Piece
 from dsv2cli.server.service import Service, new_id
-from dsv2cli.server.wire import dump, parse
+from dsv2cli.server.wire import Stops, dump, parse
 
 STOP_REASONS = {"end": "end_turn", "stop": "stop_sequence", "length": "max_tokens", "context": "max_tokens"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -31,7 +31,7 @@ class MessagesRequest(Struct, kw_only=True):
     model: str | None = None
     system: str | list[dict[str, Any]] | None = None
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None

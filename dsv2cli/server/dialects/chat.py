@@ -44,6 +44,11 @@ class Asked:
     offer: Offer
 
 
+def at_least_one(limit: int | None) -> int | None:
+    """Some clients ask for 0 tokens to see that a server answers: one is the least that a step writes."""
+    return None if limit is None else max(limit, 1)
+
+
 async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     """Prompt, constraint and sampling of a chat. ApiError."""
     messages, thinking = service.messages(body.messages), _thinking(body)
@@ -63,7 +68,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     generation = Generation(
         prompt=prompt,
         params=service.params(body),
-        limit=service.limit(body.max_completion_tokens, body.max_tokens) or None,
+        limit=at_least_one(service.limit(body.max_completion_tokens, body.max_tokens)),
         n=body.n or 1,
         stops=service.stops(body.stop),
         n_top=(body.top_logprobs or 0) if body.logprobs else None,

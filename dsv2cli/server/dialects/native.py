@@ -289,6 +289,8 @@ def _tokenized(service: Service, body: TokenizeRequest) -> list[int]:
     ids: list[int] = []
     for item in given if isinstance(given, list) else [given]:
         ids += [item] if isinstance(item, int) else tokenizer.encode(item, special=body.parse_special)
+    if ids:
+        service.check_ids(ids, "content")
     if begins and tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
         ids.insert(0, tokenizer.bos)
     return ids

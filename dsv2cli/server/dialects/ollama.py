@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from dsv2cli.scheduler import Stats
 from dsv2cli.server import answering
-from dsv2cli.server.dialects.chat import Answer, ChatRequest, prepare
+from dsv2cli.server.dialects.chat import Answer, ChatRequest, at_least_one, prepare
 from dsv2cli.server.errors import ApiError, no_such_model
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import Service
-from dsv2cli.server.wire import Sampled, dump, parse
+from dsv2cli.server.wire import Sampled, Stops, dump, parse
 
 VERSION = "0.18.3"  # of ollama, whose dialect this is: clients refuse older ones
 NANO = 1e9
@@ -39,7 +39,7 @@ class Options(Struct, kw_only=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stops | None = None
 
 
 class Asking(Struct, kw_only=True):
@@ -167,7 +167,7 @@ async def _raw(service: Service, request: Request, body: GenerateBody) -> Respon
     generation = Generation(
         prompt=ids,
         params=service.params(sampled),
-        limit=_sampling(body)["max_tokens"],
+        limit=at_least_one(_sampling(body)["max_tokens"]),
         stops=service.stops(sampled.stop),
         salt=request.state.salt,
         constraint=await answering.aside(service.constraint, service.form(sampled, _form(body.format))),
