@@ -500,9 +500,9 @@ def streamed(ids: Sequence[int], stops: Sequence[str], cut: int = 1) -> tuple[li
     text, pieces = Text(Chunks(), stops), list[str]()
     for i in range(-(-len(ids) // cut)):
         pieces.append(text.feed(i))
-        if text.stopped:
+        if text.stop is not None:
             break
-    return [*pieces, text.finish()], text.stopped
+    return [*pieces, text.finish()], (text.stop is not None)
 
 
 def test_what_may_be_a_stop_string_waits() -> None:
