@@ -707,7 +707,7 @@ def test_bench_as_csv(model: Path) -> None:
 
 def test_a_model_that_llama_cpp_does_not_run(model: Path) -> None:
     result = dsv2("bench", model, "-p", "8", "-n", "0", "-r", "1", "--against", "llama.cpp")
-    assert_fails(result, 1, "llama.cpp cannot load the model")
+    assert_fails(result, 1, "cannot load it")
     assert result.stderr.count("llama.cpp") == 1
 
 

@@ -105,7 +105,8 @@ def test_paths(which: str, tmp_path: Path, text: Path) -> None:
     model = write_model(folder / "m.gguf", SPEC)
     written = folder / "t.txt"
     written.write_bytes(text.read_bytes())
-    checkpoint = folder / "ck"
+    checkpoint, empty = folder / "ck", folder / "empty"
+    empty.mkdir()
     write_checkpoint(checkpoint, V2)
     for args, code in (
         (["inspect", model], 0),
@@ -114,8 +115,8 @@ def test_paths(which: str, tmp_path: Path, text: Path) -> None:
         (["perplexity", model, "--text", folder], 1),
         (["chat", folder / "no.gguf", "-p", "x"], 1),
         (["chat", folder.name, "-p", "x"], 2),
-        (["quantize", model], 2),
-        (["quantize", folder], 1),
+        (["quantize", model, "-o", model], 2),
+        (["quantize", empty], 1),
         (["quantize", checkpoint, "-o", folder], 2),
         (["download", folder.name], 2),
     ):

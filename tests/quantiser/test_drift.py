@@ -60,7 +60,7 @@ def run(config: dict[str, Any], folder: Path, il: int, noise: float, correct: bo
     with Checkpoint(folder) as checkpoint:
         layer = {t.role: t for t in tensors.layer_tensors(arch, il)}
         plan = SimpleNamespace(
-            arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()}, checkpoint=checkpoint
+            arch=arch, keys=keys, options=SimpleNamespace(threads=1), layers={il: layer.values()}, store=checkpoint
         )
         job: Any = SimpleNamespace(plan=plan)
         weights = tensors.Weights(arch, checkpoint, layer.values()).arrays

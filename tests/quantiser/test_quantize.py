@@ -208,7 +208,7 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], type[QuantizeError], str]] = {
         UnsupportedError,
         "LlamaForCausalLM",
     ),
-    "deepseek v1": (config_with(model_type="deepseek"), UnsupportedError, "not supported"),
+    "deepseek v1": (config_with(model_type="deepseek"), UnsupportedError, "mscale_all_dim"),
     "no model type": (config_with(model_type="remove", architectures="remove"), UnsupportedError, "None"),
     "attention bias": (config_with(attention_bias=True), UnsupportedError, "attention_bias"),
     "every second layer": (config_with(moe_layer_freq=2), UnsupportedError, "moe_layer_freq"),

@@ -20,8 +20,8 @@ from quantize.measure import score
 from quantize.measure.loss import LossMeter, measure
 from quantize.report import Report
 from quantize.source import corpus
-from quantize.source.checkpoint import Checkpoint
 from quantize.source.corpus import WINDOW
+from quantize.source.source import open_source
 
 SMALL = {**make.V2, "num_hidden_layers": 3}
 # Of the difference of two logits by int8 activations, as a share of the logits' deviation: a block's largest is about
@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(source: Path, text: Path) -> np.ndarray:
-    with Checkpoint(source) as checkpoint:
+    with open_source(source) as checkpoint:
         found = make_plan(checkpoint, Options(calibration=(text,))).corpus
     assert found is not None
     return found.held
@@ -55,7 +55,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_held_windows_are_not_calibrated_with(source: Path, text: Path) -> None:
-    with Checkpoint(source) as checkpoint:
+    with open_source(source) as checkpoint:
         every = make_plan(checkpoint, Options(calibration=(text,), max_tokens=1 << 20)).corpus
         thinned = make_plan(checkpoint, Options(calibration=(text,), max_tokens=2048)).corpus
     assert every is not None and thinned is not None
@@ -71,7 +71,7 @@ def test_narrow_models_are_calibrated_with_more(monkeypatch: pytest.MonkeyPatch,
     assert [corpus.enough(n) for n in (64, 512, 1024, 2048, 5120)] == [262_144, 262_144, 131_072, 65_536, 65_536]
     assert [corpus.enough_to_survey(n) for n in (64, 512, 1024, 2048, 5120)] == [24_576, 24_576, 16_384, 8192, 8192]
     monkeypatch.setattr(corpus, "enough", lambda n_embd: 1536)
-    with Checkpoint(source) as checkpoint:
+    with open_source(source) as checkpoint:
         plan = make_plan(checkpoint, Options(calibration=(text,)))
     assert plan.corpus is not None and plan.corpus.n_tokens == 1536
 
