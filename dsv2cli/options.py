@@ -127,15 +127,15 @@ Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
-def _size(text: str) -> int:
-    """Bytes of memory. UsageError."""
+def size(option: str, text: str, or_else: str) -> int:
+    """Bytes of memory, of an option that may also be ``or_else``. UsageError."""
     from dsv2cli.errors import UsageError
     from quantize import ArgumentError, parse_size
 
     try:
         return parse_size(text)
     except ArgumentError as error:
-        raise UsageError(f"--ram: {error}", f"{error.hint}; all for what the file has") from error
+        raise UsageError(f"{option} {text!r} is no size", f"{error.hint}; {or_else}") from error
 
 
 def wishes(
@@ -151,7 +151,7 @@ def wishes(
     from dsv2cli.errors import UsageError
     from dsv2cli.runtime import Wishes
 
-    nbytes = None if ram == "all" else _size(ram)
+    nbytes = None if ram == "all" else size("--ram", ram, "all for what the file has")
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
     if nbytes is not None and (rpc is not None or gpu_layers or engine == "llama.cpp"):

@@ -30,7 +30,6 @@ HOST_NAME_HELP = "Answer requests for this host name beside localhost and addres
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
 MAX_PARALLEL = 64
-SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
 def serve(
@@ -63,7 +62,7 @@ def serve(
     deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    cache_bytes = size(cache)
+    cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
     rules = rules_of(host, [*(api_key or []), *keys_in(api_key_file)], allowed_host or [], cors_origin or [])
     if not rules.keys and not no_auth and not is_loopback(host):
         raise UsageError(
@@ -81,18 +80,6 @@ def serve(
     if not quiet:
         console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
     process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules)).run(listening)
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 2G."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in SIZES else (text, "")
-    try:
-        n = float(digits) * SIZES.get(unit, 1)
-        if not 0 <= n <= 1e15:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"--cache {text!r} is no size", "2G, 500M") from None
-    return int(n)
 
 
 def keys_in(file: Path | None) -> list[str]:

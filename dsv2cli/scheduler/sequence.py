@@ -81,6 +81,11 @@ class Sequence:
         n = len(self._ids) - self._n_kept
         return Read(self, n - self.n_waiting, n)
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it."""
+        return self._text.stop
+
     def cancel(self) -> None:
         """End before the next step. From any thread, or a signal's handler."""
         self.cancelled = True

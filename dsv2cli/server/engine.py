@@ -73,9 +73,7 @@ class Ticket:
         self.cancelled = False
         self.seeds = _seeds(asked)
         self.next_choice = 0  # the first that has not been admitted
-        self.n_ended = 0
         self.running: dict[int, Sequence] = {}
-        self.came = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[list[Heard]] = asyncio.Queue()
 
@@ -84,10 +82,6 @@ class Ticket:
         self.cancelled = True
         for sequence in list(self.running.values()):
             sequence.cancel()
-
-    @property
-    def is_done(self) -> bool:
-        return self.n_ended == self.asked.n
 
     async def heard(self) -> list[Heard]:
         """What is new: at least one thing."""
@@ -148,7 +142,7 @@ class Figures:
 
 
 class Engine:
-    """A model, stepped for many. ``start`` once; ``stop`` lets what runs go on for some seconds."""
+    """A model, stepped for many. ``start`` and ``stop`` once."""
 
     def __init__(self, runtime: Runtime, limits: Limits, kv: KvType) -> None:
         self.runtime, self.limits, self.kv = runtime, limits, kv
@@ -160,7 +154,6 @@ class Engine:
         self._scheduler = Scheduler(self._evaluate, self._budget(64))
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
-        self._texts: dict[Sequence, Text] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dsv2-engine", daemon=True)
@@ -168,18 +161,14 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, grace: float) -> None:
-        """Take no more; after ``grace`` seconds cut what still runs; return when the thread has ended."""
+    def stop(self) -> None:
+        """Take no more, cut what still runs, and return when the thread has ended."""
         with self._wake:
             self._stopping = True
-            self._wake.notify()
-        self._thread.join(grace)
-        with self._wake:
             for ticket in self._all_tickets():
                 ticket.cancel()
             self._wake.notify()
-        if self._thread.is_alive():
-            self.runtime.interrupt()
+        self.runtime.interrupt()
         self._thread.join()
 
     # Asked from the event loop.
@@ -233,11 +222,9 @@ class Engine:
         """After a failure that is no single answer's: all that run end with it, and the thread goes on for others."""
         for sequence, (ticket, choice) in self._tickets.items():
             sequence.cancel()
-            ticket.n_ended += 1
             ticket.tell([_never_began(choice, "error", error)])
         self.figures.failed += len(self._tickets)
         self._tickets.clear()
-        self._texts.clear()
         self.prefixes.clear()
         self._scheduler = Scheduler(self._evaluate, self._budget(64))
 
@@ -304,7 +291,6 @@ class Engine:
     def _drop(self, ticket: Ticket) -> None:
         """A request that nobody waits for: its answers that have not begun end at once."""
         for choice in range(ticket.next_choice, ticket.asked.n):
-            ticket.n_ended += 1
             ticket.tell([_never_began(choice, "cancelled", None)])
         ticket.next_choice = ticket.asked.n
         self.figures.cancelled += 1
@@ -313,20 +299,18 @@ class Engine:
         choice = ticket.next_choice
         ticket.next_choice += 1
         try:
-            sequence, text = self._sequence(ticket, choice)
+            sequence = self._sequence(ticket, choice)
         except Exception as error:  # out of memory, a sampler out of range: this answer's affair alone
-            ticket.n_ended += 1
             self.figures.failed += 1
             ticket.tell([_never_began(choice, "error", error)])
             return
         ticket.running[choice] = sequence
         self._tickets[sequence] = (ticket, choice)
-        self._texts[sequence] = text
         self._scheduler.add(sequence)
         if ticket.cancelled:  # while the session was made: whoever cancelled did not see this answer
             sequence.cancel()
 
-    def _sequence(self, ticket: Ticket, choice: int) -> tuple[Sequence, Text]:
+    def _sequence(self, ticket: Ticket, choice: int) -> Sequence:
         asked, tokenizer = ticket.asked, self.runtime.tokenizer
         found = self._find(ticket, choice)
         if found is None:
@@ -335,18 +319,16 @@ class Engine:
         rows = None
         if asked.rows and choice == 0:
             rows = PromptRows(max(asked.n_top or 0, MAX_ROWS_TOP), found.rows if found else None)
-        text = Text(Marked(tokenizer), asked.stops)
-        sequence = Sequence(
+        return Sequence(
             Context(session),
             asked.prompt,
             Chooser(asked.params, asked.constraint() if asked.constraint else None, ticket.seeds[choice]),
-            text,
+            Text(Marked(tokenizer), asked.stops),
             tokenizer.is_end,
             limit=asked.limit,
             n_top=asked.n_top,
             rows=rows,
         )
-        return sequence, text
 
     def _find(self, ticket: Ticket, choice: int) -> Found | None:
         """A session that has read the prompt's beginning: its own first answer's, a running one's, or a kept one."""
@@ -398,8 +380,6 @@ class Engine:
     def _ended(self, event: End, ticket: Ticket, choice: int) -> Ended:
         sequence, asked = event.sequence, ticket.asked
         del self._tickets[sequence]
-        text = self._texts.pop(sequence)
-        ticket.n_ended += 1
         if choice:  # the first one's cache serves the others until they have all begun
             ticket.running.pop(choice)
         rows = sequence.rows.found if sequence.rows is not None else None
@@ -409,7 +389,7 @@ class Engine:
             except Exception:  # the answer is whole all the same: what was kept makes room
                 self.prefixes.clear()
         self._count(event, choice)
-        return Ended(choice, event.reason, event.text, text.stop, sequence.stats, rows, event.error)
+        return Ended(choice, event.reason, event.text, sequence.stop, sequence.stats, rows, event.error)
 
     def _count(self, event: End, choice: int) -> None:
         stats, figures = event.sequence.stats, self.figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -91,3 +91,14 @@ class Ended(NamedTuple):
 
 
 Heard = Began | Piece | Ended
+
+
+def take_all(events: Iterable[Heard], take: Callable[[Piece | Ended], object]) -> Ended:
+    """Give every event of one answer to ``take``; the last one."""
+    ended = None
+    for event in events:
+        if isinstance(event, Piece | Ended):
+            take(event)
+            ended = event
+    assert isinstance(ended, Ended)
+    return ended

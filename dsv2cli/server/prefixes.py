@@ -128,10 +128,8 @@ class Prefixes:
         while self._caches.excess(self._budget) and self._kept:
             del self._kept[0]
 
-    def clear(self) -> int:
-        n = len(self._kept)
+    def clear(self) -> None:
         self._kept.clear()
-        return n
 
 
 def _within(a: Kept, b: Kept) -> bool:

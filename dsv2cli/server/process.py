@@ -135,7 +135,7 @@ class Serving:
                 service.engine.start()
                 self.state.service = service
                 self._over.wait()
-                service.engine.stop(0)
+                service.engine.stop()
         except BaseException as error:
             self._failure = error
             self.server.should_exit = True

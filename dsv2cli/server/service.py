@@ -207,9 +207,9 @@ class Service:
             raise bad_field("prompt", "is empty, and the vocabulary has no token that begins a text")
         return [token]
 
-    def check_model(self, name: str | None, *, strict: bool) -> None:
-        if strict and name not in (None, "", self.name):
-            raise errors.no_such_model(str(name))
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise errors.no_such_model(name)
 
     def token_text(self, token: int) -> str:
         """A token alone: a control token's spelling; part of a character as OpenAI spells it, bytes:\\xf0."""

@@ -14,7 +14,7 @@ from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare
 from dsv2cli.server.errors import ApiError, bad_field
-from dsv2cli.server.generation import Began, Ended, Heard, Piece
+from dsv2cli.server.generation import Began, Ended, Heard, Piece, take_all
 from dsv2cli.server.service import Service, new_id
 from dsv2cli.server.wire import Stops, dump, parse
 
@@ -175,12 +175,7 @@ def _head(name: str, usage: dict[str, int]) -> dict[str, Any]:
 
 def _whole(service: Service, asked: Asked, name: str, heard: list[Heard]) -> dict[str, Any]:
     answer = Answer(service, asked)
-    ended: Ended | None = None
-    for event in heard:
-        if isinstance(event, Piece | Ended):
-            answer.feed(event)
-        ended = event if isinstance(event, Ended) else ended
-    assert ended is not None
+    ended = take_all(heard, answer.feed)
     blocks: list[dict[str, Any]] = []
     if answer.reasoning:
         blocks.append({"type": "thinking", "thinking": answer.reasoning.rstrip(), "signature": ""})

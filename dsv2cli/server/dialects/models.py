@@ -38,5 +38,5 @@ async def models(service: Service, request: Request) -> Response:
 
 
 async def model(service: Service, request: Request) -> Response:
-    service.check_model(request.path_params["name"], strict=True)
+    service.check_model(request.path_params["name"])
     return Response(dump(model_entry(service)), media_type=answering.JSON_TYPE)

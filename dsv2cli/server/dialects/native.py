@@ -15,7 +15,7 @@ from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.wording import timings
 from dsv2cli.server.errors import ApiError, bad_field
-from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece
+from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service
 from dsv2cli.server.wire import Sampled, dump, parse
@@ -163,13 +163,7 @@ class Written:
         return {"index": self._index, "content": text, "tokens": ids, "stop": False, "id_slot": 0} | counts | more
 
     def whole(self, events: Iterable[Heard]) -> dict[str, Any]:
-        ended: Ended | None = None
-        for event in events:
-            if isinstance(event, Piece | Ended):
-                self._feed(event)
-            ended = event if isinstance(event, Ended) else ended
-        assert ended is not None
-        answer = self._final(ended)
+        answer = self._final(take_all(events, self._feed))
         if self._body.response_fields:
             return {name: value for name in self._body.response_fields for value in _field(answer, name)}
         return answer

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from dsv2cli.scheduler import Stats
 from dsv2cli.server import answering
 from dsv2cli.server.dialects.chat import Answer, ChatRequest, at_least_one, prepare
-from dsv2cli.server.errors import ApiError, no_such_model
-from dsv2cli.server.generation import Ended, Generation, Heard, Piece
+from dsv2cli.server.errors import ApiError
+from dsv2cli.server.generation import Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import Service
 from dsv2cli.server.wire import Sampled, Stops, dump, parse
@@ -76,8 +76,8 @@ def _stem(name: str) -> str:
 
 
 def _check_model(service: Service, name: str | None) -> None:
-    if name and _stem(name) != service.name:
-        raise no_such_model(name)
+    if name:
+        service.check_model(_stem(name))
 
 
 def _sampling(body: Asking) -> dict[str, Any]:
@@ -237,14 +237,10 @@ class Told:
         }
 
     def whole(self, heard: list[Heard]) -> dict[str, Any]:
-        content, reasoning, calls, ended = "", "", list[dict[str, Any]](), None
-        for event in heard:
-            if isinstance(event, Piece | Ended):
-                more = self._feed(event)
-                content, reasoning, calls = content + more[0], reasoning + more[1], calls + more[2]
-            ended = event if isinstance(event, Ended) else ended
-        assert ended is not None
-        return self._final(ended, content, reasoning, calls)
+        fed: list[tuple[str, str, list[dict[str, Any]]]] = []
+        ended = take_all(heard, lambda event: fed.append(self._feed(event)))
+        contents, reasonings, calls = zip(*fed, strict=True)
+        return self._final(ended, "".join(contents), "".join(reasonings), [call for some in calls for call in some])
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
