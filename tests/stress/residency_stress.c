@@ -10,9 +10,7 @@
 #include <time.h>
 
 #include "arch/file.h"
-#include "model/core.h"
-
-enum { N_TOK = 70, N_STEPS = 5, N_CTX = N_TOK + N_STEPS };
+#include "whole_run.h"
 
 typedef struct slot {
     unsigned char *gate, *up, *down; /* copies, made once and overwritten when let go of */
@@ -153,34 +151,6 @@ static void take_off(ds_core *core) {
     free(the.slots);
     pthread_mutex_destroy(&the.lock);
     pthread_cond_destroy(&the.changed);
-}
-
-/* A prompt of which all logits are wanted, then single tokens: logits (N_CTX, n_vocab). */
-static ds_status run(ds_core *core, float *logits, ds_error *err) {
-    const ds_config *c = &core->config;
-    const ds_cache_rows latent = {c->kv_lora_rank, c->rope_dim, 1};
-    int32_t ids[N_CTX], rows[N_CTX];
-    ds_kv_store store;
-    ds_kv kv;
-    ds_status st;
-    ds_kv_store_create(DS_KV_F16, c->n_layer, &latent, 1, &store);
-    st = ds_kv_create(&store, N_CTX, &kv, err);
-    if (st == DS_OK) st = ds_kv_reserve(&kv, 0, N_CTX, err);
-    for (int i = 0; i < N_CTX; i++) ids[i] = (i * 7 + 1) % c->n_vocab, rows[i] = i;
-    for (int at = 0, n = N_TOK; at < N_CTX && st == DS_OK; at += n, n = 1) {
-        const ds_span span = {&kv, 0, n, at};
-        const ds_request request = {.n_tok = n,
-                                    .ids = ids + at,
-                                    .spans = &span,
-                                    .n_spans = 1,
-                                    .logit_rows = rows,
-                                    .n_logits = n,
-                                    .logits = logits + (size_t)at * (size_t)c->n_vocab};
-        st = ds_core_run(core, &request, err);
-    }
-    ds_kv_release(&kv);
-    ds_kv_store_release(&store);
-    return st;
 }
 
 static bool check(ds_core *core, const char *what) {
