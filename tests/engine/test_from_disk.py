@@ -208,7 +208,7 @@ def test_a_file_that_is_replaced_is_still_the_old_one(tiny_gguf: Callable[[Spec]
 def script(path: Path, shim: Path, code: str, **env: str) -> subprocess.Popen[str]:
     told = {**os.environ, "LD_PRELOAD": str(shim), **env}
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(path), str(least(path))],
+        [sys.executable, "-P", "-c", textwrap.dedent(code), str(path), str(least(path))],
         env=told,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -358,7 +358,7 @@ def test_it_stays_in_its_budget(tiny_gguf: Callable[[Spec], Path]) -> None:
                     session.eval([token])
             print(resident_bytes() - base, model.step_bytes(128) + session.kv_bytes)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     grown, beside = map(int, out.split())
     assert whole * 0.2 < grown <= ram * 1.05 + beside + (4 << 20), "and the engine's code and tables"

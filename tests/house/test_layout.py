@@ -186,6 +186,13 @@ def test_tests_are_in_rooms() -> None:
     assert {path.parent.name for path in files} == {"engine", "quantiser", "program", "house"}
 
 
+def test_python_that_tests_start_finds_what_is_installed() -> None:
+    """Without -P the folder it stands in comes first, which from a clone is the source without an engine."""
+    files = [path for path in python_files("tests") if path.name != "test_import.py"]
+    command = re.compile(r"""sys\.executable,\s*["']-c""")
+    assert not [str(path) for path in files if command.search(path.read_text(encoding="utf-8"))]
+
+
 @pytest.mark.parametrize("floor", FLOORS)
 def test_floors_import_one_way(floor: str) -> None:
     files = python_files(f"quantize/{floor}")

@@ -124,6 +124,6 @@ def test_two_servers_hold_a_model(path: Path) -> None:
             f"os.kill({process.pid}, 9); s.eval([3]); s.eval([4])"
         )
         gone = subprocess.run(
-            [sys.executable, "-c", script], env=environment(**PATHS), capture_output=True, check=False
+            [sys.executable, "-P", "-c", script], env=environment(**PATHS), capture_output=True, check=False
         )
         assert gone.returncode == 1 and gone.stderr.decode().startswith("error: llama.cpp ended: "), gone.stderr

@@ -35,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(the process, its address), when it listens."""
-    command = [sys.executable, "-c", RUN, "serve", str(path), "--port", "0", *options]
+    command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
     try:
         assert process.stderr is not None
@@ -106,14 +106,14 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_what_does_not_start(path: Path, options: list[str], code: int, says: str) -> None:
-    command = [sys.executable, "-c", RUN, "serve", str(path), "--port", "0", *options]
+    command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF but no more")
-    command = [sys.executable, "-c", RUN, "serve", str(tmp_path / "no.gguf"), "--port", "0"]
+    command = [sys.executable, "-P", "-c", RUN, "serve", str(tmp_path / "no.gguf"), "--port", "0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
     assert ended.returncode == 1 and "no.gguf" in ended.stderr and "Traceback" not in ended.stderr
     assert json.dumps(ended.stdout) == '""'

@@ -279,7 +279,7 @@ def test_many_writers_of_one_history(tmp_path: Path) -> None:
     place.parent.mkdir()
     place.write_text("old\n" * (2 * history.LINES + 1), encoding="utf-8")
     writers = [
-        subprocess.Popen([sys.executable, "-c", script, name], env=environment(XDG_STATE_HOME=str(tmp_path)))
+        subprocess.Popen([sys.executable, "-P", "-c", script, name], env=environment(XDG_STATE_HOME=str(tmp_path)))
         for name in "abc"
     ]
     with pytest.MonkeyPatch.context() as patch:

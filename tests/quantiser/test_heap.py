@@ -38,6 +38,6 @@ print(resident() - before)
 @pytest.mark.parametrize("how", ["map", "trim"])
 def test_freed_memory_goes(how: str, tmp_path: Path) -> None:
     """80 MB of arrays with small ones between them."""
-    command = [sys.executable, "-c", SCRIPT, how]
+    command = [sys.executable, "-P", "-c", SCRIPT, how]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) < 8 << 20
