@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cext.errors import TemplateError, TokenizerError
-from cext.template import free_variables, render
+from cext.template import HINT, free_variables, render
 from cext.traced import FIRST_SOURCE, TEMPLATE, UNKNOWN, Traced, origins_of, written
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ def chat_ids(
     answer: bool,
     tools: Sequence[Mapping[str, Any]] | None,
     thinking: bool | None,
+    continues: bool = False,
 ) -> list[int]:
-    """The ids of a chat as the template ``source`` writes it, ended where the answer begins if ``answer``.
+    """The ids of a chat as the template ``source`` writes it, ended where the answer begins if ``answer``, or where the
+    last message's text does if it ``continues``.
 
     TemplateError where the template cannot or will not write it; TokenizerError where it leaves out a message that a
     person wrote, or writes a control token in a way that cannot be told from what a person wrote.
@@ -101,16 +103,33 @@ def chat_ids(
         "messages": shown,
         "tools": given.data(list(tools)) if tools is not None else None,
         "documents": None,
-        "add_generation_prompt": answer,
+        "add_generation_prompt": answer and not continues,
     }
     try:
         variables |= switches(source, thinking)
         text = render(source, variables)
+        if continues:
+            text = _up_to(text, given.content(len(messages) - 1))
     except TemplateError as error:
         raise TemplateError(f"`{tokenizer.path}`: {error}", error.hint) from error
     ids = _Assembly(tokenizer, given).ids(text)
     _check_left_out(tokenizer, messages, given, text)
     return ids
+
+
+def _up_to(text: Traced, leaf: _Leaf) -> Traced:
+    """What was written up to the end of a message's text: the template closes a message that is to go on. Spaces that
+    it trimmed off the end come back. TemplateError where that end does not stand there."""
+    origins = origins_of(text)
+    each = np.asarray(origins)
+    shown = np.flatnonzero((each >= leaf.start) & (each < leaf.start + len(leaf.text)))
+    n = int(each[shown[-1]]) - leaf.start + 1 if len(shown) else 0
+    if not n or leaf.text[n:].strip():
+        raise TemplateError(
+            "the chat template does not show the end of the last message, which is to be continued", HINT
+        )
+    rest = array("I", range(leaf.start + n, leaf.start + len(leaf.text)))
+    return Traced(str.__str__(text)[: shown[-1] + 1] + leaf.text[n:], origins[: shown[-1] + 1] + rest)
 
 
 def has_switch(source: str) -> bool:
@@ -166,6 +185,10 @@ class _Given:
 
     def leaf_of(self, origin: int) -> _Leaf:
         return self.leaves[bisect.bisect_right(self.leaves, origin, key=lambda leaf: leaf.start) - 1]
+
+    def content(self, index: int) -> _Leaf:
+        """The text of message ``index``, whose content is one."""
+        return next(leaf for leaf in self.leaves if leaf.message == index)
 
     def message(self, index: int, message: Message, takes_reasoning: bool) -> dict[str, Any]:
         """A message as transformers gives it to templates: what is None is left out, reasoning has all its names."""

@@ -266,14 +266,16 @@ class Tokenizer:
         answer: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
+        continues: bool = False,
     ) -> list[int]:
-        """A chat as the model was trained to read it, from BOS on; ends where the answer begins if ``answer``.
+        """A chat as the model was trained to read it, from BOS on; ends where the answer begins if ``answer``, or where
+        the last message's text does if the answer ``continues`` that.
 
         The template sees what transformers would show it. Control tokens come from its own text alone, never from
         what a person or a tool said. tools: OpenAI's descriptions. thinking: told to the template where it has a
         variable for it; None leaves that to the template. Raises TemplateError and TokenizerError (cext/chat.py).
         """
-        ids = chat_ids(self, self._source, messages, answer=answer, tools=tools, thinking=thinking)
+        ids = chat_ids(self, self._source, messages, answer=answer, tools=tools, thinking=thinking, continues=continues)
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         return ids
@@ -310,11 +312,12 @@ class Tokenizer:
     # Reasoning.
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
-        """The end of a prompt that belongs to the answer: the tag that opens its reasoning, where one stands there."""
+        """The end of a prompt that belongs to the answer: the tag that opens its reasoning, where one stands there.
+        Where a tag is a token, only that token counts."""
         for n in range(1, min(MAX_OPENING, len(prompt)) + 1):
-            text = self.decode(prompt[-n:]).strip()
-            if any(text == tag for tag, _ in THINK_TAGS):
-                return list(prompt[-n:])
+            end, text = list(prompt[-n:]), self.decode(prompt[-n:]).strip()
+            if any(text == tag and self.control_id(tag) in (None, *end) for tag, _ in THINK_TAGS):
+                return end
         return []
 
     def split_answer(self, ids: Sequence[int]) -> Answer:

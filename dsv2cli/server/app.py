@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dsv2cli import console
 from dsv2cli.server import answering, errors, metrics, webpage
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
-from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama
+from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama, responses
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
 from dsv2cli.server.wire import dump
@@ -35,6 +35,13 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models", models.models),
     ("GET", "/models", models.models),
     ("GET", "/v1/models/{name:path}", models.model),
+    ("POST", "/v1/responses", responses.responses),
+    ("POST", "/responses", responses.responses),
+    ("POST", "/v1/responses/input_tokens", responses.input_tokens),
+    ("GET", "/v1/responses/{name}", responses.retrieve),
+    ("DELETE", "/v1/responses/{name}", responses.delete),
+    ("POST", "/v1/responses/{name}/cancel", responses.cancel),
+    ("GET", "/v1/responses/{name}/input_items", responses.input_items),
     ("POST", "/v1/messages", anthropic.messages),
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("GET", "/api/version", ollama.version),

@@ -104,18 +104,21 @@ class Grammars:
             raise bad_field(field, f"is longer than {MAX_GRAMMAR} characters")
 
     def compiled(
-        self, grammar: str, field: str, opening: str = "", after: int | None = None
+        self, grammar: str, field: str, opening: str = "", after: int | None = None, begun: str = ""
     ) -> Callable[[], Constraint]:
         """What makes a constraint for each answer. The first mask is made here, so that what fails does so at once.
 
         opening: the reasoning tag at the prompt's end, if there is one: the form begins after its closing one. after:
-        the token that it begins after instead, if that comes.
+        the token that it begins after instead, if that comes. begun: text that the answer goes on with.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         matcher = llguidance.LLMatcher(self.prepare(), grammar, log_level=0, limits=LIMITS)
         if error := matcher.get_error() or self._first_error(matcher):
             raise bad_field(field, f"cannot be followed: {error[:300]}")
-        if time.monotonic() - begun > COMPILE_SECONDS:
+        ids = self._tokenizer.encode(begun)
+        if matcher.try_consume_tokens(ids) < len(ids):
+            raise bad_field(field, f"does not allow an answer that begins like the last message: {begun[:100]!r}")
+        if time.monotonic() - started > COMPILE_SECONDS:
             raise bad_field(field, f"takes longer than {COMPILE_SECONDS:g} s to prepare: make it simpler")
         behind = self._closing(opening) if after is None else after
         return lambda: Matching(matcher.deep_copy(), behind)

@@ -29,7 +29,7 @@ PUBLIC = frozenset({"/health", "/v1/health", "/", "/page.js", "/page.css"})
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
 ALLOWED_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
-PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dsv2cli.server import errors
 from dsv2cli.server.constraints import ANY_OBJECT, Grammars
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Generation, Params
+from dsv2cli.server.kept import Store
 from dsv2cli.server.tools import check_calls, form_of
 from dsv2cli.server.wire import Sampled, StructuredOutputs
 
@@ -46,6 +47,7 @@ class Service:
         tokenizer = self.engine.runtime.tokenizer
         self.grammars = Grammars(tokenizer, self.engine.end_ids)
         self.tool_form = form_of(tokenizer)
+        self.responses = Store()
 
     @property
     def n_vocab(self) -> int:
@@ -98,9 +100,11 @@ class Service:
             raise bad_field(wanted[1][0], f"and {wanted[0][0]} each ask for a form of the answer: give one of them")
         return (wanted[0][2](wanted[0][1], wanted[0][0]), wanted[0][0]) if wanted else None
 
-    def constraint(self, form: tuple[str, str] | None, opening: Sequence[int] = ()) -> Callable[[], Constraint] | None:
-        """What makes a form's constraint for each answer."""
-        return form and self.grammars.compiled(*form, self.engine.runtime.tokenizer.decode(opening))
+    def constraint(
+        self, form: tuple[str, str] | None, opening: Sequence[int] = (), begun: str = ""
+    ) -> Callable[[], Constraint] | None:
+        """What makes a form's constraint for each answer. begun: how the answer begins, in the prompt."""
+        return form and self.grammars.compiled(*form, self.engine.runtime.tokenizer.decode(opening), begun=begun)
 
     def bias(self, given: Any) -> dict[int, float]:
         """OpenAI's object, or llama-server's pairs, in which a word stands for its tokens and false for never."""
@@ -130,10 +134,13 @@ class Service:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
         answer: bool = True,
+        continues: bool = False,
     ) -> list[int]:
-        """A chat as ids. ApiError 400 for what the template cannot write."""
+        """A chat as ids (``Tokenizer.chat``). ApiError 400 for what the template cannot write."""
         try:
-            return self.engine.runtime.tokenizer.chat(messages, answer=answer, tools=tools, thinking=thinking)
+            return self.engine.runtime.tokenizer.chat(
+                messages, answer=answer, tools=tools, thinking=thinking, continues=continues
+            )
         except (TemplateError, TokenizerError) as error:
             raise ApiError(400, self.without_path(error), param="messages") from None
 
@@ -237,5 +244,5 @@ def schema_of(response_format: Mapping[str, Any]) -> Any:
     raise bad_field("response_format.type", f"{str(kind)[:50]!r} is none of text, json_object, json_schema")
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_urlsafe(18)}"
+def new_id(kind: str, joint: str = "-") -> str:
+    return f"{kind}{joint}{secrets.token_urlsafe(18)}"

@@ -227,6 +227,8 @@ class Offer:
 def parse_offer(given: Sequence[Mapping[str, Any]] | None, choice: Any, several: bool | None) -> Offer:
     """OpenAI's tools, tool_choice and parallel_tool_calls. ApiError."""
     tools = tuple(parse_tools(given or ()))
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools, choice.get("allowed_tools", choice))
     if isinstance(choice, Mapping):
         function = choice.get("function", choice)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -239,6 +241,19 @@ def parse_offer(given: Sequence[Mapping[str, Any]] | None, choice: Any, several:
     if choice == "required" and not tools:
         raise bad_field("tool_choice", "asks for a call, and there are no tools")
     return Offer(() if choice == "none" else tools, choice == "required", several is not False)
+
+
+def _allowed(tools: tuple[Tool, ...], choice: Any) -> tuple[tuple[Tool, ...], Any]:
+    """The tools that OpenAI's choice among some of them leaves, and its mode."""
+    given = choice.get("tools") if isinstance(choice, Mapping) else None
+    if not isinstance(given, list) or not all(isinstance(tool, Mapping) for tool in given):
+        raise bad_field("tool_choice.tools", "is no list of tools")
+    functions = [tool.get("function", tool) for tool in given if tool.get("type", "function") == "function"]
+    names = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
+    for name in names:
+        if not any(tool.name == name for tool in tools):
+            raise bad_field("tool_choice", f"names {str(name)[:100]!r}, which is not among the tools")
+    return tuple(tool for tool in tools if tool.name in names), choice.get("mode", "auto")
 
 
 def with_told(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:

@@ -657,3 +657,66 @@ def test_every_pair_of_markers_is_broken(tokenizers: dict[str, Tokenizer]) -> No
         text = a[:2] + b + a[2:] + a
         assert not structure(tokenizer, tokenizer.encode(text))
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# An answer that goes on with what was said.
+
+
+def rendered(chat: Chat, source: str) -> str:
+    """What transformers' continue_final_message leaves of the text."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="needs transformers")
+    (text,), _ = utils.render_jinja_template(
+        conversations=[utils._normalize_chat_messages(chat)],
+        chat_template=source,
+        add_generation_prompt=False,
+        continue_final_message=True,
+        bos_token=BOS,
+        eos_token=EOS,
+    )
+    return str(text)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("begun", ["Sure,", "Sure, é🦙 and", "{", "One\n\ntwo", "Sure. Sure."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_continued_message_ends_where_the_reference_ends_it(
+    tokenizers: dict[str, Tokenizer], family: str, begun: str
+) -> None:
+    chat: Chat = [*CHATS["system"], {"role": "assistant", "content": begun}]
+    got = tokenizers[family].chat(messages_of(chat), continues=True)
+    assert spelt(tokenizers[family], got).removeprefix(BOS) == rendered(chat, FAMILIES[family]).removeprefix(BOS)
+
+
+@pytest.mark.parametrize("begun", ["Sure, ", "a\n\n", f"x{EOS}", f"{EOS}{USER}do{ASSISTANT}", "<think>", "</think>a"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_continued_message_is_text_to_its_last_character(
+    tokenizers: dict[str, Tokenizer], family: str, begun: str
+) -> None:
+    """Spaces that a template trims off its end are the answer's; what spells a control token is letters."""
+    tokenizer = tokenizers[family]
+    asked = Message("user", "Hi")
+    plain = tokenizer.chat([asked, Message("assistant", "x")], continues=True)
+    try:
+        got = tokenizer.chat([asked, Message("assistant", begun)], continues=True)
+    except TemplateError as error:
+        assert "</think>" in begun or "<think>" in begun, error  # a template that looks for the tags itself
+        return
+    shown = spelt(tokenizer, got)
+    assert shown.endswith(begun.lstrip() if "</think>" not in begun else "a")
+    assert structure(tokenizer, got) == structure(tokenizer, plain)
+
+
+def test_what_cannot_be_continued(tmp_path: Path) -> None:
+    """A template that shows another text, or only a part of it."""
+    for shown in ("truncate(3, true, '', 0)", "length", "replace('hello', 'bye')"):
+        source = "{% for m in messages %}{{ m.content | " + shown + " }}{% endfor %}"
+        with pytest.raises(TemplateError, match="to be continued"):
+            made(tmp_path, source).chat([Message("user", "HI"), Message("assistant", "hello")], continues=True)
+    nothing = made(tmp_path, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    with pytest.raises(TemplateError, match="to be continued"):
+        nothing.chat([Message("user", "Hi"), Message("assistant", "Hi")], continues=True)
+
+
+def test_a_typed_tag_opens_no_reasoning_where_the_tag_is_a_token(tokenizers: dict[str, Tokenizer]) -> None:
+    r1 = tokenizers["r1"]
+    assert r1.opening(r1.chat([Message("user", "Hi"), Message("assistant", "<think>")], continues=True)) == []

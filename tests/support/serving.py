@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
+from cext.tokenizer import Tokenizer
 from dsv2cli.runtime import Wishes
-from dsv2cli.server import process
+from dsv2cli.server import engine, process
 from dsv2cli.server.engine import Engine
 from dsv2cli.server.guard import Rules
 from dsv2cli.server.process import Serving, Settings
@@ -77,3 +79,32 @@ def served(
         serving.server.should_exit = True
         thread.join()
         listening.close()
+
+
+class Script:
+    """Stands in for the model's choices (``server.choosing.Chooser``): each answer is the next of a list."""
+
+    def __init__(self, tokenizer: Tokenizer, answers: Iterable[str]) -> None:
+        self._tokenizer, self._answers = tokenizer, iter(answers)
+
+    def __call__(self, *_: object) -> Script:
+        end = self._tokenizer.eos
+        assert end is not None
+        script = Script(self._tokenizer, ())
+        script._ids = iter([*self._tokenizer.encode(next(self._answers), special=True), end])
+        return script
+
+    _ids: Iterator[int]
+
+    def accept(self, ids: Iterable[int]) -> None: ...
+
+    def sample(self, logits: object) -> int:
+        return next(self._ids)
+
+
+@contextmanager
+def scripted(server: Served, *answers: str) -> Iterator[None]:
+    """The server's next answers, one after another: what is said of them is tested, not what a model thinks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "Chooser", Script(server.engine.runtime.tokenizer, answers))
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cext.tokenizer import Message
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.wording import DONE, FINISH, chat_logprob, timings, usage
@@ -18,7 +19,7 @@ from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.splitting import Part, Splitter
-from dsv2cli.server.tools import Call, CallReader, Offer, parse_offer, with_told
+from dsv2cli.server.tools import Call, CallReader, Offer, content_text, parse_offer, with_told
 from dsv2cli.server.wire import Sampled, parse
 
 
@@ -34,14 +35,18 @@ class ChatRequest(Sampled, kw_only=True):
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A chat that is ready to be answered; offer: the tools that its answers may call."""
+    """A chat that is ready to be answered; offer: the tools that its answers may call; begun: the text at the end of
+    the prompt that they go on with."""
 
     generation: Generation
     offer: Offer
+    begun: str = ""
 
 
 def at_least_one(limit: int | None) -> int | None:
@@ -54,14 +59,24 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     messages, thinking = service.messages(body.messages), _thinking(body)
     offer = parse_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = body.tools if offer.tools else None
+    begun = _begun(body, messages)
+    if begun is not None:
+        messages = messages[:-1] + ([Message("assistant", begun, messages[-1].fields)] if begun else [])
     if not service.tool_form.native:
         messages, described = with_told(messages, offer.tools), None
-    prompt = await answering.aside(service.chat_prompt, messages, tools=described, thinking=thinking)
-    opening = service.opening(prompt)
+    prompt = await answering.aside(
+        service.chat_prompt,
+        messages,
+        tools=described,
+        thinking=thinking,
+        answer=begun is not None or body.add_generation_prompt is not False,
+        continues=bool(begun),
+    )
+    opening = () if begun else service.opening(prompt)
     form = service.form(body, body.response_format)
     if form is not None and offer.must:
         raise bad_field(form[1], "and tool_choice each ask for a form of the answer: give one of them")
-    constraint = await answering.aside(service.constraint, form, opening)
+    constraint = await answering.aside(service.constraint, form, opening, begun or "")
     if form is None and (calls := offer.constraint(service.tool_form)):
         text = service.engine.runtime.tokenizer.decode(opening)
         constraint = await answering.aside(service.grammars.compiled, calls[0], "tools", text, calls[1])
@@ -78,7 +93,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
         ignore_end=bool(body.ignore_eos),
         constraint=constraint,
     )
-    return Asked(generation, offer)
+    return Asked(generation, offer, begun or "")
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -106,6 +121,20 @@ def _thinking(body: ChatRequest) -> bool | None:
     return False if body.reasoning_effort == "none" else None
 
 
+def _begun(body: ChatRequest, messages: Sequence[Message]) -> str | None:
+    """The text of the assistant's that is to be continued; None where an answer of its own is asked for. Without a word
+    about it, as llama-server: the last message is continued if it is the assistant's."""
+    last, wanted = messages[-1], body.continue_final_message
+    if wanted and body.add_generation_prompt:
+        raise bad_field("continue_final_message", "and add_generation_prompt cannot both be true")
+    is_text = last.role == "assistant" and not last.fields.get("tool_calls")
+    if wanted and not is_text:
+        raise bad_field("continue_final_message", "the last message is no text of the assistant's")
+    if wanted is None and body.add_generation_prompt is None:
+        wanted = is_text
+    return content_text(last) if wanted else None
+
+
 class Answer:
     """One choice of a chat, collected as it comes: reasoning, content, calls of tools."""
 
@@ -114,6 +143,8 @@ class Answer:
         self._service = service
         self._splitter = Splitter(tokenizer, tokenizer.decode(asked.generation.opening))
         names = [tool.name for tool in asked.offer.tools]
+        if asked.begun:
+            self._splitter.finish(asked.begun)  # what was said before tells reasoning from content
         self._calls = CallReader(service.tool_form, names) if names else None
         self.content, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
