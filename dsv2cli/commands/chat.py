@@ -14,7 +14,7 @@ from dsv2cli.errors import UsageError
 from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
-    from dsv2cli.repl import Chat
+    from dsv2cli.chat.answering import Chat
     from dsv2cli.runtime import Runtime
 
 HELP = "Talk to a model: a conversation in a terminal, or one answer for -p or a pipe."
@@ -116,8 +116,9 @@ def chat(
     path = locate.model(model)
     with runtime.open_model(path, threads, wishes) as opened:
         from cext import Sampler
-        from dsv2cli.conversation import Conversation
-        from dsv2cli.repl import Chat, Repl, tell_dropped
+        from dsv2cli.chat.answering import Chat, tell_dropped
+        from dsv2cli.chat.conversation import Conversation
+        from dsv2cli.chat.repl import Repl
         from dsv2cli.scheduler import Budget, Scheduler
 
         session = opened.session(context, kv)

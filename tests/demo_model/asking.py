@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import cext
-from dsv2cli.conversation import Conversation
+from dsv2cli.chat.conversation import Conversation
 from dsv2cli.runtime import Runtime
 from dsv2cli.scheduler import End, Scheduler, Token
 

@@ -20,7 +20,7 @@ from support.vocab import ASSISTANT, BOS, EOS, IDS, USER, V2_TEMPLATE, V25_TEMPL
 import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
 from dsv2cli import interrupts
-from dsv2cli.conversation import Conversation, Turn
+from dsv2cli.chat.conversation import Conversation, Turn
 from dsv2cli.scheduler import Budget, End, Read, Scheduler, Stats, Text, Token
 
 CHUNK = Budget().alone

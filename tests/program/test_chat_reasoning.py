@@ -14,8 +14,8 @@ from support.vocab import BOS, N_VOCAB, V2_TEMPLATE
 
 import cext
 from cext.tokenizer import Message, Tokenizer
-from dsv2cli.conversation import Conversation, Turn
-from dsv2cli.reasoning import Reasoning
+from dsv2cli.chat.conversation import Conversation, Turn
+from dsv2cli.chat.reasoning import Reasoning
 
 SWITCHED = (  # R1's way with reasoning, and V3.1's switch
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"

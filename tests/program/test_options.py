@@ -10,7 +10,7 @@ from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
-from dsv2cli.conversation import room_hint
+from dsv2cli.chat.conversation import room_hint
 from dsv2cli.options import LARGEST, MAX_CONTEXT, MAX_SEED, Range
 
 OUTSIDE = {

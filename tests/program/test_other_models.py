@@ -29,7 +29,7 @@ from support.tiny import add_key
 from cext import ContextFullError, EngineError, OutOfMemoryError, Sampler
 from cext.tokenizer import Message, Tokenizer, TokenizerError
 from dsv2cli import anatomy, locate, runtime
-from dsv2cli.conversation import Conversation
+from dsv2cli.chat.conversation import Conversation
 from dsv2cli.engines import llamacpp
 from dsv2cli.engines.cache import cache_of
 from dsv2cli.engines.choice import not_ours

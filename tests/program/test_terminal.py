@@ -18,7 +18,7 @@ from support.vocab import write_model
 
 from cext import system
 from cext.tokenizer import Message, Tokenizer
-from dsv2cli import history
+from dsv2cli.chat import history
 
 AHEAD = ["second\n/stats\n/exit\n", "second\r/stats\r/exit\r", "\x1b[200~a\nb\x1b[201~\n/stats\n\x04"]
 SYSTEM = ["/system You are brief. \\\nAlways.", "\x1b[200~/system You are brief. \nAlways.\x1b[201~"]
@@ -194,7 +194,7 @@ def assert_left_as_it_was(screen: Screen) -> None:
     assert flags & termios.ECHO and flags & termios.ICANON, "the terminal does not echo"
 
 
-BREAK = "import dsv2cli.repl as r; r.Chat.tell_stats = None; "
+BREAK = "import dsv2cli.chat.answering as r; r.Chat.tell_stats = None; "
 
 
 @pytest.mark.parametrize("how", ["exit", "ctrl-d", "ctrl-c and exit", "crash", "SIGTERM", "SIGTERM in an answer"])
@@ -274,7 +274,9 @@ def test_history_outlives_what_ends_the_conversation(number: signal.Signals, mod
 
 def test_many_writers_of_one_history(tmp_path: Path) -> None:
     """Lines are whole and none is lost, while one of them cuts the file to its latest."""
-    script = "import sys; from dsv2cli import history; [history.add(sys.argv[1] * 50 + str(i)) for i in range(150)]"
+    script = (
+        "import sys; from dsv2cli.chat import history; [history.add(sys.argv[1] * 50 + str(i)) for i in range(150)]"
+    )
     place = tmp_path / "dsv2" / "history"
     place.parent.mkdir()
     place.write_text("old\n" * (2 * history.LINES + 1), encoding="utf-8")

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType, ModuleType
 
-from dsv2cli import console, history
+from dsv2cli import console
+from dsv2cli.chat import history
 from dsv2cli.text import typed
 
 CONTINUED = "\\"
