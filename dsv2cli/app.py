@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands import bench, chat, download, inspect, perplexity, quantize, serve
+from dsv2cli.commands import batch, bench, chat, download, inspect, perplexity, quantize, serve
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[ModuleType, str]] = {
     "inspect": (inspect, "Show what a GGUF is made of and needs."),
     "perplexity": (perplexity, "Measure how well a model predicts a text."),
     "serve": (serve, "Serve a model to other programs over HTTP."),
+    "batch": (batch, "Answer a file of requests; killed, it goes on."),
     "bench": (bench, "Measure speed, beside llama.cpp if asked."),
 }
 for verb, (command, summary) in VERBS.items():

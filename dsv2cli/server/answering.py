@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dsv2cli.server.engine import Ticket
 from dsv2cli.server.errors import ApiError
-from dsv2cli.server.generation import Ended, Heard
+from dsv2cli.server.generation import Ended, Heard, Job
 from dsv2cli.server.wire import dump
+
+if TYPE_CHECKING:
+    from dsv2cli.server.service import Service
 
 ALIVE_SECONDS = 10.0  # clients and proxies give up on a silent connection
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -46,10 +49,15 @@ def raise_failure(events: Iterable[Heard]) -> None:
             raise failure(event.error)
 
 
+async def job(request: Request, service: Service, asked: Job) -> Response:
+    """A job's body as the response to a request."""
+    return await whole(request, service.submit_all(asked.asked), asked.build)
+
+
 async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[list[Heard]]], Any]) -> Response:
     """One JSON body of all events, made when the last has come. After ALIVE_SECONDS of waiting the response begins,
     with a space now and then before its JSON."""
-    collecting = asyncio.create_task(_collect(tickets))
+    collecting = asyncio.create_task(collect(tickets))
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({collecting, gone}, timeout=ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -62,7 +70,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             return Response(dump(build(events)), media_type=JSON_TYPE)
     except BaseException:
         collecting.cancel()
-        _cancel(tickets)
+        cancel(tickets)
         raise
     finally:
         gone.cancel()
@@ -81,12 +89,13 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
                 yield dump(error.body())
         finally:
             collecting.cancel()
-            _cancel(tickets)
+            cancel(tickets)
 
     return StreamingResponse(body(), media_type=JSON_TYPE)
 
 
-async def _collect(tickets: list[Ticket]) -> list[list[Heard]]:
+async def collect(tickets: list[Ticket]) -> list[list[Heard]]:
+    """All that each tells, until its last answer has ended. Cancelled, it leaves what comes to its caller."""
     return [[event async for event in ticket] for ticket in tickets]
 
 
@@ -95,7 +104,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _cancel(tickets: Iterable[Ticket]) -> None:
+def cancel(tickets: Iterable[Ticket]) -> None:
     for ticket in tickets:
         ticket.cancel()
 

@@ -175,8 +175,7 @@ class Engine:
 
     def submit(self, asked: Generation) -> Ticket:
         """Queue a request. ApiError where it cannot be answered, or too many wait."""
-        if len(asked.prompt) > self.limits.n_ctx:
-            raise errors.too_long(len(asked.prompt), self.limits.n_ctx)
+        self.check(asked)
         if asked.ignore_end:
             bias = {**asked.params.bias, **dict.fromkeys(self.end_ids, float("-inf"))}
             asked = replace(asked, params=replace(asked.params, bias=bias))
@@ -190,6 +189,11 @@ class Engine:
             self.figures.requests += 1
             self._wake.notify()
         return ticket
+
+    def check(self, asked: Generation) -> None:
+        """ApiError where the context does not hold the prompt."""
+        if len(asked.prompt) > self.limits.n_ctx:
+            raise errors.too_long(len(asked.prompt), self.limits.n_ctx)
 
     def running(self) -> list[Sequence]:
         """The answers that are stepped now."""

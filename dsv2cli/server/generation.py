@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dsv2cli.scheduler import Logprobs, Reason, Stats
 
@@ -91,6 +91,17 @@ class Ended(NamedTuple):
 
 
 Heard = Began | Piece | Ended
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is answered whole: its prompts, and what makes a body of the events of each. Knows no connection.
+
+    build is called once.
+    """
+
+    asked: list[Generation]
+    build: Callable[[list[list[Heard]]], dict[str, Any]]
 
 
 def take_all(events: Iterable[Heard], take: Callable[[Piece | Ended], object]) -> Ended:

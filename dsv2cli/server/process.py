@@ -154,7 +154,7 @@ def load(
             n_ctx = usual if settings.n_ctx is None else model.context(settings.n_ctx)
             limits = Limits(n_ctx, settings.parallel, settings.queue, settings.cache_bytes, settings.deterministic)
             engine = Engine(model, limits, settings.kv)
-            yield Service(engine, settings.name or model.name, settings.params)
+            yield Service(engine, settings.name or model.name, settings.params, n_predict=settings.n_predict)
 
     return opened
 
@@ -172,3 +172,4 @@ class Settings:
     name: str | None = None
     deterministic: bool = False
     params: Params = field(default_factory=lambda: Params(temperature=0.7))
+    n_predict: int | None = None  # most tokens of an answer that asks for no number

@@ -220,6 +220,20 @@ def test_the_scheduler_knows_the_engine_alone() -> None:
     assert not wrong
 
 
+def test_batches_know_requests_and_no_model() -> None:
+    """What answers them is a protocol; of the server they know the forms of bodies and errors alone."""
+    files = python_files("dsv2cli/batch")
+    assert files
+    known = ("cext.system", "dsv2cli.errors.", "dsv2cli.batch.", "dsv2cli.server.errors.", "dsv2cli.server.wire.")
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in modules(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in PYTHON_ROOMS and not name.startswith(known)
+    ]
+    assert not wrong
+
+
 def test_llama_cpp_is_behind_its_engine() -> None:
     """What the program needs of a model is a protocol: llama.cpp is called in one room, and by what measures it."""
     wrong = [

@@ -16,7 +16,7 @@ from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.wording import DONE, FINISH, chat_logprob, timings, usage
 from dsv2cli.server.errors import bad_field
-from dsv2cli.server.generation import Ended, Generation, Heard, Piece
+from dsv2cli.server.generation import Ended, Generation, Heard, Job, Piece
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.splitting import Part, Splitter
 from dsv2cli.server.tools import Call, CallReader, Offer, content_text, parse_offer, with_told
@@ -83,7 +83,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     generation = Generation(
         prompt=prompt,
         params=service.params(body),
-        limit=at_least_one(service.limit(body.max_completion_tokens, body.max_tokens)),
+        limit=at_least_one(service.limit(body.max_completion_tokens, body.max_tokens, service.n_predict)),
         n=body.n or 1,
         stops=service.stops(body.stop),
         n_top=(body.top_logprobs or 0) if body.logprobs else None,
@@ -99,13 +99,27 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
 async def chat(service: Service, request: Request) -> Response:
     body = parse(await request.body(), ChatRequest)
     asked = await prepare(service, body, request.state.salt)
+    if not body.stream:
+        return await answering.job(request, service, _job(service, body, asked))
     [ticket] = service.submit_all([asked.generation])
+    chunks = ChatStream(service, _head(service, body), body, asked)
+    return answering.streamed(ticket, chunks.say, first=chunks.first(), last=chunks.last)
+
+
+async def job(service: Service, data: bytes, salt: bytes) -> Job:
+    """A chat that is answered whole, from its body. ApiError."""
+    body = parse(data, ChatRequest)
+    return _job(service, body, await prepare(service, body, salt))
+
+
+def _job(service: Service, body: ChatRequest, asked: Asked) -> Job:
+    head = _head(service, body)
+    return Job([asked.generation], lambda heard: chat_body(service, head, asked, heard[0]))
+
+
+def _head(service: Service, body: ChatRequest) -> dict[str, Any]:
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model or service.name}
-    head |= {"system_fingerprint": service.fingerprint}
-    if body.stream:
-        chunks = ChatStream(service, head, body, asked)
-        return answering.streamed(ticket, chunks.say, first=chunks.first(), last=chunks.last)
-    return await answering.whole(request, [ticket], lambda heard: chat_body(service, head, asked, heard[0]))
+    return head | {"system_fingerprint": service.fingerprint}
 
 
 def _thinking(body: ChatRequest) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -15,7 +16,7 @@ from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.wording import DONE, FINISH, text_logprobs, timings, usage
 from dsv2cli.server.errors import bad_field
-from dsv2cli.server.generation import Ended, Generation, Heard, Piece
+from dsv2cli.server.generation import Ended, Generation, Heard, Job, Piece
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.wire import Sampled, parse
@@ -32,16 +33,41 @@ class CompletionRequest(Sampled, kw_only=True):
     parse_special: bool | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts that are ready to be answered; writers: what makes the choices of each."""
+
+    generations: list[Generation]
+    writers: list[TextAnswers]
+    head: dict[str, Any]
+
+
 async def completions(service: Service, request: Request) -> Response:
     body = parse(await request.body(), CompletionRequest)
+    asked = await prepare(service, body, request.state.salt)
+    if not body.stream:
+        return await answering.job(request, service, _job(asked))
+    if len(asked.generations) > 1:
+        raise bad_field("prompt", "several prompts cannot be streamed")
+    [ticket] = service.submit_all(asked.generations)
+    return _stream_text(asked.head, body, ticket, asked.writers[0])
+
+
+async def job(service: Service, data: bytes, salt: bytes) -> Job:
+    """Completions that are answered whole, from their body. ApiError."""
+    return _job(await prepare(service, parse(data, CompletionRequest), salt))
+
+
+async def prepare(service: Service, body: CompletionRequest, salt: bytes) -> Asked:
+    """Prompts, constraint and sampling of a request. ApiError."""
     if body.best_of is not None and body.best_of > 1:
         raise bad_field("best_of", "is not offered: ask for n answers and choose")
     prompts = await answering.aside(text_prompts, service, body)
-    limit = service.limit(body.max_tokens, 16)
+    limit = service.limit(body.max_tokens, service.n_predict, 16)
     n_top = int(body.logprobs) if body.logprobs is not None and body.logprobs is not False else None
     echoes = bool(body.echo)
     constraint = await answering.aside(service.constraint, service.form(body, body.response_format))
-    asked = [
+    generations = [
         Generation(
             constraint=constraint,
             prompt=ids,
@@ -51,34 +77,33 @@ async def completions(service: Service, request: Request) -> Response:
             stops=service.stops(body.stop),
             n_top=n_top,
             rows=echoes and n_top is not None,
-            salt=request.state.salt,
+            salt=salt,
             use_cache=body.cache_prompt is not False,
             ignore_end=bool(body.ignore_eos),
         )
         for ids in prompts
     ]
-    if body.stream and len(asked) > 1:
-        raise bad_field("prompt", "several prompts cannot be streamed")
-    tickets = service.submit_all(asked)
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time())}
     head |= {"model": body.model or service.name, "system_fingerprint": service.fingerprint}
     if body.suffix and not service.can_fill_in:
         head |= {"warnings": ["suffix was not used: the vocabulary has no tokens for filling in"]}
-    writers = [TextAnswers(service, one, echoes=echoes, writes=limit != 0) for one in asked]
-    if body.stream:
-        return _stream_text(head, body, tickets[0], writers[0])
+    return Asked(
+        generations, [TextAnswers(service, one, echoes=echoes, writes=limit != 0) for one in generations], head
+    )
 
+
+def _job(asked: Asked) -> Job:
     def build(heard: list[list[Heard]]) -> dict[str, Any]:
-        for writer, events in zip(writers, heard, strict=True):
+        for writer, events in zip(asked.writers, heard, strict=True):
             for event in events:
                 writer.feed(event)
-        choices = [choice for writer in writers for choice in writer.choices()]
+        choices = [choice for writer in asked.writers for choice in writer.choices()]
         for i, choice in enumerate(choices):
             choice["index"] = i
-        ended = [e for writer in writers for e in writer.ended]
-        return {**head, "choices": choices, "usage": usage(ended), "timings": timings(ended[0].stats)}
+        ended = [e for writer in asked.writers for e in writer.ended]
+        return {**asked.head, "choices": choices, "usage": usage(ended), "timings": timings(ended[0].stats)}
 
-    return await answering.whole(request, tickets, build)
+    return Job(asked.generations, build)
 
 
 def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:

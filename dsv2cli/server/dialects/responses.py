@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,6 +16,7 @@ from dsv2cli.server import answering
 from dsv2cli.server.dialects.chat import Asked, ChatRequest, prepare
 from dsv2cli.server.dialects.response_events import Progress
 from dsv2cli.server.errors import ApiError, bad_field
+from dsv2cli.server.generation import Job
 from dsv2cli.server.items import Item, as_messages, read_input
 from dsv2cli.server.kept import Kept, Turn
 from dsv2cli.server.service import MAX_TOP, Service, new_id
@@ -193,9 +195,27 @@ async def prepare_response(service: Service, body: ResponsesRequest, salt: bytes
 
 async def responses(service: Service, request: Request) -> Response:
     body = parse(await request.body(), ResponsesRequest)
-    salt = request.state.salt
+    asked, progress = await _begin(service, body, request.state.salt)
+    if not body.stream:
+        return await answering.job(request, service, _job(asked, progress))
+    [ticket] = service.submit_all([asked.generation])
+    return answering.streamed(
+        ticket, progress.say, first=progress.first(), last=progress.last, on_error=progress.failed
+    )
+
+
+async def job(service: Service, data: bytes, salt: bytes) -> Job:
+    """A response that is answered whole, from its body, and not kept here. ApiError."""
+    body = replace(parse(data, ResponsesRequest), store=False)
+    return _job(*await _begin(service, body, salt))
+
+
+def _job(asked: Asked, progress: Progress) -> Job:
+    return Job([asked.generation], lambda heard: progress.whole(heard[0]))
+
+
+async def _begin(service: Service, body: ResponsesRequest, salt: bytes) -> tuple[Asked, Progress]:
     asked, conversation = await prepare_response(service, body, salt)
-    head = told_head(service, body, asked)
 
     def finished(response: dict[str, Any]) -> bool:
         if body.store is False:
@@ -204,13 +224,7 @@ async def responses(service: Service, request: Request) -> Response:
         kept = Kept(dump(response | {"store": True}), (*conversation.before, turn))
         return service.responses.keep(salt, response["id"], kept)
 
-    [ticket] = service.submit_all([asked.generation])
-    progress = Progress(service, asked, head, finished)
-    if body.stream:
-        return answering.streamed(
-            ticket, progress.say, first=progress.first(), last=progress.last, on_error=progress.failed
-        )
-    return await answering.whole(request, [ticket], lambda heard: progress.whole(heard[0]))
+    return asked, Progress(service, asked, told_head(service, body, asked), finished)
 
 
 async def input_tokens(service: Service, request: Request) -> Response:

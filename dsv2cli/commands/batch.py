@@ -1,0 +1,155 @@
+"""dsv2 batch: a file of requests answered into a file."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv2cli import options
+from dsv2cli.errors import CliError, UsageError
+from dsv2cli.options import Range, number
+
+if TYPE_CHECKING:
+    from dsv2cli.batch.ledger import Ledger
+    from dsv2cli.batch.lines import Bad, Line
+
+HELP = "Answer a file of requests, as OpenAI's batches have them. Killed at any time, the same command goes on."
+EXAMPLES = (
+    "batch requests.jsonl -o answers.jsonl model.gguf",
+    'batch reviews.csv -o answers.jsonl --template "Is this praise or blame? {review}" --max-tokens 5',
+    "batch texts.txt -o answers.jsonl --template request.json --parallel 32",
+    "batch requests.jsonl -o part2.jsonl model.gguf --shard 2/4",
+)
+IN_HELP = (
+    "Lines of JSON with custom_id, url and body; with --template a CSV (its first line names the columns) or a text."
+)
+OUT_HELP = "Where answers go, a line each as they come; goes on with what is there."
+ERRORS_HELP = "Where refusals go; OUT with .errors before its suffix if left out."
+TEMPLATE_HELP = "A message with {column} in it ({text} of a text), or a .json file: a whole body with them."
+SEED_HELP = "Lines that name no seed get one of their own, from this and their custom_id."
+SHARD_HELP = "Answer the i-th of n parts only, as 2/4, for several machines. Each has an OUT of its own."
+SKIP_HELP = "Lines that cannot be answered go to the errors, and the others are answered."
+RETRY_HELP = "Ask again what failed before."
+RESTART_HELP = "Throw away what OUT holds and start over."
+SAME_HELP = (
+    "The same answer to the bit whatever else is answered beside it. Slower: every sequence alone, nothing kept."
+)
+CACHE_HELP = "Memory for what has been read, kept for lines that begin alike: 2G, 500M."
+LARGEST_QUEUE = 1 << 20  # the run itself says how many wait
+
+
+def batch(
+    requests: Annotated[str, typer.Argument(metavar="IN", help=IN_HELP)],
+    model: options.Model = None,
+    out: Annotated[Path | None, options.place("-o", "--output", metavar="OUT.jsonl", help=OUT_HELP)] = None,
+    errors: Annotated[Path | None, options.place("--errors", metavar="FILE", help=ERRORS_HELP)] = None,
+    template: Annotated[str | None, typer.Option("--template", metavar="TEXT|FILE.json", help=TEMPLATE_HELP)] = None,
+    limit: Annotated[
+        int | None,
+        number("-n", "--max-tokens", within=options.COUNT, help="Most tokens of an answer whose line names no number."),
+    ] = None,
+    temperature: Annotated[
+        float,
+        number("--temp", metavar="X", within=Range(0, options.LARGEST), help="Of lines that name none."),
+    ] = 0.7,
+    seed: Annotated[int, number("--seed", within=Range(0, options.MAX_SEED), help=SEED_HELP)] = 0,
+    parallel: Annotated[int, number("--parallel", within=Range(1, 64), help="Answers written at the same time.")] = 16,
+    context: Annotated[
+        int | None, number("-c", "--ctx", within=options.CONTEXT, help="Tokens of context of each request.")
+    ] = None,
+    kv: options.Kv = "f16",
+    cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
+    threads: options.Threads = None,
+    engine: options.Engine = "auto",
+    rpc: options.Rpc = None,
+    gpu_layers: options.GpuLayers = 0,
+    shard: Annotated[str, typer.Option("--shard", metavar="I/N", help=SHARD_HELP)] = "1/1",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=SKIP_HELP)] = False,
+    retry: Annotated[bool, typer.Option("--retry", help=RETRY_HELP)] = False,
+    restart: Annotated[bool, typer.Option("--restart", help=RESTART_HELP)] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    if out is None:
+        raise UsageError("-o is missing", "it names the file that the answers go to")
+    cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
+    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
+
+    from dsv2cli import locate
+    from dsv2cli.batch.ledger import places
+    from dsv2cli.batch.shards import Shard
+    from dsv2cli.server import offline, process
+    from dsv2cli.server.generation import Params
+
+    part = Shard.parse(shard)
+    path = locate.model(model)
+    out, errors = places(out, errors, [path, *_files_of(requests, template)])
+    data = _read(requests)
+    lines, bad = _lines(data, requests, template)
+    if not lines and not bad:
+        raise CliError(f"`{requests}` holds no line")
+    mine = part.numbers(lines, bad)
+    settings = process.Settings(
+        context, parallel, LARGEST_QUEUE, cache_bytes, kv, None, deterministic, Params(temperature=temperature), limit
+    )
+    origin = {
+        "the input": f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}",
+        "--template": _read(template).decode(errors="replace") if template and template.endswith(".json") else template,
+        "--max-tokens": limit,
+        "--temp": temperature,
+        "--seed": seed,
+        "--ctx": context,
+        "--kv": kv,
+        "--deterministic": deterministic,
+        "--shard": str(part),
+    }
+    offline.run(
+        offline.Plan(
+            [line for line in lines if line.number in mine],
+            [one for one in bad if one.number in mine],
+            process.load(path, threads, settings, wishes),
+            _ledger(out, errors, origin, restart=restart),
+            seed,
+            skip_bad,
+            retry,
+            quiet,
+        )
+    )
+
+
+def _ledger(out: Path, errors: Path, origin: dict[str, Any], *, restart: bool) -> Callable[[str], Ledger]:
+    from dsv2cli.batch.ledger import Ledger
+
+    return lambda model: Ledger(out, errors, {**origin, "the model": model}, restart=restart)
+
+
+def _files_of(requests: str, template: str | None) -> list[Path]:
+    """The files that a run reads."""
+    return [Path(name) for name in (requests, template) if name and name != "-" and len(name) < 4096]
+
+
+def _read(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise CliError(f"`{name}`: {error.strerror or error}") from None
+
+
+def _lines(data: bytes, name: str, template: str | None) -> tuple[list[Line], list[Bad]]:
+    from dsv2cli.batch import table
+    from dsv2cli.batch.lines import check, numbered
+    from dsv2cli.server.desk import JOBS
+
+    suffix = Path(name).suffix.lower()
+    if template is None:
+        if suffix in table.DELIMITERS:
+            raise UsageError(f"`{name}` is a table", "--template says what is asked of each row")
+        return check(numbered(data), JOBS)
+    return check(table.requests(data, suffix, name, table.Template.parse(template)), JOBS)
