@@ -16,7 +16,8 @@ typedef struct ds_session ds_session;
 typedef struct ds_block ds_block;
 
 enum {
-    DS_MAX_STEP = 1024,    /* most tokens in one ds_eval */
+    DS_MAX_STEP = 1024, /* most tokens in one ds_eval */
+    DS_MAX_LONG_STEP = 4096, /* the same where experts come from a drive: each is read once for all of them */
     DS_SESSION_BLOCK = 64, /* tokens of a block of cache: what sessions share, and what is saved of them */
 };
 
@@ -48,8 +49,11 @@ bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residenc
 /* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */
 void ds_model_stop(ds_model *model);
 int ds_model_threads(const ds_model *model);
-/* Memory that steps of n_tok (1 to DS_MAX_STEP) tokens take in all, beside weights and caches; it is kept. */
-size_t ds_model_step_bytes(const ds_model *model, int n_tok);
+/* DS_MAX_STEP or DS_MAX_LONG_STEP. */
+int ds_model_max_step(const ds_model *model);
+/* Memory that steps of n_tok (1 to ds_model_max_step) tokens take in all, beside weights and caches; it is kept. piece: see
+ * ds_eval. */
+size_t ds_model_step_bytes(const ds_model *model, int n_tok, int piece);
 const char *ds_model_isa(const ds_model *model);
 
 /* A sequence with room for n_ctx tokens of cache in kv_type ("f16", "q8_0" or "f32"); memory comes as it fills. Sessions of
@@ -95,13 +99,15 @@ typedef struct ds_input {
     int n, n_logits; /* 0 <= n_logits <= n */
 } ds_input;
 
-/* Append tokens to sequences of one model, each session at most once, DS_MAX_STEP tokens in all. logits (the sum of
- * n_logits, n_vocab) takes their rows, input by input; NULL where none are wanted. tap may be NULL; its entries' rows
- * move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second caller waits.
- * DS_EIO where the file was changed since it was opened or cannot be read, DS_ESTOPPED where the budget's `stop` said
- * so, DS_EFORMAT where no logit is a number, DS_EINVAL in a forked
- * process. */
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err);
+/* Append tokens to sequences of one model, each session at most once, ds_model_max_step tokens in all. piece: how many are
+ * computed together (1 to DS_MAX_STEP; 0: that): more are computed piece by piece, as steps of so many one after another
+ * would be, but layer by layer, so that experts are read once for all. logits (the sum of n_logits, n_vocab) takes their
+ * rows, input by input; NULL where none are wanted. tap may be NULL, and is not where there are several pieces; its
+ * entries' rows move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second
+ * caller waits. DS_EIO where the file was changed since it was opened or cannot be read, DS_ESTOPPED where the budget's
+ * `stop` said so, DS_EFORMAT where no logit is a number, DS_EINVAL in a forked process. */
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, int piece, float *logits, ds_tap *tap,
+                  ds_error *err);
 
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
  * tensors); both stay alive until close. sublayer: of one, the other's tensors are not looked for; ffn_norm

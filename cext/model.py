@@ -136,7 +136,8 @@ class Model:
     A forked process opens its own: evaluating this one there raises ArgumentError. When the file is written to or cut
     short while it is open, evaluating raises FileError.
 
-    notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed.
+    notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed. max_step: most
+    tokens in one step: MAX_STEP, or more where experts come from the drive: each is read once a step.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Model:
             0 if ram is None else whole("ram", ram, low=1, high=MAX_RAM),
             None if uses is None else np.ascontiguousarray(uses, np.uint64),
         )
-        hparams, self.threads, self.isa, self.nbytes, self.notes = _engine.model_info(self._handle)
+        hparams, self.threads, self.isa, self.nbytes, self.notes, self.max_step = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
         self._sessions: WeakSet[Session] = WeakSet()
         self._listing = threading.Lock()  # a set that grows cannot be walked
@@ -225,9 +226,12 @@ class Model:
         """Let a step under way raise StoppedError where it waits for the drive; for other threads and handlers."""
         _engine.model_stop(self._handle)
 
-    def step_bytes(self, n_tok: int) -> int:
-        """Memory that steps of n_tok tokens (at most MAX_STEP) take, beside weights and caches. ValueError."""
-        return _engine.model_step_bytes(self._handle, whole("n_tok", n_tok))
+    def step_bytes(self, n_tok: int, piece: int | None = None) -> int:
+        """Memory that steps of n_tok tokens (at most max_step) take, beside weights and caches. ValueError.
+
+        piece: see ``eval_batch``.
+        """
+        return _engine.model_step_bytes(self._handle, whole("n_tok", n_tok), 0 if piece is None else _piece(piece))
 
     def close(self) -> None:
         """Release the file and the threads, after the steps that are under way; its sessions raise from then on."""
@@ -323,8 +327,9 @@ class Session:
     ) -> NDArray[np.float32]:
         """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
 
-        Runs in chunks of at most MAX_STEP tokens with the GIL released, and answers Ctrl-C between chunks (the chunks
-        before it stay evaluated: see n_past). ValueError for an id out of range or no ids; ContextFullError past n_ctx.
+        Runs in chunks of at most the model's max_step tokens (MAX_STEP with a tap) with the GIL released, and answers
+        Ctrl-C between chunks (the chunks before it stay evaluated: see n_past). ValueError for an id out of range or no
+        ids; ContextFullError past n_ctx.
         """
         array = token_ids(ids)
         hparams = self.model.hparams
@@ -350,11 +355,12 @@ class Session:
     def _eval_chunks(
         self, ids: NDArray[np.int32], every: bool, out: NDArray[np.float32], taps: list[tuple[str, Any]]
     ) -> None:
-        for start in range(0, len(ids), _engine.MAX_STEP):
-            chunk = ids[start : start + _engine.MAX_STEP]
+        step = _engine.MAX_STEP if taps else self.model.max_step
+        for start in range(0, len(ids), step):
+            chunk = ids[start : start + step]
             last = start + len(chunk) == len(ids)
             n, rows = (len(chunk), out[start : start + len(chunk)]) if every else (1, out) if last else (0, None)
-            _engine.eval(self.model._handle, [(self._handle, chunk, n)], rows, taps, start)
+            _engine.eval(self.model._handle, [(self._handle, chunk, n)], 0, rows, taps, start)
 
     def fork(self, n: int | None = None) -> Session:
         """A session that begins with the first n tokens of this one (None: all), at no cost: they share that past.
@@ -385,13 +391,21 @@ class Session:
             _engine.session_rewind(self._handle, whole("n", n))
 
 
+def _piece(piece: int) -> int:
+    return whole("piece", piece, low=1, high=_engine.MAX_STEP)
+
+
 def eval_batch(
-    batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]], n_logits: Sequence[int] | None = None
+    batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]],
+    n_logits: Sequence[int] | None = None,
+    piece: int | None = None,
 ) -> NDArray[np.float32]:
-    """Append to several sessions of one model in one step of at most MAX_STEP tokens in all.
+    """Append to several sessions of one model in one step of at most its max_step tokens in all.
 
     Returns the logits after the last n_logits[i] tokens (0 to all) of each sequence, (sum(n_logits), n_vocab), sequence
-    by sequence; by default after each one's last token. Nothing changes on failure. ValueError, TypeError,
+    by sequence; by default after each one's last token. piece: most tokens that are computed together, at most and by
+    default MAX_STEP: of more the logits are those of steps of so many one after another, and the memory is that of one,
+    but experts that come from the drive are read once for all. Nothing changes on failure. ValueError, TypeError,
     ContextFullError, BusyError.
     """
     batch = list(batch)
@@ -415,5 +429,5 @@ def eval_batch(
     model = batch[0][0].model
     out = np.empty((n_rows, model.hparams["n_vocab"]), np.float32)
     with _Alone(locks):
-        _engine.eval(model._handle, inputs, out, [], 0)
+        _engine.eval(model._handle, inputs, 0 if piece is None else _piece(piece), out, [], 0)
     return out

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from dsv2cli import console
+from dsv2cli import console, usage
 from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from cext import DriveCounts
+    from cext import Model as Ours
     from cext.model import KvType
     from cext.tokenizer import Tokenizer
     from dsv2cli.engines.llamacpp.rpc import Endpoint
@@ -88,7 +90,8 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
     wishes = wishes or Wishes()
     begun = time.perf_counter()
     wants_llama = wishes.servers or wishes.gpu_layers or wishes.engine == LLAMA
-    opened = None if wants_llama else _open_ours(path, threads, wishes)
+    experts = None if wants_llama or wishes.ram is None else usage.known(path)
+    opened = None if wants_llama else _open_ours(path, threads, wishes, experts)
     model, tokenizer, evaluate, interrupt, engine = opened or _open_llama(path, threads, wishes)
     with tokenizer:
         try:
@@ -100,20 +103,23 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
                 )
             yield Runtime(path, model, tokenizer, time.perf_counter() - begun, evaluate, interrupt, engine)
         finally:
+            if engine == OURS:
+                usage.learn(experts, cast("Ours", model))
             model.close()
 
 
 Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine]
 
 
-def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None:
-    """With dsv2's own engine; None where it is left to llama.cpp."""
+def _open_ours(path: Path, threads: int | None, wishes: Wishes, experts: usage.Usage | None) -> Opened | None:
+    """With dsv2's own engine; None where it is left to llama.cpp. experts: what is known of their usage."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, path)
-        from cext import EngineError, Model, UnsupportedError, eval_batch
+        from cext import MAX_STEP, EngineError, Model, UnsupportedError, eval_batch
+        from dsv2cli.scheduler import Budget
 
         try:
-            model = Model(path, threads, ram=wishes.ram)
+            model = Model(path, threads, ram=wishes.ram, uses=experts.counts if experts else None)
         except UnsupportedError as error:
             if loading.exception() is None:
                 loading.result().close()
@@ -132,7 +138,9 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
             model.close()
             raise
     tell(path, [*model.notes, *tokenizer.notes])
-    return model, tokenizer, eval_batch, model.stop, OURS
+    # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.
+    evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > MAX_STEP else eval_batch
+    return model, tokenizer, evaluate, model.stop, OURS
 
 
 def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:

@@ -41,6 +41,7 @@ typedef struct ds_request {
     float *x_out;  /* (n_tok, n_embd) or NULL: the last block's output */
     ds_tap *tap;   /* or NULL */
     const int32_t *taken; /* of a tail: (n_tok) which tokens of the whole step these are */
+    int piece; /* 0, or the most tokens that are computed together (model/pieces.c) */
 } ds_request;
 
 /* The states that can be copied, each (n_tok, ...) of its operation's request. */

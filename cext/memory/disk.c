@@ -1,6 +1,7 @@
 /* disk.c: what is read next. A layer's plan begins the reads of what is missing, in the plan's order, which is the file's;
  * behind them come experts that a layer to come may need. Of both there are only so many slots at a time: a prompt that
- * goes through all experts of a layer leaves the others' slots alone, and takes those that it has computed again. */
+ * goes through all experts of a layer leaves the others' slots alone, and takes those that it has computed again. Where it
+ * goes through a layer in pieces, what came for the first is kept for the others, as far as its share of slots goes. */
 #include "memory/disk.h"
 
 #include <stdlib.h>
@@ -28,8 +29,9 @@ typedef struct disk {
     int *missing, n_missing, at_missing; /* experts of the layer begun that have had no slot yet, from at_missing on */
     ahead *aheads;
     int n_ahead, at_ahead; /* the same of layers to come */
-    int open, last; /* the layer begun or -1, and the one before */
-    int n_streamed, n_taken_ahead; /* slots */
+    int n_tok, n_pieces; /* of the step */
+    int open, last, piece; /* the layer begun or -1; the same or, between layers, the one before; which piece of it */
+    int n_streamed, n_taken_ahead, n_kept; /* slots */
     bool *told; /* (layers, n_expert) by the last forecast */
     bool *told_layer; /* (layers) */
     double trust;
@@ -68,6 +70,7 @@ static void break_promise(disk *d, ds_slot *slot) {
 static void drop(disk *d, ds_slot *slot) {
     unqueue(d, slot);
     break_promise(d, slot);
+    d->n_kept -= slot->kept;
     ds_slots_drop(&d->slots, slot);
 }
 
@@ -81,8 +84,10 @@ static ds_slot *claim(disk *d, int il, int e, bool urgent) {
     return slot;
 }
 
+static int most_kept(const disk *d, int il) { return ds_slots_pool(&d->slots, il)->n / SHARE_STREAMED; }
+
 static int most_streamed(const disk *d, int il) {
-    const int share = ds_slots_pool(&d->slots, il)->n / SHARE_STREAMED;
+    const int share = most_kept(d, il);
     return share < 1 ? 1 : share < MOST_STREAMED ? share : MOST_STREAMED;
 }
 
@@ -149,8 +154,21 @@ static void done_read(void *ctx, const ds_read *read, const ds_error *err) {
 
 /* ---- The residency ---- */
 
+/* Nothing waits for another piece any more. */
+static void keep_none(disk *d) {
+    for (int i = 0; d->n_kept; i++) {
+        d->n_kept -= d->slots.slots[i].kept;
+        d->slots.slots[i].kept = false;
+    }
+}
+
 static void let_go(disk *d, ds_slot *slot) {
     slot->held = false;
+    if (slot->state == DS_SLOT_READY && !slot->kept && d->piece + 1 < d->n_pieces &&
+        d->n_kept < most_kept(d, slot->il)) {
+        slot->kept = true;
+        d->n_kept++;
+    }
     d->n_streamed -= slot->streamed;
     slot->streamed = false;
     if (slot->state == DS_SLOT_FAILED || (slot->state == DS_SLOT_WAITING && !slot->n_begun)) drop(d, slot);
@@ -160,13 +178,16 @@ static void let_go(disk *d, ds_slot *slot) {
     }
 }
 
-static void begin_step(disk *d, int il, int n_tok) {
-    if (d->last < 0 || il <= d->last) { /* the first of a step's layers */
-        ds_slots_step(&d->slots, n_tok);
-        d->now = &d->counts[n_tok > DS_DECODED_TOKENS];
-        d->now->n_tokens += (uint64_t)n_tok;
-    }
-    d->last = il;
+static void step(ds_residency *r, int n_tok, int n_pieces) {
+    disk *d = (disk *)r;
+    ds_lock_take(&d->readers.lock);
+    ds_slots_step(&d->slots, n_tok);
+    keep_none(d); /* of a step that failed */
+    d->n_tok = n_tok, d->n_pieces = n_pieces;
+    d->last = -1;
+    d->now = &d->counts[n_tok > DS_DECODED_TOKENS];
+    d->now->n_tokens += (uint64_t)n_tok;
+    ds_lock_give(&d->readers.lock);
 }
 
 /* What was told of the layer is over: count how much of it was right, and keep no promise that nobody needs. */
@@ -213,16 +234,14 @@ static void hold(disk *d, int il, const ds_plan *plan) {
 
 static ds_status begin(ds_residency *r, int il, const ds_plan *plan, ds_error *err) {
     disk *d = (disk *)r;
-    int n_slots = 0;
-    for (int a = 0; a < plan->n_active; a++) n_slots += plan->count[a];
-    const int n_tok = n_slots / r->n_used;
     ds_lock_take(&d->readers.lock);
-    begin_step(d, il, n_tok);
-    d->open = il;
+    d->piece = il == d->last ? d->piece + 1 : 0;
+    if (!d->piece) keep_none(d);
+    d->open = d->last = il;
     d->broken = false;
-    for (int a = 0; a < plan->n_active; a++) ds_slots_use(&d->slots, il, plan->expert[a], plan->count[a], n_tok);
+    for (int a = 0; a < plan->n_active; a++) ds_slots_use(&d->slots, il, plan->expert[a], plan->count[a], d->n_tok);
     hold(d, il, plan);
-    end_forecast(d, il, plan);
+    if (!d->piece) end_forecast(d, il, plan);
     pump(d);
     ds_lock_give(&d->readers.lock);
     return DS_OK;
@@ -321,6 +340,7 @@ static void end(ds_residency *r, int il) {
 static void forecast(ds_residency *r, int il, const int *experts, int n) {
     disk *d = (disk *)r;
     ds_lock_take(&d->readers.lock);
+    if (d->piece) return ds_lock_give(&d->readers.lock); /* told with the first, for all */
     bool *told = d->told + ds_slots_at(&d->slots, il, 0);
     memset(told, 0, (size_t)r->n_expert * sizeof *told);
     for (int i = 0; i < n; i++) told[experts[i]] = true;
@@ -355,7 +375,8 @@ static void destroy(ds_residency *r) {
     free(d->told_layer);
 }
 
-static const ds_residency_ops DISK = {.begin = begin,
+static const ds_residency_ops DISK = {.step = step,
+                                      .begin = begin,
                                       .ready = ready,
                                       .wait = wait_for,
                                       .stops = stops,
@@ -394,6 +415,7 @@ ds_status ds_residency_disk(const ds_config *config, const ds_weights *weights, 
     d->budget.uses = NULL; /* the caller's own until this returns */
     d->open = d->last = -1;
     d->now = &d->counts[0];
+    d->n_tok = d->n_pieces = 1;
     d->trust = 1;
     if ((st = check_places(d, config, err)) == DS_OK)
         st = ds_slots_create(config, weights, bytes, budget->uses, &d->slots, err);

@@ -31,8 +31,7 @@ ds_status ds_residency_init(const ds_config *config, const ds_weights *weights, 
                           .weights = weights,
                           .n_expert = config->n_expert,
                           .place = calloc(n + 1, sizeof *out->place),
-                          .uses = calloc(n + 1, sizeof *out->uses),
-                          .n_used = config->n_expert_used};
+                          .uses = calloc(n + 1, sizeof *out->uses)};
     if (out->place && out->uses) return DS_OK;
     release_head(out);
     return ds_fail(err, DS_ENOMEM, "no memory to keep count of %zu experts", n);
@@ -52,6 +51,10 @@ void ds_residency_destroy(ds_residency *r) {
     if (r->ops->destroy) r->ops->destroy(r);
     release_head(r);
     free(r);
+}
+
+void ds_residency_step(ds_residency *r, int n_tok, int n_pieces) {
+    if (r->ops->step) r->ops->step(r, n_tok, n_pieces);
 }
 
 ds_status ds_residency_begin(ds_residency *r, int il, const ds_plan *plan, ds_error *err) {

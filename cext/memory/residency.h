@@ -1,5 +1,6 @@
-/* residency.h: where the routed experts are, and when one can be used. One thread asks, once a layer, when the layer's
- * plan is known: begin; and end when nothing reads them any more, behind every begin that succeeded. Between them, of each
+/* residency.h: where the routed experts are, and when one can be used. One thread tells that a step begins, and asks, once a
+ * layer, or once for each piece of a long step, when the layer's plan is known: begin; and end when nothing reads them any
+ * more, behind every begin that succeeded. Between them, of each
  * backend one thread waits for the experts that it computes; then its threads may get those, until they are released.
  *
  * Owns the answer, its counts and where each expert is computed. A tier (the file's mapping, slots that a drive fills) is
@@ -15,14 +16,14 @@
 /* One expert's matrices where they are, in formats of their own. Gate and up take packs of one kind. */
 typedef struct ds_expert {
     ds_mat gate, up; /* (n_ff_expert, n_embd) */
-    ds_mat down;     /* (n_embd, n_ff_expert) */
+    ds_mat down; /* (n_embd, n_ff_expert) */
 } ds_expert;
 
 typedef struct ds_residency ds_residency;
 
 enum { DS_DECODED_TOKENS = 16 }; /* a longer step reads a prompt */
 
-/* What became of the experts that steps needed, counted once a step and layer. */
+/* What became of the experts that steps needed, counted once a layer and step, or piece of one. */
 typedef struct ds_residency_counts {
     uint64_t n_tokens;
     uint64_t needed, ready, late; /* all; in memory when asked for; then being read already */
@@ -33,6 +34,8 @@ typedef struct ds_residency_counts {
 
 /* Functions that a tier has no use for are NULL. */
 typedef struct ds_residency_ops {
+    /* A step of n_tok tokens in n_pieces: a layer is begun up to so many times in a row, each time for other tokens. */
+    void (*step)(ds_residency *residency, int n_tok, int n_pieces);
     /* The experts of a plan are needed: start reads or copies, and wait for none. */
     ds_status (*begin)(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
     bool (*ready)(ds_residency *residency, int il, int e);
@@ -58,7 +61,6 @@ struct ds_residency {
     int n_expert;
     uint8_t *place; /* (layers, n_expert) number of the backend that computes it */
     uint64_t *uses; /* (layers, n_expert) tokens that chose it */
-    int n_used; /* of a token, n_expert_used */
 };
 
 /* The head of a tier's own: on failure released, and not the tier. */
@@ -81,6 +83,7 @@ static inline size_t ds_residency_row(const ds_residency *r, int il) {
 static inline uint8_t *ds_residency_place(const ds_residency *r, int il) { return r->place + ds_residency_row(r, il); }
 static inline uint64_t *ds_residency_uses(const ds_residency *r, int il) { return r->uses + ds_residency_row(r, il); }
 
+void ds_residency_step(ds_residency *residency, int n_tok, int n_pieces);
 /* Count the plan's experts, and have them made ready. */
 ds_status ds_residency_begin(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
 bool ds_residency_ready(ds_residency *residency, int il, int e);

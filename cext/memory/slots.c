@@ -146,13 +146,13 @@ void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok) {
 }
 
 /* The coldest slot that may be taken, or NULL. */
-static ds_slot *coldest(const ds_slots *s, const ds_slot_pool *pool, bool promised) {
+static ds_slot *coldest(const ds_slots *s, const ds_slot_pool *pool, bool force) {
     ds_slot *best = NULL;
     double least = DBL_MAX;
     for (ds_slot *slot = s->slots + pool->first; slot < s->slots + pool->first + pool->n; slot++) {
         if (slot->state == DS_SLOT_FREE) return slot;
         const bool idle = slot->state == DS_SLOT_READY || (slot->state == DS_SLOT_WAITING && !slot->n_begun);
-        if (!idle || slot->held || (slot->promised && !promised)) continue;
+        if (!idle || slot->held || ((slot->promised || slot->kept) && !force)) continue;
         const double heat = s->heat[ds_slots_at(s, slot->il, slot->e)];
         if (heat < least) best = slot, least = heat;
     }

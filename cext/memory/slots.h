@@ -20,6 +20,7 @@ typedef struct ds_slot {
     bool held; /* the layer begun needs it */
     bool streamed; /* it came for the layer begun */
     bool promised; /* a layer to come may need it */
+    bool kept; /* another piece of the step may need it */
     bool ahead; /* it was taken for that layer */
     bool failed;
     int n_begun, n_left; /* pieces: begun to be read, and not yet read */
@@ -75,7 +76,7 @@ void ds_slots_step(ds_slots *s, int n_tok);
 /* Of its tokens, n chose expert e. */
 void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok);
 /* The slot to give to another expert of the layer: a free one, or the coldest that nobody needs; with force, also one that
- * is promised and not being read. NULL where there is none. */
+ * is promised or kept, and not being read. NULL where there is none. */
 ds_slot *ds_slots_victim(const ds_slots *s, int il, bool force);
 /* A free slot is to hold an expert that has none: WAITING. */
 void ds_slots_give(ds_slots *s, ds_slot *slot, int il, int e);

@@ -124,29 +124,22 @@ static int step_capacity(int n_tok) {
     return n;
 }
 
-/* The next piece of n items, on cache lines of its own; with base NULL it only measures. */
-static void *take(unsigned char *base, size_t *used, size_t n, size_t item) {
-    const size_t at = *used;
-    *used += (n * item + 63) / 64 * 64;
-    return base ? base + at : NULL;
-}
-
 static void exchange_carve(ds_exchange *x, const ds_config *c, unsigned char *base) {
     const size_t n = (size_t)x->n_tok, d = (size_t)c->n_embd, slots = n * (size_t)c->n_expert_used,
                  active = slots < (size_t)c->n_expert ? slots : (size_t)c->n_expert;
     ds_plan *plan = &x->split.plan;
     x->bytes = 0;
-    x->x = take(base, &x->bytes, n * d, sizeof(float));
-    x->input = take(base, &x->bytes, n * d, sizeof(float));
-    x->ids = take(base, &x->bytes, slots, sizeof(int32_t));
+    x->x = ds_core_take(base, &x->bytes, n * d, sizeof(float));
+    x->input = ds_core_take(base, &x->bytes, n * d, sizeof(float));
+    x->ids = ds_core_take(base, &x->bytes, slots, sizeof(int32_t));
     x->split.ids = x->ids;
-    x->split.rows = take(base, &x->bytes, slots * d, sizeof(float));
-    plan->expert = take(base, &x->bytes, active, sizeof(int));
-    plan->first = take(base, &x->bytes, active, sizeof(int));
-    plan->count = take(base, &x->bytes, active, sizeof(int));
-    plan->slot_token = take(base, &x->bytes, slots, sizeof(int32_t));
-    plan->slot_of = take(base, &x->bytes, slots, sizeof(int));
-    plan->place = take(base, &x->bytes, (size_t)c->n_expert, sizeof(int));
+    x->split.rows = ds_core_take(base, &x->bytes, slots * d, sizeof(float));
+    plan->expert = ds_core_take(base, &x->bytes, active, sizeof(int));
+    plan->first = ds_core_take(base, &x->bytes, active, sizeof(int));
+    plan->count = ds_core_take(base, &x->bytes, active, sizeof(int));
+    plan->slot_token = ds_core_take(base, &x->bytes, slots, sizeof(int32_t));
+    plan->slot_of = ds_core_take(base, &x->bytes, slots, sizeof(int));
+    plan->place = ds_core_take(base, &x->bytes, (size_t)c->n_expert, sizeof(int));
 }
 
 static ds_status exchange_reserve(ds_exchange *x, const ds_config *c, int n_tok, ds_error *err) {
@@ -172,9 +165,9 @@ static ds_status reserve(ds_core *c, int n_tok, ds_error *err) {
     return st == DS_OK && c->n_backends > 1 ? exchange_reserve(&c->exchange, &c->config, n_tok, err) : st;
 }
 
-size_t ds_core_step_bytes(const ds_core *c, int n_tok) {
-    ds_exchange x = {.n_tok = step_capacity(n_tok)};
-    size_t total = 0;
+size_t ds_core_step_bytes(const ds_core *c, int n_tok, int piece) {
+    ds_exchange x = {.n_tok = step_capacity(n_tok < piece ? n_tok : piece)};
+    size_t total = n_tok > piece ? ds_core_pieces_bytes(c, n_tok, piece) : 0;
     for (int i = 0; i < c->n_backends; i++) total += c->backends[i]->ops->bytes(c->backends[i], x.n_tok);
     if (c->n_backends > 1) exchange_carve(&x, &c->config, NULL);
     return total + x.bytes;
@@ -241,17 +234,27 @@ static ds_status run_program(ds_core *c, const ds_request *whole, const ds_reque
     return st;
 }
 
-ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
+ds_status ds_core_run_layers(ds_core *core, const ds_request *request, int begin, int end, ds_error *err) {
     ds_request tail;
-    ds_status st;
+    const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
+    ds_forward(core, request, cut ? &tail : NULL, begin, end);
+    for (int i = 0; i < core->n_backends; i++)
+        core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
+    return run_program(core, request, cut ? &tail : NULL, err);
+}
+
+ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
+    const ds_weights *w = &core->weights;
+    const int piece = request->piece ? request->piece : request->n_tok;
+    const bool in_pieces = request->n_tok > piece;
     ds_lock_take(&core->lock);
     atomic_store(&core->stopping, false); /* under the lock: what is asked until then is of the step before */
-    st = reserve(core, step_capacity(request->n_tok), err);
-    const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
-    if (st == DS_OK) ds_forward(core, request, cut ? &tail : NULL);
-    for (int i = 0; i < core->n_backends && st == DS_OK; i++)
-        core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
-    if (st == DS_OK) st = run_program(core, request, cut ? &tail : NULL, err);
+    ds_status st = reserve(core, step_capacity(in_pieces ? piece : request->n_tok), err);
+    if (st == DS_OK) {
+        ds_residency_step(core->residency, request->n_tok, ds_core_n_pieces(request->n_tok, piece));
+        st = in_pieces ? ds_core_run_pieces(core, request, err)
+                       : ds_core_run_layers(core, request, w->layer_begin, w->layer_end, err);
+    }
     ds_lock_give(&core->lock);
     return st;
 }

@@ -67,13 +67,31 @@ void ds_core_release(ds_core *core);
  * (DS_EINVAL). To be asked before anything that another thread may have locked at the fork. */
 ds_status ds_core_check(const ds_core *core, ds_error *err);
 
-/* Memory that steps of n_tok tokens take, beside weights and caches. */
-size_t ds_core_step_bytes(const ds_core *core, int n_tok);
-/* Run a step. On failure what it was to fill is undefined. */
+/* The next n items of a block of memory, on cache lines of their own; with base NULL it only measures. */
+static inline void *ds_core_take(unsigned char *base, size_t *used, size_t n, size_t item) {
+    const size_t at = *used;
+    *used += (n * item + 63) / 64 * 64;
+    return base ? base + at : NULL;
+}
+
+/* Memory that steps of n_tok tokens in such pieces take, beside weights and caches. */
+size_t ds_core_step_bytes(const ds_core *core, int n_tok, int piece);
+/* Run a step. On failure what it was to fill is undefined. Of more tokens than its piece it must give ids and no x, and have
+ * neither tap nor x_out. */
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err);
 
-/* Write the program of a step; tail NULL where all tokens go to the end (forward.c). At most so many operations: */
-void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail);
+/* Its layers [begin, end) of a step's own: what goes in is x where these are not the first, and x_out comes out where they
+ * are not the last. For who holds the lock, has room reserved and has told the residency of the step. */
+ds_status ds_core_run_layers(ds_core *core, const ds_request *request, int begin, int end, ds_error *err);
+/* Run a step of more tokens than its piece (pieces.c), for the same. */
+ds_status ds_core_run_pieces(ds_core *core, const ds_request *request, ds_error *err);
+static inline int ds_core_n_pieces(int n_tok, int piece) { return (n_tok + piece - 1) / piece; }
+/* Memory that the pieces of such a step take together. */
+size_t ds_core_pieces_bytes(const ds_core *core, int n_tok, int piece);
+
+/* Write the program of a step's layers [begin, end); tail NULL where all tokens go to the end (forward.c). At most so many
+ * operations: */
+void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail, int begin, int end);
 static inline size_t ds_forward_max_ops(const ds_core *core) {
     const size_t n_layer = (size_t)(core->weights.layer_end - core->weights.layer_begin);
     return (n_layer + 1) * (16 + 2 * (size_t)core->n_backends);

@@ -82,13 +82,13 @@ static void feed_forward(writer *w, int il) {
     }
 }
 
-void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail) {
+void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail, int begin, int end) {
     const ds_weights *weights = &core->weights;
     const ds_places *places = &core->places;
     writer w = {.core = core, .tail = tail, .at = places->ends};
     core->n_ops = 0;
     add_at(&w, DS_OP_EMBED, -1);
-    for (int il = weights->layer_begin; il < weights->layer_end; il++) {
+    for (int il = begin; il < end; il++) {
         const int i = il - weights->layer_begin;
         if (weights->sublayer != DS_SUBLAYER_FEED_FORWARD) {
             move_to(&w, places->attention[i]);
@@ -104,7 +104,7 @@ void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail) 
         else feed_forward(&w, il);
     }
     if (whole->x_out) copy(&w, DS_OP_COPY_OUT, w.at, DS_STATE_X, whole->x_out);
-    if (!weights->output.data) return;
+    if (end < weights->layer_end || !weights->output.data) return;
     move_to(&w, places->ends);
     add_at(&w, DS_OP_HEAD, -1);
 }

@@ -118,8 +118,13 @@ bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residenc
     return true;
 }
 
+int ds_model_max_step(const ds_model *model) {
+    return ds_residency_is_settled(model->core.residency) ? DS_MAX_STEP : DS_MAX_LONG_STEP;
+}
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
-size_t ds_model_step_bytes(const ds_model *model, int n_tok) { return ds_core_step_bytes(&model->core, n_tok); }
+size_t ds_model_step_bytes(const ds_model *model, int n_tok, int piece) {
+    return ds_core_step_bytes(&model->core, n_tok, piece ? piece : DS_MAX_STEP);
+}
 const char *ds_model_isa(const ds_model *model) { return model->core.backends[0]->isa; }
 
 ds_cache_usage ds_model_cache(ds_model *model) {
@@ -241,17 +246,20 @@ static ds_status run_step(ds_model *model, const ds_input *inputs, ds_request *s
     return st;
 }
 
-ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, float *logits, ds_tap *tap, ds_error *err) {
-    ds_request step = {.logits = logits, .tap = tap};
+ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, int piece, float *logits, ds_tap *tap,
+                  ds_error *err) {
+    ds_request step = {.logits = logits, .tap = tap, .piece = piece ? piece : DS_MAX_STEP};
+    const int most = tap ? step.piece : ds_model_max_step(model);
     int n_tok = 0;
     ds_status st = ds_core_check(&model->core, err);
     if (st != DS_OK) return st;
+    if (piece < 0 || piece > DS_MAX_STEP)
+        return ds_fail(err, DS_EINVAL, "pieces of %d tokens: expected 1 to %d", piece, DS_MAX_STEP);
     if (n_inputs < 1 || n_inputs > DS_MAX_INPUTS)
         return ds_fail(err, DS_EINVAL, "%d sequences in a step: expected 1 to %d", n_inputs, DS_MAX_INPUTS);
     for (int i = 0; i < n_inputs; i++) {
         if ((st = check_input(model, &inputs[i], err)) != DS_OK) return st;
-        if (inputs[i].n > DS_MAX_STEP - n_tok)
-            return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", DS_MAX_STEP);
+        if (inputs[i].n > most - n_tok) return ds_fail(err, DS_EINVAL, "more than %d tokens in a step", most);
         for (int j = 0; j < i; j++) {
             if (inputs[j].session == inputs[i].session)
                 return ds_fail(err, DS_EINVAL, "session %d of the step stands in it twice", i);

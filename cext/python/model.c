@@ -151,24 +151,26 @@ DS_PY_HELD(model_expert_uses, DS_PY_MODEL)
 
 static PyObject *model_close(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_MODEL); }
 
-/* model_info(model) -> (hparams, threads, isa, bytes of all tensors, notes) */
+/* model_info(model) -> (hparams, threads, isa, bytes of all tensors, notes, most tokens in a step) */
 static PyObject *model_info(void *model, PyObject *args) {
     unsigned long long bytes = 0;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
-    return Py_BuildValue("(NisKN)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
-                         bytes, ds_py_notes(&ds_model_config(model)->notes));
+    return Py_BuildValue("(NisKNi)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
+                         bytes, ds_py_notes(&ds_model_config(model)->notes), ds_model_max_step(model));
 }
 DS_PY_HELD(model_info, DS_PY_MODEL)
 
-/* model_step_bytes(model, n_tok) -> memory that such steps take */
+/* model_step_bytes(model, n_tok, piece or 0) -> memory that such steps take */
 static PyObject *model_step_bytes(void *model, PyObject *args) {
     PyObject *capsule;
-    int n_tok;
-    if (!PyArg_ParseTuple(args, "Oi", &capsule, &n_tok)) return NULL;
-    if (n_tok < 1 || n_tok > DS_MAX_STEP)
-        return PyErr_Format(PyExc_ValueError, "a step of %d tokens: expected 1 to %d", n_tok, DS_MAX_STEP);
-    return PyLong_FromSize_t(ds_model_step_bytes(model, n_tok));
+    int n_tok, piece;
+    if (!PyArg_ParseTuple(args, "Oii", &capsule, &n_tok, &piece)) return NULL;
+    if (piece < 0 || piece > DS_MAX_STEP)
+        return PyErr_Format(PyExc_ValueError, "pieces of %d tokens: expected 1 to %d", piece, DS_MAX_STEP);
+    if (n_tok < 1 || n_tok > ds_model_max_step(model))
+        return PyErr_Format(PyExc_ValueError, "a step of %d tokens: expected 1 to %d", n_tok, ds_model_max_step(model));
+    return PyLong_FromSize_t(ds_model_step_bytes(model, n_tok, piece));
 }
 DS_PY_HELD(model_step_bytes, DS_PY_MODEL)
 
@@ -260,7 +262,7 @@ static bool batch_add(batch *b, PyObject *item) {
     if (!ds_py_buffer(ids, 0, false, &b->ids[b->n])) return ds_py_drop(session, DS_PY_SESSION), false;
     const Py_ssize_t n = b->ids[b->n].len / (Py_ssize_t)sizeof(int32_t);
     in->ids = b->ids[b->n].buf;
-    in->n = n > DS_MAX_STEP ? DS_MAX_STEP + 1 : (int)n;
+    in->n = n > DS_MAX_LONG_STEP ? DS_MAX_LONG_STEP + 1 : (int)n;
     b->sessions[b->n++] = Py_NewRef(session);
     return true;
 }
@@ -280,23 +282,23 @@ static bool batch_open(PyObject *list, batch *b) {
     return true;
 }
 
-/* eval(model, [(session, ids int32 buffer, n_logits)], logits buffer or None, [(tap name, buffer)], tap_row):
+/* eval(model, [(session, ids int32 buffer, n_logits)], piece or 0, logits buffer or None, [(tap name, buffer)], tap_row):
  * one step, the GIL released. n_logits: how many of the input's last rows are wanted. */
 static PyObject *eval(void *model, PyObject *args) {
     PyObject *capsule, *list, *out, *taps;
-    int tap_row, rows = 0, total = 0;
+    int piece, tap_row, rows = 0, total = 0;
     const ds_config *config = ds_model_config(model);
     batch b;
     Py_buffer logits = {0};
     ds_py_tap tap = {0};
     ds_error err;
     ds_status st;
-    if (!PyArg_ParseTuple(args, "OO!OO!i", &capsule, &PyList_Type, &list, &out, &PyList_Type, &taps, &tap_row))
+    if (!PyArg_ParseTuple(args, "OO!iOO!i", &capsule, &PyList_Type, &list, &piece, &out, &PyList_Type, &taps, &tap_row))
         return NULL;
     bool ok = batch_open(list, &b);
     for (int i = 0; i < b.n; i++) { /* ds_eval refuses the others before it writes a row */
         total += b.inputs[i].n;
-        if (b.inputs[i].n_logits > 0 && b.inputs[i].n_logits <= DS_MAX_STEP) rows += b.inputs[i].n_logits;
+        if (b.inputs[i].n_logits > 0 && b.inputs[i].n_logits <= DS_MAX_LONG_STEP) rows += b.inputs[i].n_logits;
     }
     if (ok && (tap_row < 0 || tap_row > INT_MAX / 2))
         ok = (PyErr_Format(PyExc_ValueError, "tap row %d", tap_row), false);
@@ -304,7 +306,7 @@ static PyObject *eval(void *model, PyObject *args) {
     if (ok && PyList_Size(taps)) ok = ds_py_tap_open(taps, config, (size_t)tap_row + (size_t)total, tap_row, &tap);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        st = ds_eval(model, b.inputs, b.n, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
+        st = ds_eval(model, b.inputs, b.n, piece, logits.buf, tap.tap.n ? &tap.tap : NULL, &err);
         Py_END_ALLOW_THREADS
         if (st != DS_OK) ok = raise_error(&err) != NULL;
     }

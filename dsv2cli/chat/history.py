@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cext import system
+from dsv2cli import state
 
 LINES = 1000  # that are read; the file is cut to them once it holds twice as many
 PATIENCE = 1.0  # seconds that another's lock is waited for
@@ -22,11 +23,8 @@ PAUSE = 0.01
 
 def path() -> Path | None:
     """Where lines are remembered; None where this user has no home."""
-    state = os.environ.get("XDG_STATE_HOME")
-    try:
-        return (Path(state) if state else Path.home() / ".local" / "state") / "dsv2" / "history"
-    except RuntimeError:
-        return None
+    folder = state.folder()
+    return folder / "history" if folder else None
 
 
 def read() -> list[str]:

@@ -75,6 +75,10 @@ class Model(Protocol):
     def nbytes(self) -> int:
         """Of the weights."""
 
+    @property
+    def max_step(self) -> int:
+        """Most tokens of one step; more than ``cext.MAX_STEP`` where a long one costs less by the token."""
+
     def session(self, n_ctx: int = ..., kv_type: KvType = ...) -> Session: ...
     def step_bytes(self, n_tok: int) -> int:
         """Memory that steps of n_tok tokens take beside weights and caches, and that is not taken yet."""

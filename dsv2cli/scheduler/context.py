@@ -9,9 +9,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class Model(Protocol):
+    """What is needed of a session's model."""
+
+    @property
+    def max_step(self) -> int: ...
+
+
 class Session(Protocol):
     """What is needed of a ``cext.Session``, or of another engine's."""
 
+    @property
+    def model(self) -> Model: ...
     @property
     def n_ctx(self) -> int: ...
     @property

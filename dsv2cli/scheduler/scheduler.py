@@ -25,7 +25,7 @@ Share = tuple[Sequence, list[int], int]
 class Budget:
     """Tokens a step. Progress is told, and cancelling heard, between steps. ValueError where prompts fill a step."""
 
-    alone: int = 512  # of prompts, where nothing decodes
+    alone: int = 512  # of prompts, where nothing decodes; or as many as a step of a model on a drive can have
     beside: int = 64  # of prompts beside answers: what these wait for
     step: int = MAX_STEP  # of all together
     whole: int | None = None  # if given, prompts are read in pieces of just so many, the last one apart
@@ -87,7 +87,7 @@ class Scheduler:
         for sequence in cancelled:
             self._end(sequence, "cancelled", self._news)
         budget = self.budget
-        for_prompts = (budget.beside if decoding else budget.alone) if reading else 0
+        for_prompts = (budget.beside if decoding else self._alone(reading[0])) if reading else 0
         for_answers = budget.step - for_prompts
         shares: list[Share] = []
         most = max(1, for_answers // len(decoding)) if decoding else 0
@@ -101,6 +101,11 @@ class Scheduler:
             served = {sequence: None for sequence, _, _ in shares}
             self._sequences = [s for s in self._sequences if s not in served] + list(served)
         return shares
+
+    def _alone(self, reading: Sequence) -> int:
+        """Tokens of prompts where nothing decodes. Where experts come from the drive, a step reads them once."""
+        most = reading.context.session.model.max_step
+        return most if most > MAX_STEP and self.budget.whole is None else self.budget.alone
 
     def _ask(self, sequence: Sequence, most: int, shares: list[Share]) -> int:
         """Append what the sequence wants of at most so many tokens, and return how many it is."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny import Spec, tokens, variant
+from support.tiny import MOE, Spec, tokens, variant
 
 import cext
 from cext import ArgumentError, Device, FileError, Model, Place
@@ -103,6 +104,118 @@ def test_every_budget_gives_the_mapping_s_bits(tiny_gguf: Callable[[Spec], Path]
             assert run(model, spec) == expected
             assert run(model, spec) == expected
             assert model.drive_counts() is not None
+
+
+def prompt_and_answer(model: Model, ids: Any, logits: Any) -> list[bytes]:
+    session = model.session(len(ids) + 8)
+    return [session.eval(ids, logits).tobytes(), *(session.eval(ids[i : i + 1]).tobytes() for i in range(3))]
+
+
+@pytest.mark.parametrize(
+    "spec", (*KINDS, variant(PLAIN, name="disk_plain", **MOE, n_head_kv=2, rope=16, v=16)), ids=lambda s: s.name
+)
+@pytest.mark.parametrize(("n", "logits"), [(1025, "all"), (1024 + 13, "last"), (2048, "last"), (2500, "all")])
+def test_a_long_step_is_its_pieces(tiny_gguf: Callable[[Spec], Path], spec: Spec, n: int, logits: str) -> None:
+    """To the bit, whatever of a layer's experts stays until all pieces have had it."""
+    path, ids = tiny_gguf(spec), tokens(spec, n)
+    with Model(path, threads=2) as model:
+        assert model.max_step == cext.MAX_STEP
+        expected = prompt_and_answer(model, ids, logits)
+    for ram in budgets(path):
+        with Model(path, threads=2, ram=ram) as model:
+            assert model.max_step >= 2500
+            assert prompt_and_answer(model, ids, logits) == expected
+
+
+@pytest.mark.parametrize("wanted", [(700, 900, 1500), (1, 0, 1500), (3, 600, 1)], ids=str)
+def test_a_long_step_of_two_devices_and_three_sequences(
+    tiny_gguf: Callable[[Spec], Path], wanted: tuple[int, ...]
+) -> None:
+    """What a piece has of each sequence, and of whose last rows the logits are wanted."""
+    path, ids = tiny_gguf(PLAIN), tokens(PLAIN, 1500)
+    places = [Place("experts", 1, range(1, 4), range(8)), Place("attention", 1, range(2, 3))]
+    lengths, cuts = (700, 900, 1500), ((700, 324, 0), (0, 576, 448), (0, 0, 1024), (0, 0, 28))
+    with Model(path, threads=2) as model:
+        sessions, done = [model.session(1600) for _ in lengths], [0, 0, 0]
+        rows: list[list[Any]] = [[], [], []]
+        for cut in cuts:
+            some = [i for i in range(3) if cut[i]]
+            n_logits = [max(0, min(cut[i], wanted[i] - (lengths[i] - done[i] - cut[i]))) for i in some]
+            logits = cext.eval_batch([(sessions[i], ids[done[i] : done[i] + cut[i]]) for i in some], n_logits)
+            for i, n in zip(some, n_logits, strict=True):
+                rows[i].append(logits[:n])
+                logits, done[i] = logits[n:], done[i] + cut[i]
+        expected = [np.concatenate([row for of_one in rows for row in of_one])]
+        expected.append(cext.eval_batch([(session, ids[:1]) for session in sessions]))
+    for ram in budgets(path):
+        with Model(path, threads=2, devices=[Device(threads=2)], placement=places, ram=ram) as model:
+            sessions = [model.session(1600) for _ in lengths]
+            got = [cext.eval_batch([(s, ids[:n]) for s, n in zip(sessions, lengths, strict=True)], wanted)]
+            got.append(cext.eval_batch([(session, ids[:1]) for session in sessions]))
+            assert [array.tobytes() for array in got] == [array.tobytes() for array in expected]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 300])
+@pytest.mark.parametrize("spec", KINDS, ids=lambda s: s.name)
+def test_pieces_are_the_caller_s(tiny_gguf: Callable[[Spec], Path], spec: Spec, piece: int) -> None:
+    """Whether weights are in memory or not: what they compute is what steps of so many do."""
+    path, ids = tiny_gguf(spec), tokens(spec, 300)
+    with Model(path, threads=2) as model:
+        session = model.session(320)
+        for at in range(0, 300, piece):
+            last = cext.eval_batch([(session, ids[at : at + piece])], [int(at + piece >= 300)])
+        expected = [last.tobytes(), session.eval(ids[:1]).tobytes()]
+        uses = model.expert_uses()
+    for ram in (None, *budgets(path)):
+        with Model(path, threads=2, ram=ram) as model:
+            session = model.session(320)
+            got = [cext.eval_batch([(session, ids)], piece=piece).tobytes(), session.eval(ids[:1]).tobytes()]
+            assert got == expected
+            np.testing.assert_array_equal(model.expert_uses(), uses)
+
+
+def test_each_expert_is_read_once_a_long_step(tiny_gguf: Callable[[Spec], Path]) -> None:
+    spec = variant(PLAIN, name="disk_deep", n_layer=9, n_expert=8)
+    path, ids = tiny_gguf(spec), tokens(spec, 3000)
+    with Model(path) as model:
+        whole = model.nbytes
+    ram = least(path) + (whole - least(path)) * 6 // 10
+    once = len(spec.moe_layers) * spec.n_expert * 3 * spec.n_embd * spec.n_ff_expert * 4
+    read = []
+    for step in (cext.MAX_STEP, len(ids)):
+        with Model(path, ram=ram) as model:
+            session = model.session(len(ids))
+            for at in range(0, len(ids), step):
+                session.eval(ids[at : at + step])
+            decoding, reading = model.drive_counts() or pytest.fail("nothing is counted")
+            assert (reading.tokens, decoding.tokens) == (len(ids), 0)
+            read.append(reading.bytes_read)
+    assert read[1] <= once < read[0]
+
+
+def test_a_step_that_is_too_long(tiny_gguf: Callable[[Spec], Path]) -> None:
+    path, ids = tiny_gguf(PLAIN), tokens(PLAIN, 4500)
+    with Model(path, threads=2, ram=least(path)) as model:
+        session = model.session(4096)
+        for piece in (0, -1, cext.MAX_STEP + 1):
+            with pytest.raises(ArgumentError, match="piece"):
+                cext.eval_batch([(session, ids[:10])], piece=piece)
+            with pytest.raises(ArgumentError, match="piece"):
+                model.step_bytes(10, piece)
+        assert model.step_bytes(1000, 100) < model.step_bytes(1000)
+        with pytest.raises(ArgumentError, match=f"more than {model.max_step} tokens"):
+            cext.eval_batch([(session, ids[:100]), (model.session(4096), ids[: model.max_step - 99])])
+        with pytest.raises(cext.ContextFullError):
+            session.eval(ids)
+        assert session.n_past == 0
+        assert model.step_bytes(model.max_step) > model.step_bytes(cext.MAX_STEP)
+        with pytest.raises(ValueError):
+            model.step_bytes(model.max_step + 1)
+        tap = cext.Tap({"l_out-1": None})
+        session.eval(ids[:1100], tap=tap)
+        assert len(tap["l_out-1"]) == 1100
+    with Model(path, threads=2) as model, pytest.raises(ArgumentError, match="more than 1024 tokens"):
+        cext.eval_batch([(model.session(2048), ids[:1025])])
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
@@ -249,37 +362,52 @@ INTERRUPTED = """
     placement = [Place("experts", 1, range(1, 4), range({apart}))] if {apart} else []
     devices = [Device(threads=1)] if {apart} else []
     model = cext.Model(sys.argv[1], ram=int(sys.argv[2]), devices=devices, placement=placement)
-    session = model.session(256)
+    session = model.session(2048)
+    def stop(*_):  # again and again: between two steps it stops nothing
+        model.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
     if {stop}:
-        signal.signal(signal.SIGINT, lambda *_: model.stop())
-    print("ready", flush=True)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGALRM, stop)
     try:
+        print("ready", flush=True)
         while True:
-            session.eval([1, 2, 3] * 10)
+            session.eval([1, 2, 3] * {n})
             session.rewind(0)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     except cext.StoppedError:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print("stopped", session.n_past, flush=True)
 """
 
 
-@pytest.mark.parametrize("apart", [0, 8, 16], ids=["one device", "two devices", "experts apart"])
+@pytest.mark.parametrize(
+    ("apart", "n"),
+    [(0, 10), (8, 10), (16, 10), (0, 400)],
+    ids=["one device", "two devices", "experts apart", "a long step"],
+)
 @pytest.mark.parametrize(("stop", "said"), [(False, "interrupted"), (True, "stopped 0")])
 def test_ctrl_c_is_heard_while_the_drive_is_slow(
-    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, apart: int, stop: bool, said: str
+    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, apart: int, n: int, stop: bool, said: str
 ) -> None:
     """On the main thread, whichever thread waits for the experts: of `apart` of them a second device's."""
-    code = INTERRUPTED.format(stop=stop, apart=apart)
+    code = INTERRUPTED.format(stop=stop, apart=apart, n=n)
     process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_MS="60")
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == said + "\n"
-    taken = time.monotonic() - begun
-    process.communicate(timeout=60)
+    limit = threading.Timer(120, process.kill)  # its lines end then
+    limit.start()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == said + "\n"
+        taken = time.monotonic() - begun
+        process.communicate(timeout=60)
+    finally:
+        limit.cancel()
+        process.kill()
     assert taken < 0.3 + 0.3, "0.3 s, and as much for a busy machine"
 
 
@@ -299,7 +427,8 @@ def test_a_step_that_comes_after_a_stop_leaves_it_to_the_one_under_way(
                 print("stopped", flush=True)
         thread = threading.Thread(target=step)
         thread.start()
-        time.sleep(0.3)
+        while not model.drive_counts()[1].needed:  # it is under way
+            time.sleep(0.01)
         model.stop()
         second.eval([4])
         thread.join()

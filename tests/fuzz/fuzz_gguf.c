@@ -80,8 +80,8 @@ static void run_model(const uint8_t *data, size_t size) {
     }
     if (ds_model_config(model)->n_vocab <= 256 && ds_session_create(model, n + 1, kv_type, &session, &err) == DS_OK) {
         ds_input prompt = {session, IDS, n, 1}, next = {session, IDS + n, 1, 1};
-        if (ds_eval(model, &prompt, 1, logits, NULL, &err) == DS_OK &&
-            ds_eval(model, &next, 1, logits, NULL, &err) == DS_OK) {
+        if (ds_eval(model, &prompt, 1, 0, logits, NULL, &err) == DS_OK &&
+            ds_eval(model, &next, 1, 0, logits, NULL, &err) == DS_OK) {
             touch(logits, (size_t)ds_model_config(model)->n_vocab * sizeof *logits);
         }
         ds_session_destroy(session);

@@ -17,6 +17,16 @@ def test_an_answer_within_a_budget_is_the_same() -> None:
     assert part["drive"]["reading"]["tokens"] > 10
 
 
+def test_a_long_prompt_is_read_at_once_and_answered_the_same() -> None:
+    """In one step of the pieces that a model in memory is stepped in: experts are read once for all of them."""
+    ask = (*ASK[:2], "Tell me a story about a ship. " * 150, *ASK[3:])
+    whole = json.loads(dsv2(*ask).stdout)
+    part = json.loads(dsv2(*ask, "--ram", "20M").stdout)
+    assert part["prompt_tokens"] > 2 * 512
+    assert part["answer"] == whole["answer"]
+    assert part["drive"]["reading"]["bytes_read"] < 30e6, "the whole file"
+
+
 def test_statistics_tell_of_the_drive() -> None:
     ask = ("chat", "-p", "A ship", "-n", "4")
     assert "read a token" in dsv2(*ask, "--ram", "20M").stderr

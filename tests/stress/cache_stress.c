@@ -32,7 +32,7 @@ static bool append(ds_model *model, ds_session *session, float *logits) {
     ds_error err;
     for (int i = 0; i < N_TAIL; i++) ids[i] = (i * 5 + 3) % n_vocab;
     const ds_input input = {.session = session, .ids = ids, .n = N_TAIL, .n_logits = 1};
-    return ds_eval(model, &input, 1, logits, NULL, &err) == DS_OK;
+    return ds_eval(model, &input, 1, 0, logits, NULL, &err) == DS_OK;
 }
 
 /* The session's blocks into another one, as a file would bring them. */
@@ -157,7 +157,7 @@ static bool check(const char *path, const char *kv_type) {
     for (int i = 0; i < N_PAST; i++) ids[i] = (i * 7 + 1) % ds_model_config(model)->n_vocab;
     const ds_input input = {.session = origin, .ids = ids, .n = N_PAST};
     bool good =
-        ds_eval(model, &input, 1, NULL, NULL, &err) == DS_OK && run_all(model, origin) && check_child(model, origin);
+        ds_eval(model, &input, 1, 0, NULL, NULL, &err) == DS_OK && run_all(model, origin) && check_child(model, origin);
     for (int i = 0; i < N_THREADS; i++) ds_session_fork(origin, N_PAST - i, &last[i], &err);
     ds_session_destroy(origin);
     ds_model_close(model); /* the last fork takes it along */

@@ -36,10 +36,10 @@ static void *run(void *arg) {
         return NULL;
     }
     ds_input prompt = {session, ids, N_PROMPT, N_PROMPT};
-    j->status = ds_eval(j->model, &prompt, 1, j->logits, NULL, &j->err);
+    j->status = ds_eval(j->model, &prompt, 1, 0, j->logits, NULL, &j->err);
     for (int i = N_PROMPT; i < N_PROMPT + N_DECODE && j->status == DS_OK; i++) {
         ds_input next = {session, ids + i, 1, 1};
-        j->status = ds_eval(j->model, &next, 1, j->logits + (size_t)i * n_vocab, NULL, &j->err);
+        j->status = ds_eval(j->model, &next, 1, 0, j->logits + (size_t)i * n_vocab, NULL, &j->err);
     }
     ds_session_destroy(session);
     return NULL;

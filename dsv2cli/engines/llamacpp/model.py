@@ -84,6 +84,8 @@ class Model:
     Raises EngineError with llama.cpp's own reason, and what ``study`` raises.
     """
 
+    max_step = MAX_STEP
+
     def __init__(
         self,
         path: str | PathLike[str],
