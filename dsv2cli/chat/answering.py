@@ -27,7 +27,6 @@ class Chat:
     """A conversation and how to show it."""
 
     runtime: Runtime
-    session: Session
     conversation: Conversation
     sampler: Sampler
     limit: int | None = None
@@ -36,17 +35,26 @@ class Chat:
     folded: bool = False  # a line in place of reasoning, on a terminal
     last: Stats = field(default_factory=Stats)
 
-    def answer(self, text: str) -> str:
-        """Stream one answer to stdout and return it; Ctrl-C ends it. ContextFullError where ``text`` is too long."""
+    @property
+    def session(self) -> Session:
+        return self.conversation.session
+
+    def answer(self, text: str | None) -> str:
+        """Stream one answer to stdout and return it; None: what is new of the last one, which goes on. Ctrl-C ends it.
+        ContextFullError where ``text`` is too long."""
         self.last = Stats()
         progress = Progress(shown=not self.quiet)
-        reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
         reasoning = Reasoning(self.runtime.tokenizer)
+        if text is None:
+            reply = self.conversation.go_on(self.sampler, self.limit, self.last)
+            self._feed_what_stands(reasoning)
+        else:
+            reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
         fold = Fold(reasoning, progress) if self.folded and console.is_terminal(sys.stdout) else None
         written: list[str] = []
         try:
             with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-                for piece in self._pieces(reply, reasoning, progress.read):
+                for piece in self._pieces(reply, reasoning, progress.read, begun=self.raw or text is None):
                     shown = piece.text if fold is None else fold.rest(piece)
                     if shown:
                         progress.clear()
@@ -66,13 +74,30 @@ class Chat:
         self.last = Stats()
         reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
         with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-            return "".join(piece.text for piece in self._pieces(reply, Reasoning(self.runtime.tokenizer)))
+            return "".join(
+                piece.text for piece in self._pieces(reply, Reasoning(self.runtime.tokenizer), begun=self.raw)
+            )
+
+    def _feed_what_stands(self, reasoning: Reasoning) -> None:
+        """Let it know where in an answer that goes on its text stands."""
+        turn, tokenizer = self.conversation.turns[-1], self.runtime.tokenizer
+        stream, begun = tokenizer.stream(), False
+        for token in (*turn.opening, *turn.answer):
+            text = stream.feed(token)
+            text = text if begun else text.lstrip()
+            begun = begun or bool(text)
+            reasoning.feed(text, token)
 
     def _pieces(
-        self, reply: Iterator[Event], reasoning: Reasoning, told: Callable[[int, int], None] = lambda done, n: None
+        self,
+        reply: Iterator[Event],
+        reasoning: Reasoning,
+        told: Callable[[int, int], None] = lambda done, n: None,
+        *,
+        begun: bool,
     ) -> Iterator[Piece]:
-        """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with."""
-        begun = self.raw
+        """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with,
+        unless it has begun."""
         for event in reply:
             if isinstance(event, Read):
                 told(event.done, event.n)

@@ -6,8 +6,8 @@ read. When the turns no longer fit, the oldest are dropped and the system messag
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator
+import bisect
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class Conversation:
         interrupt: Callable[[], None] = lambda: None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        self._context = Context(session)
+        self.session = session
         self._scheduler = scheduler or Scheduler()
         self._sequence: Sequence | None = None  # the answer that is being written
         self._tokenizer = tokenizer
@@ -72,6 +72,15 @@ class Conversation:
         self._interrupt = interrupt
         self.system = system
         self.turns: list[Turn] = []
+
+    @property
+    def session(self) -> Session:
+        """The cache. Another one, of the same model, may take its place between two answers."""
+        return self._session
+
+    @session.setter
+    def session(self, session: Session) -> None:
+        self._session, self._context = session, Context(session)
 
     @property
     def n_ctx(self) -> int:
@@ -106,11 +115,27 @@ class Conversation:
         """
         if self._raw:
             self.turns.clear()  # nothing joins the texts of different turns but a template
-        turn = Turn(text)
+        yield from self._answer(Turn(text), sampler, limit, stats)
+
+    def go_on(self, sampler: Sampling, limit: int | None, stats: Stats | None = None) -> Generator[Event, None, None]:
+        """The last answer goes on from where it ended, in a turn that takes the place of the last. See ``reply``."""
+        last = self.turns.pop()
+        turn = Turn(last.user, list(last.answer), list(last.opening))
+        try:
+            yield from self._answer(turn, sampler, limit, stats)
+        finally:
+            if len(turn.answer) == len(last.answer):
+                if self.turns and self.turns[-1] is turn:
+                    del self.turns[-1]
+                self.turns.append(last)
+
+    def _answer(
+        self, turn: Turn, sampler: Sampling, limit: int | None, stats: Stats | None
+    ) -> Generator[Event, None, None]:
         self.turns.append(turn)
         done = False
         try:
-            sequence = self._sequence = self._begin(sampler, limit, stats)
+            sequence = self._sequence = self._begin(list(turn.answer), sampler, limit, stats)
             self._scheduler.add(sequence)
             for event in self._scheduler.run():
                 if isinstance(event, Token):
@@ -147,35 +172,20 @@ class Conversation:
             return Answer(None, self._tokenizer.decode(turn.answer))
         return self._tokenizer.split_answer(turn.opening + turn.answer)
 
-    @contextlib.contextmanager
-    def take_back(self) -> Iterator[str | None]:
-        """Without the last turn: what the person said in it, to be asked again; None where there is none.
+    def _begin(self, held: list[int], sampler: Sampling, limit: int | None, stats: Stats | None) -> Sequence:
+        """held: what there is of the answer already."""
 
-        The turn returns at the end where no new one has taken its place.
-        """
-        if not self.turns:
-            yield None
-            return
-        turn = self.turns.pop()
-        before = self.turns[-1] if self.turns else None
-        try:
-            yield turn.user
-        finally:
-            if not self.turns or self.turns[-1] is before:
-                self.turns.append(turn)
-
-    def _begin(self, sampler: Sampling, limit: int | None, stats: Stats | None) -> Sequence:
         def refill(answer: list[int]) -> list[int] | None:
             """Go on in a smaller past when the context fills up in the middle of the answer."""
             if len(self.turns) == 1:
                 return None
             left = None if limit is None else limit - len(answer)
-            prompt = self._make_room(answer, self._reserve(left))
+            prompt = self._make_room([*held, *answer], self._reserve(left))
             return prompt if len(prompt) < self.n_ctx else None
 
         return Sequence(
             self._context,
-            self._make_room([], self._reserve(limit)),
+            self._make_room(held, self._reserve(limit)),
             sampler,
             Text(self._tokenizer.stream()),
             self._tokenizer.is_end,
@@ -191,11 +201,12 @@ class Conversation:
 
     def _make_room(self, answer: list[int], reserve: int) -> list[int]:
         """The prompt of as many of the latest turns as leave ``reserve`` tokens free, or of the last turn alone."""
-        n_dropped = 0
-        turns = self.turns
+        turns, n_dropped = self.turns, 0
         prompt = self._prompt(answer)
-        while len(prompt) + reserve > self.n_ctx and n_dropped < len(turns) - 1:
-            n_dropped += 1
+        if len(prompt) + reserve > self.n_ctx and len(turns) > 1:
+            n_dropped = bisect.bisect_left(
+                range(len(turns) - 1), True, key=lambda n: len(self._prompt(answer, n)) + reserve <= self.n_ctx
+            )
             prompt = self._prompt(answer, n_dropped)
         if len(prompt) > self.n_ctx:
             raise ContextFullError(

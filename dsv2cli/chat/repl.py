@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 
 from dsv2cli import console
+from dsv2cli.chat import store
 from dsv2cli.chat.answering import Chat
+from dsv2cli.chat.keeping import Keeping
 from dsv2cli.chat.terminal import LineReader, terminating_in_order
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import CliError, UsageError
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)
 HELP = {
@@ -16,24 +19,37 @@ HELP = {
     "/system TEXT": "set the system message (/system alone shows it, /system none removes it)",
     "/think on|off|auto": "whether the model reasons before it answers",
     "/think show|hide": "its reasoning, or a line in place of it",
-    "/clear": "forget the conversation; the system message stays",
-    "/retry": "answer the last message again",
+    "/retry": "answer the last message again; the old answer stays as a branch",
+    "/continue": "go on with the last answer",
+    "/undo": "take the last turn back",
+    "/branch": "list the branches; /branch N goes on with one",
+    "/clear": "begin another conversation; the system message stays",
+    "/save NAME": "give this conversation a name (it is kept as it goes)",
+    "/load NAME": "go on with another",
+    "/sessions": "list what is kept",
     "/stats": "speed, context and memory",
     "/exit": "leave (so does Ctrl-D)",
 }
+SHOWN = 60  # characters of a message in a list
 
 
 class Repl:
     """The conversation in a terminal."""
 
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
+    def __init__(self, chat: Chat, keeping: Keeping) -> None:
+        self.chat, self.keeping = chat, keeping
         self.commands: dict[str, Callable[[str], bool]] = {
             "help": self.help,
             "system": self.system,
             "think": self.think,
-            "clear": self.clear,
             "retry": self.retry,
+            "continue": self.go_on,
+            "undo": self.undo,
+            "branch": self.branch,
+            "clear": self.clear,
+            "save": self.save,
+            "load": self.load,
+            "sessions": self.sessions,
             "stats": self.stats,
             "exit": self.leave,
             "quit": self.leave,
@@ -49,7 +65,13 @@ class Repl:
                 " /help lists the commands.",
                 "dim",
             )
-        with terminating_in_order(), LineReader("> ", [f"/{name}" for name in self.commands]) as reader:
+        if self.keeping.tree.head:
+            self._tell_where()
+        with (
+            terminating_in_order(),
+            contextlib.closing(self),
+            LineReader("> ", [f"/{name}" for name in self.commands]) as reader,
+        ):
             while True:
                 try:
                     text = reader.read()
@@ -61,7 +83,7 @@ class Repl:
                 except KeyboardInterrupt:
                     console.note("")
                     console.note("(/exit or Ctrl-D leaves)", "dim")
-                except UsageError as error:  # what was typed is no text
+                except CliError as error:  # what was typed is no text, or cannot be done
                     console.print_error(str(error), error.hint)
         if not self.chat.quiet and self.chat.last.n_answer:
             self.chat.tell_stats()
@@ -80,8 +102,12 @@ class Repl:
             return True
         return run(command[2])
 
-    def answer(self, text: str) -> None:
-        """Stream an answer; Ctrl-C ends it, and what was written of it stays in the conversation."""
+    def close(self) -> None:
+        """Keep what is to be kept."""
+        self.keeping.leave()
+
+    def answer(self, text: str | None) -> None:
+        """Stream an answer, or more of the last one; Ctrl-C ends it, and what was written stays in the conversation."""
         from cext import ContextFullError
         from cext.tokenizer import TokenizerError
 
@@ -91,6 +117,8 @@ class Repl:
             console.note("(stopped)", "dim")
         except (ContextFullError, TokenizerError) as error:  # a template may refuse one message and take the next
             console.print_error(str(error), error.hint)
+        finally:
+            self.keeping.close_turn(self.chat.last.stop or "cancelled")
 
     def help(self, _: str) -> bool:
         width = max(map(len, HELP))
@@ -129,25 +157,103 @@ class Repl:
             console.note(f"{switch}, {'hidden' if self.chat.folded else 'shown'}")
         return True
 
-    def clear(self, _: str) -> bool:
-        self.chat.conversation.clear()
+    def retry(self, _: str) -> bool:
+        if (last := self.keeping.last()) is None:
+            console.note("nothing to answer again yet")
+        else:
+            with self.keeping.answering_at(last.parent):
+                self.answer(last.turn.user)
         return True
 
-    def retry(self, _: str) -> bool:
-        with self.chat.conversation.take_back() as text:
-            if text is None:
-                console.note("nothing to answer again yet")
-            else:
-                self.answer(text)
+    def go_on(self, _: str) -> bool:
+        last = self.keeping.last()
+        if last is None or self.chat.raw:
+            console.note("there is no answer to go on with")
+            return True
+        with self.keeping.answering_at(last.parent):
+            self.chat.conversation.turns.append(last.turn)
+            self.answer(None)
         return True
+
+    def undo(self, _: str) -> bool:
+        if (last := self.keeping.last()) is None:
+            console.note("nothing to take back yet")
+        else:
+            self.keeping.go_to(last.parent)
+            console.note(f"(taken back: {_first_line(last.turn.user)})", "dim")
+        return True
+
+    # Conversations that are kept.
+
+    def branch(self, text: str) -> bool:
+        tree = self.keeping.tree
+        tips = tree.tips()
+        if not tips:
+            console.note("no branches yet: /retry and /undo make them")
+        elif word := text.strip():
+            if not word.isascii() or not word.isdigit() or not 1 <= int(word) <= len(tips):
+                raise UsageError(f"there is no branch `{word}`", f"/branch lists them: 1 to {len(tips)}")
+            self.keeping.go_to(tips[int(word) - 1].number)
+            self._tell_where()
+        else:
+            here = {node.number for node in tree.path()}
+            for i, tip in enumerate(tips, 1):
+                mark = "*" if tip.number in here else " "
+                n = len(tree.path(tip.number))
+                console.note(f"{mark} {i}  {_count(n, 'turn')}, the last: {_first_line(tip.turn.user)}")
+        return True
+
+    def clear(self, _: str) -> bool:
+        self.keeping.begin_anew()
+        return True
+
+    def save(self, text: str) -> bool:
+        if name := text.strip():
+            self.keeping.rename(name)
+        name = self.keeping.name
+        console.note(f"(kept as {name}: dsv2 chat -r {name} goes on with it)" if name else "(not kept yet)", "dim")
+        return True
+
+    def load(self, text: str) -> bool:
+        if not text.strip():
+            raise UsageError("which one?", "/sessions lists them")
+        self.keeping.reopen(text.strip())
+        self._tell_where()
+        return True
+
+    def sessions(self, _: str) -> bool:
+        found = store.summaries()
+        if not found:
+            console.note("no conversation is kept yet")
+        for summary in found:
+            mark = "*" if summary.name == self.keeping.name else " "
+            console.note(f"{mark} {summary.name}  {summary.when}, {summary.model}: {_first_line(summary.begins)}")
+        return True
+
+    def _tell_where(self) -> None:
+        """The end of the conversation that goes on."""
+        tree, tokenizer = self.keeping.tree, self.chat.runtime.tokenizer
+        if (last := self.keeping.last()) is None:
+            console.note(f"({self.keeping.name}: at its beginning)", "dim")
+            return
+        console.note(f"({self.keeping.name}: {_count(len(tree.path()), 'turn')}; the last:)", "dim")
+        console.note_text(f"> {last.turn.user}\n{tokenizer.decode(last.turn.answer).strip()}")
 
     def stats(self, _: str) -> bool:
         conversation = self.chat.conversation
         n = len(conversation.turns)
         n_used = conversation.n_used if n else 0  # the cache may still hold what is forgotten
         self.chat.tell_stats()
-        console.note(f"{n} turn{'s' if n != 1 else ''}, {n_used} of {conversation.n_ctx} tokens of context", "dim")
+        console.note(f"{_count(n, 'turn')}, {n_used} of {conversation.n_ctx} tokens of context", "dim")
         return True
 
     def leave(self, _: str) -> bool:
         return False
+
+
+def _first_line(text: str) -> str:
+    return console.cut(console.fold(text), SHOWN)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
@@ -15,6 +16,7 @@ from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
     from dsv2cli.chat.answering import Chat
+    from dsv2cli.chat.keeping import Keeping
     from dsv2cli.runtime import Runtime
 
 HELP = "Talk to a model: a conversation in a terminal, or one answer for -p or a pipe."
@@ -38,6 +40,10 @@ Think = Literal["auto", "on", "off"]
 THINKING = {"auto": None, "on": True, "off": False}
 THINK_HELP = "Whether the model reasons before it answers; auto: as its chat template has it."
 FIM_HELP = "Write what stands between two texts, for models that were trained for it (DeepSeek-Coder-V2)."
+RESUME_HELP = (
+    "Go on with the conversation NAME, with the model that it was with unless another path is given; conversations in a"
+    " terminal are kept as they go, answers to -p where they go on with one."
+)
 CONTEXT_HELP = "Tokens of context; 4096 if left out, 0: as many as the model was trained for."
 
 
@@ -93,6 +99,11 @@ def chat(
     fim: Annotated[
         tuple[str, str] | None, typer.Option("--fim", metavar="PREFIX SUFFIX", help=FIM_HELP, show_default=False)
     ] = None,
+    resume: Annotated[
+        str | None, typer.Option("-r", "--resume", metavar="NAME", help=RESUME_HELP, show_default=False)
+    ] = None,
+    go_on: Annotated[bool, typer.Option("-C", "--continue", help="The same with the last conversation.")] = False,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Keep nothing of this conversation on the disk.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
@@ -105,6 +116,8 @@ def chat(
         raise UsageError("--think needs the chat template, which --raw leaves out", "put the tag into the prompt")
     if raw and system:
         raise UsageError("--system needs the chat template, which --raw leaves out", "put it into the prompt")
+    if (resume is not None or go_on) and (raw or fim is not None or no_save or (resume is not None and go_on)):
+        raise UsageError("--resume and --continue go on with one kept chat: --raw, --fim and --no-save do not")
     if system is not None:
         system = text.typed(system, "the system message")
     asked = given_text(prompt, raw=raw, quiet=quiet) if fim is None else text.typed(fim[0], "the text before")
@@ -112,12 +125,15 @@ def chat(
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
     from dsv2cli import locate, memory, runtime
+    from dsv2cli.chat import store
 
-    path = locate.model(model)
+    resume = store.latest() if go_on else resume
+    path = kept_model(model, resume) or locate.model(model)
     with runtime.open_model(path, threads, wishes) as opened:
         from cext import Sampler
         from dsv2cli.chat.answering import Chat, tell_dropped
         from dsv2cli.chat.conversation import Conversation
+        from dsv2cli.chat.keeping import Keeping
         from dsv2cli.chat.repl import Repl
         from dsv2cli.scheduler import Budget, Scheduler
 
@@ -138,21 +154,47 @@ def chat(
             scheduler=Scheduler(opened.evaluate),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
-        talk = Chat(opened, session, conversation, sampler, limit, quiet=quiet, raw=raw or fim is not None)
+        talk = Chat(opened, conversation, sampler, limit, quiet=quiet, raw=raw or fim is not None)
+        figures = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling = figures | {"repeat_penalty": repeat_penalty, "seed": sampler.seed, "max_tokens": limit}
+        keeps = not (no_save or talk.raw) and (asked is None or resume is not None)
+        keeping = Keeping(opened, conversation, sampling, keeps)
+        if resume is not None:
+            keeping.reopen(resume)
+            conversation.system = system or conversation.system
+            conversation.thinking = conversation.thinking if think == "auto" else THINKING[think]
         if asked is None:
-            Repl(talk).run()
-        elif as_json:
-            answer = talk.collect(asked)
-            console.print_json(report(talk, answer, sampler.seed))
-        else:
-            try:
-                talk.answer(asked)
-            finally:
-                if not quiet and talk.last.n_prompt:
-                    talk.tell_stats()
-        if asked is not None and talk.last.stop == "cancelled":
+            Repl(talk, keeping).run()
+            return
+        answer_once(talk, keeping, asked, as_json=as_json)
+        if talk.last.stop == "cancelled":
             console.flush()
             raise KeyboardInterrupt
+
+
+def kept_model(model: str | None, resume: str | None) -> Path | None:
+    """The model of the conversation to go on with, where no other is named and it is still there."""
+    from dsv2cli.chat import store
+
+    if resume is None:
+        return None
+    store.existing(resume)
+    return store.model_path(resume) if model is None else None
+
+
+def answer_once(talk: Chat, keeping: Keeping, asked: str, *, as_json: bool) -> None:
+    """One answer, as text or as JSON."""
+    try:
+        if as_json:
+            answer = talk.collect(asked)
+            console.print_json(report(talk, answer, int(keeping.sampling["seed"] or 0)))
+        else:
+            talk.answer(asked)
+    finally:
+        if not as_json and not talk.quiet and talk.last.n_prompt:
+            talk.tell_stats()
+        keeping.close_turn(talk.last.stop or "cancelled")
+        keeping.leave()
 
 
 def given_text(prompt: str | None, *, raw: bool = False, quiet: bool = False) -> str | None:

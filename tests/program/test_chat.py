@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
@@ -20,7 +19,7 @@ from support.vocab import ASSISTANT, BOS, EOS, IDS, USER, V2_TEMPLATE, V25_TEMPL
 import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
 from dsv2cli import interrupts
-from dsv2cli.chat.conversation import Conversation, Turn
+from dsv2cli.chat.conversation import Conversation
 from dsv2cli.scheduler import Budget, End, Read, Scheduler, Stats, Text, Token
 
 CHUNK = Budget().alone
@@ -194,57 +193,6 @@ def test_turns_answer_as_a_fresh_session_would(model: cext.Model, endless: Token
         messages.append(Message("user", text))
         assert alone(session_of(model, 512), endless.chat(messages), limit=8) == answer
         messages.append(Message("assistant", answer))
-
-
-def test_retry_and_clear(model: cext.Model, endless: Tokenizer) -> None:
-    talk, watched, _ = converse(model, endless)
-    first = answered(talk, "Hi", greedy(), 6)
-    watched.evaluated.clear()
-    with talk.take_back() as text:
-        assert text == "Hi" and talk.turns == []
-        assert answered(talk, text, greedy(), 6) == first
-    assert len(talk.turns) == 1
-    assert watched.evaluated[0] == endless.chat([Message("system", "Be brief."), Message("user", "Hi")])[-1]
-    talk.clear()
-    with talk.take_back() as text:
-        assert text is None
-    assert talk.turns == []
-    assert answered(talk, "Hi", greedy(), 6) == first
-
-
-@pytest.mark.parametrize("past", [[], ["Hi"], ["Hi", "the end", "the end"]])
-@pytest.mark.parametrize("how", ["ctrl-c", "cancelled", "too long", "token"])
-def test_a_retry_that_fails_keeps_the_turn(model: cext.Model, endless: Tokenizer, past: list[str], how: str) -> None:
-    """Before the first token the old answer is what there is; from then on the new one."""
-    talk, watched, _ = converse(model, endless)
-    for text in [*past, "And?"]:
-        answered(talk, text, greedy(), 6)
-    before = list(talk.turns)
-    errors = {"ctrl-c": KeyboardInterrupt, "too long": cext.ContextFullError}
-    with contextlib.ExitStack() as stack:
-        if how in errors:
-            stack.enter_context(pytest.raises(errors[how]))
-        text = stack.enter_context(talk.take_back())
-        assert text == "And?" and talk.turns == before[:-1]
-        if how == "too long":
-            talk.system = "x" * 600
-        elif how != "token":
-            watched.calls, watched.raises = 0, {1: ("before", ctrl_c if how == "ctrl-c" else talk.cancel)}
-        answered(talk, text, greedy(), 1)
-    assert [len(turn.answer) for turn in talk.turns] == [6] * len(past) + [1 if how == "token" else 6]
-    assert all(a is b for a, b in zip(talk.turns[:-1], before, strict=False))
-    assert (talk.turns[-1] is before[-1]) == (how != "token")
-
-
-def test_a_failed_turn_takes_no_turn_like_it_along(model: cext.Model, endless: Tokenizer) -> None:
-    talk, watched, _ = converse(model, endless)
-    for n in range(2):
-        talk.turns.append(Turn("Hi"))  # the model had nothing to say
-        old = list(talk.turns)
-        watched.calls, watched.raises = 0, {1: ("before", talk.cancel)}
-        with talk.take_back() as text:
-            answered(talk, text or "", greedy(), 1)
-        assert len(talk.turns) == n + 1 and all(a is b for a, b in zip(talk.turns, old, strict=True))
 
 
 def test_raw_continues_the_text(model: cext.Model, endless: Tokenizer) -> None:

@@ -163,7 +163,7 @@ def test_the_list_of_commands_is_aligned(model: Path, tmp_path: Path) -> None:
         screen.type("/help\n")
         end = screen.wait_for(r"stops an answer\.\n> $", at)
         lines = re.findall(r"^  (/\S+(?: \S+)?  +)\S", screen.text[at:end], re.MULTILINE)
-        assert len(lines) == 8 and len({len(line) for line in lines}) == 1
+        assert len(lines) == 14 and len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("name", ["dumb", "", "unknown"])
@@ -315,6 +315,8 @@ def test_a_history_that_cannot_be_kept(model: Path, tmp_path: Path) -> None:
     with talk(model, tmp_path) as screen:
         at = screen.wait_for("> $")
         screen.type("Hi\n")
-        screen.wait_for(r"-n\)\n> $", at)
+        screen.wait_for(
+            r"-n\)\nwarning: the conversation is not kept: .*/dsv2/conversations`: Not a directory\n> $", at
+        )
         screen.type("/exit\n")
         assert screen.exit_code() == 0 and "error" not in screen.text

@@ -1,0 +1,548 @@
+"""Conversations on the disk: what was said comes back as it was or is refused, and reopening reads nothing again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cli import assert_fails, dsv2, terminal
+from support.sequences import Watched, greedy
+from support.tiny import spec_named, variant
+from support.vocab import write_model
+
+import cext
+from cext import system
+from cext.tokenizer import Answer, Message
+from dsv2cli import runtime
+from dsv2cli.chat import journal, store
+from dsv2cli.chat.conversation import Conversation, Turn
+from dsv2cli.chat.journal import Journal, JournalError, Model
+from dsv2cli.chat.keeping import Keeping
+from dsv2cli.chat.tree import Setting, Tree
+from dsv2cli.errors import UsageError
+from dsv2cli.scheduler import Scheduler, Token
+
+SPEC = variant(spec_named("lite"), n_ctx=4096)
+MODEL = Model("ab" * 32, "a model", "/models/a.gguf")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("keeping") / "endless.gguf", SPEC, endless=True)
+
+
+@pytest.fixture(scope="module")
+def other_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same but for its weights."""
+    return write_model(tmp_path_factory.mktemp("keeping") / "other.gguf", variant(SPEC, seed=77), endless=True)
+
+
+@pytest.fixture(scope="module")
+def opened(path: Path) -> Iterator[runtime.Runtime]:
+    with runtime.open_model(path, 1) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+class Talk:
+    """A conversation that is kept, and what its engine evaluated."""
+
+    def __init__(self, opened: runtime.Runtime, n_ctx: int = 2048, kv: str = "f16", *, keeps: bool = True) -> None:
+        self.watched = Watched()
+        session = opened.model.session(n_ctx, kv)
+        self.conversation = Conversation(session, opened.tokenizer, "Be brief.", scheduler=Scheduler(self.watched))
+        self.keeping = Keeping(opened, self.conversation, {"temperature": 0.0}, keeps)
+
+    def say(self, text: str, limit: int = 6) -> list[int]:
+        events = list(self.conversation.reply(text, greedy(), limit))
+        self.keeping.close_turn("length")
+        return [event.id for event in events if isinstance(event, Token)]
+
+    def again(self, limit: int = 6) -> None:
+        last = self.keeping.last()
+        assert last is not None
+        with self.keeping.answering_at(last.parent):
+            self.say(last.turn.user, limit)
+
+
+def shape(tree: Tree) -> list[tuple[object, ...]]:
+    """All that a tree holds, but for where it stands."""
+    return [
+        (n.number, n.parent, n.turn.user, tuple(n.turn.answer), tuple(n.turn.opening), n.setting.system, n.stop)
+        for n in tree.nodes
+    ]
+
+
+def written(place: Path, n: int = 3) -> Tree:
+    """A file of n turns, of which the last is a branch of the first."""
+    kept = Journal.create(place, MODEL)
+    tree = kept.tree
+    for i in range(n):
+        tree.head = 1 if i == n - 1 else tree.head
+        node = tree.add(Turn(f"né {i}\n\x00", [i, 7], [3]), Setting("s", None, {"seed": 2**64 - 1}), "end")
+        kept.add(node, Answer(None, f"answer {i}"))
+    kept.close()
+    return tree
+
+
+# The file.
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tree = written(tmp_path / "a.jsonl")
+    contents = journal.read(tmp_path / "a.jsonl")
+    assert shape(contents.tree) == shape(tree) and contents.tree.head == tree.head == 3
+    assert contents.model == MODEL and contents.n_torn == 0
+    assert contents.tree.nodes[2].setting == Setting("s", None, {"seed": 2**64 - 1})
+    assert [node.number for node in contents.tree.path()] == [1, 3]
+    assert [node.number for node in contents.tree.tips()] == [2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line.get("answer") for line in lines[1:]] == ["answer 0", "answer 1", "answer 2"]
+    assert stat.S_IMODE((tmp_path / "a.jsonl").stat().st_mode) == 0o600
+
+
+def test_cut_anywhere_it_holds_a_beginning(tmp_path: Path) -> None:
+    """And goes on from there, with the torn line gone."""
+    whole = shape(written(tmp_path / "a.jsonl"))
+    data = (tmp_path / "a.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for n in range(len(data)):
+        place = tmp_path / "cut.jsonl"
+        place.write_bytes(data[:n])
+        n_lines = sum(n >= end - 1 for end in ends)  # a line that lacks its end alone is whole
+        if not n_lines:
+            with pytest.raises(JournalError, match="holds no conversation"):
+                journal.read(place)
+            continue
+        assert shape(journal.read(place).tree) == whole[: n_lines - 1]
+        if n % 37 == 0 or n + 1 in ends:
+            kept = Journal.reopen(place)
+            kept.add(kept.tree.add(Turn("more", [1]), Setting("s"), "end"), Answer(None, "x"))
+            kept.close()
+            found = journal.read(place)
+            assert found.n_torn == 0 and found.tree.nodes[-1].turn.user == "more"
+            assert shape(found.tree)[:-1] == whole[: n_lines - 1]
+
+
+def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
+    whole = shape(written(tmp_path / "a.jsonl"))
+    data = (tmp_path / "a.jsonl").read_bytes()
+    place = tmp_path / "flipped.jsonl"
+    for at in range(len(data)):
+        for bit in range(8) if at % 16 == 0 else (at % 8,):
+            place.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            try:
+                contents = journal.read(place)
+            except JournalError as error:
+                assert "\n" not in str(error)
+                continue
+            assert at == len(data) - 1 and contents.n_torn, f"byte {at}, bit {bit} passed"
+            assert shape(contents.tree) == whole[:-1]
+
+
+@pytest.mark.parametrize("change", ["swapped", "lost", "twice", "of another file"])
+def test_lines_that_moved_are_refused(change: str, tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", 4)
+    written(tmp_path / "b.jsonl", 5)
+    a, b = ((tmp_path / name).read_bytes().splitlines(keepends=True) for name in ("a.jsonl", "b.jsonl"))
+    lines = {
+        "swapped": [*a[:2], a[3], a[2], a[4]],
+        "lost": [*a[:2], *a[3:]],
+        "twice": [*a[:3], a[2], *a[3:]],
+        "of another file": [*a[:3], b[5]],
+    }[change]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(JournalError, match=r"damaged: line \d has changed") as refused:
+        Journal.reopen(tmp_path / "a.jsonl")
+    n = int(re.search(r"head -n (\d)", refused.value.hint)[1])
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:n]))  # as the hint says
+    assert journal.read(tmp_path / "a.jsonl").tree.nodes
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"format": "dsv2 conversation", "version": 2, "model": None}, "of version 2, and this program reads 1"),
+        ({"format": "a book", "version": 1}, "holds no conversation"),
+        ([1], "holds no conversation"),
+        ({"format": "dsv2 conversation", "version": 1, "model": {}}, "damaged: line 1"),
+    ],
+)
+def test_other_files_and_versions(line: object, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    with pytest.raises(JournalError, match=said):
+        journal.read(tmp_path / "x.jsonl")
+
+
+FORGED = [
+    {"head": 9}, {"head": True}, {"head": -1}, {"parent": 1, "user": 3}, {}, {"parent": 5}, {"parent": 0, "user": "a"},
+    {"parent": 1, "user": "a", "ids": [-1], "opening": [], "thinking": None, "sampling": {}, "stop": "end"},
+    {"parent": 1, "user": "a", "ids": [True], "opening": [], "thinking": None, "sampling": {}, "stop": "end"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", FORGED)
+def test_lines_that_are_no_turns(line: dict[str, object], tmp_path: Path) -> None:
+    """With a right seal, by whoever wrote them."""
+    written(tmp_path / "a.jsonl")
+    kept = Journal.reopen(tmp_path / "a.jsonl")
+    kept.write(line)
+    kept.close()
+    with pytest.raises(JournalError, match="line 5 is no part of a conversation"):
+        journal.read(tmp_path / "a.jsonl")
+
+
+def test_a_conversation_has_one_writer(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl")
+    kept = Journal.reopen(tmp_path / "a.jsonl")
+    with pytest.raises(JournalError, match="open in another conversation"):
+        Journal.reopen(tmp_path / "a.jsonl")
+    kept.close()
+    Journal.reopen(tmp_path / "a.jsonl").close()
+
+
+def test_a_full_disk_loses_nothing_that_was_said(
+    opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Talk(opened)
+    talk.say("one")
+    whole = system.write_at
+
+    def full(fd: int, data: bytes, offset: int) -> None:
+        whole(fd, data[: len(data) // 2], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(system, "write_at", full)
+    talk.say("two")
+    talk.say("three")
+    assert capsys.readouterr().err.count("warning: the conversation is not kept") == 1
+    assert len(journal.read(store.existing(talk.keeping.name)).tree.nodes) == 1
+    monkeypatch.setattr(system, "write_at", whole)
+    talk.say("four")
+    found = journal.read(store.existing(talk.keeping.name))
+    assert shape(found.tree) == shape(talk.keeping.tree) and len(found.tree.nodes) == 4
+
+
+# The conversation.
+
+
+def test_retry_is_a_branch_and_clear_another_conversation(opened: runtime.Runtime) -> None:
+    talk = Talk(opened)
+    first = talk.say("Hi")
+    talk.say("And?")
+    talk.watched.evaluated.clear()
+    talk.again()
+    tree = talk.keeping.tree
+    assert [node.parent for node in tree.nodes] == [0, 1, 1] and tree.head == 3
+    assert tree.node(2).turn.answer == tree.node(3).turn.answer
+    assert len(talk.watched.evaluated) == 6  # the last token of the prompt, and the answer but its last
+    name = talk.keeping.name
+    talk.keeping.begin_anew()
+    assert talk.conversation.turns == [] and talk.keeping.name == ""
+    assert talk.say("Hi") == first
+    assert len(store.names()) == 2 and len(journal.read(store.existing(name)).tree.nodes) == 3
+
+
+@pytest.mark.parametrize("past", [[], ["Hi"], ["Hi", "the end", "the end"]])
+@pytest.mark.parametrize("how", ["ctrl-c", "cancelled", "too long", "token"])
+def test_a_retry_that_fails_keeps_the_turn(opened: runtime.Runtime, past: list[str], how: str) -> None:
+    """Before the first token the old answer is what there is; from then on the new one."""
+    talk = Talk(opened, 512, keeps=False)
+    for text in [*past, "And?"]:
+        talk.say(text)
+    before = list(talk.conversation.turns)
+    if how == "too long":
+        talk.conversation.system = "x" * 600
+    elif how != "token":
+
+        def ctrl_c() -> None:
+            raise KeyboardInterrupt
+
+        talk.watched.calls = 0
+        talk.watched.raises = {1: ("before", ctrl_c if how == "ctrl-c" else talk.conversation.cancel)}
+    errors = {"ctrl-c": KeyboardInterrupt, "too long": cext.ContextFullError}
+    if how in errors:
+        with pytest.raises(errors[how]):
+            talk.again(1)
+    else:
+        talk.again(1)
+    turns = talk.conversation.turns
+    assert [len(turn.answer) for turn in turns] == [6] * len(past) + [1 if how == "token" else 6]
+    assert all(a is b for a, b in zip(turns[:-1], before, strict=False))
+    assert (turns[-1] is before[-1]) == (how != "token")
+
+
+def test_a_failed_turn_is_followed_by_the_right_one(opened: runtime.Runtime) -> None:
+    """After a step back, what fails leaves the conversation where it stood."""
+    talk = Talk(opened, 512)
+    for text in ("one", "two", "three"):
+        talk.say(text)
+    talk.keeping.go_to(1)
+    with pytest.raises(cext.ContextFullError):
+        talk.say("x" * 600)
+    talk.keeping.close_turn("error")
+    assert [turn.user for turn in talk.conversation.turns] == ["one"] and len(talk.keeping.tree.nodes) == 3
+    talk.say("four")
+    assert [node.turn.user for node in talk.keeping.tree.path()] == ["one", "four"]
+
+
+@pytest.mark.parametrize("limits", [(3, 5), (1, 7), (7, 1)])
+def test_an_answer_goes_on_as_if_it_had_not_stopped(opened: runtime.Runtime, limits: tuple[int, int]) -> None:
+    whole = Talk(opened, keeps=False).say("Tell me", 8)
+    talk = Talk(opened, keeps=False)
+    talk.say("Tell me", limits[0])
+    last = talk.keeping.last()
+    assert last is not None
+    with talk.keeping.answering_at(last.parent):
+        talk.conversation.turns.append(last.turn)
+        list(talk.conversation.go_on(greedy(), limits[1]))
+        talk.keeping.close_turn("length")
+    assert talk.conversation.turns[-1].answer == whole
+    assert talk.keeping.tree.node(1).turn.answer == whole[: limits[0]], "the shorter answer is a branch"
+
+
+def test_going_on_with_nothing_new_leaves_the_answer(opened: runtime.Runtime) -> None:
+    talk = Talk(opened, keeps=False)
+    talk.say("Tell me", 4)
+    turn = talk.conversation.turns[-1]
+    talk.watched.calls, talk.watched.raises = 0, {1: ("before", talk.conversation.cancel)}
+    list(talk.conversation.go_on(greedy(), 5))
+    talk.keeping.close_turn("cancelled")
+    assert talk.conversation.turns == [turn] and talk.conversation.turns[0] is turn and len(turn.answer) == 4
+
+
+# Reopened.
+
+
+def reopened(opened: runtime.Runtime, name: str, n_ctx: int = 2048, kv: str = "f16") -> Talk:
+    talk = Talk(opened, n_ctx, kv)
+    talk.conversation.system = "another"
+    talk.keeping.reopen(name)
+    return talk
+
+
+def two_turns(opened: runtime.Runtime) -> tuple[str, list[int]]:
+    """The name of a conversation of two turns that was left, and what a third one answers."""
+    talk = Talk(opened)
+    talk.say("Tell me a long story " * 20)
+    talk.say("And?")
+    name = talk.keeping.name
+    talk.keeping.leave()
+    third = reopened(opened, name)
+    answer = third.say("the end")
+    third.keeping.go_to(2)
+    third.keeping.leave()
+    return name, answer
+
+
+def test_reopened_it_reads_what_is_new_alone(opened: runtime.Runtime) -> None:
+    name, _ = two_turns(opened)
+    talk = reopened(opened, name)
+    assert talk.conversation.system == "Be brief." and len(talk.conversation.turns) == 2
+    answer = talk.say("the end")
+    new = len(opened.tokenizer.chat([Message("user", "the end")]))
+    assert len(talk.watched.evaluated) <= new + len(answer) + 2
+    fresh = Talk(opened, keeps=False)
+    fresh.conversation.turns[:] = talk.conversation.turns[:-1]
+    assert fresh.say("the end") == answer and len(fresh.watched.evaluated) > 200
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "flipped", "version", "no cache", "another type", "too short"])
+def test_a_cache_of_no_use_is_told_and_read_again(
+    what: str, opened: runtime.Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, answer = two_turns(opened)
+    cache = store.cache_of(store.existing(name))
+    data = cache.read_bytes()
+    changed = {
+        "cut": data[: len(data) // 2],
+        "flipped": data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
+        "version": data[:8] + b"\x09" + data[9:],
+        "no cache": b"hello",
+    }
+    if what == "missing":
+        cache.unlink()
+    elif what in changed:
+        cache.write_bytes(changed[what])
+    capsys.readouterr()
+    kv, n_ctx = "q8_0" if what == "another type" else "f16", 256 if what == "too short" else 2048
+    talk = reopened(opened, name, n_ctx, kv)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "the text will be read again" in told
+    if what == "missing":
+        assert "it has no cache" in told
+    if what not in ("another type", "too short"):
+        assert talk.say("the end") == answer and len(talk.watched.evaluated) > 200
+
+
+def test_a_cache_of_another_conversation_is_no_harm(opened: runtime.Runtime) -> None:
+    """It is compared token by token."""
+    name, answer = two_turns(opened)
+    other = Talk(opened)
+    other.say("Something else " * 30)
+    other.keeping.leave()
+    theirs = store.cache_of(store.existing(store.latest()))
+    store.cache_of(store.existing(name)).write_bytes(theirs.read_bytes())
+    assert reopened(opened, name).say("the end") == answer
+
+
+def test_branches_and_settings_come_back(opened: runtime.Runtime) -> None:
+    talk = Talk(opened)
+    talk.say("one")
+    talk.conversation.system = "Be long."
+    talk.say("two")
+    talk.keeping.go_to(1)
+    talk.say("three")
+    talk.keeping.rename("a-name")
+    talk.keeping.go_to(2)
+    before = shape(talk.keeping.tree)
+    talk.keeping.leave()
+    again = reopened(opened, "a-name")
+    assert shape(again.keeping.tree) == before and again.keeping.tree.head == 2
+    assert again.conversation.system == "Be long." and [t.user for t in again.conversation.turns] == ["one", "two"]
+    assert store.cache_of(store.existing("a-name")).is_file()
+
+
+def test_names(opened: runtime.Runtime, state: Path) -> None:
+    talk = Talk(opened)
+    with pytest.raises(UsageError, match="nothing to keep yet"):
+        talk.keeping.rename("x")
+    talk.say("one")
+    for wrong in ("", "a b", "../x", ".x", "a/b", "-r", "x" * 101, "a\n"):
+        with pytest.raises(UsageError, match="is no name"):
+            talk.keeping.rename(wrong)
+    talk.keeping.rename("reise.2")
+    other = Talk(opened)
+    other.say("two")
+    with pytest.raises(UsageError, match="already"):
+        other.keeping.rename("reise.2")
+    with pytest.raises(JournalError, match="open in another"):
+        other.keeping.reopen("reise.2")
+    assert other.keeping.tree.nodes[0].turn.user == "two" and other.say("three")
+    with pytest.raises(UsageError, match="there is no conversation `nope`"):
+        other.keeping.reopen("nope")
+    assert stat.S_IMODE((state / "dsv2" / "conversations").stat().st_mode) == 0o700
+
+
+def test_another_model_is_refused(path: Path, other_path: Path, opened: runtime.Runtime) -> None:
+    name, _ = two_turns(opened)
+    with runtime.open_model(other_path, 1) as other:
+        talk = Talk(other)
+        with pytest.raises(JournalError, match="with another model, ") as refused:
+            talk.keeping.reopen(name)
+    assert str(path) in refused.value.hint and f"-r {name}" in refused.value.hint
+
+
+def test_tokens_that_the_vocabulary_lacks_are_refused(opened: runtime.Runtime) -> None:
+    named = Model(store.identity(opened.path), "m", str(opened.path))
+    kept = Journal.create(store.path_of("forged"), named)
+    kept.add(kept.tree.add(Turn("a", [opened.tokenizer.n_vocab]), Setting(), "end"), Answer(None, ""))
+    kept.close()
+    with pytest.raises(JournalError, match="vocabulary"):
+        Talk(opened).keeping.reopen("forged")
+
+
+def test_caches_keep_within_their_bound(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [two_turns(opened)[0] for _ in range(3)]
+    caches = [store.cache_of(store.existing(name)) for name in found]
+    assert len(set(found)) == 3 and all(cache.exists() for cache in caches)
+    for age, cache in enumerate(caches):
+        os.utime(cache, (0, time.time() - 100 + age))
+    abandoned = caches[0].with_name(f".{caches[0].name}.xyz")
+    abandoned.write_bytes(b"x")
+    os.utime(abandoned, (0, time.time() - 2 * store.ABANDONED))
+    monkeypatch.setattr(store, "CACHES_BYTES", int(2.5 * caches[0].stat().st_size))
+    store.prune(caches[2])
+    assert [cache.exists() for cache in caches] == [False, True, True] and not abandoned.exists()
+    monkeypatch.setattr(store, "CACHES_BYTES", 100)
+    assert "larger than all caches" in store.why_no_room(caches[2], 200)
+    assert len(store.names()) == 3
+
+
+# The program.
+
+
+def test_the_command_line(path: Path, other_path: Path, opened: runtime.Runtime, state: Path) -> None:
+    name, answer = two_turns(opened)
+    env = {"XDG_STATE_HOME": str(state)}
+    said = opened.tokenizer.decode(answer).lstrip()
+    options = ("-n", "6", "--temp", "0", "-q")
+    done = dsv2("chat", "-r", name, "-p", "the end", *options, **env)  # with the model that it was with
+    assert done.returncode == 0 and done.stdout.rstrip("\n") == said.rstrip("\n"), done
+    assert [node.turn.user for node in journal.read(store.existing(name)).tree.path()][-1] == "the end"
+    done = dsv2("chat", path, "-C", "-p", "x", "--json", "-n", "1", **env)
+    assert done.returncode == 0 and len(journal.read(store.existing(name)).tree.path()) == 4
+    assert dsv2("chat", path, "-p", "x", "-n", "1", "-q", **env).returncode == 0
+    assert len(store.names()) == 1, "an answer to -p is not kept by itself"
+    assert_fails(dsv2("chat", other_path, "-r", name, "-p", "x", **env), 1, "another model", str(path))
+    assert_fails(dsv2("chat", "-r", "nope", "-p", "x", **env), 2, "nope", name)
+    assert_fails(dsv2("chat", "-r", "../x", "-p", "x", **env), 2, "is no name")
+    assert_fails(dsv2("chat", "-r", name, "-C", "-p", "x", **env), 2, "go on with one")
+    assert_fails(dsv2("chat", "-r", name, "--raw", "-p", "x", **env), 2, "--raw")
+    assert_fails(dsv2("chat", "-C", "-p", "x", XDG_STATE_HOME=str(state / "none")), 2, "no conversation to go on with")
+    store.existing(name).write_bytes(store.existing(name).read_bytes().replace(b"And?", b"And!"))
+    assert_fails(dsv2("chat", "-r", name, "-p", "x", **env), 1, "damaged: line 3 has changed", "head -n 2")
+
+
+def test_nothing_is_kept_where_that_is_asked_for(path: Path, state: Path) -> None:
+    with terminal("chat", path, "-n", "4", "--no-save", XDG_STATE_HOME=str(state)) as screen:
+        at = screen.wait_for("> ")
+        screen.type("Hi\n")
+        screen.wait_for(r"-n\)\n", at)
+        screen.type("/save x\n")
+        screen.wait_for("not kept", at)
+        screen.type("/exit\n")
+        assert screen.exit_code() == 0
+    assert not (state / "dsv2" / "conversations").exists()
+
+
+@pytest.mark.parametrize("n", [10, pytest.param(200, marks=pytest.mark.heavy)])
+def test_kill_9_at_any_moment_loses_the_open_turn_at_most(n: int, path: Path, state: Path) -> None:
+    """Closed turns are those that a prompt has followed. Greedy: what is there must be what an unbroken run says."""
+    rng = random.Random(n)
+    options = ("-n", "5", "--temp", "0", "-c", "512")
+    env = {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
+    asked = 0
+    for _ in range(n):
+        goes_on = bool(store.names())
+        with terminal("chat", path, *options, *(["-C"] if goes_on else []), **env) as screen:
+            at = screen.wait_for(r"> $")
+            closed = len(journal.read(store.existing(store.latest())).tree.nodes) if goes_on else 0
+            begun = len(screen.text[:at])
+            screen.type("".join(f"question {asked + i}\n" for i in range(400)))
+            end = time.monotonic() + rng.uniform(0, 0.6)
+            while time.monotonic() < end:
+                screen._read(0.01)
+            screen.process.send_signal(signal.SIGKILL)
+            screen.process.wait()
+            while screen._read(0):
+                pass
+            closed += len(re.findall(r"\(stopped after 5 tokens: -n\)\n(?=> )", screen.text[begun:]))
+        if not store.names():
+            assert not closed
+            continue
+        tree = journal.read(store.existing(store.latest())).tree
+        assert closed <= len(tree.nodes) <= closed + 1, screen.text
+        asked += 400
+    assert len(store.names()) == 1
+    found = journal.read(store.existing(store.latest())).tree
+    assert [node.parent for node in found.nodes] == list(range(len(found.nodes)))
+    with runtime.open_model(path, 1) as opened:
+        fresh = Talk(opened, 512, keeps=False)
+        fresh.conversation.system = None
+        for node in found.nodes:
+            assert fresh.say(node.turn.user, 5) == node.turn.answer
