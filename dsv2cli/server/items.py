@@ -16,12 +16,20 @@ Find = Callable[[str], Item | None]
 
 
 def read_input(given: str | list[Any] | None, find: Find) -> list[Item]:
-    """A request's input as items with ids. find: an item of an earlier response by its id. ApiError."""
+    """A request's input as items, each with an id of its own. find: an item of an earlier response by its id."""
     if not given:
         return []
     if isinstance(given, str):
         return [_message({"role": "user", "content": given}, "input")]
-    return [_read(value, f"input[{i}]", find) for i, value in enumerate(given)]
+    items: list[Item] = []
+    ids: set[str] = set()
+    for i, value in enumerate(given):
+        item = _read(value, f"input[{i}]", find)
+        if item["id"] in ids:
+            raise bad_field(f"input[{i}].id", f"{item['id'][:100]!r} is the id of an item before it")
+        items.append(item)
+        ids.add(item["id"])
+    return items
 
 
 def _read(value: Any, where: str, find: Find) -> Item:
@@ -74,7 +82,7 @@ def _message(value: Mapping[str, Any], where: str) -> Item:
 
 def _part_text(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in TEXTS:
+    if not isinstance(kind, str) or kind not in TEXTS:
         raise bad_field(where, f"is of type {str(kind)[:50]!r}: only text is read")
     return _text(part, TEXTS[kind], where)
 

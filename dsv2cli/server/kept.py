@@ -1,12 +1,13 @@
 """Responses of the past, in memory, for clients that go on from one by its id.
 
 A conversation is a chain of turns, which the responses along it share. Each API key has its own responses and its own
-bounds; the ones that were not used for the longest time are forgotten first. Only the event loop comes here.
+bounds; the ones that were not used for the longest time are forgotten first. Only the event loop changes anything here.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +15,33 @@ import msgspec
 
 MAX_COUNT = 1000  # responses of a key
 MAX_BYTES = 64 << 20  # of a key
-ROW = 1024  # bytes, about, of an entry beside its texts
+ROW, ROW_OF_ITEM = 1024, 256  # bytes, about, of an entry and of an item beside their texts
+
+
+Item = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """What was asked and what was answered: items as JSON, the first ``n_input`` of them asked; ids: of all."""
+    """What was asked and what was answered: items as JSON by their ids, the first ``n_input`` of them asked."""
 
-    json: bytes
+    json: dict[str, bytes]
     n_input: int
-    ids: tuple[str, ...]
 
     @staticmethod
-    def of(asked: list[dict[str, Any]], answered: list[dict[str, Any]]) -> Turn:
-        items = [*asked, *answered]
-        return Turn(msgspec.json.encode(items), len(asked), tuple(str(item["id"]) for item in items))
+    def of(asked: Iterable[Item]) -> Turn:
+        json = {str(item["id"]): msgspec.json.encode(item) for item in asked}
+        return Turn(json, len(json))
 
-    def items(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = msgspec.json.decode(self.json)
-        return found
+    def answered(self, items: Iterable[Item]) -> Turn:
+        return Turn(self.json | Turn.of(items).json, self.n_input)
+
+    def items(self) -> list[Item]:
+        return [msgspec.json.decode(item) for item in self.json.values()]
+
+    @property
+    def nbytes(self) -> int:
+        return ROW + sum(len(item) + ROW_OF_ITEM for item in self.json.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +51,7 @@ class Kept:
     json: bytes
     turns: tuple[Turn, ...]
 
-    def input_items(self) -> list[dict[str, Any]]:
+    def input_items(self) -> list[Item]:
         """Everything that it answered, the oldest first."""
         before = [item for turn in self.turns[:-1] for item in turn.items()]
         return before + self.turns[-1].items()[: self.turns[-1].n_input]
@@ -66,8 +75,8 @@ class _OfKey:
         for turn in kept.turns:
             self.uses[turn] += 1
             if self.uses[turn] == 1:
-                self.nbytes += len(turn.json) + ROW
-                self.turn_of.update(dict.fromkeys(turn.ids, turn))
+                self.nbytes += turn.nbytes
+                self.turn_of.update(dict.fromkeys(turn.json, turn))
 
     def remove(self, name: str) -> None:
         kept = self.kept.pop(name)
@@ -76,8 +85,8 @@ class _OfKey:
             self.uses[turn] -= 1
             if not self.uses[turn]:
                 del self.uses[turn]
-                self.nbytes -= len(turn.json) + ROW
-                for item in turn.ids:
+                self.nbytes -= turn.nbytes
+                for item in turn.json:
                     if self.turn_of.get(item) is turn:
                         del self.turn_of[item]
 
@@ -91,7 +100,7 @@ class Store:
 
     def keep(self, key: bytes, name: str, kept: Kept) -> bool:
         """False where it is larger than all that may be kept."""
-        if kept.nbytes + sum(len(turn.json) + ROW for turn in kept.turns) > self._max_bytes:
+        if kept.nbytes + sum(turn.nbytes for turn in kept.turns) > self._max_bytes:
             return False
         mine = self._keys[key]
         mine.add(name, kept)
@@ -109,10 +118,10 @@ class Store:
     def forget(self, key: bytes, name: str) -> None:
         self._keys[key].remove(name)
 
-    def item(self, key: bytes, name: str) -> dict[str, Any] | None:
-        """An item of any turn that is kept."""
-        turn = self._keys[key].turn_of.get(name)
-        return None if turn is None else next(item for item in turn.items() if item["id"] == name)
+    def item(self, key: bytes, name: str) -> Item | None:
+        """An item of any turn that is kept. From any thread."""
+        turn = mine.turn_of.get(name) if (mine := self._keys.get(key)) else None
+        return msgspec.json.decode(turn.json[name]) if turn else None
 
     def nbytes(self, key: bytes) -> int:
         return self._keys[key].nbytes

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from dsv2cli.server.kept import ROW, Kept, Store, Turn
+from dsv2cli.server.kept import Kept, Store, Turn
 
 
 def kept(name: str, turns: tuple[Turn, ...], size: int = 10) -> Kept:
-    turn = Turn.of([{"id": f"in-{name}", "text": "x" * size}], [{"id": f"out-{name}"}])
+    turn = Turn.of([{"id": f"in-{name}", "text": "x" * size}]).answered([{"id": f"out-{name}"}])
     return Kept(b"r" * size, (*turns, turn))
 
 
@@ -18,7 +18,7 @@ def weight(store: Store, key: bytes) -> int:
     """Counted again, from what is there."""
     entries = list(store._keys[key].kept.values())
     turns = {turn for entry in entries for turn in entry.turns}
-    return sum(entry.nbytes for entry in entries) + sum(len(turn.json) + ROW for turn in turns)
+    return sum(entry.nbytes for entry in entries) + sum(turn.nbytes for turn in turns)
 
 
 def test_the_count_is_bounded_and_the_longest_unused_go_first() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from support.tiny import spec_named, variant
 from support.vocab import EOS, USER, V25_TEMPLATE, write_model
 
 from dsv2cli.commands.serve import rules_of
+from dsv2cli.server.dialects import responses
 
 PATH = "/v1/responses"
 CHAT = "/v1/chat/completions"
@@ -479,3 +482,88 @@ def test_another_key_s_responses_are_not_there(path: Path) -> None:
         assert server.client.delete(f"{PATH}/{body['id']}", headers=theirs).status_code == 404
         assert server.client.delete(f"{PATH}/{body['id']}", headers=mine).status_code == 200
         assert server.client.get(f"{PATH}/{body['id']}").status_code == 401
+
+
+# What else may come.
+
+ODD: list[Any] = [None, True, 0, -1, 2**31, 2**63, 1e308, "", "x", "\ud800", "\x00", [], [[]], {}, {"type": []}, [None]]
+FULL: dict[str, Any] = {
+    "input": [
+        user("a"),
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "b"}], "content": None},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "c", "annotations": []}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "get_weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "d"}]},
+    ],
+    "instructions": "e",
+    "tools": [WEATHER, {"type": "web_search"}],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_weather"}]},
+    "text": {"format": {"type": "text"}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["reasoning.encrypted_content"],
+    "metadata": {"a": "b"},
+    "previous_response_id": None,
+    "top_logprobs": 1,
+    "temperature": 1,
+    "store": True,
+    "client_metadata": {"x": "y"},
+}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def changed(place: tuple[Any, ...], odd: Any) -> dict[str, Any]:
+    body: Any = json.loads(json.dumps(FULL))
+    inner = body
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = odd
+    return dict(body)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_odd_requests_are_answered_or_refused(server: Served, seed: int) -> None:
+    """Anything anywhere: never an error of the server's."""
+    cases = [(place, odd) for place in places(FULL) for odd in ODD]
+    for place, odd in cases[seed::8]:
+        data = json.dumps(changed(place, odd) | {"max_output_tokens": 1}).encode()
+        url = PATH if len(place) == 1 else f"{PATH}/input_tokens"
+        response = server.client.post(url, content=data, headers={"content-type": "application/json"})
+        assert response.status_code in (200, 400), (place, odd, response.text)
+        if response.status_code == 400:
+            assert response.json()["error"]["message"], (place, odd)
+
+
+def test_small_requests_do_not_become_large_conversations(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "MAX_BODY", 4000)
+    first = server.asked(PATH, input=[user("Hi " * 600) | {"id": "msg_long"}], max_output_tokens=1)
+    twice = [{"type": "item_reference", "id": "msg_long"}] * 2
+    assert "before it" in server.post(PATH, input=twice).json()["error"]["message"]
+    long = [*twice[:1], user("Hi " * 1000)]
+    for asked in ({"input": long}, {"input": "Hi " * 1000, "previous_response_id": first["id"]}):
+        assert "longer than" in server.post(PATH, **asked).json()["error"]["message"]
+
+
+def test_answers_that_the_server_s_end_cuts_off(server: Served) -> None:
+    """They are told as failed: what was cut off without the client's will is no answer."""
+
+    def cut() -> None:
+        while not (running := server.engine.running()):
+            time.sleep(0.01)
+        running[0].cancel()
+
+    for asked in ({}, {"stream": True}):
+        thread = threading.Thread(target=cut)
+        thread.start()
+        response = server.post(PATH, input=ASKED, max_output_tokens=1500, **GREEDY, **asked)
+        thread.join()
+        if asked:
+            last = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")][-1]
+            assert last["type"] == "response.failed" and "shutting down" in last["response"]["error"]["message"]
+        else:
+            assert response.status_code == 503

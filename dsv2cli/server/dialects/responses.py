@@ -17,6 +17,7 @@ from dsv2cli.server.dialects.chat import Asked, ChatRequest, prepare
 from dsv2cli.server.dialects.response_events import Progress
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Job
+from dsv2cli.server.guard import MAX_BODY
 from dsv2cli.server.items import Item, as_messages, read_input
 from dsv2cli.server.kept import Kept, Turn
 from dsv2cli.server.service import MAX_TOP, Service, new_id
@@ -100,15 +101,18 @@ def check_supported(body: ResponsesRequest) -> None:
 
 @dataclass(frozen=True)
 class Conversation:
-    """before: the turns of the responses that came before; asked: the items of this one."""
+    """before: the turns of the responses that came before; asked: the items of this one; turn: the same, to be kept."""
 
     before: tuple[Turn, ...]
     asked: list[Item]
+    turn: Turn
 
     def as_chat(self, body: ResponsesRequest) -> ChatRequest:
         """The same request in terms of chat completions. ApiError."""
         items = [item for turn in self.before for item in turn.items()] + self.asked
         messages = as_messages(items)
+        if sum(len(str(message)) for message in messages) > MAX_BODY:  # small requests refer to long conversations
+            raise bad_field("input", f"the conversation is longer than {MAX_BODY >> 20} MiB")
         if not messages:  # some clients send nothing, to see that a server answers
             messages = [{"role": "user", "content": ""}]
         if body.instructions:
@@ -182,11 +186,16 @@ def previous_turns(service: Service, salt: bytes, name: str | None) -> tuple[Tur
     return kept.turns
 
 
+def _read(service: Service, body: ResponsesRequest, before: tuple[Turn, ...], salt: bytes) -> Conversation:
+    asked = read_input(body.input, lambda name: service.responses.item(salt, name))
+    return Conversation(before, asked, Turn.of(asked))
+
+
 async def prepare_response(service: Service, body: ResponsesRequest, salt: bytes) -> tuple[Asked, Conversation]:
     """ApiError."""
     check_supported(body)
     before = previous_turns(service, salt, body.previous_response_id)
-    asked = Conversation(before, read_input(body.input, lambda name: service.responses.item(salt, name)))
+    asked = await answering.aside(_read, service, body, before, salt)
     try:
         return await prepare(service, await answering.aside(asked.as_chat, body), salt), asked
     except ApiError as error:
@@ -220,8 +229,8 @@ async def _begin(service: Service, body: ResponsesRequest, salt: bytes) -> tuple
     def finished(response: dict[str, Any]) -> bool:
         if body.store is False:
             return False
-        turn = Turn.of(conversation.asked, response["output"])
-        kept = Kept(dump(response | {"store": True}), (*conversation.before, turn))
+        turns = (*conversation.before, conversation.turn.answered(response["output"]))
+        kept = Kept(dump(response | {"store": True}), turns)
         return service.responses.keep(salt, response["id"], kept)
 
     return asked, Progress(service, asked, told_head(service, body, asked), finished)
