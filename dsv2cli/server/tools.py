@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from cext.template import free_variables
 from cext.tokenizer import Message
 from dsv2cli.scheduler.text import overlap
@@ -308,6 +310,13 @@ def content_text(message: Message) -> str:
     return "".join(str(part.get("text", "")) for part in content or () if isinstance(part, Mapping))
 
 
+class _Told(msgspec.Struct):
+    """A call in the form of the system message. arguments: as they are spelt, which is how they come back."""
+
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
 class CallReader:
     """An answer's parts with its calls read out of them, each as soon as it is complete."""
 
@@ -380,11 +389,11 @@ class CallReader:
         groups = match.groupdict()
         try:
             if "json" in groups:
-                call = json.loads(groups["json"])
-                name, arguments = call["name"], json.dumps(call.get("arguments", {}), ensure_ascii=False)
+                call = msgspec.json.decode(groups["json"], type=_Told)
+                name, arguments = call.name, bytes(call.arguments).decode()
             else:
                 name, arguments = groups["name"].strip(), groups["arguments"].strip() or "{}"
                 json.loads(arguments)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError):
             return None
-        return Call(name, arguments) if isinstance(name, str) and name in self._names else None
+        return Call(name, arguments) if name in self._names else None

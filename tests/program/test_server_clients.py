@@ -3,8 +3,8 @@
     pytest -m heavy tests/program/test_server_clients.py
 
 Each Python client is tested where it is installed; those of Node where NODE_CLIENTS names a folder that holds them
-(npm install openai ai @ai-sdk/openai-compatible @ai-sdk/openai @anthropic-ai/sdk ollama zod). The model is random:
-what it says is scripted, but for the answers of a form, which a grammar writes.
+(npm install openai ai @ai-sdk/openai-compatible @ai-sdk/openai @anthropic-ai/sdk ollama zod @openai/codex). The
+model is random: what it says is scripted, but for the answers of a form, which a grammar writes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ ROUND = ("Hello to you", "Hello to you", CALL, "21 degrees")  # what a session h
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    spec = variant(spec_named("lite"), n_ctx=4096)
+    spec = variant(spec_named("lite"), n_ctx=1 << 16)  # agents say much before they ask
     path: Path = write_model(tmp_path_factory.mktemp("clients") / "tiny.gguf", spec, V25_TEMPLATE)
-    with served(path, dataclasses.replace(USUAL, n_ctx=4096)) as running:
+    with served(path, dataclasses.replace(USUAL, n_ctx=1 << 16)) as running:
         yield running
 
 
@@ -226,6 +226,36 @@ def test_pydantic_ai(server: Served, base: str) -> None:
 
 
 # Node.
+
+
+def test_codex(server: Served, base: str, tmp_path: Path) -> None:
+    """The agent: a run with a command that it carries out, over responses that are not kept."""
+    codex = shutil.which("codex", path=str(Path(os.environ.get("NODE_CLIENTS", "")) / "node_modules" / ".bin"))
+    if codex is None:
+        pytest.skip("needs NODE_CLIENTS to name a folder with @openai/codex")
+    provider = f'name = "dsv2"\nbase_url = "{base}/v1"\nwire_api = "responses"\n'
+    settings = f'model = "tiny"\nmodel_provider = "dsv2"\n[model_providers.dsv2]\n{provider}'
+    (tmp_path / ".codex").mkdir()
+    (tmp_path / ".codex" / "config.toml").write_text(settings)
+    (tmp_path / "a.txt").write_text("21 degrees")
+    call = '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "cat a.txt"}}\n</tool_call>'
+    command = [codex, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "What is it?"]
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"NO_PROXY": "127.0.0.1"}
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]} | nowhere
+    with scripted(server, f"<think>Where?</think>I look. {call}", "It is 21 degrees"):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 0 and done.stdout.strip() == "It is 21 degrees", done.stderr
+    assert "succeeded" in done.stderr and "21 degrees" in done.stderr
+
 
 OPENAI_JS = """
 import OpenAI from 'openai';

@@ -105,6 +105,15 @@ ANSWERS: list[tuple[Any, str, list[Call], str]] = [
         "I look.\n",
     ),
     (PLAIN, "<tool_call>\n{not json}\n</tool_call>", [], "<tool_call>\n{not json}\n</tool_call>"),
+    (
+        PLAIN,
+        '<tool_call>{"arguments" :  {"city":"R\\u00f6m","days":2.0 },"name": "get_weather"}</tool_call>',
+        [Call("get_weather", '{"city":"R\\u00f6m","days":2.0 }')],  # as the model spelt them
+        "",
+    ),
+    (PLAIN, '<tool_call>{"name": "get_time", "arguments": {]}</tool_call>', [], None),
+    (PLAIN, '<tool_call>{"name": "get_time", "arguments": ' + "[" * 5000 + "</tool_call>", [], None),
+    (PLAIN, "<tool_call>[1]</tool_call>", [], "<tool_call>[1]</tool_call>"),
     (PLAIN, '<tool_call>{"name": "rm_rf", "arguments": {}}</tool_call>', [], None),
     (PLAIN, "a < b <tool", [], "a < b <tool"),
     (PLAIN, '<tool_call>{"name": ["x"], "arguments": {}}</tool_call>', [], None),
