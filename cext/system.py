@@ -33,6 +33,12 @@ def resident_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def own_bytes() -> int | None:
+    """Physical memory of this process that is no file's; None where the system does not tell."""
+    told = dict(_pairs(_read(Path("/proc/self/status")).replace(":", " ").replace(" kB", "")))
+    return 1024 * told["RssAnon"] if "RssAnon" in told else None
+
+
 def free_bytes(root: Path = ROOT) -> int | None:
     """Memory that this process can take before something is killed; None where the system does not tell.
 

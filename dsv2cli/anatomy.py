@@ -184,7 +184,7 @@ def study(path: Path, wanted: Wanted = "auto") -> Anatomy:
             keys=keys,
             vocabulary=_vocabulary(gguf),
             types=_types(gguf.tensors),
-            parts=_parts(gguf.tensors, keys),
+            parts=parts_of(gguf.tensors, keys),
             kv_bytes=_kv_bytes(keys) if is_ours else {name: cache.token_bytes(name) for name in ROW_BYTES},
             notes={key: metadata[key] for key in metadata if key.startswith("dsv2.")},
             remarks=remarks,
@@ -252,7 +252,7 @@ def _types(tensors: Iterable[TensorInfo]) -> tuple[TypeSize, ...]:
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
 
-def _parts(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, ...]:
+def parts_of(tensors: list[TensorInfo], keys: dict[str, Any]) -> tuple[PartSize, ...]:
     """By part, in PARTS' order. Where there is no head, the embeddings are read whole in its place."""
     n_expert, n_used = count(keys, "expert_count"), count(keys, "expert_used_count")
     n_layer = count(keys, "block_count")

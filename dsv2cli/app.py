@@ -12,12 +12,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands import batch, bench, chat, download, inspect, perplexity, quantize, serve
+from dsv2cli.commands import batch, bench, chat, config, download, inspect, perplexity, plan, quantize, serve
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS: dict[str, tuple[ModuleType, str]] = {
+    "plan": (plan, "Tell what a model takes and gives, before it is fetched."),
     "download": (download, "Fetch a model from the Hugging Face hub."),
     "quantize": (quantize, "Make a small GGUF of a checkpoint."),
     "chat": (chat, "Talk to a model."),
@@ -41,6 +42,7 @@ VERBS: dict[str, tuple[ModuleType, str]] = {
     "serve": (serve, "Serve a model to other programs over HTTP."),
     "batch": (batch, "Answer a file of requests; killed, it goes on."),
     "bench": (bench, "Measure speed, beside llama.cpp if asked."),
+    "config": (config, "Show and set what options default to, with its origin."),
 }
 for verb, (command, summary) in VERBS.items():
     examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in command.EXAMPLES)
@@ -79,7 +81,7 @@ def explain(error: BaseException, args: Sequence[str]) -> tuple[str, str, int]:
         context = getattr(error, "ctx", None)
         verb = args[0] if args and args[0] in VERBS else ""
         path = context.command_path if context is not None else f"dsv2 {verb}".rstrip()
-        return _refused(error), f"{path} --help lists what it takes", MISUSED
+        return refused(error), f"{path} --help lists what it takes", MISUSED
     if isinstance(error, CliError):
         return str(error), error.hint, error.exit_code
     hint = getattr(error, "hint", None)
@@ -93,7 +95,7 @@ def explain(error: BaseException, args: Sequence[str]) -> tuple[str, str, int]:
     return f"internal error: {type(error).__name__}: {error}", "DSV2_DEBUG=1 shows where; please report it", FAILED
 
 
-def _refused(error: BaseException) -> str:
+def refused(error: BaseException) -> str:
     """What typer has to say, without the words in which its own checks speak to programmers."""
     told = str(getattr(error, "format_message", error.__str__)())
     errors = getattr(error.__cause__, "errors", None)
@@ -132,11 +134,22 @@ def close_quietly() -> None:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
+def defaults(root: Any, args: Sequence[str]) -> dict[str, Any]:
+    """What options are set to elsewhere (settings.py). Help is shown, and settings are changed, whatever they hold."""
+    if COMPLETING in os.environ or not args or args[0] == "config" or {"-h", "--help"} & set(args):
+        return {}
+    from dsv2cli import settings
+
+    return settings.defaults(root, args)
+
+
 def run(args: list[str] | None = None) -> int:
     """Run the command line on ``args`` (sys.argv) and return the exit code."""
     prepare_streams()
     try:
-        result = app(args=args, prog_name="dsv2", standalone_mode=False)
+        words = sys.argv[1:] if args is None else args
+        root = typer.main.get_command(app)
+        result = root.main(args=words, prog_name="dsv2", standalone_mode=False, default_map=defaults(root, words))
         console.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:

@@ -189,13 +189,17 @@ def ending(code: int) -> str:
         return f"ended by signal {-code}"
 
 
+def environment() -> dict[str, str]:
+    """Of a process that is to find these packages."""
+    home = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+
+
 @contextlib.contextmanager
 def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterator[Contender]:
     """An engine with the model loaded; its process ends with the block."""
     # -P: the packages at home, not what lies in the working folder.
     command = [sys.executable, "-P", "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0)]
-    home = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL
     process = subprocess.Popen(
         command,
@@ -203,7 +207,7 @@ def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterat
         stdout=subprocess.PIPE,
         stderr=quiet,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )
     try:
         yield Contender(name, process)

@@ -76,7 +76,14 @@ def budget_bytes(plan: Plan, fixed: Mapping[str, Type], header_bytes: int) -> in
         asked = f"--bpw {options.bpw:g}"
     else:
         return sum(padded_bytes(t, fixed[t.name]) for t in plan.tensors)
-    sizes = [[padded_bytes(t, type_) for type_ in choices(t, (*CANDIDATES, *SMALL_BLOCKS))] for t in plan.tensors]
+    check_size(plan.tensors, budget, header_bytes, asked)
+    return budget
+
+
+def check_size(tensors: Sequence[Tensor], budget: int, header_bytes: int, asked: str) -> None:
+    """QuantizeError where no types of the tensors come to so many bytes."""
+    n_values = sum(t.size for t in tensors)
+    sizes = [[padded_bytes(t, type_) for type_ in choices(t, (*CANDIDATES, *SMALL_BLOCKS))] for t in tensors]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if budget < least:
         bits, whole = 8 * least / n_values, least + header_bytes
@@ -88,7 +95,6 @@ def budget_bytes(plan: Plan, fixed: Mapping[str, Type], header_bytes: int) -> in
         raise QuantizeError(
             f"{asked}: 16 bits for every weight take only {format_size(most)}B", "--type bf16 keeps every bit"
         )
-    return budget
 
 
 def allowed_types(bits: float) -> tuple[Type, ...]:

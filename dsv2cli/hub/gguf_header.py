@@ -24,23 +24,25 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the metadata's plain values are, by key (lists are left out), and each tensor's type id, by name."""
+    """What the metadata's plain values are, by key (lists are left out), and each tensor's type id, by name. nbytes: of
+    all this, the tensors' records included."""
 
     values: dict[str, object]
     tensors: dict[str, int]
+    nbytes: int
 
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self.at = data, 0
 
     def take(self, n: int) -> bytes:
         if n > MAX_BYTES:
             raise HeaderError(f"a string of {n} bytes")
-        if len(self._data) - self._at < n:
+        if len(self._data) - self.at < n:
             raise IncompleteError
-        self._at += n
-        return self._data[self._at - n : self._at]
+        self.at += n
+        return self._data[self.at - n : self.at]
 
     def number(self, kind: str) -> int:
         return int(struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0])
@@ -93,4 +95,4 @@ def parse(data: bytes) -> Header:
         reader.take(8 * n_dims)
         tensors[name] = reader.number("I")
         reader.take(8)
-    return Header(values, tensors)
+    return Header(values, tensors, reader.at)

@@ -86,7 +86,7 @@ def check_checkpoint(plan: Plan, folder: Path, weights: list[RemoteFile], index:
         def parse(data: bytes, file: RemoteFile = file) -> dict[str, StoredTensor] | None:
             return parse_header(folder / file.path, data, file.nbytes)
 
-        tensors |= _first_bytes(plan, file, parse) or {}
+        tensors |= first_bytes(plan, file, parse) or {}
     whole = len(looked_at) == len(weights)
     preflight(folder, tensors, set(index) or (set(tensors) if whole and tensors else None))
 
@@ -107,7 +107,7 @@ def check_gguf(plan: Plan, to: Path | None, told: Callable[[str], None] = lambda
                 return None
 
         try:
-            header = _first_bytes(plan, file, parse)
+            header = first_bytes(plan, file, parse)
         except gguf_header.HeaderError as error:
             raise CliError(
                 f"`{file.path}` of {plan.repo} is no GGUF that can be read ({error})",
@@ -185,7 +185,7 @@ def unrun_label(base: str) -> str:
     return "" if name.isalnum() and name.startswith("Q") else name  # "Q4" alone says too little
 
 
-def _first_bytes(plan: Plan, file: RemoteFile, parse: Callable[[bytes], T | None]) -> T | None:
+def first_bytes(plan: Plan, file: RemoteFile, parse: Callable[[bytes], T | None]) -> T | None:
     """What parse makes of the beginning of a file, given more until it makes something; None where it cannot be had."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -195,8 +195,17 @@ def _first_bytes(plan: Plan, file: RemoteFile, parse: Callable[[bytes], T | None
     end = min(file.nbytes, gguf_header.MAX_BYTES)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes=0-{end - 1}"}
     told = client.translated_errors(plan.repo, plan.revision)
-    with transfer.quiet_client(), told, contextlib.suppress(_EnoughError):
-        http_get(hf_hub_url(plan.repo, file.path, revision=plan.commit), cast(BinaryIO, sink), headers=headers)
+    url = hf_hub_url(plan.repo, file.path, revision=plan.commit)
+    try:
+        with transfer.quiet_client(), told, contextlib.suppress(_EnoughError):
+            http_get(url, cast(BinaryIO, sink), headers=headers)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise CliError(  # the client holds the file's length against the bytes that came
+            f"`{file.path}` of {plan.repo}: the hub lists {file.nbytes} bytes, and sends a file of another length",
+            "try again; if it persists, something on the way (a proxy, a mirror) alters what the hub says",
+        ) from error
     if sink.error is not None:
         raise sink.error
     return cast("T | None", sink.found) or parse(bytes(sink.data))

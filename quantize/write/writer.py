@@ -100,6 +100,27 @@ def write_vocab_only(path: Path, metadata: Mapping[str, object]) -> None:
     path.write_bytes(_header(metadata, ())[0])
 
 
+def write_hollow(
+    path: Path, metadata: Mapping[str, object], tensors: Sequence[tuple[str, tuple[int, ...], Type]]
+) -> dict[str, Slot]:
+    """A GGUF whose tensors are one hole, which reads as zeros: as long as with weights, and no larger than its header
+    on the disk where the file system has holes. Overwrites path; where each tensor would be. OSError."""
+    header, offsets = _header(metadata, tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + offsets[-1])
+    return _slots(len(header), offsets, tensors)
+
+
+def _slots(
+    n_header: int, offsets: Sequence[int], tensors: Sequence[tuple[str, tuple[int, ...], Type]]
+) -> dict[str, Slot]:
+    return {
+        name: Slot(name, shape, type_, n_header + offset, _nbytes(shape, type_))
+        for (name, shape, type_), offset in zip(tensors, offsets, strict=False)
+    }
+
+
 class Writer:
     """An open GGUF in the making at part, which commit() moves to path. A context manager; leaving it keeps part.
 
@@ -123,10 +144,7 @@ class Writer:
         header, offsets = _header(metadata, tensors)
         self._n_header = len(header)
         self.nbytes = len(header) + offsets[-1]
-        self.slots = {
-            name: Slot(name, shape, type_, len(header) + offset, _nbytes(shape, type_))
-            for (name, shape, type_), offset in zip(tensors, offsets, strict=False)
-        }
+        self.slots = _slots(len(header), offsets, tensors)
         if len(self.slots) != len(tensors):
             raise ValueError("two tensors have the same name")
         self._written: dict[str, int] = dict.fromkeys(self.slots, 0)

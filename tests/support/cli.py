@@ -33,7 +33,7 @@ def environment(**extra: str | None) -> dict[str, str]:
         for k, v in os.environ.items()
         if not k.startswith(("HF_", "DSV2_", "HUGGING")) and k != "NO_COLOR" and not k.upper().endswith("_PROXY")
     }
-    every = {**kept, "PYTHONPATH": str(PACKAGES), **extra}
+    every = {**kept, "PYTHONPATH": str(PACKAGES), "XDG_CONFIG_HOME": os.devnull, **extra}  # nobody's own settings
     return {name: value for name, value in every.items() if value is not None}
 
 

@@ -63,6 +63,7 @@ def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith(("HF_", "DSV2_", "HUGGING")) or name in ("NO_COLOR", "COLUMNS", "LINES"):
             del os.environ[name]
+    os.environ["XDG_CONFIG_HOME"] = os.devnull  # nobody's own settings
     for name, value in changes.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -1,0 +1,325 @@
+"""dsv2 plan: what headers tell of a model that is not here, against truth reckoned by hand, and hubs that lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import gguf_bytes as gb
+from support import published
+from support.cli import assert_fails, dsv2, environment
+from support.hub import Hub, serve
+from support.tiny import spec_named, variant
+from support.vocab import write_model
+
+from cext import Gguf
+from dsv2cli import anatomy
+from dsv2cli.planner import probe, subject
+from dsv2cli.planner.forecast import forecast, longest_context
+from dsv2cli.planner.probe import Rates
+
+# repository: bytes a token by hand (n_layer x (kv_lora_rank + rope) x 2) and our scales (4 a layer), weights in all,
+# and of these what a token multiplies: layers, chosen experts alone, without embeddings and head.
+TRUTH = {
+    "deepseek-ai/DeepSeek-V2-Lite": (31_104, 27 * 4, 15_706_484_224),
+    "deepseek-ai/DeepSeek-V2": (69_120, 60 * 4, 235_741_434_880),
+    "deepseek-ai/DeepSeek-V3": (70_272, 61 * 4, 671_026_419_200),
+    "moonshotai/Moonlight-16B-A3B-Instruct": (27 * 576 * 2, 27 * 4, 15_960_110_208),
+    "zai-org/GLM-4.7-Flash": (47 * 576 * 2, 47 * 4, 29_943_393_920),
+}
+STILL = ("plan", "--no-speed", "--json")
+FAST = Rates(4, "avx2", 40e9, 500e9, 1e-8, 0.05, 1.0, 100 << 20)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as served:
+        yield served
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+
+
+def planned(env: dict[str, str], *args: str) -> dict[str, Any]:
+    result = dsv2(*STILL, *args, **env)
+    assert result.returncode == 0, result.stderr
+    made: dict[str, Any] = json.loads(result.stdout)
+    return made
+
+
+def by_hand(c: dict[str, Any]) -> int:
+    """Weights of a published configuration, part by part."""
+    d, h, kv = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+    nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    rank = c["q_lora_rank"]
+    queries = d * rank + rank + rank * h * (nope + rope) if rank else d * h * (nope + rope)
+    attention = queries + d * (kv + rope) + kv + kv * h * (nope + v) + h * v * d + 2 * d
+    expert, n = 3 * d * c["moe_intermediate_size"], c["n_routed_experts"]
+    bias = n if c["topk_method"] == "noaux_tc" else 0
+    sparse = attention + n * expert + c["n_shared_experts"] * expert + d * n + bias
+    dense = attention + 3 * d * c["intermediate_size"]
+    k, n_layer = c["first_k_dense_replace"], c["num_hidden_layers"]
+    return 2 * c["vocab_size"] * d + d + k * dense + (n_layer - k) * sparse
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("repo", TRUTH)
+def test_published_models_against_truth_by_hand(hub: Hub, env: dict[str, str], repo: str, ranges: bool) -> None:
+    cache, scales, n_values = TRUTH[repo]
+    assert by_hand(published.CONFIGS[repo]) == n_values
+    published.add(hub, repo, 2 * n_values)
+    hub.ignore_ranges = not ranges
+    made = planned({**env, "HF_TOKEN": "hf_secret"}, repo)
+    assert made["memory"]["cache_bytes_per_token"]["f16"] == cache + scales
+    assert made["memory"]["cache_bytes_per_token"]["f32"] == 2 * cache
+    assert made["memory"]["cache"] == 4096 * (cache + scales)
+    listed = 2 * n_values + len(published.shard(2 * n_values))
+    assert made["steps"][0]["fetch_bytes"] == listed + len(json.dumps(published.CONFIGS[repo]))
+    bf16 = next(r for r in made["ladder"] if r["type"] == "bf16")
+    # Norms and routers are float32 there; a vocabulary comes on top, which no header of the checkpoint tells.
+    assert bf16["bytes"] == pytest.approx(2 * n_values, rel=0.002)
+    assert made["bytes_looked_at"] < 0.01 * made["bytes_there"]
+    asked = [r for r in hub.requests if r.authorization]
+    assert asked and not [r for r in asked if r.path.startswith("/cdn/")]
+    assert [r for r in hub.requests if r.path.startswith("/cdn/")]  # the shard's header came from there
+
+
+def test_the_mix_of_v2_lite_has_the_size_that_its_file_has(hub: Hub, env: dict[str, str]) -> None:
+    """llama.cpp's Q4_K_M of V2-Lite's shape takes 10.36 GB; dsv2 bench reads 1.61 GB a token of it."""
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    made = planned(env, "lite", "--type", "q4_k_m")
+    assert made["memory"]["weights"] == pytest.approx(10.36e9, rel=0.01)
+    assert made["read_per_token"]["weights"] == pytest.approx(1.61e9, rel=0.01)
+
+
+def test_a_size_is_what_the_file_will_have(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    made = planned(env, "lite", "--size", "9.5G")
+    step = made["steps"][1]
+    assert step["step"] == "quantise" and step["disk_bytes"] == pytest.approx(9.5e9, rel=1e-6)
+    assert sum(made["memory"]["parts"].values()) == pytest.approx(made["memory"]["weights"], rel=1e-6)
+    assert_fails(dsv2(*STILL, "lite", "--size", "1G", **env), 1, "--size 1G", "smallest types")
+    assert_fails(dsv2(*STILL, "lite", "--size", "100G", **env), 1, "16 bits")
+
+
+def test_context_kv_and_ram_change_what_they_name(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    made = planned(env, "lite", "--ctx", "0", "--kv", "q8_0", "--ram", "6G")
+    assert made["memory"]["context"] == 163_840 and made["memory"]["cache"] == 163_840 * 17_604
+    drive = made["drive"]
+    routed = made["memory"]["parts"]["routed experts"]
+    always = made["memory"]["weights"] - routed
+    assert drive["runs"] and drive["held"] == pytest.approx((6e9 - always) / routed, abs=1e-3)
+    token = made["read_per_token"]["parts"]["routed experts"]
+    assert drive["read_per_token"] == pytest.approx(token * (1 - drive["held"]), rel=1e-3)
+    assert not planned(env, "lite", "--ram", "500M")["drive"]["runs"]
+    assert planned(env, "lite", "--ram", "900G")["drive"] is None
+
+
+# GGUFs on the hub.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("plan") / "M-F32.gguf", variant(spec_named("lite"), n_ctx=4096))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_remote_gguf_is_studied_as_if_it_were_here(hub: Hub, env: dict[str, str], model: Path, ranges: bool) -> None:
+    hub.ignore_ranges = not ranges
+    data = model.read_bytes()
+    hub.add("owner/name", {"M-F32.gguf": data, "M-Q8_0.gguf": data[:100_000]})
+    far, near = planned(env, "owner/name:F32"), planned(env, str(model))
+    for key in ("memory", "read_per_token", "architecture", "engine", "longest_context"):
+        mine, theirs = far[key], near[key]
+        if key == "memory":
+            mine, theirs = ({k: v for k, v in m.items() if k not in ("free", "fits")} for m in (mine, theirs))
+        if key != "longest_context":
+            assert mine == theirs, key
+    assert far["steps"][0]["fetch_bytes"] == len(data)
+    assert {r["type"]: r["bytes"] for r in far["ladder"]} == {"F32": len(data), "Q8_0": 100_000}
+    if ranges:
+        assert all(r.range for r in hub.downloads("M-F32.gguf"))
+
+
+def test_what_is_fetched_already_is_not_to_be_fetched(hub: Hub, env: dict[str, str], model: Path) -> None:
+    hub.add("owner/name", {"M-F32.gguf": model.read_bytes()})
+    assert dsv2("download", "owner/name", "-q", **env).returncode == 0
+    hub.requests.clear()
+    made = planned(env, "owner/name")
+    assert made["steps"][0]["fetch_bytes"] == 0 and made["bytes_looked_at"] == 0
+    assert not hub.downloads("M-F32.gguf")
+    offline = planned({**env, "HF_HUB_OFFLINE": "1"}, "owner/name")
+    assert offline["memory"]["weights"] == made["memory"]["weights"]
+
+
+# Hubs that lie.
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (10, ["lists 10 bytes"]),
+        (200_000, ["lists 200000 bytes"]),
+        (20_000_000_000, ["owner/name"]),
+        (1 << 50, ["1125899906842624 bytes"]),
+        (0, ["0 bytes"]),
+    ],
+)
+def test_a_hub_that_lies_about_a_gguf_is_found_out(
+    hub: Hub, env: dict[str, str], model: Path, listed: int, words: list[str]
+) -> None:
+    hub.add("owner/name", {"M-F32.gguf": model.read_bytes()})
+    hub.listed_size["M-F32.gguf"] = listed
+    result = dsv2(*STILL, "owner/name", **env)
+    assert_fails(result, 1, *words)
+    assert "dsv2-plan-" not in result.stderr  # our own folder is nobody's business
+
+
+@pytest.mark.parametrize("by", [-5_000_000_000, 5_000_000_000])
+def test_a_hub_that_lies_about_a_shard_is_found_out(hub: Hub, env: dict[str, str], by: int) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    hub.listed_size[published.SHARD] += by
+    assert_fails(dsv2(*STILL, "lite", **env), 1, published.SHARD)
+
+
+def test_a_header_of_a_terabyte_is_not_waited_for(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    files = hub.repos["deepseek-ai/DeepSeek-V2-Lite"].revisions["main"]
+    files[published.SHARD] = (1 << 40).to_bytes(8, "little") + bytes(200)
+    assert_fails(dsv2(*STILL, "lite", **env), 1, "header length 1099511627776")
+
+
+def test_a_config_longer_or_shorter_than_listed_is_refused(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    hub.listed_size["config.json"] = 40
+    assert_fails(dsv2(*STILL, "lite", **env), 1, "config.json")
+    hub.listed_size["config.json"] = 4000
+    assert_fails(dsv2(*STILL, "lite", **env), 1, "config.json")
+
+
+def test_weights_of_another_model_are_remarked(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V3", 31_412_968_448)
+    made = planned(env, "v3")
+    assert any("another model" in remark for remark in made["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["no-such"], 2, ["no-such"]),
+        (["lite", "--type", "q4_k_m", "--size", "9G"], 2, ["--type and --size"]),
+        (["lite", "--check"], 2, ["--check"]),
+        (["lite", "--type", "q9_z"], 2, ["q9_z", "q4_k_m"]),
+        (["--ram", "much"], 2, ["--ram"]),
+    ],
+)
+def test_what_cannot_be_planned(hub: Hub, env: dict[str, str], args: list[str], code: int, words: list[str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    args = ["plan", *args] if "--check" in args else [*STILL, *args]
+    assert_fails(dsv2(*args, **env), code, *words)
+
+
+def test_what_llama_cpp_runs_has_memory_and_no_speed(hub: Hub, env: dict[str, str]) -> None:
+    kvs = [
+        gb.kv("general.architecture", gb.STRING, "llama"),
+        gb.kv("llama.block_count", gb.U32, 2),
+        gb.kv("llama.attention.head_count", gb.U32, 4),
+        gb.kv("llama.attention.head_count_kv", gb.U32, 2),
+        gb.kv("llama.embedding_length", gb.U32, 256),
+    ]
+    tensors, nbytes = gb.place([gb.Tensor("token_embd.weight", (256, 64), 8), gb.Tensor("output.weight", (256, 64), 8)])
+    hub.add("owner/name", {"M-Q8_0.gguf": gb.gguf(kvs, tensors, bytes(nbytes))})
+    result = dsv2("plan", "--json", "owner/name", **env)
+    assert result.returncode == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert made["engine"] == "llama.cpp" and made["decode"] == [] and "llama.cpp" in made["why_no_speed"]
+    assert made["memory"]["cache_bytes_per_token"]["f16"] == 2 * 2 * 2 * 64 * 2
+
+
+# Measuring, and the arithmetic.
+
+
+def test_a_probe_is_the_model_in_small() -> None:
+    """The packaged model is small enough to be run whole: nothing is left to scale."""
+    with subject.opened(subject.Asked(None)) as found, Gguf(found.found.path) as gguf:
+        small = probe._Small(list(gguf.tensors), found.found)
+        part = probe.work_of(small.infos, small.keys)
+        assert part.n_layer == small.whole.n_layer and part.layer_products == small.whole.layer_products
+
+
+def test_a_machine_is_measured(model: Path) -> None:
+    found = anatomy.study(model)
+    rates = probe.measure(found, "f16", 1, None)
+    assert isinstance(rates, Rates), rates
+    assert rates.threads == 1 and rates.bandwidth > 0 and rates.products > 0 and rates.attention >= 0
+    assert probe.measure(found, "f16", 1, 1000) == "too little memory is free to measure in"
+
+
+def test_speeds_follow_the_figures(model: Path) -> None:
+    with subject.opened(subject.Asked(str(model))) as found:
+        made = forecast(found, free=10**12, rates=FAST)
+        token = found.found.token_bytes
+        assert made.decode[0].rate == pytest.approx(FAST.bandwidth / token)
+        assert made.decode[0].low < made.decode[0].rate < made.decode[0].high
+        assert [s.depth for s in made.decode] == [0]  # trained for 4096: no more is promised
+        assert made.memory.scratch == FAST.scratch
+        assert made.memory.total == token_total(made)
+
+
+def token_total(made: Any) -> int:
+    m = made.memory
+    return int(m.weights + m.cache + m.scratch + m.program)
+
+
+@pytest.mark.parametrize("missing", [1, 10_000_000])
+def test_the_longest_context_is_the_longest(model: Path, missing: int) -> None:
+    with subject.opened(subject.Asked(str(model))) as found:
+        whole = forecast(found, n_ctx=4096, free=10**12, rates="no").memory
+        free = whole.total - whole.cache + found.found.kv_bytes["f16"] * 1000
+        made = forecast(found, n_ctx=4096, free=free, rates="no")
+        assert made.longest == 768  # 1000, in steps of 256
+        assert not made.memory.fits
+        none = forecast(found, n_ctx=4096, free=whole.total - whole.cache - missing, rates="no")
+        assert longest_context(found.found, none.memory, "f16") == 0 and none.advice
+
+
+def test_the_advice_is_one_that_helps(hub: Hub, env: dict[str, str]) -> None:
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    asked = planned(env, "lite", "--ctx", "163840")
+    fixed = asked["memory"]["total"] - asked["memory"]["cache"]
+    code = (
+        "import sys, json\n"
+        "from dsv2cli.planner import subject\nfrom dsv2cli.planner.forecast import forecast\n"
+        "with subject.opened(subject.Asked('lite')) as s:\n"
+        "    print(json.dumps([forecast(s, n_ctx=int(c), free=int(f)).advice for c, f in json.loads(sys.argv[1])]))"
+    )
+    cases = [
+        [163840, fixed + 17_604 * 163840],  # q8_0 fits exactly
+        [163840, fixed + 31_212 * 100_000 // 2],  # neither: a shorter one
+        [4096, 9_000_000_000],  # a smaller type
+        [4096, 1_000_000],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, json.dumps(cases)],
+        env=environment(**env), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert "--kv q8_0" in told[0] and "--ctx " in told[1] and "--type q3_k_m" in told[2] and "more memory" in told[3]
+
+
+def test_a_hollow_file_takes_no_disk(tmp_path: Path, hub: Hub, env: dict[str, str]) -> None:
+    """A hole is what makes it possible to plan for 671 billion weights; TMPDIR is left as it was."""
+    published.add(hub, "deepseek-ai/DeepSeek-V3", 2 * TRUTH["deepseek-ai/DeepSeek-V3"][2])
+    (tmp_path / "tmp").mkdir()
+    made = planned({**env, "TMPDIR": str(tmp_path / "tmp")}, "v3")
+    assert made["memory"]["weights"] > 3.5e11
+    assert os.listdir(tmp_path / "tmp") == []  # noqa: PTH208
