@@ -19,7 +19,7 @@ from cext.errors import (
 )
 
 try:
-    from cext._engine import MAX_STEP, architectures, cores, formats, isa, isas
+    from cext._engine import MAX_STEP, SESSION_BLOCK, architectures, cores, formats, isa, isas
 except ModuleNotFoundError as error:
     if error.name != "cext._engine":
         raise
@@ -36,6 +36,7 @@ from cext.sampler import Sampler
 
 __all__ = [
     "MAX_STEP",
+    "SESSION_BLOCK",
     "ArgumentError",
     "BusyError",
     "CacheUsage",

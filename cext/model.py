@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cext import _engine, saved
 from cext.arguments import whole
-from cext.errors import BusyError, ContextFullError
+from cext.errors import ArgumentError, BusyError, ContextFullError
 from cext.gguf import Gguf
 from cext.placement import Device, Place
 
@@ -187,6 +187,11 @@ class Model:
         another model's or another cache type's, ContextFullError where n_ctx does not hold it, FileError.
         """
         return saved.load(self, path, None if n_ctx is None else whole("n_ctx", n_ctx), kv_type)
+
+    def identity(self) -> bytes:
+        """32 bytes that tell from others what the numbers of its caches depend on: the model, and this engine's form of
+        them. ArgumentError where it is closed, FileError where its file has changed."""
+        return saved.family(self)
 
     def cache_usage(self) -> CacheUsage:
         """What the caches of all its sessions take now."""
@@ -376,6 +381,30 @@ class Session:
         The file holds the text and is readable by its owner alone. FileError.
         """
         saved.save(self, path)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block: SESSION_BLOCK tokens with their rows in all layers."""
+        return _engine.session_block_bytes(self._handle)
+
+    def block(self, i: int) -> bytearray:
+        """The bytes of block number i, for ``append_block`` of a session of the same model (see ``Model.identity``) and
+        cache type. ArgumentError where it is not held, or not full."""
+        with self._alone():
+            if not 0 <= whole("i", i) < self.n_past // _engine.SESSION_BLOCK:
+                raise ArgumentError(f"block {i} of a session of {self.n_past} tokens")
+            content = bytearray(self.block_bytes)
+            _engine.session_block_save(self._handle, i, content)
+        return content
+
+    def append_block(self, content: bytes | bytearray | memoryview) -> None:
+        """Append SESSION_BLOCK tokens and their rows, as ``block`` gave them. They are taken as they are: whoever kept
+        them checks that they are whole. ArgumentError unless they follow a whole number of blocks and fit; ValueError
+        for another length, FormatError for ids that are none."""
+        with self._alone():
+            if len(content) != self.block_bytes:
+                raise ValueError(f"a block of {len(content)} bytes, expected {self.block_bytes}")
+            _engine.session_block_load(self._handle, content, _engine.SESSION_BLOCK)
 
     def repeat(self, n: int) -> None:
         """Go on to n tokens by repeating those held: for measuring at depth, where filling takes longer than measuring.

@@ -75,6 +75,11 @@ def identity(model: Model) -> bytes:
     return whole.digest()
 
 
+def family(model: Model) -> bytes:
+    """See ``Model.identity``: the model's, and VERSION, which says what a cache's numbers mean."""
+    return blake2b(identity(model) + VERSION.to_bytes(4, "little"), digest_size=32).digest()
+
+
 def save(session: Session, path: str | PathLike[str]) -> None:
     """See ``Session.save``."""
     target = Path(fspath(path))

@@ -29,6 +29,9 @@ ORIGIN_HELP = "Answer web pages of this origin too, as https://chat.example.org 
 HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
+DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
+DISK_SIZE_HELP = "Most bytes in --cache-dir; what was used least recently goes first."
+SLOTS_HELP = "A folder where clients may save what a slot has read, and restore it (POST /slots/0?action=save)."
 MAX_PARALLEL = 64
 
 
@@ -45,6 +48,13 @@ def serve(
     ] = None,
     kv: options.Kv = "f16",
     cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
+    cache_dir: Annotated[
+        Path | None, options.place("--cache-dir", metavar="FOLDER", help=DISK_HELP, show_default=False)
+    ] = None,
+    cache_disk: Annotated[str, typer.Option("--cache-disk", metavar="SIZE", help=DISK_SIZE_HELP)] = "20G",
+    slot_save_path: Annotated[
+        Path | None, options.place("--slot-save-path", metavar="FOLDER", help=SLOTS_HELP, show_default=False)
+    ] = None,
     threads: options.Threads = None,
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
@@ -63,6 +73,12 @@ def serve(
     quiet: options.Quiet = False,
 ) -> None:
     cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
+    disk = None if cache_dir is None else (cache_dir, options.size("--cache-disk", cache_disk, "as 20G or 500M"))
+    for option, given in (("--cache-dir", cache_dir), ("--slot-save-path", slot_save_path)):
+        if given is not None and (deterministic or not cache_bytes):
+            raise UsageError(f"{option}, but {'--deterministic' if deterministic else '--cache 0'} keeps nothing")
+    if slot_save_path is not None and not slot_save_path.is_dir():
+        raise CliError(f"--slot-save-path: `{slot_save_path}` is no folder")
     rules = rules_of(host, [*(api_key or []), *keys_in(api_key_file)], allowed_host or [], cors_origin or [])
     if not rules.keys and not no_auth and not is_loopback(host):
         raise UsageError(
@@ -74,7 +90,7 @@ def serve(
     from dsv2cli.server import process
 
     wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
-    settings = process.Settings(context, parallel, queue, cache_bytes, kv, alias, deterministic)
+    settings = process.Settings(context, parallel, queue, cache_bytes, kv, alias, deterministic, disk, slot_save_path)
     path = locate.model(model)
     listening = process.listen(host, port)
     if not quiet:

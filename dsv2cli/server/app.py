@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dsv2cli import console
 from dsv2cli.server import answering, errors, metrics, webpage
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
-from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama, responses
+from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama, responses, slots
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
 from dsv2cli.server.wire import dump
@@ -58,7 +58,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/apply-template", native.apply_template),
     ("GET", "/tokenizer_info", native.tokenizer_info),
     ("GET", "/props", native.props),
-    ("GET", "/slots", native.slots),
+    ("GET", "/slots", slots.slots),
+    ("POST", "/slots/{slot}", slots.act),
     ("GET", "/metrics", metrics.metrics),
 )
 

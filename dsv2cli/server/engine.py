@@ -2,7 +2,7 @@
 
 Everything here but ``Engine.submit``, ``Ticket`` and the figures runs in that one thread. A prompt with several answers
 is read once: the first answer reads it, the others fork its cache when it has. A prompt that begins like one which is
-being read waits until that is read.
+being read waits until that is read; one whose beginning is on the disk, until it has been fetched from there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -39,17 +40,21 @@ from dsv2cli.server.choosing import Chooser
 from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece
 from dsv2cli.server.marked import Marked
 from dsv2cli.server.prefixes import LEAST, Found, Prefixes, common
+from dsv2cli.server.slots import Slots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cext.model import KvType
     from dsv2cli.runtime import Runtime
+    from dsv2cli.scheduler.context import Session
+    from dsv2cli.server.disk import Disk
 
 STEP_SECONDS = 0.25  # what a prompt may make the answers beside it wait for at once
 FEWEST_BESIDE = 16  # tokens of prompts in such a step, on however slow a machine
 WHOLE = 256  # tokens of a prompt's pieces where they must not depend on who else is served
 MAX_ROWS_TOP = 20  # likeliest tokens kept beside a prompt's cache
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class Ticket:
         self.seeds = _seeds(asked)
         self.next_choice = 0  # the first that has not been admitted
         self.running: dict[int, Sequence] = {}
+        self.fetching: Future[Any] | None = None  # a session of its prompt's beginning, from the disk
+        self.fetched = False
+        self.begun: Session | None = None  # what came of it
+        self.slot = 0  # the first answer's
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[list[Heard]] = asyncio.Queue()
 
@@ -144,10 +153,11 @@ class Figures:
 class Engine:
     """A model, stepped for many. ``start`` and ``stop`` once."""
 
-    def __init__(self, runtime: Runtime, limits: Limits, kv: KvType) -> None:
-        self.runtime, self.limits, self.kv = runtime, limits, kv
+    def __init__(self, runtime: Runtime, limits: Limits, kv: KvType, disk: Disk | None = None) -> None:
+        """disk: what is kept below the memory, and is closed with this."""
+        self.runtime, self.limits, self.kv, self.disk = runtime, limits, kv, disk
         self.figures = Figures()
-        self.prefixes = Prefixes(runtime.model, limits.cache_bytes)
+        self.prefixes = Prefixes(runtime.model, limits.cache_bytes, disk)
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
         self._evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
@@ -155,6 +165,10 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
         self._wake = threading.Condition()
+        self._fetching: set[Ticket] = set()
+        self.slots = Slots(limits.parallel)
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._n_news = 0  # how often something came that the thread has to look at
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dsv2-engine", daemon=True)
 
@@ -162,14 +176,23 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more, cut what still runs, and return when the thread has ended."""
+        """Take no more, cut what still runs, and return when the thread has ended and what is kept is on the disk."""
         with self._wake:
             self._stopping = True
             for ticket in self._all_tickets():
                 ticket.cancel()
-            self._wake.notify()
+        self._look()
         self.runtime.interrupt()
         self._thread.join()
+        if self.disk is not None:
+            self.prefixes.store_all()
+            self.disk.close()
+
+    def _look(self, _: object = None) -> None:
+        """Let the thread look at what is new."""
+        with self._wake:
+            self._n_news += 1
+            self._wake.notify()
 
     # Asked from the event loop.
 
@@ -187,13 +210,23 @@ class Engine:
                 raise errors.busy(len(self._waiting))
             self._waiting.append(ticket)
             self.figures.requests += 1
-            self._wake.notify()
+        self._look()
         return ticket
 
     def check(self, asked: Generation) -> None:
         """ApiError where the context does not hold the prompt."""
         if len(asked.prompt) > self.limits.n_ctx:
             raise errors.too_long(len(asked.prompt), self.limits.n_ctx)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run between two steps, in the thread that owns sessions and prefixes. ApiError where it ends."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._stopping:
+                raise errors.stopping()
+            self._calls.append((function, future))
+        self._look()
+        return future
 
     def running(self) -> list[Sequence]:
         """The answers that are stepped now."""
@@ -210,25 +243,44 @@ class Engine:
     # The thread.
 
     def _run(self) -> None:
+        seen = 0
         while True:
             with self._wake:
-                while not (self._waiting or self._tickets or self._stopping):
+                while self._n_news == seen and not self._tickets and not self._is_over():
                     self._wake.wait()
-                if self._stopping and not self._waiting and not self._tickets:
+                if self._is_over():
                     return
+                seen = self._n_news
+            self._answer_calls()
             try:
                 self._admit()
-                self._tell(self._step())
+                if self._tickets:
+                    self._tell(self._step())
+                    self._look()  # what ended may make room
             except Exception as error:
                 self._give_up(error)
+                self._look()
+
+    def _is_over(self) -> bool:
+        return self._stopping and not (self._waiting or self._tickets or self._calls)
+
+    def _answer_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
 
     def _give_up(self, error: Exception) -> None:
         """After a failure that is no single answer's: all that run end with it, and the thread goes on for others."""
-        for sequence, (ticket, choice) in self._tickets.items():
-            sequence.cancel()
+        for ticket, choice in self._tickets.values():
+            ticket.cancel()  # its answers that have not begun would wait for the first one's prompt
             ticket.tell([_never_began(choice, "error", error)])
         self.figures.failed += len(self._tickets)
         self._tickets.clear()
+        self.slots = Slots(self.limits.parallel)
         self.prefixes.clear()
         self._scheduler = Scheduler(self._evaluate, self._budget(64))
 
@@ -281,7 +333,7 @@ class Engine:
         first = ticket.running.get(0)
         if ticket.next_choice > 0:  # the other answers fork the first one's prompt
             return first is None or first.ended or first.n_waiting <= 1
-        return not self._is_being_read(ticket)
+        return not self._is_being_read(ticket) and self._is_fetched(ticket)
 
     def _is_being_read(self, ticket: Ticket) -> bool:
         """Whether somebody reads a beginning that this prompt shares, and is not through with it."""
@@ -292,11 +344,56 @@ class Engine:
                     return ticket.asked.use_cache
         return False
 
+    # The disk.
+
+    def _is_fetched(self, ticket: Ticket) -> bool:
+        """Whether the disk has given what it holds of a prompt: asked for once, and not while another asks for the
+        same beginning."""
+        asked = ticket.asked
+        if self.disk is None or ticket.fetched or asked.rows or not asked.use_cache:
+            return True
+        if ticket.fetching is None:
+            if any(self._shares(ticket, other) for other in self._fetching):
+                return False
+            begun: Any = self._known(ticket)
+            ticket.fetching = self.disk.fetch(ticket.ids, asked.salt, begun, lambda: ticket.cancelled)
+            self._fetching.add(ticket)
+            ticket.fetching.add_done_callback(self._look)
+        if not ticket.fetching.done():
+            return False
+        self._fetching.discard(ticket)
+        ticket.fetched = True
+        if ticket.fetching.exception() is None:
+            ticket.begun = ticket.fetching.result()
+        ticket.fetching = None
+        return True
+
+    def _shares(self, a: Ticket, b: Ticket) -> bool:
+        return a.asked.salt == b.asked.salt and common(a.ids, b.ids) >= LEAST
+
+    def _known(self, ticket: Ticket) -> Session | None:
+        """A session of what is in memory of a prompt's beginning: a kept one's, or one's that runs."""
+        kept, n = self.prefixes.beginning(ticket.ids, ticket.asked.salt)
+        running, longer = self._running_beginning(ticket, n)
+        best = running or kept
+        return best.fork(max(n, longer)) if best is not None else None
+
+    def _running_beginning(self, ticket: Ticket, least: int) -> tuple[Session | None, int]:
+        """The session of an answer that runs which shares the most first tokens, more than ``least``, and how many."""
+        best, longest = None, least
+        for sequence, (other, _) in self._tickets.items():
+            if other.asked.salt == ticket.asked.salt:
+                n = common(sequence.context.session.ids, ticket.ids)
+                if n > longest:
+                    best, longest = sequence.context.session, n
+        return best, longest
+
     def _drop(self, ticket: Ticket) -> None:
         """A request that nobody waits for: its answers that have not begun end at once."""
         for choice in range(ticket.next_choice, ticket.asked.n):
             ticket.tell([_never_began(choice, "cancelled", None)])
         ticket.next_choice = ticket.asked.n
+        self._fetching.discard(ticket)
         self.figures.cancelled += 1
 
     def _admit_choice(self, ticket: Ticket) -> None:
@@ -310,6 +407,9 @@ class Engine:
             return
         ticket.running[choice] = sequence
         self._tickets[sequence] = (ticket, choice)
+        slot = self.slots.take(sequence, ticket.asked.slot)
+        if choice == 0:
+            ticket.slot = slot
         self._scheduler.add(sequence)
         if ticket.cancelled:  # while the session was made: whoever cancelled did not see this answer
             sequence.cancel()
@@ -348,12 +448,10 @@ class Engine:
             del ticket.running[0]  # it has ended: as a kept one its sequence is there to be taken
         if not asked.use_cache:
             return None
-        best, longest = None, LEAST - 1
-        for sequence, (other, _) in self._tickets.items():
-            if other.asked.salt == asked.salt and not asked.rows:
-                n = common(sequence.context.session.ids, ticket.ids)
-                if n > longest:
-                    best, longest = sequence.context.session, n
+        best, longest = (None, LEAST - 1) if asked.rows else self._running_beginning(ticket, LEAST - 1)
+        fetched, ticket.begun = ticket.begun, None
+        if fetched is not None and fetched.n_past > longest:
+            best, longest = fetched, fetched.n_past
         kept = self.prefixes.find(ticket.ids, asked.salt, least=longest, rows=asked.rows, n_top=MAX_ROWS_TOP)
         if best is None or kept is not None:
             return kept
@@ -384,6 +482,7 @@ class Engine:
     def _ended(self, event: End, ticket: Ticket, choice: int) -> Ended:
         sequence, asked = event.sequence, ticket.asked
         del self._tickets[sequence]
+        self.slots.give_back(sequence, asked.salt if event.error is None and asked.use_cache else None)
         if choice:  # the first one's cache serves the others until they have all begun
             ticket.running.pop(choice)
         rows = sequence.rows.found if sequence.rows is not None else None

@@ -12,6 +12,7 @@ TEXT = "text/plain; version=0.0.4"
 
 async def metrics(service: Service, request: Request) -> Response:
     engine, f = service.engine, service.engine.figures
+    disk = engine.disk
     usage = engine.runtime.model.cache_usage()
     rows = (
         ("prompt_tokens_total", "counter", "Prompt tokens read.", f.prompt_tokens),
@@ -31,6 +32,8 @@ async def metrics(service: Service, request: Request) -> Response:
         ("requests_processing", "gauge", "Answers being written.", engine.n_running),
         ("requests_deferred", "gauge", "Requests that wait.", engine.n_waiting),
         ("kv_cache_bytes", "gauge", "Memory of all caches.", usage.nbytes),
+        ("cache_disk_bytes", "gauge", "Disk that kept prefixes take.", disk.folder.nbytes if disk else 0),
+        ("cache_disk_tokens_total", "counter", "Prompt tokens found on disk.", disk.n_fetched if disk else 0),
         ("kept_prefixes", "gauge", "Prefixes kept for requests that begin alike.", len(engine.prefixes)),
     )
     lines = [

@@ -4,12 +4,14 @@ A kept prefix is a session: its blocks of cache are counted and shared (cext/mem
 costs nothing and prefixes that begin alike hold their common part once. The least recently used go first when the
 blocks take more than their budget. llama.cpp's contexts take the same full or empty and have a fixed number of
 sequences: there the least recently used go where a sequence is wanted and none is left.
+
+Below it may be a disk (disk.py): what is kept is written there soon, so that nothing is lost where it goes from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -41,6 +43,7 @@ class Kept:
     salt: bytes
     rows: list[Logprobs | None]
     n_top: int
+    stored: bool = False  # on the disk, or on its way there
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Caches(Protocol):
     def excess(self, budget: int) -> int: ...
 
 
+class Below(Protocol):
+    """What is asked of the disk: see disk.Disk."""
+
+    @property
+    def held_bytes(self) -> int: ...
+    def store(self, session: Any, salt: bytes, *, wait: bool = False) -> bool: ...
+
+
 class Prefixes:
     """The kept sessions, the least recently used first. For one thread.
 
@@ -66,8 +77,8 @@ class Prefixes:
     0 keeps none.
     """
 
-    def __init__(self, caches: Caches, budget: int) -> None:
-        self._caches, self._budget = caches, budget
+    def __init__(self, caches: Caches, budget: int, below: Below | None = None) -> None:
+        self._caches, self._budget, self._below = caches, budget, below
         self._kept: list[Kept] = []
 
     def __len__(self) -> int:
@@ -111,6 +122,11 @@ class Prefixes:
         while self._kept and self._caches.n_left() == 0:
             del self._kept[0]
 
+    def beginning(self, ids: NDArray[np.int32], salt: bytes) -> tuple[Session | None, int]:
+        """The kept session that shares the most first tokens, and how many. It stays kept."""
+        best, n = self._longest(ids, salt, False, 0)
+        return (best.session if best else None), n
+
     def keep(self, session: Session, salt: bytes, rows: list[Logprobs | None], n_top: int) -> None:
         """Take over a session that has ended. Those that are its beginning, with no more rows, are let go."""
         ids = session.ids
@@ -120,13 +136,37 @@ class Prefixes:
         self._kept = [kept for kept in self._kept if not _within(kept, new)]
         if not any(_within(new, kept) for kept in self._kept):
             self._kept.append(new)
-        del self._kept[:-MOST_KEPT]
+            self._store(new)
+        for old in self._kept[:-MOST_KEPT]:
+            self._let_go(old)
         self.trim()
 
+    def _store(self, kept: Kept, *, wait: bool = False) -> None:
+        if self._below is not None and not kept.stored:
+            kept.stored = self._below.store(kept.session, kept.salt, wait=wait)
+
+    def _let_go(self, kept: Kept) -> None:
+        self._store(kept)
+        self._kept.remove(kept)
+
     def trim(self) -> None:
-        """Let go of the oldest until the caches fit their budget."""
-        while self._caches.excess(self._budget) and self._kept:
-            del self._kept[0]
+        """Let go of the oldest until the caches fit their budget, those on their way to the disk aside."""
+        while self._kept and self._caches.excess(self._budget + (self._below.held_bytes if self._below else 0)):
+            self._let_go(self._kept[0])
+
+    def forked(self, ids: NDArray[np.int32], salt: bytes) -> Session | None:
+        """A session of just these tokens; None where none that is kept begins with them."""
+        best, n = self.beginning(ids, salt)
+        return best.fork(n) if best is not None and n == len(ids) else None
+
+    def forget(self, ids: NDArray[np.int32], salt: bytes) -> None:
+        """Let go of all that begin with these tokens."""
+        self._kept = [k for k in self._kept if k.salt != salt or common(k.ids, ids) < len(ids)]
+
+    def store_all(self) -> None:
+        """At the end: what is not on the disk yet, the latest first, since this may be cut short."""
+        for kept in reversed(self._kept):
+            self._store(kept, wait=True)
 
     def clear(self) -> None:
         self._kept.clear()

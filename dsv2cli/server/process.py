@@ -18,6 +18,7 @@ import uvicorn
 from dsv2cli import runtime
 from dsv2cli.errors import CliError
 from dsv2cli.server.app import State, build
+from dsv2cli.server.disk import Disk
 from dsv2cli.server.engine import Engine, Limits
 from dsv2cli.server.generation import Params
 from dsv2cli.server.guard import Rules
@@ -153,16 +154,37 @@ def load(
             usual = min(runtime.DEFAULT_CONTEXT, trained)
             n_ctx = usual if settings.n_ctx is None else model.context(settings.n_ctx)
             limits = Limits(n_ctx, settings.parallel, settings.queue, settings.cache_bytes, settings.deterministic)
-            engine = Engine(model, limits, settings.kv)
-            yield Service(engine, settings.name or model.name, settings.params, n_predict=settings.n_predict)
+            disk = _disk(model, n_ctx, settings) if settings.disk is not None else None
+            engine = Engine(model, limits, settings.kv, disk)
+            yield Service(
+                engine,
+                settings.name or model.name,
+                settings.params,
+                n_predict=settings.n_predict,
+                slot_folder=settings.slot_folder,
+            )
 
     return opened
+
+
+def _disk(model: runtime.Runtime, n_ctx: int, settings: Settings) -> Disk:
+    """CliError where prefixes cannot be kept there."""
+    from cext import Model
+
+    assert settings.disk is not None
+    path, budget = settings.disk
+    if not isinstance(model.model, Model):
+        raise CliError("--cache-dir: llama.cpp's caches are not kept on disk", "leave it out, or --engine dsv2")
+    try:
+        return Disk(model.model, n_ctx, settings.kv, path, budget)
+    except OSError as error:
+        raise CliError(f"cannot keep what is read in `{path}`: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a model is served. n_ctx None: 4096, or what it was trained for if less; 0: what it was trained for. name
-    None: its own."""
+    None: its own. disk: a folder for what has been read, and its bytes. slot_folder: where clients may save slots."""
 
     n_ctx: int | None = None
     parallel: int = 4
@@ -171,5 +193,7 @@ class Settings:
     kv: KvType = "f16"
     name: str | None = None
     deterministic: bool = False
+    disk: tuple[Path, int] | None = None
+    slot_folder: Path | None = None
     params: Params = field(default_factory=lambda: Params(temperature=0.7))
     n_predict: int | None = None  # most tokens of an answer that asks for no number

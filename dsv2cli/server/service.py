@@ -21,6 +21,8 @@ from dsv2cli.server.tools import check_calls, form_of
 from dsv2cli.server.wire import Sampled, StructuredOutputs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsv2cli.server.engine import Engine, Ticket
     from dsv2cli.server.generation import Constraint
 
@@ -40,6 +42,7 @@ class Service:
     defaults: Params
     fingerprint: str = "b1-dsv2"  # llama-server's form: clients look at its b
     n_predict: int | None = None  # most tokens of an answer that asks for no number
+    slot_folder: Path | None = None  # where slots are saved
     seed: int = 2**32 - 1  # what llama-server tells where each answer draws its own
     began: int = field(default_factory=lambda: int(time.time()))
 

@@ -54,6 +54,7 @@ class Sampled(Struct, kw_only=True):
     logit_bias: Bias | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
+    id_slot: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
     grammar: str | None = None

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from support.cli import PACKAGES
-from support.serving import served
+from support.serving import RUN, running, served
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
 from dsv2cli import runtime
 
-RUN = "from dsv2cli.app import main; main()"
 STREAM = {"prompt": "Hi", "max_tokens": 100, "stream": True, "ignore_eos": True}
 
 
@@ -30,23 +26,6 @@ STREAM = {"prompt": "Hi", "max_tokens": 100, "stream": True, "ignore_eos": True}
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = variant(spec_named("lite"), n_ctx=4096)
     return write_model(tmp_path_factory.mktemp("process") / "tiny.gguf", spec, endless=True)
-
-
-@contextmanager
-def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(the process, its address), when it listens."""
-    command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
-    try:
-        assert process.stderr is not None
-        found = re.search(r"http://[^/]+", process.stderr.readline())
-        assert found
-        while httpx.get(f"{found[0]}/health").status_code == 503:
-            time.sleep(0.02)
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

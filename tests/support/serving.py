@@ -1,8 +1,11 @@
-"""A server in a thread of the test, on a port of its own, and a client of it."""
+"""A server on a port of its own: in a thread of the test with a client of it, or as a process."""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.cli import PACKAGES
 
 from cext.tokenizer import Tokenizer
 from dsv2cli.runtime import Wishes
@@ -21,6 +25,7 @@ from dsv2cli.server.engine import Engine
 from dsv2cli.server.guard import Rules
 from dsv2cli.server.process import Serving, Settings
 
+RUN = "from dsv2cli.app import main; main()"
 OPEN = Rules()
 USUAL = Settings(n_ctx=512, parallel=4, queue=32, cache_bytes=64 << 20, kv="f32", name="tiny")
 
@@ -108,3 +113,20 @@ def scripted(server: Served, *answers: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "Chooser", Script(server.engine.runtime.tokenizer, answers))
         yield
+
+
+@contextmanager
+def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(the process, its address), when it listens."""
+    command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
+    try:
+        assert process.stderr is not None
+        found = re.search(r"http://[^/]+", process.stderr.readline())
+        assert found
+        while httpx.get(f"{found[0]}/health").status_code == 503:
+            time.sleep(0.02)
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()

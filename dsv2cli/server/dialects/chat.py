@@ -90,6 +90,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
         opening=opening,
         salt=salt,
         use_cache=body.cache_prompt is not False,
+        slot=body.id_slot,
         ignore_end=bool(body.ignore_eos),
         constraint=constraint,
     )

@@ -79,6 +79,7 @@ async def prepare(service: Service, body: CompletionRequest, salt: bytes) -> Ask
             rows=echoes and n_top is not None,
             salt=salt,
             use_cache=body.cache_prompt is not False,
+            slot=body.id_slot,
             ignore_end=bool(body.ignore_eos),
         )
         for ids in prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta, Struct
 from starlette.requests import Request
@@ -19,6 +19,9 @@ from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece, ta
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service
 from dsv2cli.server.wire import Sampled, dump, parse
+
+if TYPE_CHECKING:
+    from dsv2cli.server.engine import Ticket
 
 STOP_TYPES: dict[Reason, str] = {"end": "eos", "stop": "word", "length": "limit", "context": "limit"}
 NO_LIMIT = -1
@@ -105,6 +108,7 @@ async def _answer(
             use_cache=body.cache_prompt is not False,
             ignore_end=bool(body.ignore_eos),
             constraint=constraint,
+            slot=body.id_slot,
         )
         for ids in prompts
     ]
@@ -113,7 +117,7 @@ async def _answer(
     if body.stream and len(asked) > 1:
         raise bad_field("prompt", "several prompts cannot be streamed")
     tickets = service.submit_all(asked)
-    writers = [Written(service, body, one, i, writes=limit != 0) for i, one in enumerate(asked)]
+    writers = [Written(service, body, ticket, i, writes=limit != 0) for i, ticket in enumerate(tickets)]
     if body.stream:
         return answering.streamed(tickets[0], writers[0].say)
 
@@ -127,10 +131,9 @@ async def _answer(
 class Written:
     """An answer as llama-server tells it."""
 
-    def __init__(
-        self, service: Service, body: CompletionRequest, asked: Generation, index: int, *, writes: bool
-    ) -> None:
-        self._service, self._body, self._asked, self._index, self._writes = service, body, asked, index, writes
+    def __init__(self, service: Service, body: CompletionRequest, ticket: Ticket, index: int, *, writes: bool) -> None:
+        self._service, self._body, self._ticket, self._index, self._writes = service, body, ticket, index, writes
+        self._asked = ticket.asked
         self._text = ""
         self._ids: list[int] = []
         self._probs: list[dict[str, Any]] = []
@@ -160,7 +163,11 @@ class Written:
     def _part(self, text: str, ids: list[int], more: dict[str, Any]) -> dict[str, Any]:
         n_prompt = len(self._asked.prompt)
         counts = {"tokens_predicted": len(self._ids), "tokens_evaluated": n_prompt}
-        return {"index": self._index, "content": text, "tokens": ids, "stop": False, "id_slot": 0} | counts | more
+        return (
+            {"index": self._index, "content": text, "tokens": ids, "stop": False, "id_slot": self._ticket.slot}
+            | counts
+            | more
+        )
 
     def whole(self, events: Iterable[Heard]) -> dict[str, Any]:
         answer = self._final(take_all(events, self._feed))
@@ -174,7 +181,7 @@ class Written:
             "index": self._index,
             "content": self._text,
             "tokens": self._ids if self._body.return_tokens else [],
-            "id_slot": 0,
+            "id_slot": self._ticket.slot,
             "stop": True,
             "model": self._service.name,
             "tokens_predicted": stats.n_answer if self._writes else 0,
@@ -347,16 +354,3 @@ async def props(service: Service, request: Request) -> Response:
         "limits": {"queue": engine.limits.queue, "n": 16, "stop": 16, "top_logprobs": MAX_TOP, "tools": 128},
     }
     return Response(dump(answer), media_type=answering.JSON_TYPE)
-
-
-async def slots(service: Service, request: Request) -> Response:
-    """What is stepped together, a line each; the idle ones last. No prompt is shown."""
-    engine = service.engine
-    running = [sequence.progress for sequence in engine.running()]
-    lines = [
-        {"id": i, "n_ctx": engine.limits.n_ctx, "speculative": False, "is_processing": i < len(running)}
-        for i in range(engine.limits.parallel)
-    ]
-    for line, progress in zip(lines, running, strict=False):
-        line["n_prompt_tokens_processed"], line["n_prompt_tokens"] = progress.done, progress.n
-    return Response(dump(lines), media_type=answering.JSON_TYPE)
