@@ -90,7 +90,9 @@ def serve(
     from dsv2cli.server import process
 
     wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
-    settings = process.Settings(context, parallel, queue, cache_bytes, kv, alias, deterministic, disk, slot_save_path)
+    settings = process.Settings(
+        context, parallel, queue, cache_bytes, kv, alias, deterministic, disk=disk, slot_folder=slot_save_path
+    )
     path = locate.model(model)
     listening = process.listen(host, port)
     if not quiet:

@@ -193,7 +193,7 @@ class Settings:
     kv: KvType = "f16"
     name: str | None = None
     deterministic: bool = False
-    disk: tuple[Path, int] | None = None
-    slot_folder: Path | None = None
     params: Params = field(default_factory=lambda: Params(temperature=0.7))
     n_predict: int | None = None  # most tokens of an answer that asks for no number
+    disk: tuple[Path, int] | None = None
+    slot_folder: Path | None = None
