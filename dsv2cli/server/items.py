@@ -133,7 +133,7 @@ def as_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
             is_open = False
             continue
         if kind == "message":
-            messages.append({"role": item["role"], "content": "".join(part["text"] for part in item["content"])})
+            messages.append({"role": item["role"], "content": "\n".join(part["text"] for part in item["content"])})
             is_open = item["role"] == "assistant"
         elif kind == "function_call":
             if not is_open:
@@ -156,5 +156,5 @@ def _result(item: Item, names: Mapping[str, str]) -> dict[str, Any]:
     if name is None:
         raise bad_field("input", f"the output of call {item['call_id'][:100]!r} belongs to no function_call before it")
     output = item["output"]
-    text = output if isinstance(output, str) else "".join(part["text"] for part in output)
+    text = output if isinstance(output, str) else "\n".join(part["text"] for part in output)
     return {"role": "tool", "tool_call_id": item["call_id"], "name": name, "content": text}

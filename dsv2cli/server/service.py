@@ -157,7 +157,7 @@ class Service:
         parsed = []
         for i, value in enumerate(given):
             try:
-                parsed.append(self._known_role(Message.parse(value)))
+                parsed.append(self._known_role(_in_one_text(Message.parse(value))))
             except ValueError as error:
                 raise bad_field(f"messages[{i}]", str(error)) from None
             check_calls(parsed[-1], f"messages[{i}]")
@@ -229,6 +229,17 @@ class Service:
             return tokenizer.special_text(token) or raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _in_one_text(message: Message) -> Message:
+    """Parts as lines of one text, as vLLM joins them: the family's own templates take nothing but text."""
+    content = message.content
+    if content is None or isinstance(content, str):
+        return message
+    texts = [part.get("text", "") for part in content if isinstance(part, Mapping)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("content with a part whose text is none")
+    return replace(message, content="\n".join(texts))
 
 
 def schema_of(response_format: Mapping[str, Any]) -> Any:

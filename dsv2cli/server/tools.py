@@ -303,11 +303,7 @@ def _given_call(call: Mapping[str, Any]) -> Call:
 
 
 def content_text(message: Message) -> str:
-    """A message's content as one text."""
-    content = message.content
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content or () if isinstance(part, Mapping))
+    return message.content if isinstance(message.content, str) else ""
 
 
 class _Told(msgspec.Struct):

@@ -120,3 +120,25 @@ def test_ollama_s_models(server: Served) -> None:
     assert server.asked("/api/chat", model="tiny", messages=[])["done_reason"] == "load"
     for path in ("/api/pull", "/api/create", "/api/push", "/api/delete"):
         assert server.post(path, model="x").status_code == 404
+
+
+def test_parts_are_lines_of_one_text(server: Served) -> None:
+    """In every role and every dialect, whatever the template takes."""
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "the ant"}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+    def chat(content: Any) -> list[dict[str, Any]]:
+        called = {"role": "assistant", "content": content, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "c", "content": content}
+        return [{"role": role, "content": content} for role in ("system", "user")] + [called, result]
+
+    told = server.asked(CHAT, messages=chat("Hi\nthe ant"), max_tokens=5, **GREEDY)
+    assert server.asked(CHAT, messages=chat(parts), max_tokens=5, **GREEDY)["choices"] == told["choices"]
+    user = {"role": "user", "content": parts}
+    wanted = server.asked(CHAT, messages=[user], max_tokens=5, **GREEDY)["choices"][0]["message"]["content"]
+    assert server.asked("/v1/messages", messages=[user], max_tokens=5, **GREEDY)["content"][0]["text"] == wanted
+    items = [{"role": "user", "content": [{"type": "input_text", "text": part["text"]} for part in parts]}]
+    body = server.asked("/v1/responses", input=items, max_output_tokens=5, **GREEDY)
+    assert body["output"][0]["content"][0]["text"] == wanted
+    odd = server.post(CHAT, messages=[{"role": "user", "content": [{"type": "text", "text": 5}]}])
+    assert odd.status_code == 400 and "messages[0]" in odd.json()["error"]["message"]

@@ -94,7 +94,7 @@ def _messages(message: Any, where: str) -> Iterator[dict[str, Any]]:
         elif kind != "redacted_thinking":
             raise bad_field(f"{where}.content[{j}]", f"is of type {str(kind)[:50]!r}: only text and tools are read")
     if texts or calls:
-        shown: dict[str, Any] = {"role": role, "content": "".join(texts) or None}
+        shown: dict[str, Any] = {"role": role, "content": "\n".join(texts) or None}
         shown |= {"tool_calls": calls} if calls else {}
         yield shown | ({"reasoning_content": "".join(thoughts)} if thoughts else {})
 
@@ -103,7 +103,7 @@ def _result(block: Mapping[str, Any]) -> str:
     content = block.get("content", "")
     if isinstance(content, str):
         return content
-    return "".join(str(part.get("text", "")) for part in content or () if isinstance(part, Mapping))
+    return "\n".join(str(part.get("text", "")) for part in content or () if isinstance(part, Mapping))
 
 
 def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
