@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.layer import Encoded, Layer, Sublayer
-from cext.model import CacheUsage, DriveCounts, Hparams, Model, Session, Tap, eval_batch
+from cext.model import CacheUsage, DriveCounts, Hparams, Model, Session, Tap, WeightNeeds, eval_batch
 from cext.placement import Device, Place
 from cext.sampler import Sampler
 
@@ -63,6 +63,7 @@ __all__ = [
     "Tap",
     "TensorInfo",
     "UnsupportedError",
+    "WeightNeeds",
     "architectures",
     "cores",
     "eval_batch",

@@ -46,6 +46,8 @@ const ds_gguf *ds_model_gguf(const ds_model *model);
 ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err);
 /* What became of the experts that steps needed: false where all weights are mapped, and nothing is counted. */
 bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading);
+/* What its weights take, whether they are mapped or within a budget. */
+ds_needs ds_model_needs(const ds_model *model);
 /* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */
 void ds_model_stop(ds_model *model);
 int ds_model_threads(const ds_model *model);

@@ -117,6 +117,20 @@ class DriveCounts:
         return DriveCounts(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
 
+@dataclass(frozen=True)
+class WeightNeeds:
+    """What a model's weights take of memory, in bytes."""
+
+    all: int  # every tensor of the file, as it has them
+    shared: int  # within a budget: what every token needs,
+    slots: int  # and room for all routed experts
+    experts: int  # these alone
+    least: int  # the smallest budget
+    long_step: int  # what the longest step takes then, beside a shorter one's
+    read: int  # what opening read past the system's cache, 0 where it did not,
+    read_ns: int  # and how long that took
+
+
 class Model:
     """A model ready to run: weights mapped from the GGUF, not copied, unless ``ram`` is less than they take.
 
@@ -226,6 +240,10 @@ class Model:
         """
         counts = _engine.model_counts(self._handle)
         return None if counts is None else (DriveCounts(*counts[0]), DriveCounts(*counts[1]))
+
+    def needs(self) -> WeightNeeds:
+        """What the weights take, mapped or within a budget."""
+        return WeightNeeds(*_engine.model_needs(self._handle))
 
     def stop(self) -> None:
         """Let a step under way raise StoppedError where it waits for the drive; for other threads and handlers."""

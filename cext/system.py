@@ -39,36 +39,40 @@ def own_bytes() -> int | None:
     return 1024 * told["RssAnon"] if "RssAnon" in told else None
 
 
-def free_bytes(root: Path = ROOT) -> int | None:
+def free_bytes(root: Path = ROOT, *, swap: bool = True) -> int | None:
     """Memory that this process can take before something is killed; None where the system does not tell.
 
-    It is what the system can free at once, and swap, but no more than each of the process's cgroups leaves it.
+    It is what the system can free at once, and swap, but no more than each of the process's cgroups leaves it. Without
+    swap: before something is swapped out, or held up by a cgroup's high mark.
     """
     told = dict(_pairs(_read(root / "proc/meminfo").replace(":", " ").replace("kB", "")))
     if "MemAvailable" not in told:
         return None
-    free = 1024 * (told["MemAvailable"] + told.get("SwapFree", 0))
-    return max(0, min([free, *_left_in_cgroups(root)]))
+    free = 1024 * (told["MemAvailable"] + (told.get("SwapFree", 0) if swap else 0))
+    return max(0, min([free, *_left_in_cgroups(root, high=not swap)]))
 
 
-def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap."""
+def _left_in_cgroups(root: Path, *, high: bool) -> Iterator[int]:
+    """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap. high: the mark
+    at which it is held up is a limit too."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0":
-            mount, limit, used, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
+            mount, used, prefix = "sys/fs/cgroup", "memory.current", ""
+            limits = ("memory.max", "memory.high") if high else ("memory.max",)
         elif "memory" in controllers.split(","):
-            mount, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            mount, limits, used = "sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
             prefix = "total_"  # with what is below it
         else:
             continue
         for folder in _upwards(root / mount, group):
-            most, taken = _number(folder / limit), _number(folder / used)
-            if most is not None and taken is not None:
+            marks = [most for most in (_number(folder / limit) for limit in limits) if most is not None]
+            taken = _number(folder / used)
+            if marks and taken is not None:
                 # Pages of files count as used, and go when memory is wanted: the mapped weights among them.
                 told = dict(_pairs(_read(folder / "memory.stat")))
-                yield most - taken + sum(told.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                yield min(marks) - taken + sum(told.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
 
 
 def _upwards(mount: Path, group: str) -> Iterator[Path]:

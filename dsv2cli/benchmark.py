@@ -77,6 +77,7 @@ class Footprint:
     load_seconds: float
     anonymous_bytes: int  # its own
     file_bytes: int  # pages of the model file, shared with the system's cache
+    drive: dict[str, Any] | None = None  # what was read of experts that memory does not hold: residency.drive_record
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,11 @@ def run(
     engine: str = OURS,
     against: Sequence[str] = (),
     kv_type: str = "f16",
+    ram: str = "all",
     told: Callable[[str, int, int], None] = lambda what, done, n: None,
 ) -> Result:
     """Run the tests with an engine, and others in turns with it; ``told(what runs now, steps done, steps)``. CliError
-    where an engine fails."""
+    where an engine fails. ram: see ``contender``."""
     variants = {**VARIANTS, engine: LLAMA_ALONE[kv_type] if engine == LLAMA else (f"kv={kv_type}",)}
     names = (engine, *against)
     n_ctx = max(test.depth + test.n for test in wanted)
@@ -120,7 +122,7 @@ def run(
     total, done = len(names) * len(rows) * (rounds + 1), 0
     with contextlib.ExitStack() as stack:
         told("loading", 0, total)
-        engines = {engine: stack.enter_context(contender(engine, model, n_ctx, threads))}
+        engines = {engine: stack.enter_context(contender(engine, model, n_ctx, threads, ram))}
         used = int(engines[engine].hello["threads"])  # the others get as many as it chose
         for name in against:
             engines[name] = stack.enter_context(contender(name, model, n_ctx, used))
@@ -158,7 +160,7 @@ class Contender:
 
     def footprint(self) -> Footprint:
         answer = self._ask({"kind": "memory"})
-        return Footprint(self.hello["load_seconds"], answer["anonymous_bytes"], answer["file_bytes"])
+        return Footprint(self.hello["load_seconds"], answer["anonymous_bytes"], answer["file_bytes"], answer["drive"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -196,10 +198,10 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def contender(name: str, model: Path, n_ctx: int, threads: int | None) -> Iterator[Contender]:
-    """An engine with the model loaded; its process ends with the block."""
+def contender(name: str, model: Path, n_ctx: int, threads: int | None, ram: str = "all") -> Iterator[Contender]:
+    """An engine with the model loaded; its process ends with the block. ram: of dsv2's own, as --ram takes it."""
     # -P: the packages at home, not what lies in the working folder.
-    command = [sys.executable, "-P", "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0)]
+    command = [sys.executable, "-P", "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0), ram]
     quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL
     process = subprocess.Popen(
         command,

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from dsv2cli import memory, runtime
 from dsv2cli.llama_state import lengthened
+from dsv2cli.options import memory_for_weights
+from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_within
 
 if TYPE_CHECKING:
     from cext.model import KvType
@@ -49,6 +51,10 @@ class Engine(Protocol):
     def eval(self, ids: Ids) -> None:
         """Append to the first sequence."""
 
+    def drive(self) -> dict[str, Any] | None:
+        """What was read from the file for experts that memory does not hold; None where all are there, or it does not
+        tell."""
+
     def step(self, ids: Ids) -> None:
         """Append one token to each sequence, together."""
 
@@ -56,12 +62,13 @@ class Engine(Protocol):
 class Ours:
     """dsv2's engine; a setting is a cache type, "kv=f16"."""
 
-    def __init__(self, model: Path, n_ctx: int, threads: int) -> None:
-        from cext import Model, Session
+    def __init__(self, model: Path, n_ctx: int, threads: int, ram: Weights) -> None:
+        from cext import MAX_STEP, Session
 
-        self._model = Model(model, threads or None)
+        beside = Beside(n_ctx, n_step=min(MAX_STEP, n_ctx))
+        self._model, self._plan = open_within(model, threads or None, ram, beside)
         runtime.tell(model, self._model.notes)
-        self.notes: list[str] = []
+        self.notes = [self._plan.sentence(measured_rate(self._model))] if self._plan else []
         self._n_ctx = n_ctx
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
@@ -91,6 +98,10 @@ class Ours:
 
     def eval(self, ids: Ids) -> None:
         self._sessions[0].eval(ids)
+
+    def drive(self) -> dict[str, Any] | None:
+        counts = self._model.drive_counts()
+        return drive_record(self._plan, *counts) if counts and self._plan else None
 
     def step(self, ids: Ids) -> None:
         from cext import eval_batch
@@ -159,6 +170,9 @@ class LlamaCpp:
                 raise RuntimeError(f"llama.cpp does not take a context lengthened to {depth}")
             self._positions[self._variant] = depth
 
+    def drive(self) -> None:
+        return None
+
     def step(self, ids: Ids) -> None:
         self.eval(ids)
 
@@ -198,9 +212,9 @@ def measure(engine: Engine, kind: str, n: int, depth: int, sequences: int, varia
     return time.perf_counter() - begun
 
 
-def footprint() -> dict[str, int]:
+def footprint() -> dict[str, Any]:
     """Resident bytes: the process's own, and pages of files."""
-    fields = {"RssAnon": 0, "RssFile": 0}
+    fields: dict[str, int] = {"RssAnon": 0, "RssFile": 0}
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
@@ -213,16 +227,16 @@ def footprint() -> dict[str, int]:
     return {"anonymous_bytes": fields["RssAnon"], "file_bytes": fields["RssFile"]}
 
 
-def load(name: str, model: Path, n_ctx: int, threads: int) -> tuple[Engine, float]:
+def load(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> tuple[Engine, float]:
     """An engine and the seconds from opening the file to its first logits, imports not counted."""
     __import__("cext" if name == "dsv2" else "dsv2cli.engines.llamacpp.library")
     begun = time.perf_counter()
-    engine: Engine = Ours(model, n_ctx, threads) if name == "dsv2" else LlamaCpp(model, n_ctx, threads)
+    engine: Engine = Ours(model, n_ctx, threads, ram) if name == "dsv2" else LlamaCpp(model, n_ctx, threads)
     engine.eval(np.zeros(1, np.int32))
     return engine, time.perf_counter() - begun
 
 
-def serve(name: str, model: Path, n_ctx: int, threads: int) -> None:
+def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is not an answer
 
@@ -231,12 +245,12 @@ def serve(name: str, model: Path, n_ctx: int, threads: int) -> None:
         answers.flush()
 
     try:
-        engine, seconds = load(name, model, n_ctx, threads)
+        engine, seconds = load(name, model, n_ctx, threads, ram)
         answer({"load_seconds": seconds, "threads": engine.threads, "isa": engine.isa, "notes": engine.notes})
         for line in sys.stdin:
             request = json.loads(line)
             if request["kind"] == "memory":
-                answer(footprint())
+                answer(footprint() | {"drive": engine.drive()})
             else:
                 answer({"seconds": measure(engine, **request)})
     except Exception as error:
@@ -244,4 +258,4 @@ def serve(name: str, model: Path, n_ctx: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), memory_for_weights(sys.argv[5]))

@@ -8,8 +8,9 @@ and are not scored. quantize.measure.score does the arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from cext import MAX_STEP, Session, Tap, eval_batch
 from dsv2cli import memory
 from dsv2cli.errors import CliError, UsageError
+from dsv2cli.residency import Beside, shared_out
 from dsv2cli.runtime import Runtime
 from quantize.measure import score
 from quantize.measure.score import SKIPPED_SHARE, Distance, Score
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dsv2cli.engines import protocol
 
 F32 = NDArray[np.float32]
+WIDTHS = ("q8_0", "f16", "f32")  # caches, the smallest first
 PIECE = MAX_STEP  # positions whose logits are held at once: 420 MB for a vocabulary of 102,400
 
 
@@ -74,6 +77,16 @@ def evaluate(
         scores.append(_score(session, other, window, skip))
         told(len(scores), len(windows), math.exp(sum(s.nll for s in scores) / sum(s.n for s in scores)))
     return _summary(scores, n_ctx, skip, has_reference=other is not None)
+
+
+def beside_each(paths: Sequence[Path], n_ctx: int, kv_type: KvType, reference_kv: KvType | None) -> list[Beside]:
+    """What each model has beside its weights where they are evaluated together: a model, and perhaps a reference."""
+    kinds: list[list[KvType]] = [[kv_type], [reference_kv or "f16"]]
+    if len(paths) == 1:
+        kinds = [[kv_type, *([reference_kv] if reference_kv else [])]]
+    widest = [max(kinds_, key=WIDTHS.index) for kinds_ in kinds]
+    each = [Beside(n_ctx, kv, len(k), n_step=PIECE, rows=PIECE * len(k)) for kv, k in zip(widest, kinds, strict=True)]
+    return shared_out(paths, each)
 
 
 def cut(runtime: Runtime, text: str, n_ctx: int) -> list[NDArray[np.int32]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from dsv2cli.residency import Beside, Weights
     from dsv2cli.runtime import Wishes
 
 C_INT = 2**31 - 1
@@ -118,9 +119,9 @@ Ram = Annotated[
     str,
     typer.Option(
         "--ram",
-        metavar="SIZE|all",
+        metavar="SIZE|auto|all",
         help="Memory for the weights, as 12G or 9.5GiB: what it does not hold is read from the file as it is needed."
-        " The context takes its own beside it.",
+        " The context takes its own beside it. auto: what is free, where that does not hold all; all: map the file.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
@@ -138,6 +139,20 @@ def size(option: str, text: str, or_else: str) -> int:
         raise UsageError(f"{option} {text!r} is no size", f"{error.hint}; {or_else}") from error
 
 
+def memory_for_weights(text: str) -> Weights:
+    """What --ram says. UsageError."""
+    words: dict[str, Weights] = {"auto": "auto", "all": "all"}
+    return words[text] if text in words else size("--ram", text, "auto, or all for what the file has")
+
+
+def refuse_budget(ram: Weights) -> None:
+    """For a model that llama.cpp runs. UsageError where it was given one."""
+    from dsv2cli.errors import UsageError
+
+    if isinstance(ram, int):
+        raise UsageError("--ram is of dsv2's own engine", "leave it out: llama.cpp maps the file")
+
+
 def wishes(
     engine: Literal["auto", "dsv2", "llama.cpp"],
     rpc: str | None,
@@ -145,19 +160,22 @@ def wishes(
     *,
     n_seq: int = 1,
     told: bool,
-    ram: str = "all",
+    ram: str = "auto",
+    beside: Beside | None = None,
 ) -> Wishes:
     """How a model is to be run, from the options above. UsageError."""
     from dsv2cli.errors import UsageError
+    from dsv2cli.residency import Beside
     from dsv2cli.runtime import Wishes
 
-    nbytes = None if ram == "all" else size("--ram", ram, "all for what the file has")
+    budget = memory_for_weights(ram)
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
-    if nbytes is not None and (rpc is not None or gpu_layers or engine == "llama.cpp"):
-        raise UsageError("--ram is of dsv2's own engine", "leave it out: llama.cpp maps the file")
+    if rpc is not None or gpu_layers or engine == "llama.cpp":
+        refuse_budget(budget)
+    beside = beside or Beside()
     if rpc is None:
-        return Wishes(engine, (), gpu_layers, n_seq, told, nbytes)
+        return Wishes(engine, (), gpu_layers, n_seq, told, budget, beside)
     from dsv2cli.engines.llamacpp.rpc import parse
 
     return Wishes(engine, parse(rpc), gpu_layers, n_seq, told)

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dsv2cli import console, usage
 from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
-from dsv2cli.options import MAX_CONTEXT
+from dsv2cli.options import refuse_budget
+from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_within
 
 if TYPE_CHECKING:
     from cext import DriveCounts
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
     from dsv2cli.engines.protocol import Model, Session
     from dsv2cli.scheduler import Evaluate
 
-DEFAULT_CONTEXT = 4096
-
 
 @dataclass(frozen=True)
 class Runtime:
     """An open model, its tokenizer, and how long opening took (seconds). evaluate: a step of several of its sessions;
-    interrupt: ends the one under way, where the engine can."""
+    interrupt: ends the one under way, where the engine can. plan: where its weights lie, if not all in memory."""
 
     path: Path
     model: Model
@@ -41,6 +40,7 @@ class Runtime:
     evaluate: Evaluate
     interrupt: Callable[[], None]
     engine: Engine
+    plan: Plan | None = None
 
     @property
     def name(self) -> str:
@@ -57,14 +57,20 @@ class Runtime:
 
         return self.model.drive_counts() if isinstance(self.model, Ours) else None
 
-    def context(self, n_ctx: int) -> int:
-        """``n_ctx``, or for 0 what the model was trained for."""
-        return n_ctx or min(self.n_ctx_train or DEFAULT_CONTEXT, MAX_CONTEXT)
+    def drive(self) -> dict[str, Any] | None:
+        """The same with the budget and what follows from the counts, for programs."""
+        counts = self.drive_counts()
+        if counts is None or self.plan is None:
+            return None
+        return drive_record(self.plan, *counts)
+
+    def context(self, n_ctx: int | None) -> int:
+        """``n_ctx``, or for 0 what the model was trained for; None: 4096, or that if less."""
+        return context(self.n_ctx_train, n_ctx)
 
     def session(self, n_ctx: int | None, kv_type: KvType = "f16") -> Session:
-        """A session of ``n_ctx`` tokens; 0: see ``context``. By default 4096, or what it was trained for if less."""
-        trained = self.n_ctx_train
-        n_ctx = min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT) if n_ctx is None else self.context(n_ctx)
+        """A session of ``n_ctx`` tokens, or 0 or None: see ``context``."""
+        trained, n_ctx = self.n_ctx_train, self.context(n_ctx)
         if trained and n_ctx > trained:
             console.warn(f"the model was trained for {trained} tokens of context; past them it may write nonsense")
         return self.model.session(n_ctx, kv_type)
@@ -73,15 +79,16 @@ class Runtime:
 @dataclass(frozen=True)
 class Wishes:
     """How a model is to be run. servers: RPC servers that hold its layers; gpu_layers: layers for a GPU; n_seq:
-    sequences that are stepped together; all llama.cpp's. ram: dsv2's own. told: whether the person who runs it is to
-    see what was chosen, and how far loading has come."""
+    sequences that are stepped together; all llama.cpp's. ram, beside: dsv2's own. told: whether the person who runs it
+    is to see what was chosen, and how far loading has come."""
 
     engine: Wanted = "auto"
     servers: tuple[Endpoint, ...] = ()
     gpu_layers: int = 0
     n_seq: int = 1
     told: bool = True
-    ram: int | None = None  # bytes for weights; None: all that there are
+    ram: Weights = "all"  # for weights
+    beside: Beside = field(default_factory=Beside)
 
 
 @contextmanager
@@ -90,9 +97,8 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
     wishes = wishes or Wishes()
     begun = time.perf_counter()
     wants_llama = wishes.servers or wishes.gpu_layers or wishes.engine == LLAMA
-    experts = None if wants_llama or wishes.ram is None else usage.known(path)
-    opened = None if wants_llama else _open_ours(path, threads, wishes, experts)
-    model, tokenizer, evaluate, interrupt, engine = opened or _open_llama(path, threads, wishes)
+    opened = None if wants_llama else _open_ours(path, threads, wishes)
+    model, tokenizer, evaluate, interrupt, engine, plan = opened or _open_llama(path, threads, wishes)
     with tokenizer:
         try:
             n_rows = model.hparams["n_vocab"]
@@ -101,25 +107,25 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
                     f"`{path}`: the vocabulary has {tokenizer.n_vocab} tokens and the model {n_rows}",
                     "the file was made with another model's tokenizer",
                 )
-            yield Runtime(path, model, tokenizer, time.perf_counter() - begun, evaluate, interrupt, engine)
+            yield Runtime(path, model, tokenizer, time.perf_counter() - begun, evaluate, interrupt, engine, plan)
         finally:
-            if engine == OURS:
-                usage.learn(experts, cast("Ours", model))
+            if plan is not None:
+                usage.learn(plan.usage, cast("Ours", model))
             model.close()
 
 
-Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine]
+Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine, Plan | None]
 
 
-def _open_ours(path: Path, threads: int | None, wishes: Wishes, experts: usage.Usage | None) -> Opened | None:
-    """With dsv2's own engine; None where it is left to llama.cpp. experts: what is known of their usage."""
+def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None:
+    """With dsv2's own engine; None where it is left to llama.cpp."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, path)
-        from cext import MAX_STEP, EngineError, Model, UnsupportedError, eval_batch
+        from cext import MAX_STEP, EngineError, UnsupportedError, eval_batch
         from dsv2cli.scheduler import Budget
 
         try:
-            model = Model(path, threads, ram=wishes.ram, uses=experts.counts if experts else None)
+            model, plan = open_within(path, threads, wishes.ram, wishes.beside)
         except UnsupportedError as error:
             if loading.exception() is None:
                 loading.result().close()
@@ -129,6 +135,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes, experts: usage.U
                 hint = "--engine llama.cpp runs it as far as llama.cpp understands it"
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
                 raise
+            refuse_budget(wishes.ram)
             if wishes.told:
                 console.note(f"({reason}: llama.cpp runs this file)", "dim")
             return None
@@ -138,9 +145,11 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes, experts: usage.U
             model.close()
             raise
     tell(path, [*model.notes, *tokenizer.notes])
+    if plan is not None and wishes.told:
+        console.note(f"({plan.sentence(measured_rate(model))})", "dim")
     # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.
     evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > MAX_STEP else eval_batch
-    return model, tokenizer, evaluate, model.stop, OURS
+    return model, tokenizer, evaluate, model.stop, OURS, plan
 
 
 def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
@@ -171,7 +180,7 @@ def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
         told(1)
     known = " ".join(tokenizer.notes)
     tell(path, [*tokenizer.notes, *(note for note in model.notes if note.partition(": ")[2] not in known)])
-    return model, tokenizer, model.evaluate, model.interrupt, LLAMA
+    return model, tokenizer, model.evaluate, model.interrupt, LLAMA, None
 
 
 def tell(path: Path, notes: Iterable[str]) -> None:

@@ -81,6 +81,9 @@ enum { DS_DIRECT_ALIGN = 4096 }; /* of offset, length and memory of such a read:
 bool ds_file_direct(ds_file file, bool on);
 /* Read n bytes at an offset. What was read: less than n where the file ends; -1 with errno set where it fails. */
 int64_t ds_file_read(ds_file file, void *to, size_t n, int64_t offset);
+/* Have reads through the cache bring in what is asked for and no more: pages read ahead are not forgotten with those that
+ * were asked for, as they may lie in larger pieces or be another thread's. */
+void ds_file_sparse(ds_file file);
 /* Let the cache forget what it has of n bytes at an offset. */
 void ds_file_forget(ds_file file, size_t n, int64_t offset);
 

@@ -14,6 +14,8 @@ static int number(const char *name) {
 
 bool ds_file_direct(ds_file file, bool on) { return fcntl((int)file, F_NOCACHE, on ? 1 : 0) == 0; }
 
+void ds_file_sparse(ds_file file) { fcntl((int)file, F_RDAHEAD, 0); }
+
 void ds_file_forget(ds_file file, size_t n, int64_t offset) {} /* what came past the cache is not in it */
 
 int ds_os_cores(void) {

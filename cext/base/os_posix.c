@@ -95,6 +95,8 @@ int64_t ds_file_read(ds_file file, void *to, size_t n, int64_t offset) {
 }
 
 #if !defined(__APPLE__)
+void ds_file_sparse(ds_file file) { posix_fadvise((int)file, 0, 0, POSIX_FADV_RANDOM); }
+
 void ds_file_forget(ds_file file, size_t n, int64_t offset) {
     posix_fadvise((int)file, (off_t)offset, (off_t)n, POSIX_FADV_DONTNEED);
 }

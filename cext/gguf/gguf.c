@@ -144,6 +144,7 @@ bool ds_gguf_leave_mapping(const ds_gguf *gguf, bool direct) {
             return false;
         }
         ds_pages_sparse((void *)part->base, part->size);
+        ds_file_sparse(part->file);
         ds_file_forget(part->file, part->size, 0);
         all = all && (!direct || ds_file_direct(part->file, true));
     }

@@ -36,9 +36,14 @@ static bool fits(const ds_gguf *gguf, const ds_budget *budget) {
     return !budget || !budget->ram || budget->ram >= bytes_of_all(gguf);
 }
 
+/* What every token needs, in memory of our own. */
+static size_t shared_bytes(const ds_core *c, const ds_gguf *gguf) {
+    return ds_loaded_bytes(gguf, &c->config) + c->weights.owned_bytes;
+}
+
 /* The routed experts' part of a budget that the other weights have taken theirs of. */
 static ds_status create_disk(ds_core *c, const ds_gguf *gguf, const ds_budget *budget, ds_error *err) {
-    const size_t shared = c->loaded.bytes + c->weights.owned_bytes, least = ds_slots_least(&c->config, &c->weights);
+    const size_t shared = shared_bytes(c, gguf), least = ds_slots_least(&c->config, &c->weights);
     if (budget->ram < shared || budget->ram - shared < least) {
         ds_fail(err, DS_EINVAL,
                 "%s: %zu bytes of memory for its weights: expected at least %zu, of which %zu are for "
@@ -72,6 +77,25 @@ static ds_status bind(const ds_gguf *metadata, ds_source source, const ds_core_s
     if (st != DS_OK) return st;
     return mapped ? ds_residency_mapped(&c->config, &c->weights, &c->residency, err)
                   : create_disk(c, metadata, spec->budget, err);
+}
+
+ds_needs ds_core_needs(const ds_core *c, const ds_gguf *gguf) {
+    const ds_weights *w = &c->weights;
+    ds_needs needs = {.all = bytes_of_all(gguf), .shared = shared_bytes(c, gguf)};
+    for (int il = c->config.n_layer_dense; il < c->config.n_layer; il++) {
+        const ds_expert x = ds_residency_bound(w, il, 0);
+        for (int i = 0; i < DS_PIECES; i++) {
+            const size_t bytes = ds_piece_bytes(ds_expert_piece(&x, i)), n = (size_t)c->config.n_expert;
+            needs.experts += bytes * n;
+            needs.slots += ds_read_room(bytes) * n;
+        }
+    }
+    needs.least = needs.shared + ds_slots_least(&c->config, w);
+    if (c->loaded.memory && !c->loaded.cached) { /* the cache may have had some of it */
+        needs.read = c->loaded.bytes;
+        needs.read_ns = c->loaded.read_ns;
+    }
+    return needs;
 }
 
 ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, ds_core *out,

@@ -74,6 +74,8 @@ static inline void *ds_core_take(unsigned char *base, size_t *used, size_t n, si
     return base ? base + at : NULL;
 }
 
+/* What the weights take. gguf: the file that they are in, all layers of it. */
+ds_needs ds_core_needs(const ds_core *core, const ds_gguf *gguf);
 /* Memory that steps of n_tok tokens in such pieces take, beside weights and caches. */
 size_t ds_core_step_bytes(const ds_core *core, int n_tok, int piece);
 /* Run a step. On failure what it was to fill is undefined. Of more tokens than its piece it must give ids and no x, and have

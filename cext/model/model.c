@@ -109,6 +109,12 @@ ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     return DS_OK;
 }
 
+ds_needs ds_model_needs(const ds_model *model) {
+    ds_needs needs = ds_core_needs(&model->core, model->gguf);
+    needs.long_step = ds_core_pieces_bytes(&model->core, DS_MAX_LONG_STEP, DS_MAX_STEP);
+    return needs;
+}
+
 void ds_model_stop(ds_model *model) { atomic_store(&model->core.stopping, true); }
 
 bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading) {

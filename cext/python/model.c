@@ -126,6 +126,15 @@ static PyObject *model_counts(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_counts, DS_PY_MODEL)
 
+/* model_needs(model) -> (all, shared, slots, experts, least, long_step, read, read_ns): see ds_needs */
+static PyObject *model_needs(void *model, PyObject *args) {
+    const ds_needs n = ds_model_needs(model);
+    return Py_BuildValue("(KKKKKKKL)", (unsigned long long)n.all, (unsigned long long)n.shared,
+                         (unsigned long long)n.slots, (unsigned long long)n.experts, (unsigned long long)n.least,
+                         (unsigned long long)n.long_step, (unsigned long long)n.read, (long long)n.read_ns);
+}
+DS_PY_HELD(model_needs, DS_PY_MODEL)
+
 static PyObject *model_stop(void *model, PyObject *args) {
     ds_model_stop(model);
     Py_RETURN_NONE;
@@ -321,6 +330,7 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_open", model_open, METH_VARARGS, NULL},
     {"model_close", model_close, METH_O, NULL},
     {"model_counts", model_counts_held, METH_O, NULL},
+    {"model_needs", model_needs_held, METH_O, NULL},
     {"model_stop", model_stop_held, METH_O, NULL},
     {"model_info", model_info_held, METH_O, NULL},
     {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},

@@ -38,6 +38,7 @@ def bench(
     kv: options.Kv = "f16",
     against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
     engine: options.Engine = "auto",
+    ram: options.Ram = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
     quiet: options.Quiet = False,
@@ -51,8 +52,11 @@ def bench(
         raise UsageError("-p 0 and -n 0 leave nothing to measure", "give one of them")
     if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
         raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
+    options.wishes(engine, None, 0, told=not quiet, ram=ram)  # refuses what cannot be
     path = locate.model(model)
     runs = engine_for(path, engine, quiet=quiet)
+    if runs == "llama.cpp":
+        options.refuse_budget(options.memory_for_weights(ram))
     if runs == against:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     with console.progress(quiet=quiet) as display:
@@ -65,6 +69,7 @@ def bench(
             engine=runs,
             against=(against,) if against else (),
             kv_type=kv,
+            ram=ram,
             told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
         )
     for note in result.notes:
@@ -122,9 +127,22 @@ def show(result: Result) -> None:
             f" {console.format_bytes(footprint.anonymous_bytes)} of memory and"
             f" {console.format_bytes(footprint.file_bytes)} of the file's pages"
         )
+        if footprint.drive is not None:
+            console.say(f"{name}: {drive_line(footprint.drive)}")
     if not result.rounds > 1:
         return
     console.note(f"(median of {result.rounds} rounds, least and most in brackets; ratios round by round)", "dim")
+
+
+def drive_line(drive: dict[str, Any]) -> str:
+    """What was read from the file, warming up included."""
+    parts = []
+    for name, verb in (("decoding", "decoding"), ("reading", "prefill")):
+        part = drive[name]
+        if part["needed"]:
+            read = console.format_bytes(part["bytes_per_token"])
+            parts.append(f"{verb} found {100 * part['hit_rate']:.0f} % and read {read} a token")
+    return f"of the experts that it needed, {'; '.join(parts)}"
 
 
 def spread(samples: list[float], digits: int) -> str:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
-from dsv2cli import console, options, text
+from dsv2cli import console, options, residency, text
 from dsv2cli.errors import UsageError
 from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
     from dsv2cli.chat.answering import Chat
     from dsv2cli.chat.keeping import Keeping
-    from dsv2cli.runtime import Runtime
 
 HELP = "Talk to a model: a conversation in a terminal, or one answer for -p or a pipe."
 EXAMPLES = (
@@ -89,7 +88,7 @@ def chat(
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
-    ram: options.Ram = "all",
+    ram: options.Ram = "auto",
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
     think: Annotated[Think, typer.Option("--think", help=THINK_HELP)] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
@@ -107,7 +106,8 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
-    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram)
+    beside = residency.Beside(context, kv)
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside)
     if special and not raw:
         raise UsageError("--special is for --raw: a chat's control tokens come from its template alone", "add --raw")
     if fim is not None and (raw or prompt is not None or system or think != "auto"):
@@ -245,13 +245,5 @@ def report(talk: Chat, answer: str, seed: int) -> dict[str, object]:
         "kv_type": talk.session.kv_type,
         "kv_bytes": talk.session.kv_bytes,
         "resident_bytes": resident_bytes(),
-        "drive": drive(talk.runtime),
+        "drive": talk.runtime.drive(),
     }
-
-
-def drive(opened: Runtime) -> dict[str, object] | None:
-    """What the engine has counted of experts that are read from the file; None where all weights are in memory."""
-    from dataclasses import asdict
-
-    counts = opened.drive_counts()
-    return None if counts is None else {"decoding": asdict(counts[0]), "reading": asdict(counts[1])}

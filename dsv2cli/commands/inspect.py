@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli import console, options
+from dsv2cli import console, options, residency
 from dsv2cli.engines.cache import count
-from dsv2cli.engines.choice import LLAMA
+from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import UsageError
 from dsv2cli.options import number
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dsv2cli.anatomy import Anatomy
+    from dsv2cli.residency import Plan
 
 HELP = "Show what a GGUF is made of and what it needs."
 EXAMPLES = ("inspect model.gguf", "inspect model.gguf --ctx 32768 --json", "inspect model.gguf --heatmap usage.png")
@@ -55,14 +56,15 @@ def inspect(
     runtime.tell(found.path, found.remarks)
     if heatmap is not None:
         draw(found, heatmap)
+    plan = residency.look(found.path, residency.Beside(context)) if found.engine == OURS else None
     contexts = found.contexts if context is None else (context or found.contexts[-1],)
     if as_json:
-        console.print_json(finite(describe(found, contexts)))
+        console.print_json(finite(describe(found, contexts) | {"ram": None if plan is None else describe_plan(plan)}))
     else:
-        show(found, contexts)
+        show(found, contexts, plan)
 
 
-def show(found: Anatomy, contexts: tuple[int, ...]) -> None:
+def show(found: Anatomy, contexts: tuple[int, ...], plan: Plan | None = None) -> None:
     console.say_fields(headline(found), 13)
     if found.types:
         console.say()
@@ -72,6 +74,10 @@ def show(found: Anatomy, contexts: tuple[int, ...]) -> None:
         console.show(parts_table(found))
         console.say()
         console.show(memory_table(found, contexts))
+    if plan is not None:
+        console.say()
+        console.show(budget_table(plan))
+        console.say_fields(budget_lines(plan), 13)
     if lines := quality(found.notes):
         console.say()
         console.say_fields(lines, 17)
@@ -238,6 +244,51 @@ def memory_table(found: Anatomy, contexts: tuple[int, ...]) -> console.Table:
             ),
         )
     return made
+
+
+def budget_table(plan: Plan) -> console.Table:
+    made = console.Table("Memory for weights", ("--ram", "experts held", "of a token's", "read a token"))
+    for ram in plan.budgets():
+        held, hits, read = plan.held(ram), plan.hits(ram), plan.token_bytes(ram)
+        made.add(residency.spelt(ram), f"{100 * held:.0f} %", f"{100 * hits:.0f} %", console.format_bytes(read))
+    return made
+
+
+def budget_lines(plan: Plan) -> list[tuple[str, str]]:
+    """What a budget must hold, what each figure goes by, and what is chosen here."""
+    size, needs = console.format_bytes, plan.needs
+    used = "the most used of them held" if plan.knows else "as if all were used alike"
+    free = "" if plan.free is None else f"; {size(plan.free)} free, {size(plan.beside)} for context and steps"
+    chosen = (
+        "all is mapped" if plan.ram is None else f"{size(plan.ram)}, {100 * plan.held(plan.ram):.0f} % of the experts"
+    )
+    return [
+        (
+            "always held",
+            f"{size(needs.shared)} that every token needs; {size(needs.experts)} of routed experts, {used}",
+        ),
+        ("the least", residency.spelt(needs.least)),
+        ("--ram auto", f"{chosen} (now{free})"),
+    ]
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "always_bytes": plan.needs.shared,
+        "expert_bytes": plan.needs.experts,
+        "least": plan.needs.least,
+        "by_usage": plan.knows,
+        "budgets": [
+            {
+                "ram": ram,
+                "held_share": plan.held(ram),
+                "hit_rate": plan.hits(ram),
+                "bytes_per_token": plan.token_bytes(ram),
+            }
+            for ram in plan.budgets()
+        ],
+        "auto": {"ram": plan.ram, "free": plan.free, "beside": plan.beside},
+    }
 
 
 def share(part: int, whole: int) -> str:

@@ -47,19 +47,26 @@ def perplexity(
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
-    ram: options.Ram = "all",
+    ram: options.Ram = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     from dsv2cli import locate, runtime
-    from dsv2cli.evaluate import evaluate
+    from dsv2cli.evaluate import beside_each, evaluate
     from dsv2cli.text import read, read_stdin
 
-    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram)
+    options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram)  # refused before a file is opened
     paths = [locate.model(name) for name in (model, reference) if name is not None]
+    wished = [
+        options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside)
+        for beside in beside_each(paths, context, kv, reference_kv)
+    ]
     content = read_stdin(waits=quiet) if str(text) == "-" else read(text)
     with ExitStack() as opened, console.progress(quiet=quiet) as display:
-        models = [opened.enter_context(runtime.open_model(path, threads, wishes)) for path in paths]
+        models = [
+            opened.enter_context(runtime.open_model(path, threads, wishes))
+            for path, wishes in zip(paths, wished, strict=True)
+        ]
         bar = display.add_task("scoring", total=None, detail="")
         found = evaluate(
             models[0],

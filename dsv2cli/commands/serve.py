@@ -59,6 +59,7 @@ def serve(
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
+    ram: options.Ram = "auto",
     alias: Annotated[str | None, typer.Option("--alias", help="The model's name, in place of its own.")] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
     api_key_file: Annotated[
@@ -86,10 +87,13 @@ def serve(
             "--api-key asks for one; --no-auth lets anybody in",
         )
 
+    from cext import MAX_STEP
     from dsv2cli import locate
+    from dsv2cli.residency import Beside
     from dsv2cli.server import process
 
-    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
+    beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
+    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside)
     settings = process.Settings(
         context, parallel, queue, cache_bytes, kv, alias, deterministic, disk=disk, slot_folder=slot_save_path
     )

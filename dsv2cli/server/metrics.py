@@ -5,8 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dsv2cli.runtime import Runtime
 from dsv2cli.server.service import Service
 
+Row = tuple[str, str, str, float]  # name, kind, what it is, value
 TEXT = "text/plain; version=0.0.4"
 
 
@@ -14,7 +16,7 @@ async def metrics(service: Service, request: Request) -> Response:
     engine, f = service.engine, service.engine.figures
     disk = engine.disk
     usage = engine.runtime.model.cache_usage()
-    rows = (
+    rows: tuple[Row, ...] = (
         ("prompt_tokens_total", "counter", "Prompt tokens read.", f.prompt_tokens),
         ("prompt_tokens_cached_total", "counter", "Prompt tokens found in the cache.", f.cached_tokens),
         ("prompt_seconds_total", "counter", "Seconds until first logits.", f.prompt_seconds),
@@ -36,11 +38,38 @@ async def metrics(service: Service, request: Request) -> Response:
         ("cache_disk_tokens_total", "counter", "Prompt tokens found on disk.", disk.n_fetched if disk else 0),
         ("kept_prefixes", "gauge", "Prefixes kept for requests that begin alike.", len(engine.prefixes)),
     )
+    rows += drive_rows(engine.runtime)
     lines = [
         f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value:g}\n"
         for name, kind, what, value in rows
     ]
     return Response("".join(lines), media_type=TEXT, headers={"Process-Start-Time-Unix": str(int(f.began))})
+
+
+def drive_rows(runtime: Runtime) -> tuple[Row, ...]:
+    """Of experts that are read from the file; none where all weights are in memory."""
+    counts = runtime.drive_counts()
+    if counts is None or runtime.plan is None:
+        return ()
+    needed, ready, read, waited, told, right = (
+        sum(getattr(part, name) for part in counts)
+        for name in ("needed", "ready", "bytes_read", "wait_ns", "told", "right")
+    )
+    return (
+        ("weights_budget_bytes", "gauge", "Memory for weights.", runtime.plan.ram or 0),
+        ("experts_needed_total", "counter", "Routed experts that steps needed, once a layer and step.", needed),
+        ("experts_ready_total", "counter", "Of these, in memory when they were needed.", ready),
+        ("experts_guessed_total", "counter", "Experts guessed ahead.", told),
+        ("experts_guessed_right_total", "counter", "Of these, needed.", right),
+        ("drive_bytes_total", "counter", "Bytes read from the model's file.", read),
+        ("drive_wait_seconds_total", "counter", "Seconds that steps waited for the drive.", waited / 1e9),
+        (
+            "drive_bytes_per_token",
+            "gauge",
+            "Bytes read a token, writing.",
+            _rate(counts[0].bytes_read, counts[0].tokens),
+        ),
+    )
 
 
 def _rate(n: int, seconds: float) -> float:

@@ -150,9 +150,7 @@ def load(
     @contextlib.contextmanager
     def opened() -> Iterator[Service]:
         with runtime.open_model(path, threads, wishes) as model:
-            trained = model.n_ctx_train or runtime.DEFAULT_CONTEXT
-            usual = min(runtime.DEFAULT_CONTEXT, trained)
-            n_ctx = usual if settings.n_ctx is None else model.context(settings.n_ctx)
+            n_ctx = model.context(settings.n_ctx)
             limits = Limits(n_ctx, settings.parallel, settings.queue, settings.cache_bytes, settings.deterministic)
             disk = _disk(model, n_ctx, settings) if settings.disk is not None else None
             engine = Engine(model, limits, settings.kv, disk)

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,25 @@ def test_what_fits_is_mapped(tiny_gguf: Callable[[Spec], Path]) -> None:
     for ram in (0, -1, 1 << 63):
         with pytest.raises(ValueError, match="ram is"):
             Model(path, ram=ram)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("spec", KINDS, ids=lambda s: s.name)
+def test_what_weights_need_is_told_alike_mapped_and_within_a_budget(
+    tiny_gguf: Callable[..., Path], spec: Spec, legacy: bool
+) -> None:
+    path = tiny_gguf(spec, legacy)
+    with Model(path) as model:
+        mapped = model.needs()
+        assert mapped.all == model.nbytes
+    assert mapped.least == least(path)
+    assert mapped.experts == len(spec.moe_layers) * spec.n_expert * 3 * spec.n_embd * spec.n_ff_expert * 4
+    assert mapped.experts < mapped.slots and mapped.shared + mapped.slots >= mapped.all
+    assert (mapped.read, mapped.read_ns) == (0, 0)
+    with Model(path, ram=mapped.least) as model:
+        found = model.needs()
+        assert found.read == 0 or (0 < found.read <= found.shared and found.read_ns > 0)
+        assert replace(found, read=0, read_ns=0) == mapped
 
 
 def test_counts_add_up(tiny_gguf: Callable[[Spec], Path]) -> None:

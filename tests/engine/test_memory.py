@@ -55,6 +55,24 @@ def test_free_memory(tmp_path: Path, files: dict[str, str], expected: int) -> No
     assert free_bytes(machine(tmp_path, files)) == expected
 
 
+HIGH = {f"{V2}/a/memory.high": f"{2 * GB}\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "swap", "expected"),
+    [
+        ({}, False, 8 * GB),
+        ({"proc/self/cgroup": "0::/a\n", **group(f"{V2}/a", 99 * GB, GB)}, False, 8 * GB),
+        ({"proc/self/cgroup": "0::/a\n", **group(f"{V2}/a", 3 * GB, GB), **HIGH}, False, GB),
+        ({"proc/self/cgroup": "0::/a\n", **group(f"{V2}/a", "max", GB), **HIGH}, False, GB),
+        ({"proc/self/cgroup": "0::/a\n", **group(f"{V2}/a", 3 * GB, GB), **HIGH}, True, 2 * GB),
+        ({"proc/self/cgroup": "4:memory:/a\n0::/\n", **group(f"{V1}/a", 4 * GB, 3 * GB, GB)}, False, 2 * GB),
+    ],
+)
+def test_memory_that_is_free_without_swap(tmp_path: Path, files: dict[str, str], swap: bool, expected: int) -> None:
+    assert free_bytes(machine(tmp_path, files), swap=swap) == expected
+
+
 def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
     assert free_bytes(tmp_path) is None
     assert free_bytes(machine(tmp_path, {"proc/meminfo": "MemTotal: 5 kB\n"})) is None

@@ -1,0 +1,245 @@
+"""Where a model's weights lie: all of them in the file's mapping, or within a budget of memory, the rest in the file.
+
+A budget is chosen from what is free (control groups and other processes counted, swap not), of which caches, the
+engine's own scratch and a margin for the system are kept out. The engine is asked what each takes: a model is opened
+mapped, which reads next to nothing, and again within a budget where it does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dsv2cli import console, usage
+from dsv2cli.errors import UsageError
+from dsv2cli.options import MAX_CONTEXT
+
+if TYPE_CHECKING:
+    from cext import DriveCounts, Model, WeightNeeds
+    from cext.model import Hparams, KvType
+    from dsv2cli.usage import Usage
+
+Weights = int | Literal["auto", "all"]  # bytes that they may take
+DEFAULT_CONTEXT = 4096
+USUAL_STEP = 512  # tokens of a prompt's piece
+MARGIN_SHARE, LEAST_MARGIN = 16, 256 << 20  # of what is free one part in so many, and at least so much of much
+MEASURED = 64 << 20  # bytes: a shorter read tells nothing of a drive
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is to have memory beside a model's weights. n_ctx: as ``context``; n_seq: sequences with caches of it;
+    caches: what those of all may take at least; n_step: tokens of the longest step; rows: of logits that are held;
+    share: of what is free, this model's part."""
+
+    n_ctx: int | None = None
+    kv: KvType = "f16"
+    n_seq: int = 1
+    caches: int = 0
+    n_step: int = USUAL_STEP
+    rows: int = 0
+    share: float = 1.0
+
+    def nbytes(self, model: Model) -> int:
+        """All of it, full."""
+        n_ctx = context(model.hparams["n_ctx_train"], self.n_ctx)
+        caches = self.n_seq * model.session(n_ctx, self.kv).kv_bytes
+        step = model.step_bytes(max(1, min(self.n_step, n_ctx)))
+        return max(caches, self.caches) + step + 4 * self.rows * model.hparams["n_vocab"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays in memory of a model's weights. ram: the budget, None where all are mapped; beside: bytes of caches
+    and steps; free: bytes, None where the system does not tell. usage: what is known of how experts were used."""
+
+    needs: WeightNeeds
+    shape: Hparams
+    beside: int
+    free: int | None
+    ram: int | None
+    usage: Usage | None = field(default=None, compare=False)
+
+    @property
+    def knows(self) -> bool:
+        """Whether it is known which experts are used most."""
+        return self.usage is not None and bool(self.usage.counts.any())
+
+    def held(self, ram: int) -> float:
+        """The share of the routed experts that a budget has room for."""
+        if ram >= self.needs.all or not self.needs.slots:
+            return 1.0
+        return min(1.0, max(0.0, (ram - self.needs.shared) / self.needs.slots))
+
+    def hits(self, ram: int) -> float:
+        """How many of the experts that a token needs a budget can have in memory, if those stay that are used most; by
+        the usage before, or as if all were used alike."""
+        import numpy as np
+
+        held = self.held(ram)
+        if not self.knows:
+            return held
+        assert self.usage is not None
+        counts = self.usage.counts[self.shape["n_layer_dense"] :].astype(float)
+        rows = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        best = np.sort(rows.reshape(-1))[::-1]
+        return float(min(1.0, best[: int(held * best.size)].sum() / max(rows.sum(), 1e-9)))
+
+    def token_bytes(self, ram: int) -> float:
+        """Bytes of the file that a decoded token then reads, at least."""
+        chosen = self.shape["n_expert_used"] / max(self.shape["n_expert"], 1)
+        return (1 - self.hits(ram)) * chosen * self.needs.experts
+
+    def budgets(self) -> list[int]:
+        """Some that hold ever more: the least, then quarters of the experts, at last all."""
+        needs = self.needs
+        quarters = [needs.shared + needs.slots * n // 4 for n in range(1, 4)]
+        return [needs.least, *(ram for ram in quarters if needs.least < ram < needs.all), needs.all]
+
+    def sentence(self, rate: float | None) -> str:
+        """What lies where within the budget, and what to expect; rate: of the drive, bytes a second."""
+        ram, size = self.ram or self.needs.all, console.format_bytes
+        used = "used as they were so far" if self.knows else "all used alike"
+        free = "" if self.free is None else f", {size(self.free)} being free"
+        held, hits, read = self.held(ram), self.hits(ram), self.token_bytes(ram)
+        limit = f", at most {rate / read:.1f} tok/s at the drive's {size(rate)}/s" if rate and read else ""
+        return (
+            f"memory holds {size(ram)} of {size(self.needs.all)} of weights{free}: {size(self.needs.shared)} that every"
+            f" token needs and {100 * held:.0f} % of the experts; {used}, {100 * hits:.0f} % of a token's are there and"
+            f" {size(read)} are read from the file{limit}"
+        )
+
+
+def context(trained: int, n_ctx: int | None) -> int:
+    """Tokens of context where n_ctx are asked for; 0: what the model was trained for; None: 4096, or that if less."""
+    if n_ctx is None:
+        return min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT)
+    return n_ctx or min(trained or DEFAULT_CONTEXT, MAX_CONTEXT)
+
+
+def margin(free: int) -> int:
+    """What is left to the system, of so much that is free."""
+    return max(free // MARGIN_SHARE, min(LEAST_MARGIN, free // 4))
+
+
+def choose(needs: WeightNeeds, room: int) -> int | None:
+    """The budget in ``room`` bytes; None where the mapping serves as well: all fits, or not even the least does."""
+    touched = min(needs.all, needs.shared + needs.experts)  # a draft head's pages are not
+    return None if room >= touched or room < needs.least else room
+
+
+def plan(model: Model, ram: Weights, beside: Beside) -> Plan:
+    """For a model that is open, mapped. UsageError for a budget below the least."""
+    from cext.system import free_bytes
+
+    needs, taken, free = model.needs(), beside.nbytes(model), free_bytes(swap=False)
+    if free is not None:
+        free = int(free * beside.share)
+    if ram == "auto":
+        chosen = None if free is None else choose(needs, free - taken - margin(free))
+        if chosen is not None:  # steps are longer then
+            chosen = max(needs.least, chosen - needs.long_step)
+    else:
+        chosen = None if ram == "all" or ram >= needs.all else ram
+        if chosen is not None and chosen < needs.least:
+            raise UsageError(
+                f"--ram {console.format_bytes(chosen)} does not hold `{model.path}`: it takes at least"
+                f" {spelt(needs.least)}, of which {console.format_bytes(needs.shared)} are what every token needs",
+                "more memory, or a file of fewer bits a weight; --ram all maps the file",
+            )
+    return Plan(needs, model.hparams, taken, free, chosen)
+
+
+def spelt(nbytes: int) -> str:
+    """A size that --ram takes as no less than these bytes: 1234567890 -> "1.24G"."""
+    unit, size = ("G", 10**9) if nbytes >= 10**9 else ("M", 10**6)
+    return f"{-(-nbytes * 100 // size) / 100:.2f}{unit}"
+
+
+def strain(found: Plan, ram: Weights) -> str | None:
+    """What is wrong where memory does not suffice: for a warning."""
+    if found.free is None or ram == "all":
+        return None
+    size, left = console.format_bytes, found.free - found.beside
+    if ram == "auto":
+        touched = min(found.needs.all, found.needs.shared + found.needs.experts)
+        if found.ram is not None or left - margin(found.free) >= touched:
+            return None
+        return (
+            f"{size(found.needs.all)} of weights do not fit, nor the least of them that a budget takes,"
+            f" {size(found.needs.least)}: {size(found.free)} are free, {size(found.beside)} for context and steps."
+            " The file is mapped and read again and again"
+        )
+    if found.ram is None or found.ram <= left - found.needs.long_step:
+        return None
+    return (
+        f"--ram {size(found.ram)} and {size(found.beside)} for context and steps are more than the {size(found.free)}"
+        " that are free"
+    )
+
+
+def shared_out(paths: Sequence[Path], each: Sequence[Beside]) -> list[Beside]:
+    """The same for models that are open together: what is free is shared by the sizes of their files."""
+    from cext import EngineError, Gguf
+
+    sizes = []
+    for path in paths:
+        try:
+            with Gguf(path) as gguf:
+                sizes.append(gguf.nbytes)
+        except EngineError:  # who opens it says so
+            sizes.append(1)
+    return [replace(one, share=size / sum(sizes)) for one, size in zip(each, sizes, strict=True)]
+
+
+def look(path: Path, beside: Beside) -> Plan | None:
+    """What would be chosen for a file; None where the engine does not open it, or it has no routed experts."""
+    from cext import EngineError, Model
+
+    try:
+        with Model(path) as model:
+            found = plan(model, "auto", beside)
+    except EngineError:
+        return None
+    return replace(found, usage=usage.known(path)) if found.needs.experts else None
+
+
+def open_within(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
+    """The model opened, and the plan where it has a budget. What ``cext.Model`` and ``plan`` raise."""
+    from cext import Model
+
+    model = Model(path, threads)
+    if ram == "all":
+        return model, None
+    try:
+        found = plan(model, ram, beside)
+    except BaseException:
+        model.close()
+        raise
+    if (problem := strain(found, ram)) is not None:
+        console.warn(console.printable(f"`{path}`: {problem}"))
+    if found.ram is None:
+        return model, None
+    model.close()  # before the other takes memory
+    known = usage.known(path)
+    return Model(path, threads, ram=found.ram, uses=known.counts if known else None), replace(found, usage=known)
+
+
+def drive_record(plan: Plan, decoding: DriveCounts, reading: DriveCounts) -> dict[str, Any]:
+    """The budget and what the engine has counted, of decoding and of reading prompts."""
+    record: dict[str, Any] = {"ram": plan.ram, "held_share": plan.held(plan.ram or plan.needs.all)}
+    for name, counts in (("decoding", decoding), ("reading", reading)):
+        derived = {
+            "hit_rate": counts.ready / counts.needed if counts.needed else None,
+            "bytes_per_token": counts.bytes_read / counts.tokens if counts.tokens else None,
+        }
+        record[name] = asdict(counts) | derived
+    return record
+
+
+def measured_rate(model: Model) -> float | None:
+    """The drive's bytes a second, of what opening read past the system's cache; None where that was too little."""
+    needs = model.needs()
+    return needs.read / needs.read_ns * 1e9 if needs.read >= MEASURED and needs.read_ns > 0 else None
