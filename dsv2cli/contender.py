@@ -62,7 +62,7 @@ class Engine(Protocol):
 class Ours:
     """dsv2's engine; a setting is a cache type, "kv=f16"."""
 
-    def __init__(self, model: Path, n_ctx: int, threads: int, ram: Weights) -> None:
+    def __init__(self, model: Path, n_ctx: int, threads: int, ram: Weights = "all") -> None:
         from cext import MAX_STEP, Session
 
         beside = Beside(n_ctx, n_step=min(MAX_STEP, n_ctx))
@@ -227,7 +227,7 @@ def footprint() -> dict[str, Any]:
     return {"anonymous_bytes": fields["RssAnon"], "file_bytes": fields["RssFile"]}
 
 
-def load(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> tuple[Engine, float]:
+def load(name: str, model: Path, n_ctx: int, threads: int, ram: Weights = "all") -> tuple[Engine, float]:
     """An engine and the seconds from opening the file to its first logits, imports not counted."""
     __import__("cext" if name == "dsv2" else "dsv2cli.engines.llamacpp.library")
     begun = time.perf_counter()

@@ -19,6 +19,7 @@ from support.vocab import IDS, USER, V25_TEMPLATE, write_model
 
 import cext
 from cext.tokenizer import Message, Tokenizer
+from dsv2cli.runtime import Wishes
 
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 CHAT = "/v1/chat/completions"
@@ -244,6 +245,25 @@ def test_penalties_biases_and_ends(server: Served, path: Path) -> None:
         often["choices"][0]["message"]
         != server.asked(CHAT, messages=HI, max_tokens=40, temperature=0)["choices"][0]["message"]
     )
+
+
+def test_metrics_tell_of_a_drive(path: Path, server: Served) -> None:
+    with cext.Model(path) as model:
+        least = model.needs().least
+    assert "drive_bytes_total" not in figures(server)
+    with served(path, wishes=Wishes(ram=least)) as small:
+        before = figures(small)
+        assert before["weights_budget_bytes"] == least and before["drive_bytes_total"] == 0
+        small.asked(TEXT, prompt=[5, 6, 7], max_tokens=4, temperature=0)
+        after = figures(small)
+    assert after["experts_needed_total"] > 0 and after["drive_bytes_total"] > 0
+    assert after["experts_ready_total"] <= after["experts_needed_total"] and after["drive_bytes_per_token"] > 0
+
+
+def figures(server: Served) -> dict[str, float]:
+    lines = server.client.get("/metrics").text.splitlines()
+    pairs = (line.removeprefix("llamacpp:").split() for line in lines if line.startswith("llamacpp:"))
+    return {name: float(value) for name, value in pairs}
 
 
 def test_models_health_and_metrics(server: Served) -> None:
