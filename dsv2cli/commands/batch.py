@@ -68,6 +68,7 @@ def batch(
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
+    ram: options.Ram = "auto",
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help=SHARD_HELP)] = "1/1",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=SKIP_HELP)] = False,
     retry: Annotated[bool, typer.Option("--retry", help=RETRY_HELP)] = False,
@@ -78,14 +79,17 @@ def batch(
     if out is None:
         raise UsageError("-o is missing", "it names the file that the answers go to")
     cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
-    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet)
 
+    from cext import MAX_STEP
     from dsv2cli import locate
     from dsv2cli.batch.ledger import places
     from dsv2cli.batch.shards import Shard
+    from dsv2cli.residency import Beside
     from dsv2cli.server import offline, process
     from dsv2cli.server.generation import Params
 
+    beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
+    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside)
     part = Shard.parse(shard)
     path = locate.model(model)
     out, errors = places(out, errors, [path, *_files_of(requests, template)])

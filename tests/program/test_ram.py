@@ -84,11 +84,15 @@ def test_perplexity_beside_itself_within_a_budget(tmp_path: Path) -> None:
     assert json.loads(dsv2(*ask, "--ram", "20M").stdout) == json.loads(dsv2(*ask).stdout)
 
 
-@pytest.mark.parametrize("command", ["chat", "bench", "perplexity", "serve"])
+@pytest.mark.parametrize("command", ["chat", "bench", "perplexity", "serve", "batch"])
 def test_every_command_that_runs_a_model_has_it(command: str) -> None:
-    more = {"perplexity": (MODEL, "--text", __file__), "chat": ("-p", "x")}.get(command, ())
+    more = {
+        "perplexity": (MODEL, "--text", __file__),
+        "chat": ("-p", "x"),
+        "batch": (__file__, "-o", "out.jsonl", "--template", "{text}"),
+    }.get(command, ())
     assert_fails(dsv2(command, *more, "--ram", "much"), 2, "--ram", "much", "auto")
-    if command != "serve":  # which says it when it has loaded
+    if command not in ("serve", "batch"):  # which say it when they have loaded
         assert_fails(dsv2(command, *more, "--ram", "1M"), 2 if command != "bench" else 1, "at least", "1.00 MB")
 
 
