@@ -32,6 +32,9 @@ CACHE_HELP = "Memory for what has been read, kept for requests that begin alike:
 DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
 DISK_SIZE_HELP = "Most bytes in --cache-dir; what was used least recently goes first."
 SLOTS_HELP = "A folder where clients may save what a slot has read, and restore it (POST /slots/0?action=save)."
+FILES_HELP = (
+    "Where files and batches of clients are kept, and gone on with after a restart; else they go with the server."
+)
 MAX_PARALLEL = 64
 
 
@@ -70,6 +73,7 @@ def serve(
         list[str] | None, typer.Option("--allowed-host", metavar="NAME", help=HOST_NAME_HELP)
     ] = None,
     cors_origin: Annotated[list[str] | None, typer.Option("--cors-origin", metavar="ORIGIN", help=ORIGIN_HELP)] = None,
+    files_dir: Annotated[Path | None, options.place("--files-dir", metavar="DIR", help=FILES_HELP)] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -101,7 +105,7 @@ def serve(
     listening = process.listen(host, port)
     if not quiet:
         console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
-    process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules)).run(listening)
+    process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules, files=files_dir)).run(listening)
 
 
 def keys_in(file: Path | None) -> list[str]:

@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dsv2cli import console
-from dsv2cli.server import answering, errors, metrics, webpage
+from dsv2cli.server import answering, errors, guard, metrics, webpage
 from dsv2cli.server.answering import JSON_TYPE, ClientGoneError
-from dsv2cli.server.dialects import anthropic, chat, completions, models, native, ollama, responses, slots
+from dsv2cli.server.dialects import anthropic, batches, chat, completions, models, native, ollama, responses, slots
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.guard import App, Guard, Rules, digest, key_of
 from dsv2cli.server.wire import dump
@@ -42,6 +42,15 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("DELETE", "/v1/responses/{name}", responses.delete),
     ("POST", "/v1/responses/{name}/cancel", responses.cancel),
     ("GET", "/v1/responses/{name}/input_items", responses.input_items),
+    ("POST", guard.UPLOAD, batches.upload),
+    ("GET", "/v1/files", batches.list_files),
+    ("GET", "/v1/files/{name}", batches.file),
+    ("GET", "/v1/files/{name}/content", batches.content),
+    ("DELETE", "/v1/files/{name}", batches.delete_file),
+    ("POST", "/v1/batches", batches.create),
+    ("GET", "/v1/batches", batches.list_batches),
+    ("GET", "/v1/batches/{name}", batches.batch),
+    ("POST", "/v1/batches/{name}/cancel", batches.cancel),
     ("POST", "/v1/messages", anthropic.messages),
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("GET", "/api/version", ollama.version),

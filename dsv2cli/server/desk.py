@@ -15,7 +15,7 @@ from dsv2cli.batch.runner import StoppedError
 from dsv2cli.server import answering
 from dsv2cli.server.dialects import chat, completions, responses
 from dsv2cli.server.errors import ApiError, bad_field
-from dsv2cli.server.generation import Ended, Job
+from dsv2cli.server.generation import Ended, Generation, Job
 from dsv2cli.server.service import Service
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ class _Streamed(Struct):
 
 @dataclass(frozen=True)
 class Desk:
-    """A ``batch.runner.Desk`` of what a service serves. salt: see ``Generation``."""
+    """A ``batch.runner.Desk`` of what a service serves. salt, background: see ``Generation``."""
 
     service: Service
     salt: bytes = b""
+    background: bool = False
 
     async def look(self, url: str, body: bytes) -> NDArray[np.int32]:
         job = await self._job(url, body)
@@ -48,11 +49,7 @@ class Desk:
     async def answer(self, url: str, body: bytes, seed: int) -> dict[str, Any]:
         try:
             job = await self._job(url, body)
-            asked = [
-                replace(one, params=replace(one.params, seed=seed)) if one.params.seed is None else one
-                for one in job.asked
-            ]
-            tickets = self.service.submit_all(asked)
+            tickets = self.service.submit_all([self._own(one, seed) for one in job.asked])
             try:
                 heard = await answering.collect(tickets)
             finally:
@@ -71,6 +68,10 @@ class Desk:
         except Exception as error:
             console.note(f"internal error at {url}: {type(error).__name__}: {error}")
             raise ApiError(500, f"internal error: {type(error).__name__}", "server_error") from error
+
+    def _own(self, asked: Generation, seed: int) -> Generation:
+        params = replace(asked.params, seed=seed) if asked.params.seed is None else asked.params
+        return replace(asked, params=params, background=self.background)
 
     async def _job(self, url: str, body: bytes) -> Job:
         if url not in JOBS:

@@ -164,6 +164,8 @@ class Engine:
         self._scheduler = Scheduler(self._evaluate, self._budget(64))
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
+        self._paused: dict[Sequence, tuple[Ticket, int]] = {}  # answers in the background, while others are wanted
+        self._is_wanted = False  # anything but answers in the background, now
         self._wake = threading.Condition()
         self._fetching: set[Ticket] = set()
         self.slots = Slots(limits.parallel)
@@ -206,8 +208,8 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise errors.stopping()
-            if len(self._waiting) >= self.limits.queue:
-                raise errors.busy(len(self._waiting))
+            if not asked.background and self.n_waiting >= self.limits.queue:
+                raise errors.busy(self.n_waiting)
             self._waiting.append(ticket)
             self.figures.requests += 1
         self._look()
@@ -234,7 +236,7 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(not ticket.asked.background for ticket in list(self._waiting))
 
     @property
     def n_running(self) -> int:
@@ -262,7 +264,7 @@ class Engine:
                 self._look()
 
     def _is_over(self) -> bool:
-        return self._stopping and not (self._waiting or self._tickets or self._calls)
+        return self._stopping and not (self._waiting or self._tickets or self._paused or self._calls)
 
     def _answer_calls(self) -> None:
         while self._calls:
@@ -314,7 +316,8 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting requests join, the oldest first, as many as are stepped together."""
         with self._wake:
-            waiting = list(self._waiting)
+            waiting = sorted(self._waiting, key=lambda ticket: ticket.asked.background)
+        self._make_way(waiting)
         done = []
         for ticket in waiting:
             while not ticket.cancelled and ticket.next_choice < ticket.asked.n and self._has_room(ticket):
@@ -327,8 +330,32 @@ class Engine:
             with self._wake:
                 self._waiting = deque(t for t in self._waiting if t not in done)
 
+    def _make_way(self, waiting: list[Ticket]) -> None:
+        """Answers in the background pause while others are wanted, and keep what they have read and written. Where the
+        model has but so many sequences they end first, and one is left free of them."""
+        running = [ticket for ticket, _ in self._tickets.values()]
+        self._is_wanted = any(not t.asked.background and not t.cancelled for t in (*running, *waiting))
+        if self._is_wanted and self._can_pause:
+            for sequence, (ticket, _) in list(self._tickets.items()):
+                if ticket.asked.background and not sequence.cancelled:
+                    self._scheduler.remove(sequence)
+                    self.slots.give_back(sequence, None)
+                    self._paused[sequence] = self._tickets.pop(sequence)
+        for sequence in list(self._paused):
+            if not self._is_wanted or sequence.cancelled:
+                self._tickets[sequence] = self._paused.pop(sequence)
+                self.slots.take(sequence, None)
+                self._scheduler.add(sequence)
+
+    @property
+    def _can_pause(self) -> bool:
+        return self.runtime.model.n_left() is None
+
     def _has_room(self, ticket: Ticket) -> bool:
-        if len(self._tickets) >= self.limits.parallel:
+        if ticket.asked.background and self._is_wanted:
+            return False
+        is_kept_free = ticket.asked.background and not self._can_pause and self.limits.parallel > 1
+        if len(self._tickets) >= self.limits.parallel - is_kept_free:
             return False
         first = ticket.running.get(0)
         if ticket.next_choice > 0:  # the other answers fork the first one's prompt
@@ -507,4 +534,7 @@ class Engine:
         figures.failed += event.reason == "error"
 
     def _all_tickets(self) -> list[Ticket]:
-        return [*self._waiting, *{ticket: None for ticket, _ in list(self._tickets.values())}]
+        return [
+            *self._waiting,
+            *{ticket: None for ticket, _ in [*list(self._tickets.values()), *list(self._paused.values())]},
+        ]

@@ -45,7 +45,8 @@ class Generation:
     n_top: how many of the likeliest tokens' log-probabilities come with each token; None: none. rows: those of the
     prompt's tokens as well. opening: the end of the prompt that belongs to the answer (a reasoning tag). salt: requests
     share what was read only with those of the same salt. constraint: makes one for each answer. slot: the number that
-    the answer is to have among those stepped together, where it is free.
+    the answer is to have among those stepped together, where it is free. background: it is answered while nobody waits
+    for another.
     """
 
     prompt: list[int]
@@ -61,6 +62,7 @@ class Generation:
     ignore_end: bool = False
     constraint: Callable[[], Constraint] | None = None
     slot: int | None = None
+    background: bool = False
 
 
 class Began(NamedTuple):

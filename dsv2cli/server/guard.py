@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Answered without a key: for load balancers; and the page, which asks its reader for one.
 PUBLIC = frozenset({"/health", "/v1/health", "/", "/page.js", "/page.css"})
+UPLOAD = "/v1/files"  # where a form comes in place of JSON, which is read as it comes: see dialects/batches.py
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
 ALLOWED_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
@@ -103,7 +104,8 @@ class Guard:
             if scope["method"] == "OPTIONS":
                 await _answer(send, 204, PREFLIGHT | {"Access-Control-Allow-Headers": ALLOWED_HEADERS})
                 return
-            receive = await _read_body(receive, headers) if scope["method"] == "POST" else receive
+            if scope["method"] == "POST" and scope["path"] != UPLOAD:
+                receive = await _read_body(receive, headers)
         except ApiError as error:
             await _answer(send, error.status, error.headers, error.body())
             return
@@ -119,7 +121,10 @@ class Guard:
             check_key(headers, self._rules.keys)
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json" and not (kind == "" and headers.get("content-length", "0") == "0"):
+            if scope["path"] == UPLOAD:
+                if kind != "multipart/form-data":
+                    raise ApiError(415, "the Content-Type must be multipart/form-data")
+            elif kind != "application/json" and not (kind == "" and headers.get("content-length", "0") == "0"):
                 raise ApiError(415, "the Content-Type must be application/json")
 
     def _with_cors(self, send: Send, origin: str | None) -> Send:

@@ -17,7 +17,9 @@ import uvicorn
 
 from dsv2cli import runtime
 from dsv2cli.errors import CliError
+from dsv2cli.server import files
 from dsv2cli.server.app import State, build
+from dsv2cli.server.batches import Batches
 from dsv2cli.server.disk import Disk
 from dsv2cli.server.engine import Engine, Limits
 from dsv2cli.server.generation import Params
@@ -79,12 +81,14 @@ class Server(uvicorn.Server):
 class Plan:
     """What is to be served. load: opens the model, which takes a while; requests before it has are told so.
 
-    grace: seconds that what runs has at the end.
+    grace: seconds that what runs has at the end. files: a folder for clients' files and batches; None: one that goes
+    with the server.
     """
 
     load: Callable[[], AbstractContextManager[Service]]
     rules: Rules
     grace: float = 30.0
+    files: Path | None = None
 
 
 def server_of(state: State, plan: Plan) -> Server:
@@ -132,10 +136,13 @@ class Serving:
 
     def _serve_model(self) -> None:
         try:
-            with self._plan.load() as service:
+            with self._plan.load() as service, files.opened(self._plan.files, files.Limits()) as kept:
+                service.batches = Batches(service, kept)
                 service.engine.start()
+                service.batches.start()
                 self.state.service = service
                 self._over.wait()
+                service.batches.stop()
                 service.engine.stop()
         except BaseException as error:
             self._failure = error

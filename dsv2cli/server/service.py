@@ -23,6 +23,7 @@ from dsv2cli.server.wire import Sampled, StructuredOutputs
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dsv2cli.server.batches import Batches
     from dsv2cli.server.engine import Engine, Ticket
     from dsv2cli.server.generation import Constraint
 
@@ -44,6 +45,7 @@ class Service:
     n_predict: int | None = None  # most tokens of an answer that asks for no number
     slot_folder: Path | None = None  # where slots are saved
     seed: int = 2**32 - 1  # what llama-server tells where each answer draws its own
+    batches: Batches | None = None  # where it serves
     began: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -110,6 +110,7 @@ BAD = [
     (line(1, tools=3), "tools"),
     (line(1, messages=[{"role": "user", "content": "Hi " * 600}]), "tokens"),
     (line(1, response_format={"type": "poem"}), "response_format"),
+    (line(1, "/v1/responses", input="Hi", previous_response_id="resp_1"), "previous_response_id"),
     ('{"custom_id": "\\ud800", "url": "/v1/completions", "body": {}}', "surrogate"),
     ('{"a":' * 200 + "1" + "}" * 200, "deep"),
     ("[" * 100_000, "deep"),

@@ -68,10 +68,11 @@ def served(
     threads: int = 2,
     wishes: Wishes | None = None,
     ready: bool = True,
+    files: Path | None = None,
 ) -> Iterator[Served]:
     """ready: the model has been loaded."""
     listening = process.listen("127.0.0.1", 0)
-    serving = process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules, grace=5))
+    serving = process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules, grace=5, files=files))
     thread = threading.Thread(target=serving.run, args=(listening,), daemon=True)
     thread.start()
     try:

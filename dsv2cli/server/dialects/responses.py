@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -20,6 +21,7 @@ from dsv2cli.server.generation import Job
 from dsv2cli.server.guard import MAX_BODY
 from dsv2cli.server.items import Item, as_messages, read_input
 from dsv2cli.server.kept import Kept, Turn
+from dsv2cli.server.pages import page
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.wire import Sampled, dump, parse
 
@@ -186,16 +188,23 @@ def previous_turns(service: Service, salt: bytes, name: str | None) -> tuple[Tur
     return kept.turns
 
 
-def _read(service: Service, body: ResponsesRequest, before: tuple[Turn, ...], salt: bytes) -> Conversation:
-    asked = read_input(body.input, lambda name: service.responses.item(salt, name))
+def _read(
+    body: ResponsesRequest, before: tuple[Turn, ...], find: Callable[[str], dict[str, Any] | None]
+) -> Conversation:
+    asked = read_input(body.input, find)
     return Conversation(before, asked, Turn.of(asked))
 
 
-async def prepare_response(service: Service, body: ResponsesRequest, salt: bytes) -> tuple[Asked, Conversation]:
-    """ApiError."""
+async def prepare_response(
+    service: Service, body: ResponsesRequest, salt: bytes, *, alone: bool = False
+) -> tuple[Asked, Conversation]:
+    """alone: what is kept here plays no part in it. ApiError."""
     check_supported(body)
+    if alone and body.previous_response_id is not None:
+        raise bad_field("previous_response_id", "a line of a batch goes on from no other response")
     before = previous_turns(service, salt, body.previous_response_id)
-    asked = await answering.aside(_read, service, body, before, salt)
+    find = (lambda name: None) if alone else partial(service.responses.item, salt)
+    asked = await answering.aside(_read, body, before, find)
     try:
         return await prepare(service, await answering.aside(asked.as_chat, body), salt), asked
     except ApiError as error:
@@ -216,15 +225,17 @@ async def responses(service: Service, request: Request) -> Response:
 async def job(service: Service, data: bytes, salt: bytes) -> Job:
     """A response that is answered whole, from its body, and not kept here. ApiError."""
     body = replace(parse(data, ResponsesRequest), store=False)
-    return _job(*await _begin(service, body, salt))
+    return _job(*await _begin(service, body, salt, alone=True))
 
 
 def _job(asked: Asked, progress: Progress) -> Job:
     return Job([asked.generation], lambda heard: progress.whole(heard[0]))
 
 
-async def _begin(service: Service, body: ResponsesRequest, salt: bytes) -> tuple[Asked, Progress]:
-    asked, conversation = await prepare_response(service, body, salt)
+async def _begin(
+    service: Service, body: ResponsesRequest, salt: bytes, *, alone: bool = False
+) -> tuple[Asked, Progress]:
+    asked, conversation = await prepare_response(service, body, salt, alone=alone)
 
     def finished(response: dict[str, Any]) -> bool:
         if body.store is False:
@@ -319,23 +330,8 @@ async def cancel(service: Service, request: Request) -> Response:
 async def input_items(service: Service, request: Request) -> Response:
     """The items that a response answered, in pages; the newest first unless asked otherwise."""
     _, kept = _kept(service, request)
-    asked = request.query_params
-    order, after, limit = asked.get("order", "desc"), asked.get("after"), asked.get("limit", "20")
-    if order not in ("asc", "desc"):
-        raise bad_field("order", "is neither asc nor desc")
-    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= MAX_PAGE:
-        raise bad_field("limit", f"is no number from 1 to {MAX_PAGE}")
     items = await answering.aside(kept.input_items)
-    if order == "desc":
-        items.reverse()
-    if after is not None:
-        at = next((i for i, item in enumerate(items) if item["id"] == after), None)
-        if at is None:
-            raise bad_field("after", "is the id of no item of this response")
-        items = items[at + 1 :]
-    page = items[: int(limit)]
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return _json({"object": "list", "data": page, "has_more": len(items) > len(page)} | ends)
+    return _json(page(items[::-1], request.query_params, MAX_PAGE))
 
 
 def _json(value: Any) -> Response:
