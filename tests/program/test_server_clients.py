@@ -3,8 +3,9 @@
     pytest -m heavy tests/program/test_server_clients.py
 
 Each Python client is tested where it is installed; those of Node where NODE_CLIENTS names a folder that holds them
-(npm install openai ai @ai-sdk/openai-compatible @ai-sdk/openai @anthropic-ai/sdk ollama zod @openai/codex). The
-model is random: what it says is scripted, but for the answers of a form, which a grammar writes.
+(npm install openai ai @ai-sdk/openai-compatible @ai-sdk/openai @anthropic-ai/sdk ollama zod @openai/codex
+@mariozechner/pi-coding-agent opencode-ai @qwen-code/qwen-code). The model is random: what it says is scripted, but for
+the answers of a form, which a grammar writes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -225,27 +227,94 @@ def test_pydantic_ai(server: Served, base: str) -> None:
             assert agent.run_sync("Weather?").output == "21 degrees"
 
 
-# Node.
+# Agents: a run each, with a command that the agent carries out.
+
+CODEX = """
+model = "tiny"
+model_provider = "dsv2"
+[model_providers.dsv2]
+name = "dsv2"
+base_url = "BASE/v1"
+wire_api = "responses"
+"""
+PI = """
+{"providers": {"dsv2": {"baseUrl": "BASE/v1", "api": "openai-completions", "apiKey": "x", "models": [{"id": "tiny"}]}}}
+"""
+OPENCODE = """
+{"provider": {"dsv2": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": "BASE/v1", "apiKey": "x"},
+  "models": {"tiny": {}}}}}
+"""
+
+NO_PROXY = {"HTTP_PROXY": "", "HTTPS_PROXY": ""}  # for one that sends everything there
 
 
-def test_codex(server: Served, base: str, tmp_path: Path) -> None:
-    """The agent: a run with a command that it carries out, over responses that are not kept."""
-    codex = shutil.which("codex", path=str(Path(os.environ.get("NODE_CLIENTS", "")) / "node_modules" / ".bin"))
-    if codex is None:
-        pytest.skip("needs NODE_CLIENTS to name a folder with @openai/codex")
-    provider = f'name = "dsv2"\nbase_url = "{base}/v1"\nwire_api = "responses"\n'
-    settings = f'model = "tiny"\nmodel_provider = "dsv2"\n[model_providers.dsv2]\n{provider}'
-    (tmp_path / ".codex").mkdir()
-    (tmp_path / ".codex" / "config.toml").write_text(settings)
-    (tmp_path / "a.txt").write_text("21 degrees")
-    call = '<tool_call>\n{"name": "exec_command", "arguments": {"cmd": "cat a.txt"}}\n</tool_call>'
-    command = [codex, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "What is it?"]
+@dataclass(frozen=True)
+class Agent:
+    """command: its program first. file, settings: in its home. tool: what it calls its shell. n_before: answers to what
+    it asks beside the run."""
+
+    command: list[str]
+    tool: str
+    file: str = ""
+    settings: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    n_before: int = 0
+
+
+AGENTS = {
+    "codex": Agent(
+        ["codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"],
+        '{"name": "exec_command", "arguments": {"cmd": "cat a.txt"}}',
+        ".codex/config.toml",
+        CODEX,
+    ),
+    "pi": Agent(
+        ["pi", "--provider", "dsv2", "--model", "tiny", "-p"],
+        '{"name": "bash", "arguments": {"command": "cat a.txt"}}',
+        ".pi/agent/models.json",
+        PI,
+    ),
+    "opencode": Agent(
+        ["opencode", "run", "-m", "dsv2/tiny"],
+        '{"name": "bash", "arguments": {"command": "cat a.txt", "description": "d"}}',
+        ".config/opencode/opencode.json",
+        OPENCODE,
+        n_before=1,  # a title
+    ),
+    "qwen": Agent(
+        ["qwen", "-y", "--auth-type", "openai", "-p"],
+        '{"name": "run_shell_command", "arguments": {"command": "cat a.txt", "is_background": false}}',
+        environment={"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": "BASE/v1", "OPENAI_MODEL": "tiny", **NO_PROXY},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_agents(server: Served, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    agent, service = AGENTS[name], server.serving.state.service
+    assert service is not None
+    told: list[Any] = []
+    read = service.messages
+    monkeypatch.setattr(service, "messages", lambda given: told.append(given) or read(given))
+    program = shutil.which(
+        agent.command[0], path=str(Path(os.environ.get("NODE_CLIENTS", "")) / "node_modules" / ".bin")
+    )
+    if program is None:
+        pytest.skip(f"needs NODE_CLIENTS to name a folder with {name}")
+    if agent.file:
+        (tmp_path / agent.file).parent.mkdir(parents=True)
+        (tmp_path / agent.file).write_text(agent.settings.replace("BASE", base))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "a.txt").write_text("21 degrees")
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"NO_PROXY": "127.0.0.1"}
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]} | nowhere
-    with scripted(server, f"<think>Where?</think>I look. {call}", "It is 21 degrees"):
+    environment |= {key: value.replace("BASE", base) for key, value in agent.environment.items()}
+    call = f"<tool_call>\n{agent.tool}\n</tool_call>"
+    with scripted(server, *[call] * (agent.n_before + 1), *["It is warm"] * 4):
         done = subprocess.run(
-            command,
-            cwd=tmp_path,
+            [program, *agent.command[1:], "What does a.txt say?"],
+            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -253,9 +322,11 @@ def test_codex(server: Served, base: str, tmp_path: Path) -> None:
             timeout=300,
             check=False,
         )
-    assert done.returncode == 0 and done.stdout.strip() == "It is 21 degrees", done.stderr
-    assert "succeeded" in done.stderr and "21 degrees" in done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == "It is warm", done.stderr
+    assert any("21 degrees" in str(messages) for messages in told)
 
+
+# Node.
 
 OPENAI_JS = """
 import OpenAI from 'openai';
