@@ -52,27 +52,62 @@ def free_bytes(root: Path = ROOT, *, swap: bool = True) -> int | None:
     return max(0, min([free, *_left_in_cgroups(root, high=not swap)]))
 
 
+def memory_limit(root: Path = ROOT) -> int | None:
+    """The least that any of this process's cgroups allows; None where none is limited below the machine's memory."""
+    told = dict(_pairs(_read(root / "proc/meminfo").replace(":", " ").replace("kB", "")))
+    whole = 1024 * told.get("MemTotal", 1 << 50)
+    limits = [most for _, most, _ in _memory_cgroups(root, high=False) if most < whole]
+    return min(limits, default=None)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Processors' worth of time that this process's cgroups give it; None where they do not limit it."""
+    given = []
+    for folder, is_first in _cgroups(root, "cpu"):
+        if is_first:
+            words = _read(folder / "cpu.cfs_quota_us").split() + _read(folder / "cpu.cfs_period_us").split()
+        else:
+            words = _read(folder / "cpu.max").split()
+        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # no limit: "max", or -1
+            given.append(int(words[0]) / int(words[1]))
+    return min(given, default=None)
+
+
 def _left_in_cgroups(root: Path, *, high: bool) -> Iterator[int]:
     """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap. high: the mark
     at which it is held up is a limit too."""
+    for folder, most, is_first in _memory_cgroups(root, high=high):
+        taken = _number(folder / ("memory.usage_in_bytes" if is_first else "memory.current"))
+        if taken is not None:
+            # Pages of files count as used, and go when memory is wanted: the mapped weights among them.
+            told = dict(_pairs(_read(folder / "memory.stat")))
+            prefix = "total_" if is_first else ""  # with what is below it
+            yield most - taken + sum(told.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+
+
+def _memory_cgroups(root: Path, *, high: bool) -> Iterator[tuple[Path, int, bool]]:
+    """Cgroups that limit memory: folder, limit, whether of the first version."""
+    for folder, is_first in _cgroups(root, "memory"):
+        names = ("memory.limit_in_bytes",) if is_first else ("memory.max", "memory.high") if high else ("memory.max",)
+        marks = [most for most in (_number(folder / name) for name in names) if most is not None]
+        if marks:
+            yield folder, min(marks), is_first
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's cgroups with a controller, its own first, and whether they are of the first
+    version."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0":
-            mount, used, prefix = "sys/fs/cgroup", "memory.current", ""
-            limits = ("memory.max", "memory.high") if high else ("memory.max",)
-        elif "memory" in controllers.split(","):
-            mount, limits, used = "sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
-            prefix = "total_"  # with what is below it
+            folders, is_first = _upwards(root / "sys/fs/cgroup", group), False
+        elif controller in controllers.split(","):
+            folders, is_first = _upwards(root / "sys/fs/cgroup" / controller, group), True
         else:
             continue
-        for folder in _upwards(root / mount, group):
-            marks = [most for most in (_number(folder / limit) for limit in limits) if most is not None]
-            taken = _number(folder / used)
-            if marks and taken is not None:
-                # Pages of files count as used, and go when memory is wanted: the mapped weights among them.
-                told = dict(_pairs(_read(folder / "memory.stat")))
-                yield min(marks) - taken + sum(told.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+        for folder in folders:
+            yield folder, is_first
 
 
 def _upwards(mount: Path, group: str) -> Iterator[Path]:

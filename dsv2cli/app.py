@@ -17,12 +17,27 @@ from typing import Annotated, Any
 import typer
 
 from dsv2cli import console
-from dsv2cli.commands import batch, bench, chat, config, download, inspect, perplexity, plan, quantize, serve
+from dsv2cli.commands import (
+    batch,
+    bench,
+    chat,
+    config,
+    doctor,
+    download,
+    inspect,
+    list_,
+    perplexity,
+    plan,
+    quantize,
+    rm,
+    serve,
+)
 from dsv2cli.errors import CliError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 NUMBERS = {"int_": "not a whole number", "float_": "not a number"}  # by the kind of a check of typer's
 COMPLETING = "_DSV2_COMPLETE"
+UNSET = ("config", "doctor")  # verbs that work whatever settings say: they tell what is wrong with them
 
 app = typer.Typer(
     name="dsv2",
@@ -42,11 +57,15 @@ VERBS: dict[str, tuple[ModuleType, str]] = {
     "serve": (serve, "Serve a model to other programs over HTTP."),
     "batch": (batch, "Answer a file of requests; killed, it goes on."),
     "bench": (bench, "Measure speed, beside llama.cpp if asked."),
+    "list": (list_, "List the models that are here, with their sizes."),
+    "rm": (rm, "Remove models from this machine."),
     "config": (config, "Show and set what options default to, with its origin."),
+    "doctor": (doctor, "Look for what stands in the way here."),
 }
 for verb, (command, summary) in VERBS.items():
     examples = "\b\nExamples:\n" + "\n".join(f"  dsv2 {example}" for example in command.EXAMPLES)
-    app.command(verb, help=command.HELP, short_help=summary, epilog=examples)(getattr(command, verb))
+    function = list_.list_models if command is list_ else getattr(command, verb)
+    app.command(verb, help=command.HELP, short_help=summary, epilog=examples)(function)
 
 
 def print_version(wanted: bool) -> None:
@@ -136,7 +155,8 @@ def close_quietly() -> None:
 
 def defaults(root: Any, args: Sequence[str]) -> dict[str, Any]:
     """What options are set to elsewhere (settings.py). Help is shown, and settings are changed, whatever they hold."""
-    if COMPLETING in os.environ or not args or args[0] == "config" or {"-h", "--help"} & set(args):
+    verb = next((word for word in args if word in VERBS), None)
+    if COMPLETING in os.environ or verb in (None, *UNSET) or {"-h", "--help"} & set(args):
         return {}
     from dsv2cli import settings
 

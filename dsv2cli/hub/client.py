@@ -26,6 +26,25 @@ class UnreachableError(CliError):
     """No answer from the hub: the network, the name, or the server."""
 
 
+def has_token() -> bool:
+    """Whether requests carry a token."""
+    with translated_errors(""):
+        from huggingface_hub import get_token
+
+        return get_token() is not None
+
+
+def ask_whether_there() -> None:
+    """CliError where the hub does not answer, or refuses the token."""
+    settings = constants()
+    if settings.HF_HUB_OFFLINE:
+        raise CliError("HF_HUB_OFFLINE forbids asking the hub", "unset it to ask")
+    with translated_errors("the hub"):
+        from huggingface_hub import HfApi
+
+        next(iter(HfApi().list_models(limit=1)), None)
+
+
 class MissetError(UsageError):
     """A variable of the environment holds something that the hub's client cannot work with."""
 

@@ -40,7 +40,7 @@ from dsv2cli.commands.quantize import Type
 from dsv2cli.errors import CliError, UsageError
 from quantize import RECIPES
 
-VERBS = ["plan", "download", "quantize", "chat", "inspect", "perplexity", "bench"]
+VERBS = ["plan", "list", "rm", "config", "doctor", "download", "quantize", "chat", "inspect", "perplexity", "bench"]
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 
 

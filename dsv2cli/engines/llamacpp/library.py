@@ -36,6 +36,15 @@ def version() -> str:
     return str(library().__version__)
 
 
+def features() -> tuple[str, bool, bool]:
+    """(instruction sets and the like that it was built with, whether it has RPC, whether it has GPUs)."""
+    lib = library()
+    words = lib.llama_print_system_info().decode("utf-8", "replace").replace("|", " ").split()
+    with_it = [name for name, sign, on in zip(words, words[1:], words[2:], strict=False) if (sign, on) == ("=", "1")]
+    has_rpc = bool(getattr(lib, "llama_supports_rpc", lambda: False)())
+    return " ".join(with_it), has_rpc, bool(lib.llama_supports_gpu_offload())
+
+
 def may_repack() -> bool:
     """Whether llama.cpp may copy weights into layouts of its own, which are faster.
 

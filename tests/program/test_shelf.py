@@ -1,0 +1,158 @@
+"""dsv2 list and rm: what is here, and that nothing else goes with what is removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.inprocess import Ran, run
+
+from dsv2cli import shelf
+from dsv2cli.hub import cache
+
+COMMIT, LATER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's, and an empty folder to work in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(cache, "cache_root", lambda: tmp_path / "hub")
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def put(root: Path, repo: str, path: str, content: bytes, commit: str = COMMIT) -> Path:
+    """A file in the cache as the hub's client lays it: a blob, and a link of a snapshot."""
+    folder = root / f"models--{repo.replace('/', '--')}"
+    blob = folder / "blobs" / f"{abs(hash(content)):064x}"
+    name = folder / "snapshots" / commit / path
+    for place in (blob, name):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    name.symlink_to(blob)
+    return name
+
+
+def listed(*args: str) -> dict[str, tuple[str, int]]:
+    ran = run("list", "--json", *args)
+    assert ran.code == 0, ran.told
+    return {row["name"]: (row["kind"], row["nbytes"]) for row in json.loads(ran.out) if row["where"] != "package"}
+
+
+def rm(*args: str) -> Ran:
+    return run("rm", *args)
+
+
+def test_all_kinds_are_listed(root: Path) -> None:
+    put(root, "owner/M-GGUF", "M-Q4_K_M.gguf", b"q" * 1000)
+    put(root, "owner/M-GGUF", "M-Q8_0-00001-of-00002.gguf", b"r" * 600)
+    put(root, "owner/M-GGUF", "M-Q8_0-00002-of-00002.gguf", b"s" * 700)
+    put(root, "owner/M-GGUF", "mmproj-F16.gguf", b"t" * 50)  # no model
+    put(root, "owner/M", "model.safetensors", b"w" * 3000)
+    put(root, "owner/M", "config.json", b"{}")
+    partial = root / "models--owner--P" / "blobs" / f"x{cache.PARTIAL}"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"p" * 4096)
+    Path("own-Q4_0.gguf").write_bytes(b"o" * 10)
+    Path("deep/er").mkdir(parents=True)
+    Path("deep/er/two.gguf").write_bytes(b"o" * 20)
+    found = listed()
+    assert found["owner/M-GGUF:Q4_K_M"] == ("gguf", 1000)
+    assert found["owner/M-GGUF:Q8_0"] == ("gguf", 1300)
+    assert found["owner/M"] == ("checkpoint", 3002)
+    assert found["owner/P"][0] == "unfinished"
+    assert found["own-Q4_0.gguf"] == ("gguf", 10) and found["deep/er/two.gguf"] == ("gguf", 20)
+    assert not [name for name in found if "mmproj" in name]
+    assert "own-Q4_0.gguf" not in listed("deep")
+    shown = run("list")
+    assert shown.code == 0 and b"owner/M-GGUF:Q8_0" in shown.out
+    assert run("list", "no-such-folder").code == 2
+
+
+def test_one_type_goes_and_the_rest_stays(root: Path) -> None:
+    gone = put(root, "owner/M-GGUF", "M-Q4_K_M.gguf", b"q" * 1000)
+    stays = put(root, "owner/M-GGUF", "M-Q8_0.gguf", b"r" * 600)
+    blob = gone.resolve()
+    ran = rm("owner/M-GGUF:q4_k_m", "-y")
+    assert ran.code == 0 and "1.00 kB more" in ran.told, ran.told
+    assert not gone.is_symlink() and not blob.exists()
+    assert stays.read_bytes() == b"r" * 600
+    assert rm("owner/M-GGUF", "-y").code == 0
+    assert list(root.iterdir()) == []  # nothing is left of it
+
+
+def test_a_blob_that_another_revision_names_stays(root: Path) -> None:
+    first = put(root, "owner/M", "M-Q4_K_M.gguf", b"q" * 1000)
+    put(root, "owner/M", "M-Q8_0.gguf", b"e" * 10)
+    blob = first.resolve()
+    other = root / "models--owner--M" / "snapshots" / LATER / "M-old.gguf"
+    other.parent.mkdir()
+    other.symlink_to(blob)
+    assert rm("owner/M:Q4_K_M", "-y").code == 0
+    assert blob.exists()
+
+
+def test_a_link_that_leads_out_of_the_cache_is_not_followed(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "precious.gguf"
+    outside.write_bytes(b"precious")
+    name = root / "models--owner--M" / "snapshots" / COMMIT / "M-Q4_K_M.gguf"
+    name.parent.mkdir(parents=True)
+    name.symlink_to(outside)
+    assert rm("owner/M", "-y").code == 0
+    assert outside.read_bytes() == b"precious" and not name.is_symlink()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "snapshots" / COMMIT).mkdir(parents=True)
+    (elsewhere / "snapshots" / COMMIT / "M-Q4_K_M.gguf").write_bytes(b"x")
+    (root / "models--owner--linked").symlink_to(elsewhere)
+    ran = rm("owner/linked", "-y")
+    assert ran.code == 1 and (elsewhere / "snapshots" / COMMIT / "M-Q4_K_M.gguf").exists()
+
+
+def test_files_and_folders_by_their_paths(root: Path) -> None:
+    for name in ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.gguf", "b.gguf.report.json", "notes.txt"):
+        Path(name).write_bytes(b"x")
+    folder = Path("checkpoint")
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "mine.txt"):
+        (folder / name).write_bytes(b"{}")
+    assert rm("a-00001-of-00002.gguf", "b.gguf", "checkpoint", "-y").code == 0
+    assert sorted(p.name for p in Path().iterdir()) == ["checkpoint", "notes.txt"]
+    assert [p.name for p in folder.iterdir()] == ["mine.txt"]  # nobody's of the checkpoint
+
+
+def test_what_is_no_model_is_not_removed(root: Path) -> None:
+    Path("notes.txt").write_bytes(b"x")
+    Path("folder").mkdir()
+    Path("folder/any.json").write_bytes(b"{}")
+    Path("real.gguf").write_bytes(b"x")
+    Path("link.gguf").symlink_to("real.gguf")
+    inside = put(root, "owner/M", "M-Q4_K_M.gguf", b"q")
+    from dsv2cli.locate import PACKAGED  # noqa: PLC0415
+
+    packaged = sorted(PACKAGED.glob("*.gguf"))[0]
+    for name in ("notes.txt", "folder", "link.gguf", str(inside.parent / "M-Q4_K_M.gguf"), str(packaged), ".", "/"):
+        ran = rm(name, "-y")
+        assert ran.code == 2, (name, ran.told)
+    assert rm("owner/absent", "-y").code == 1 and rm("nonsense", "-y").code == 2
+    assert inside.exists() and packaged.exists() and Path("real.gguf").exists() and Path("notes.txt").exists()
+
+
+def test_it_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.gguf").write_bytes(b"x")
+    ran = rm("a.gguf")
+    assert ran.code == 2 and "--yes" in ran.told and Path("a.gguf").exists()  # nobody is there
+    from dsv2cli.commands import rm as command  # noqa: PLC0415
+
+    monkeypatch.setattr(command.console, "is_terminal", lambda stream: True)
+    assert run("rm", "a.gguf", stdin=b"n\n").code == 1 and Path("a.gguf").exists()
+    assert run("rm", "a.gguf", stdin=b"\n").code == 1 and Path("a.gguf").exists()
+    assert run("rm", "a.gguf", stdin=b"y\n").code == 0 and not Path("a.gguf").exists()
+
+
+def test_a_name_is_looked_at_again_before_it_goes(root: Path) -> None:
+    held = shelf.Held("owner/M", "gguf", 1, root / "x", "cache", (root / ".." / "here" / "x.gguf",))
+    with pytest.raises(Exception, match="not where the hub's cache"):
+        shelf.remove(held)
