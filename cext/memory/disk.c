@@ -76,7 +76,7 @@ static void drop(disk *d, ds_slot *slot) {
 
 /* A slot that is to hold expert e, in the queue; NULL where none is to be had. */
 static ds_slot *claim(disk *d, int il, int e, bool urgent) {
-    ds_slot *slot = ds_slots_victim(&d->slots, il, urgent);
+    ds_slot *slot = ds_slots_victim(&d->slots, il, d->last < 0 ? il : d->last, urgent);
     if (!slot) return NULL;
     drop(d, slot);
     ds_slots_give(&d->slots, slot, il, e);

@@ -95,7 +95,8 @@ ds_status ds_slots_create(const ds_config *config, const ds_weights *weights, si
                   .pool_of = calloc(n_layer + 1, sizeof *s.pool_of),
                   .slot_of = calloc(n + 1, sizeof *s.slot_of),
                   .heat = calloc(n + 1, sizeof *s.heat),
-                  .worth = 1};
+                  .worth = 1,
+                  .usual = (double)config->n_expert_used / config->n_expert};
     ds_status st = DS_OK;
     if (bytes < least)
         st = ds_fail(err, DS_EINVAL, "%zu bytes for routed experts, which are read %zu at a time", bytes, least);
@@ -145,16 +146,25 @@ void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok) {
     s->heat[ds_slots_at(s, il, e)] += s->worth * n / n_tok * (1 - pow(fade, n_tok)) / (1 - fade);
 }
 
-/* The coldest slot that may be taken, or NULL. */
-static ds_slot *coldest(const ds_slots *s, const ds_slot_pool *pool, bool force) {
+/* What an expert's place in memory is worth: its chance to be chosen by a token, as its uses tell it, less the usual chance
+ * for the whole round of layers until its own layer's turn. Without that, layers to come are at a loss against those that
+ * the token has been through, whose uses have just been counted (cext/NOTES.md). */
+static double value(const ds_slots *s, const ds_slot *slot, int now, double chance_of_heat) {
+    const int n = s->weights->layer_end - s->weights->layer_begin, ahead = (slot->il - now + n - 1) % n + 1;
+    return s->heat[ds_slots_at(s, slot->il, slot->e)] * chance_of_heat - s->usual * ahead / n;
+}
+
+/* The slot of the least value that may be taken, or NULL. */
+static ds_slot *least(const ds_slots *s, const ds_slot_pool *pool, int now, bool force) {
+    const double chance_of_heat = (1 - exp2(-1.0 / HEAT_TOKENS)) / s->worth;
     ds_slot *best = NULL;
-    double least = DBL_MAX;
+    double lowest = DBL_MAX;
     for (ds_slot *slot = s->slots + pool->first; slot < s->slots + pool->first + pool->n; slot++) {
         if (slot->state == DS_SLOT_FREE) return slot;
         const bool idle = slot->state == DS_SLOT_READY || (slot->state == DS_SLOT_WAITING && !slot->n_begun);
         if (!idle || slot->held || ((slot->promised || slot->kept) && !force)) continue;
-        const double heat = s->heat[ds_slots_at(s, slot->il, slot->e)];
-        if (heat < least) best = slot, least = heat;
+        const double worth = value(s, slot, now, chance_of_heat);
+        if (worth < lowest) best = slot, lowest = worth;
     }
     return best;
 }
@@ -164,10 +174,10 @@ void ds_slots_drop(ds_slots *s, ds_slot *slot) {
     *slot = (ds_slot){.memory = slot->memory};
 }
 
-ds_slot *ds_slots_victim(const ds_slots *s, int il, bool force) {
+ds_slot *ds_slots_victim(const ds_slots *s, int il, int now, bool force) {
     const ds_slot_pool *pool = ds_slots_pool(s, il);
-    ds_slot *slot = coldest(s, pool, false);
-    return !slot && force ? coldest(s, pool, true) : slot;
+    ds_slot *slot = least(s, pool, now, false);
+    return !slot && force ? least(s, pool, now, true) : slot;
 }
 
 void ds_slots_give(ds_slots *s, ds_slot *slot, int il, int e) {

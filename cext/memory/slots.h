@@ -45,6 +45,7 @@ typedef struct ds_slots {
      * fade but new ones are worth more, until all are scaled down. */
     double *heat; /* (layers, n_expert) */
     double worth; /* of a use now */
+    double usual; /* chance that a token chooses an expert: n_expert_used / n_expert */
 } ds_slots;
 
 /* Slots for the routed experts of weights in `bytes` of memory, empty. DS_EINVAL where they hold not one of each size. */
@@ -75,9 +76,9 @@ static inline size_t ds_piece_bytes(const ds_mat *m) { return m->row_bytes * (si
 void ds_slots_step(ds_slots *s, int n_tok);
 /* Of its tokens, n chose expert e. */
 void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok);
-/* The slot to give to another expert of the layer: a free one, or the coldest that nobody needs; with force, also one that
- * is promised or kept, and not being read. NULL where there is none. */
-ds_slot *ds_slots_victim(const ds_slots *s, int il, bool force);
+/* The slot to give to an expert of layer il, while layer `now` is under way: a free one, or of those that nobody needs the
+ * one of the least worth; with force, also one that is promised or kept, and not being read. NULL where there is none. */
+ds_slot *ds_slots_victim(const ds_slots *s, int il, int now, bool force);
 /* A free slot is to hold an expert that has none: WAITING. */
 void ds_slots_give(ds_slots *s, ds_slot *slot, int il, int e);
 /* It holds nothing any more. */
