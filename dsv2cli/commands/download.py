@@ -87,6 +87,7 @@ def download(
         job = transfer.Transfer(plan, to)
         if not quiet:
             tell_plan(plan, job)
+            warn_of(plan, job)
         path = fetch(job, quiet)
     except KeyboardInterrupt:
         console.note("stopped; the same command resumes", "dim")
@@ -107,6 +108,20 @@ def tell_plan(plan: Plan, job: Transfer) -> None:
         f" {console.format_bytes(plan.nbytes)}; {'offline, from the cache' if plan.offline else here};"
         f" {console.format_bytes(cache.free_bytes(job.where))} free in {job.where}"
     )
+
+
+def warn_of(plan: Plan, job: Transfer) -> None:
+    """A line, where what is fetched will not fit in this machine's memory, or cannot be quantised on its disk."""
+    from dsv2cli.hub import cache
+    from dsv2cli.planner import warning
+    from quantize.source.files import CONFIG
+
+    if plan.kind == "gguf":
+        told = warning.of_weights(Path(plan.joined or plan.files[0].path).name, plan.nbytes)
+    else:
+        told = warning.of_checkpoint(cache.location(plan, job.to) / CONFIG, "q4_k_m", Path.cwd())
+    if told is not None:
+        console.warn(told)
 
 
 def name_of(plan: Plan) -> str:

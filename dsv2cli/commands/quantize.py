@@ -137,6 +137,12 @@ def quantize(
     folder = locate.checkpoint(source)
     target = out or Path(default_name(source, folder, bpw_name(bpw) or size_name(size) or (kind or Type.q4_k_m).value))
     check_target(target, force)
+    if (
+        not quiet
+        and bpw is None
+        and (told := forewarned(folder, size, (kind or Type.q4_k_m).value, target)) is not None
+    ):
+        console.warn(told)
     with keeping_work(target), Display(quiet=quiet) as display:
         report = run(folder, target, options, display.progress, say=display.say, restart=restart)
     if as_json:
@@ -166,6 +172,17 @@ def bpw_name(bpw: str | None) -> str:
 def size_name(size: str | None) -> str:
     """What a file of so many bytes is called by."""
     return "".join(size.split()) if size is not None else ""
+
+
+def forewarned(folder: Path, size: str | None, kind: str, target: Path) -> str | None:
+    """What is worth knowing before hours of work: a file that will not fit in this machine's memory or disk."""
+    from dsv2cli.planner import warning
+    from quantize import parse_size
+    from quantize.source.files import CONFIG
+
+    if size is not None:
+        return warning.of_weights(target.name, parse_size(size))
+    return warning.of_checkpoint(folder / CONFIG, kind, target.parent) if folder.is_dir() else None
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsv2cli import residency
 from dsv2cli.anatomy import Anatomy
 from dsv2cli.engines.cache import count
 from dsv2cli.engines.choice import OURS
@@ -16,13 +17,11 @@ if TYPE_CHECKING:
     from cext.model import KvType
 
 DEPTHS = (0, 4096, 16384, 131072)
-DEFAULT_CONTEXT = 4096
 PROGRAM_BYTES = 67 << 20  # of an interpreter with what chat loads: 29 MiB its own, 38 of pages of libraries
 TOKENIZER_BYTES = 370  # for each token: its text, its place in two tables, its merge
 LEAST_BAND = 0.15  # of a speed: what a machine's memory drifts by within minutes, and scaling a part to the whole
 MEMORY_BAND = 0.05
 DRIVES = (0.5e9, 3e9, 7e9)  # bytes a second: an SSD on SATA, one on PCIe 3, one on PCIe 4 or 5
-ROUTED = "routed experts"
 KV: tuple[KvType, ...] = ("f16", "q8_0", "f32")
 
 
@@ -94,20 +93,12 @@ class Forecast:
     advice: str
 
 
-def scratch_bytes(found: Anatomy, threads: int | None) -> int:
-    """Memory of the steps that chat makes, at most, as the engine reckons it. EngineError where it would not run it."""
-    from cext import Model
-
-    with Model(found.path, threads) as model:
-        return model.step_bytes(PROMPT)
-
-
 def memory_of(
     found: Anatomy, n_ctx: int | None, kv_type: KvType, free: int | None, scratch: int, n_vocab: int
 ) -> Memory:
     """At a context; None: as chat takes it, 0: as long as the model was trained for."""
     trained = count(found.keys, "context_length")
-    n_ctx = (trained or DEFAULT_CONTEXT) if n_ctx == 0 else n_ctx or min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT)
+    n_ctx = residency.context(trained, n_ctx)
     program = PROGRAM_BYTES + TOKENIZER_BYTES * n_vocab
     return Memory(n_ctx, kv_type, found.tensor_bytes, found.kv_bytes[kv_type] * n_ctx, scratch, program, free)
 
@@ -149,10 +140,9 @@ def forecast(
     from cext import Gguf
 
     found = subject.found
-    scratch = 0
-    if found.engine == OURS:
-        measured = rates.scratch if isinstance(rates, Rates) else None
-        scratch = scratch_bytes(found, threads) if measured is None else measured
+    scratch, budget = _asked_of_the_engine(found, n_ctx, kv_type, threads, free) if found.engine == OURS else (0, None)
+    if isinstance(rates, Rates) and rates.scratch is not None:
+        scratch = rates.scratch
     decode: tuple[Speed, ...] = ()
     prefill = None
     with Gguf(found.path) as gguf:
@@ -168,33 +158,43 @@ def forecast(
         )
         prefill = speed(0, prefill_seconds(work, rates), rates.spread, PROMPT)
     known = rates if isinstance(rates, Rates) else None
-    drive = _drive(found, memory, ram, known)
+    drive = _drive(found, memory, ram, budget, known)
     return Forecast(
         subject, memory, longest_context(found, memory, kv_type), decode, prefill, known,
         "" if known else str(rates), drive, advise(subject, memory, known, drive),
     )  # fmt: skip
 
 
-def _drive(found: Anatomy, memory: Memory, ram: int | None, rates: Rates | None) -> Drive | None:
+def _asked_of_the_engine(
+    found: Anatomy, n_ctx: int | None, kv_type: KvType, threads: int | None, free: int | None
+) -> tuple[int, residency.Plan]:
+    """What steps take at most, and which weights chat would hold in so much free memory. EngineError where the engine
+    would not run the file."""
+    from cext import Model
+
+    with Model(found.path, threads) as model:
+        beside = residency.Beside(n_ctx, kv_type).nbytes(model)
+        needs = model.needs()
+        ram = None if free is None else residency.choose(needs, free - beside - residency.margin(free))
+        return model.step_bytes(PROMPT), residency.Plan(needs, model.hparams, beside, free, ram)
+
+
+def _drive(
+    found: Anatomy, memory: Memory, ram: int | None, budget: residency.Plan | None, rates: Rates | None
+) -> Drive | None:
     """Where memory is short, or less of it is asked for; None where all weights are held."""
-    if found.engine != OURS or (ram is None and memory.fits):
+    if budget is None or not budget.needs.slots or (ram is None and memory.fits):
         return None
-    routed = next((p for p in found.parts if p.name == ROUTED), None)
     if ram is None:
-        ram = max(0, (memory.free or 0) - memory.own)
-    if routed is None or ram >= memory.weights:
+        ram = budget.ram if budget.ram is not None else max(0, (memory.free or 0) - memory.own)
+    if ram >= budget.needs.all:
         return None
-    n_layer = count(found.keys, "block_count") - count(found.keys, "leading_dense_block_count")
-    n_slots = max(1, n_layer * count(found.keys, "expert_count"))
-    always = memory.weights - routed.nbytes
-    least = always + routed.nbytes // n_slots
-    held = min(1.0, max(0.0, (ram - always) / routed.nbytes))
-    missed = round(routed.token_bytes * (1 - held))
+    missed = round(budget.token_bytes(ram))
     speeds: tuple[float | None, ...] = (None,) * len(DRIVES)
     if rates is not None:
         step = decode_seconds(found.token_bytes, 0, 0, rates)
         speeds = tuple(1 / (step + missed / drive) for drive in DRIVES)
-    return Drive(ram, least, held, missed, speeds)
+    return Drive(ram, budget.needs.least, budget.held(ram), missed, speeds)
 
 
 def rung_memory(rung: Rung, memory: Memory) -> int:
@@ -214,7 +214,7 @@ def _make_fit(subject: Subject, memory: Memory, drive: Drive | None) -> str:
     if memory.kv_type == "f16" and coded < memory.cache and coded <= room:
         return "--kv q8_0 keeps the context in half of the memory, and then it fits"
     shorter = longest_context(found, memory, memory.kv_type) or 0
-    if shorter >= min(DEFAULT_CONTEXT, memory.n_ctx // 2):
+    if shorter >= min(residency.DEFAULT_CONTEXT, memory.n_ctx // 2):
         return f"a context of {shorter} tokens fits (--ctx {shorter})"
     fitting = [r for r in subject.ladder if r.nbytes < memory.weights and rung_memory(r, memory) <= free]
     if fitting:

@@ -36,7 +36,7 @@ BLOCK_TOKENS = 256  # that a cache grows by
 ROUNDS, STEPS, DEEP_STEPS = 5, 4, 2
 SECONDS = 1.5  # after which no further round begins
 SEED = 20240507
-ROUTED, EMBEDDINGS, HEAD = "routed experts", "embeddings", "head"
+EMBEDDINGS, HEAD = "embeddings", "head"  # parts of an anatomy
 UNSAFE_SHARE = 0.5  # of the free memory, that a probe may touch
 
 

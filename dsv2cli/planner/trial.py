@@ -12,7 +12,7 @@ from dsv2cli import benchmark, console
 from dsv2cli.benchmark import Test
 from dsv2cli.engines.choice import OURS
 from dsv2cli.errors import CliError
-from dsv2cli.planner.probe import BLOCK_TOKENS, PROMPT
+from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD, PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsv2cli.planner.forecast import Forecast
 
 N_DECODE = 24
+PAGE = 4096  # bytes
 CONTEXT, TEXT_CHARACTERS = 1024, 2500  # of the answer whose memory is measured: some 600 tokens
 MOST_DEPTH = 16384  # of what is measured: the rest takes its time
 CHECKED = {"decode": 0.15, "prefill": 0.15, "memory": 0.05}  # by how much a forecast may be off
@@ -77,5 +78,9 @@ def _memory(made: Forecast, threads: int | None) -> Compared:
     answer = json.loads(done.stdout)
     n_held = -(-(answer["prompt_tokens"] + answer["answer_tokens"]) // BLOCK_TOKENS) * BLOCK_TOKENS
     cache = made.subject.found.kv_bytes[kv] * n_held
+    # A text touches the rows of its own tokens among the embeddings, a page each at most.
+    unread = sum(p.nbytes - min(p.nbytes, PAGE * n_held) for p in made.subject.found.parts if p.name == EMBEDDINGS)
+    if any(p.name == HEAD for p in made.subject.found.parts):  # else they are read whole as the head
+        cache -= unread
     predicted = made.memory.total - made.memory.cache + cache
     return Compared("memory", predicted, answer["resident_bytes"], CHECKED["memory"])

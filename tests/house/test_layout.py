@@ -388,7 +388,7 @@ def writes(tree: ast.AST) -> Iterator[str]:
 
 def test_only_the_console_writes() -> None:
     """Names and texts of files stand in what is said: one place makes them harmless. Drawings hold none."""
-    allowed = {"figures.py": {"rich's Text"}}
+    allowed = {"figures.py": {"rich's Text"}, "completing.py": {"sys.stdout.write"}}  # to a shell, names checked there
     wrong = [
         f"{path.relative_to(ROOT)}:{what}"
         for path in python_files("dsv2cli")
