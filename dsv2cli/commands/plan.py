@@ -164,10 +164,11 @@ def memory_table(made: Forecast) -> console.Table:
     table = console.Table(f"Memory at {memory.n_ctx} tokens of context", ("part", "size"))
     table.add("weights, pages of the file", console.format_bytes(memory.weights))
     table.add(f"cache in {memory.kv_type}", console.format_bytes(memory.cache))
-    table.add("scratch of steps", console.format_bytes(memory.scratch))
+    measured = made.rates is not None and made.rates.scratch is not None
+    table.add("scratch of steps" if measured else "scratch of steps, at most", console.format_bytes(memory.scratch))
     table.add("the program and its vocabulary", console.format_bytes(memory.program))
     table.add_line()
-    table.add("together, within 5 %", console.format_bytes(memory.total))
+    table.add("together, within 5 %" if measured else "together", console.format_bytes(memory.total))
     if memory.free is not None:
         table.add("free here", console.format_bytes(memory.free))
     return table

@@ -146,6 +146,7 @@ def _kind(listing: hub.Listing, asked: Asked) -> Kind | None:
 
 def _local(asked: Asked, folder: Path) -> Subject:
     from quantize.source.source import open_source
+    from quantize.source.tensors import check, model_tensors
 
     place = None if asked.name is None else locate.expanded(asked.name)
     is_checkpoint = place is not None and place.is_dir() and (place / "config.json").is_file()
@@ -153,6 +154,7 @@ def _local(asked: Asked, folder: Path) -> Subject:
         source = locate.checkpoint(str(place))
         with open_source(source) as model:
             arch, name = model.arch, locate.model_name(str(place), source)
+            check(arch, model.store, model_tensors(arch))
         return _to_be_made(asked, arch, name, folder, Path.cwd())
     found = anatomy.study(locate.model(asked.name))
     return Subject(found.name, found, n_whole=found.file_bytes)

@@ -125,6 +125,17 @@ def test_context_kv_and_ram_change_what_they_name(hub: Hub, env: dict[str, str])
     assert planned(env, "lite", "--ram", "900G")["drive"] is None
 
 
+def test_what_cannot_be_quantised_is_not_planned_for(env: dict[str, str]) -> None:
+    """The packaged model is quantised already."""
+    from dsv2cli import locate  # noqa: PLC0415
+
+    packaged = str(locate.model(None))
+    refused = dsv2("quantize", packaged, "-o", "/dev/null/x.gguf", "--type", "q2_k", **env)
+    planned_for = dsv2(*STILL, packaged, "--type", "q2_k", **env)
+    assert refused.returncode and planned_for.returncode and planned_for.stdout == ""
+    assert "tensor" in planned_for.stderr or "quantised" in planned_for.stderr, planned_for.stderr
+
+
 @pytest.mark.parametrize(("free", "told"), [(1 << 20, True), (1 << 50, False)])
 def test_a_download_that_will_not_fit_is_warned_of(
     hub: Hub, env: dict[str, str], model: Path, free: int, told: bool
