@@ -37,6 +37,11 @@ class Marked:
         return text
 
 
+def typed(text: str) -> str:
+    """Somebody's text, in which nothing shows as a control token."""
+    return text.translate(_NO_CHARACTERS)
+
+
 def plain(text: str) -> str:
     """Without its control tokens, but for reasoning tags, which are part of a text."""
     return MARK.sub(lambda match: match[1] if match[1] in REASONING else "", text)

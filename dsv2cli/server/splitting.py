@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cext.chat import THINK_TAGS
 from dsv2cli.scheduler.text import overlap
-from dsv2cli.server.marked import CLOSE, MARK, OPEN
+from dsv2cli.server.marked import CLOSE, MARK, OPEN, typed
 
 if TYPE_CHECKING:
     from cext.tokenizer import Tokenizer
@@ -32,6 +32,10 @@ class Splitter:
         self._began = False  # something other than space has come, so that no tag can open any more
         self._at_edge = True  # spaces at the edge of a part are nobody's
         self._held = ""
+
+    def begin(self, text: str) -> None:
+        """What stands before the answer and belongs to it, as somebody typed it: it tells reasoning from content."""
+        self.finish(typed(text))
 
     def feed(self, text: str) -> list[Part]:
         parts: list[Part] = []

@@ -53,19 +53,20 @@ class Call:
     arguments: str
 
 
-def parse_tools(given: Sequence[Mapping[str, Any]], field: str = "tools") -> list[Tool]:
-    """OpenAI's descriptions of functions. Kinds that are no functions are left out. ApiError."""
+def parse_tools(given: Sequence[Mapping[str, Any]], *, flat: bool = False) -> list[Tool]:
+    """OpenAI's descriptions of functions. Kinds that are no functions are left out. flat: in the form of Responses,
+    which have no object within. ApiError."""
     tools = []
     for i, entry in enumerate(given):
         if entry.get("type", "function") != "function":
             continue
-        function = entry.get("function", entry)
+        function, where = entry.get("function", entry), f"tools[{i}]" + ("" if flat else ".function")
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise bad_field(f"{field}[{i}].function.name", "is no name of letters, digits, _ . : / -")
+            raise bad_field(f"{where}.name", "is no name of letters, digits, _ . : / -")
         schema = function.get("parameters") or NO_ARGUMENTS
         if not isinstance(schema, Mapping) or len(json.dumps(schema)) > MAX_SCHEMA:
-            raise bad_field(f"{field}[{i}].function.parameters", "is no JSON Schema, or a very long one")
+            raise bad_field(f"{where}.parameters", "is no JSON Schema, or a very long one")
         tools.append(Tool(name, schema))
     return tools
 

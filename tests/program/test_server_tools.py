@@ -156,6 +156,30 @@ def test_calls_are_read(vocabulary: Any, answer: str, calls: list[Call], content
     assert content is None or said == content
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "begun", "kind"),
+    [(V3, "<think>", "content"), (V3, f"{OPEN}<think>{CLOSE}", "content"), (PLAIN, "<think>", "reasoning"),
+     (PLAIN, "<think>a</think>", "content"), (PLAIN, "a <think>", "content"), (V3, "", "content")],
+)  # fmt: skip
+def test_what_was_begun_is_text(vocabulary: Any, begun: str, kind: str) -> None:
+    """Somebody's message opens no reasoning where a token does that, whatever it spells."""
+    splitter = Splitter(vocabulary)
+    splitter.begin(begun)
+    assert [(part.kind, part.text) for part in splitter.feed("so") + splitter.finish()] == [(kind, "so")]
+
+
+def test_a_choice_among_some_tools() -> None:
+    """In both of OpenAI's forms."""
+    for choice in (
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TIME]}},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_time"}]},
+    ):
+        offer = parse_offer([WEATHER, TIME], choice, None)
+        assert [tool.name for tool in offer.tools] == ["get_time"] and offer.must and offer.several
+    loose = parse_offer([WEATHER, TIME], {"type": "allowed_tools", "tools": [{"type": "mcp"}, TIME]}, False)
+    assert [tool.name for tool in loose.tools] == ["get_time"] and not loose.must and not loose.several
+
+
 @pytest.mark.parametrize("vocabulary", [V3, V31, K2, MISTRAL, PLAIN])
 @pytest.mark.parametrize("begun", [False, True])
 def test_grammars_are_grammars(vocabulary: Any, begun: bool) -> None:

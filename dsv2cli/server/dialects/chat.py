@@ -159,7 +159,7 @@ class Answer:
         self._splitter = Splitter(tokenizer, tokenizer.decode(asked.generation.opening))
         names = [tool.name for tool in asked.offer.tools]
         if asked.begun:
-            self._splitter.finish(asked.begun)  # what was said before tells reasoning from content
+            self._splitter.begin(asked.begun)
         self._calls = CallReader(service.tool_form, names) if names else None
         self.content, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []

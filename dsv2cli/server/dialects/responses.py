@@ -23,6 +23,7 @@ from dsv2cli.server.items import Item, as_messages, read_input
 from dsv2cli.server.kept import Kept, Turn
 from dsv2cli.server.pages import page
 from dsv2cli.server.service import MAX_TOP, Service, new_id
+from dsv2cli.server.tools import parse_tools
 from dsv2cli.server.wire import Sampled, dump, parse
 
 LOGPROBS = "message.output_text.logprobs"
@@ -41,6 +42,7 @@ INCLUDABLE = frozenset(
     }
 )
 MAX_PAGE = 100
+MAX_TOOLS = 128
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
@@ -147,6 +149,9 @@ def _functions(tools: Any) -> list[Mapping[str, Any]]:
 
 def _chat_tools(tools: Any) -> list[dict[str, Any]]:
     names = ("name", "description", "parameters", "strict")
+    if len(_functions(tools)) > MAX_TOOLS:
+        raise bad_field("tools", f"more than {MAX_TOOLS} functions")
+    parse_tools(tools, flat=True)
     return [
         {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
         for tool in _functions(tools)
