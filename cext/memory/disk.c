@@ -156,7 +156,7 @@ static void done_read(void *ctx, const ds_read *read, const ds_error *err) {
 
 /* Nothing waits for another piece any more. */
 static void keep_none(disk *d) {
-    for (int i = 0; d->n_kept; i++) {
+    for (int i = 0; i < d->slots.n && d->n_kept; i++) {
         d->n_kept -= d->slots.slots[i].kept;
         d->slots.slots[i].kept = false;
     }
