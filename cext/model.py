@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, cast
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -178,8 +178,8 @@ class Model:
         )
         hparams, self.threads, self.isa, self.nbytes, self.notes, self.max_step = _engine.model_info(self._handle)
         self.hparams = cast(Hparams, hparams)
-        self._sessions: WeakSet[Session] = WeakSet()
-        self._listing = threading.Lock()  # a set that grows cannot be walked
+        # By address. No lock: a forked process could inherit it held; valuerefs lists them in one step.
+        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
 
     def session(self, n_ctx: int = 4096, kv_type: KvType = "f16") -> Session:
         """A fresh sequence with room for n_ctx tokens of cache. ArgumentError, OutOfMemoryError.
@@ -220,8 +220,7 @@ class Model:
 
     def _hold(self, handle: _engine.Handle) -> Session:
         session = Session(self, handle)
-        with self._listing:
-            self._sessions.add(session)
+        self._sessions[id(session)] = session
         return session
 
     def expert_uses(self) -> NDArray[np.uint64]:
@@ -258,10 +257,9 @@ class Model:
 
     def close(self) -> None:
         """Release the file and the threads, after the steps that are under way; its sessions raise from then on."""
-        with self._listing:
-            sessions = list(self._sessions)
-        for session in sessions:
-            _engine.session_close(session._handle)
+        for reference in self._sessions.valuerefs():
+            if (session := reference()) is not None:
+                _engine.session_close(session._handle)
         _engine.model_close(self._handle)
 
     def __enter__(self) -> Model:

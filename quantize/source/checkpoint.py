@@ -12,65 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantize.base.errors import CheckpointError, QuantizeError, UnsupportedError
 from quantize.source import files, scheme
-from quantize.source.forms import Restore, Weight
+from quantize.source.forms import Weight
 from quantize.source.found import Found, find
 from quantize.source.resolve import OTHER_MODEL_HINT, weight_of
 from quantize.source.safetensors import LFS_POINTER, read_header
-from quantize.source.stored import Files, StoredTensor, stamps
+from quantize.source.store import Store
+from quantize.source.stored import StoredTensor
 
 TWO_SAVES = "these files are of different saves of a model: take all of them from one revision, into an empty folder"
 
 
-class Checkpoint:
-    """An open checkpoint folder: ``config``, and its weights by name. A context manager; close() releases the files.
+class Checkpoint(Store):
+    """An open checkpoint folder: ``config``, and its weights by name.
 
     Raises CheckpointError where files are missing or malformed, UnsupportedError for weights stored in other ways.
     """
 
     def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor] | None = None) -> None:
         """tensors: those whose headers are known, where the weights themselves are not here yet."""
-        self.path = Path(path)
-        if not self.path.is_dir():
-            what = "is a file" if self.path.exists() else "does not exist"
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
             raise CheckpointError(
-                f"`{self.path}` {what}", "give the folder that holds config.json and the .safetensors files"
+                f"`{folder}` {what}", "give the folder that holds config.json and the .safetensors files"
             )
-        self.config = read_json(self.path / files.CONFIG)
-        self.tensors = _index(self.path) if tensors is None else dict(tensors)
-        self.kinds = scheme.read(self.path, self.config)
-        self._files = Files()
+        self.config = read_json(folder / files.CONFIG)
+        super().__init__(folder, _index(folder) if tensors is None else dict(tensors))
+        self.kinds = scheme.read(folder, self.config)
         self._weights: dict[str, Weight] = {}
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the shards' file descriptors; reads after this open them again."""
-        self._files.close()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def touched(self) -> set[str]:
-        """Names of the shards that weights were read from."""
-        return self._files.touched
-
-    def stamps(self) -> dict[str, list[int]]:
-        """[bytes, time of the last change in ns] of every shard, by its name."""
-        return stamps(tensor.shard for tensor in self.tensors.values())
-
     def record(self, names: Collection[str]) -> Sequence[object]:
-        """What the values of these weights depend on beside the bytes of the files, as JSON."""
         used = {part for name in names if (found := find(name, self.tensors)) for part in found.parts}
         stored = sorted((t.name, t.dtype, t.shape) for t in self.tensors.values() if t.name in used)
         return [*stored, [asdict(kind) for kind in self.kinds]]
@@ -83,15 +57,9 @@ class Checkpoint:
         return tensor
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that a weight is made of. CheckpointError where there is none."""
         return self._found(name).parts
 
     def verify(self, name: str, shape: tuple[int, ...], n_stacked: int = 1) -> None:
-        """Check that a weight is there, of that shape, in a form that can be read, with its scales if it needs them.
-
-        n_stacked: how many share its stack, if it is in one. Reads no weights: a run of hours should not end in what
-        the headers could have told. What they do not tell ``verify_told`` asks.
-        """
         found = self._found(name)
         stored = self.find(found.values)
         if found.expert is not None and stored.shape[:1] != (n_stacked,):
@@ -116,43 +84,13 @@ class Checkpoint:
                 OTHER_MODEL_HINT,
             )
 
-    def read_stored(self, name: str) -> NDArray[Any]:
-        """A weight as stored: float32, float16, uint16 (bfloat16 bits), uint8 (fp8 codes) or packed integers.
-
-        This and the other reads expect a weight that ``verify`` passed.
-        """
-        return self._weight(name).read_stored(self._files)
-
-    def read_f32(self, name: str) -> NDArray[np.float32]:
-        """A weight in float32, scales applied. CheckpointError names one that holds NaN or infinity."""
-        return self._weight(name).read(self._files)
-
-    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows start to stop of a matrix, as read_f32 reads them: an embedding in slabs, its whole never in memory."""
-        return self._weight(name).read(self._files, start, stop)
-
-    def read_half(self, name: str, out: NDArray[Any]) -> Restore:
-        """A weight into out of its shape: as stored where it is F32, F16 or BF16, else rounded to bfloat16 (uint16).
-
-        out's dtype is ``half_dtype(name)``. Returns what gives the exact weight back from that. Raises as read_f32.
-        """
-        return self._weight(name).read_half(self._files, out)
-
-    def half_dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype that read_half writes for this weight."""
-        return self._weight(name).form.half
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight."""
-        return self._weight(name).shape
-
     def _found(self, name: str) -> Found:
         found = find(name, self.tensors)
         if found is None:
             raise missing(self.path, name, self.tensors)
         return found
 
-    def _weight(self, name: str) -> Weight:
+    def weight(self, name: str) -> Weight:
         if name not in self._weights:
             self._weights[name] = weight_of(name, self._found(name), self.tensors, self.kinds)
         return self._weights[name]

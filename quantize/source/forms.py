@@ -155,6 +155,11 @@ class Weight:
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
     offset: int = 0  # rows of the first block that come before this weight's first
 
+    @property
+    def half(self) -> np.dtype[Any]:
+        """Of the copy that the engine gets."""
+        return self.form.half
+
     def read(self, files: Files, start: int = 0, stop: int | None = None) -> F32:
         """Rows start to stop in float32. CheckpointError names a weight that holds NaN or infinity."""
         return self._decoded(files, self.grid(files), start, self.shape[0] if stop is None else stop)

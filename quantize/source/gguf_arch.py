@@ -12,22 +12,17 @@ from typing import Any
 import numpy as np
 
 from cext.model import Hparams
-from quantize.base.errors import UnsupportedError
+from quantize.base.errors import QuantizeError, UnsupportedError
 from quantize.source import arch as arch_of
+from quantize.source import families
 from quantize.source.arch import Arch
 
-ARCHITECTURES = ("deepseek2", "mistral4")
+ARCHITECTURES = tuple(sorted({family.architecture for family in families.FAMILIES.values()}))
 # Keys that change the arithmetic and that the engine reads, unless they have this value or our file would say them.
 UNSAID = {"rope.scaling.attn_factor": None, "attention.temperature_scale": 0.0, "attention.temperature_length": 0}
-# What a file may say otherwise than ours: draft layers in the count, the older form's widths.
-SAID_OTHERWISE = (
-    "block_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "feed_forward_length",
-    "expert_feed_forward_length",
-)
+# What a file may say otherwise than ours: draft layers in the count, the older form's widths of latent attention.
+SAID_OTHERWISE = ("block_count", "feed_forward_length", "expert_feed_forward_length")
+SAID_OTHERWISE_LATENT = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
 
 
 def arch_of_file(path: str, metadata: Mapping[str, Any], shape: Hparams, names: set[str]) -> Arch:
@@ -45,8 +40,12 @@ def arch_of_file(path: str, metadata: Mapping[str, Any], shape: Hparams, names: 
     def key(suffix: str, default: Any = None) -> Any:
         return metadata.get(f"{name}.{suffix}", default)
 
-    arch = arch_of.parse(_config(shape, key, names))
+    try:
+        arch = arch_of.parse(_config(shape, key, names))
+    except QuantizeError as error:
+        raise type(error)(f"`{path}`: put as {error}", error.hint) from error
     ours = arch.keys()
+    otherwise = SAID_OTHERWISE + (SAID_OTHERWISE_LATENT if arch.attention == "latent" else ())
     for suffix, neutral in UNSAID.items():
         if f"{name}.{suffix}" not in ours and key(suffix) is not None and key(suffix) != neutral:
             raise UnsupportedError(
@@ -55,7 +54,7 @@ def arch_of_file(path: str, metadata: Mapping[str, Any], shape: Hparams, names: 
             )
     for written, value in ours.items():
         suffix = written.removeprefix(f"{name}.")
-        if written in metadata and suffix not in SAID_OTHERWISE and not _same(metadata[written], value):
+        if written in metadata and suffix not in otherwise and not _same(metadata[written], value):
             raise UnsupportedError(
                 f"`{path}`: `{written}` is {metadata[written]!r}, and a file made here would say {value!r}",
                 "start from the checkpoint (safetensors)",
@@ -76,11 +75,13 @@ def _config(shape: Hparams, key: Any, names: set[str]) -> dict[str, Any]:
         "hidden_size": shape["n_embd"],
         "vocab_size": shape["n_vocab"],
         "num_attention_heads": shape["n_head"],
+        "num_key_value_heads": shape["n_head_kv"] if shape["attention"] == "plain" else shape["n_head"],
         "q_lora_rank": shape["q_lora_rank"] or None,
         "kv_lora_rank": shape["kv_lora_rank"],
         "qk_nope_head_dim": shape["qk_nope_head_dim"],
         "qk_rope_head_dim": shape["qk_rope_head_dim"],
         "v_head_dim": shape["v_head_dim"],
+        "head_dim": shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"],
         "intermediate_size": shape["n_ff_dense"] or key("feed_forward_length") or shape["n_ff_expert"],
         "first_k_dense_replace": shape["n_layer_dense"],
         "n_routed_experts": shape["n_expert"],

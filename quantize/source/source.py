@@ -13,7 +13,8 @@ from quantize.source import card, tensors
 from quantize.source.arch import Arch
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.files import is_companion
-from quantize.source.gguf_source import SUFFIX, GgufSource
+from quantize.source.gguf_source import GgufSource
+from quantize.source.gguf_store import SUFFIX
 from quantize.source.store import Store
 from quantize.source.vocab import Vocab, read_vocab
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +80,3 @@ class Files:
                 done += n
         except OSError as error:
             raise CheckpointError(f"`{tensor.shard}`: tensor `{tensor.name}`: {error.strerror}") from error
-
-
-def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """[bytes, time of the last change in ns] of every file, by its name."""
-    stats = {path.name: path.stat() for path in sorted(set(paths))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

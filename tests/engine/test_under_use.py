@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -188,6 +189,29 @@ def test_a_model_after_a_fork_is_refused(path: Path, devices: tuple[cext.Device,
     assert "the model was opened in process" in in_child(lambda: str(model.load_session(tmp_path / "session", 16)))
     assert in_child(open_again) == "True"
     assert session.eval([4]).shape == (SPEC.n_vocab,)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_forked_while_a_session_opens_can_close_the_model(path: Path) -> None:
+    """There the other thread is gone in the midst of it: what it would have released, nobody may wait for."""
+    opening, forked = threading.Event(), threading.Event()
+
+    class Slow(WeakValueDictionary[int, cext.Session]):
+        def __setitem__(self, key: int, session: cext.Session) -> None:
+            opening.set()
+            forked.wait()
+            super().__setitem__(key, session)
+
+    model = cext.Model(path, threads=1)
+    model._sessions = Slow()
+    opener = threading.Thread(target=model.session, args=(16,))
+    opener.start()
+    opening.wait()
+    said = in_child(lambda: str(model.close()))
+    forked.set()
+    opener.join()
+    assert said == "None"
 
 
 @needs_fork

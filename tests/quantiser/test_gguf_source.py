@@ -22,7 +22,20 @@ from quantize.source.source import open_source
 from quantize.source.stored import Files, StoredTensor
 from quantize.write.writer import Writer
 
+YARN = {**make.V2["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0, "rope_type": "yarn", "rope_theta": 10000.0}
+ORIGINAL = {"original_max_position_embeddings": 128}
 SMALL = {**make.V2_GROUPED, "num_hidden_layers": 2}
+MOE = {**make.MOE_SHARED, "num_hidden_layers": 2}
+SMALL4 = {  # Mistral Small 4's keys that V2's checkpoints have otherwise
+    **make.V2,
+    "model_type": "mistral4",
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "rope_scaling": None,
+    "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1},
+}
 CARD = "---\nlicense: mit\nbase_model: owner/Base\n---\n"
 Tensors = dict[str, tuple[Type, np.ndarray]]
 Edit = Callable[[dict[str, Any], Tensors], object]
@@ -100,8 +113,11 @@ def test_a_gguf_gives_the_file_that_its_checkpoint_gives(made: Path, tmp_path: P
         {**make.V3, "num_hidden_layers": 2},
         make.V2_LITE,
         {**make.V2, "first_k_dense_replace": 0, "tie_word_embeddings": True},
+        MOE,
+        {**make.MOE, "first_k_dense_replace": 0, "rope_scaling": {"type": "yarn", "factor": 4.0, **ORIGINAL}},
+        SMALL4,
     ],
-    ids=["v3", "lite", "tied"],
+    ids=["v3", "lite", "tied", "plain", "plain yarn", "mistral4"],
 )
 def test_shapes_of_the_family_come_back(tmp_path: Path, config: dict[str, Any]) -> None:
     make.write_checkpoint(tmp_path / "hf", config, dtype="F16")
@@ -150,7 +166,7 @@ def draft(keys: dict[str, Any], tensors: Tensors) -> None:
     tensors |= {"blk.2.attn_norm.weight": (Type.F32, np.ones(64, np.float32))}
 
 
-LAYOUTS: dict[str, Edit] = {"kv_b": kv_b, "ik": beside, "mixed": mixed, "draft": draft}
+LAYOUTS: dict[str, Edit] = {"kv_b": kv_b, "ik": beside, "folded": folded, "mixed": mixed, "draft": draft}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,6 +175,54 @@ def test_files_of_other_converters(made: Path, tmp_path: Path, layout: str) -> N
     report = quantize.quantize(source, tmp_path / "m.gguf", plain("f32"))
     same_tensors(made / "f32.gguf", tmp_path / "m.gguf")
     assert any("multi-token prediction" in note for note in report.notes) == (layout == "draft")
+
+
+def one_qkv(keys: dict[str, Any], tensors: Tensors) -> None:
+    for il in range(2):
+        parts = [tensors.pop(f"blk.{il}.attn_{part}.weight") for part in "qkv"]
+        tensors[f"blk.{il}.attn_qkv.weight"] = (parts[0][0], np.concatenate([values for _, values in parts]))
+
+
+def one_gate_up(keys: dict[str, Any], tensors: Tensors) -> None:
+    """As llama.cpp's converter keeps transformers 5's stacks."""
+    for il in range(2):
+        parts = [tensors.pop(f"blk.{il}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+        tensors[f"blk.{il}.ffn_gate_up_exps.weight"] = (parts[0][0], np.concatenate([v for _, v in parts], axis=1))
+    del keys["mistral4.attention.temperature_scale"], keys["mistral4.attention.temperature_length"]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], Edit]] = {
+    "plain": (MOE, lambda keys, tensors: None),
+    "one qkv": (MOE, one_qkv),
+    "one gate and up": (SMALL4, one_gate_up),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_architectures_give_what_their_checkpoints_give(tmp_path: Path, case: str) -> None:
+    """Survey, allocation and all."""
+    config, edit = OTHERS[case]
+    make.write_checkpoint(tmp_path / "hf", config)
+    quantize.quantize(tmp_path / "hf", tmp_path / "bf16.gguf", plain("bf16"))
+    source = rewrite(tmp_path / "bf16.gguf", tmp_path / "s.gguf", edit)
+    options = Options(type="q4_k_m", threads=1, calibration=(make.write_text(tmp_path / "text.txt", 700),))
+    quantize.quantize(tmp_path / "hf", tmp_path / "a.gguf", options)
+    quantize.quantize(source, tmp_path / "b.gguf", options)
+    same_tensors(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    with cext.Gguf(tmp_path / "a.gguf") as one, cext.Gguf(tmp_path / "b.gguf") as other:
+        assert {**one.metadata} == {**other.metadata}
+
+
+@pytest.mark.parametrize("config", [MOE, SMALL4], ids=["plain", "mistral4"])
+def test_q8_0_of_other_architectures(tmp_path: Path, config: dict[str, Any]) -> None:
+    make.write_checkpoint(tmp_path / "hf", config)
+    quantize.quantize(tmp_path / "hf", tmp_path / "f32.gguf", plain("f32"))
+    source = rewrite(tmp_path / "f32.gguf", tmp_path / "q8.gguf", retype(Type.Q8_0))
+    quantize.quantize(source, tmp_path / "m.gguf", plain("f32"))
+    with cext.Gguf(source) as file, cext.Gguf(tmp_path / "m.gguf") as out:
+        assert any(tensor.type_name == "q8_0" and "attn" in tensor.name for tensor in file.tensors)
+        for tensor in out.tensors:
+            np.testing.assert_array_equal(out.read(tensor.name), file.read(tensor.name), err_msg=tensor.name)
 
 
 def split(source: Path, folder: Path, n: int) -> Path:
