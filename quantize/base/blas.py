@@ -17,12 +17,13 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from functools import cache, partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 import cext
+from quantize.base.closing import Closing
 from quantize.base.errors import QuantizeError
 
 F32 = NDArray[np.float32]
@@ -99,7 +100,7 @@ def one_thread() -> Iterator[None]:
                 put(_Count.before)
 
 
-class Crew:
+class Crew(Closing):
     """Threads for the tasks of all who call; callers lend a hand. A context manager: close() ends the threads.
 
     They stay in the process that made them: QuantizeError in one that was forked off.
@@ -111,12 +112,6 @@ class Crew:
         self._lock = threading.Lock()
         self._callers = 0
         self._pid = os.getpid()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the threads."""

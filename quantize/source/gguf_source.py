@@ -19,6 +19,7 @@ import numpy as np
 import cext
 from cext.errors import EngineError
 from cext.model import shape_of
+from quantize.base.closing import Closing
 from quantize.base.errors import CheckpointError, UnsupportedError
 from quantize.source.gguf_arch import arch_of_file
 from quantize.source.gguf_store import PART, SUFFIX, GgufStore
@@ -35,7 +36,7 @@ SAID_ANEW = (
 )
 
 
-class GgufSource:
+class GgufSource(Closing):
     """A GGUF file, or a split one by its first part."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -50,10 +51,7 @@ class GgufSource:
         self.arch = arch_of_file(os.fspath(self.path), self._metadata, shape, names)
         self.store = GgufStore(self.path, self._tensors, self.arch)
 
-    def __enter__(self) -> GgufSource:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         self.store.close()
 
     @property

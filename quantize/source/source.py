@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from quantize.base.closing import Closing
 from quantize.source import arch as arch_of
 from quantize.source import card, tensors
 from quantize.source.arch import Arch
@@ -57,16 +58,13 @@ class Source(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-class CheckpointSource:
+class CheckpointSource(Closing):
     """A Hugging Face checkpoint folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.store = Checkpoint(path)
 
-    def __enter__(self) -> CheckpointSource:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         self.store.close()
 
     @cached_property

@@ -5,20 +5,21 @@ Weights go by the names that Hugging Face's checkpoints of the family give them.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantize.base.closing import Closing
 from quantize.source.forms import Restore, Weight
 from quantize.source.regrouped import Regrouped
 from quantize.source.stored import Files, StoredTensor
 
 
-class Store(ABC):
+class Store(Closing):
     """Weights by name. Threads may read at once; of a weight that verify passed. A context manager."""
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -26,12 +27,6 @@ class Store(ABC):
         self.path = path
         self.tensors = tensors
         self._files = Files()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Release the files; reads after this open them again."""

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cext import system
+from quantize.base.closing import Closing
 from quantize.base.errors import ArgumentError, OtherRunError, OutputError, disk_error
 
 SUFFIX = ".work"
@@ -96,7 +97,7 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-class Journal:
+class Journal(Closing):
     """An open work folder. A context manager: leaving it keeps the records, unless there are none or discard() ran.
 
     sources: files whose change matters only once they were read. restart: throw away what another run has left, but
@@ -119,12 +120,6 @@ class Journal:
         except BaseException:
             self._release()
             raise
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def n_bytes(self) -> int:

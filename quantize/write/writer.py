@@ -21,6 +21,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from cext import system
+from quantize.base.closing import Closing
 from quantize.base.errors import OutputError, disk_error
 from quantize.write.journal import RESTART_HINT
 
@@ -121,7 +122,7 @@ def _slots(
     }
 
 
-class Writer:
+class Writer(Closing):
     """An open GGUF in the making at part, which commit() moves to path. A context manager; leaving it keeps part.
 
     tensors: (name, numpy shape, type) in the order of the file. done: names of those that part holds already, from a
@@ -157,12 +158,6 @@ class Writer:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def n_done(self) -> int:

@@ -225,6 +225,61 @@ def test_q8_0_of_other_architectures(tmp_path: Path, config: dict[str, Any]) -> 
             np.testing.assert_array_equal(out.read(tensor.name), file.read(tensor.name), err_msg=tensor.name)
 
 
+def without(*suffixes: str) -> Edit:
+    """Keys under the architecture's name that a converter does not write."""
+
+    def edit(keys: dict[str, Any], tensors: Tensors) -> None:
+        for suffix in suffixes:
+            del keys[f"deepseek2.{suffix}"]
+
+    return edit
+
+
+def before_latent_cache(keys: dict[str, Any], tensors: Tensors) -> None:
+    """As converters wrote the architecture until spring 2025: kv_b_proj whole, widths of heads, every head its own."""
+    kv_b(keys, tensors)
+    keys |= {
+        "deepseek2.attention.head_count_kv": 4,
+        "deepseek2.attention.key_length": keys.pop("deepseek2.attention.key_length_mla"),
+        "deepseek2.attention.value_length": keys.pop("deepseek2.attention.value_length_mla"),
+    }
+    for suffix in ("expert_gating_func", "expert_weights_norm", "expert_group_count", "expert_group_used_count"):
+        del keys[f"deepseek2.{suffix}"]
+
+
+V2_FEW = {**make.V2, "num_hidden_layers": 2}
+V3_FEW = {**make.V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+V2_LARGE = {
+    **V2_FEW, "n_routed_experts": 160, "num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8,
+    "topk_group": 3, "moe_intermediate_size": 8, "routed_scaling_factor": 16.0,
+}  # fmt: skip
+LEFT_UNSAID: dict[str, tuple[dict[str, Any], Edit, str]] = {
+    "sigmoid": (V3_FEW, without("expert_gating_func"), "sigmoid, because the router has a bias"),
+    "softmax": (V2_FEW, without("expert_gating_func", "expert_weights_norm", "expert_group_count"), ""),
+    "groups": (V2_LARGE, without("expert_group_count", "expert_group_used_count"), "3 of 8 groups"),
+    "normed": (V3_FEW, without("expert_weights_norm"), "expert_weights_norm` is missing: true"),
+    "epsilon": (V2_FEW, without("attention.layer_norm_rms_epsilon"), "1e-6"),
+    "shared": (V2_FEW, without("expert_shared_count"), "by the shape of ffn_gate_shexp"),
+    "vocabulary": (V2_FEW, without("vocab_size"), ""),
+    "yarn's betas": (V2_FEW, without("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"), ""),
+    "older": (V2_FEW, before_latent_cache, ""),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_UNSAID)
+def test_what_a_converter_leaves_unsaid_is_told(tmp_path: Path, case: str) -> None:
+    """The same tensors and the same keys as from the checkpoint, and a word where it was a guess."""
+    config, edit, words = LEFT_UNSAID[case]
+    make.write_checkpoint(tmp_path / "hf", config)
+    quantize.quantize(tmp_path / "hf", tmp_path / "bf16.gguf", plain("bf16"))
+    source = rewrite(tmp_path / "bf16.gguf", tmp_path / "s.gguf", edit)
+    report = quantize.quantize(source, tmp_path / "m.gguf", plain("bf16"))
+    same_tensors(tmp_path / "bf16.gguf", tmp_path / "m.gguf")
+    with cext.Gguf(tmp_path / "bf16.gguf") as one, cext.Gguf(tmp_path / "m.gguf") as other:
+        assert {**one.metadata} == {**other.metadata}
+    assert any(words in note for note in report.notes) == bool(words), report.notes
+
+
 def split(source: Path, folder: Path, n: int) -> Path:
     """As llama.cpp's gguf-split names and numbers parts; the metadata in the first."""
     with cext.Gguf(source) as file:
@@ -330,6 +385,11 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         lambda k, t: k.update({"deepseek2.rope.scaling.attn_factor": 1.5}),
         ("rope.scaling.attn_factor",),
     ),
+    "a draft head alone": (
+        lambda k, t: [draft(k, t), *(t.pop(n) for n in list(t) if n.startswith(("blk.0.", "blk.1.")))],
+        ("draft head alone",),
+    ),
+    "a scale that is not told": (lambda k, t: k.pop("deepseek2.expert_weights_scale"), ("expert_weights_scale",)),
     "no vocabulary": (lambda k, t: k.pop("tokenizer.ggml.tokens"), ("tokens",)),
     "a value that is not finite": (
         lambda k, t: t.update({"output_norm.weight": (Type.F32, np.full(64, np.nan, np.float32))}),
