@@ -32,9 +32,8 @@ from dsv2cli.commands import (
     rm,
     serve,
 )
-from dsv2cli.errors import CliError
+from dsv2cli.errors import FAILED, INTERRUPTED, MISUSED, CliError
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 NUMBERS = {"int_": "not a whole number", "float_": "not a number"}  # by the kind of a check of typer's
 COMPLETING = "_DSV2_COMPLETE"
 UNSET = ("config", "doctor")  # verbs that work whatever settings say: they tell what is wrong with them

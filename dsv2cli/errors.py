@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes; 0 is done, 130 stopped with Ctrl-C
+
 
 class CliError(Exception):
     """A failure to tell in one line: ``error: message``, and ``hint: hint`` where there is something to do about it."""
 
-    exit_code = 1
+    exit_code = FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -16,4 +18,4 @@ class CliError(Exception):
 class UsageError(CliError):
     """The command was called in a way that cannot work, whatever the files hold."""
 
-    exit_code = 2
+    exit_code = MISUSED

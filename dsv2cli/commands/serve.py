@@ -105,7 +105,8 @@ def serve(
     listening = process.listen(host, port)
     if not quiet:
         console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
-    process.Serving(process.Plan(process.load(path, threads, settings, wishes), rules, files=files_dir)).run(listening)
+    plan = process.Plan(process.load(path, threads, settings, wishes), rules, files=files_dir)
+    process.Serving(plan).run_alone(listening)
 
 
 def keys_in(file: Path | None) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from dsv2cli import runtime
-from dsv2cli.errors import CliError
+from dsv2cli import console, runtime
+from dsv2cli.errors import INTERRUPTED, CliError
 from dsv2cli.server import files
 from dsv2cli.server.app import State, build
 from dsv2cli.server.batches import Batches
@@ -120,19 +122,37 @@ class Serving:
 
     def run(self, listening: socket.socket) -> None:
         """Until SIGTERM or Ctrl-C (KeyboardInterrupt): then no more is taken on, and what runs has its grace. Raises
-        what opening the model raises."""
+        what opening the model raises. A model that is still being loaded is not waited for."""
         loader = threading.Thread(target=self._serve_model, name="dsv2-model", daemon=True)
         loader.start()
         try:
             self.server.run(sockets=[listening])
         finally:
             self._over.set()
-            if self.state.service is not None or self._failure is not None:
-                loader.join()  # a model that is still being loaded is not waited for
+            if not self.is_loading:
+                loader.join()
         if self._failure is not None:
             raise self._failure
         if self.server.interrupted:
             raise KeyboardInterrupt
+
+    def run_alone(self, listening: socket.socket) -> None:
+        """As run, in a process that serves and nothing else: it ends at once where the model still loads.
+
+        Loading cannot be stopped in every library, and Python would wait for its threads at the end.
+        """
+        try:
+            self.run(listening)
+        finally:
+            if self.is_loading:
+                if console.obeys(sys.stderr):
+                    console.show_progress("")
+                os._exit(INTERRUPTED if self.server.interrupted else 0)
+
+    @property
+    def is_loading(self) -> bool:
+        """The model is neither open nor known to fail."""
+        return self.state.service is None and self._failure is None
 
     def _serve_model(self) -> None:
         try:

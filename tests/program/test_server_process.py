@@ -54,6 +54,35 @@ def test_a_second_signal_ends_it_at_once(path: Path) -> None:
             assert process.wait(20) == 0
 
 
+LOADS_FOR_EVER = """
+import threading
+from dsv2cli.engines.llamacpp import model
+def load(path, params):
+    print("loading", flush=True)
+    threading.Event().wait()
+model.load = load
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_process_whose_model_still_loads(path: Path, number: int, code: int) -> None:
+    """In llama.cpp, in a thread that Python waits for at its end."""
+    command = [sys.executable, "-P", "-c", LOADS_FOR_EVER + RUN, "serve", str(path), "--port", "0"]
+    command += ["--engine", "llama.cpp"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        found = re.search(r"http://[^/]+", process.stderr.readline())
+        assert found and process.stdout.readline() == "loading\n"
+        assert httpx.get(f"{found[0]}/health").status_code == 503
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in said and "Error" not in said, said
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = runtime.open_model
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from cext.errors import UnsupportedError
 from cext.vocabulary import kept_log, start_llama
 from dsv2cli import console
+from dsv2cli.errors import FAILED
 
 T = TypeVar("T")
-FAILED = 1  # the exit code of what failed
 PLACE = re.compile(r"^\S*?([^/\s]+:\d+): ")
 
 
