@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from cext.gguf import TensorInfo
 from quantize.base.errors import CheckpointError, UnsupportedError
@@ -17,7 +20,7 @@ from quantize.source.forms import FORMS, Weight
 from quantize.source.regrouped import Regrouped
 from quantize.source.store import Store
 from quantize.source.stored import StoredTensor
-from quantize.source.tensors import Form, Tensor, join_kv_b, model_tensors, source_shape, unpair_rows
+from quantize.source.tensors import Form, Tensor, model_tensors, source_shape
 
 SUFFIX = ".gguf"
 OTHER_MODEL_HINT = "the keys and the tensors are not of one model: was it edited? Take another file of it"
@@ -102,7 +105,7 @@ class GgufStore(Store):
             weight = _weight(source, stored)
             if tensor.form is not Form.PAIRED or weight.shape != tensor.shape:
                 return weight
-            return Regrouped(weight.shape, (weight,), lambda parts, out: unpair_rows(self._arch, parts[0], out))
+            return Regrouped(weight.shape, (weight,), lambda parts, out: _unpair_rows(self._arch, parts[0], out))
 
         self._places[source] = make
 
@@ -152,7 +155,7 @@ class GgufStore(Store):
             for part, shape in zip(parts, shapes, strict=True):
                 if part.shape not in (shape, (shape[0] * shape[1], shape[2])):
                     raise self._shaped(part.name, part.shape, shape)
-            return Regrouped(source_shape(arch, tensor), parts, lambda found, out: join_kv_b(arch, found, out))
+            return Regrouped(source_shape(arch, tensor), parts, lambda found, out: _join_kv_b(arch, found, out))
 
         self._parts[source] = (k, v)
         self._places[source] = make
@@ -176,3 +179,17 @@ def _weight(name: str, stored: StoredTensor) -> Weight:
     if stored.dtype == "Q8_0":
         shape = (*shape[:-1], shape[-1] // Q8_0_BYTES * Q8_0_BLOCK)
     return Weight(name, shape, FORMS[stored.dtype], stored)
+
+
+def _join_kv_b(arch: Arch, parts: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
+    """K_B and V_B, each with its heads' rows under each other or not, into kv_b_proj: tensors.split_kv_b undone."""
+    k, v = parts
+    heads = out.reshape(arch.n_head, arch.nope + arch.v_dim, arch.kv_lora_rank)
+    heads[:, : arch.nope] = k.reshape(arch.n_head, arch.kv_lora_rank, arch.nope).transpose(0, 2, 1)
+    heads[:, arch.nope :] = v.reshape(arch.n_head, arch.v_dim, arch.kv_lora_rank)
+
+
+def _unpair_rows(arch: Arch, w: NDArray[Any], out: NDArray[Any]) -> None:
+    """Rows of heads that are neighbours into their halves: tensors.pair_rows undone."""
+    pairs = w.reshape(-1, arch.rope // 2, 2, w.shape[-1])
+    out.reshape(-1, 2, arch.rope // 2, w.shape[-1])[...] = pairs.swapaxes(1, 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -241,24 +241,10 @@ def split_kv_b(arch: Arch, kv_b: NDArray[np.generic], form: Form) -> NDArray[np.
     return np.ascontiguousarray(part)
 
 
-def join_kv_b(arch: Arch, parts: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
-    """K_B and V_B, each with its heads' rows under each other or not, into kv_b_proj: split_kv_b undone."""
-    k, v = parts
-    heads = out.reshape(arch.n_head, arch.nope + arch.v_dim, arch.kv_lora_rank)
-    heads[:, : arch.nope] = k.reshape(arch.n_head, arch.kv_lora_rank, arch.nope).transpose(0, 2, 1)
-    heads[:, arch.nope :] = v.reshape(arch.n_head, arch.v_dim, arch.kv_lora_rank)
-
-
 def pair_rows(arch: Arch, w: NDArray[Any]) -> NDArray[Any]:
     """Rows of heads (n, n_embd), rows i and i + half of each made neighbours, as llama.cpp's converter has them."""
     halves = w.reshape(-1, 2, arch.rope // 2, w.shape[-1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(w.shape)
-
-
-def unpair_rows(arch: Arch, w: NDArray[Any], out: NDArray[Any]) -> None:
-    """Rows of heads that are neighbours into their halves: pair_rows undone."""
-    pairs = w.reshape(-1, arch.rope // 2, 2, w.shape[-1])
-    out.reshape(-1, 2, arch.rope // 2, w.shape[-1])[...] = pairs.swapaxes(1, 2)
 
 
 def _formed(arch: Arch, tensor: Tensor, values: NDArray[Any]) -> NDArray[Any]:
