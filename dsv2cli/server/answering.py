@@ -86,7 +86,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
                     raise_failure(heard)
                 yield dump(build(events))
             except ApiError as error:
-                yield dump(error.body())
+                yield dump(error.body(request.scope["path"]))
         finally:
             collecting.cancel()
             cancel(tickets)
@@ -156,5 +156,5 @@ def streamed(
     return StreamingResponse(body(), media_type=media_type, headers=NO_BUFFERING)
 
 
-def refusal(error: ApiError) -> Response:
-    return Response(json.dumps(error.body()), error.status, error.headers, JSON_TYPE)
+def refusal(error: ApiError, request: Request) -> Response:
+    return Response(json.dumps(error.body(request.scope["path"])), error.status, error.headers, JSON_TYPE)

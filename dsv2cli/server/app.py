@@ -87,18 +87,19 @@ def build(state: State, rules: Rules) -> App:
     def answered(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             if state.service is None:
-                return answering.refusal(errors.loading())
+                return answering.refusal(errors.loading(), request)
             key = key_of(request.headers)
             request.state.salt = digest(key) if rules.keys else b""
             try:
                 return await handler(state.service, request)
             except ApiError as error:
-                return answering.refusal(error)
+                return answering.refusal(error, request)
             except ClientGoneError:
                 return Response(status_code=499)
             except Exception as error:
                 tell_internal(request, error)
-                return answering.refusal(ApiError(500, f"internal error: {type(error).__name__}", "server_error"))
+                failed = ApiError(500, f"internal error: {type(error).__name__}", "server_error")
+                return answering.refusal(failed, request)
 
         return endpoint
 
@@ -120,7 +121,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not answered here"}
     message = what.get(error.status_code, str(error.detail))
-    return answering.refusal(ApiError(error.status_code, message, code=None, headers=dict(error.headers or {})))
+    refused = ApiError(error.status_code, message, code=None, headers=dict(error.headers or {}))
+    return answering.refusal(refused, request)
 
 
 def tell_internal(request: Request, error: Exception) -> None:

@@ -1,9 +1,18 @@
-"""What a request is refused with, in the form that OpenAI's clients read."""
+"""What a request is refused with, in the form that the clients of its dialect read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 
 
 @dataclass
@@ -18,7 +27,13 @@ class ApiError(Exception):
     more: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str = "") -> dict[str, Any]:
+        """As the dialect of a path has it; OpenAI's where it is nobody's."""
+        if path.startswith("/v1/messages"):
+            kind = ANTHROPIC_KINDS.get(self.status, "api_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        if path.startswith("/api/"):
+            return {"error": self.message}
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code or self.status}
         return {"error": error | self.more}
 

@@ -107,7 +107,7 @@ class Guard:
             if scope["method"] == "POST" and scope["path"] != UPLOAD:
                 receive = await _read_body(receive, headers)
         except ApiError as error:
-            await _answer(send, error.status, error.headers, error.body())
+            await _answer(send, error.status, error.headers, error.body(scope["path"]))
             return
         await self._app(scope, receive, send)
 

@@ -22,7 +22,6 @@ STOP_REASONS = {"end": "end_turn", "stop": "stop_sequence", "length": "max_token
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # Some agents put a line first whose number changes with every request: no prefix would ever be found again.
 BILLING = "x-anthropic-billing-header"
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class MessagesRequest(Struct, kw_only=True):
@@ -123,36 +122,24 @@ def _choice(given: Mapping[str, Any] | None) -> Any:
 
 
 async def messages(service: Service, request: Request) -> Response:
-    try:
-        body = parse(await request.body(), MessagesRequest)
-        asked = await prepare(service, as_chat(body), request.state.salt)
-        [ticket] = service.submit_all([asked.generation])
-    except ApiError as error:
-        return refused(error)
+    body = parse(await request.body(), MessagesRequest)
+    asked = await prepare(service, as_chat(body), request.state.salt)
+    [ticket] = service.submit_all([asked.generation])
     name = body.model or service.name
     if body.stream:
         stream = MessageStream(service, asked, name)
-        return answering.streamed(
-            ticket, stream.say, last=stream.last, on_error=lambda e: sse(error_body(e), "error"), alive=_ping()
-        )
+
+        def failed(error: ApiError) -> bytes:
+            return sse(error.body(request.scope["path"]), "error")
+
+        return answering.streamed(ticket, stream.say, last=stream.last, on_error=failed, alive=_ping())
     return await answering.whole(request, [ticket], lambda heard: _whole(service, asked, name, heard[0]))
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
-    try:
-        body = parse(await request.body(), MessagesRequest)
-        asked = await prepare(service, as_chat(body), request.state.salt)
-    except ApiError as error:
-        return refused(error)
+    body = parse(await request.body(), MessagesRequest)
+    asked = await prepare(service, as_chat(body), request.state.salt)
     return Response(dump({"input_tokens": len(asked.generation.prompt)}), media_type=answering.JSON_TYPE)
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    return {"type": "error", "error": {"type": KINDS.get(error.status, "api_error"), "message": error.message}}
-
-
-def refused(error: ApiError) -> Response:
-    return Response(dump(error_body(error)), error.status, error.headers, answering.JSON_TYPE)
 
 
 def _usage(cached: int, n_prompt: int, n_answer: int) -> dict[str, int]:

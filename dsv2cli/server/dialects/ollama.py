@@ -98,19 +98,12 @@ def _form(given: str | dict[str, Any] | None) -> dict[str, Any] | None:
     raise ApiError(400, "format is neither json nor a schema", param="format")
 
 
-def refused(error: ApiError) -> Response:
-    return Response(dump({"error": error.message}), error.status, error.headers, answering.JSON_TYPE)
-
-
 async def chat(service: Service, request: Request) -> Response:
-    try:
-        body = parse(await request.body(), ChatBody)
-        _check_model(service, body.model)
-        if not body.messages:  # the model is asked to be loaded, which it is
-            return Response(dump(_loaded(service) | {"message": {"role": "assistant", "content": ""}}))
-        return await _chat(service, request, body, [_message(message) for message in body.messages], body.tools, "chat")
-    except ApiError as error:
-        return refused(error)
+    body = parse(await request.body(), ChatBody)
+    _check_model(service, body.model)
+    if not body.messages:  # the model is asked to be loaded, which it is
+        return Response(dump(_loaded(service) | {"message": {"role": "assistant", "content": ""}}))
+    return await _chat(service, request, body, [_message(message) for message in body.messages], body.tools, "chat")
 
 
 def _message(message: Any) -> Any:
@@ -124,19 +117,14 @@ def _message(message: Any) -> Any:
 
 
 async def generate(service: Service, request: Request) -> Response:
-    try:
-        body = parse(await request.body(), GenerateBody)
-        _check_model(service, body.model)
-        if not body.prompt and not body.suffix:
-            return Response(dump(_loaded(service) | {"response": ""}))
-        if body.raw or body.suffix:
-            return await _raw(service, request, body)
-        messages = [{"role": "system", "content": body.system}] if body.system else []
-        return await _chat(
-            service, request, body, [*messages, {"role": "user", "content": body.prompt}], None, "generate"
-        )
-    except ApiError as error:
-        return refused(error)
+    body = parse(await request.body(), GenerateBody)
+    _check_model(service, body.model)
+    if not body.prompt and not body.suffix:
+        return Response(dump(_loaded(service) | {"response": ""}))
+    if body.raw or body.suffix:
+        return await _raw(service, request, body)
+    messages = [{"role": "system", "content": body.system}] if body.system else []
+    return await _chat(service, request, body, [*messages, {"role": "user", "content": body.prompt}], None, "generate")
 
 
 def _loaded(service: Service) -> dict[str, Any]:
@@ -276,11 +264,8 @@ async def running(service: Service, request: Request) -> Response:
 
 
 async def show(service: Service, request: Request) -> Response:
-    try:
-        body = parse(await request.body(), ShowBody)
-        _check_model(service, body.model or body.name)
-    except ApiError as error:
-        return refused(error)
+    body = parse(await request.body(), ShowBody)
+    _check_model(service, body.model or body.name)
     hparams = service.engine.runtime.model.hparams
     arch = hparams["arch"]
     info = {

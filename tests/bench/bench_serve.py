@@ -1,0 +1,295 @@
+"""Load on a server: how long clients wait for the first token and between tokens, and what disturbs them.
+
+    dsv2 serve MODEL.gguf --ctx 16384 --parallel 16 --port 8080 &
+    python tests/bench/bench_serve.py http://127.0.0.1:8080 -o serve.csv --plot serve.svg
+    python tests/bench/bench_serve.py http://127.0.0.1:8080 --only gaps --prompt 8000
+    python tests/bench/bench_serve.py http://127.0.0.1:8080 --minutes 60 --pid $(pgrep -f 'dsv2 serve')    # a soak
+
+Scenes, one after another, each a few lines of the CSV: ``one`` and ``many``: a stream alone, and --clients of them at
+once (tokens a second of all, and their ratio); ``gaps``: a stream while a prompt of --prompt tokens arrives; ``mixed``:
+--clients that stream, ask for long prompts, go away in the middle and send what is refused, for --seconds. A time is
+from the request's first byte, or the token before, to a token's event; /health is asked ten times a second throughout.
+Prompts are token ids drawn anew, so that nothing is found in a cache, and answers do not stop at an end token. The
+latency of a model varies with the experts that tokens take: --seed draws other prompts.
+
+--minutes: ``mixed`` for so long. Ends with 1 where an answer was a 5xx, or where the memory of --pid grew by more than
+--grown percent from the first fifth of the time, which fills the caches, to the last.
+The plot needs matplotlib: pip install 'dsv2[bench]'.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+try:
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+SCENES = ("one", "many", "gaps", "mixed")
+SHARES = (50.0, 99.0, 99.9)
+HEALTH_SECONDS = 0.1
+BAD: tuple[Any, ...] = (
+    {"n_predict": -9},
+    {"prompt": [-1]},
+    {"prompt": {}},
+    {"grammar": "root ::= ("},
+    {"n_probs": 1e9},
+)
+
+
+@dataclass
+class Heard:
+    """What the clients of a scene measured: seconds; statuses counts the answers."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV. Times in milliseconds."""
+
+    scene: str
+    clients: int
+    what: str
+    n: int
+    p50: float
+    p99: float
+    p99_9: float
+    longest: float
+    tok_s: float
+
+
+class Client:
+    """Asks one server. n_vocab: prompts are drawn from ids below it."""
+
+    def __init__(self, http: httpx.AsyncClient, n_vocab: int, seed: int) -> None:
+        self._http, self._n_vocab, self._random = http, n_vocab, random.Random(seed)
+
+    def prompt(self, n: int) -> list[int]:
+        return [self._random.randrange(self._n_vocab) for _ in range(n)]
+
+    async def tokens(self, heard: Heard, n_prompt: int, n_predict: int) -> AsyncIterator[float]:
+        """Stream an answer; the seconds before each of its tokens, which are noted."""
+        body = {"prompt": self.prompt(n_prompt), "n_predict": n_predict, "stream": True, "ignore_eos": True}
+        before, is_first = time.perf_counter(), True
+        async with self._http.stream("POST", "/completion", json=body) as response:
+            heard.statuses[response.status_code] += 1
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {") or json.loads(line[6:]).get("stop") is not False:
+                    continue
+                now = time.perf_counter()
+                (heard.first if is_first else heard.between).append(now - before)
+                heard.n_tokens += 1
+                yield now - before
+                before, is_first = now, False
+
+    async def stream(self, heard: Heard, n_prompt: int, n_predict: int, leave_after: int | None = None) -> None:
+        """leave_after: go away behind so many tokens."""
+        n = 0
+        async for _ in self.tokens(heard, n_prompt, n_predict):
+            n += 1
+            if n == leave_after:
+                break
+
+    async def refused(self, heard: Heard) -> None:
+        """Ask for what is no request: of the wrong type, out of range, no JSON."""
+        if self._random.random() < 0.2:
+            response = await self._http.post("/completion", content=b"{", headers={"content-type": "application/json"})
+        else:
+            response = await self._http.post("/completion", json=self._random.choice(BAD))
+        heard.statuses[response.status_code] += 1
+
+    async def mixed(self, heard: Heard, until: float, most: int) -> None:
+        """Whatever clients do, until then. most: tokens of the longest prompt."""
+        while time.perf_counter() < until:
+            dice = self._random.random()
+            if dice < 0.1:
+                await self.refused(heard)
+            elif dice < 0.25:
+                await self.stream(heard, self._random.randrange(8, 200), 200, leave_after=self._random.randrange(1, 20))
+            elif dice < 0.35:
+                await self.stream(heard, self._random.randrange(most // 2, most), 16)
+            else:
+                await self.stream(heard, self._random.randrange(8, 200), self._random.randrange(8, 100))
+
+
+async def watch_health(http: httpx.AsyncClient, heard: Heard) -> None:
+    while True:
+        begun = time.perf_counter()
+        heard.statuses[(await http.get("/health")).status_code] += 1
+        heard.health.append(time.perf_counter() - begun)
+        await asyncio.sleep(HEALTH_SECONDS)
+
+
+async def scene(name: str, http: httpx.AsyncClient, options: argparse.Namespace, n_vocab: int) -> Heard:
+    heard = Heard()
+    clients = [Client(http, n_vocab, options.seed * 1000 + i) for i in range(options.clients)]
+    watching = asyncio.create_task(watch_health(http, heard))
+    begun = time.perf_counter()
+    try:
+        if name == "one":
+            await clients[0].stream(heard, 32, options.tokens)
+        elif name == "many":
+            await asyncio.gather(*(client.stream(heard, 32, options.tokens) for client in clients))
+        elif name == "gaps":
+            await gaps(clients[0], clients[-1], heard, options)
+        else:
+            until = begun + (60 * options.minutes or options.seconds)
+            await asyncio.gather(*(client.mixed(heard, until, options.prompt) for client in clients))
+    finally:
+        watching.cancel()
+    heard.seconds = time.perf_counter() - begun
+    return heard
+
+
+async def gaps(one: Client, other: Client, heard: Heard, options: argparse.Namespace) -> None:
+    """One stream goes on until the other's long prompt has been read; only its own tokens count."""
+    apart = Heard()
+    reading: asyncio.Task[None] | None = None
+    async for _ in one.tokens(heard, 32, 1_000_000):
+        if heard.n_tokens == 10:
+            reading = asyncio.create_task(other.stream(apart, options.prompt, 1))
+        if reading is not None and reading.done():
+            reading.result()
+            break
+    heard.statuses += apart.statuses
+
+
+def share(values: Sequence[float], percent: float) -> float:
+    """The value that so many percent do not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+
+
+def rows_of(name: str, heard: Heard, clients: int) -> list[Row]:
+    rows = []
+    for what, values in (("first", heard.first), ("between", heard.between), ("health", heard.health)):
+        shares = [1e3 * share(values, percent) for percent in SHARES]
+        rate = heard.n_tokens / heard.seconds
+        rows.append(Row(name, clients, what, len(values), *shares, 1e3 * max(values, default=0.0), rate))
+    return rows
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that belong to a process alone: mapped weights aside. OSError where it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+async def watch_memory(pid: int, seen: list[int]) -> None:
+    while True:
+        seen.append(resident(pid))
+        await asyncio.sleep(5)
+
+
+def growth(seen: Sequence[int]) -> float:
+    """Percent, from the most of the second fifth of the time to the most of the last."""
+    fifth = max(1, len(seen) // 5)
+    early, late = max(seen[fifth : 2 * fifth] or seen), max(seen[-fifth:])
+    return 100 * (late / early - 1) if early else 0.0
+
+
+def plot(heard: dict[str, Heard], file: Path) -> None:
+    """For each scene what share of the tokens waited longer than a time."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, what, title in zip(axes, ("first", "between"), ("first token", "between tokens"), strict=True):
+        for name, one in heard.items():
+            values = sorted(getattr(one, what))
+            if values:
+                axis.step([1e3 * v for v in values], [1 - i / len(values) for i in range(len(values))], label=name)
+        axis.set(xscale="log", yscale="log", xlabel=f"{title}, ms", ylabel="share that waited longer")
+        axis.grid(alpha=0.3)
+    axes[1].legend()
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+async def measure(options: argparse.Namespace) -> int:
+    heard: dict[str, Heard] = {}
+    sizes: list[int] = []
+    limits = httpx.Limits(max_connections=None)
+    headers = {"authorization": f"Bearer {options.key}"} if options.key else {}
+    async with httpx.AsyncClient(base_url=options.url, timeout=None, limits=limits, headers=headers) as http:
+        meta = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["meta"]
+        if options.prompt >= meta["n_ctx"]:
+            raise SystemExit(
+                f"a prompt of {options.prompt} tokens, and the server's context is {meta['n_ctx']}: --prompt"
+            )
+        memory = asyncio.create_task(watch_memory(options.pid, sizes)) if options.pid else None
+        await Client(http, meta["n_vocab"], options.seed).stream(Heard(), 32, 8)  # warms up
+        for name in ("mixed",) if options.minutes else options.only.split(","):
+            heard[name] = await scene(name, http, options, meta["n_vocab"])
+        if memory is not None:
+            memory.cancel()
+    rows = [row for name, one in heard.items() for row in rows_of(name, one, 1 if name == "one" else options.clients)]
+    tell(rows, heard)
+    if options.output:
+        with options.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(asdict(rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    if options.plot:
+        plot(heard, options.plot)
+    failed = sum(n for one in heard.values() for status, n in one.statuses.items() if status >= 500)
+    grown = growth(sizes) if sizes else 0.0
+    if sizes:
+        print(f"memory: {sizes[-1] / 1e6:.0f} MB at the end, {grown:+.2f} % since the caches filled")
+    return 1 if failed or (options.minutes and grown > options.grown) else 0
+
+
+def tell(rows: Sequence[Row], heard: dict[str, Heard]) -> None:
+    print(f"{'scene':8}{'what':10}{'n':>8}{'p50 ms':>10}{'p99':>10}{'p99.9':>10}{'longest':>10}{'tok/s':>9}")
+    for row in rows:
+        times = "".join(f"{value:10.1f}" for value in (row.p50, row.p99, row.p99_9, row.longest))
+        print(f"{row.scene:8}{row.what:10}{row.n:8}{times}{row.tok_s:9.1f}")
+    if {"one", "many"} <= heard.keys():
+        one, many = (heard[name].n_tokens / heard[name].seconds for name in ("one", "many"))
+        print(f"many: {many / one:.2f} times the tokens of one")
+    for name, one in heard.items():
+        print(f"{name}: answers by status {dict(sorted(one.statuses.items()))}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="the server, as http://127.0.0.1:8080")
+    parser.add_argument("--key", help="its API key")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer of one and many")
+    parser.add_argument("--prompt", type=int, default=8000, help="tokens of a long prompt")
+    parser.add_argument("--seconds", type=float, default=60, help="of mixed")
+    parser.add_argument("--minutes", type=float, default=0, help="of a soak: mixed alone")
+    parser.add_argument("--pid", type=int, help="the server's process, whose memory is watched")
+    parser.add_argument("--grown", type=float, default=1.0, help="percent that its memory may grow")
+    parser.add_argument("--only", default=",".join(SCENES), help="scenes, with commas between")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, help="a CSV file")
+    parser.add_argument("--plot", type=Path, help="an SVG or PNG file")
+    options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - set(SCENES):
+        parser.error(f"no such scene: {', '.join(sorted(unknown))}; there are {', '.join(SCENES)}")
+    if options.plot and pyplot is None:
+        parser.error("--plot needs matplotlib: pip install 'dsv2[bench]'")
+    return asyncio.run(measure(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
