@@ -75,7 +75,10 @@ class Grammars:
             raise bad_field(field, "a JSON Schema is an object")
         text = json.dumps(schema)
         self._check_length(text, field)
-        return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
+        try:
+            return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
+        except ValueError as error:  # numbers beyond float64
+            raise bad_field(field, f"is no JSON Schema that can be read: {str(error)[:200]}") from None
 
     def regex(self, pattern: str, field: str) -> str:
         self._check_length(pattern, field)

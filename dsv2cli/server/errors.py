@@ -43,7 +43,7 @@ def bad_field(name: str, what: str) -> ApiError:
 
 
 def no_such_model(name: str) -> ApiError:
-    return ApiError(404, f"the model `{name}` is not served here", param="model", code="model_not_found")
+    return ApiError(404, f"the model `{name[:200]}` is not served here", param="model", code="model_not_found")
 
 
 def too_long(n_prompt: int, n_ctx: int) -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsv2cli import console, runtime
 from dsv2cli.errors import INTERRUPTED, CliError
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 MAX_HEADERS = 16 << 10  # bytes (CVE-2025-48956)
 MAX_CONNECTIONS = 512
 IDLE_SECONDS = 30
+HEAD_SECONDS = 30.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,6 +57,30 @@ def listen(host: str, port: int) -> socket.socket:
 def address(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which would wait for a request's head for ever: whoever holds a connection without one is let go."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waits = self.cycle is None or self.cycle.response_complete
+        if self._timer is not None and not waits:
+            self._timer.cancel()
+            self._timer = None
+        elif self._timer is None and waits:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
@@ -96,7 +123,7 @@ class Plan:
 def server_of(state: State, plan: Plan) -> Server:
     config = uvicorn.Config(
         build(state, plan.rules),
-        http="h11",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

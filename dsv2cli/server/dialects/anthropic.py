@@ -116,9 +116,9 @@ def _choice(given: Mapping[str, Any] | None) -> Any:
     kind = (given or {"type": "auto"}).get("type")
     if kind == "tool" and given is not None:
         return {"type": "function", "function": {"name": given.get("name")}}
-    if kind not in CHOICES:
+    if not isinstance(kind, str) or kind not in CHOICES:
         raise bad_field("tool_choice.type", "is none of auto, any, tool, none")
-    return CHOICES[str(kind)]
+    return CHOICES[kind]
 
 
 async def messages(service: Service, request: Request) -> Response:
