@@ -78,7 +78,7 @@ class Service:
             presence_penalty=given(body.presence_penalty, 0.0),
             frequency_penalty=given(body.frequency_penalty, 0.0),
             bias=self.bias(body.logit_bias),
-            seed=None if body.seed is None else body.seed % U64,
+            seed=d.seed if body.seed is None else body.seed % U64,
         )
 
     def form(self, body: Sampled, response_format: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
