@@ -350,7 +350,9 @@ def test_heads_that_do_not_come(server: Served, before: list[bytes], monkeypatch
     with socket.create_connection((url.host, url.port or 80), SECONDS) as peer:
         for data in before:
             peer.sendall(data)
-            assert b"200 OK" in peer.recv(4096)
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):  # in one piece or two
+                answer += peer.recv(4096)
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             for _ in range(15):  # a byte now and then
                 peer.sendall(b"G")
