@@ -15,8 +15,12 @@ from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dsv2cli.batch.ledger import Ledger
     from dsv2cli.batch.lines import Bad, Line
+    from dsv2cli.server.cluster import Opening
+    from dsv2cli.server.offline import Answerer
 
 HELP = "Answer a file of requests, as OpenAI's batches have them. Killed at any time, the same command goes on."
 EXAMPLES = (
@@ -33,6 +37,11 @@ ERRORS_HELP = "Where refusals go; OUT with .errors before its suffix if left out
 TEMPLATE_HELP = "A message with {column} in it ({text} of a text), or a .json file: a whole body with them."
 SEED_HELP = "Lines that name no seed get one of their own, from this and their custom_id."
 SHARD_HELP = "Answer the i-th of n parts only, as 2/4, for several machines. Each has an OUT of its own."
+RAY_HELP = (
+    "Answer on a Ray cluster, whose machines have dsv2 and the model's file under the same name: its address, auto for"
+    " the one that this machine is part of, local for one of its own."
+)
+ACTORS_HELP = "Models that are opened there; one a machine if left out."
 SKIP_HELP = "Lines that cannot be answered go to the errors, and the others are answered."
 RETRY_HELP = "Ask again what failed before."
 RESTART_HELP = "Throw away what OUT holds and start over."
@@ -70,6 +79,8 @@ def batch(
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help=SHARD_HELP)] = "1/1",
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,
+    ray_actors: Annotated[int | None, number("--ray-actors", within=Range(1, 4096), help=ACTORS_HELP)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=SKIP_HELP)] = False,
     retry: Annotated[bool, typer.Option("--retry", help=RETRY_HELP)] = False,
     restart: Annotated[bool, typer.Option("--restart", help=RESTART_HELP)] = False,
@@ -116,7 +127,7 @@ def batch(
         offline.Plan(
             [line for line in lines if line.number in mine],
             [one for one in bad if one.number in mine],
-            process.load(path, threads, settings, wishes),
+            _answerer((path, threads, settings, wishes), ray, ray_actors),
             _ledger(out, errors, origin, restart=restart),
             seed,
             skip_bad,
@@ -124,6 +135,16 @@ def batch(
             quiet,
         )
     )
+
+
+def _answerer(opening: Opening, ray: str | None, n: int | None) -> AbstractContextManager[Answerer]:
+    from dsv2cli.server import offline, process
+
+    if ray is None:
+        return offline.here(process.load(*opening))
+    from dsv2cli.server import cluster
+
+    return cluster.there(ray, n, opening)
 
 
 def _ledger(out: Path, errors: Path, origin: dict[str, Any], *, restart: bool) -> Callable[[str], Ledger]:

@@ -30,6 +30,34 @@ AHEAD = 2  # lines in the engine for each answer that is stepped: when one ends,
 
 
 @dataclass(frozen=True)
+class Answerer:
+    """What answers. identity: of the model; n_parallel: answers that are stepped together; n_tokens: those of prompts
+    and of answers so far."""
+
+    desk: runner.Desk
+    identity: str
+    n_parallel: int
+    n_tokens: Callable[[], tuple[int, int]]
+
+
+@contextlib.contextmanager
+def here(load: Callable[[], AbstractContextManager[Service]]) -> Iterator[Answerer]:
+    """A model of this process."""
+    with load() as service:
+        engine = service.engine
+        engine.start()
+
+        def n_tokens() -> tuple[int, int]:
+            figures = engine.figures
+            return figures.prompt_tokens + figures.cached_tokens, figures.answer_tokens
+
+        try:
+            yield Answerer(Desk(service), model_identity(engine.runtime), engine.limits.parallel, n_tokens)
+        finally:
+            engine.stop()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to be answered, by what, into which ledger.
 
@@ -40,7 +68,7 @@ class Plan:
 
     lines: list[Line]
     bad: list[Bad]
-    load: Callable[[], AbstractContextManager[Service]]
+    answerer: AbstractContextManager[Answerer]
     ledger: Callable[[str], Ledger]
     seed: int = 0
     skip_bad: bool = False
@@ -52,12 +80,8 @@ def run(plan: Plan) -> None:
     """Answer what is not answered yet. CliError where lines failed, KeyboardInterrupt where Ctrl-C ended it."""
     if plan.bad and not plan.skip_bad:
         raise refused(plan.bad)
-    with plan.load() as service, plan.ledger(model_identity(service.engine.runtime)) as ledger:
-        service.engine.start()
-        try:
-            asyncio.run(Work(plan, service, ledger).run())
-        finally:
-            service.engine.stop()
+    with plan.answerer as answerer, plan.ledger(answerer.identity) as ledger:
+        asyncio.run(Work(plan, answerer, ledger).run())
 
 
 def refused(bad: list[Bad]) -> CliError:
@@ -79,7 +103,7 @@ class Work:
     """A run under way."""
 
     plan: Plan
-    service: Service
+    answerer: Answerer
     ledger: Ledger
     began: float = field(default_factory=time.monotonic)
     told: float = 0.0
@@ -108,7 +132,7 @@ class Work:
         ledger, plan = self.ledger, self.plan
         if plan.again:
             ledger.forget_failures()
-        desk = Desk(self.service)
+        desk = self.answerer.desk
         left = [line for line in plan.lines if line.id not in ledger.done]
         looking = display.add_task("checking", total=len(left), detail="")
         ordered, bad = await runner.look_over(desk, left, lambda n: display.update(looking, completed=n))
@@ -133,7 +157,7 @@ class Work:
                 self.told = time.monotonic()
                 console.note(f"{self._so_far()}, {self._speed()}, {self._time_left()} left")
 
-        at_once = AHEAD * self.service.engine.limits.parallel
+        at_once = AHEAD * self.answerer.n_parallel
         await runner.run(desk, ordered, ledger, at_once=at_once, seed=plan.seed, told=told, stopping=self.stopping)
 
     @property
@@ -172,9 +196,8 @@ class Work:
         return f"{len(self.ledger.done)} of {self.n_all} lines are done"
 
     def _speed(self) -> str:
-        figures, seconds = self.service.engine.figures, time.monotonic() - self.began
-        read = figures.prompt_tokens + figures.cached_tokens
-        return f"{figures.answer_tokens / max(seconds, 1e-3):.0f} tok/s written, {read / max(seconds, 1e-3):.0f} read"
+        (read, written), seconds = self.answerer.n_tokens(), max(time.monotonic() - self.began, 1e-3)
+        return f"{written / seconds:.0f} tok/s written, {read / seconds:.0f} read"
 
     def _time_left(self) -> str:
         n = len(self.ledger.done) - self.n_before
@@ -182,6 +205,8 @@ class Work:
 
     def _say_end(self) -> None:
         failed = self.ledger.n_failed
+        if len(self.ledger.done) < self.n_all:
+            raise CliError(f"what answers has stopped: {self._so_far()}", "the same command goes on")
         if failed:
             what = "1 line" if failed == 1 else f"{failed} lines"
             raise CliError(
