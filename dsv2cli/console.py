@@ -29,6 +29,7 @@ PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe: nothing is
 NARROWEST, WIDEST = 20, 1000  # columns that COLUMNS may ask for
 SHOWN_CHARACTERS = 4096  # of one text; a longer one is cut
 STYLES = {"error": "1;31", "hint": "36", "warning": "33", "dim": "2", "prompt": "1;32", "label": "1"}
+STYLES |= {"strong": "1", "emphasis": "3", "code": "36"}  # of an answer
 # What moves a terminal's cursor, sets its title, turns text round or ends a line, and what no encoding holds: C0, DEL,
 # C1, line and paragraph separators, bidirectional embeddings, overrides and isolates, surrogates.
 UNSAFE = "\\x00-\\x1f\\x7f-\\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\\ud800-\\udfff"
@@ -201,6 +202,12 @@ def say_piece(piece: str, style: str | None = None) -> None:
     text = printable_text(piece) if is_terminal(sys.stdout) else piece
     _put(styled(text, style, sys.stdout) if style else text)
     flush()
+
+
+def say_part(text: str, style: str | None) -> None:
+    """A part of what is shown on a terminal that obeys, in a named style; it may wait for ``flush``."""
+    shown = printable_text(text)
+    _put(styled(shown, style, sys.stdout) if style else shown)
 
 
 def print_json(value: Any) -> None:

@@ -12,6 +12,8 @@ from cext.system import resident_bytes
 from dsv2cli import console, interrupts
 from dsv2cli.chat.conversation import Conversation
 from dsv2cli.chat.reasoning import Piece, Reasoning
+from dsv2cli.chat.settings import Sampling
+from dsv2cli.chat.view import view
 from dsv2cli.scheduler import Event, Read, Stats, Token
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ class Chat:
     runtime: Runtime
     conversation: Conversation
     sampler: Sampler
-    limit: int | None = None
+    sampling: Sampling
     quiet: bool = False
     raw: bool = False
+    markdown: bool = True  # on a terminal that has styles
     folded: bool = False  # a line in place of reasoning, on a terminal
     last: Stats = field(default_factory=Stats)
 
@@ -46,11 +49,12 @@ class Chat:
         progress = Progress(shown=not self.quiet)
         reasoning = Reasoning(self.runtime.tokenizer)
         if text is None:
-            reply = self.conversation.go_on(self.sampler, self.limit, self.last)
+            reply = self.conversation.go_on(self.sampler, self.sampling.max_tokens, self.last)
             self._feed_what_stands(reasoning)
         else:
-            reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
+            reply = self.conversation.reply(text, self.sampler, self.sampling.max_tokens, self.last)
         fold = Fold(reasoning, progress) if self.folded and console.is_terminal(sys.stdout) else None
+        shows = view(plain=self.raw, markdown=self.markdown)
         written: list[str] = []
         try:
             with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
@@ -59,20 +63,20 @@ class Chat:
                     if shown:
                         progress.clear()
                         written.append(shown)
-                        console.say_piece(shown, "dim" if piece.reasoning else None)
+                        shows.show(Piece(shown, piece.reasoning))
             if fold is not None:
                 fold.tell()
         finally:
             progress.clear()
-            if written and not written[-1].endswith("\n"):
-                console.say_piece("\n")
+            if written:
+                shows.finish()
         self._tell_stop()
         return "".join(written)
 
     def collect(self, text: str) -> str:
         """One answer, as a string and nowhere else; Ctrl-C ends it."""
         self.last = Stats()
-        reply = self.conversation.reply(text, self.sampler, self.limit, self.last)
+        reply = self.conversation.reply(text, self.sampler, self.sampling.max_tokens, self.last)
         with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
             return "".join(
                 piece.text for piece in self._pieces(reply, Reasoning(self.runtime.tokenizer), begun=self.raw)
@@ -156,6 +160,7 @@ class Fold:
 
     reasoning: Reasoning
     progress: Progress
+    markdown: bool = True  # on a terminal that has styles
     folded: bool = False  # something is, and not yet told
     at_edge: bool = False  # of the content, whose first line breaks parted it from what is folded
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 
 from dsv2cli import console
-from dsv2cli.chat import store
+from dsv2cli.chat import files, settings, store
 from dsv2cli.chat.answering import Chat
+from dsv2cli.chat.conversation import Turn, room_hint
 from dsv2cli.chat.keeping import Keeping
-from dsv2cli.chat.terminal import LineReader, terminating_in_order
+from dsv2cli.chat.settings import Sampling
+from dsv2cli.chat.terminal import LineReader, Reader, terminating_in_order
+from dsv2cli.chat.tree import Node
 from dsv2cli.errors import CliError, UsageError
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)
@@ -21,8 +25,10 @@ HELP = {
     "/think show|hide": "its reasoning, or a line in place of it",
     "/retry": "answer the last message again; the old answer stays as a branch",
     "/continue": "go on with the last answer",
+    "/edit [N|answer]": "change your last message (or the Nth) and ask it again, or change the last answer",
     "/undo": "take the last turn back",
     "/branch": "list the branches; /branch N goes on with one",
+    "/set [NAME VALUE]": "temp, top-k, top-p, min-p, repeat-penalty, seed, max-tokens, markdown",
     "/clear": "begin another conversation; the system message stays",
     "/save NAME": "give this conversation a name (it is kept as it goes)",
     "/load NAME": "go on with another",
@@ -38,14 +44,17 @@ class Repl:
 
     def __init__(self, chat: Chat, keeping: Keeping) -> None:
         self.chat, self.keeping = chat, keeping
+        self.reader: Reader  # while it runs
         self.commands: dict[str, Callable[[str], bool]] = {
             "help": self.help,
             "system": self.system,
             "think": self.think,
             "retry": self.retry,
             "continue": self.go_on,
+            "edit": self.edit,
             "undo": self.undo,
             "branch": self.branch,
+            "set": self.set,
             "clear": self.clear,
             "save": self.save,
             "load": self.load,
@@ -67,26 +76,69 @@ class Repl:
             )
         if self.keeping.tree.head:
             self._tell_where()
-        with (
-            terminating_in_order(),
-            contextlib.closing(self),
-            LineReader("> ", [f"/{name}" for name in self.commands]) as reader,
-        ):
-            while True:
-                try:
-                    text = reader.read()
-                    if text is None:
-                        break
-                    with reader.away():
-                        if not self.take(text):
-                            break
-                except KeyboardInterrupt:
-                    console.note("")
-                    console.note("(/exit or Ctrl-D leaves)", "dim")
-                except CliError as error:  # what was typed is no text, or cannot be done
-                    console.print_error(str(error), error.hint)
+        with terminating_in_order(), contextlib.closing(self), self._make_reader() as reader:
+            self.reader = reader
+            while self._turn(reader):
+                pass
         if not self.chat.quiet and self.chat.last.n_answer:
             self.chat.tell_stats()
+
+    def _make_reader(self) -> Reader:
+        """prompt-toolkit where the terminal obeys, else plain lines."""
+        if not (console.obeys(sys.stdin) and console.obeys(sys.stdout)):
+            return LineReader("> ")
+        from dsv2cli.chat.prompt import Prompt
+
+        return Prompt("> ", self.complete, self.meter)
+
+    def _turn(self, reader: Reader) -> bool:
+        """Read a message and do what it wants; False to leave."""
+        try:
+            text = reader.read()
+            if text is None:
+                return False
+            with reader.away():
+                return self.take(text)
+        except KeyboardInterrupt:
+            console.note("")
+            console.note("(/exit or Ctrl-D leaves)", "dim")
+        except (console.OutputError, BrokenPipeError):
+            raise
+        except CliError as error:  # what was typed is no text, or cannot be done
+            console.print_error(str(error), error.hint)
+        except OSError as error:
+            place = f"`{error.filename}`: " if error.filename else ""
+            console.print_error(f"{place}{error.strerror or error}")
+        return True
+
+    def complete(self, begun: str) -> Iterable[tuple[str, int, str]]:
+        """What may stand before the cursor: commands and their words, and files after an @."""
+        match = re.fullmatch(r"/(?:(\w+)[ \t]+)?(\S*)", begun)
+        if match is None:
+            yield from files.completions(begun)
+            return
+        words: dict[str | None, Iterable[str]] = {
+            None: [f"/{name}" for name in self.commands],
+            "load": store.names(),
+            "set": [*settings.SETTINGS, "markdown"],
+            "think": ["on", "off", "auto", "show", "hide"],
+            "edit": ["answer"],
+        }
+        wanted = match[2] if match[1] else begun
+        for word in words.get(match[1], ()):
+            if word.startswith(wanted):
+                yield word, len(wanted), ""
+
+    def meter(self, typed: str) -> str:
+        """How full the context is, and what files that are named would add."""
+        conversation = self.chat.conversation
+        n = conversation.n_used if conversation.turns else 0
+        named = [
+            f"{name}: {'many' if n_tokens is None else n_tokens}"
+            for name, n_tokens in files.count(typed, self.chat.runtime.tokenizer)
+        ]
+        parts = [f"{n} of {conversation.n_ctx} tokens", *named, self.keeping.name]
+        return console.printable(" | ".join(part for part in parts if part))
 
     def take(self, text: str) -> bool:
         """Run a command or answer a message; False to leave."""
@@ -94,13 +146,27 @@ class Repl:
             return True
         command = COMMAND.fullmatch(text)
         if command is None:
-            self.answer(text)
+            self.answer(self._with_files(text))
             return True
         run = self.commands.get(command[1].lower())
         if run is None:
             console.note(f"no command /{command[1]}: /help lists them; a space before it says it to the model")
             return True
         return run(command[2])
+
+    def _with_files(self, message: str) -> str:
+        """What goes to the model for a message that may name files."""
+        whole, read = files.with_files(message)
+        tokenizer, n_ctx = self.chat.runtime.tokenizer, self.chat.conversation.n_ctx
+        for path, content in read:
+            n = len(tokenizer.encode(content))
+            if n >= n_ctx:
+                raise UsageError(
+                    f"`{path}` has {n} tokens, and the context holds {n_ctx}",
+                    room_hint(n, self.chat.runtime.n_ctx_train),
+                )
+            console.note(f"({path}: {_count(n, 'token')})", "dim")
+        return whole
 
     def close(self) -> None:
         """Keep what is to be kept."""
@@ -124,7 +190,10 @@ class Repl:
         width = max(map(len, HELP))
         for name, what in HELP.items():
             console.note(f"  {name:<{width}}  {what}")
-        console.note("  A line that ends in \\ goes on in the next. Ctrl-C stops an answer.")
+        console.note(
+            "  @FILE in a message gives its text too. A line that ends in \\ goes on in the next (so does Alt+Enter)."
+        )
+        console.note("  Ctrl+R searches what was typed, Ctrl+G opens an editor, Tab completes. Ctrl-C stops an answer.")
         return True
 
     def system(self, text: str) -> bool:
@@ -182,6 +251,59 @@ class Repl:
             self.keeping.go_to(last.parent)
             console.note(f"(taken back: {_first_line(last.turn.user)})", "dim")
         return True
+
+    def edit(self, text: str) -> bool:
+        path, word = self.keeping.tree.path(), text.strip().lower()
+        if not path or self.chat.raw:
+            console.note("nothing to edit yet")
+        elif word == "answer":
+            self._edit_answer(path[-1])
+        elif word and not (word.isascii() and word.isdigit() and 1 <= int(word) <= len(path)):
+            raise UsageError(f"/edit takes `answer` or a turn, 1 to {len(path)}, and not {text.strip()}")
+        else:
+            node = path[int(word or len(path)) - 1]
+            changed = self.reader.edit(node.turn.user)
+            if changed is not None and changed.strip():
+                with self.keeping.answering_at(node.parent):
+                    self.answer(self._with_files(changed))
+        return True
+
+    def _edit_answer(self, node: Node) -> None:
+        """Another answer in a branch beside it, for the conversation to go on from."""
+        conversation, tokenizer = self.chat.conversation, self.chat.runtime.tokenizer
+        said = conversation.said()
+        if said.reasoning is not None:
+            raise UsageError("an answer with reasoning cannot be changed", "/retry answers again")
+        body = said.content.lstrip()
+        changed = self.reader.edit(body)
+        if changed is None or not changed.strip() or changed == body:
+            return
+        before = said.content[: len(said.content) - len(body)]
+        with self.keeping.answering_at(node.parent):
+            turn = Turn(node.turn.user, tokenizer.encode(before + changed), list(node.turn.opening))
+            conversation.turns.append(turn)
+            self.keeping.close_turn("edited")
+        console.note("(changed; /continue goes on with it)", "dim")
+
+    def set(self, text: str) -> bool:
+        words = text.split()
+        if words[:1] == ["markdown"] and words[1:] in (["on"], ["off"]):
+            self.chat.markdown = words[1] == "on"
+        elif len(words) == 2:
+            self._set_sampling(settings.changed(self.chat.sampling, words[0].lower(), words[1]))
+        elif words:
+            raise UsageError("/set takes a name and a value", "/set alone shows what there is")
+        else:
+            for line in [
+                *settings.shown(self.chat.sampling),
+                f"  markdown        {'on' if self.chat.markdown else 'off'}",
+            ]:
+                console.note(line)
+        return True
+
+    def _set_sampling(self, sampling: Sampling) -> None:
+        self.chat.sampling, self.chat.sampler = sampling, sampling.sampler()
+        self.keeping.sampling = sampling.figures()
 
     # Conversations that are kept.
 

@@ -1,4 +1,4 @@
-"""Reading what a person types: line editing and history, pasted paragraphs whole, lines joined by a backslash.
+"""Reading what a person types, in terminals that obey nothing and without them; prompt.py is for the others.
 
 What a line means never depends on when it comes. Lines are one message where the terminal says that they were pasted
 together (bracketed paste) or where a backslash joins them, and messages of their own otherwise, typed ahead or not.
@@ -8,48 +8,56 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType, ModuleType
+from typing import Protocol
 
 from dsv2cli import console
 from dsv2cli.chat import history
-from dsv2cli.text import typed
+from dsv2cli.errors import CliError
+from dsv2cli.text import decode, typed
 
 CONTINUED = "\\"
-# Values of TERM of the terminals that mark what is pasted; terminfo has no word for it.
-MARKS_PASTES = re.compile(
-    "(xterm|screen|tmux|rxvt|alacritty|foot|kitty|vte|gnome|konsole|iterm2?|wezterm|ghostty|contour|mintty|mlterm|putty"
-    "|st|rio)(-|$)"
-)
-PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
-def marks_pastes() -> bool:
-    return console.obeys(sys.stdout) and bool(MARKS_PASTES.match(os.environ.get("TERM", "")))
+class Reader(Protocol):
+    """Where messages come from."""
+
+    def read(self) -> str | None:
+        """One message; None at the end of input. KeyboardInterrupt at Ctrl-C, UsageError where it is no text."""
+
+    def edit(self, text: str) -> str | None:
+        """``text`` as a person has changed it; None where that was given up. CliError where there is no way to."""
+
+    def away(self) -> AbstractContextManager[None]:
+        """While nothing is read: what is typed ahead waits for the next prompt."""
+
+    def __enter__(self) -> Reader: ...
+    def __exit__(self, *exc: object) -> None: ...
 
 
 class LineReader:
     """Prompts on the terminal. Without readline, or where stdout is no terminal, plain lines and no history."""
 
-    def __init__(self, prompt: str, commands: list[str]) -> None:
+    def __init__(self, prompt: str) -> None:
         self._readline = _readline() if console.is_terminal(sys.stdout) else None
         self._prompt = prompt
-        self._marks_pastes = self._readline is not None and marks_pastes()
         if self._readline is not None:
-            self._set_up(self._readline, commands)
+            self._set_up(self._readline)
 
-    def _set_up(self, readline: ModuleType, commands: list[str]) -> None:
+    def _set_up(self, readline: ModuleType) -> None:
         for line in history.read():
             with contextlib.suppress(UnicodeError):  # a locale that cannot spell it
                 readline.add_history(line)
-        readline.set_auto_history(False)  # a pasted paragraph is one entry
-        readline.set_completer_delims(" \t\n")
-        readline.set_completer(lambda text, i: ([c for c in commands if text and c.startswith(text)] + [None] * 9)[i])
-        readline.parse_and_bind("tab: complete")
-        readline.parse_and_bind(f"set enable-bracketed-paste {'on' if self._marks_pastes else 'off'}")
+        readline.set_auto_history(False)  # a message of several lines is one entry
+        readline.parse_and_bind("set enable-bracketed-paste off")
 
     def read(self) -> str | None:
         """One message, of several lines where they were pasted or end in a backslash; None at the end of input.
@@ -73,40 +81,56 @@ class LineReader:
 
     def _line(self, prompt: str) -> str:
         if self._readline is not None:
-            return input(_shown_by_readline(prompt))
+            return input(prompt)
         console.prompt(prompt)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
         return line.removesuffix("\n")
 
+    def edit(self, text: str) -> str | None:
+        """In the editor of the environment."""
+        return edited(text)
+
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """While nothing is read: what is typed ahead waits unseen and whole, pastes marked, for the next prompt."""
+        """See ``Reader``."""
         if self._readline is None:
             yield
             return
-        with _keys_waiting(sys.stdin.fileno()):
-            self._mark_pastes(True)
+        with keys_waiting(sys.stdin.fileno()):
             yield
-
-    def _mark_pastes(self, on: bool) -> None:
-        if self._marks_pastes:
-            console.send(PASTE_ON if on else PASTE_OFF)
 
     def __enter__(self) -> LineReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the terminal as it was."""
-        self._mark_pastes(False)
+        """The terminal is as it was."""
+
+
+def edited(text: str) -> str | None:
+    """``text`` after $VISUAL or $EDITOR has had it; None where that failed. CliError where neither is set."""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor:
+        raise CliError("there is no editor", "set VISUAL or EDITOR to the command of one")
+    with tempfile.NamedTemporaryFile("w+", suffix=".md", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        try:
+            done = subprocess.run([*shlex.split(editor), file.name], check=False)
+        except (OSError, ValueError) as error:
+            raise CliError(f"cannot run the editor `{editor}`: {error}") from error
+        if done.returncode:
+            return None
+        return decode(Path(file.name).read_bytes(), "the edited text").removesuffix("\n")
 
 
 @contextlib.contextmanager
-def _keys_waiting(terminal: int) -> Iterator[None]:
+def keys_waiting(terminal: int) -> Iterator[None]:
     """Keys are kept as they come, without an echo between the words of an answer; Ctrl-C is still heard.
 
-    A terminal that edits lines by itself would cut those of more than 4095 bytes.
+    A terminal that edits lines by itself would cut those of more than 4095 bytes. A shell that brings a stopped program
+    back leaves the terminal as its own was.
     """
     import termios
 
@@ -118,9 +142,16 @@ def _keys_waiting(terminal: int) -> Iterator[None]:
     except termios.error:
         yield
         return
+
+    def come_back(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(terminal, termios.TCSANOW, waiting)
+
+    usual = signal.signal(signal.SIGCONT, come_back)
     try:
         yield
     finally:
+        signal.signal(signal.SIGCONT, usual)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
@@ -152,11 +183,3 @@ def _readline() -> ModuleType | None:
     except ImportError:
         return None
     return readline
-
-
-def _shown_by_readline(prompt: str) -> str:
-    """The prompt in colour; readline must be told which characters take no room."""
-    if not prompt.strip() or not console.wants_colour(sys.stdout):
-        return prompt
-    start, end = console.styled("\0", "prompt", sys.stdout).split("\0")
-    return f"\x01{start}\x02{prompt}\x01{end}\x02"

@@ -103,6 +103,7 @@ def chat(
     ] = None,
     go_on: Annotated[bool, typer.Option("-C", "--continue", help="The same with the last conversation.")] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Keep nothing of this conversation on the disk.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Show an answer's Markdown as it is written.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With -p or a pipe: answer and statistics as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
@@ -135,6 +136,7 @@ def chat(
         from dsv2cli.chat.conversation import Conversation
         from dsv2cli.chat.keeping import Keeping
         from dsv2cli.chat.repl import Repl
+        from dsv2cli.chat.settings import Sampling
         from dsv2cli.scheduler import Budget, Scheduler
 
         session = opened.session(context, kv)
@@ -154,11 +156,11 @@ def chat(
             scheduler=Scheduler(opened.evaluate),
         )
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed)
-        talk = Chat(opened, conversation, sampler, limit, quiet=quiet, raw=raw or fim is not None)
-        figures = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampling = figures | {"repeat_penalty": repeat_penalty, "seed": sampler.seed, "max_tokens": limit}
+        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, sampler.seed, limit)
+        talk = Chat(opened, conversation, sampler, sampling, quiet=quiet, raw=raw or fim is not None)
+        talk.markdown = not plain
         keeps = not (no_save or talk.raw) and (asked is None or resume is not None)
-        keeping = Keeping(opened, conversation, sampling, keeps)
+        keeping = Keeping(opened, conversation, sampling.figures(), keeps)
         if resume is not None:
             keeping.reopen(resume)
             conversation.system = system or conversation.system
@@ -187,7 +189,7 @@ def answer_once(talk: Chat, keeping: Keeping, asked: str, *, as_json: bool) -> N
     try:
         if as_json:
             answer = talk.collect(asked)
-            console.print_json(report(talk, answer, int(keeping.sampling["seed"] or 0)))
+            console.print_json(report(talk, answer, talk.sampling.seed))
         else:
             talk.answer(asked)
     finally:

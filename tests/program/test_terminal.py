@@ -22,7 +22,12 @@ from dsv2cli.chat import history
 
 AHEAD = ["second\n/stats\n/exit\n", "second\r/stats\r/exit\r", "\x1b[200~a\nb\x1b[201~\n/stats\n\x04"]
 SYSTEM = ["/system You are brief. \\\nAlways.", "\x1b[200~/system You are brief. \nAlways.\x1b[201~"]
-TERMINALS = {"xterm-256color": True, "tmux": True, "linux": False, "vt100": False}  # whether they mark pastes
+TERMINALS = {
+    "xterm-256color": True,
+    "tmux": True,
+    "linux": True,
+    "dumb": False,
+}  # whether pastes are marked
 PASTE = "\x1b[200~{}\x1b[201~"
 CODE = "    if x:\n        y = 1\n\n    # end  "
 
@@ -162,8 +167,8 @@ def test_the_list_of_commands_is_aligned(model: Path, tmp_path: Path) -> None:
         at = screen.wait_for("> $")
         screen.type("/help\n")
         end = screen.wait_for(r"stops an answer\.\n> $", at)
-        lines = re.findall(r"^  (/\S+(?: \S+)?  +)\S", screen.text[at:end], re.MULTILINE)
-        assert len(lines) == 14 and len({len(line) for line in lines}) == 1
+        lines = re.findall(r"^  (/\S+(?: \S+){0,2}  +)\S", screen.text[at:end], re.MULTILINE)
+        assert len(lines) == 16 and len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("name", ["dumb", "", "unknown"])
@@ -185,7 +190,7 @@ def test_pastes_are_marked_where_the_terminal_can(name: str, model: Path, tmp_pa
         at = screen.wait_for(r"-n\)\n> $", at)
         screen.type("\x04")
         assert screen.exit_code() == 0
-        assert (b"\x1b[?2004h" in screen.raw) == TERMINALS[name]
+        assert (b"\x1b[?2004h" in screen.raw) == TERMINALS[name] and b"\x1b[6n" not in screen.raw
 
 
 def assert_left_as_it_was(screen: Screen) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from support.emulator import Emulator
 
 import dsv2cli
 
@@ -69,10 +74,13 @@ def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: st
 
 
 class Screen:
-    """A program in a pseudo-terminal: what it showed so far, as bytes (``raw``) and without escape sequences."""
+    """A program in a pseudo-terminal: what it showed so far, as bytes (``raw``), and as ``text``: as it is to be seen
+    where an emulator obeys it, else without escape sequences."""
 
-    def __init__(self, process: subprocess.Popen[bytes], terminal: int, theirs: int) -> None:
-        self.process, self.terminal, self.theirs = process, terminal, theirs
+    def __init__(
+        self, process: subprocess.Popen[bytes], terminal: int, theirs: int, emulator: Emulator | None = None
+    ) -> None:
+        self.process, self.terminal, self.theirs, self.emulator = process, terminal, theirs, emulator
         self.raw, self.text = b"", ""
 
     def type(self, text: str) -> None:
@@ -96,9 +104,19 @@ class Screen:
             except OSError:  # Linux, when the other end is closed
                 return False
             self.raw += data
+            if self.emulator is not None:
+                self.emulator.feed(data)
+                self.text = self.emulator.text
+                return bool(data)
             self.text = ESCAPES.sub("", self.raw.decode("utf-8", "replace")).replace("\r", "")
             return bool(data)
         return True
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Of the window; the program is told."""
+        assert self.emulator is not None
+        self.emulator.resize(rows, columns)
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def exit_code(self) -> int:
         deadline = time.monotonic() + SECONDS
@@ -108,10 +126,16 @@ class Screen:
 
 
 @contextmanager
-def terminal(*args: str | Path, before: str = "", keep: bool = False, **env: str | None) -> Iterator[Screen]:
-    """A command in a pseudo-terminal of 80 columns. before: Python that runs first; keep: the terminal stays open
-    when the command has gone, to be looked at. env: None takes a variable out."""
+def terminal(
+    *args: str | Path, before: str = "", keep: bool = False, size: tuple[int, int] = (50, 160), **env: str | None
+) -> Iterator[Screen]:
+    """A command in a pseudo-terminal. before: Python that runs first; keep: the terminal stays open when the command
+    has gone, to be looked at. size: rows and columns. env: None takes a variable out. A chat moves the cursor about,
+    and is seen through an emulator."""
     ours, theirs = pty.openpty()
+    emulator = Emulator(*size) if "chat" in args else None
+    if emulator is not None:
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     variables = environment(**{"TERM": "xterm", **env})
     process = subprocess.Popen(
         [*IN_TERMINAL[:-1], before + IN_TERMINAL[-1], *map(str, args)],
@@ -124,7 +148,7 @@ def terminal(*args: str | Path, before: str = "", keep: bool = False, **env: str
     if not keep:
         os.close(theirs)
     try:
-        yield Screen(process, ours, theirs)
+        yield Screen(process, ours, theirs, emulator)
     finally:
         process.kill()
         process.wait()
