@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterable
 
 from dsv2cli import console
@@ -13,7 +12,7 @@ from dsv2cli.chat.answering import Chat
 from dsv2cli.chat.conversation import Turn, room_hint
 from dsv2cli.chat.keeping import Keeping
 from dsv2cli.chat.settings import Sampling
-from dsv2cli.chat.terminal import LineReader, Reader, terminating_in_order
+from dsv2cli.chat.terminal import LineReader, Reader, draws, terminating_in_order
 from dsv2cli.chat.tree import Node
 from dsv2cli.errors import CliError, UsageError
 
@@ -85,7 +84,7 @@ class Repl:
 
     def _make_reader(self) -> Reader:
         """prompt-toolkit where the terminal obeys, else plain lines."""
-        if not (console.obeys(sys.stdin) and console.obeys(sys.stdout)):
+        if not draws():
             return LineReader("> ")
         from dsv2cli.chat.prompt import Prompt
 

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from cext.system import free_disk
+from dsv2cli import state
 from dsv2cli.chat.journal import JournalError, Model, beginning
 from dsv2cli.errors import CliError, UsageError
 
@@ -28,11 +29,8 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 
 def folder() -> Path | None:
     """Where this user's conversations lie; None where this user has no home."""
-    state = os.environ.get("XDG_STATE_HOME")
-    try:
-        return (Path(state) if state else Path.home() / ".local" / "state") / "dsv2" / "conversations"
-    except RuntimeError:
-        return None
+    place = state.folder()
+    return None if place is None else place / "conversations"
 
 
 def made_folder() -> Path:

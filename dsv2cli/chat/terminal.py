@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Protocol
@@ -41,6 +43,17 @@ class Reader(Protocol):
 
     def __enter__(self) -> Reader: ...
     def __exit__(self, *exc: object) -> None: ...
+
+
+def draws() -> bool:
+    """Whether messages are typed in a terminal that obeys, where prompt.py takes them."""
+    return console.obeys(sys.stdin) and console.obeys(sys.stdout)
+
+
+def prepare() -> None:
+    """Import what the conversation will draw with beside whatever else is done until then."""
+    if draws():
+        threading.Thread(target=import_module, args=("dsv2cli.chat.prompt",), daemon=True).start()
 
 
 class LineReader:

@@ -126,8 +126,10 @@ def chat(
         raise UsageError("--json is for one answer, and there is no prompt", "give one with -p, or pipe it in")
 
     from dsv2cli import locate, memory, runtime
-    from dsv2cli.chat import store
+    from dsv2cli.chat import store, terminal
 
+    if asked is None:
+        terminal.prepare()
     resume = store.latest() if go_on else resume
     path = kept_model(model, resume) or locate.model(model)
     with runtime.open_model(path, threads, wishes) as opened:
