@@ -62,7 +62,7 @@ class Prompt:
             complete_style=CompleteStyle.COLUMN,
             reserve_space_for_menu=MENU_ROWS,
             search_ignore_case=True,
-            input_processors=[TabsProcessor()],
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
             enable_suspend=True,
             enable_open_in_editor=True,
             tempfile_suffix=".md",
