@@ -60,14 +60,15 @@ class Markdown:
     # Lines.
 
     def _go_on(self) -> None:
+        is_long = len(self._held) >= LONGEST
         if self._fence:
-            if self._begun or not (self._fence.startswith(self._held.strip()[:3]) or self._held.isspace()):
+            if self._begun or is_long or not self._fence.startswith(self._held.strip()[:3]):
                 self._begun = True
                 self._code(self._held)
                 self._held = ""
             return
         if not self._begun:
-            if UNDECIDED.fullmatch(self._held) or WHOLE_LINE.match(self._held):
+            if not is_long and (UNDECIDED.fullmatch(self._held) or WHOLE_LINE.match(self._held)):
                 return
             self._begin()
         self._inline(last=False)

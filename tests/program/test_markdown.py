@@ -131,6 +131,10 @@ def test_what_waits_is_bounded() -> None:
     shown = Shown()
     shown.markdown.feed("| a | b |\n|---|---|\n" + "| 1 | 2 |\n" * (MOST_ROWS + 10))
     assert "".join(shown.written).count("\n") >= MOST_ROWS
+    for begins in ("| ", "```", "- - - ", "```\n```x"):
+        shown = Shown()
+        shown.markdown.feed(begins + "word " * 200)
+        assert len("".join(shown.written)) > 1000 - LONGEST - 40, begins
     shown = Shown()
     shown.markdown.feed("One two thr")
     assert "".join(shown.written) == "One two"

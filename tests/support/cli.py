@@ -10,6 +10,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator
@@ -130,13 +131,15 @@ def terminal(
     *args: str | Path, before: str = "", keep: bool = False, size: tuple[int, int] = (50, 160), **env: str | None
 ) -> Iterator[Screen]:
     """A command in a pseudo-terminal. before: Python that runs first; keep: the terminal stays open when the command
-    has gone, to be looked at. size: rows and columns. env: None takes a variable out. A chat moves the cursor about,
+    has gone, to be looked at. size: rows and columns. env: None takes a variable out. State is kept in
+    a folder of its own. A chat moves the cursor about,
     and is seen through an emulator."""
     ours, theirs = pty.openpty()
     emulator = Emulator(*size) if "chat" in args else None
     if emulator is not None:
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    variables = environment(**{"TERM": "xterm", **env})
+    state = tempfile.TemporaryDirectory()
+    variables = environment(**{"TERM": "xterm", "XDG_STATE_HOME": state.name, **env})
     process = subprocess.Popen(
         [*IN_TERMINAL[:-1], before + IN_TERMINAL[-1], *map(str, args)],
         stdin=theirs,
@@ -152,6 +155,7 @@ def terminal(
     finally:
         process.kill()
         process.wait()
+        state.cleanup()
         os.close(ours)
         if keep:
             os.close(theirs)
