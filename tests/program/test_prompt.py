@@ -283,6 +283,7 @@ def test_ctrl_z_and_back(tmux: list[str], model: Path, tmp_path: Path) -> None:
     keys("C-z")
     wait_for(r"Stopped(.|\n)*Stopped")
     keys("fg", "Enter")
+    wait_for(r"Stopped(.|\n)*Stopped(.|\n)*shell: fg\nsh /.*\n(.|\n)*\S")  # it goes on
     keys("C-c")
     wait_for(r"\(stopped\)\n>")
     keys("/exit", "Enter")
