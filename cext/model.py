@@ -127,8 +127,6 @@ class WeightNeeds:
     experts: int  # these alone
     least: int  # the smallest budget
     long_step: int  # what the longest step takes then, beside a shorter one's
-    read: int  # what opening read past the system's cache, 0 where it did not,
-    read_ns: int  # and how long that took
 
 
 class Model:

@@ -11,13 +11,16 @@ import fcntl
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path("/")  # where /proc and /sys lie
 
 CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # a file system that lacks a call
+READERS, READ_BYTES, DIRECT_ALIGN = 4, 1 << 20, 4096  # as memory/readers.h and base/os.h have them
 NO_LOCKS = (errno.ENOLCK, *CANNOT)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -184,6 +187,50 @@ def free_disk(folder: Path) -> int:
 def read_at(fd: int, view: memoryview, offset: int) -> int:
     """Read into view from an offset of the file; the number of bytes read, 0 at its end."""
     return os.preadv(fd, [view], offset)
+
+
+def direct_read_rate(path: Path, pieces: Sequence[tuple[int, int]], seconds: float, most: int) -> float | None:
+    """Bytes a second of a file's pieces (offset, bytes), read past the system's cache by READERS threads in their order
+    for so long, or so many bytes; None where the system or the file system does not read past it.
+    """
+    if not hasattr(os, "O_DIRECT") or not pieces:
+        return None
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    n_begun, n_bytes, failed, lock = 0, 0, False, threading.Lock()
+    end = time.perf_counter() + seconds
+
+    def read() -> None:
+        nonlocal n_begun, n_bytes, failed
+        with mmap.mmap(-1, READ_BYTES) as room, memoryview(room) as view:
+            view[:] = bytes(READ_BYTES)  # memory that is there: what finding it takes is not the drive's
+            while True:
+                with lock:
+                    if failed or n_bytes >= most or time.perf_counter() >= end:
+                        return
+                    at, n = pieces[n_begun % len(pieces)]
+                    n_begun += 1
+                first, last = at // DIRECT_ALIGN * DIRECT_ALIGN, -(-(at + n) // DIRECT_ALIGN) * DIRECT_ALIGN
+                for start in range(first, last, READ_BYTES):
+                    try:
+                        with view[: min(READ_BYTES, last - start)] as part:
+                            got = os.preadv(file, [part], start)
+                    except OSError:
+                        failed = True
+                        return
+                    with lock:
+                        n_bytes += got
+
+    begun = time.perf_counter()
+    readers = [threading.Thread(target=read) for _ in range(READERS)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    os.close(file)
+    return None if failed or not n_bytes else n_bytes / (time.perf_counter() - begun)
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -149,9 +149,13 @@ class Contender:
         self.name, self._process = name, process
         self.hello = self._receive()
 
-    def rate(self, test: Test, variant: str) -> float:
-        """Tokens a second, all sequences together."""
-        answer = self._ask({**asdict(test), "variant": variant})
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
+    def rate(self, test: Test, variant: str, seed: int | None = None) -> float:
+        """Tokens a second, all sequences together; seed: of other tokens than the usual."""
+        answer = self._ask({**asdict(test), "variant": variant} | ({} if seed is None else {"seed": seed}))
         return test.n * test.sequences / float(answer["seconds"])
 
     def fastest(self, test: Test, variants: Sequence[str]) -> str:
@@ -198,10 +202,14 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def contender(name: str, model: Path, n_ctx: int, threads: int | None, ram: str = "all") -> Iterator[Contender]:
-    """An engine with the model loaded; its process ends with the block. ram: of dsv2's own, as --ram takes it."""
+def contender(
+    name: str, model: Path, n_ctx: int, threads: int | None, ram: str = "all", launcher: Sequence[str] = ()
+) -> Iterator[Contender]:
+    """An engine with the model loaded; its process ends with the block. ram: of dsv2's own, as --ram takes it.
+    launcher: a command that runs the one behind it in its place."""
     # -P: the packages at home, not what lies in the working folder.
-    command = [sys.executable, "-P", "-m", "dsv2cli.contender", name, str(model), str(n_ctx), str(threads or 0), ram]
+    asked = [name, str(model), str(n_ctx), str(threads or 0), ram]
+    command = [*launcher, sys.executable, "-P", "-m", "dsv2cli.contender", *asked]
     quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL
     process = subprocess.Popen(
         command,

@@ -7,6 +7,8 @@ mapped, which reads next to nothing, and again within a budget where it does not
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from dsv2cli.errors import UsageError
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from cext import DriveCounts, Model, WeightNeeds
+    from cext import DriveCounts, Gguf, Model, WeightNeeds
     from cext.model import Hparams, KvType
     from dsv2cli.usage import Usage
 
@@ -25,7 +27,7 @@ Weights = int | Literal["auto", "all"]  # bytes that they may take
 DEFAULT_CONTEXT = 4096
 USUAL_STEP = 512  # tokens of a prompt's piece
 MARGIN_SHARE, LEAST_MARGIN = 16, 256 << 20  # of what is free one part in so many, and at least so much of much
-MEASURED = 64 << 20  # bytes: a shorter read tells nothing of a drive
+MEASURED, MEASURED_SECONDS = 128 << 20, 0.15  # of a drive: a shorter file tells nothing of it
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Plan:
         used = "used as they were so far" if self.knows else "all used alike"
         free = "" if self.free is None else f", {size(self.free)} being free"
         held, hits, read = self.held(ram), self.hits(ram), self.token_bytes(ram)
-        limit = f", at most {rate / read:.1f} tok/s at the drive's {size(rate)}/s" if rate and read else ""
+        limit = f", which the drive's {size(rate)}/s give {rate / read:.1f} times a second" if rate and read else ""
         return (
             f"memory holds {size(ram)} of {size(self.needs.all)} of weights{free}: {size(self.needs.shared)} that every"
             f" token needs and {100 * held:.0f} % of the experts; {used}, {100 * hits:.0f} % of a token's are there and"
@@ -124,10 +126,13 @@ def margin(free: int) -> int:
     return max(free // MARGIN_SHARE, min(LEAST_MARGIN, free // 4))
 
 
-def choose(needs: WeightNeeds, room: int) -> int | None:
-    """The budget in ``room`` bytes; None where the mapping serves as well: all fits, or not even the least does."""
+def choose(needs: WeightNeeds, left: int, kept: int) -> int | None:
+    """The budget in ``left`` bytes, of which ``kept`` are the margin, and go where the least needs them; None where the
+    mapping serves as well: all fits, or not even the least does."""
     touched = min(needs.all, needs.shared + needs.experts)  # a draft head's pages are not
-    return None if room >= touched or room < needs.least else room
+    if left - kept >= touched or left < needs.least:
+        return None
+    return max(needs.least, left - kept - needs.long_step)  # steps are longer then
 
 
 def plan(model: Model, ram: Weights, beside: Beside) -> Plan:
@@ -138,9 +143,7 @@ def plan(model: Model, ram: Weights, beside: Beside) -> Plan:
     if free is not None:
         free = int(free * beside.share)
     if ram == "auto":
-        chosen = None if free is None else choose(needs, free - taken - margin(free))
-        if chosen is not None:  # steps are longer then
-            chosen = max(needs.least, chosen - needs.long_step)
+        chosen = None if free is None else choose(needs, free - taken, margin(free))
     else:
         chosen = None if ram == "all" or ram >= needs.all else ram
         if chosen is not None and chosen < needs.least:
@@ -232,14 +235,35 @@ def drive_record(plan: Plan, decoding: DriveCounts, reading: DriveCounts) -> dic
     record: dict[str, Any] = {"ram": plan.ram, "held_share": plan.held(plan.ram or plan.needs.all)}
     for name, counts in (("decoding", decoding), ("reading", reading)):
         derived = {
-            "hit_rate": counts.ready / counts.needed if counts.needed else None,
+            "ready_share": counts.ready / counts.needed if counts.needed else None,  # read ahead, or kept
             "bytes_per_token": counts.bytes_read / counts.tokens if counts.tokens else None,
         }
         record[name] = asdict(counts) | derived
     return record
 
 
-def measured_rate(model: Model) -> float | None:
-    """The drive's bytes a second, of what opening read past the system's cache; None where that was too little."""
-    needs = model.needs()
-    return needs.read / needs.read_ns * 1e9 if needs.read >= MEASURED and needs.read_ns > 0 else None
+def pieces_of(gguf: Gguf) -> list[tuple[int, int]]:
+    """Where in the first file of a model the pieces of its routed experts lie, in random order: (offset, bytes)."""
+    found = []
+    for tensor in gguf.tensors:
+        n = tensor.shape[-1]
+        if "_exps." in tensor.name and not tensor.part and n:
+            found += [(tensor.offset + e * (tensor.nbytes // n), tensor.nbytes // n) for e in range(n)]
+    random.Random(time.time_ns()).shuffle(found)  # other ones every time: a drive keeps what it has read
+    return found
+
+
+def measured_rate(path: Path) -> float | None:
+    """The drive's bytes a second, of some pieces of experts read as the engine reads them, in a moment; None where it
+    cannot be told."""
+    from cext import EngineError, Gguf
+    from cext.system import direct_read_rate
+
+    try:
+        with Gguf(path) as gguf:
+            pieces = pieces_of(gguf)
+    except EngineError:
+        return None
+    if sum(n for _, n in pieces) < MEASURED:
+        return None
+    return direct_read_rate(path, pieces, MEASURED_SECONDS, MEASURED)

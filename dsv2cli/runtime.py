@@ -146,7 +146,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
             raise
     tell(path, [*model.notes, *tokenizer.notes])
     if plan is not None and wishes.told:
-        console.note(f"({plan.sentence(measured_rate(model))})", "dim")
+        console.note(f"({plan.sentence(measured_rate(path))})", "dim")
     # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.
     evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > MAX_STEP else eval_batch
     return model, tokenizer, evaluate, model.stop, OURS, plan

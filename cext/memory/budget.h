@@ -26,8 +26,6 @@ typedef struct ds_needs {
     size_t experts; /* the routed experts alone */
     size_t least; /* the smallest budget */
     size_t long_step; /* what the longest step takes then, beside that of one of its pieces */
-    size_t read; /* bytes that opening read past the system's cache, in read_ns; 0 where it did not */
-    int64_t read_ns;
 } ds_needs;
 
 static inline bool ds_budget_stops(const ds_budget *budget) { return budget->stop && budget->stop(budget->stop_ctx); }

@@ -62,7 +62,6 @@ static ds_status read_all(ds_loaded *l, const ds_config *config, const ds_budget
     const ds_readers_client client = {next_read, done_read, &state};
     ds_status st = ds_readers_start(&readers, client, ds_gguf_label(l->gguf), l->cached, err);
     if (st != DS_OK) return st;
-    const int64_t begun = ds_now_ns();
     ds_lock_take(&readers.lock);
     while (state.failure.status == DS_OK && (state.n_under_way || state.next < ds_gguf_n_tensors(l->gguf))) {
         ds_signal_wait_for(&readers.news, &readers.lock, DS_STOP_LOOK_NS);
@@ -73,7 +72,6 @@ static ds_status read_all(ds_loaded *l, const ds_config *config, const ds_budget
     }
     ds_lock_give(&readers.lock);
     ds_readers_stop(&readers);
-    l->read_ns = ds_now_ns() - begun;
     l->cached = atomic_load(&readers.cached);
     if (state.failure.status != DS_OK) *err = state.failure;
     return state.failure.status;

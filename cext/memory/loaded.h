@@ -12,7 +12,6 @@ typedef struct ds_loaded {
     ds_tensor *tensors; /* (of the file) data in memory where it was read, NULL elsewhere */
     unsigned char *memory;
     size_t bytes;
-    int64_t read_ns; /* what reading took */
     bool cached; /* read through the system's cache, which a file system has no way past */
 } ds_loaded;
 

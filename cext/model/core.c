@@ -91,10 +91,6 @@ ds_needs ds_core_needs(const ds_core *c, const ds_gguf *gguf) {
         }
     }
     needs.least = needs.shared + ds_slots_least(&c->config, w);
-    if (c->loaded.memory && !c->loaded.cached) { /* the cache may have had some of it */
-        needs.read = c->loaded.bytes;
-        needs.read_ns = c->loaded.read_ns;
-    }
     return needs;
 }
 

@@ -126,12 +126,12 @@ static PyObject *model_counts(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_counts, DS_PY_MODEL)
 
-/* model_needs(model) -> (all, shared, slots, experts, least, long_step, read, read_ns): see ds_needs */
+/* model_needs(model) -> (all, shared, slots, experts, least, long_step): see ds_needs */
 static PyObject *model_needs(void *model, PyObject *args) {
     const ds_needs n = ds_model_needs(model);
-    return Py_BuildValue("(KKKKKKKL)", (unsigned long long)n.all, (unsigned long long)n.shared,
+    return Py_BuildValue("(KKKKKK)", (unsigned long long)n.all, (unsigned long long)n.shared,
                          (unsigned long long)n.slots, (unsigned long long)n.experts, (unsigned long long)n.least,
-                         (unsigned long long)n.long_step, (unsigned long long)n.read, (long long)n.read_ns);
+                         (unsigned long long)n.long_step);
 }
 DS_PY_HELD(model_needs, DS_PY_MODEL)
 

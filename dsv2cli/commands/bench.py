@@ -141,7 +141,9 @@ def drive_line(drive: dict[str, Any]) -> str:
         part = drive[name]
         if part["needed"]:
             read = console.format_bytes(part["bytes_per_token"])
-            parts.append(f"{verb} found {100 * part['hit_rate']:.0f} % and read {read} a token")
+            parts.append(
+                f"{verb} found {100 * part['ready_share']:.0f} % (kept, or read ahead) and read {read} a token"
+            )
     return f"of the experts that it needed, {'; '.join(parts)}"
 
 

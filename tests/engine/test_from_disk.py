@@ -8,7 +8,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,11 +268,8 @@ def test_what_weights_need_is_told_alike_mapped_and_within_a_budget(
     assert mapped.least == least(path)
     assert mapped.experts == len(spec.moe_layers) * spec.n_expert * 3 * spec.n_embd * spec.n_ff_expert * 4
     assert mapped.experts < mapped.slots and mapped.shared + mapped.slots >= mapped.all
-    assert (mapped.read, mapped.read_ns) == (0, 0)
     with Model(path, ram=mapped.least) as model:
-        found = model.needs()
-        assert found.read == 0 or (0 < found.read <= found.shared and found.read_ns > 0)
-        assert replace(found, read=0, read_ns=0) == mapped
+        assert model.needs() == mapped
 
 
 def test_counts_add_up(tiny_gguf: Callable[[Spec], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dsv2cli.usage import Usage
 from quantize import parse_size
 
 SPEC = Spec("residency", seed=21, n_layer=4, n_ff_expert=160, n_expert=16, n_used=4)
-NEEDS = WeightNeeds(all=1000, shared=200, slots=810, experts=800, least=240, long_step=7, read=0, read_ns=0)
+NEEDS = WeightNeeds(all=1000, shared=200, slots=810, experts=800, least=240, long_step=7)
 GB = 1 << 30
 
 
@@ -34,15 +35,26 @@ def free_for(room: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "chosen"), [(1000, None), (5000, None), (999, 999), (240, 240), (239, None), (-5, None)]
+    ("left", "kept", "chosen"),
+    [
+        (1000, 0, None),
+        (5000, 100, None),
+        (999, 0, 992),
+        (1000, 1, 992),
+        (500, 100, 393),
+        (300, 100, 240),
+        (240, 100, 240),
+        (239, 0, None),
+        (-5, 0, None),
+    ],
 )
-def test_a_budget_is_all_the_room_where_not_all_fits(room: int, chosen: int | None) -> None:
-    assert residency.choose(NEEDS, room) == chosen
+def test_a_budget_is_what_is_left_where_not_all_fits(left: int, kept: int, chosen: int | None) -> None:
+    assert residency.choose(NEEDS, left, kept) == chosen
 
 
 def test_a_draft_head_that_is_not_read_needs_no_room() -> None:
-    needs = WeightNeeds(all=1500, shared=200, slots=810, experts=800, least=240, long_step=7, read=0, read_ns=0)
-    assert residency.choose(needs, 1000) is None and residency.choose(needs, 999) == 999
+    needs = replace(NEEDS, all=1500)
+    assert residency.choose(needs, 1000, 0) is None and residency.choose(needs, 999, 0) == 992
 
 
 @pytest.mark.parametrize("free", [0, 1000, 100 << 20, GB, 16 * GB, 512 * GB])
@@ -81,9 +93,9 @@ def test_experts_that_are_used_most_count_for_more() -> None:
 
 def test_the_sentence_tells_a_rate_only_where_it_was_measured() -> None:
     plan = plan_of()
-    assert "tok/s" not in plan.sentence(None)
+    assert "a second" not in plan.sentence(None)
     line = plan.sentence(250.0)
-    assert "at most 2.5 tok/s" in line and "50 % of the experts" in line and "\n" not in line
+    assert "2.5 times a second" in line and "50 % of the experts" in line and "\n" not in line
     assert "as they were so far" in plan_of(np.ones((2, 8))).sentence(None)
 
 
