@@ -175,7 +175,7 @@ def _asked_of_the_engine(
     with Model(found.path, threads) as model:
         beside = residency.Beside(n_ctx, kv_type).nbytes(model)
         needs = model.needs()
-        ram = None if free is None else residency.choose(needs, free - beside - residency.margin(free))
+        ram = None if free is None else residency.choose(needs, free - beside, residency.margin(free))
         return model.step_bytes(PROMPT), residency.Plan(needs, model.hparams, beside, free, ram)
 
 
