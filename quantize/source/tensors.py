@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -261,6 +260,26 @@ def read(arch: Arch, store: Store, tensor: Tensor) -> NDArray[np.float32]:
     return _formed(arch, tensor, store.read_f32(tensor.sources[0])).astype(np.float32, copy=False)
 
 
+class _Last:
+    """The last array that was made, for who asks for it part by part. Not a cached method: what holds one holds itself,
+    and a layer's weights would stay in memory until the collector comes round.
+    """
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._value: NDArray[Any] | None = None
+
+    def of(self, key: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """The array of this key, made where another is kept; that one goes first."""
+        if self._value is None or self._key != key:
+            self.clear()
+            self._key, self._value = key, make()
+        return self._value
+
+    def clear(self) -> None:
+        self._key = self._value = None
+
+
 class PartReader:
     """Parts of a layer's tensors in float32, experts one by one.
 
@@ -269,8 +288,7 @@ class PartReader:
 
     def __init__(self, arch: Arch, store: Store) -> None:
         self.arch, self.store = arch, store
-        self._stored = lru_cache(maxsize=1)(store.read_f32)
-        self._whole = lru_cache(maxsize=1)(self._split)
+        self._stored, self._whole = _Last(), _Last()
 
     def __call__(self, tensor: Tensor, part: int) -> NDArray[np.float32]:
         """An expert of a stack, a head of k_b or v_b, or the whole of another tensor, whose part is 0."""
@@ -278,11 +296,12 @@ class PartReader:
             return self.store.read_f32(tensor.sources[part])
         if not tensor.in_parts:
             return read(self.arch, self.store, tensor)
-        head: NDArray[np.float32] = self._whole(tensor)[part]
+        head: NDArray[np.float32] = self._whole.of(tensor, lambda: self._split(tensor))[part]
         return head
 
     def _split(self, tensor: Tensor) -> NDArray[np.float32]:
-        return split_kv_b(self.arch, self._stored(tensor.sources[0]), tensor.form).astype(np.float32, copy=False)
+        stored = self._stored.of(tensor.sources[0], lambda: self.store.read_f32(tensor.sources[0]))
+        return split_kv_b(self.arch, stored, tensor.form).astype(np.float32, copy=False)
 
 
 class Weights:
@@ -303,7 +322,7 @@ class Weights:
         self._pages: dict[str, system.Pages] = {}
         self._restore: dict[str, list[Restore]] = {}  # by source of a matrix, by name of a stack
         self._heads: dict[str, NDArray[Any]] = {}  # by source, as stored: what k_b and v_b, or paired rows, are made of
-        self._whole = lru_cache(maxsize=1)(self._restored)
+        self._whole = _Last()
         self.arrays: dict[str, NDArray[Any]] = {}
         """By name: float32, float16, or uint16 holding bfloat16 bits."""
         for tensor in tensors:
@@ -318,7 +337,7 @@ class Weights:
             return self._restore[tensor.name][part](self.arrays[tensor.name][part])
         if tensor.form is Form.WHOLE:
             return self._restore[tensor.sources[0]][0](self.arrays[tensor.name])
-        values: NDArray[np.float32] = self._whole(tensor)
+        values: NDArray[np.float32] = self._whole.of(tensor, lambda: self._restored(tensor))
         return values[part] if tensor.in_parts else values
 
     def release(self, tensor: Tensor, part: int) -> None:
@@ -329,7 +348,7 @@ class Weights:
         elif not tensor.in_parts:
             self.arrays.pop(tensor.name, None)
             if self._heads.pop(tensor.sources[0], None) is not None:
-                self._whole.cache_clear()
+                self._whole.clear()
 
     def _restored(self, tensor: Tensor) -> NDArray[np.float32]:
         """All of a tensor that is not as its source is stored."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,27 @@ def test_weights_in_memory_are_those_of_the_checkpoint(tmp_path: Path, dtype: st
                 np.testing.assert_array_equal(weights(tensor, part), expected)
                 np.testing.assert_array_equal(reader(tensor, part), expected)
                 weights.release(tensor, part)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_weights_go_with_their_last_user(tmp_path: Path, dtype: str) -> None:
+    """Not when the collector comes round: the next layer's would be in memory beside them."""
+    config = {**SMALL, "quantization_config": make.FP8} if dtype == "F8_E4M3" else SMALL
+    make.write_checkpoint(tmp_path / "hf", config, dtype=dtype)
+    with Checkpoint(tmp_path / "hf") as checkpoint:
+        arch = parse(checkpoint.config)
+        layer = tensors.layer_tensors(arch, 1)
+        held = [tensors.Weights(arch, checkpoint, layer), tensors.PartReader(arch, checkpoint)]
+        for tensor in layer:
+            assert all(part(tensor, 0).size for part in held)
+        left = [weakref.ref(part) for part in held]
+        gc.collect()
+        gc.disable()
+        try:
+            del held
+            assert [ref() for ref in left] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_pages_are_given_back() -> None:
