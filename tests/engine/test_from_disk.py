@@ -375,6 +375,7 @@ INTERRUPTED = """
     import signal, sys, threading, time
     import cext
     from cext import Device, Place
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     placement = [Place("experts", 1, range(1, 4), range({apart}))] if {apart} else []
     devices = [Device(threads=1)] if {apart} else []
     model = cext.Model(sys.argv[1], ram=int(sys.argv[2]), devices=devices, placement=placement)
