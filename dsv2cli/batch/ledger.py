@@ -2,14 +2,14 @@
 
 ``OUT`` takes the answers and the file of errors the refusals, a line each, appended whole and synced every now and
 then. ``OUT.batch.json`` says what they were made from: a run goes on where all of it is the same. Whoever writes holds
-a lock on OUT. A line that a kill has cut is cut away; its request is answered again.
+a lock on both. A line that a kill has cut is cut away; its request is answered again.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ class _Appended:
     @classmethod
     def open(cls, path: Path) -> _Appended:
         return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644))
+
+    def lock(self) -> bool:
+        """False where another has the lock, or had it and has taken the file away."""
+        with suppress(OSError):  # a file system without locks
+            if not system.try_lock(self.fd):
+                return False
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def ids(self) -> set[str]:
         """Of the results in it; what stands behind the last whole one is none. LedgerError where a line before is."""
@@ -120,9 +130,16 @@ def places(out: Path, errors: Path | None, read: Iterable[Path]) -> tuple[Path, 
         raise UsageError("answers and errors go to files of their own", "--errors names another")
     for place in (out, errors):
         for path in read:
-            if place.exists() and path.exists() and path.samefile(place):
+            if _is_same(place, path):
                 raise UsageError(f"`{place}` is a file that this run reads", "name another")
     return out, errors
+
+
+def _is_same(place: Path, path: Path) -> bool:
+    try:
+        return place.samefile(path)
+    except OSError:  # one of them is not there, or its name is none that a file can have
+        return False
 
 
 class Ledger:
@@ -142,7 +159,6 @@ class Ledger:
         self._files: list[_Appended] = []
         try:
             self._open(out)
-            self._lock()
             self._made_errors = not errors.exists()
             self._open(errors)
             self._failed: set[str] = set()
@@ -204,7 +220,7 @@ class Ledger:
                 self.path.unlink()  # before the lock goes: who has it next sees that the file is gone
         finally:
             for file in files:
-                os.close(file.fd)
+                file.close()
 
     @staticmethod
     def _may_go(path: Path, is_ours: bool) -> bool:
@@ -216,23 +232,11 @@ class Ledger:
         if path.exists() and not path.is_file():
             raise LedgerError(f"`{path}` is no file", "results are read again when the run goes on: name a file")
         with _told(path):
-            self._files.append(_Appended.open(path))
-
-    def _lock(self) -> None:
-        try:
-            is_ours = system.try_lock(self._files[0].fd)
-        except OSError:  # a file system without locks
-            return
-        if not is_ours or not self._is_there(self._files[0].fd):
-            self._is_new = False
-            raise LedgerError(f"`{self.path}` is being written by another process", "wait for it, or name another file")
-
-    def _is_there(self, fd: int) -> bool:
-        """Whether the path still leads to the open file: who had the lock before may have taken it away."""
-        try:
-            return os.path.samestat(os.fstat(fd), self.path.stat())
-        except FileNotFoundError:
-            return False
+            file = _Appended.open(path)
+        if not file.lock():
+            file.close()  # and it is none of ours, whoever made it
+            raise LedgerError(f"`{path}` is being written by another process", "wait for it, or name another file")
+        self._files.append(file)
 
     def _adopt(self) -> None:
         out, errors = self._files

@@ -155,7 +155,8 @@ def _ledger(out: Path, errors: Path, origin: dict[str, Any], *, restart: bool) -
 
 def _files_of(requests: str, template: str | None) -> list[Path]:
     """The files that a run reads."""
-    return [Path(name) for name in (requests, template) if name and name != "-" and len(name) < 4096]
+    found = [] if requests == "-" else [Path(requests)]
+    return [*found, Path(template)] if template and template.endswith(".json") else found
 
 
 def _read(name: str) -> bytes:

@@ -101,11 +101,12 @@ class Batches:
         self._read()
 
     def _read(self) -> None:
-        for path in self.files.folder.glob(f"*/batch_*{ABOUT}"):
-            with suppress(OSError, msgspec.MsgspecError):
-                batch = msgspec.json.decode(path.read_bytes(), type=Batch)
-                if batch.id == path.stem:
-                    self._batches.setdefault(path.parent.name, {})[batch.id] = batch
+        for place in self.files.owners():
+            for path in place.glob(f"batch_*{ABOUT}"):
+                with suppress(OSError, msgspec.MsgspecError):
+                    batch = msgspec.json.decode(path.read_bytes(), type=Batch)
+                    if batch.id == path.stem:
+                        self._batches.setdefault(place.name, {})[batch.id] = batch
         left = [(owner, batch) for owner, mine in self._batches.items() for batch in mine.values()]
         self._queue.extend(
             (owner, batch.id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,18 @@ class _Streamed(Struct):
     stream: Any = None
 
 
+@contextmanager
+def _faults(url: str) -> Iterator[None]:
+    """A fault of ours, as an ApiError: the line that meets it fails, and no other."""
+    try:
+        yield
+    except (ApiError, StoppedError):
+        raise
+    except Exception as error:
+        console.note(f"internal error at {url}: {type(error).__name__}: {error}")
+        raise ApiError(500, f"internal error: {type(error).__name__}", "server_error") from error
+
+
 @dataclass(frozen=True)
 class Desk:
     """A ``batch.runner.Desk`` of what a service serves. salt, background: see ``Generation``."""
@@ -43,31 +56,31 @@ class Desk:
     background: bool = False
 
     async def look(self, url: str, body: bytes) -> NDArray[np.int32]:
-        job = await self._job(url, body)
+        with _faults(url):
+            job = await self._job(url, body)
         return np.asarray(job.asked[0].prompt, np.int32)
 
     async def answer(self, url: str, body: bytes, seed: int) -> dict[str, Any]:
         try:
-            job = await self._job(url, body)
-            tickets = self.service.submit_all([self._own(one, seed) for one in job.asked])
-            try:
-                heard = await answering.collect(tickets)
-            finally:
-                answering.cancel(tickets)
-            for events in heard:
-                answering.raise_failure(events)
-                if any(isinstance(event, Ended) and event.reason == "cancelled" for event in events):
-                    raise StoppedError
-            return job.build(heard)
+            with _faults(url):
+                return await self._answer(url, body, seed)
         except ApiError as error:
             if error.status == STOPPING:
                 raise StoppedError from None
             raise
-        except StoppedError:
-            raise
-        except Exception as error:
-            console.note(f"internal error at {url}: {type(error).__name__}: {error}")
-            raise ApiError(500, f"internal error: {type(error).__name__}", "server_error") from error
+
+    async def _answer(self, url: str, body: bytes, seed: int) -> dict[str, Any]:
+        job = await self._job(url, body)
+        tickets = self.service.submit_all([self._own(one, seed) for one in job.asked])
+        try:
+            heard = await answering.collect(tickets)
+        finally:
+            answering.cancel(tickets)
+        for events in heard:
+            answering.raise_failure(events)
+            if any(isinstance(event, Ended) and event.reason == "cancelled" for event in events):
+                raise StoppedError
+        return job.build(heard)
 
     def _own(self, asked: Generation, seed: int) -> Generation:
         params = replace(asked.params, seed=seed) if asked.params.seed is None else asked.params

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from dsv2cli.server.errors import ApiError
 
 MAX_COMING = 4  # uploads at once
 DATA, ABOUT, PART = ".data", ".json", ".part"
+OWNER = re.compile("[0-9a-f]{32}")  # see ``owner_name``
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,19 @@ class Files:
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, Stored]] = {}
         self._n_coming = 0
-        for path in self.folder.glob(f"*/*{PART}"):
-            path.unlink()
-        for path in sorted(self.folder.glob(f"*/file-*{ABOUT}")):
-            with suppress(OSError, msgspec.MsgspecError):
-                stored = msgspec.json.decode(path.read_bytes(), type=Stored)
-                if stored.id == path.stem and self.path(path.parent.name, stored.id).is_file():
-                    self._files.setdefault(path.parent.name, {})[stored.id] = stored
+        for place in self.owners():
+            for path in place.glob(f"*{PART}"):
+                with suppress(OSError):
+                    path.unlink()
+            for path in sorted(place.glob(f"file-*{ABOUT}")):
+                with suppress(OSError, msgspec.MsgspecError):
+                    stored = msgspec.json.decode(path.read_bytes(), type=Stored)
+                    if stored.id == path.stem and self.path(place.name, stored.id).is_file():
+                        self._files.setdefault(place.name, {})[stored.id] = stored
+
+    def owners(self) -> list[Path]:
+        """The folders of owners. Whatever else lies in the folder that was named is somebody else's."""
+        return [place for place in self.folder.iterdir() if OWNER.fullmatch(place.name) and place.is_dir()]
 
     def path(self, owner: str, name: str) -> Path:
         """Of a file's content. name: an id that was found, never one that was given."""

@@ -161,6 +161,26 @@ def test_what_failed_is_asked_again(path: Path, tmp_path: Path, monkeypatch: pyt
     assert len(answers(tmp_path / "out")) == 6 and not (tmp_path / "out.errors.jsonl").exists()
 
 
+@pytest.mark.parametrize("kind", [TypeError, MemoryError])
+def test_a_fault_is_one_line_s_affair(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    given = save(tmp_path / "in.jsonl", short(6))
+    usual = Desk._job
+
+    async def broken(self: Desk, url: str, body: bytes) -> Any:
+        if b" 3" in body:
+            raise kind("of ours")
+        return await usual(self, url, body)
+
+    monkeypatch.setattr(Desk, "_job", broken)
+    code, told = batch(path, given, tmp_path / "out", "--skip-bad")
+    assert code == 1 and f"{kind.__name__}: of ours" in told and "1 line of 6 failed" in told
+    assert len(answers(tmp_path / "out")) == 5
+    [failed] = results(tmp_path / "out.errors.jsonl")
+    assert failed["custom_id"] == "r3" and failed["response"]["status_code"] == 500
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
@@ -217,6 +237,17 @@ def test_rows_of_a_table_and_lines_of_a_text(path: Path, tmp_path: Path) -> None
     assert prompts(path, tmp_path, "t.csv", table, template).keys() == {"x", "y"}
     assert prompts(path, tmp_path, "t.tsv", b"a\tb\n1\t2\n", "{a}").keys() == {"line-2"}
     assert prompts(path, tmp_path, "t.txt", b"the ant\r\n\r\nHi\n", "Say {text}").keys() == {"line-1", "line-3"}
+
+
+@pytest.mark.parametrize("end", ["", ".json"])
+def test_a_long_template_is_gone_on_with(path: Path, tmp_path: Path, end: str) -> None:
+    given = save(tmp_path / "a.txt", ["ant"])
+    told = [batch(path, given, tmp_path / "out", "--template", "{text} " + "the " * 99 + end, "-n", "1")
+            for _ in range(2)]  # fmt: skip
+    if end:  # the name of a file that no file can have
+        assert all(code == 1 and "File name too long" in text for code, text in told)
+    else:
+        assert told == [(0, "")] * 2
 
 
 def test_a_template_is_filled_once() -> None:
@@ -315,6 +346,18 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
                 opened(tmp_path, restart=restart)
         ledger.put(entry(2), failed=False)
     assert len(results(tmp_path / "out")) == 2
+
+
+def test_files_of_errors_have_one_writer_too(tmp_path: Path) -> None:
+    with opened(tmp_path) as ledger:
+        ledger.begin()
+        ledger.put(entry(1), failed=True)
+        for out, errors in (("other", "errors"), ("errors", "other"), ("other", "out")):
+            with pytest.raises(LedgerError, match="another process"):
+                Ledger(tmp_path / out, tmp_path / errors, ORIGIN)
+        ledger.put(entry(2), failed=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "out.batch.json", "errors"}
+    assert len(results(tmp_path / "errors")) == 2
 
 
 def test_a_disk_that_is_full(path: Path, tmp_path: Path) -> None:

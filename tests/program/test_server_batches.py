@@ -22,11 +22,12 @@ from dsv2cli.commands.serve import rules_of
 from dsv2cli.errors import CliError
 from dsv2cli.server import files, guard
 from dsv2cli.server.errors import ApiError
-from dsv2cli.server.files import Files, Limits
+from dsv2cli.server.files import Files, Limits, owner_name
 from dsv2cli.server.multipart import boundary_of, read_form
 
 FILES, BATCHES = "/v1/files", "/v1/batches"
 LONG = {"max_tokens": 400, "temperature": 0}
+OWNER, OTHER = owner_name(b""), owner_name(b"other")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_a_file_that_does_not_come(server: Served, monkeypatch: pytest.MonkeyPat
 def test_files_have_bounds(tmp_path: Path) -> None:
     kept = Files(tmp_path, Limits(file_bytes=100, key_files=3, key_bytes=150))
 
-    def bring(n: int, owner: str = "a") -> None:
+    def bring(n: int, owner: str = OWNER) -> None:
         with kept.upload(owner) as coming:
             coming.write(b"x" * n)
             kept.keep(owner, coming, "x", "batch")
@@ -167,9 +168,19 @@ def test_files_have_bounds(tmp_path: Path) -> None:
     bring(25)
     with pytest.raises(ApiError, match="delete some"):
         bring(1)
-    bring(100, "b")
-    assert len(Files(tmp_path, Limits()).all("a")) == 3
-    assert sorted(path.suffix for path in tmp_path.glob("a/*")) == [".data"] * 3 + [".json"] * 3
+    bring(100, OTHER)
+    assert len(Files(tmp_path, Limits()).all(OWNER)) == 3
+    assert sorted(path.suffix for path in tmp_path.glob(f"{OWNER}/*")) == [".data"] * 3 + [".json"] * 3
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "Downloads", tmp_path / OWNER
+    for folder in (theirs, ours):
+        (folder / "folder.part").mkdir(parents=True)
+        (folder / "film.part").write_text("half")
+    Files(tmp_path)
+    assert {p.name for p in theirs.iterdir()} == {"folder.part", "film.part"}
+    assert {p.name for p in ours.iterdir()} == {"folder.part"}
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:
