@@ -178,6 +178,11 @@ class Ledger:
     def n_failed(self) -> int:
         return len(self._failed)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the results that are there."""
+        return sum(os.fstat(file.fd).st_size for file in self._files)
+
     def forget_failures(self) -> None:
         """Before ``begin``: lines whose answer failed are to be answered again."""
         self.done -= self._failed

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32  # tokens: beginnings are compared by so many at once
 SYNC_SECONDS = 1.0
+COMPARED = 4096  # tokens of a prompt that are: what is kept of a beginning outlives the prompt
 LOOKS = 2  # lines that are looked at together
 
 
@@ -55,7 +56,9 @@ async def look_over(
             except ApiError as error:
                 bad.append(Bad(line.number, line.custom_id, error))
             else:
-                keys[line.number] = tuple(beginnings.setdefault(digest, line.number) for digest in blocks(ids))
+                keys[line.number] = tuple(
+                    beginnings.setdefault(digest, line.number) for digest in blocks(ids[:COMPARED])
+                )
             told(len(keys) + len(bad))
 
     await asyncio.gather(*(work() for _ in range(LOOKS)))

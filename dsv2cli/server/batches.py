@@ -123,6 +123,7 @@ class Batches:
             raise bad_field("endpoint", f"{endpoint[:100]!r} is none of {', '.join(JOBS)}")
         if self.files.find(owner, input_file_id).purpose != PURPOSE:
             raise bad_field("input_file_id", f"the file's purpose is not {PURPOSE}")
+        self.files.room_left(owner)  # or an ApiError
         with self._lock:
             mine = self._batches.setdefault(owner, {})
             n_pending = sum(not batch.has_ended for batch in mine.values())
@@ -155,7 +156,7 @@ class Batches:
         """The newest first."""
         with self._lock:
             mine = [batch.told() for batch in self._batches.get(owner_name(salt), {}).values()]
-        return sorted(mine, key=lambda batch: -batch["created_at"])
+        return sorted(mine, key=lambda batch: batch["created_at"])[::-1]
 
     def find(self, salt: bytes, name: str) -> dict[str, Any]:
         """ApiError 404."""
@@ -280,17 +281,24 @@ class Batches:
                     batch.become("in_progress")
                     self._save(owner, batch)
             ledger.begin()
-            for one in refused:
-                ledger.put(runner.response(one, one.error.status, one.error.body()), failed=True)
 
             def told() -> None:
                 n_failed = ledger.n_failed
                 batch.request_counts = Counts(len(lines), len(ledger.done) - n_failed, n_failed)
+                self._check_room(owner, ledger)
 
             told()
+            for one in refused:
+                ledger.put(runner.response(one, one.error.status, one.error.body()), failed=True)
+                told()
             at_once = AHEAD * self._service.engine.limits.parallel
             await runner.run(desk, ordered, ledger, at_once=at_once, told=told)
             return len(ledger.done) == len(lines)
+
+    def _check_room(self, owner: str, ledger: Ledger) -> None:
+        """LedgerError where results, which are not among the owner's files yet, have taken the owner's room."""
+        if ledger.n_bytes > self.files.bytes_left(owner):
+            raise LedgerError("the results and the files that are kept are as much as may be: delete some")
 
     @contextmanager
     def _ledger(self, owner: str, batch: Batch, data: bytes) -> Iterator[Ledger]:

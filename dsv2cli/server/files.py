@@ -14,6 +14,7 @@ import secrets
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from cext import system
 from dsv2cli.errors import CliError
 from dsv2cli.server.errors import ApiError
 
-MAX_COMING = 4  # uploads at once
+MAX_COMING = 4  # uploads of a key at once
 DATA, ABOUT, PART = ".data", ".json", ".part"
 OWNER = re.compile("[0-9a-f]{32}")  # see ``owner_name``
 
@@ -85,9 +86,13 @@ class Upload:
 
     def write(self, data: bytes) -> None:
         self.n += len(data)
-        if self.n > self.most:
-            raise ApiError(413, f"the file is larger than the {self.most >> 20} MiB that it may have")
+        self.check(self.most)
         self.file.write(data)
+
+    def check(self, most: int) -> None:
+        """ApiError where it has more bytes."""
+        if self.n > most:
+            raise ApiError(413, f"the file is larger than the {most >> 20} MiB that it may have")
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Files:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, Stored]] = {}
-        self._n_coming = 0
+        self._n_coming: Counter[str] = Counter()
         for place in self.owners():
             for path in place.glob(f"*{PART}"):
                 with suppress(OSError):
@@ -129,7 +134,7 @@ class Files:
         """The newest first."""
         with self._lock:
             found = list(self._files.get(owner, {}).values())
-        return sorted(found, key=lambda stored: stored.created_at, reverse=True)
+        return sorted(found, key=lambda stored: stored.created_at)[::-1]
 
     def find(self, owner: str, name: str) -> Stored:
         """ApiError 404."""
@@ -139,50 +144,71 @@ class Files:
             raise ApiError(404, f"there is no file {name[:100]!r}", param="file_id", code="not_found")
         return stored
 
+    def bytes_left(self, owner: str) -> int:
+        """How many more the owner may have; less than 0 where there are too many."""
+        with self._lock:
+            return self._bytes_left(owner)
+
+    def _bytes_left(self, owner: str) -> int:
+        return self.limits.key_bytes - sum(stored.bytes for stored in self._files.get(owner, {}).values())
+
+    def room_left(self, owner: str) -> int:
+        """Bytes that one file more may have. ApiError where none may come."""
+        with self._lock:
+            return self._room_left(owner)
+
+    def _room_left(self, owner: str) -> int:
+        n, left = len(self._files.get(owner, {})), self._bytes_left(owner)
+        if n >= self.limits.key_files or left <= 0:
+            raise ApiError(
+                413,
+                f"{n} files are kept already, as much as may be: delete some",
+                code="storage_limit_exceeded",
+            )
+        return min(self.limits.file_bytes, left)
+
     @contextmanager
     def upload(self, owner: str) -> Iterator[Upload]:
         """A place for a file, which is gone afterwards unless ``keep`` took it. ApiError where there is no room."""
-        mine = self.all(owner)
-        left = min(self.limits.file_bytes, self.limits.key_bytes - sum(stored.bytes for stored in mine))
-        if len(mine) >= self.limits.key_files or left <= 0:
-            raise ApiError(
-                413,
-                f"{len(mine)} files are kept already, as much as may be: delete some",
-                code="storage_limit_exceeded",
-            )
-        if self._n_coming >= MAX_COMING:
-            raise ApiError(429, f"{self._n_coming} files are being brought already", headers={"Retry-After": "5"})
+        left = self.room_left(owner)
+        if (n := self._n_coming[owner]) >= MAX_COMING:
+            raise ApiError(429, f"{n} files are being brought already", headers={"Retry-After": "5"})
         path = self.room(owner) / f"{secrets.token_hex(12)}{PART}"
-        self._n_coming += 1
+        self._n_coming[owner] += 1
         try:
             with path.open("xb") as file:
                 yield Upload(path, left, file)
         finally:
-            self._n_coming -= 1
+            self._n_coming[owner] -= 1
             path.unlink(missing_ok=True)
 
     def keep(self, owner: str, upload: Upload, filename: str, purpose: str) -> Stored:
-        """Take an upload over."""
+        """Take an upload over. ApiError where others have taken its room in the meantime."""
         upload.file.flush()
         os.fsync(upload.file.fileno())
-        return self.take(owner, f"file-{secrets.token_hex(12)}", upload.path, filename, purpose)
+        with self._lock:
+            upload.check(self._room_left(owner))
+            return self._take(owner, f"file-{secrets.token_hex(12)}", upload.path, filename, purpose)
 
     def take(self, owner: str, name: str, content: Path, filename: str, purpose: str) -> Stored:
         """Take a file in the owner's folder over, by an id of ours; nothing where that was done already."""
         with self._lock:
-            target = self.path(owner, name)
-            if content.exists():
-                content.replace(target)
-            stored = Stored(
-                id=name,
-                bytes=target.stat().st_size,
-                created_at=int(time.time()),
-                filename=filename or "file.jsonl",
-                purpose=purpose,
-            )
-            write_whole(target.with_name(name + ABOUT), msgspec.json.encode(stored))
-            system.sync_folder(target.parent)
-            self._files.setdefault(owner, {})[name] = stored
+            return self._take(owner, name, content, filename, purpose)
+
+    def _take(self, owner: str, name: str, content: Path, filename: str, purpose: str) -> Stored:
+        target = self.path(owner, name)
+        if content.exists():
+            content.replace(target)
+        stored = Stored(
+            id=name,
+            bytes=target.stat().st_size,
+            created_at=int(time.time()),
+            filename=filename or "file.jsonl",
+            purpose=purpose,
+        )
+        write_whole(target.with_name(name + ABOUT), msgspec.json.encode(stored))
+        system.sync_folder(target.parent)
+        self._files.setdefault(owner, {})[name] = stored
         return stored
 
     def delete(self, owner: str, name: str) -> None:

@@ -417,6 +417,12 @@ def test_prompts_that_begin_alike_come_together() -> None:
     assert not bad and [line.number - 1 for line in ordered] == [2, 0, 5, 3, 6, 1, 4]
 
 
+def test_beginnings_are_compared_up_to_a_bound() -> None:
+    same = "a" * runner.COMPARED
+    ordered, _ = asyncio.run(runner.look_over(FakeDesk(), parsed(same + rest * 100 for rest in "bcb")))
+    assert [line.number for line in ordered] == [1, 2, 3]
+
+
 def test_as_many_at_once_as_asked_and_none_after_the_end(tmp_path: Path) -> None:
     desk, lines = FakeDesk(stops_at=11), parsed(f"{i}" for i in range(20))
     with opened(tmp_path) as ledger:

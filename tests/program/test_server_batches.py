@@ -173,6 +173,35 @@ def test_files_have_bounds(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.glob(f"{OWNER}/*")) == [".data"] * 3 + [".json"] * 3
 
 
+def test_uploads_at_once_have_the_same_bounds(tmp_path: Path) -> None:
+    kept = Files(tmp_path, Limits(file_bytes=100, key_files=3, key_bytes=150))
+    with kept.upload(OWNER) as one, kept.upload(OWNER) as two, kept.upload(OWNER) as three, kept.upload(OWNER) as four:
+        for coming, n in ((one, 100), (two, 51), (three, 25), (four, 25)):
+            coming.write(b"x" * n)
+        with pytest.raises(ApiError, match="already"), kept.upload(OWNER):
+            pass
+        with kept.upload(OTHER) as theirs:
+            kept.keep(OTHER, theirs, "x", "batch")
+        kept.keep(OWNER, one, "x", "batch")
+        with pytest.raises(ApiError, match="larger"):
+            kept.keep(OWNER, two, "x", "batch")
+        kept.keep(OWNER, three, "x", "batch")
+        kept.keep(OWNER, four, "x", "batch")
+    with pytest.raises(ApiError, match="delete some"), kept.upload(OWNER):
+        pass
+    assert sum(path.stat().st_size for path in tmp_path.glob(f"{OWNER}/*.data")) == 150
+
+
+def test_the_newest_is_first_within_a_second_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    kept = Files(tmp_path)
+    made = []
+    for _ in range(8):
+        with kept.upload(OWNER) as coming:
+            made.append(kept.keep(OWNER, coming, "x", "batch"))
+    assert kept.all(OWNER) == made[::-1]
+
+
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "Downloads", tmp_path / OWNER
     for folder in (theirs, ours):
@@ -262,6 +291,12 @@ def test_a_batch_that_cannot_be_read(server: Served, lines: list[Any], says: lis
     assert len(errors) == len(says) and all(text in error["message"] for text, error in zip(says, errors, strict=True))
 
 
+def test_the_newest_batch_is_first_within_a_second_too(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    made = [begin(server.client, short(1), CHAT)["id"] for _ in range(4)]
+    assert [one["id"] for one in server.client.get(BATCHES).json()["data"]][:4] == made[::-1]
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "says"),
     [
@@ -327,6 +362,21 @@ def test_a_batch_goes_on_after_a_restart(path: Path, tmp_path: Path) -> None:
         data = server.client.get(f"{FILES}/{batch['output_file_id']}/content").content
         assert data.startswith(before) and len(texts(content(server.client, batch["output_file_id"]))) == 40
         assert {p.suffix for p in out.parent.iterdir()} == {".data", ".json"}
+
+
+def test_results_have_bounds_too(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line(i, TEXT, prompt=f"{i}", **LONG) for i in range(40)]
+    bounds = Limits(key_bytes=len(jsonl(lines)) + 12_000)
+    monkeypatch.setattr(files, "Limits", lambda: bounds)
+    with served(path, files=tmp_path / "kept") as server:
+        batch = ended(server.client, begin(server.client, lines, TEXT)["id"])
+        assert batch["status"] == "failed" and "delete some" in batch["errors"]["data"][0]["message"]
+        found = texts(content(server.client, batch["output_file_id"]))
+        assert 0 < len(found) == batch["request_counts"]["completed"] < 40
+        asked = {"input_file_id": batch["input_file_id"], "endpoint": TEXT, "completion_window": "24h"}
+        assert server.post(BATCHES, **asked).status_code == 413
+        server.client.delete(f"{FILES}/{batch['output_file_id']}")
+        assert ended(server.client, server.post(BATCHES, **asked).json()["id"])["request_counts"]["completed"] > 0
 
 
 def test_a_batch_is_not_gone_on_with_by_another_model(path: Path, tmp_path: Path) -> None:
