@@ -6,8 +6,13 @@ its repository, is looked at again before it goes, and no link is followed to ge
 
 from __future__ import annotations
 
+import glob
+import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,6 +24,15 @@ from dsv2cli.hub.labels import part_of
 
 Kind = Literal["gguf", "checkpoint", "unfinished"]
 DEPTH = 2  # folders below a named one that are looked into
+
+# Of a checkpoint in a folder, beside its weights. A folder may be a person's own: what only might be the checkpoint's
+# (README.md, another .json) stays, unless it is recorded as downloaded.
+_OWN = re.compile(
+    r"(?:config|generation_config|configuration|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|chat_template|model\.safetensors\.index)\.json"
+    r"|chat_template\.jinja|merges\.txt|vocab\.txt|tokenizer\.model|[^/]+\.tiktoken|tiktoken\.model"
+)
+_CLIENTS = frozenset({".gitignore", "CACHEDIR.TAG"})  # the hub's client's, beside its records
 
 
 @dataclass(frozen=True)
@@ -66,27 +80,43 @@ def cached() -> list[Held]:
 
 def _of_repository(repo: str, folder: Path) -> Iterator[Held]:
     told: set[str] = set()
-    for snapshot in sorted((folder / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True):
-        if snapshot.is_symlink() or not snapshot.is_dir():
-            continue
+    snapshots = _snapshots(folder)
+    for snapshot in snapshots:
         files = [f for f in cache.files_of(snapshot) if (snapshot / f.path).exists()]
         for one in choice.models(choice.candidates(files)):
             name = f"{repo}:{one.label.name}" if one.label else repo
             if name not in told and not one.missing:
                 told.add(name)
-                paths = tuple(snapshot / f.path for f in one.files)
-                yield Held(name, "gguf", one.nbytes, paths[0], "cache", paths)
+                paths = _in_all(snapshots, [f.path for f in one.files])
+                yield Held(name, "gguf", one.nbytes, snapshot / one.files[0].path, "cache", paths)
         weights = [f for f in files if f.path.endswith(".safetensors")]
         if weights and repo not in told:
             told.add(repo)
-            yield Held(
-                repo, "checkpoint", sum(f.nbytes for f in files), snapshot, "cache",
-                tuple(snapshot / f.path for f in files),
-            )  # fmt: skip
-    partial = [p for p in folder.rglob(f"*{cache.PARTIAL}") if p.is_file() and not p.is_symlink()]
+            mine = [f for f in files if not f.path.endswith(".gguf")]
+            paths = _in_all(snapshots, [f.path for f in mine])
+            yield Held(repo, "checkpoint", sum(f.nbytes for f in mine), snapshot, "cache", paths)
+    partial: dict[Path, int] = {}
+    for path in folder.rglob(f"*{cache.PARTIAL}"):
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # finished meanwhile
+                partial[path] = path.stat().st_blocks * 512
     if partial:
-        nbytes = sum(p.stat().st_blocks * 512 for p in partial)
-        yield Held(repo, "unfinished", nbytes, folder, "cache", tuple(partial))
+        yield Held(repo, "unfinished", sum(partial.values()), folder, "cache", tuple(partial))
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """A repository's, the newest first."""
+    found = []
+    for path in (folder / "snapshots").glob("*"):
+        with suppress(OSError):
+            if not path.is_symlink() and path.is_dir():
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _in_all(snapshots: list[Path], names: list[str]) -> tuple[Path, ...]:
+    """Files of these names in every snapshot: an older one would come to light once the newest is gone."""
+    return tuple(s / name for s in snapshots for name in names if os.path.lexists(s / name))
 
 
 # Folders.
@@ -98,16 +128,15 @@ def in_folder(folder: Path, depth: int = DEPTH) -> Iterator[Held]:
         names = sorted(folder.iterdir())
     except OSError:
         return
-    ggufs: dict[str, list[Path]] = {}
+    ggufs: dict[tuple[str, int, bool, bool], list[Path]] = {}
     for path in names:
         if path.is_file() and path.suffix.lower() == ".gguf" and (part := part_of(path.name)) is not None:
-            ggufs.setdefault(part.whole, []).append(path)
+            # m.gguf, m-00001-of-00002.gguf and m-00001-of-00003.gguf are of three files, each whole by itself.
+            ggufs.setdefault((part.whole, part.count, part.raw, part.whole == path.name), []).append(path)
     for parts in ggufs.values():
         nbytes = sum(path.stat().st_size for path in parts)
         yield Held(str(parts[0]), "gguf", nbytes, parts[0], "folder", tuple(parts))
-    weights = [path for path in names if path.suffix == ".safetensors" and path.is_file()]
-    if weights and (folder / "config.json").is_file():
-        files = _of_checkpoint(folder)
+    if files := _of_checkpoint(folder):
         yield Held(str(folder), "checkpoint", sum(p.stat().st_size for p in files), folder, "folder", files)
     for path in names if depth else []:
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
@@ -115,10 +144,35 @@ def in_folder(folder: Path, depth: int = DEPTH) -> Iterator[Held]:
 
 
 def _of_checkpoint(folder: Path) -> tuple[Path, ...]:
-    from quantize.source.files import is_companion
+    """Its weights, what is named as transformers names it, and what came with them; none where it is none."""
+    from quantize.source.files import CONFIG, INDEX, is_companion, weights
 
-    names = (path for path in folder.iterdir() if path.is_file())
-    return tuple(sorted(p for p in names if p.suffix == ".safetensors" or is_companion(p.name)))
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    shards = _shards(folder / INDEX) & set(names) or set(weights(names))
+    if CONFIG not in names or not shards:
+        return ()
+    return tuple(
+        folder / name
+        for name in names
+        if name in shards or _OWN.fullmatch(name) or (is_companion(name) and _is_downloaded(folder, name))
+    )
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names; none where there is no index that can be read."""
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def _is_downloaded(folder: Path, name: str) -> bool:
+    """Whether the hub's client recorded a file, and nobody wrote to it since."""
+    try:
+        _, _, when = cache.record(folder, f"{name}.metadata").read_text(encoding="utf-8").split()
+        return (folder / name).stat().st_mtime - 1 <= float(when)
+    except (OSError, ValueError):
+        return False
 
 
 # Taking away.
@@ -133,6 +187,11 @@ def find(name: str) -> list[Held]:
     if path.exists() or path.is_symlink():
         return [_named_path(name, path, PACKAGED)]
     reference = hub.resolve(name)
+    if reference.glob or reference.revision or name.strip().lower().endswith(":latest"):
+        raise UsageError(
+            f"`{name}` names a part of a repository",
+            f"{reference.repo}:TYPE names one of its types, {reference.repo} all that is here of it",
+        )
     mine = [held for held in cached() if held.name.partition(":")[0] == reference.repo]
     if reference.gguf_type:
         wanted = reference.gguf_type.upper()
@@ -169,13 +228,33 @@ def remove(held: Held) -> int:
     for path in held.files:
         freed += path.stat().st_size
         path.unlink()
-        _beside(path)
+        if held.kind == "gguf":
+            _beside(path)
     if held.kind == "checkpoint":
-        shutil.rmtree(held.path / ".cache" / "huggingface", ignore_errors=True)
-        for folder in (held.path / ".cache", held.path):
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
+        _remove_records(held)
+        with suppress(OSError):  # it holds more, or it is the working folder
+            held.path.rmdir()
     return freed
+
+
+def _remove_records(held: Held) -> None:
+    """What the hub's client noted of the files that went. Beside its records may be a person's whole cache and token,
+    where the folder is a home: nothing else goes, and no link is followed."""
+    records = cache.record(held.path, "")
+    client = records.parent
+    if any(folder.is_symlink() for folder in (client.parent, client, records)):
+        return
+    for name in (path.name for path in held.files):
+        for ending in (".metadata", ".lock", f".*{cache.PARTIAL}"):
+            for record in list(records.glob(glob.escape(name) + ending)):
+                record.unlink(missing_ok=True)
+    with suppress(OSError):
+        records.rmdir()
+        if {path.name for path in client.iterdir()} <= _CLIENTS:
+            for path in client.iterdir():
+                path.unlink()
+            client.rmdir()
+            client.parent.rmdir()
 
 
 def _beside(path: Path) -> None:
@@ -189,7 +268,7 @@ def _remove_cached(held: Held) -> int:
     freed = 0
     blobs = {path.resolve() for path in held.files if path.is_symlink()}
     for path in held.files:
-        freed += 0 if path.is_symlink() else path.stat().st_size
+        freed += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
         path.unlink(missing_ok=True)
     named = {path.resolve() for path in (folder / "snapshots").rglob("*") if path.is_symlink()}
     inside = (folder / "blobs").resolve()

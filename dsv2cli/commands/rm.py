@@ -26,6 +26,8 @@ def rm(
     found = list(dict.fromkeys(held for name in names for held in shelf.find(name)))
     for held in found:
         console.note(f"{held.name}: {held.kind}, {console.format_bytes(held.nbytes)}, {len(held.files)} files")
+        if held.where == "folder":
+            console.note(f"  {', '.join(console.printable(path.name) for path in held.files)}")
     if not yes and not confirmed(len(found)):
         console.note("nothing was removed")
         raise typer.Exit(1)

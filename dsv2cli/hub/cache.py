@@ -142,7 +142,7 @@ def targets(plan: Plan, to: Path | None) -> list[Target]:
             link = None if joined else location_root(plan, to) / file.path
             made.append(Target(file, blob, blob.with_name(f"{file.etag}{PARTIAL}"), link, joined=joined, end=end))
         else:
-            kept = _record(to, file.path)
+            kept = record(to, file.path)
             partial = kept.with_name(f"{kept.name}.{file.etag}{PARTIAL}")
             note = kept.with_name(f"{kept.name}.metadata")
             made.append(Target(file, to / file.path, partial, note=note, joined=joined, end=end))
@@ -155,12 +155,12 @@ def _joined(plan: Plan, to: Path | None) -> Joined:
     pieces = hashlib.sha256(" ".join(f.etag for f in plan.files).encode()).hexdigest()
     if to is None:
         return Joined(final, final.with_name(f"{final.name}{PARTIAL}"), plan.nbytes, pieces)
-    kept = _record(to, whole)
+    kept = record(to, whole)
     partial = kept.with_name(f"{kept.name}.{pieces}{PARTIAL}")
     return Joined(final, partial, plan.nbytes, pieces, kept.with_name(f"{kept.name}.pieces"))
 
 
-def _record(to: Path, path: str) -> Path:
+def record(to: Path, path: str) -> Path:
     """Where the hub's client keeps what it knows of a file in a folder of its own, but for the ending."""
     return to / ".cache" / "huggingface" / "download" / path
 

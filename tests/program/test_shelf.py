@@ -156,3 +156,101 @@ def test_a_name_is_looked_at_again_before_it_goes(root: Path) -> None:
     held = shelf.Held("owner/M", "gguf", 1, root / "x", "cache", (root / ".." / "here" / "x.gguf",))
     with pytest.raises(Exception, match="not where the hub's cache"):
         shelf.remove(held)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+
+
+def test_a_whole_file_and_splits_of_other_counts_are_models_of_their_own(root: Path) -> None:
+    sets = {
+        2: [f"m-0000{i}-of-00002.gguf" for i in (1, 2)],
+        3: [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)],
+        0: ["m.gguf"],
+        1: ["m-00001-of-00001.gguf"],
+    }
+    for name in (name for names in sets.values() for name in names):
+        Path(name).write_bytes(b"x" * 10)
+    assert sorted(n for _, n in listed().values()) == [10, 10, 20, 30]
+    for count in (0, 2, 1, 3):
+        ran = rm(sets.pop(count)[0], "-y")
+        assert ran.code == 0, ran.told
+        assert files_in(Path()) == sorted(name for names in sets.values() for name in names)
+
+
+def test_what_may_be_a_person_s_own_stays_beside_a_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloaded into a home: its own notes, another model's weights, and the hub's whole cache lie beside."""
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(shards)}}
+    Path("model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for name in (*shards, "config.json", "tokenizer.json", "tiktoken.model"):
+        Path(name).write_bytes(b"{}")
+    own = ["README.md", "LICENSE", "notes.json", "other.safetensors", "x.gguf.report.json", "spam.model"]
+    own += [
+        f".cache/huggingface/{name}" for name in ("token", "hub/models--o--m/blobs/1", "download/other.json.metadata")
+    ]
+    records = Path(".cache/huggingface/download")
+    records.mkdir(parents=True)
+    Path(".cache/huggingface/hub/models--o--m/blobs").mkdir(parents=True)
+    for name in own:
+        Path(name).write_bytes(b"mine")
+    for name in (*shards, "LICENSE.txt", "config.json"):
+        Path(name).write_bytes(b"{}")
+        (records / f"{name}.metadata").write_text(f"{COMMIT}\n{'e' * 40}\n{Path(name).stat().st_mtime}\n", "utf-8")
+    asked = rm(".")
+    assert asked.code == 2 and all(f"{name}" in asked.told for name in (*shards, "LICENSE.txt", "tiktoken.model"))
+    assert rm(".", "-y").code == 0
+    assert files_in(Path()) == sorted(own)
+
+
+def test_records_go_with_a_download_and_no_link_is_followed(root: Path, tmp_path: Path) -> None:
+    for name in ("plain", "linked"):
+        Path(name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            Path(name, file).write_bytes(b"{}")
+    cached = tmp_path / "precious"
+    records = cached / "huggingface" / "download"
+    records.mkdir(parents=True)
+    (records / "config.json.metadata").write_bytes(b"x")
+    Path("linked/.cache").symlink_to(cached)
+    records = Path("plain/.cache/huggingface/download")
+    records.mkdir(parents=True)
+    for name in ("config.json.metadata", "config.json.lock", f"model.safetensors.e{cache.PARTIAL}", "../.gitignore"):
+        (records / name).write_bytes(b"x")
+    assert rm("plain", "linked", "-y").code == 0
+    assert not Path("plain").exists()  # nothing was left in it
+    assert files_in(cached) == ["huggingface/download/config.json.metadata"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "https://huggingface.co/owner/M-GGUF/blob/main/M-Q4_K_M.gguf",
+        "https://huggingface.co/owner/M-GGUF/tree/main",
+        "owner/M-GGUF:latest",
+    ],
+)
+def test_a_part_of_a_repository_is_not_the_repository(root: Path, name: str) -> None:
+    paths = [put(root, "owner/M-GGUF", f"M-{kind}.gguf", kind.encode()) for kind in ("Q4_K_M", "Q8_0")]
+    ran = rm(name, "-y")
+    assert ran.code == 2 and "owner/M-GGUF:TYPE" in ran.told, ran.told
+    assert all(path.exists() for path in paths)
+
+
+def test_a_snapshot_that_leads_nowhere_is_passed_over(root: Path) -> None:
+    put(root, "owner/M", "M-Q4_K_M.gguf", b"q" * 1000)
+    (root / "models--owner--M" / "snapshots" / LATER).symlink_to(root / "nowhere")
+    assert listed()["owner/M:Q4_K_M"] == ("gguf", 1000)
+    assert rm("owner/M:Q4_K_M", "-y").code == 0
+
+
+def test_a_file_goes_from_every_snapshot(root: Path) -> None:
+    paths = [
+        put(root, "owner/M", path, path.encode() + commit.encode(), commit)
+        for commit in (COMMIT, LATER)
+        for path in ("M-Q4_K_M.gguf", "model.safetensors")
+    ]
+    assert set(listed()) == {"owner/M:Q4_K_M", "owner/M"}
+    assert rm("owner/M:Q4_K_M", "-y").code == 0
+    assert set(listed()) == {"owner/M"} and [path.exists() for path in paths] == [False, True, False, True]
+    assert rm("owner/M", "-y").code == 0 and list(root.iterdir()) == []
