@@ -21,6 +21,7 @@ FULL_BYTES, TIGHT_BYTES = 64 << 20, 5 << 30  # of a disk: nothing goes on; a sma
 LITTLE_MEMORY = 1 << 30
 STALE_SECONDS = 24 * 3600.0
 ROOT = Path("/")
+HERE = "this folder"
 NEED_ENGINE = ("instructions", "cores", "memory", "llama.cpp")
 SHOWN = 4
 
@@ -153,7 +154,7 @@ def folders() -> list[tuple[str, Path, str]]:
         ("models", cache_root(), "HF_HOME moves the hub's cache"),
         ("state", state / "dsv2", "XDG_STATE_HOME moves it"),
         ("temporary files", Path(tempfile.gettempdir()), "TMPDIR moves them"),
-        ("this folder", Path.cwd(), "-o puts files elsewhere"),
+        (HERE, Path.cwd(), "-o puts files elsewhere"),
     ]
 
 
@@ -167,7 +168,8 @@ def disks() -> Iterator[Finding]:
         free = free_bytes(there)
         name, told = f"disk of {what}", f"{format_bytes(free)} free in {folder}"
         if not os.access(there, os.W_OK | os.X_OK):
-            yield Finding(name, "broken", f"{there} cannot be written", f"its owner can allow it; {moves}")
+            state: State = "note" if what == HERE else "broken"  # a command may be called from anywhere
+            yield Finding(name, state, f"{there} cannot be written", f"its owner can allow it; {moves}")
         elif free < FULL_BYTES:
             yield Finding(name, "broken", f"full: {told}", f"free some space; {moves}")
         elif free < TIGHT_BYTES:

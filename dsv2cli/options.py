@@ -115,6 +115,18 @@ GpuLayers = Annotated[
     number("--gpu-layers", within=Range(0, C_INT), help="Layers for a GPU, where llama.cpp was built for one."),
 ]
 
+
+class Kept(str):
+    """What a file or the environment sets, and no command line."""
+
+    __slots__ = ()
+
+
+def _ram(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+    source = context.get_parameter_source(str(parameter.name))
+    return Kept(value) if source is not None and source.name == "DEFAULT_MAP" else value
+
+
 Ram = Annotated[
     str,
     typer.Option(
@@ -122,6 +134,7 @@ Ram = Annotated[
         metavar="SIZE|auto|all",
         help="Memory for the weights, as 12G or 9.5GiB: what it does not hold is read from the file as it is needed."
         " The context takes its own beside it. auto: what is free, where that does not hold all; all: map the file.",
+        callback=_ram,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
@@ -145,11 +158,12 @@ def memory_for_weights(text: str) -> Weights:
     return words[text] if text in words else size("--ram", text, "auto, or all for what the file has")
 
 
-def refuse_budget(ram: Weights) -> None:
-    """For a model that llama.cpp runs. UsageError where it was given one."""
+def refuse_budget(ram: str) -> None:
+    """For a model that llama.cpp runs. UsageError where the command line gives it one: what is set for every model is
+    left out."""
     from dsv2cli.errors import UsageError
 
-    if isinstance(ram, int):
+    if not isinstance(ram, Kept) and isinstance(memory_for_weights(ram), int):
         raise UsageError("--ram is of dsv2's own engine", "leave it out: llama.cpp maps the file")
 
 
@@ -172,10 +186,10 @@ def wishes(
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
     if rpc is not None or gpu_layers or engine == "llama.cpp":
-        refuse_budget(budget)
+        refuse_budget(ram)
     beside = beside or Beside()
     if rpc is None:
-        return Wishes(engine, (), gpu_layers, n_seq, told, budget, beside)
+        return Wishes(engine, (), gpu_layers, n_seq, told, budget, beside, said=ram)
     from dsv2cli.engines.llamacpp.rpc import parse
 
     return Wishes(engine, parse(rpc), gpu_layers, n_seq, told)

@@ -89,6 +89,7 @@ class Wishes:
     told: bool = True
     ram: Weights = "all"  # for weights
     beside: Beside = field(default_factory=Beside)
+    said: str = "auto"  # the words that ram came from
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
                 hint = "--engine llama.cpp runs it as far as llama.cpp understands it"
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
                 raise
-            refuse_budget(wishes.ram)
+            refuse_budget(wishes.said)
             if wishes.told:
                 console.note(f"({reason}: llama.cpp runs this file)", "dim")
             return None

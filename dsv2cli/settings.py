@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,12 +108,15 @@ def project_file() -> Path | None:
     except OSError:
         return None
     home = os.environ.get("HOME", "")
-    for folder in (here, *here.parents):
-        path = folder / PROJECT_FILE
-        if path.is_file():
-            return path if path.stat().st_uid in (os.getuid(), 0) else None
-        if (folder / ".git").exists() or str(folder) == home:
-            return None
+    try:
+        for folder in (here, *here.parents):
+            path = folder / PROJECT_FILE
+            if path.is_file():
+                return path if path.stat().st_uid in (os.getuid(), 0) else None
+            if (folder / ".git").exists() or str(folder) == home:
+                return None
+    except OSError:  # a folder above that this user may not enter
+        return None
     return None
 
 
@@ -283,14 +287,21 @@ def write(path: Path, changes: Mapping[str, Any]) -> None:
                     continue
                 document[verb] = tomlkit.table()
             table = document[verb] if verb else document
+            if not isinstance(table, dict):
+                raise CliError(f"`{path}`: `{verb}` is {_shown(table)}, expected a table", f"`[{verb}]` begins one")
             if value is None:
                 table.pop(name, None)
             else:
                 table[name] = value
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        place = path.resolve()  # a link stays one
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+        if place.exists():
+            temporary.touch(0o600)
         temporary.write_text(tomlkit.dumps(document), encoding="utf-8")
-        temporary.replace(path)
+        if place.exists():
+            shutil.copymode(place, temporary)
+        temporary.replace(place)
     except TOMLKitError as error:
         raise CliError(f"`{path}` is no TOML: {error}", "correct that line, or remove the file") from error
     except OSError as error:

@@ -56,7 +56,7 @@ def bench(
     path = locate.model(model)
     runs = engine_for(path, engine, quiet=quiet)
     if runs == "llama.cpp":
-        options.refuse_budget(options.memory_for_weights(ram))
+        options.refuse_budget(ram)
     if runs == against:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     with console.progress(quiet=quiet) as display:

@@ -70,7 +70,7 @@ def plan(
     with subject.opened(asked) as found:
         if check and not (found.is_here and found.found.engine == "dsv2"):
             raise UsageError("--check wants a GGUF that is here and that dsv2's own engine runs")
-        free = free_bytes()
+        free = free_bytes(swap=False)  # as --ram auto counts
         rates: probe.Rates | str = "not measured"
         if measure and found.found.engine == "dsv2":
             rates = probe.measure(found.found, kv, threads, free)

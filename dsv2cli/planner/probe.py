@@ -38,6 +38,7 @@ SECONDS = 1.5  # after which no further round begins
 SEED = 20240507
 EMBEDDINGS, HEAD = "embeddings", "head"  # parts of an anatomy
 UNSAFE_SHARE = 0.5  # of the free memory, that a probe may touch
+ROOM = 16 << 20  # beside what is touched, of the header and embeddings; tmpfs allots a hole's pages once they are read
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def work_of(tensors: list[TensorInfo], keys: dict[str, Any]) -> Work:
 def measure(found: Anatomy, kv_type: KvType, threads: int | None, free: int | None) -> Rates | str:
     """Rates for a model that dsv2's own engine runs; why there are none where they cannot be measured."""
     from cext import EngineError, Gguf, Model
+    from cext.system import free_disk
 
     begun = time.perf_counter()
     try:
@@ -93,6 +95,8 @@ def measure(found: Anatomy, kv_type: KvType, threads: int | None, free: int | No
             small = _Small(list(gguf.tensors), found)
             if free is not None and small.touched > UNSAFE_SHARE * free:
                 return "too little memory is free to measure in"
+            if free_disk(Path(folder)) < small.touched + ROOM:
+                return f"too little is free in {Path(folder).parent} to measure in: TMPDIR names another folder"
             path = Path(folder) / "probe.gguf"
             small.write(path)
             with Model(path, threads) as model:

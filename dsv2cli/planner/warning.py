@@ -12,7 +12,7 @@ def of_weights(name: str, nbytes: int) -> str | None:
     """Where a file of so many bytes is larger than the memory that is free."""
     from cext.system import free_bytes
 
-    free = free_bytes()
+    free = free_bytes(swap=False)  # as --ram auto counts
     if free is None or nbytes <= free:
         return None
     return printable(

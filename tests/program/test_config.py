@@ -187,3 +187,50 @@ def test_a_file_that_cannot_be_written(env: dict[str, str | None], tmp_path: Pat
     path.chmod(stat.S_IRUSR)
     done(run("config", "set", "kv", "f16", env=env))  # replaced as a whole, never half written
     assert "temp = 0.5" in path.read_text(encoding="utf-8")
+
+
+def test_a_folder_above_that_may_not_be_entered_ends_the_search(
+    env: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = Path.cwd().parent / settings.PROJECT_FILE
+    is_file = Path.is_file
+
+    def refusing(path: Path) -> bool:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    assert listed(env) == {}
+
+
+def test_a_link_stays_one_and_a_mode_stays_as_it_is(env: dict[str, str | None], tmp_path: Path) -> None:
+    kept = tmp_path / "dotfiles" / "mine.toml"
+    kept.parent.mkdir()
+    kept.write_text("temp = 0.5\n", encoding="utf-8")
+    kept.chmod(0o600)
+    path = put(tmp_path, "")
+    path.unlink()
+    path.symlink_to(kept)
+    done(run("config", "set", "seed", "5", env=env))
+    assert path.is_symlink() and kept.read_text(encoding="utf-8") == "temp = 0.5\nseed = 5\n"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and [p.name for p in kept.parent.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize("text", ["chat = 1\n", "[[chat]]\ntemp = 1\n", 'chat = "x"\n'])
+def test_a_value_where_a_command_s_table_belongs(env: dict[str, str | None], tmp_path: Path, text: str) -> None:
+    path = put(tmp_path, text)
+    for args in (("set", "chat.temp", "0.5"), ("unset", "chat.temp")):
+        ran = run("config", *args, env=env)
+        assert ran.code == 1 and "`chat`" in ran.told and "expected a table" in ran.told, ran.told
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_memory_that_is_set_for_all_is_left_out_where_llama_cpp_runs(
+    env: dict[str, str | None], tmp_path: Path
+) -> None:
+    put(tmp_path, 'ram = "20M"\nengine = "llama.cpp"\n')
+    assert json.loads(done(run(*ASK, "--raw", env=env)).out)["drive"] is None
+    done(run("bench", "-p", "8", "-n", "0", "-r", "1", env=env))
+    ran = run(*ASK, "--ram", "20M", env=env)
+    assert ran.code == 2 and "--ram is of dsv2's own engine" in ran.told, ran.told

@@ -178,3 +178,11 @@ def test_the_hub_is_asked_only_if_it_is_to_be() -> None:
     done = subprocess.run([*command, "--online"], env=env, capture_output=True, text=True, check=False)
     told = {one["name"]: one for one in json.loads(done.stdout)["findings"]}["hub"]
     assert done.returncode == 1 and told["state"] == "broken" and "cannot reach" in told["text"]
+
+
+def test_a_working_folder_that_cannot_be_written_is_no_fault(
+    env: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health.os, "access", lambda path, mode: path != Path.cwd())
+    ran = run("doctor", "--json", env=env)
+    assert ran.code == 0 and findings(ran)["disk of this folder"]["state"] == "note"

@@ -403,6 +403,12 @@ def test_the_engine_that_is_asked_for_and_cannot(written: Callable[..., Path]) -
     assert_fails(dsv2("chat", path, "-p", "x", "--gpu-layers", "4"), 1, "built for the processor alone")
 
 
+def test_memory_that_is_set_for_every_model_is_not_refused(written: Callable[..., Path]) -> None:
+    ask = ("chat", written(QWEN2), "-p", "x", "-n", "1", "-t", "1")
+    assert dsv2(*ask, DSV2_RAM="12G").returncode == 0
+    assert_fails(dsv2(*ask, "--ram", "12G"), 2, "--ram is of dsv2's own engine")
+
+
 def test_perplexity_of_both_is_the_oracles(written: Callable[..., Path], tmp_path: Path) -> None:
     path = written(QWEN2)
     text = tmp_path / "t.txt"

@@ -15,6 +15,7 @@ from support import gguf_bytes as gb
 from support import published
 from support.cli import assert_fails, dsv2, dsv2_after, environment
 from support.hub import Hub, serve
+from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
@@ -300,6 +301,20 @@ def test_a_machine_is_measured(model: Path) -> None:
     assert isinstance(rates, Rates), rates
     assert rates.threads == 1 and rates.bandwidth > 0 and rates.products > 0 and rates.attention >= 0
     assert probe.measure(found, "f16", 1, 1000) == "too little memory is free to measure in"
+
+
+def test_a_small_tmpfs_is_not_measured_in(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole's pages are allotted as they are read: past its end that is SIGBUS."""
+    monkeypatch.setattr(system, "free_disk", lambda folder: 1 << 20)
+    rates = probe.measure(anatomy.study(model), "f16", 1, None)
+    assert isinstance(rates, str) and "TMPDIR" in rates
+
+
+def test_swap_is_not_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "free_bytes", lambda *a, swap=True, **k: 10**15 if swap else 10**9)
+    assert "1.00 GB are free" in str(warning.of_weights("it", 2 * 10**9))
+    ran = run("plan", "--json", "--no-speed")
+    assert ran.code == 0 and json.loads(ran.out)["memory"]["free"] == 10**9, ran.out
 
 
 def test_speeds_follow_the_figures(model: Path) -> None:
