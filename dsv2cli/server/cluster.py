@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Opening = tuple[Path, int | None, process.Settings, "Wishes"]  # the arguments of ``process.load``
 START_SECONDS = 600.0
 REACH_SECONDS = 10.0
-ATTEMPTS = 8  # at a request whose actors die: it may be what kills them
-PAUSE = 1.0  # seconds before the next
+ATTEMPTS = 8  # at a request under which actors die: it may be what kills them
+PAUSE = 1.0  # seconds before one that died is tried again
 
 
 class Worker:
@@ -71,6 +71,7 @@ class Spread:
     n_read: int = 0
     n_written: int = 0
     under_way: list[int] = field(init=False)
+    coming: dict[int, asyncio.Task[None]] = field(default_factory=dict)  # those that died, until they are back
 
     def __post_init__(self) -> None:
         self.under_way = [0] * len(self.actors)
@@ -89,14 +90,14 @@ class Spread:
     async def _ask(self, method: str, *args: Any) -> Any:
         before = -1  # the one that died
         for _ in range(ATTEMPTS):
-            others = [i for i in range(len(self.actors)) if i != before] or [before]
-            chosen = min(others, key=self.under_way.__getitem__)
+            chosen = await self._choose(before)
             self.under_way[chosen] += 1
             try:
                 value, error = await getattr(self.actors[chosen], method).remote(*args)
             except self.ray.exceptions.RayActorError:
                 before = chosen
-                await asyncio.sleep(PAUSE)
+                if chosen not in self.coming:
+                    self.coming[chosen] = asyncio.create_task(self._come_back(chosen))
                 continue
             except self.ray.exceptions.RayTaskError as failed:
                 if isinstance(failed.cause, StoppedError):
@@ -108,6 +109,29 @@ class Spread:
                 raise ApiError(**error)
             return value
         raise ApiError(500, f"{ATTEMPTS} actors died on this request", "server_error", code="actor_died")
+
+    async def _choose(self, before: int) -> int:
+        """Of the actors that are there, another than ``before`` if there is one. StoppedError where none comes back."""
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while len(self.coming) == len(self.actors):
+                    await asyncio.wait(self.coming.values(), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise StoppedError from None
+        there = [i for i in range(len(self.actors)) if i not in self.coming]
+        return min([i for i in there if i != before] or there, key=self.under_way.__getitem__)
+
+    async def _come_back(self, i: int) -> None:
+        """Wait for an actor that Ray starts again. While it opens the model every call fails at once, and with the
+        same error as one under which it dies: only what answers ``about`` is asked."""
+        try:
+            while True:
+                await asyncio.sleep(PAUSE)
+                with contextlib.suppress(self.ray.exceptions.RayActorError):
+                    await self.actors[i].about.remote()
+                    return
+        finally:
+            del self.coming[i]
 
 
 def _reach(address: str) -> None:

@@ -122,6 +122,8 @@ class Work:
             except asyncio.CancelledError:
                 if not (self.interrupted or self.ended):
                     raise
+            except runner.StoppedError:  # before anything was asked; the end tells how far it came
+                pass
         if self.interrupted:
             raise KeyboardInterrupt
         if self.ended:

@@ -161,6 +161,19 @@ def test_what_failed_is_asked_again(path: Path, tmp_path: Path, monkeypatch: pyt
     assert len(answers(tmp_path / "out")) == 6 and not (tmp_path / "out.errors.jsonl").exists()
 
 
+def test_what_answers_stops_before_anything_is_asked(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stopped(*_: Any) -> Any:
+        raise runner.StoppedError
+
+    given = save(tmp_path / "in.jsonl", short(6))
+    monkeypatch.setattr(Desk, "_job", stopped)
+    code, told = batch(path, given, tmp_path / "out")
+    assert code == 1 and "has stopped: 0 of 6 lines are done" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 @pytest.mark.parametrize("kind", [TypeError, MemoryError])
 def test_a_fault_is_one_line_s_affair(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
