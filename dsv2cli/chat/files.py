@@ -55,9 +55,9 @@ def completions(begun: str) -> Iterable[tuple[str, int, str]]:
         return
     start = match[1].removeprefix('"')
     folder, _, name = start.rpartition("/")
-    place = Path(f"{folder}/" if "/" in start else ".").expanduser()
+    place = Path(f"{folder}/" if "/" in start else ".")
     try:
-        there = sorted(place.iterdir())
+        there = sorted(place.expanduser().iterdir())
     except (OSError, ValueError, RuntimeError):
         return
     for path in [p for p in there if p.name.startswith(name) and (name or not p.name.startswith("."))][:MAX_SHOWN]:

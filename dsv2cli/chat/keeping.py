@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cext.errors import EngineError
-from dsv2cli import console
+from dsv2cli import console, interrupts
 from dsv2cli.chat import store
 from dsv2cli.chat.conversation import Conversation
 from dsv2cli.chat.journal import Journal, JournalError, Model
@@ -47,19 +47,21 @@ class Keeping:
     # Turns.
 
     def close_turn(self, stop: str) -> None:
-        """Keep the conversation's last turn, which follows the tree's head; where there is none, stand there again."""
-        turns, last = self.conversation.turns, self.last()
-        if not turns or (last is not None and last.turn is turns[-1]):
-            self._stand_at(self.tree.head)
-            return
-        said = self.conversation.said()
-        setting = Setting(self.conversation.system, self.conversation.thinking, self.sampling)
-        node = self.tree.add(turns[-1], setting, stop)
-        with self._warning():
-            if self.keeps and self.journal is None:
-                self._create()
-            if self.journal is not None:
-                self.journal.add(node, said)
+        """Keep the conversation's last turn, which follows the tree's head; where it is none, or one that is kept
+        already, stand there again. Ctrl-C changes nothing of that: a turn is in the tree and in the file."""
+        turns = self.conversation.turns
+        with interrupts.heard(lambda: True):
+            if not turns or any(node.turn is turns[-1] for node in self.tree.nodes):
+                self._stand_at(self.tree.head)
+                return
+            said = self.conversation.said()
+            setting = Setting(self.conversation.system, self.conversation.thinking, self.sampling)
+            node = self.tree.add(turns[-1], setting, stop)
+            with self._warning():
+                if self.keeps and self.journal is None:
+                    self._create()
+                if self.journal is not None:
+                    self.journal.add(node, said)
         n_past = self.conversation.n_used
         if n_past - self._n_cached >= max(LEAST_GROWTH, self._n_cached // 2):
             self.keep_cache()
@@ -94,10 +96,12 @@ class Keeping:
     # The file.
 
     def _create(self) -> None:
-        path = store.path_of(store.free_name())
         runtime = self.runtime
         model = Model(store.identity(runtime.path), runtime.name, str(runtime.path.resolve()))
-        self.journal = Journal.create(path, model)
+        while self.journal is None:
+            path = store.path_of(store.free_name())
+            with contextlib.suppress(FileExistsError):  # another conversation took the name since it was free
+                self.journal = Journal.create(path, model)
         self.journal.contents.tree = self.tree
 
     def reopen(self, name: str) -> None:
@@ -111,12 +115,15 @@ class Keeping:
             turns = [node.turn for node in journal.tree.nodes]
             if any(token >= n_vocab for turn in turns for token in (*turn.answer, *turn.opening)):
                 raise JournalError(f"`{journal.path}` has tokens that the model's vocabulary of {n_vocab} lacks")
+            self._keep_new_cache()
         except BaseException:
             journal.close()
             raise
-        self.leave()
-        self.journal, self.tree, self._n_cached = journal, journal.tree, 0
-        self._stand_at(self.tree.head)
+        with interrupts.heard(lambda: True):
+            self.leave()
+            self.journal, self.tree = journal, journal.tree
+            self._stand_at(self.tree.head)
+            self._empty_session()
         if (last := self.last()) is not None:
             self.conversation.system = last.setting.system
             with contextlib.suppress(EngineError):  # a template that cannot any more
@@ -142,19 +149,25 @@ class Keeping:
 
     def begin_anew(self) -> None:
         """Leave this conversation and begin another."""
-        self.leave()
-        self.tree = Tree()
-        self.conversation.clear()
+        self._keep_new_cache()
+        with interrupts.heard(lambda: True):
+            self.leave()
+            self.tree = Tree()
+            self.conversation.clear()
 
     def leave(self) -> None:
         """Keep the cache and let go of the file."""
+        self._keep_new_cache()
         if self.journal is not None:
-            if self.conversation.n_used != self._n_cached:
-                self.keep_cache()
             self.journal.close()
         self.journal, self._n_cached = None, 0
 
     # The cache.
+
+    def _keep_new_cache(self) -> None:
+        """Keep the cache unless it is kept as it is."""
+        if self.conversation.n_used != self._n_cached:
+            self.keep_cache()
 
     def keep_cache(self) -> None:
         """Write the session beside the file, where the engine can; what stands in the way is told."""
@@ -173,6 +186,11 @@ class Keeping:
         except (EngineError, OSError) as error:
             console.note(f"(the cache is not kept, and reopening reads the text again: {error})", "dim")
         self._n_cached = session.n_past
+
+    def _empty_session(self) -> None:
+        """What it holds is another conversation's, and must not be kept as this one's."""
+        if (session := self.conversation.session).n_past:
+            session.rewind(0)
 
     def _reopen_cache(self) -> None:
         """Take the session beside the file for the conversation's own; where it cannot be used, say so."""

@@ -47,9 +47,11 @@ Complete = Callable[[str], Iterable[tuple[str, int, str]]]
 
 
 class Prompt:
-    """Asks for messages; see ``terminal.Reader``. complete: what may stand before the cursor; meter: a line below."""
+    """Asks for messages; see ``terminal.Reader``. complete: what may stand before the cursor; meter: a line below;
+    remembers: whether messages go into the history's file."""
 
-    def __init__(self, prompt: str, complete: Complete, meter: Callable[[str], str]) -> None:
+    def __init__(self, prompt: str, complete: Complete, meter: Callable[[str], str], *, remembers: bool = True) -> None:
+        self._remembers = remembers
         colours = console.wants_colour(sys.stdout)
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", prompt)],
@@ -75,23 +77,24 @@ class Prompt:
 
     def read(self) -> str | None:
         """One message; None at the end of input. KeyboardInterrupt at Ctrl-C, UsageError where it is no text."""
-        return self._ask("")
+        text = self._ask("")
+        if self._remembers and text is not None and text.strip():
+            history.add(text)
+        return text if text is None else typed(text, "what was typed")
 
     def edit(self, text: str) -> str | None:
         """``text`` as it is after a person has changed it; None where that was given up with Ctrl-C or Ctrl-D."""
         try:
-            return self._ask(text)
+            changed = self._ask(text)
         except KeyboardInterrupt:
             return None
+        return changed if changed is None else typed(changed, "what was typed")
 
     def _ask(self, default: str) -> str | None:
         try:
-            text = self._session.prompt(default=default)
+            return self._session.prompt(default=default)
         except EOFError:
             return None
-        if text.strip():
-            history.add(text)
-        return typed(text, "what was typed")
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -133,7 +136,7 @@ class _History(History):
         return reversed(history.read())
 
     def store_string(self, string: str) -> None:
-        """See ``Prompt._ask``."""
+        """See ``Prompt.read``."""
 
 
 class _Completer(Completer):

@@ -39,10 +39,10 @@ SHOWN = 60  # characters of a message in a list
 
 
 class Repl:
-    """The conversation in a terminal."""
+    """The conversation in a terminal. remembers: whether what is typed goes into the history's file."""
 
-    def __init__(self, chat: Chat, keeping: Keeping) -> None:
-        self.chat, self.keeping = chat, keeping
+    def __init__(self, chat: Chat, keeping: Keeping, *, remembers: bool = True) -> None:
+        self.chat, self.keeping, self.remembers = chat, keeping, remembers
         self.reader: Reader  # while it runs
         self.commands: dict[str, Callable[[str], bool]] = {
             "help": self.help,
@@ -85,10 +85,10 @@ class Repl:
     def _make_reader(self) -> Reader:
         """prompt-toolkit where the terminal obeys, else plain lines."""
         if not draws():
-            return LineReader("> ")
+            return LineReader("> ", remembers=self.remembers)
         from dsv2cli.chat.prompt import Prompt
 
-        return Prompt("> ", self.complete, self.meter)
+        return Prompt("> ", self.complete, self.meter, remembers=self.remembers)
 
     def _turn(self, reader: Reader) -> bool:
         """Read a message and do what it wants; False to leave."""

@@ -112,10 +112,11 @@ def summaries() -> list[Summary]:
 
 
 def free_name() -> str:
-    """A name for a conversation that has none yet: when it began."""
+    """A name for a conversation that has none yet: when it began. CliError, OSError."""
     name = time.strftime("%Y-%m-%d-%H%M%S")
-    taken = set(names())
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
+    place = made_folder()
+    every = (name, *(f"{name}-{i}" for i in range(2, 1000)))
+    return next(n for n in every if not os.path.lexists(place / f"{n}{SUFFIX}"))
 
 
 def identity(path: Path) -> str:

@@ -57,11 +57,14 @@ def prepare() -> None:
 
 
 class LineReader:
-    """Prompts on the terminal. Without readline, or where stdout is no terminal, plain lines and no history."""
+    """Prompts on the terminal. Without readline, or where stdout is no terminal, plain lines and no history.
 
-    def __init__(self, prompt: str) -> None:
+    remembers: whether messages go into the history's file.
+    """
+
+    def __init__(self, prompt: str, *, remembers: bool = True) -> None:
         self._readline = _readline() if console.is_terminal(sys.stdout) else None
-        self._prompt = prompt
+        self._prompt, self._remembers = prompt, remembers
         if self._readline is not None:
             self._set_up(self._readline)
 
@@ -89,7 +92,8 @@ class LineReader:
         if self._readline is not None and text.strip():
             with contextlib.suppress(UnicodeError):  # a locale that cannot spell it
                 self._readline.add_history(text)
-            history.add(text)
+            if self._remembers:
+                history.add(text)
         return typed(text, "what was typed")
 
     def _line(self, prompt: str) -> str:
@@ -186,8 +190,8 @@ def terminating_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
+class Terminated(SystemExit):
+    """SIGTERM came. An event loop lets SystemExit and KeyboardInterrupt through, and takes others for its own."""
 
 
 def _readline() -> ModuleType | None:

@@ -168,7 +168,7 @@ def chat(
             conversation.system = system or conversation.system
             conversation.thinking = conversation.thinking if think == "auto" else THINKING[think]
         if asked is None:
-            Repl(talk, keeping).run()
+            Repl(talk, keeping, remembers=not no_save).run()
             return
         answer_once(talk, keeping, asked, as_json=as_json)
         if talk.last.stop == "cancelled":

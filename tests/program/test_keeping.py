@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -325,6 +326,62 @@ def test_going_on_with_nothing_new_leaves_the_answer(opened: runtime.Runtime) ->
     assert talk.conversation.turns == [turn] and talk.conversation.turns[0] is turn and len(turn.answer) == 4
 
 
+def test_nothing_new_is_no_branch(opened: runtime.Runtime) -> None:
+    """/continue where the answer cannot go on."""
+    talk = Talk(opened)
+    talk.say("one")
+    talk.say("two")
+    last = talk.keeping.last()
+    assert last is not None
+    talk.watched.calls, talk.watched.raises = 0, {1: ("before", talk.conversation.cancel)}
+    with talk.keeping.answering_at(last.parent):
+        talk.conversation.turns.append(last.turn)
+        list(talk.conversation.go_on(greedy(), 5))
+        talk.keeping.close_turn("cancelled")
+    assert len(talk.keeping.tree.nodes) == 2 and talk.keeping.last() is last
+    assert [turn.user for turn in talk.conversation.turns] == ["one", "two"]
+    assert len(journal.read(store.existing(talk.keeping.name)).tree.nodes) == 2
+
+
+@pytest.mark.parametrize("where", ["identity", "create", "add"])
+def test_ctrl_c_leaves_a_turn_in_the_tree_and_in_the_file(
+    where: str, opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Talk(opened)
+    place: object = {"identity": store, "create": Journal, "add": Journal}[where]
+    usual = getattr(place, where)
+
+    def interrupted(*args: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return usual(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, where, interrupted)
+        with contextlib.suppress(KeyboardInterrupt):  # as in a terminal
+            talk.say("one")
+    talk.say("two")
+    found = journal.read(store.existing(talk.keeping.name)).tree
+    assert shape(found) == shape(talk.keeping.tree) and [node.parent for node in found.nodes] == [0, 1]
+
+
+def test_a_name_that_another_takes_first(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two conversations that close their first turn at once see it."""
+    usual = store.free_name
+    asked: list[str] = []
+
+    def slow() -> str:
+        asked.append(usual())
+        if len(asked) == 1:
+            Journal.create(store.path_of(asked[0]), MODEL).close()
+        return asked[-1]
+
+    monkeypatch.setattr(store, "free_name", slow)
+    talk = Talk(opened)
+    talk.say("one")
+    assert talk.keeping.name == asked[1] != asked[0]
+    assert len(journal.read(store.existing(talk.keeping.name)).tree.nodes) == 1
+
+
 # Reopened.
 
 
@@ -398,6 +455,50 @@ def test_a_cache_of_another_conversation_is_no_harm(opened: runtime.Runtime) -> 
     theirs = store.cache_of(store.existing(store.latest()))
     store.cache_of(store.existing(name)).write_bytes(theirs.read_bytes())
     assert reopened(opened, name).say("the end") == answer
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("where", ["no cache", "at its beginning"])
+def test_a_loaded_conversation_takes_nothing_of_the_one_before(
+    where: str, keeps: bool, opened: runtime.Runtime
+) -> None:
+    name, answer = two_turns(opened)
+    cache = store.cache_of(store.existing(name))
+    cache.unlink()
+    if where == "at its beginning":
+        there = reopened(opened, name)
+        there.keeping.go_to(0)
+        there.keeping.leave()
+    talk = Talk(opened, keeps=keeps)
+    talk.say("a secret " * 20)
+    talk.keeping.reopen(name)
+    assert talk.conversation.n_used == 0
+    talk.keeping.leave()
+    assert not cache.exists()
+    again = reopened(opened, name)
+    if where == "no cache":
+        assert again.say("the end") == answer
+
+
+def test_ctrl_c_while_the_cache_is_kept_leaves_both_conversations(
+    opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = two_turns(opened)
+    talk = Talk(opened)
+    talk.say("one")
+    mine = talk.keeping.name
+
+    def ctrl_c(path: Path, nbytes: int) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "why_no_room", ctrl_c)
+        for leaving in (lambda: talk.keeping.reopen(name), talk.keeping.begin_anew):
+            with pytest.raises(KeyboardInterrupt):
+                leaving()
+    Journal.reopen(store.existing(name)).close()  # nothing holds it
+    talk.say("two")
+    assert talk.keeping.name == mine and len(journal.read(store.existing(mine)).tree.nodes) == 2
 
 
 def test_branches_and_settings_come_back(opened: runtime.Runtime) -> None:
@@ -498,8 +599,9 @@ def test_the_command_line(path: Path, other_path: Path, opened: runtime.Runtime,
     assert_fails(dsv2("chat", "-r", name, "-p", "x", **env), 1, "damaged: line 3 has changed", "head -n 2")
 
 
-def test_nothing_is_kept_where_that_is_asked_for(path: Path, state: Path) -> None:
-    with terminal("chat", path, "-n", "4", "--no-save", XDG_STATE_HOME=str(state)) as screen:
+@pytest.mark.parametrize("term", ["xterm", "linux", "dumb"])
+def test_nothing_is_kept_where_that_is_asked_for(term: str, path: Path, state: Path) -> None:
+    with terminal("chat", path, "-n", "4", "--no-save", TERM=term, XDG_STATE_HOME=str(state)) as screen:
         at = screen.wait_for("> ")
         screen.type("Hi\n")
         screen.wait_for(r"-n\)\n", at)
@@ -507,7 +609,8 @@ def test_nothing_is_kept_where_that_is_asked_for(path: Path, state: Path) -> Non
         screen.wait_for("not kept", at)
         screen.type("/exit\n")
         assert screen.exit_code() == 0
-    assert not (state / "dsv2" / "conversations").exists()
+    history = state / "dsv2" / "history"
+    assert not (state / "dsv2" / "conversations").exists() and not (history.exists() and history.read_bytes())
 
 
 @pytest.mark.parametrize("n", [10, pytest.param(200, marks=pytest.mark.heavy)])

@@ -143,7 +143,8 @@ def test_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(text, n) for text, n, _ in files.completions("see @folder/")] == [("folder/a.py", 7)]
     assert [text for text, _, _ in files.completions('see @"a ')] == ['"a b.py"']
     assert [text for text, _, _ in files.completions("see @.h")] == [".hidden"]
-    assert list(files.completions("me@a")) == list(files.completions("@none/")) == []
+    for nothing in ("me@a", "@none/", "@~nosuchuser/", "@~nosuchuser/a"):
+        assert list(files.completions(nothing)) == []
     with pytest.raises(UsageError, match="UTF-16"):
         files.with_files("@folder/a.py")
 
@@ -164,6 +165,8 @@ def test_turns_are_edited(model: Path, state: Path) -> None:
         assert asked(screen) == ["one", "two", "three", "two more", "two more", "two more"]
     tree = journal.read(store.existing(store.latest())).tree
     assert [node.parent for node in tree.nodes] == [0, 1, 2, 1, 1, 1] and tree.head == 6
+    remembered = (state / "dsv2" / "history").read_text(encoding="utf-8").splitlines()
+    assert remembered[3:6] == ["/edit 2", "/edit answer", "/continue"], "no answer of the model's"
     tokenizer = Tokenizer(model)
     assert tokenizer.decode(tree.node(5).turn.answer).endswith("new words")
     assert tree.node(6).turn.answer[: len(tree.node(5).turn.answer)] == tree.node(5).turn.answer

@@ -232,6 +232,17 @@ def test_the_terminal_is_left_as_it_was(how: str, model: Path, tmp_path: Path) -
         assert_left_as_it_was(screen)
 
 
+def test_sigterm_within_the_event_loop_ends_the_program(model: Path, tmp_path: Path) -> None:
+    """Which reports most exceptions of its callbacks, waits for Enter, and goes on."""
+    stop = "'x' in typed and os.kill(os.getpid(), 15) or ''"
+    stop = f"import os, dsv2cli.chat.repl as r; r.Repl.meter = lambda self, typed: {stop}; "
+    with terminal("chat", model, before=stop, keep=True, XDG_STATE_HOME=str(tmp_path)) as screen:
+        screen.wait_for("> $")
+        screen.type("x")
+        assert screen.exit_code() == -signal.SIGTERM and "Unhandled" not in screen.text
+        assert_left_as_it_was(screen)
+
+
 def test_no_home(model: Path, tmp_path: Path) -> None:
     """A user that no file knows, in a container: no history, and nothing else is missing."""
     nobody = "import pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); "
