@@ -1,11 +1,21 @@
 """Shared fixtures. Helper modules live in tests/support and tests/ref: ``from support import tiny``."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.tiny import Spec, write_gguf
 
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the program remembers things of itself: not the person's own, which a run neither changes nor sees."""
+    folder = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -302,6 +302,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # state goes there without XDG_STATE_HOME
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # and without HOME nowhere
     (tmp_path / "world").mkdir()
     monkeypatch.chdir(tmp_path / "world")
     (tmp_path / "world" / "out").mkdir()
