@@ -126,44 +126,45 @@ def in_folder(folder: Path, depth: int = DEPTH) -> Iterator[Held]:
     """GGUFs and checkpoints in a folder and some below it."""
     try:
         names = sorted(folder.iterdir())
-    except OSError:
+        files = [path for path in names if path.is_file()]
+    except OSError:  # listed, say, and not entered
         return
     ggufs: dict[tuple[str, int, bool, bool], list[Path]] = {}
-    for path in names:
-        if path.is_file() and path.suffix.lower() == ".gguf" and (part := part_of(path.name)) is not None:
+    for path in files:
+        if path.suffix.lower() == ".gguf" and (part := part_of(path.name)) is not None:
             # m.gguf, m-00001-of-00002.gguf and m-00001-of-00003.gguf are of three files, each whole by itself.
             ggufs.setdefault((part.whole, part.count, part.raw, part.whole == path.name), []).append(path)
     for parts in ggufs.values():
         nbytes = sum(path.stat().st_size for path in parts)
         yield Held(str(parts[0]), "gguf", nbytes, parts[0], "folder", tuple(parts))
-    if files := _of_checkpoint(folder):
-        yield Held(str(folder), "checkpoint", sum(p.stat().st_size for p in files), folder, "folder", files)
+    if own := _of_checkpoint(folder, {path.name for path in files}):
+        yield Held(str(folder), "checkpoint", sum(p.stat().st_size for p in own), folder, "folder", own)
     for path in names if depth else []:
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
             yield from in_folder(path, depth - 1)
 
 
-def _of_checkpoint(folder: Path) -> tuple[Path, ...]:
-    """Its weights, what is named as transformers names it, and what came with them; none where it is none."""
+def _of_checkpoint(folder: Path, names: set[str]) -> tuple[Path, ...]:
+    """Of a folder's files: the weights, what has transformers' names, what came with them; none where it is none."""
     from quantize.source.files import CONFIG, INDEX, is_companion, weights
 
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    shards = _shards(folder / INDEX) & set(names) or set(weights(names))
+    shards = _shards(folder / INDEX) & names or set(weights(names))
     if CONFIG not in names or not shards:
         return ()
     return tuple(
         folder / name
-        for name in names
+        for name in sorted(names)
         if name in shards or _OWN.fullmatch(name) or (is_companion(name) and _is_downloaded(folder, name))
     )
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index names; none where there is no index that can be read."""
+    """The safetensors files that an index names; none where there is no index that can be read."""
     try:
-        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return set()
+    return {name for name in named if name.endswith(".safetensors")}
 
 
 def _is_downloaded(folder: Path, name: str) -> bool:

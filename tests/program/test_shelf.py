@@ -181,7 +181,7 @@ def test_a_whole_file_and_splits_of_other_counts_are_models_of_their_own(root: P
 def test_what_may_be_a_person_s_own_stays_beside_a_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloaded into a home: its own notes, another model's weights, and the hub's whole cache lie beside."""
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = {"weight_map": {f"t{i}": name for i, name in enumerate(shards)}}
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate([*shards, "notes.json"])}}
     Path("model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     for name in (*shards, "config.json", "tokenizer.json", "tiktoken.model"):
         Path(name).write_bytes(b"{}")
@@ -254,3 +254,18 @@ def test_a_file_goes_from_every_snapshot(root: Path) -> None:
     assert rm("owner/M:Q4_K_M", "-y").code == 0
     assert set(listed()) == {"owner/M"} and [path.exists() for path in paths] == [False, True, False, True]
     assert rm("owner/M", "-y").code == 0 and list(root.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_entered_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("closed", "open"):
+        Path(name).mkdir()
+        Path(name, "m.gguf").write_bytes(b"x")
+    is_file = Path.is_file
+
+    def refusing(path: Path) -> bool:
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    assert list(listed()) == ["open/m.gguf"]
