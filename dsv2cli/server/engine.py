@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dsv2cli.server.disk import Disk
 
 STEP_SECONDS = 0.25  # what a prompt may make the answers beside it wait for at once
+INTERRUPT_SECONDS = 0.5  # between two calls to a step to end
 FEWEST_BESIDE = 16  # tokens of prompts in such a step, on however slow a machine
 WHOLE = 256  # tokens of a prompt's pieces where they must not depend on who else is served
 MAX_ROWS_TOP = 20  # likeliest tokens kept beside a prompt's cache
@@ -167,7 +168,7 @@ class Engine:
         self._paused: dict[Sequence, tuple[Ticket, int]] = {}  # answers in the background, while others are wanted
         self._is_wanted = False  # anything but answers in the background, now
         self._wake = threading.Condition()
-        self._fetching: set[Ticket] = set()
+        self._fetching: set[Ticket] = set()  # whose session from the disk is under way, or has not been taken
         self.slots = Slots(limits.parallel)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._n_news = 0  # how often something came that the thread has to look at
@@ -184,8 +185,9 @@ class Engine:
             for ticket in self._all_tickets():
                 ticket.cancel()
         self._look()
-        self.runtime.interrupt()
-        self._thread.join()
+        while self._thread.is_alive():  # a step that was about to begin would not have heard the first
+            self.runtime.interrupt()
+            self._thread.join(INTERRUPT_SECONDS)
         if self.disk is not None:
             self.prefixes.store_all()
             self.disk.close()
@@ -342,9 +344,11 @@ class Engine:
                     self.slots.give_back(sequence, None)
                     self._paused[sequence] = self._tickets.pop(sequence)
         for sequence in list(self._paused):
-            if not self._is_wanted or sequence.cancelled:
-                self._tickets[sequence] = self._paused.pop(sequence)
+            resumes = not self._is_wanted and len(self._tickets) < self.limits.parallel  # cancelled ones end in a step
+            if resumes and not sequence.cancelled:
                 self.slots.take(sequence, None)
+            if resumes or sequence.cancelled:  # these need no slot to end
+                self._tickets[sequence] = self._paused.pop(sequence)
                 self._scheduler.add(sequence)
 
     @property
@@ -380,7 +384,7 @@ class Engine:
         if self.disk is None or ticket.fetched or asked.rows or not asked.use_cache:
             return True
         if ticket.fetching is None:
-            if any(self._shares(ticket, other) for other in self._fetching):
+            if self._is_fetched_enough(ticket):
                 return False
             begun: Any = self._known(ticket)
             ticket.fetching = self.disk.fetch(ticket.ids, asked.salt, begun, lambda: ticket.cancelled)
@@ -388,12 +392,25 @@ class Engine:
             ticket.fetching.add_done_callback(self._look)
         if not ticket.fetching.done():
             return False
-        self._fetching.discard(ticket)
+        self._no_longer_fetched(ticket)
         ticket.fetched = True
         if ticket.fetching.exception() is None:
             ticket.begun = ticket.fetching.result()
         ticket.fetching = None
         return True
+
+    def _is_fetched_enough(self, ticket: Ticket) -> bool:
+        """Whether another's session with the same beginning is under way, or as many wait in memory as can join."""
+        alike = [other for other in self._fetching if other.asked.background == ticket.asked.background]
+        return len(alike) >= self.limits.parallel or any(
+            self._shares(ticket, other) for other in self._fetching if other.fetching and not other.fetching.done()
+        )
+
+    def _no_longer_fetched(self, ticket: Ticket) -> None:
+        """Its session is taken, or nobody wants it: another's may be fetched."""
+        if ticket in self._fetching:
+            self._fetching.remove(ticket)
+            self._look()
 
     def _shares(self, a: Ticket, b: Ticket) -> bool:
         return a.asked.salt == b.asked.salt and common(a.ids, b.ids) >= LEAST
@@ -420,7 +437,8 @@ class Engine:
         for choice in range(ticket.next_choice, ticket.asked.n):
             ticket.tell([_never_began(choice, "cancelled", None)])
         ticket.next_choice = ticket.asked.n
-        self._fetching.discard(ticket)
+        self._no_longer_fetched(ticket)
+        ticket.fetching = ticket.begun = None
         self.figures.cancelled += 1
 
     def _admit_choice(self, ticket: Ticket) -> None:

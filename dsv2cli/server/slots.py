@@ -41,9 +41,9 @@ class Slots:
         return slot
 
     def give_back(self, sequence: Sequence, salt: bytes | None) -> None:
-        """It has ended. salt None: what it had read is not held."""
-        slot = self._taken.pop(sequence)
-        if salt is not None:
+        """It has ended, with a slot or without. salt None: what it had read is not held."""
+        slot = self._taken.pop(sequence, None)
+        if slot is not None and salt is not None:
             self._held[slot] = Held(salt, sequence.context.session.ids)
 
     def hold(self, slot: int, held: Held) -> None:
