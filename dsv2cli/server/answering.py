@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -22,11 +24,17 @@ ALIVE_SECONDS = 10.0  # clients and proxies give up on a silent connection
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 JSON_TYPE = "application/json"
 T = TypeVar("T")
+_preparing = ThreadPoolExecutor(2, "dsv2-grammar")
 
 
 async def aside(function: Callable[..., T], *args: Any, **named: Any) -> T:
     """Call in a thread what may take long: templates, tokenising. The event loop answers others meanwhile."""
     return await asyncio.to_thread(function, *args, **named)
+
+
+async def prepared(function: Callable[..., T], *args: Any, **named: Any) -> T:
+    """As aside, for grammars: what takes seconds waits for its like, and nothing else does for it."""
+    return await asyncio.get_running_loop().run_in_executor(_preparing, partial(function, *args, **named))
 
 
 class ClientGoneError(Exception):

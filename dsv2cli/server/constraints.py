@@ -10,14 +10,15 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from cext.chat import THINK_TAGS
-from dsv2cli.server.errors import bad_field
+from dsv2cli.server import trial
+from dsv2cli.server.errors import ApiError, bad_field
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR = 1 << 20  # characters
 COMPILE_SECONDS = 2.0
-LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+MOST_READ = 32  # llama.cpp's grammars that are remembered as llguidance's
+MOST_TRIED = 4096  # outcomes of trials that are remembered
 # Free whitespace invites a model to write nothing else.
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT = {"type": "object"}
@@ -57,6 +59,8 @@ class Grammars:
         self._tokenizer, self._end_ids = tokenizer, list(end_ids)
         self._lock = threading.Lock()
         self._made: llguidance.LLTokenizer | None = None
+        self._tried: dict[bytes, str] = {}  # why a grammar cannot be followed, by its hash
+        self._read: dict[bytes, str] = {}  # what llama.cpp's form is in llguidance's, by its hash
 
     def prepare(self) -> llguidance.LLTokenizer:
         with self._lock:
@@ -94,10 +98,18 @@ class Grammars:
     def gbnf(self, grammar: str, field: str) -> str:
         """llama.cpp's form of grammars."""
         self._check_length(grammar, field)
-        try:
-            return llguidance.LLMatcher.grammar_from_lark(gbnf_to_lark(grammar))
-        except Exception as error:  # its parser raises what it likes
-            raise bad_field(field, f"is no grammar that can be read: {str(error)[:200]}") from None
+        key = _key(grammar)
+        read = self._read.get(key)
+        if read is None:
+            try:
+                read, error = trial.tried("gbnf", grammar)
+            except ValueError as unread:
+                raise bad_field(field, f"is no grammar that can be read: {str(unread)[:200]}") from None
+            except trial.TooMuchError:
+                raise _too_much(field) from None
+            self._remember(self._read, key, read, MOST_READ)
+            self._remember(self._tried, _key(read), error, MOST_TRIED)
+        return read
 
     def lark(self, grammar: str) -> str:
         return llguidance.LLMatcher.grammar_from_lark(grammar)
@@ -114,28 +126,51 @@ class Grammars:
         opening: the reasoning tag at the prompt's end, if there is one: the form begins after its closing one. after:
         the token that it begins after instead, if that comes. begun: text that the answer goes on with.
         """
-        started = time.monotonic()
-        matcher = llguidance.LLMatcher(self.prepare(), grammar, log_level=0, limits=LIMITS)
-        if error := matcher.get_error() or self._first_error(matcher):
+        error = self._trial(grammar, field)
+        tokenizer, started = self.prepare(), time.monotonic()
+        if not error:
+            matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=trial.LIMITS)
+            error = trial.first_error(matcher)
+        if error:
             raise bad_field(field, f"cannot be followed: {error[:300]}")
         ids = self._tokenizer.encode(begun)
         if matcher.try_consume_tokens(ids) < len(ids):
             raise bad_field(field, f"does not allow an answer that begins like the last message: {begun[:100]!r}")
         if time.monotonic() - started > COMPILE_SECONDS:
-            raise bad_field(field, f"takes longer than {COMPILE_SECONDS:g} s to prepare: make it simpler")
+            raise _too_much(field)
         behind = self._closing(opening) if after is None else after
         return lambda: Matching(matcher.deep_copy(), behind)
 
-    @staticmethod
-    def _first_error(matcher: llguidance.LLMatcher) -> str:
-        """What only the first mask shows: a schema that refers to itself without end."""
-        trial = matcher.deep_copy()
-        trial.compute_bitmask()
-        return trial.get_error() if trial.is_error() else ""
+    def _trial(self, grammar: str, field: str) -> str:
+        """Why a grammar cannot be followed, or "", from a process that can be ended; once for each grammar."""
+        key = _key(grammar)
+        error = self._tried.get(key)
+        if error is None:
+            try:
+                _, error = trial.tried("grammar", grammar)
+            except trial.TooMuchError:
+                raise _too_much(field) from None
+            self._remember(self._tried, key, error, MOST_TRIED)
+        return error
+
+    def _remember(self, outcomes: dict[bytes, str], key: bytes, outcome: str, most: int) -> None:
+        """The oldest are forgotten."""
+        with self._lock:
+            outcomes[key] = outcome
+            while len(outcomes) > most:
+                del outcomes[next(iter(outcomes))]
 
     def _closing(self, opening: str) -> int | None:
         tags = [closing for tag, closing in THINK_TAGS if tag == opening.strip()]
         return self._tokenizer.control_id(tags[0]) if tags else None
+
+
+def _key(grammar: str) -> bytes:
+    return blake2b(grammar.encode(errors="surrogatepass"), digest_size=32).digest()
+
+
+def _too_much(field: str) -> ApiError:
+    return bad_field(field, "takes too long to prepare: make it simpler")
 
 
 class Matching:

@@ -34,6 +34,15 @@ U64 = 1 << 64
 NUMBER = re.compile(r"\s*-?[0-9]{1,19}\s*")
 
 
+@dataclass(frozen=True)
+class AskedForm:
+    """The form of an answer as a request's field gives it. read: makes a grammar of value and field; ApiError."""
+
+    field: str
+    value: Any
+    read: Callable[[Any, str], str]
+
+
 @dataclass
 class Service:
     """The model under the name that it answers to; requests may call it as they like, and mostly do."""
@@ -81,8 +90,8 @@ class Service:
             seed=d.seed if body.seed is None else body.seed % U64,
         )
 
-    def form(self, body: Sampled, response_format: Mapping[str, Any] | None = None) -> tuple[str, str] | None:
-        """(grammar, the field that asks for it) of the form that an answer must have; None for any. ApiError."""
+    def form(self, body: Sampled, response_format: Mapping[str, Any] | None = None) -> AskedForm | None:
+        """The form that an answer must have; None for any. ApiError."""
         vllm = body.structured_outputs or StructuredOutputs()
         grammars = self.grammars
         forms: list[tuple[str, Any, Callable[[Any, str], str]]] = [
@@ -103,13 +112,14 @@ class Service:
         wanted = [(field, value, make) for field, value, make in forms if value is not None and value != ""]
         if len(wanted) > 1:
             raise bad_field(wanted[1][0], f"and {wanted[0][0]} each ask for a form of the answer: give one of them")
-        return (wanted[0][2](wanted[0][1], wanted[0][0]), wanted[0][0]) if wanted else None
+        return AskedForm(*wanted[0]) if wanted else None
 
-    def constraint(
-        self, form: tuple[str, str] | None, opening: Sequence[int] = (), begun: str = ""
-    ) -> Callable[[], Constraint] | None:
-        """What makes a form's constraint for each answer. begun: how the answer begins, in the prompt."""
-        return form and self.grammars.compiled(*form, self.engine.runtime.tokenizer.decode(opening), begun=begun)
+    def constraint(self, form: AskedForm, opening: Sequence[int] = (), begun: str = "") -> Callable[[], Constraint]:
+        """What makes a form's constraint for each answer. begun: how the answer begins, in the prompt. It may take
+        seconds. ApiError."""
+        grammar = form.read(form.value, form.field)
+        opened = self.engine.runtime.tokenizer.decode(opening)
+        return self.grammars.compiled(grammar, form.field, opened, begun=begun)
 
     def bias(self, given: Any) -> dict[int, float]:
         """OpenAI's object, or llama-server's pairs, in which a word stands for its tokens and false for never."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cext.tokenizer import Tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
-MAX_SCHEMA = 1 << 20
+MAX_SCHEMA = 1 << 20  # characters of all tools
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
@@ -56,7 +56,7 @@ class Call:
 def parse_tools(given: Sequence[Mapping[str, Any]], *, flat: bool = False) -> list[Tool]:
     """OpenAI's descriptions of functions. Kinds that are no functions are left out. flat: in the form of Responses,
     which have no object within. ApiError."""
-    tools = []
+    tools, n_chars = [], 0
     for i, entry in enumerate(given):
         if entry.get("type", "function") != "function":
             continue
@@ -65,8 +65,9 @@ def parse_tools(given: Sequence[Mapping[str, Any]], *, flat: bool = False) -> li
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise bad_field(f"{where}.name", "is no name of letters, digits, _ . : / -")
         schema = function.get("parameters") or NO_ARGUMENTS
-        if not isinstance(schema, Mapping) or len(json.dumps(schema)) > MAX_SCHEMA:
-            raise bad_field(f"{where}.parameters", "is no JSON Schema, or a very long one")
+        n_chars += len(json.dumps(schema))
+        if not isinstance(schema, Mapping) or n_chars > MAX_SCHEMA:
+            raise bad_field(f"{where}.parameters", "is no JSON Schema, or they are very long")
         tools.append(Tool(name, schema))
     return tools
 

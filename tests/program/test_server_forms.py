@@ -110,3 +110,23 @@ def test_many_different_schemas(server: Served) -> None:
     for i in range(60):
         schema = {"const": f"word {i}"}
         assert json.loads(answer(server, json_schema=schema)) == f"word {i}"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"grammar": "root ::= a0\n" + "\n".join(f"a{i} ::= a{i + 1}" for i in range(30_000)) + '\na30000 ::= "x"'},
+        {"json_schema": {"allOf": [{"type": "string", "pattern": f"(.*[a{i}]){{9}}"} for i in range(30)]}},
+    ],
+    ids=["grammar", "schema"],
+)
+def test_what_would_take_minutes_is_refused(server: Served, form: dict[str, Any]) -> None:
+    refused = server.post(CHAT, messages=HI, max_tokens=1, **form)
+    assert refused.status_code == 400 and "takes too long to prepare" in refused.json()["error"]["message"]
+
+
+def test_tools_are_bounded_together(server: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"description": "x" * 400_000}}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": schema}} for i in range(3)]
+    refused = server.post(CHAT, messages=HI, max_tokens=1, tools=tools, tool_choice="required")
+    assert refused.status_code == 400 and "tools[2]" in refused.json()["error"]["message"]

@@ -193,6 +193,7 @@ SCHEMAS: list[Any] = [
     {"type": "integer", "minimum": 10**400, "maximum": -(10**400)},
     {"type": "number", "multipleOf": 0},
     {"anyOf": [{"type": "string"}] * 3000},
+    {"allOf": [{"type": "string", "pattern": f"(.*[a{i}]){{9}}"} for i in range(30)]},
     {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(300)}},
     {"type": "object", "properties": {"\ud800": {}}},
     *(0, "", [], None, False, True),

@@ -75,11 +75,11 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     opening = () if begun else service.opening(prompt)
     form = service.form(body, body.response_format)
     if form is not None and offer.must:
-        raise bad_field(form[1], "and tool_choice each ask for a form of the answer: give one of them")
-    constraint = await answering.aside(service.constraint, form, opening, begun or "")
+        raise bad_field(form.field, "and tool_choice each ask for a form of the answer: give one of them")
+    constraint = None if form is None else await answering.prepared(service.constraint, form, opening, begun or "")
     if form is None and (calls := offer.constraint(service.tool_form)):
         text = service.engine.runtime.tokenizer.decode(opening)
-        constraint = await answering.aside(service.grammars.compiled, calls[0], "tools", text, calls[1])
+        constraint = await answering.prepared(service.grammars.compiled, calls[0], "tools", text, calls[1])
     generation = Generation(
         prompt=prompt,
         params=service.params(body),

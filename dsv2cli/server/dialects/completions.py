@@ -66,7 +66,8 @@ async def prepare(service: Service, body: CompletionRequest, salt: bytes) -> Ask
     limit = service.limit(body.max_tokens, service.n_predict, 16)
     n_top = int(body.logprobs) if body.logprobs is not None and body.logprobs is not False else None
     echoes = bool(body.echo)
-    constraint = await answering.aside(service.constraint, service.form(body, body.response_format))
+    form = service.form(body, body.response_format)
+    constraint = None if form is None else await answering.prepared(service.constraint, form)
     generations = [
         Generation(
             constraint=constraint,

@@ -95,7 +95,8 @@ def _prompt(service: Service, given: Any, body: CompletionRequest) -> list[int]:
 async def _answer(
     service: Service, request: Request, body: CompletionRequest, prompts: Sequence[list[int]], *, several: bool
 ) -> Response:
-    constraint = await answering.aside(service.constraint, service.form(body))
+    form = service.form(body)
+    constraint = None if form is None else await answering.prepared(service.constraint, form)
     limit = service.limit(body.n_predict, body.max_tokens, service.n_predict)
     asked = [
         Generation(

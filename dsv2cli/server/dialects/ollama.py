@@ -152,13 +152,14 @@ async def _raw(service: Service, request: Request, body: GenerateBody) -> Respon
     except Exception as error:
         raise ApiError(400, service.without_path(error)) from None
     sampled = Sampled(**{k: v for k, v in _sampling(body).items() if k != "max_tokens"}, json_schema=None)
+    form = service.form(sampled, _form(body.format))
     generation = Generation(
         prompt=ids,
         params=service.params(sampled),
         limit=at_least_one(_sampling(body)["max_tokens"]),
         stops=service.stops(sampled.stop),
         salt=request.state.salt,
-        constraint=await answering.aside(service.constraint, service.form(sampled, _form(body.format))),
+        constraint=None if form is None else await answering.prepared(service.constraint, form),
     )
     [ticket] = service.submit_all([generation])
     return await _respond(request, body, ticket, Told(service, body.model or service.name, "generate", None))
