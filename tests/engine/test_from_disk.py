@@ -372,7 +372,7 @@ def test_a_drive_that_fails(tiny_gguf: Callable[[Spec], Path], slow_drive: Path,
 
 
 INTERRUPTED = """
-    import signal, sys, threading, time
+    import os, signal, sys, threading, time
     import cext
     from cext import Device, Place
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -380,6 +380,7 @@ INTERRUPTED = """
     devices = [Device(threads=1)] if {apart} else []
     model = cext.Model(sys.argv[1], ram=int(sys.argv[2]), devices=devices, placement=placement)
     session = model.session(2048)
+    os.environ["DRIVE_MS"] = "{read_ms}"  # from here on: opening reads often
     def stop(*_):  # again and again: between two steps it stops nothing
         model.stop()
         signal.setitimer(signal.ITIMER_REAL, 0.02)
@@ -409,8 +410,8 @@ def test_ctrl_c_is_heard_while_the_drive_is_slow(
     tiny_gguf: Callable[[Spec], Path], slow_drive: Path, apart: int, n: int, stop: bool, said: str
 ) -> None:
     """On the main thread, whichever thread waits for the experts: of `apart` of them a second device's."""
-    code = INTERRUPTED.format(stop=stop, apart=apart, n=n)
-    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_MS="60")
+    code = INTERRUPTED.format(stop=stop, apart=apart, n=n, read_ms=3000)
+    process = script(tiny_gguf(PLAIN), slow_drive, code)
     assert process.stdout is not None
     limit = threading.Timer(120, process.kill)  # its lines end then
     limit.start()
@@ -425,7 +426,7 @@ def test_ctrl_c_is_heard_while_the_drive_is_slow(
     finally:
         limit.cancel()
         process.kill()
-    assert taken < 0.3 + 0.3, "0.3 s, and as much for a busy machine"
+    assert taken < 2.5, "less than is left of the first read, whose end nothing waits for"
 
 
 def test_a_step_that_comes_after_a_stop_leaves_it_to_the_one_under_way(

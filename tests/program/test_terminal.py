@@ -289,9 +289,11 @@ def test_history_outlives_what_ends_the_conversation(number: signal.Signals, mod
 
 
 def test_many_writers_of_one_history(tmp_path: Path) -> None:
-    """Lines are whole and none is lost, while one of them cuts the file to its latest."""
+    """Lines are whole and none is lost, while one of them cuts the file to its latest. All are patient: whose turn it
+    is among so many is chance."""
     script = (
-        "import sys; from dsv2cli.chat import history; [history.add(sys.argv[1] * 50 + str(i)) for i in range(150)]"
+        "import sys; from dsv2cli.chat import history; history.PATIENCE = 60;"
+        " [history.add(sys.argv[1] * 50 + str(i)) for i in range(150)]"
     )
     place = tmp_path / "dsv2" / "history"
     place.parent.mkdir()
@@ -302,6 +304,7 @@ def test_many_writers_of_one_history(tmp_path: Path) -> None:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path))
+        patch.setattr(history, "PATIENCE", 60)
         while any(writer.poll() is None for writer in writers):
             assert len(history.read()) == history.LINES
     assert [writer.returncode for writer in writers] == [0, 0, 0]
