@@ -103,7 +103,7 @@ def test_a_budget_leaves_the_page_cache_alone(
     ram = needs.least + needs.slots // 3
     here = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(here)]), "REFUSES": refuses}
-    env |= {"LD_PRELOAD": str(refusing)}
+    env |= {"LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {refusing}"}  # a sanitizer comes first
     ids = [int(i) for i in tokens(SPEC, 160)]
     command = [sys.executable, "-P", "-c", textwrap.dedent(RUN), str(path), str(ram), str(ids)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
