@@ -670,7 +670,7 @@ def test_ctrl_c_within_a_step(written: Callable[..., Path]) -> None:
         at = screen.wait_for(r"/help lists the commands")
         at = screen.wait_for("> ", at)
         screen.type("the " * 900 + "\n")
-        at = screen.wait_for("reading: 0 of", at)
+        screen.wait_for("reading: 0 of", at)  # which is wiped off before anything else is said
         time.sleep(0.5)
         begun = time.monotonic()
         screen.process.send_signal(signal.SIGINT)
