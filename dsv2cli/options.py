@@ -141,6 +141,18 @@ Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
+# Of the commands that answer many at once.
+Parallel = Annotated[int, number("--parallel", within=Range(1, 64), help="Answers written at the same time.")]
+RequestContext = Annotated[int | None, number("-c", "--ctx", within=CONTEXT, help="Tokens of context of each request.")]
+CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
+Cache = Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)]
+
+
+def cache_bytes(text: str) -> int:
+    """Of ``Cache``. UsageError."""
+    return 0 if text == "0" else size("--cache", text, "0 to keep nothing")
+
+
 def size(option: str, text: str, or_else: str) -> int:
     """Bytes of memory, of an option that may also be ``or_else``. UsageError."""
     from dsv2cli.errors import UsageError

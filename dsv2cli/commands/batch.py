@@ -48,7 +48,6 @@ RESTART_HELP = "Throw away what OUT holds and start over."
 SAME_HELP = (
     "The same answer to the bit whatever else is answered beside it. Slower: every sequence alone, nothing kept."
 )
-CACHE_HELP = "Memory for what has been read, kept for lines that begin alike: 2G, 500M."
 LARGEST_QUEUE = 1 << 20  # the run itself says how many wait
 
 
@@ -67,12 +66,10 @@ def batch(
         number("--temp", metavar="X", within=Range(0, options.LARGEST), help="Of lines that name none."),
     ] = 0.7,
     seed: Annotated[int, number("--seed", within=Range(0, options.MAX_SEED), help=SEED_HELP)] = 0,
-    parallel: Annotated[int, number("--parallel", within=Range(1, 64), help="Answers written at the same time.")] = 16,
-    context: Annotated[
-        int | None, number("-c", "--ctx", within=options.CONTEXT, help="Tokens of context of each request.")
-    ] = None,
+    parallel: options.Parallel = 16,
+    context: options.RequestContext = None,
     kv: options.Kv = "f16",
-    cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
+    cache: options.Cache = "2G",
     threads: options.Threads = None,
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
@@ -89,7 +86,7 @@ def batch(
 ) -> None:
     if out is None:
         raise UsageError("-o is missing", "it names the file that the answers go to")
-    cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
+    cache_bytes = options.cache_bytes(cache)
 
     from cext import MAX_STEP
     from dsv2cli import locate

@@ -28,29 +28,23 @@ KEY_HELP = "Answer only who brings this key (may be repeated; DSV2_API_KEY likew
 ORIGIN_HELP = "Answer web pages of this origin too, as https://chat.example.org (may be repeated)."
 HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
-CACHE_HELP = "Memory for what has been read, kept for requests that begin alike: 2G, 500M."
 DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
 DISK_SIZE_HELP = "Most bytes in --cache-dir; what was used least recently goes first."
 SLOTS_HELP = "A folder where clients may save what a slot has read, and restore it (POST /slots/0?action=save)."
 FILES_HELP = (
     "Where files and batches of clients are kept, and gone on with after a restart; else they go with the server."
 )
-MAX_PARALLEL = 64
 
 
 def serve(
     model: options.Model = None,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, number("--port", within=Range(0, 65535), help="0: any that is free.")] = 8080,
-    parallel: Annotated[
-        int, number("--parallel", within=Range(1, MAX_PARALLEL), help="Answers written at the same time.")
-    ] = 4,
+    parallel: options.Parallel = 4,
     queue: Annotated[int, number("--queue", within=Range(1, 4096), help="Requests that may wait beside them.")] = 64,
-    context: Annotated[
-        int | None, number("-c", "--ctx", within=options.CONTEXT, help="Tokens of context of each request.")
-    ] = None,
+    context: options.RequestContext = None,
     kv: options.Kv = "f16",
-    cache: Annotated[str, typer.Option("--cache", metavar="SIZE", help=CACHE_HELP)] = "2G",
+    cache: options.Cache = "2G",
     cache_dir: Annotated[
         Path | None, options.place("--cache-dir", metavar="FOLDER", help=DISK_HELP, show_default=False)
     ] = None,
@@ -77,7 +71,7 @@ def serve(
     deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    cache_bytes = 0 if cache == "0" else options.size("--cache", cache, "0 to keep nothing")
+    cache_bytes = options.cache_bytes(cache)
     disk = None if cache_dir is None else (cache_dir, options.size("--cache-disk", cache_disk, "as 20G or 500M"))
     for option, given in (("--cache-dir", cache_dir), ("--slot-save-path", slot_save_path)):
         if given is not None and (deterministic or not cache_bytes):
