@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.hub import Hub, serve
 from support.tiny import Spec, write_gguf
 
 TESTS = Path(__file__).parent
@@ -16,6 +17,19 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub on this machine, empty."""
+    with serve() as served:
+        yield served
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """What makes a command ask that hub, with a cache of the test's own."""
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,14 @@ The plot needs matplotlib: pip install 'dsv2[bench]'.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
+
+import bench_rows
 
 from dsv2cli import benchmark
 from dsv2cli.benchmark import LLAMA, OURS, Contender, Test
@@ -124,11 +125,6 @@ def run(options: argparse.Namespace, threads: int | None) -> Iterator[Row]:
                 yield from rows_of(measure(contenders, test, series, options.rounds), **facts, **asdict(test))
 
 
-def read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]  # type: ignore[operator]
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """The table: a line a test, a column for each of dsv2's caches and one for the better of llama.cpp's settings."""
     caches = [s for s in SETTINGS[OURS] if any(r.setting == s for r in rows)]
@@ -211,16 +207,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    rows = read_csv(options.read) if options.read else []
-    if not options.read:
-        out = options.output.open("w", encoding="utf-8", newline="") if options.output else sys.stdout
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow([f.name for f in fields(Row)])
-        for threads in options.threads:
-            for row in run(options, threads or None):
-                table.writerow(astuple(row))
-                out.flush()
-                rows.append(row)
+    if options.read:
+        rows = bench_rows.read(Row, options.read)
+    else:
+        measured = (row for threads in options.threads for row in run(options, threads or None))
+        rows = bench_rows.write(Row, measured, options.output)
     first = [row for row in rows if row.threads == rows[-1].threads]
     print(markdown(first), file=sys.stdout if options.output or options.read else sys.stderr)
     if options.plot:

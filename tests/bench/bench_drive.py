@@ -22,16 +22,16 @@ The plot needs matplotlib: pip install 'dsv2[bench]'.
 """
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_rows
 from memory_cap import NoCapError, capped
 
 from cext import Gguf
@@ -208,11 +208,6 @@ def run(options: argparse.Namespace, memory: str, path: Path, routing: str) -> I
 # ---- What is told ----
 
 
-def read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]  # type: ignore[operator]
-
-
 Series = tuple[str, str, str]  # kind, routing, engine
 
 
@@ -327,18 +322,11 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> None:
     options = parse()
-    rows = read_csv(options.read) if options.read else []
-    if not options.read:
-        out = options.output.open("w", encoding="utf-8", newline="") if options.output else sys.stdout
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow([f.name for f in fields(Row)])
-        try:
-            for row in rows_of(options):
-                table.writerow(astuple(row))
-                out.flush()
-                rows.append(row)
-        except NoCapError as error:
-            sys.exit(f"error: {error}\nhint: --uncapped measures dsv2 alone, with --ram for its limit")
+    try:
+        read = options.read
+        rows = bench_rows.read(Row, read) if read else bench_rows.write(Row, rows_of(options), options.output)
+    except NoCapError as error:
+        sys.exit(f"error: {error}\nhint: --uncapped measures dsv2 alone, with --ram for its limit")
     if not rows:
         sys.exit("error: nothing was measured")
     print(markdown(rows), file=sys.stdout if options.output or options.read else sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 import bench_context
+import bench_rows
 import numpy as np
 import pytest
 from support import llama
@@ -190,7 +191,7 @@ def test_figures_survive_their_csv(tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([[f.name for f in fields(bench_context.Row)], *map(astuple, rows)])
-    assert bench_context.read_csv(path) == rows
+    assert bench_rows.read(bench_context.Row, path) == rows
     assert bench_context.markdown(rows).splitlines()[4:] == [
         "| decode 4 at 1024 | 25.0 [20.0, 30.0] | 3.00 | 50.0 [40.0, 60.0] | 6.00 | 10.0 [5.0, 10.0] fa=0 |",
         "| decode 4 x 4 | 7.0 [7.0, 7.0] | - | - | - | - |",

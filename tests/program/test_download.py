@@ -47,11 +47,6 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-@pytest.fixture
-def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-
-
 def dsv2(env: dict[str, str], *args: str, **extra: str) -> subprocess.CompletedProcess[str]:
     return cli.dsv2(*args, **{**env, **extra})
 

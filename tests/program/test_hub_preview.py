@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +15,13 @@ from support import checkpoints as make
 from support import families as made
 from support import gguf_bytes as gb
 from support.cli import assert_fails, dsv2
-from support.hub import Hub, serve
+from support.hub import Hub
 
 from cext import Gguf
 from dsv2cli.hub import gguf_header
 
 REPO = "owner/model"
 FILLING = random.Random(3).randbytes(3_000_000)  # a model's bytes, none of which are to be asked for
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as served:
-        yield served
-
-
-@pytest.fixture
-def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
 
 def gguf(kind: int = gb.TYPE_Q8_0, architecture: str = "deepseek2", n_tokens: int = 2000) -> bytes:

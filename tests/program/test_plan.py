@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from support import gguf_bytes as gb
 from support import published
 from support.cli import assert_fails, dsv2, dsv2_after, environment
-from support.hub import Hub, serve
+from support.hub import Hub
 from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import write_model
@@ -37,17 +36,6 @@ TRUTH = {
 }
 STILL = ("plan", "--no-speed", "--json")
 FAST = Rates(4, "avx2", 40e9, 500e9, 1e-8, 0.05, 1.0, 100 << 20)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as served:
-        yield served
-
-
-@pytest.fixture
-def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
 
 def planned(env: dict[str, str], *args: str) -> dict[str, Any]:
