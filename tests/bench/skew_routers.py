@@ -41,8 +41,9 @@ def main() -> None:
         if tensor.name.endswith("ffn_gate_inp.weight"):
             if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
                 raise SystemExit(f"error: {tensor.name} is {tensor.tensor_type.name}, expected F32")
-            tensor.data *= np.exp(options.sigma * rng.standard_normal((len(tensor.data), 1))).astype(np.float32)
-            found.append(coverage(np.array(tensor.data), n_used, rng))
+            rows = tensor.data  # of the file
+            rows *= np.exp(options.sigma * rng.standard_normal((len(rows), 1))).astype(np.float32)
+            found.append(coverage(np.array(rows), n_used, rng))
     reader.data.flush()
     told = zip(SHARES, np.mean(found, axis=0), strict=True)
     print("of the choices, the most used experts have: " + ", ".join(f"{s:.0%} of them {c:.0%}" for s, c in told))
