@@ -50,6 +50,8 @@ bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residenc
 ds_needs ds_model_needs(const ds_model *model);
 /* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */
 void ds_model_stop(ds_model *model);
+/* How much of a long step under way is computed, 0 to 1; 0 where none is. From any thread. */
+double ds_model_step_share(const ds_model *model);
 int ds_model_threads(const ds_model *model);
 /* DS_MAX_STEP or DS_MAX_LONG_STEP. */
 int ds_model_max_step(const ds_model *model);

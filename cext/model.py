@@ -246,6 +246,11 @@ class Model:
         """Let a step under way raise StoppedError where it waits for the drive; for other threads and handlers."""
         _engine.model_stop(self._handle)
 
+    def step_share(self) -> float:
+        """How much of a step under way is computed, 0 to 1, where it is longer than its pieces (``eval_batch``), which
+        all go through a layer before the next; else 0. For other threads, which do not wait for it."""
+        return _engine.model_step_share(self._handle)
+
     def step_bytes(self, n_tok: int, piece: int | None = None) -> int:
         """Memory that steps of n_tok tokens (at most max_step) take, beside weights and caches. ValueError.
 

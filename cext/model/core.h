@@ -44,6 +44,7 @@ typedef struct ds_core {
     long process; /* that made it, and has its threads */
     ds_lock lock; /* one step at a time: all of the above is shared */
     atomic_bool stopping; /* the step under way, at its next wait; each begins without */
+    atomic_int n_run, n_runs; /* layers of pieces that are computed, of all of the step under way; of no piece: 0 */
 } ds_core;
 
 /* Which part of a model, and what runs it. */

@@ -117,6 +117,11 @@ ds_needs ds_model_needs(const ds_model *model) {
 
 void ds_model_stop(ds_model *model) { atomic_store(&model->core.stopping, true); }
 
+double ds_model_step_share(const ds_model *model) {
+    const int n = atomic_load(&model->core.n_runs), done = atomic_load(&model->core.n_run);
+    return n ? fmin(1, (double)done / n) : 0; /* another step may begin between */
+}
+
 bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading) {
     ds_residency *r = model->core.residency;
     if (!r->ops->count || ds_process_id() != model->core.process) return false;

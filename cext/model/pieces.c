@@ -74,10 +74,15 @@ ds_status ds_core_run_pieces(ds_core *core, const ds_request *step, ds_error *er
                   end = begin + (left < step->piece ? left : step->piece);
         cut(&p, core, step, begin, end, &logit, &p.requests[i]);
     }
+    atomic_store(&core->n_run, 0);
+    atomic_store(&core->n_runs, p.n * (core->weights.layer_end - core->weights.layer_begin));
     for (int il = core->weights.layer_begin; il < core->weights.layer_end; il++)
-        for (int i = 0; i < p.n && st == DS_OK; i++)
+        for (int i = 0; i < p.n && st == DS_OK; i++) {
             st = run_layer(core, &p.requests[i], p.x + (size_t)i * (size_t)step->piece * (size_t)core->config.n_embd,
                            il, err);
+            atomic_fetch_add(&core->n_run, 1);
+        }
+    atomic_store(&core->n_runs, 0);
     ds_pages_release(p.memory, p.bytes);
     return st;
 }

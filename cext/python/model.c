@@ -141,6 +141,11 @@ static PyObject *model_stop(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_stop, DS_PY_MODEL)
 
+static PyObject *model_step_share(void *model, PyObject *args) {
+    return PyFloat_FromDouble(ds_model_step_share(model));
+}
+DS_PY_HELD(model_step_share, DS_PY_MODEL)
+
 /* model_expert_uses(model, out uint64 (n_layer, n_expert)) */
 static PyObject *model_expert_uses(void *model, PyObject *args) {
     PyObject *capsule, *out;
@@ -332,6 +337,7 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_counts", model_counts_held, METH_O, NULL},
     {"model_needs", model_needs_held, METH_O, NULL},
     {"model_stop", model_stop_held, METH_O, NULL},
+    {"model_step_share", model_step_share_held, METH_O, NULL},
     {"model_info", model_info_held, METH_O, NULL},
     {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},
     {"model_step_bytes", model_step_bytes_held, METH_VARARGS, NULL},

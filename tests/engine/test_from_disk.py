@@ -155,6 +155,26 @@ def test_a_long_step_of_two_devices_and_three_sequences(
             assert [array.tobytes() for array in got] == [array.tobytes() for array in expected]
 
 
+def test_how_far_a_long_step_has_come(tiny_gguf: Callable[[Spec], Path]) -> None:
+    """Told to another thread, from nothing to all of it; of a step of one piece, nothing."""
+    path, ids = tiny_gguf(PLAIN), tokens(PLAIN, 300)
+    with Model(path, threads=1, ram=least(path)) as model:
+        session, shares = model.session(512), set[float]()
+        session.eval(ids)
+        assert model.step_share() == 0
+        while not shares:  # until it is looked at within a step
+            session.rewind(0)
+            step = threading.Thread(target=lambda: cext.eval_batch([(session, ids)], piece=1), daemon=True)
+            step.start()
+            before = 0.0
+            while step.is_alive():
+                share = model.step_share()
+                assert before <= share <= 1 or share == 0
+                before = share
+                shares |= {share} if 0 < share < 1 else set()
+            assert model.step_share() == 0
+
+
 @pytest.mark.parametrize("piece", [1, 7, 64, 300])
 @pytest.mark.parametrize("spec", KINDS, ids=lambda s: s.name)
 def test_pieces_are_the_caller_s(tiny_gguf: Callable[[Spec], Path], spec: Spec, piece: int) -> None:
