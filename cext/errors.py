@@ -44,6 +44,10 @@ class StoppedError(EngineError):
     """A step was ended by ``Model.stop`` while it waited for the drive; nothing was evaluated."""
 
 
+class DeviceError(EngineError):
+    """A device that computes is not there, cannot be used, or failed."""
+
+
 class NoEngineError(ImportError):
     """The source tree was imported, where the engine is not compiled."""
 

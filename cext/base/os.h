@@ -54,6 +54,14 @@ int ds_os_cores(void);
 bool ds_os_has_dotprod(void);
 bool ds_os_has_i8mm(void);
 
+/* ---- Libraries ---- */
+
+/* A library of the system's, by the name that its loader knows; NULL where there is none. */
+void *ds_library_open(const char *name);
+void ds_library_close(void *library);
+/* What it has under a name, as a function; NULL where it has nothing. */
+void (*ds_library_symbol(void *library, const char *name))(void);
+
 /* ---- Files ---- */
 
 typedef intptr_t ds_file;

@@ -3,6 +3,7 @@
 #define _DARWIN_C_SOURCE
 #include "base/os.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -51,6 +52,14 @@ int64_t ds_process_id(void) { return getpid(); }
 int ds_os_processors(void) {
     const long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 ? (int)online : 1;
+}
+
+void *ds_library_open(const char *name) { return dlopen(name, RTLD_NOW | RTLD_LOCAL); }
+void ds_library_close(void *library) { dlclose(library); }
+void (*ds_library_symbol(void *library, const char *name))(void) {
+    void (*function)(void) = NULL;
+    *(void **)(void *)&function = dlsym(library, name); /* ISO C has no other way from an object to a function */
+    return function;
 }
 
 bool ds_file_open(const char *path, ds_file *out) {

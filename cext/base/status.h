@@ -11,6 +11,7 @@ typedef enum ds_status {
     DS_EINVAL,        /* the caller's argument */
     DS_ECONTEXT,      /* more tokens than the context holds */
     DS_ESTOPPED,      /* the caller had it stopped */
+    DS_EDEVICE,       /* a device that computes is not there, cannot be used, or failed */
 } ds_status;
 
 typedef struct ds_error {

@@ -18,7 +18,7 @@ typedef struct handle {
 static const char *const EXCEPTIONS[] = {
     [DS_ENOMEM] = "OutOfMemoryError",       [DS_EIO] = "FileError",        [DS_EFORMAT] = "FormatError",
     [DS_EUNSUPPORTED] = "UnsupportedError", [DS_EINVAL] = "ArgumentError", [DS_ECONTEXT] = "ContextFullError",
-    [DS_ESTOPPED] = "StoppedError",
+    [DS_ESTOPPED] = "StoppedError",         [DS_EDEVICE] = "DeviceError",
 };
 
 PyObject *ds_py_raise(const ds_error *err) {
@@ -202,7 +202,8 @@ static int exec(PyObject *module) {
         PyModule_AddFunctions(module, ds_py_sampler_methods) != 0)
         return -1;
     if (PyModule_AddFunctions(module, ds_py_attention_methods) != 0 ||
-        PyModule_AddFunctions(module, ds_py_encode_methods) != 0)
+        PyModule_AddFunctions(module, ds_py_encode_methods) != 0 ||
+        PyModule_AddFunctions(module, ds_py_gpu_methods) != 0)
         return -1;
     if (PyModule_AddIntConstant(module, "MAX_STEP", DS_MAX_STEP) != 0 ||
         PyModule_AddIntConstant(module, "SESSION_BLOCK", DS_SESSION_BLOCK) != 0)

@@ -34,7 +34,7 @@ bool ds_py_buffer(PyObject *object, size_t bytes, bool writable, Py_buffer *out)
 
 /* Each file's functions, added by module.c. */
 extern PyMethodDef ds_py_gguf_methods[], ds_py_model_methods[], ds_py_session_methods[], ds_py_block_methods[],
-    ds_py_sampler_methods[], ds_py_attention_methods[], ds_py_encode_methods[];
+    ds_py_sampler_methods[], ds_py_attention_methods[], ds_py_encode_methods[], ds_py_gpu_methods[];
 int ds_py_add_kernels(PyObject *module);
 
 /* Read a list of (point name, buffer) pairs into tap entries; buffers hold n_rows rows. False with an exception. */
@@ -52,3 +52,4 @@ PyObject *ds_py_notes(const ds_notes *notes); /* a new tuple of str */
 #define DS_PY_SESSION "cext.session"
 #define DS_PY_BLOCK "cext.block"
 #define DS_PY_SAMPLER "cext.sampler"
+#define DS_PY_GPU "cext.gpu"

@@ -68,7 +68,7 @@ ENDS_OR_PRINTS = re.compile(r"\b(?:_?exit|_Exit|quick_exit|abort|assert|v?f?prin
 ALLOCATES_OR_THREADS = re.compile(
     r"\b(?:malloc|calloc|realloc|aligned_alloc|free|pthread_\w+|ds_pool_\w+|ds_barrier)\s*\("
 )
-ISA_NAMES = re.compile(r"avx|sse\d|neon|i8mm|dotprod|_mm\d*_", re.IGNORECASE)
+ISA_NAMES = re.compile(r"avx|sse\d|neon|i8mm|dotprod(?!uct)|_mm\d*_", re.IGNORECASE)
 
 
 def c_files(*rooms: str) -> list[Path]:

@@ -1,0 +1,94 @@
+/* gpu.h: a GPU through Vulkan: the loader, the choice among devices, memory, shaders, commands. Knows no model. One thread
+ * uses a GPU at a time.
+ *
+ * All memory is reached through 64-bit addresses in a shader's push constants: there are no descriptors. */
+#pragma once
+
+#include <stdbool.h>
+
+#include "backend/vulkan/api.h"
+#include "base/status.h"
+
+enum {
+    DS_GPU_MAX = 16, /* devices that are looked at */
+    DS_GPU_PUSH = 128, /* bytes of push constants: what every device has */
+    DS_GPU_SPECS = 8, /* most specialization constants of a shader, 0 its workgroup's size */
+    DS_GPU_ALIGN = 256, /* of what is laid into a buffer */
+    DS_GPU_CHUNK = 1 << 30, /* bytes of an allocation at most: larger ones are refused by some drivers */
+};
+
+/* A device as it is found. */
+typedef struct ds_gpu_info {
+    char name[256], driver[256];
+    uint32_t api; /* its version of Vulkan, as VK_MAKE_API_VERSION packs it */
+    uint32_t kind; /* VKB_PHYSICAL_DEVICE_TYPE_* */
+    uint64_t memory; /* bytes of its own memory, */
+    uint64_t free; /* and of these what the driver would give this program now; memory where it does not tell */
+    uint32_t subgroup, shared_bytes;
+    bool int_dot, float16; /* packed dots of four bytes; arithmetic in halves */
+    char missing[160]; /* what the shaders need and it lacks; "" where it can be used */
+} ds_gpu_info;
+
+typedef struct ds_gpu ds_gpu;
+
+/* Whether shaders were compiled into this build. */
+bool ds_gpu_built(void);
+/* The devices of this machine, as the loader tells them. DS_EDEVICE where there is no loader, or none for this system. */
+ds_status ds_gpu_list(ds_gpu_info out[DS_GPU_MAX], int *n, ds_error *err);
+/* Open the device of that number, or the first whose name has these letters in it; NULL or "": the best that is no software.
+ * DS_EDEVICE says why not. */
+ds_status ds_gpu_open(const char *which, ds_gpu **out, ds_error *err);
+void ds_gpu_close(ds_gpu *gpu);
+const ds_gpu_info *ds_gpu_told(const ds_gpu *gpu);
+
+/* ---- Memory ---- */
+
+typedef enum ds_gpu_use {
+    DS_GPU_OWN, /* the device's own */
+    DS_GPU_IN, /* the host writes, the device reads: of the device where the host reaches it */
+    DS_GPU_OUT, /* the device writes, the host reads */
+} ds_gpu_use;
+
+typedef struct ds_gpu_buffer {
+    vk_Buffer buffer;
+    vk_DeviceMemory memory;
+    uint64_t address, bytes;
+    unsigned char *host; /* mapped, or NULL */
+} ds_gpu_buffer;
+
+/* At most DS_GPU_CHUNK bytes. DS_ENOMEM where the device has no room. */
+ds_status ds_gpu_buffer_new(ds_gpu *gpu, uint64_t bytes, ds_gpu_use use, ds_gpu_buffer *out, ds_error *err);
+void ds_gpu_buffer_release(ds_gpu *gpu, ds_gpu_buffer *buffer);
+/* Copy into a buffer; returns when it is there. */
+ds_status ds_gpu_write(ds_gpu *gpu, const ds_gpu_buffer *to, uint64_t at, const void *from, uint64_t bytes,
+                       ds_error *err);
+ds_status ds_gpu_read(ds_gpu *gpu, const ds_gpu_buffer *from, uint64_t at, void *to, uint64_t bytes, ds_error *err);
+
+/* ---- Shaders ---- */
+
+/* A shader made ready, by its name and the values of its specialization constants 0, 1, ...: made once, and kept. */
+ds_status ds_gpu_pipeline(ds_gpu *gpu, const char *name, const uint32_t *specs, int n_specs, vk_Pipeline *out,
+                          ds_error *err);
+
+/* ---- Commands ---- */
+
+/* A list of commands: recorded once, run as often as wanted. */
+typedef struct ds_gpu_commands {
+    vk_CommandBuffer list;
+} ds_gpu_commands;
+
+/* An empty list; it goes with the GPU. */
+ds_status ds_gpu_commands_new(ds_gpu *gpu, ds_gpu_commands *out, ds_error *err);
+/* Begin anew. */
+ds_status ds_gpu_record(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
+void ds_gpu_dispatch(ds_gpu *gpu, ds_gpu_commands *c, vk_Pipeline pipeline, const void *push, uint32_t bytes,
+                     uint32_t x, uint32_t y, uint32_t z);
+/* What follows sees what was written before. */
+void ds_gpu_barrier(ds_gpu *gpu, ds_gpu_commands *c);
+void ds_gpu_copy(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_buffer *from, uint64_t at, const ds_gpu_buffer *to,
+                 uint64_t to_at, uint64_t bytes);
+ds_status ds_gpu_recorded(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
+/* Run a list that was recorded; one at a time. What the host wrote before is seen. */
+ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
+/* Until it is done; the host then sees what it wrote. */
+ds_status ds_gpu_wait(ds_gpu *gpu, ds_error *err);

@@ -1,0 +1,183 @@
+/* loader.c: the system's Vulkan loader, if there is one, and the devices that it knows. */
+#include <stdio.h>
+#include <string.h>
+
+#include "backend/vulkan/internal.h"
+
+#define VERSION(major, minor) ((uint32_t)(major) << 22 | (uint32_t)(minor) << 12)
+
+ds_status ds_gpu_failed(ds_error *err, vk_Result result, const char *what) {
+    static const struct {
+        vk_Result result;
+        const char *text;
+    } NAMES[] = {
+        {VKR_ERROR_OUT_OF_HOST_MEMORY, "out of memory"},
+        {VKR_ERROR_OUT_OF_DEVICE_MEMORY, "out of video memory"},
+        {VKR_ERROR_INITIALIZATION_FAILED, "it could not be set up"},
+        {VKR_ERROR_DEVICE_LOST, "the device was lost: its driver was reset, or a step took it too long"},
+        {VKR_ERROR_INCOMPATIBLE_DRIVER, "no driver for it is installed"},
+        {VKR_ERROR_TOO_MANY_OBJECTS, "too many allocations"},
+    };
+    for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++)
+        if (NAMES[i].result == result)
+            return ds_fail(err,
+                           result == VKR_ERROR_OUT_OF_HOST_MEMORY || result == VKR_ERROR_OUT_OF_DEVICE_MEMORY
+                               ? DS_ENOMEM
+                               : DS_EDEVICE,
+                           "%s: %s", what, NAMES[i].text);
+    return ds_fail(err, DS_EDEVICE, "%s: Vulkan's error %d", what, (int)result);
+}
+
+void ds_vulkan_close(ds_vulkan *v) {
+    if (v->instance && v->f.DestroyInstance) v->f.DestroyInstance(v->instance, NULL);
+    if (v->library) ds_library_close(v->library);
+    *v = (ds_vulkan){0};
+}
+
+static ds_status make_instance(ds_vulkan *v, ds_error *err) {
+    const vk_CreateInstance create = (vk_CreateInstance)v->get(NULL, "vkCreateInstance");
+    const vk_EnumerateInstanceVersion version = (vk_EnumerateInstanceVersion)v->get(NULL, "vkEnumerateInstanceVersion");
+    const vk_ApplicationInfo app = {
+        .sType = VKS_APPLICATION_INFO, .pApplicationName = "dsv2", .pEngineName = "dsv2", .apiVersion = VERSION(1, 2)};
+    const vk_InstanceCreateInfo info = {.sType = VKS_INSTANCE_CREATE_INFO, .pApplicationInfo = &app};
+    uint32_t found = 0;
+    if (!create || !version || version(&found) != VKR_SUCCESS || found < VERSION(1, 2))
+        return ds_fail(err, DS_EDEVICE, "the Vulkan loader is of version %u.%u, expected 1.2 or newer", found >> 22,
+                       found >> 12 & 1023);
+    const vk_Result result = create(&info, NULL, &v->instance);
+    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, "Vulkan");
+#define LOAD(function, type, arguments)                                                    \
+    if (!(v->f.function = (type(VK_CALL *) arguments)v->get(v->instance, "vk" #function))) \
+        return ds_fail(err, DS_EDEVICE, "the Vulkan loader has no vk" #function);
+    VK_INSTANCE_FUNCTIONS(LOAD)
+#undef LOAD
+    return DS_OK;
+}
+
+ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err) {
+    static const char *const NAMES[] = {"libvulkan.so.1", "libvulkan.1.dylib", "vulkan-1.dll"};
+    ds_vulkan v = {0};
+    ds_status st = DS_OK;
+    for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES && !v.library; i++) v.library = ds_library_open(NAMES[i]);
+    if (!v.library) {
+        ds_fail(err, DS_EDEVICE, "no Vulkan loader (libvulkan.so.1) is installed here");
+        return ds_hint(err, "it comes with the GPU's driver, or as libvulkan1 on Debian and Ubuntu");
+    }
+    v.get = (vk_GetInstanceProcAddr)ds_library_symbol(v.library, "vkGetInstanceProcAddr");
+    if (!v.get) st = ds_fail(err, DS_EDEVICE, "the Vulkan loader here has no vkGetInstanceProcAddr");
+    if (st == DS_OK) st = make_instance(&v, err);
+    if (st == DS_OK) *out = v;
+    else ds_vulkan_close(&v);
+    return st;
+}
+
+ds_status ds_vulkan_devices(const ds_vulkan *v, vk_PhysicalDevice out[DS_GPU_MAX], int *n, ds_error *err) {
+    uint32_t count = DS_GPU_MAX;
+    const vk_Result result = v->f.EnumeratePhysicalDevices(v->instance, &count, out);
+    if (result != VKR_SUCCESS && result != VKR_INCOMPLETE) return ds_gpu_failed(err, result, "Vulkan's devices");
+    *n = (int)count;
+    return DS_OK;
+}
+
+bool ds_vulkan_has(const ds_vulkan *v, vk_PhysicalDevice device, const char *extension) {
+    uint32_t n = 0;
+    bool found = false;
+    if (v->f.EnumerateDeviceExtensionProperties(device, NULL, &n, NULL) != VKR_SUCCESS || !n) return false;
+    vk_ExtensionProperties *all = calloc(n, sizeof *all);
+    if (!all) return false;
+    const vk_Result result = v->f.EnumerateDeviceExtensionProperties(device, NULL, &n, all);
+    for (uint32_t i = 0; (result == VKR_SUCCESS || result == VKR_INCOMPLETE) && i < n; i++)
+        found |= strcmp(all[i].extensionName, extension) == 0;
+    free(all);
+    return found;
+}
+
+int ds_vulkan_family(const ds_vulkan *v, vk_PhysicalDevice device) {
+    vk_QueueFamilyProperties families[32];
+    uint32_t n = 32;
+    v->f.GetPhysicalDeviceQueueFamilyProperties(device, &n, families);
+    for (uint32_t i = 0; i < n; i++)
+        if (families[i].queueFlags & VKB_QUEUE_COMPUTE_BIT) return (int)i;
+    return -1;
+}
+
+/* The first of what is not there. */
+static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+    vk_PhysicalDeviceShaderIntegerDotProductFeatures dot = {
+        .sType = VKS_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES};
+    vk_PhysicalDeviceVulkan12Features f12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES};
+    vk_PhysicalDeviceVulkan11Features f11 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_1_FEATURES, .pNext = &f12};
+    vk_PhysicalDeviceFeatures2 f2 = {.sType = VKS_PHYSICAL_DEVICE_FEATURES_2, .pNext = &f11};
+    const bool may_dot = ds_vulkan_has(v, device, DS_VULKAN_DOT);
+    if (may_dot) f12.pNext = &dot;
+    v->f.GetPhysicalDeviceFeatures2(device, &f2);
+    const struct {
+        uint32_t there;
+        const char *name;
+    } NEEDED[] = {
+        {f12.bufferDeviceAddress, "buffer device addresses"},
+        {f12.scalarBlockLayout, "scalar block layout"},
+        {f12.shaderInt8, "8-bit integers in shaders"},
+        {f2.features.shaderInt16, "16-bit integers in shaders"},
+        {f2.features.shaderInt64, "64-bit integers in shaders"},
+        {f12.storageBuffer8BitAccess, "8-bit storage"},
+        {f11.storageBuffer16BitAccess, "16-bit storage"},
+        {ds_vulkan_family(v, device) >= 0, "a queue for compute shaders"},
+    };
+    for (size_t i = 0; i < sizeof NEEDED / sizeof *NEEDED && !*out->missing; i++)
+        if (!NEEDED[i].there) snprintf(out->missing, sizeof out->missing, "its driver has no %s", NEEDED[i].name);
+    out->int_dot = dot.shaderIntegerDotProduct;
+    out->float16 = f12.shaderFloat16;
+}
+
+static void read_memory(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+    vk_PhysicalDeviceMemoryBudgetPropertiesEXT budget = {.sType = VKS_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT};
+    vk_PhysicalDeviceMemoryProperties2 m = {.sType = VKS_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
+    const bool tells = ds_vulkan_has(v, device, "VK_EXT_memory_budget");
+    if (tells) m.pNext = &budget;
+    v->f.GetPhysicalDeviceMemoryProperties2(device, &m);
+    for (uint32_t i = 0; i < m.memoryProperties.memoryHeapCount; i++) {
+        const vk_MemoryHeap *heap = &m.memoryProperties.memoryHeaps[i];
+        if (!(heap->flags & VKB_MEMORY_HEAP_DEVICE_LOCAL_BIT) || heap->size <= out->memory) continue;
+        const uint64_t used = tells ? budget.heapUsage[i] : 0, most = tells ? budget.heapBudget[i] : heap->size;
+        out->memory = heap->size;
+        out->free = most > used ? most - used : 0;
+    }
+}
+
+void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+    vk_PhysicalDeviceProperties p;
+    *out = (ds_gpu_info){0};
+    v->f.GetPhysicalDeviceProperties(device, &p);
+    snprintf(out->name, sizeof out->name, "%s", p.deviceName);
+    out->api = p.apiVersion;
+    out->kind = p.deviceType;
+    out->shared_bytes = p.limits.maxComputeSharedMemorySize;
+    if (p.apiVersion < VERSION(1, 2)) {
+        snprintf(out->missing, sizeof out->missing, "its driver has Vulkan %u.%u, expected 1.2 or newer",
+                 p.apiVersion >> 22, p.apiVersion >> 12 & 1023);
+        return;
+    }
+    vk_PhysicalDeviceVulkan12Properties p12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_PROPERTIES};
+    vk_PhysicalDeviceVulkan11Properties p11 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_1_PROPERTIES, .pNext = &p12};
+    vk_PhysicalDeviceProperties2 p2 = {.sType = VKS_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = &p11};
+    v->f.GetPhysicalDeviceProperties2(device, &p2);
+    snprintf(out->driver, sizeof out->driver, "%.120s %.120s", p12.driverName, p12.driverInfo);
+    out->subgroup = p11.subgroupSize;
+    check_features(v, device, out);
+    read_memory(v, device, out);
+}
+
+ds_status ds_gpu_list(ds_gpu_info out[DS_GPU_MAX], int *n, ds_error *err) {
+    vk_PhysicalDevice devices[DS_GPU_MAX];
+    ds_vulkan v;
+    int found = 0;
+    ds_status st = ds_vulkan_open(&v, err);
+    if (st != DS_OK) return st;
+    if ((st = ds_vulkan_devices(&v, devices, &found, err)) == DS_OK) {
+        for (int i = 0; i < found; i++) ds_vulkan_tell(&v, devices[i], &out[i]);
+        *n = found;
+    }
+    ds_vulkan_close(&v);
+    return st;
+}

@@ -1,0 +1,64 @@
+#include "backend/vulkan/single.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static ds_status check(const ds_gpu_single *job, ds_error *err) {
+    if (job->push_bytes > DS_GPU_PUSH || job->push_bytes % 4)
+        return ds_fail(err, DS_EINVAL, "%u bytes of push constants, expected dwords of at most %d bytes",
+                       job->push_bytes, DS_GPU_PUSH);
+    for (int i = 0; i < job->n_links; i++) {
+        const ds_gpu_link *l = &job->links[i];
+        if (l->where < -1 || l->where >= job->n_arrays || l->to < 0 || l->to >= job->n_arrays)
+            return ds_fail(err, DS_EINVAL, "link %d: from array %d to %d, there are %d", i, l->where, l->to,
+                           job->n_arrays);
+        const uint64_t room = l->where < 0 ? job->push_bytes : job->arrays[l->where].bytes;
+        if (room < 8 || l->at > room - 8 || l->to_at > job->arrays[l->to].bytes)
+            return ds_fail(err, DS_EINVAL, "link %d lies outside of its array", i);
+    }
+    return DS_OK;
+}
+
+static ds_status fill(ds_gpu *g, const ds_gpu_single *job, ds_gpu_buffer *buffers, unsigned char *push, ds_error *err) {
+    ds_status st = DS_OK;
+    for (int i = 0; i < job->n_arrays && st == DS_OK; i++) {
+        st = ds_gpu_buffer_new(g, job->arrays[i].bytes, DS_GPU_OWN, &buffers[i], err);
+        if (st == DS_OK) st = ds_gpu_write(g, &buffers[i], 0, job->arrays[i].data, job->arrays[i].bytes, err);
+    }
+    memcpy(push, job->push, job->push_bytes);
+    for (int i = 0; i < job->n_links && st == DS_OK; i++) {
+        const ds_gpu_link *l = &job->links[i];
+        const uint64_t address = buffers[l->to].address + l->to_at;
+        if (l->where < 0) memcpy(push + l->at, &address, sizeof address);
+        else st = ds_gpu_write(g, &buffers[l->where], l->at, &address, sizeof address, err);
+    }
+    return st;
+}
+
+static ds_status run(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_error *err) {
+    vk_Pipeline pipeline;
+    ds_gpu_commands commands;
+    ds_status st = ds_gpu_pipeline(g, job->shader, job->specs, job->n_specs, &pipeline, err);
+    if (st == DS_OK) st = ds_gpu_commands_new(g, &commands, err);
+    if (st == DS_OK) st = ds_gpu_record(g, &commands, err);
+    if (st != DS_OK) return st;
+    ds_gpu_dispatch(g, &commands, pipeline, push, job->push_bytes, job->groups[0], job->groups[1], job->groups[2]);
+    st = ds_gpu_recorded(g, &commands, err);
+    if (st == DS_OK) st = ds_gpu_submit(g, &commands, err);
+    return st == DS_OK ? ds_gpu_wait(g, err) : st;
+}
+
+ds_status ds_gpu_run_single(ds_gpu *g, const ds_gpu_single *job, ds_error *err) {
+    unsigned char push[DS_GPU_PUSH] = {0};
+    ds_status st = check(job, err);
+    if (st != DS_OK) return st;
+    ds_gpu_buffer *buffers = calloc((size_t)job->n_arrays + 1, sizeof *buffers);
+    if (!buffers) return ds_fail(err, DS_ENOMEM, "no memory for %d arrays", job->n_arrays);
+    st = fill(g, job, buffers, push, err);
+    if (st == DS_OK) st = run(g, job, push, err);
+    for (int i = 0; i < job->n_arrays && st == DS_OK; i++)
+        if (job->arrays[i].changes) st = ds_gpu_read(g, &buffers[i], 0, job->arrays[i].data, job->arrays[i].bytes, err);
+    for (int i = 0; i < job->n_arrays; i++) ds_gpu_buffer_release(g, &buffers[i]);
+    free(buffers);
+    return st;
+}

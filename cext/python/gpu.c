@@ -1,0 +1,135 @@
+/* gpu.c: GPUs as they are found, and one shader run over arrays, for tests. */
+#include "backend/vulkan/single.h"
+#include "python/py.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void release_gpu(void *gpu) { ds_gpu_close(gpu); }
+
+static PyObject *told(const ds_gpu_info *g) {
+    static const char *const KINDS[] = {"other", "integrated", "discrete", "virtual", "software"};
+    char api[32];
+    snprintf(api, sizeof api, "%u.%u.%u", g->api >> 22, g->api >> 12 & 1023, g->api & 4095);
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:K,s:K,s:i,s:i,s:O,s:O,s:s}", "name", g->name, "driver", g->driver, "kind",
+                         g->kind < sizeof KINDS / sizeof *KINDS ? KINDS[g->kind] : KINDS[0], "missing", g->missing,
+                         "memory", (unsigned long long)g->memory, "free", (unsigned long long)g->free, "subgroup",
+                         (int)g->subgroup, "shared_bytes", (int)g->shared_bytes, "int_dot",
+                         g->int_dot ? Py_True : Py_False, "float16", g->float16 ? Py_True : Py_False, "api", api);
+}
+
+/* gpu_built() -> whether shaders were compiled into this build */
+static PyObject *gpu_built(PyObject *self, PyObject *args) { return PyBool_FromLong(ds_gpu_built()); }
+
+/* gpu_list() -> a dict of each device that Vulkan knows */
+static PyObject *gpu_list(PyObject *self, PyObject *args) {
+    ds_gpu_info *infos = calloc(DS_GPU_MAX, sizeof *infos);
+    PyObject *list = NULL;
+    ds_error err;
+    ds_status st;
+    int n = 0;
+    if (!infos) return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_gpu_list(infos, &n, &err);
+    Py_END_ALLOW_THREADS
+    if (st != DS_OK) ds_py_raise(&err);
+    else list = PyList_New(n);
+    for (int i = 0; list && i < n; i++) {
+        PyObject *one = told(&infos[i]);
+        if (!one) Py_CLEAR(list);
+        else PyList_SetItem(list, i, one);
+    }
+    free(infos);
+    return list;
+}
+
+/* gpu_open(number or letters of the name, or None for the best) */
+static PyObject *gpu_open(PyObject *self, PyObject *args) {
+    const char *which;
+    ds_gpu *gpu;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "z", &which)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_gpu_open(which, &gpu, &err);
+    Py_END_ALLOW_THREADS
+    return st == DS_OK ? ds_py_own(gpu, DS_PY_GPU, release_gpu) : ds_py_raise(&err);
+}
+
+static PyObject *gpu_close(PyObject *self, PyObject *gpu) { return ds_py_close(gpu, DS_PY_GPU); }
+
+/* The arrays of a job and their links, from lists; false with an exception. */
+static bool read_arrays(PyObject *list, Py_buffer *views, ds_gpu_single *job) {
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++, job->n_arrays++) {
+        PyObject *item = PyList_GetItem(list, i);
+        const bool writable = PyObject_GetBuffer(item, &views[i], PyBUF_CONTIG) == 0;
+        if (!writable) {
+            PyErr_Clear();
+            if (PyObject_GetBuffer(item, &views[i], PyBUF_CONTIG_RO) != 0) return false;
+        }
+        job->arrays[i] = (ds_gpu_array){views[i].buf, (uint64_t)views[i].len, writable};
+    }
+    return true;
+}
+
+static bool read_links(PyObject *list, ds_gpu_link *links, ds_gpu_single *job) {
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++, job->n_links++) {
+        unsigned long long at, to_at;
+        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "iKiK", &links[i].where, &at, &links[i].to, &to_at))
+            return false;
+        links[i].at = at, links[i].to_at = to_at;
+    }
+    return true;
+}
+
+static bool read_specs(PyObject *list, ds_gpu_single *job) {
+    for (; job->n_specs < PyList_Size(list); job->n_specs++) {
+        if (job->n_specs == DS_GPU_SPECS) return PyErr_SetString(PyExc_ValueError, "too many constants"), false;
+        job->specs[job->n_specs] = (uint32_t)PyLong_AsUnsignedLong(PyList_GetItem(list, job->n_specs));
+        if (PyErr_Occurred()) return false;
+    }
+    return true;
+}
+
+/* gpu_run(gpu, shader, [array], push bytes, [(where, at, to, to_at)], (x, y, z), [specialization constant]): see single.h */
+static PyObject *gpu_run(void *gpu, PyObject *args) {
+    PyObject *capsule, *arrays, *links, *specs;
+    const char *shader, *push;
+    Py_ssize_t n_push;
+    ds_gpu_single job = {0};
+    ds_error err;
+    ds_status st = DS_OK;
+    if (!PyArg_ParseTuple(args, "OsO!y#O!(III)O!", &capsule, &shader, &PyList_Type, &arrays, &push, &n_push,
+                          &PyList_Type, &links, &job.groups[0], &job.groups[1], &job.groups[2], &PyList_Type, &specs))
+        return NULL;
+    if (n_push > DS_GPU_PUSH) return PyErr_Format(PyExc_ValueError, "%zd bytes of push constants", n_push);
+    memcpy(job.push, push, (size_t)n_push);
+    job.shader = shader, job.push_bytes = (uint32_t)n_push;
+    Py_buffer *views = calloc((size_t)PyList_Size(arrays) + 1, sizeof *views);
+    ds_gpu_link *link = calloc((size_t)PyList_Size(links) + 1, sizeof *link);
+    job.arrays = calloc((size_t)PyList_Size(arrays) + 1, sizeof *job.arrays);
+    job.links = link;
+    bool ok = views && link && job.arrays;
+    if (!ok) PyErr_NoMemory();
+    ok = ok && read_arrays(arrays, views, &job) && read_links(links, link, &job) && read_specs(specs, &job);
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        st = ds_gpu_run_single(gpu, &job, &err);
+        Py_END_ALLOW_THREADS
+    }
+    for (int i = 0; i < job.n_arrays; i++) PyBuffer_Release(&views[i]);
+    free(views);
+    free(link);
+    free(job.arrays);
+    if (!ok) return NULL;
+    if (st != DS_OK) return ds_py_raise(&err);
+    Py_RETURN_NONE;
+}
+DS_PY_HELD(gpu_run, DS_PY_GPU)
+
+PyMethodDef ds_py_gpu_methods[] = {
+    {"gpu_built", gpu_built, METH_NOARGS, NULL},   {"gpu_list", gpu_list, METH_NOARGS, NULL},
+    {"gpu_open", gpu_open, METH_VARARGS, NULL},    {"gpu_close", gpu_close, METH_O, NULL},
+    {"gpu_run", gpu_run_held, METH_VARARGS, NULL}, {0},
+};
