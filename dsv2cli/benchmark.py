@@ -1,9 +1,9 @@
-"""benchmark.py: prefill and decode speed, alone or beside llama.cpp, in one interleaved run.
+"""benchmark.py: prefill and decode speed, alone or beside llama.cpp or ik_llama.cpp, in one interleaved run.
 
 Memory bandwidth drifts on shared machines, so figures are compared only within a round: each engine lives in a process
 of its own (contender.py), loaded once, and every test is run by one and then by the other before it is run again. The
 first round warms up and is thrown away; for llama.cpp it also tells which of its settings is the better one for that
-test. Ratios are taken round by round.
+test. ik_llama.cpp is asked through its own llama-bench (llama_bench.py). Ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import CliError
+from dsv2cli.llama_bench import LlamaBench
 
 # What changes llama.cpp's speed from test to test: the faster one of these is compared with.
 VARIANTS: dict[str, tuple[str, ...]] = {OURS: ("kv=f16",), LLAMA: ("fa=0", "fa=1")}
@@ -60,11 +61,10 @@ class Row:
     rates: dict[str, list[float]] = field(default_factory=dict)
     variants: dict[str, str] = field(default_factory=dict)  # the setting each engine ran with
 
-    @property
-    def ratios(self) -> list[float]:
-        """Ours over llama.cpp's, round by round."""
-        pairs = zip(self.rates.get(OURS, []), self.rates.get(LLAMA, []), strict=False)
-        return [ours / theirs for ours, theirs in pairs]
+    def ratios(self, peer: str) -> list[float]:
+        """Of the engine that is measured over a peer's, round by round; none where the peer has no such test."""
+        measured = next(iter(self.rates.values()), [])
+        return [ours / theirs for ours, theirs in zip(measured, self.rates.get(peer, []), strict=False)]
 
     def median(self, engine: str) -> float:
         return statistics.median(self.rates[engine])
@@ -88,7 +88,8 @@ class Result:
     machine: str
     rounds: int
     rows: list[Row]
-    footprints: dict[str, Footprint]
+    engines: list[str]  # the one that is measured, then its peers
+    footprints: dict[str, Footprint]  # of those that run in a process of this program's
     notes: list[str]  # of the engines, on how they ran
 
 
@@ -108,7 +109,7 @@ def run(
     threads: int | None,
     rounds: int,
     engine: str = OURS,
-    against: Sequence[str] = (),
+    against: Sequence[str | LlamaBench] = (),
     kv_type: str = "f16",
     ram: str = "all",
     told: Callable[[str, int, int], None] = lambda what, done, n: None,
@@ -116,30 +117,52 @@ def run(
     """Run the tests with an engine, and others in turns with it; ``told(what runs now, steps done, steps)``. CliError
     where an engine fails. ram: see ``contender``."""
     variants = {**VARIANTS, engine: LLAMA_ALONE[kv_type] if engine == LLAMA else (f"kv={kv_type}",)}
-    names = (engine, *against)
     n_ctx = max(test.depth + test.n for test in wanted)
     rows = [Row(test) for test in wanted]
-    total, done = len(names) * len(rows) * (rounds + 1), 0
+    total, done = (1 + len(against)) * len(rows) * (rounds + 1), 0
     with contextlib.ExitStack() as stack:
         told("loading", 0, total)
-        engines = {engine: stack.enter_context(contender(engine, model, n_ctx, threads, ram))}
-        used = int(engines[engine].hello["threads"])  # the others get as many as it chose
-        for name in against:
-            engines[name] = stack.enter_context(contender(name, model, n_ctx, used))
+        first = stack.enter_context(contender(engine, model, n_ctx, threads, ram))
+        used = int(first.hello["threads"])  # the others get as many as it chose
+        engines: dict[str, Contender | Launched] = {engine: first}
+        for peer in against:
+            if isinstance(peer, LlamaBench):
+                engines[peer.name] = Launched(peer, model, used)
+            else:
+                engines[peer] = stack.enter_context(contender(peer, model, n_ctx, used))
         for row in rows:  # a deeper context is kept from test to test: depth by depth, then round by round
             for round_ in range(rounds + 1):
                 for name, runs in engines.items():
                     told(f"{row.test.name}, {name}", done, total)
                     done += 1
+                    if not runs.measures(row.test):
+                        continue
                     if round_ == 0:
-                        row.variants[name] = runs.fastest(row.test, variants[name])
+                        row.variants[name] = runs.fastest(row.test, variants.get(name, ()))
                     else:
                         row.rates.setdefault(name, []).append(runs.rate(row.test, row.variants[name]))
         told("measuring memory", total, total)
-        footprints = {name: runs.footprint() for name, runs in engines.items()}
-        isa = str(engines[engine].hello["isa"])
+        footprints = {name: runs.footprint() for name, runs in engines.items() if isinstance(runs, Contender)}
+        isa = str(first.hello["isa"])
         notes = [note for runs in engines.values() for note in runs.hello["notes"]]
-    return Result(model, used, isa, machine(), rounds, rows, footprints, notes)
+    return Result(model, used, isa, machine(), rounds, rows, list(engines), footprints, notes)
+
+
+class Launched:
+    """A llama-bench, as a contender: what it measures it loads for."""
+
+    def __init__(self, peer: LlamaBench, model: Path, threads: int) -> None:
+        self._peer, self._model, self._threads = peer, model, threads
+        self.hello: dict[str, Any] = {"notes": []}
+        self.measures = peer.measures
+
+    def rate(self, test: Test, variant: str) -> float:
+        return self._peer.rate(self._model, self._threads, test)
+
+    def fastest(self, test: Test, variants: Sequence[str]) -> str:
+        """Its one setting; run once, so that a wrong program fails before minutes of rounds."""
+        self.rate(test, self._peer.setting)
+        return self._peer.setting
 
 
 class Contender:
@@ -152,6 +175,10 @@ class Contender:
     @property
     def process_id(self) -> int:
         return self._process.pid
+
+    def measures(self, test: Test) -> bool:
+        """Whether it has such a test."""
+        return True
 
     def rate(self, test: Test, variant: str, seed: int | None = None) -> float:
         """Tokens a second, all sequences together; seed: of other tokens than the usual."""

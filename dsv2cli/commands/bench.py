@@ -1,8 +1,9 @@
-"""dsv2 bench: prefill and decode speed, alone or beside llama.cpp."""
+"""dsv2 bench: prefill and decode speed, alone or beside llama.cpp and ik_llama.cpp."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,15 +12,26 @@ from dsv2cli.errors import UsageError
 from dsv2cli.options import MAX_CONTEXT, Range, number
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from dsv2cli.benchmark import Result, Row
     from dsv2cli.engines.choice import Engine, Wanted
+    from dsv2cli.llama_bench import LlamaBench
 
-HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp if asked."
-EXAMPLES = ("bench model.gguf", "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv")
+HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp or ik_llama.cpp if asked."
+EXAMPLES = (
+    "bench model.gguf",
+    "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv",
+    "bench model.gguf --against llama.cpp --against ik=ik_llama.cpp/build/bin/llama-bench",
+)
 TOKENS = Range(0, MAX_CONTEXT)
-AGAINST = typer.Option(help="Run it too, in turns, and give the ratio.")
+IK_PATH = "ik="
+AGAINST = typer.Option(
+    metavar="llama.cpp|ik=LLAMA-BENCH",
+    help="Run it too, in turns, and give the ratio; several times for several. ik: ik_llama.cpp, by the path of its"
+    " llama-bench, with the flags that are its fastest (-fmoe 1 -mla 3 -fa 1), its weights repacked (-rtr 1) and not.",
+    show_default=False,
+)
 
 
 def bench(
@@ -36,7 +48,7 @@ def bench(
     ] = 3,
     threads: options.Threads = None,
     kv: options.Kv = "f16",
-    against: Annotated[Literal["llama.cpp"] | None, AGAINST] = None,
+    against: Annotated[list[str] | None, AGAINST] = None,
     engine: options.Engine = "auto",
     ram: options.Ram = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
@@ -53,11 +65,12 @@ def bench(
     if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
         raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
     options.wishes(engine, None, 0, told=not quiet, ram=ram)  # refuses what cannot be
+    peers = parse_peers(against or [], kv)
     path = locate.model(model)
     runs = engine_for(path, engine, quiet=quiet)
     if runs == "llama.cpp":
         options.refuse_budget(ram)
-    if runs == against:
+    if runs in peers:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     with console.progress(quiet=quiet) as display:
         bar = display.add_task("bench", total=None, detail="")
@@ -67,7 +80,7 @@ def bench(
             threads=threads,
             rounds=rounds,
             engine=runs,
-            against=(against,) if against else (),
+            against=peers,
             kv_type=kv,
             ram=ram,
             told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
@@ -80,6 +93,25 @@ def bench(
         print_csv(result)
     else:
         show(result)
+
+
+def parse_peers(asked: Sequence[str], kv_type: str) -> list[str | LlamaBench]:
+    """["llama.cpp", "ik=PATH"], each once: llama.cpp's name, and both settings of ik_llama.cpp."""
+    from dsv2cli import llama_bench
+    from dsv2cli.engines.choice import LLAMA
+
+    peers: list[str | LlamaBench] = []
+    for name in dict.fromkeys(asked):
+        if name == LLAMA:
+            peers.append(name)
+        elif name.startswith(IK_PATH) and name != IK_PATH:
+            if any(not isinstance(peer, str) for peer in peers):
+                raise UsageError("--against ik= is given twice, with two programs", "measure one after the other")
+            peers += llama_bench.settings(Path(name.removeprefix(IK_PATH)), kv_type)
+        else:
+            hint = "ik=PATH takes ik_llama.cpp's llama-bench" if name.startswith("ik") else ""
+            raise UsageError(f"--against takes llama.cpp or ik=PATH, got `{name}`", hint)
+    return peers
 
 
 def engine_for(path: Path, wanted: Wanted, *, quiet: bool) -> Engine:
@@ -109,16 +141,18 @@ def parse_depths(text: str) -> list[int]:
 def show(result: Result) -> None:
     from dsv2cli.engines.choice import LLAMA
 
-    engines = list(result.footprints)
-    compared = len(engines) > 1
-    columns = ["test", *(f"{name} tok/s" for name in engines)]
-    if compared:
-        columns += ["ratio", "its setting"]
+    engine, *peers = result.engines
+    columns = ["test", f"{engine} tok/s"]
+    for peer in peers:
+        columns += [f"{peer} tok/s", "ratio", *(["its setting"] if peer == LLAMA else [])]
     made = console.Table("", tuple(columns))
     for row in result.rows:
-        cells = [row.test.name, *(spread(row.rates[name], 1) for name in engines)]
-        made.add(*cells, *((spread(row.ratios, 2), row.variants[LLAMA]) if compared else ()))
-    setting = result.rows[0].variants[engines[0]]
+        cells = [row.test.name, spread(row.rates[engine], 1)]
+        for peer in peers:
+            figures = [spread(row.rates[peer], 1), spread(row.ratios(peer), 2)] if peer in row.rates else ["-", "-"]
+            cells += [*figures, *([row.variants[peer]] if peer == LLAMA else [])]
+        made.add(*cells)
+    setting = result.rows[0].variants[engine]
     console.say(f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}")
     console.show(made)
     for name, footprint in result.footprints.items():
@@ -173,14 +207,16 @@ def describe(result: Result) -> dict[str, Any]:
 def describe_row(row: Row) -> dict[str, Any]:
     import statistics
 
+    _, *peers = row.rates
+    ratios = {peer: row.ratios(peer) for peer in peers}
     return {
         "kind": row.test.kind,
         "n": row.test.n,
         "depth": row.test.depth,
         "tokens_per_second": row.rates,
         "variants": row.variants,
-        "ratios": row.ratios,
-        "ratio": statistics.median(row.ratios) if row.ratios else None,
+        "ratios": ratios,
+        "ratio": {peer: statistics.median(values) for peer, values in ratios.items()},
     }
 
 
