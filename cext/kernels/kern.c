@@ -37,4 +37,5 @@ const ds_kernels DS_JOIN(ds_kernels_, DS_ISA, ) = {
     .add_scaled = add_scaled,
     .read_all = DS_OF(read_all),
     .dot_peak = DS_OF(dot_peak),
+    .chain = DS_OF(chain),
 };

@@ -49,6 +49,7 @@ DS_TYPE_OF(expand_weights) DS_OF(expand_weights);
 DS_TYPE_OF(expand) DS_OF(expand);
 DS_TYPE_OF(read_all) DS_OF(read_all);
 DS_TYPE_OF(dot_peak) DS_OF(dot_peak);
+DS_TYPE_OF(chain) DS_OF(chain);
 
 #include "kernels/act_layout.h"
 #if DS_ISA_scalar

@@ -65,10 +65,11 @@ typedef struct ds_kernels {
     void (*silu_mul)(int n, const float *gate, const float *up, float *y); /* y = gate * sigmoid(gate) * up */
     void (*add_scaled)(int n, float scale, const float *x, float *y); /* y += scale * x */
 
-    /* Yardsticks for benchmarks: read memory in order (returns the XOR of its dwords, up to a tail), and run the int8 dot
-     * instruction on data in L1 (returns the number of multiply-adds). */
+    /* Yardsticks for benchmarks: read memory in order (returns the XOR of its dwords, up to a tail), run the int8 dot
+     * instruction on data in L1 (returns the number of multiply-adds), and wait for cycles (returns their number). */
     uint32_t (*read_all)(size_t n_bytes, const void *p);
     int64_t (*dot_peak)(int n_rounds);
+    int64_t (*chain)(int n_rounds);
 } ds_kernels;
 
 /* The tables compiled into this build that this machine can run, best first; n is set to their number. */

@@ -68,3 +68,17 @@ int64_t DS_OF(dot_peak)(int n_rounds) {
 }
 
 #endif
+
+/* Dependent operations of one cycle each, n_rounds of them: the clock. Returns their number. */
+int64_t DS_OF(chain)(int n_rounds) {
+    uint64_t x = 1, y = 3;
+    __asm__("" : "+r"(y)); /* unknown to the compiler; and an addition of a constant takes no time on some processors */
+    for (int i = 0; i < n_rounds; i += 16) {
+        DS_UNROLL
+        for (int j = 0; j < 16; j++) {
+            x ^= y;
+            __asm__ volatile("" : "+r"(x));
+        }
+    }
+    return ((int64_t)n_rounds + 15) / 16 * 16;
+}

@@ -132,8 +132,8 @@ static PyObject *py_mul(PyObject *self, PyObject *args) {
     const ds_format format = table ? find_format(name) : DS_FORMAT_COUNT;
     if (format == DS_FORMAT_COUNT || !positive("n_tok", n_tok) || !positive("k", k)) return finish(b, 3);
     const ds_format_info *info = ds_format_get(format);
-    if (k % (int)info->block_elements != 0 || begin < 0 || begin > end || ldy < end ||
-        (size_t)row_bytes < ds_row_bytes(format, k) || begin % DS_PANEL_ROWS != 0)
+    if (k % (int)info->block_elements != 0 || begin < 0 || begin > end || ldy < end || row_bytes < 0 ||
+        begin % DS_PANEL_ROWS != 0) /* 0: the same row again, in a cache */
         PyErr_SetString(PyExc_ValueError, "k, row_bytes, ldy or the row range is out of range");
     else if (end > begin && holds(&b[0], "w", (size_t)(end - 1) * (size_t)row_bytes + ds_row_bytes(format, k), 1) &&
              holds(&b[1], "act", table->act_bytes(info->act, n_tok, k), 1) && aligned(&b[1], "act") &&
@@ -265,6 +265,21 @@ static PyObject *py_dot_peak(PyObject *self, PyObject *args) {
     return PyLong_FromLongLong(n);
 }
 
+PyDoc_STRVAR(chain_doc, "_chain(isa, n_rounds) -> int: operations that wait for each other; the cycles they took.");
+
+static PyObject *py_chain(PyObject *self, PyObject *args) {
+    const char *isa;
+    int n_rounds;
+    long long n = 0;
+    if (!PyArg_ParseTuple(args, "si:_chain", &isa, &n_rounds)) return NULL;
+    const ds_kernels *table = find_isa(isa);
+    if (!table || !positive("n_rounds", n_rounds)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    n = table->chain(n_rounds);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(n);
+}
+
 static PyMethodDef methods[] = {
     {"_dequantize", py_dequantize, METH_VARARGS, dequantize_doc},
     {"_act_bytes", py_act_bytes, METH_VARARGS, act_bytes_doc},
@@ -275,6 +290,7 @@ static PyMethodDef methods[] = {
     {"_half", py_half, METH_VARARGS, half_doc},
     {"_read_all", py_read_all, METH_VARARGS, read_all_doc},
     {"_dot_peak", py_dot_peak, METH_VARARGS, dot_peak_doc},
+    {"_chain", py_chain, METH_VARARGS, chain_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,12 +1,14 @@
 """Products with every format, on one thread: operations and bytes a second by instruction set and tokens, as CSV.
 
-    python tests/bench/bench_kernels.py [-o FILE] [--format NAME]... [--isa NAME]... [--tokens N]... [--rounds N]
+    python tests/bench/bench_kernels.py [-o FILE] [--format NAME]... [--isa NAME]... [--tokens N]... [--rounds N] [--l1]
 
 A product is one expert's matrix (1408 rows of 2048 values) with N tokens; the experts take turns, more of them than a
-cache holds, so that their weights come from memory as in a model. Rounds go over all cases in turn, because a machine's
-speed drifts: a figure is the median of the rounds, the spread their range over the median. The limits (the dot
-instruction on data in L1, a plain read of memory) are measured in the same rounds. `ggml` is the same product by the
-libggml that llama-cpp-python brings, which also quantises the activations each time.
+cache holds (`--mib`), so that their weights come from memory as in a model; they lie in huge pages, as a file's should.
+`--l1` adds the same with one row over and over, which is in L1. Rounds go over all cases in turn, because a machine's
+speed drifts: a figure is the median of the rounds, the spread their range over the median (with `--least` the shortest of
+them, which other work on the machine changes less). The limits (the dot instruction on data in L1, a plain read of memory,
+the clock) are measured in the same rounds. Cycles are of 256 values of a row, with its share of a row's beginning and end.
+`ggml` is the same product by the libggml that llama-cpp-python brings, which also quantises the activations each time.
 """
 
 import argparse
@@ -34,23 +36,29 @@ import cext
 from cext import _engine
 
 ROWS, K = 1408, 2048
-WEIGHT_BYTES = 64 << 20  # of all experts: twice the largest cache there may be a share of
+MIB = 1024  # of all experts: more than the largest caches hold
 LEAST_S = 0.004  # of one measurement
 PEAK_ROUNDS = 50_000
+CLOCK_ROUNDS = 1_000_000
+MEMORY, L1 = "memory", "L1"
+Typical = Callable[[list[float]], float]  # of the rounds, the one that is told
 GGML = "ggml"  # beside the instruction sets
 TOKENS = (1, 4, 8, 32, 128, 512)
-COLUMNS = ("format", "isa", "tokens", "gops", "percent_of_peak", "gb_s", "percent_of_read", "spread_percent")
+COLUMNS = (
+    "format", "isa", "weights_in", "tokens", "gops", "percent_of_peak", "gb_s", "percent_of_read", "cycles_per_256",
+    "bytes_per_cycle", "ghz", "read_gb_s", "spread_percent",
+)  # fmt: skip
 
 
 class Ring:
     """Experts in one format, used in turn."""
 
-    def __init__(self, name: str) -> None:
-        elements, nbytes = block_size(name)
-        self.name, self.row_bytes = name, K // elements * nbytes
-        self.n = -(-WEIGHT_BYTES // (ROWS * self.row_bytes))
+    def __init__(self, name: str, nbytes: int) -> None:
+        elements, block_bytes = block_size(name)
+        self.name, self.row_bytes = name, K // elements * block_bytes
+        self.n = -(-nbytes // (ROWS * self.row_bytes))
         one = random_blocks(name, ROWS, K, np.random.default_rng(0)).reshape(-1)
-        self.experts = [np.array(one) for _ in range(self.n)]
+        self.experts = np.tile(one, (self.n, 1))  # one allocation: numpy asks for huge pages
         self.at = 0
 
     def next(self) -> NDArray[np.uint8]:
@@ -58,10 +66,13 @@ class Ring:
         return self.experts[self.at]
 
 
-def ours(isa: str, ring: Ring, x: NDArray[np.float32]) -> Callable[[], None]:
-    """One product with the next expert."""
+def ours(isa: str, ring: Ring, x: NDArray[np.float32], where: str) -> Callable[[], None]:
+    """One product with the next expert, or with as many copies of one row."""
     act, n_tok = pack(isa, ring.name, x), len(x)
     y = aligned(4 * n_tok * ROWS)
+    if where == L1:
+        first = ring.experts[0]
+        return lambda: _engine._mul(isa, ring.name, first, 0, K, 0, ROWS, act, n_tok, y, ROWS)
     return lambda: _engine._mul(isa, ring.name, ring.next(), ring.row_bytes, K, 0, ROWS, act, n_tok, y, ROWS)
 
 
@@ -141,6 +152,7 @@ class Case:
     format: str
     isa: str
     n_tok: int
+    where: str = MEMORY
 
 
 def seconds(run: Callable[[], object], count: int) -> float:
@@ -150,24 +162,29 @@ def seconds(run: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def products(ring: Ring, isas: list[str], tokens: list[int]) -> Iterator[tuple[Case, Callable[[], object]]]:
+def products(
+    ring: Ring, isas: list[str], tokens: list[int], places: list[str]
+) -> Iterator[tuple[Case, Callable[[], object]]]:
     """What runs a product of each instruction set and number of tokens."""
     ggml = Ggml() if GGML in isas else None
     rng = np.random.default_rng(1)
     for n_tok in tokens:
         x = rng.normal(0.0, 1.0, (n_tok, K)).astype(np.float32)
         for isa in isas:
-            run = ggml.product(ring, x) if ggml and isa == GGML else ours(isa, ring, x)
-            yield Case(ring.name, isa, n_tok), run
+            for where in places:
+                if isa != GGML:
+                    yield Case(ring.name, isa, n_tok, where), ours(isa, ring, x, where)
+                elif ggml and where == MEMORY:
+                    yield Case(ring.name, isa, n_tok), ggml.product(ring, x)
 
 
-def limits(isas: list[str]) -> Iterator[tuple[Case, Callable[[], object]]]:
-    """The dot instruction and a plain read. ggml is held against the best instruction set's."""
-    data = np.ones(WEIGHT_BYTES, np.uint8)  # not zeros: their pages would all be one
+def limits(ring: Ring, isas: list[str]) -> Iterator[tuple[Case, Callable[[], object]]]:
+    """The dot instruction, a plain read and the clock. ggml is held against the best instruction set's."""
     for isa in isas:
         own = cext.isas()[0] if isa == GGML else isa
         yield Case("peak", isa, 0), lambda own=own: _engine._dot_peak(own, PEAK_ROUNDS)
-        yield Case("read", isa, 0), lambda own=own: _engine._read_all(own, data)
+        yield Case("read", isa, 0), lambda own=own: _engine._read_all(own, ring.next())
+        yield Case("clock", isa, 0), lambda own=own: _engine._chain(own, CLOCK_ROUNDS)
 
 
 def in_rounds(runs: dict[Case, Callable[[], object]], n_rounds: int) -> dict[Case, list[float]]:
@@ -180,17 +197,20 @@ def in_rounds(runs: dict[Case, Callable[[], object]], n_rounds: int) -> dict[Cas
     return times
 
 
-def row_of(case: Case, times: dict[Case, list[float]], row_bytes: int) -> tuple[object, ...]:
+def row_of(case: Case, times: dict[Case, list[float]], row_bytes: int, typical: Typical) -> tuple[object, ...]:
     """The columns of a case."""
-    middle = {c: statistics.median(t) for c, t in times.items()}
+    middle = {c: typical(t) for c, t in times.items()}
     own = cext.isas()[0] if case.isa == GGML else case.isa
     peak = 2 * _engine._dot_peak(own, PEAK_ROUNDS) / middle[Case("peak", case.isa, 0)]
-    read = WEIGHT_BYTES / middle[Case("read", case.isa, 0)]
+    read = ROWS * row_bytes / middle[Case("read", case.isa, 0)]
+    hertz = _engine._chain(own, CLOCK_ROUNDS) / middle[Case("clock", case.isa, 0)]
     ops = 2 * ROWS * K * case.n_tok / middle[case]
     rate = ROWS * row_bytes / middle[case]
+    cycles = middle[case] * hertz / (ROWS * K / 256)
     spread = (max(times[case]) - min(times[case])) / middle[case]
-    figures = (ops / 1e9, 100 * ops / peak, rate / 1e9, 100 * rate / read, 100 * spread)
-    return (case.format, case.isa, case.n_tok, *(f"{x:.1f}" for x in figures))
+    rates = (ops / 1e9, 100 * ops / peak, rate / 1e9, 100 * rate / read)
+    figures = (*rates, cycles, rate / hertz, hertz / 1e9, read / 1e9, 100 * spread)
+    return (case.format, case.isa, case.where, case.n_tok, *(f"{x:.1f}" for x in figures))
 
 
 def main() -> None:
@@ -201,17 +221,21 @@ def main() -> None:
     parser.add_argument("--isa", action="append", choices=[*cext.isas(), GGML])
     parser.add_argument("--tokens", action="append", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--least", action="store_true", help="the shortest of the rounds, not their median")
+    parser.add_argument("--l1", action="store_true", help="also with a row in L1")
+    parser.add_argument("--mib", type=int, default=MIB, help="of weights, through which products go in turn")
     options = parser.parse_args()
     out = options.output.open("w", encoding="utf-8", newline="") if options.output else sys.stdout
     table = csv.writer(out)
     table.writerow(COLUMNS)
     for name in options.format or CODED_FORMATS:
-        ring, chosen = Ring(name), options.isa or isas
-        runs = dict(limits(chosen)) | dict(products(ring, chosen, options.tokens or list(TOKENS)))
+        ring, chosen = Ring(name, options.mib << 20), options.isa or isas
+        places = [MEMORY, L1] if options.l1 else [MEMORY]
+        runs = dict(limits(ring, chosen)) | dict(products(ring, chosen, options.tokens or list(TOKENS), places))
         times = in_rounds(runs, options.rounds)
         for case in runs:
             if case.format == name:
-                table.writerow(row_of(case, times, ring.row_bytes))
+                table.writerow(row_of(case, times, ring.row_bytes, min if options.least else statistics.median))
         out.flush()
 
 

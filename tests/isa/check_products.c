@@ -199,6 +199,8 @@ static void check_limits(check *c) {
     same_bytes(c, "read_all", sizeof got, &got, &want);
     const bool counts = c->isa->dot_peak(3) > 0, yes = true;
     same_bytes(c, "dot_peak", sizeof counts, &counts, &yes);
+    const int64_t cycles = c->isa->chain(17), whole = 32;
+    same_bytes(c, "chain", sizeof cycles, &cycles, &whole);
     release();
 }
 
