@@ -1,7 +1,7 @@
 """llama_bench.py: ik_llama.cpp, measured by its own llama-bench in turns with the engines of benchmark.py.
 
-It has no server of measurements: each one is a process that loads the model again (and with -rtr 1 copies all of it into
-other layouts), which its clock leaves out. A context is read anew each time, too: a deep one takes its while.
+Each measurement is a process that loads the model again, and with -rtr 1 copies all of it into other layouts, which its
+clock leaves out. A context is read anew each time, too: a deep one takes its while.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@
 A product is one expert's matrix (1408 rows of 2048 values) with N tokens; the experts take turns, more of them than a
 cache holds (`--mib`), so that their weights come from memory as in a model; they lie in huge pages, as a file's should.
 `--l1` adds the same with one row over and over, which is in L1. Rounds go over all cases in turn, because a machine's
-speed drifts: a figure is the median of the rounds, the spread their range over the median (with `--least` the shortest of
-them, which other work on the machine changes less). The limits (the dot instruction on data in L1, a plain read of memory,
-the clock) are measured in the same rounds. Cycles are of 256 values of a row, with its share of a row's beginning and end.
-`ggml` is the same product by the libggml that llama-cpp-python brings, which also quantises the activations each time.
+speed drifts: a figure is the median of the rounds, the spread their range over the median (with `--least` the shortest
+of them, which other work on the machine changes less). The limits (the dot instruction on data in L1, a plain read of
+memory, the clock) are measured in the same rounds. Cycles are of 256 values of a row, with its share of a row's
+beginning and end. `ggml` is the same product by the libggml that llama-cpp-python brings, which also quantises the
+activations each time.
 """
 
 import argparse
