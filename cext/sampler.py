@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cext import _engine
 from cext.arguments import real, whole
@@ -69,3 +69,13 @@ class Sampler:
         """
         for token in [whole("a token id", token) for token in deque(ids, self._repeat_last_n)]:
             _engine.sampler_accept(self._handle, token)
+
+    def kept(self) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """(tokens, probabilities) that the last token was drawn from, the likeliest first: after the penalty, the cuts
+        and the temperature; together they make 1. One where it is greedy, none before the first draw."""
+        none = np.empty(0, np.int32), np.empty(0)
+        tokens = np.empty(_engine.sampler_kept(self._handle, *none), np.int32)
+        weights = np.empty(len(tokens))
+        _engine.sampler_kept(self._handle, tokens, weights)
+        order = np.lexsort((tokens, -weights))[: np.count_nonzero(weights)]
+        return tokens[order], weights[order] / weights.sum()

@@ -141,6 +141,33 @@ Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
+# How tokens are drawn: of an answer, or of requests that say nothing of it.
+Temperature = Annotated[
+    float, number("--temp", metavar="X", within=Range(0, LARGEST), help="0 always takes the likeliest token.")
+]
+TopK = Annotated[int, number("--top-k", within=FROM_ZERO, help="Only the k likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float,
+    number(
+        "--top-p", metavar="X", within=Range(0, 1, open_low=True), help="Only the likeliest that make up p; 1: all."
+    ),
+]
+MinP = Annotated[float, number("--min-p", metavar="X", within=SHARE, help="Only those at least p times the likeliest.")]
+RepeatPenalty = Annotated[
+    float,
+    number(
+        "--repeat-penalty",
+        metavar="X",
+        within=Range(0.01, LARGEST),
+        help="Above 1, what was said becomes less likely.",
+    ),
+]
+Seed = Annotated[int | None, number("--seed", within=Range(0, MAX_SEED), help="The same seed gives the same answer.")]
+THINKING = {"auto": None, "on": True, "off": False}
+THINK_HELP = "Whether the model reasons before it answers; auto: as its chat template has it."
+Think = Annotated[Literal["auto", "on", "off"], typer.Option("--think", help=THINK_HELP)]
+
+
 # Of the commands that answer many at once.
 Parallel = Annotated[int, number("--parallel", within=Range(1, 64), help="Answers written at the same time.")]
 RequestContext = Annotated[int | None, number("-c", "--ctx", within=CONTEXT, help="Tokens of context of each request.")]

@@ -25,6 +25,9 @@ struct ds_sampler {
     int capacity;       /* of the two below, in tokens: the largest vocabulary seen */
     float *logits;      /* (capacity): after the penalty */
     candidate *heap;    /* (capacity) */
+    candidate *kept;    /* (n_kept), within heap: what the last token was drawn from, in no order */
+    int n_kept;
+    float best; /* the highest of their logits */
 };
 
 /* Blackman and Vigna's xoshiro256**, seeded by splitmix64 as they advise. */
@@ -131,6 +134,7 @@ static ds_status reserve(ds_sampler *s, int n_vocab, ds_error *err) {
     free(s->heap);
     s->logits = logits;
     s->heap = heap;
+    s->n_kept = 0;
     s->capacity = n_vocab;
     return DS_OK;
 }
@@ -284,12 +288,26 @@ ds_status ds_sampler_sample(ds_sampler *sampler, const float *logits, int n_voca
     for (int i = 1; i < n; i++) {
         best = before(sampler->heap[i], best) ? sampler->heap[i] : best;
     }
-    int32_t chosen = best.token;
+    survivors kept = {&sampler->heap[0], 1};
     if (o->temperature > 0) {
-        survivors kept = keep_likely(o, (survivors){sampler->heap, n}, best.logit);
-        chosen = draw(sampler, kept, best.logit);
+        kept = keep_likely(o, (survivors){sampler->heap, n}, best.logit);
+        best.token = draw(sampler, kept, best.logit);
+    } else {
+        sampler->heap[0] = best;
     }
-    ds_sampler_accept(sampler, chosen);
-    *token = chosen;
+    sampler->kept = kept.first;
+    sampler->n_kept = kept.n;
+    sampler->best = best.logit;
+    ds_sampler_accept(sampler, best.token);
+    *token = best.token;
     return DS_OK;
+}
+
+int ds_sampler_kept(const ds_sampler *s, int32_t *tokens, double *weights, int capacity) {
+    const double temperature = s->options.temperature;
+    for (int i = 0; i < s->n_kept && i < capacity; i++) {
+        tokens[i] = s->kept[i].token;
+        weights[i] = temperature > 0 ? exp(((double)s->kept[i].logit - s->best) / temperature) : 1;
+    }
+    return s->n_kept;
 }

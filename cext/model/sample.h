@@ -24,3 +24,7 @@ void ds_sampler_destroy(ds_sampler *sampler);
 /* Draw from logits (n_vocab), unchanged; the token is accepted too. NaN logits are never drawn; if all are NaN or -inf, fails. */
 ds_status ds_sampler_sample(ds_sampler *sampler, const float *logits, int n_vocab, int32_t *token, ds_error *err);
 void ds_sampler_accept(ds_sampler *sampler, int32_t token);
+
+/* What the last token was drawn from, in no order, each with its weight (the best one's is 1): writes at most capacity of
+ * them and returns how many there are. 0 before the first draw. */
+int ds_sampler_kept(const ds_sampler *sampler, int32_t *tokens, double *weights, int capacity);

@@ -41,9 +41,28 @@ static PyObject *sampler_accept(void *sampler, PyObject *args) {
 }
 DS_PY_HELD(sampler_accept, DS_PY_SAMPLER)
 
+/* sampler_kept(sampler, tokens int32 buffer, weights float64 buffer) -> how many there are, also where fewer fit */
+static PyObject *sampler_kept(void *sampler, PyObject *args) {
+    PyObject *capsule, *tokens, *weights;
+    Py_buffer ids, values;
+    if (!PyArg_ParseTuple(args, "OOO", &capsule, &tokens, &weights)) return NULL;
+    if (!ds_py_buffer(tokens, 0, true, &ids)) return NULL;
+    int capacity = (int)(ids.len / (Py_ssize_t)sizeof(int32_t));
+    if (!ds_py_buffer(weights, (size_t)capacity * sizeof(double), true, &values)) {
+        PyBuffer_Release(&ids);
+        return NULL;
+    }
+    int n = ds_sampler_kept(sampler, ids.buf, values.buf, capacity);
+    PyBuffer_Release(&ids);
+    PyBuffer_Release(&values);
+    return PyLong_FromLong(n);
+}
+DS_PY_HELD(sampler_kept, DS_PY_SAMPLER)
+
 PyMethodDef ds_py_sampler_methods[] = {
     {"sampler_open", sampler_open, METH_VARARGS, NULL},
     {"sampler_sample", sampler_sample_held, METH_VARARGS, NULL},
     {"sampler_accept", sampler_accept_held, METH_VARARGS, NULL},
+    {"sampler_kept", sampler_kept_held, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -35,9 +35,6 @@ LOOKUP_HELP = (
     "Draft up to N tokens where the answer repeats what was said: for quoting and editing. Up to 3 the answer is the"
     " same to the bit; 0: off."
 )
-Think = Literal["auto", "on", "off"]
-THINKING = {"auto": None, "on": True, "off": False}
-THINK_HELP = "Whether the model reasons before it answers; auto: as its chat template has it."
 FIM_HELP = "Write what stands between two texts, for models that were trained for it (DeepSeek-Coder-V2)."
 RESUME_HELP = (
     "Go on with the conversation NAME, with the model that it was with unless another path is given; conversations in a"
@@ -53,35 +50,12 @@ def chat(
     limit: Annotated[
         int | None, number("-n", "--max-tokens", within=options.COUNT, help="Most tokens of an answer.")
     ] = None,
-    temperature: Annotated[
-        float,
-        number("--temp", metavar="X", within=Range(0, options.LARGEST), help="0 always takes the likeliest token."),
-    ] = 0.7,
-    top_k: Annotated[
-        int, number("--top-k", within=options.FROM_ZERO, help="Only the k likeliest tokens; 0: all.")
-    ] = 40,
-    top_p: Annotated[
-        float,
-        number(
-            "--top-p", metavar="X", within=Range(0, 1, open_low=True), help="Only the likeliest that make up p; 1: all."
-        ),
-    ] = 0.95,
-    min_p: Annotated[
-        float, number("--min-p", metavar="X", within=options.SHARE, help="Only those at least p times the likeliest.")
-    ] = 0.05,
-    repeat_penalty: Annotated[
-        float,
-        number(
-            "--repeat-penalty",
-            metavar="X",
-            within=Range(0.01, options.LARGEST),
-            help="Above 1, what was said becomes less likely.",
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int | None,
-        number("--seed", within=Range(0, options.MAX_SEED), help="The same seed gives the same answer."),
-    ] = None,
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 40,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.05,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    seed: options.Seed = None,
     context: Annotated[int | None, number("-c", "--ctx", within=options.CONTEXT, help=CONTEXT_HELP)] = None,
     kv: options.Kv = "f16",
     threads: options.Threads = None,
@@ -90,7 +64,7 @@ def chat(
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
-    think: Annotated[Think, typer.Option("--think", help=THINK_HELP)] = "auto",
+    think: options.Think = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
     special: Annotated[
         bool, typer.Option("--special", help="With --raw: control tokens spelt in the prompt are control tokens.")
@@ -150,7 +124,7 @@ def chat(
             raw=raw,
             special=special,
             suffix=None if fim is None else text.typed(fim[1], "the text after"),
-            thinking=THINKING[think],
+            thinking=options.THINKING[think],
             n_draft=lookup,
             n_ctx_train=opened.n_ctx_train,
             dropped=lambda n: None if quiet else tell_dropped(n),
@@ -166,7 +140,7 @@ def chat(
         if resume is not None:
             keeping.reopen(resume)
             conversation.system = system or conversation.system
-            conversation.thinking = conversation.thinking if think == "auto" else THINKING[think]
+            conversation.thinking = conversation.thinking if think == "auto" else options.THINKING[think]
         if asked is None:
             Repl(talk, keeping, remembers=not no_save).run()
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,8 +24,14 @@ EXAMPLES = (
     "serve model.gguf --host 0.0.0.0 --api-key-file keys.txt",
 )
 KEY_HELP = "Answer only who brings this key (may be repeated; DSV2_API_KEY likewise)."
-ORIGIN_HELP = "Answer web pages of this origin too, as https://chat.example.org (may be repeated)."
+ORIGIN_HELP = (
+    "Answer web pages of this origin too, as https://chat.example.org; localhost: all that this machine serves (may be"
+    " repeated)."
+)
 HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
+ALIAS_HELP = "The model's name, in place of its own, and further names that it answers to."
+LIMIT_HELP = "Most tokens of an answer that asks for no number."
+TEMPLATE_HELP = "How chats are written, in place of what the model's file says: a Jinja template."
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
 DISK_SIZE_HELP = "Most bytes in --cache-dir; what was used least recently goes first."
@@ -38,7 +43,7 @@ FILES_HELP = (
 
 def serve(
     model: options.Model = None,
-    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS,...", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, number("--port", within=Range(0, 65535), help="0: any that is free.")] = 8080,
     parallel: options.Parallel = 4,
     queue: Annotated[int, number("--queue", within=Range(1, 4096), help="Requests that may wait beside them.")] = 64,
@@ -52,12 +57,24 @@ def serve(
     slot_save_path: Annotated[
         Path | None, options.place("--slot-save-path", metavar="FOLDER", help=SLOTS_HELP, show_default=False)
     ] = None,
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 40,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.05,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    seed: options.Seed = None,
+    limit: Annotated[int | None, number("-n", "--max-tokens", within=options.COUNT, help=LIMIT_HELP)] = None,
+    think: options.Think = "auto",
+    template: Annotated[str | None, typer.Option("--chat-template", metavar="JINJA", help=TEMPLATE_HELP)] = None,
+    template_file: Annotated[
+        Path | None, options.place("--chat-template-file", metavar="FILE", help="The same from a file.")
+    ] = None,
     threads: options.Threads = None,
     engine: options.Engine = "auto",
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
-    alias: Annotated[str | None, typer.Option("--alias", help="The model's name, in place of its own.")] = None,
+    alias: Annotated[str | None, typer.Option("--alias", metavar="NAME,...", help=ALIAS_HELP)] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
     api_key_file: Annotated[
         Path | None, options.place("--api-key-file", metavar="FILE", help="Keys, one a line.")
@@ -69,8 +86,14 @@ def serve(
     cors_origin: Annotated[list[str] | None, typer.Option("--cors-origin", metavar="ORIGIN", help=ORIGIN_HELP)] = None,
     files_dir: Annotated[Path | None, options.place("--files-dir", metavar="DIR", help=FILES_HELP)] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=SAME_HELP)] = False,
+    slots: Annotated[bool, typer.Option("--slots/--no-slots", help="Tell what is being answered (/slots).")] = True,
+    metrics: Annotated[bool, typer.Option("--metrics/--no-metrics", help="Counters for Prometheus.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The page at /.")] = True,
     quiet: options.Quiet = False,
 ) -> None:
+    from dsv2cli.server.guard import is_loopback
+
+    hosts = hosts_in(host)
     cache_bytes = options.cache_bytes(cache)
     disk = None if cache_dir is None else (cache_dir, options.size("--cache-disk", cache_disk, "as 20G or 500M"))
     for option, given in (("--cache-dir", cache_dir), ("--slot-save-path", slot_save_path)):
@@ -78,29 +101,77 @@ def serve(
             raise UsageError(f"{option}, but {'--deterministic' if deterministic else '--cache 0'} keeps nothing")
     if slot_save_path is not None and not slot_save_path.is_dir():
         raise CliError(f"--slot-save-path: `{slot_save_path}` is no folder")
-    rules = rules_of(host, [*(api_key or []), *keys_in(api_key_file)], allowed_host or [], cors_origin or [])
-    if not rules.keys and not no_auth and not is_loopback(host):
+    keys = [*(api_key or []), *keys_in(api_key_file)]
+    rules = rules_of(host, keys, allowed_host or [], cors_origin or [])
+    if not rules.keys and not no_auth and (reachable := [name for name in hosts if not is_loopback(name)]):
         raise UsageError(
-            f"{host} can be reached from other machines, and no key is asked for",
+            f"{', '.join(reachable)} can be reached from other machines, and no key is asked for",
             "--api-key asks for one; --no-auth lets anybody in",
         )
 
     from cext import MAX_STEP
     from dsv2cli import locate
     from dsv2cli.residency import Beside
-    from dsv2cli.server import process
+    from dsv2cli.server import app, process
+    from dsv2cli.server.generation import Params
 
+    name, others = names_in(alias)
     beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
     wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside)
     settings = process.Settings(
-        context, parallel, queue, cache_bytes, kv, alias, deterministic, disk=disk, slot_folder=slot_save_path
+        context,
+        parallel,
+        queue,
+        cache_bytes,
+        kv,
+        name,
+        deterministic,
+        Params(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed),
+        limit,
+        disk,
+        slot_save_path,
+        others,
+        options.THINKING[think],
+        template_in(template, template_file),
     )
     path = locate.model(model)
-    listening = process.listen(host, port)
+    listening = process.listen_all(hosts, port)
     if not quiet:
-        console.note(f"http://{process.address(listening)}/v1 (Ctrl-C stops)")
-    plan = process.Plan(process.load(path, threads, settings, wishes), rules, files=files_dir)
-    process.Serving(plan).run_alone(listening)
+        console.note(", ".join(f"http://{process.address(one)}/v1" for one in listening) + " (Ctrl-C stops)")
+    is_open = {"slots": slots, "metrics": metrics, app.PAGE: page}
+    closed = frozenset(part for part in app.CLOSABLE if not is_open[part])
+    plan = process.Plan(process.load(path, threads, settings, wishes), rules, files=files_dir, closed=closed)
+    process.Serving(plan).run_alone(*listening)
+
+
+def hosts_in(text: str) -> list[str]:
+    """The addresses of --host. UsageError where there is none."""
+    hosts = [host.strip().strip("[]") for host in text.split(",")]
+    if not all(hosts) or len(set(hosts)) < len(hosts):
+        raise UsageError(f"--host {text!r} is no list of addresses", "as 127.0.0.1, or 127.0.0.1,::1")
+    return hosts
+
+
+def names_in(alias: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """(the name that --alias gives, further ones); None: the model's own. UsageError."""
+    if alias is None:
+        return None, ()
+    first, *others = dict.fromkeys(name.strip() for name in alias.split(","))
+    if not first or not all(others):
+        raise UsageError(f"--alias {alias!r} holds a name of nothing")
+    return first, tuple(others)
+
+
+def template_in(text: str | None, file: Path | None) -> str | None:
+    """The chat template in place of the model's. CliError, UsageError."""
+    if text is not None and file is not None:
+        raise UsageError("--chat-template and --chat-template-file each name a template: give one of them")
+    if file is None:
+        return text
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"cannot read the template in `{file}`: {getattr(error, 'strerror', None) or error}") from None
 
 
 def keys_in(file: Path | None) -> list[str]:
@@ -115,6 +186,7 @@ def keys_in(file: Path | None) -> list[str]:
 
 
 def rules_of(host: str, keys: Iterable[str], hosts: Iterable[str], origins: Iterable[str]) -> Rules:
+    """host: where it listens, as given; hosts: further names."""
     from dsv2cli.server.guard import Rules, digest
 
     keys = list(keys)
@@ -124,13 +196,6 @@ def rules_of(host: str, keys: Iterable[str], hosts: Iterable[str], origins: Iter
         raise UsageError("--cors-origin * would let every web page in", "name the origins that are meant")
     return Rules(
         frozenset(digest(os.fsencode(key.strip())) for key in keys),
-        frozenset({host.lower(), *(name.lower() for name in hosts)}),
+        frozenset(name.lower() for name in (*hosts_in(host), *hosts)),
         frozenset(origin.rstrip("/").lower() for origin in origins),
     )
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -14,10 +14,13 @@ class Sampling(Protocol):
 
     def sample(self, logits: NDArray[np.float32]) -> int: ...
     def accept(self, ids: list[int]) -> None: ...
+    def kept(self) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """(tokens, probabilities) that the last one was drawn from, the likeliest first."""
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probabilities under the model itself: before penalties, cuts and temperature."""
+    """Natural log-probabilities under the model itself: before penalties, cuts and temperature. Or as they were drawn
+    from, after all of these."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]  # (token, log-probability), the likeliest first
@@ -34,6 +37,16 @@ def logprobs(logits: NDArray[np.float32], token: int, n_top: int) -> Logprobs:
     best = np.argpartition(-row, n_top - 1)[:n_top] if n_top else np.empty(0, np.intp)
     best = best[np.lexsort((best, -row[best]))]
     return Logprobs(float(row[token]), tuple(zip(best.tolist(), row[best].tolist(), strict=True)))
+
+
+def drawn_logprobs(sampler: Sampling, token: int, n_top: int) -> Logprobs:
+    """Of the token that was drawn last and of the n_top likeliest, as it was drawn from them."""
+    import numpy as np
+
+    tokens, probabilities = sampler.kept()
+    row = np.log(probabilities)
+    top = zip(tokens[:n_top].tolist(), row[:n_top].tolist(), strict=True)
+    return Logprobs(float(row[tokens == token][0]), tuple(top))
 
 
 class PromptRows:

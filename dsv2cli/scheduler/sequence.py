@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dsv2cli.scheduler.context import Context
 from dsv2cli.scheduler.drafts import Drafter
 from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
-from dsv2cli.scheduler.sampling import PromptRows, Sampling, logprobs
+from dsv2cli.scheduler.sampling import Logprobs, PromptRows, Sampling, drawn_logprobs, logprobs
 from dsv2cli.scheduler.stats import Stats
 from dsv2cli.scheduler.text import Text
 
@@ -27,9 +27,9 @@ class Sequence:
     """A prompt and the answer to it, sampled until an end token, a stop string, ``limit`` tokens or a full context.
 
     The token that ends the answer is no part of it, and its last token may not be in the cache. n_top: how many of the
-    likeliest tokens' log-probabilities come with each token; None: none at all. rows: takes those of the prompt's own
-    tokens, which it may hold already for a beginning that is in the cache. ValueError for a prompt or an answer of no
-    tokens.
+    likeliest tokens' log-probabilities come with each token; None: none at all. drawn: they are those that it was drawn
+    from, not the model's own. rows: takes those of the prompt's own tokens, which it may hold already for a beginning
+    that is in the cache. ValueError for a prompt or an answer of no tokens.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Sequence:
         limit: int | None = None,
         drafter: Drafter | None = None,
         n_top: int | None = None,
+        drawn: bool = False,
         rows: PromptRows | None = None,
         refill: Refill = lambda answer: None,
         stats: Stats | None = None,
@@ -58,7 +59,7 @@ class Sequence:
         self.rows = rows
         self.n_prompt = len(prompt)
         self._sampler, self._text, self._is_end = sampler, text, is_end
-        self._limit, self._drafter, self._n_top, self._refill = limit, drafter, n_top, refill
+        self._limit, self._drafter, self._n_top, self._drawn, self._refill = limit, drafter, n_top, drawn, refill
         self._n_asked = 0  # tokens that are being evaluated
         self._draft: list[int] = []  # and those on a guess, after them
         self._began = time.perf_counter()
@@ -132,6 +133,7 @@ class Sequence:
         else:
             self._first = now
             self.stats.prefill_seconds = now - self._began
+            events.append(self.progress)
         if self._draft:
             self.stats.n_drafted += len(self._draft)
         for row, guess in zip(logits, [*self._draft, None], strict=True):
@@ -155,7 +157,9 @@ class Sequence:
         if self._drafter is not None:
             self._drafter.add(token)
         text = self._text.feed(token)
-        events.append(Token(self, token, text, None if self._n_top is None else logprobs(row, token, self._n_top)))
+        events.append(
+            Token(self, token, text, None if self._n_top is None else self._logprobs(token, row, self._n_top))
+        )
         if self._text.stop is not None:
             return "stop"
         if len(self.answer) == self._limit:
@@ -166,6 +170,9 @@ class Sequence:
                 return "context"
             self._read(prompt)
         return None
+
+    def _logprobs(self, token: int, row: NDArray[np.float32], n_top: int) -> Logprobs:
+        return drawn_logprobs(self._sampler, token, n_top) if self._drawn else logprobs(row, token, n_top)
 
     def end(self, reason: Reason, error: Exception | None = None) -> End:
         self.stats.stop, self.ended = reason, True

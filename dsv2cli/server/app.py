@@ -31,6 +31,8 @@ Handler = Callable[["Service", Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/chat/completions", chat.chat),
     ("POST", "/chat/completions", chat.chat),
+    ("POST", "/v1/chat/completions/input_tokens", chat.input_tokens),
+    ("POST", "/chat/completions/input_tokens", chat.input_tokens),
     ("POST", "/v1/completions", completions.completions),
     ("GET", "/v1/models", models.models),
     ("GET", "/models", models.models),
@@ -81,8 +83,13 @@ class State:
         self.began = time.time()
 
 
-def build(state: State, rules: Rules) -> App:
-    """The ASGI application."""
+# What a server can be started without: the first part of its paths, and the page.
+PAGE = "page"
+CLOSABLE = ("slots", "metrics", PAGE)
+
+
+def build(state: State, rules: Rules, closed: frozenset[str] = frozenset()) -> App:
+    """The ASGI application. closed: of CLOSABLE, what is not answered."""
 
     def answered(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -108,12 +115,23 @@ def build(state: State, rules: Rules) -> App:
         body: dict[str, Any] = {"status": "ok"} if ready else errors.loading().body()
         return Response(dump(body), 200 if ready else 503, media_type=JSON_TYPE)
 
-    routes = [Route(path, answered(handler), methods=[method]) for method, path, handler in ROUTES]
-    routes += [Route(path, webpage.page) for path in webpage.FILES]
+    def opened(path: str, handler: Handler) -> Handler:
+        name = path.split("/")[1]
+        return _closed(name) if name in closed else handler
+
+    routes = [Route(path, answered(opened(path, handler)), methods=[method]) for method, path, handler in ROUTES]
+    routes += [Route(path, webpage.page) for path in webpage.FILES if PAGE not in closed]
     routes += [Route(path, health) for path in ("/health", "/v1/health")]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
     app.router.redirect_slashes = False
     return Guard(app, rules)
+
+
+def _closed(name: str) -> Handler:
+    async def refused(service: Service, request: Request) -> Response:
+        raise ApiError(501, f"this server was started with --no-{name}", "not_supported_error")
+
+    return refused
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

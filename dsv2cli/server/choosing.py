@@ -45,6 +45,9 @@ class Chooser:
     def accept(self, ids: Iterable[int]) -> None:
         self._sampler.accept(ids)
 
+    def kept(self) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        return self._sampler.kept()
+
     def sample(self, logits: NDArray[np.float32]) -> int:
         if self._is_plain:
             return self._sampler.sample(logits)

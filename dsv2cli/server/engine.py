@@ -149,6 +149,8 @@ class Figures:
     steps: int = 0
     step_seconds: float = 0.0
     longest_step: float = 0.0
+    in_steps: int = 0  # answers, summed over steps
+    longest: int = 0  # tokens of a prompt and its answer
 
 
 class Engine:
@@ -291,6 +293,7 @@ class Engine:
     def _step(self) -> list[Event]:
         decodes = any(s.n_waiting == 1 for s in self._tickets)
         reads = any(s.n_waiting > 1 for s in self._tickets)
+        self.figures.in_steps += len(self._tickets)
         begun = time.perf_counter()
         events = self._scheduler.step()
         seconds = time.perf_counter() - begun
@@ -476,6 +479,7 @@ class Engine:
             tokenizer.is_end,
             limit=asked.limit,
             n_top=asked.n_top,
+            drawn=asked.drawn,
             rows=rows,
         )
 
@@ -545,6 +549,7 @@ class Engine:
             figures.prompt_tokens += stats.n_prompt - stats.n_reused
             figures.cached_tokens += stats.n_reused
         figures.answer_tokens += stats.n_answer
+        figures.longest = max(figures.longest, stats.n_prompt + stats.n_answer)
         figures.prompt_seconds += stats.prefill_seconds
         figures.answer_seconds += stats.decode_seconds
         figures.finished += event.reason not in ("cancelled", "error")

@@ -47,10 +47,12 @@ def no_such_model(name: str) -> ApiError:
 
 
 def too_long(n_prompt: int, n_ctx: int) -> ApiError:
-    """A prompt that the context does not hold; llama-server's names beside OpenAI's code."""
+    """A prompt that the context does not hold; llama-server's names and words beside OpenAI's code: agents look for
+    them before they shorten a conversation."""
     return ApiError(
         400,
-        f"the prompt has {n_prompt} tokens and the context {n_ctx}: shorten it, or serve with a larger --ctx",
+        f"the prompt has {n_prompt} tokens, which exceeds the available context size of {n_ctx}: shorten it, or serve"
+        " with a larger --ctx",
         kind="exceed_context_size_error",
         code="context_length_exceeded",
         more={"n_prompt_tokens": n_prompt, "n_ctx": n_ctx},

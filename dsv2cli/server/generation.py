@@ -42,11 +42,11 @@ class Params:
 class Generation:
     """A prompt and how it is answered, n times.
 
-    n_top: how many of the likeliest tokens' log-probabilities come with each token; None: none. rows: those of the
-    prompt's tokens as well. opening: the end of the prompt that belongs to the answer (a reasoning tag). salt: requests
-    share what was read only with those of the same salt. constraint: makes one for each answer. slot: the number that
-    the answer is to have among those stepped together, where it is free. background: it is answered while nobody waits
-    for another.
+    n_top: how many of the likeliest tokens' log-probabilities come with each token; None: none. drawn: as they were
+    drawn from, not the model's own. rows: those of the prompt's tokens as well. opening: the end of the prompt that
+    belongs to the answer (a reasoning tag). salt: requests share what was read only with those of the same salt.
+    constraint: makes one for each answer. slot: the number that the answer is to have among those stepped together,
+    where it is free. background: it is answered while nobody waits for another.
     """
 
     prompt: list[int]
@@ -55,6 +55,7 @@ class Generation:
     n: int = 1
     stops: tuple[str, ...] = ()
     n_top: int | None = None
+    drawn: bool = False
     rows: bool = False
     opening: tuple[int, ...] = ()
     salt: bytes = b""

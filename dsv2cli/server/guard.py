@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Answered without a key: for load balancers; and the page, which asks its reader for one.
 PUBLIC = frozenset({"/health", "/v1/health", "/", "/page.js", "/page.css"})
+LOCAL = "localhost"
 UPLOAD = "/v1/files"  # where a form comes in place of JSON, which is read as it comes: see dialects/batches.py
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
@@ -35,7 +36,8 @@ PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Contro
 
 @dataclass(frozen=True)
 class Rules:
-    """keys: digests of the API keys; none: no key is asked for. hosts, origins: allowed beside the usual ones."""
+    """keys: digests of the API keys; none: no key is asked for. hosts, origins: allowed beside the usual ones; the
+    origin LOCAL: every page that this machine serves."""
 
     keys: frozenset[bytes] = frozenset()
     hosts: frozenset[str] = frozenset()
@@ -58,8 +60,28 @@ def check_host(host: str | None, allowed: frozenset[str]) -> None:
         raise ApiError(403, f"requests for the host {host[:100]!r} are not answered; --allowed-host names it") from None
 
 
+def is_allowed(origin: str, allowed: frozenset[str]) -> bool:
+    if origin in allowed:
+        return True
+    try:
+        parts = urlsplit(origin)
+        is_origin = parts.scheme in ("http", "https") and origin == f"{parts.scheme}://{parts.netloc}"
+        return LOCAL in allowed and is_origin and is_loopback(parts.hostname or "")
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def check_origin(origin: str | None, host: str | None, allowed: frozenset[str]) -> None:
-    if origin is None or origin in allowed or (host is not None and origin in (f"http://{host}", f"https://{host}")):
+    if origin is None or is_allowed(origin, allowed):
+        return
+    if host is not None and origin in (f"http://{host}", f"https://{host}"):
         return
     raise ApiError(403, f"pages of {origin[:100]!r} are not answered; --cors-origin allows them")
 
@@ -102,7 +124,7 @@ class Guard:
         try:
             self._check(scope, headers)
             if scope["method"] == "OPTIONS":
-                await _answer(send, 204, PREFLIGHT | {"Access-Control-Allow-Headers": ALLOWED_HEADERS})
+                await _answer(send, 200, PREFLIGHT | {"Access-Control-Allow-Headers": ALLOWED_HEADERS})
                 return
             if scope["method"] == "POST" and scope["path"] != UPLOAD:
                 receive = await _read_body(receive, headers)
@@ -128,7 +150,7 @@ class Guard:
                 raise ApiError(415, "the Content-Type must be application/json")
 
     def _with_cors(self, send: Send, origin: str | None) -> Send:
-        if origin is None or origin not in self._rules.origins:
+        if origin is None or not is_allowed(origin, self._rules.origins):
             return send
 
         async def marked(message: MutableMapping[str, Any]) -> None:

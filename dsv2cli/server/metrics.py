@@ -9,6 +9,7 @@ from dsv2cli.runtime import Runtime
 from dsv2cli.server.service import Service
 
 Row = tuple[str, str, str, float]  # name, kind, what it is, value
+DRAFTS = ("drafts", "draft_tokens", "accepted_tokens")  # dashboards of llama-server's ask for them
 TEXT = "text/plain; version=0.0.4"
 
 
@@ -23,6 +24,8 @@ async def metrics(service: Service, request: Request) -> Response:
         ("tokens_predicted_total", "counter", "Tokens written.", f.answer_tokens),
         ("tokens_predicted_seconds_total", "counter", "Seconds of writing.", f.answer_seconds),
         ("n_decode_total", "counter", "Steps of the engine.", f.steps),
+        ("n_tokens_max", "counter", "The longest prompt and answer together.", f.longest),
+        ("n_busy_slots_per_decode", "gauge", "Answers in a step, on average.", f.in_steps / max(f.steps, 1)),
         ("step_seconds_total", "counter", "Seconds in steps.", f.step_seconds),
         ("step_seconds_max", "gauge", "The longest step.", f.longest_step),
         ("requests_total", "counter", "Requests taken on.", f.requests),
@@ -38,6 +41,7 @@ async def metrics(service: Service, request: Request) -> Response:
         ("cache_disk_tokens_total", "counter", "Prompt tokens found on disk.", disk.n_fetched if disk else 0),
         ("kept_prefixes", "gauge", "Prefixes kept for requests that begin alike.", len(engine.prefixes)),
     )
+    rows += tuple((f"spec_decode_num_{what}_total", "counter", "Nothing is drafted here.", 0) for what in DRAFTS)
     rows += drive_rows(engine.runtime)
     lines = [
         f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value:g}\n"

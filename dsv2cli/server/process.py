@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cext.errors import TemplateError
+from cext.template import free_variables
 from dsv2cli import console, runtime
 from dsv2cli.errors import INTERRUPTED, CliError
 from dsv2cli.server import files
@@ -32,6 +34,7 @@ from dsv2cli.server.service import Service
 
 if TYPE_CHECKING:
     from cext.model import KvType
+    from cext.tokenizer import Tokenizer
 
 MAX_HEADERS = 16 << 10  # bytes (CVE-2025-48956)
 MAX_CONNECTIONS = 512
@@ -39,18 +42,30 @@ IDLE_SECONDS = 30
 HEAD_SECONDS = 30.0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, before anything slow. CliError where the address cannot be had."""
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A bound socket, before anything slow. shared: IPv6's :: leaves IPv4's addresses to others. CliError where the
+    address cannot be had."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared and family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(where)
         bound.listen(128)
     except OSError as error:
         raise CliError(
             f"cannot listen on {host}, port {port}: {error.strerror or error}", "--port 0 takes any that is free"
         ) from None
+    return bound
+
+
+def listen_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """As listen, at several addresses and one port; 0: any that is free at the first. CliError."""
+    bound: list[socket.socket] = []
+    for host in hosts:
+        bound.append(listen(host, port, shared=len(hosts) > 1))
+        port = bound[0].getsockname()[1]
     return bound
 
 
@@ -111,18 +126,19 @@ class Plan:
     """What is to be served. load: opens the model, which takes a while; requests before it has are told so.
 
     grace: seconds that what runs has at the end. files: a folder for clients' files and batches; None: one that goes
-    with the server.
+    with the server. closed: of app.CLOSABLE, what is not answered.
     """
 
     load: Callable[[], AbstractContextManager[Service]]
     rules: Rules
     grace: float = 30.0
     files: Path | None = None
+    closed: frozenset[str] = frozenset()
 
 
 def server_of(state: State, plan: Plan) -> Server:
     config = uvicorn.Config(
-        build(state, plan.rules),
+        build(state, plan.rules, plan.closed),
         http=Protocol,
         ws="none",
         lifespan="off",
@@ -147,13 +163,13 @@ class Serving:
         self._over = threading.Event()
         self._failure: BaseException | None = None
 
-    def run(self, listening: socket.socket) -> None:
+    def run(self, *listening: socket.socket) -> None:
         """Until SIGTERM or Ctrl-C (KeyboardInterrupt): then no more is taken on, and what runs has its grace. Raises
         what opening the model raises. A model that is still being loaded is not waited for."""
         loader = threading.Thread(target=self._serve_model, name="dsv2-model", daemon=True)
         loader.start()
         try:
-            self.server.run(sockets=[listening])
+            self.server.run(sockets=list(listening))
         finally:
             self._over.set()
             if not self.is_loading:
@@ -163,13 +179,13 @@ class Serving:
         if self.server.interrupted:
             raise KeyboardInterrupt
 
-    def run_alone(self, listening: socket.socket) -> None:
+    def run_alone(self, *listening: socket.socket) -> None:
         """As run, in a process that serves and nothing else: it ends at once where the model still loads.
 
         Loading cannot be stopped in every library, and Python would wait for its threads at the end.
         """
         try:
-            self.run(listening)
+            self.run(*listening)
         finally:
             if self.is_loading:
                 if console.obeys(sys.stderr):
@@ -204,6 +220,7 @@ def load(
     @contextlib.contextmanager
     def opened() -> Iterator[Service]:
         with runtime.open_model(path, threads, wishes) as model:
+            _prepare(model.tokenizer, settings)
             n_ctx = model.context(settings.n_ctx)
             limits = Limits(n_ctx, settings.parallel, settings.queue, settings.cache_bytes, settings.deterministic)
             disk = _disk(model, n_ctx, settings) if settings.disk is not None else None
@@ -212,11 +229,24 @@ def load(
                 engine,
                 settings.name or model.name,
                 settings.params,
+                settings.aliases,
+                settings.thinking,
                 n_predict=settings.n_predict,
                 slot_folder=settings.slot_folder,
             )
 
     return opened
+
+
+def _prepare(tokenizer: Tokenizer, settings: Settings) -> None:
+    """CliError where a chat cannot be written as the settings want it."""
+    if settings.template is not None:
+        tokenizer.chat_template = settings.template
+    try:
+        tokenizer.check_thinking(settings.thinking)
+        free_variables(settings.template or "")
+    except TemplateError as error:
+        raise CliError(str(error), error.hint) from None
 
 
 def _disk(model: runtime.Runtime, n_ctx: int, settings: Settings) -> Disk:
@@ -249,3 +279,6 @@ class Settings:
     n_predict: int | None = None  # most tokens of an answer that asks for no number
     disk: tuple[Path, int] | None = None
     slot_folder: Path | None = None
+    aliases: tuple[str, ...] = ()  # names beside it
+    thinking: bool | None = None  # of chats that say nothing about it
+    template: str | None = None  # in place of the file's

@@ -50,6 +50,8 @@ class Service:
     engine: Engine
     name: str
     defaults: Params
+    aliases: tuple[str, ...] = ()  # further names
+    thinking: bool | None = None  # of chats that say nothing about it; None: as the template has it
     fingerprint: str = "b1-dsv2"  # llama-server's form: clients look at its b
     n_predict: int | None = None  # most tokens of an answer that asks for no number
     slot_folder: Path | None = None  # where slots are saved
@@ -230,8 +232,14 @@ class Service:
         return [token]
 
     def check_model(self, name: str) -> None:
-        if name != self.name:
+        if name not in (self.name, *self.aliases):
             raise errors.no_such_model(name)
+
+    def spelt(self, ids: Sequence[int]) -> str:
+        """The text of a sequence, its control tokens as they are spelt."""
+        tokenizer = self.engine.runtime.tokenizer
+        pieces = ((tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token) for token in ids)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def token_text(self, token: int) -> str:
         """A token alone: a control token's spelling; part of a character as OpenAI spells it, bytes:\\xf0."""

@@ -275,3 +275,37 @@ def test_options_out_of_range(option: str, value: float) -> None:
 def test_logits_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         Options().sampler().sample(np.zeros(shape, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(temperature=0.7, top_k=9),
+        Options(temperature=2.0, top_p=0.8),
+        Options(temperature=1.3, top_p=0.95, min_p=0.02, top_k=30),
+        Options(repeat_penalty=1.8, repeat_last_n=3, min_p=0.05),
+        Options(temperature=0.001, top_k=5),  # all but one weigh nothing
+        Options(),
+    ],
+)
+def test_kept_is_what_was_drawn_from(options: Options) -> None:
+    logits = np.random.default_rng(5).normal(0, 3, 60).astype(np.float32)
+    logits[7] = -np.inf
+    sampler = options.sampler()
+    assert [len(part) for part in sampler.kept()] == [0, 0]
+    sampler.accept([1, 2, 3])
+    for recent in ((1, 2, 3), None):
+        token = sampler.sample(logits)
+        tokens, found = sampler.kept()
+        assert token in tokens and (np.diff(found) <= 0).all() and (found > 0).all()
+        if recent is not None:
+            wanted = probabilities(logits, options, recent)
+            assert set(tokens) == set(np.flatnonzero(wanted))
+            np.testing.assert_allclose(found, wanted[tokens], rtol=1e-5)
+
+
+def test_kept_of_a_greedy_draw_is_its_token() -> None:
+    sampler = Options(temperature=0.0).sampler()
+    assert sampler.sample(np.array([1, 5, 2], np.float32)) == 1
+    tokens, found = sampler.kept()
+    assert (tokens.tolist(), found.tolist()) == ([1], [1.0])

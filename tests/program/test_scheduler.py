@@ -250,7 +250,7 @@ def test_a_long_prompt_holds_nobody_up(model: cext.Model) -> None:
     events += scheduler.run()
     assert [step for step in watched.steps if len(step) == 4][:31] == [[1, 1, 1, 64]] * 31
     progress = [e.done for e in events if isinstance(e, Read)]
-    assert progress == list(range(0, 2000, 64))
+    assert progress == [*range(0, 2000, 64), 2000]
     assert said(events, long) == alone(session_of(model, 4096), prompt(2000, 5), limit=2)
 
 

@@ -14,9 +14,10 @@ from support.serving import Served, served
 from support.tiny import spec_named
 from support.vocab import write_model
 
-from dsv2cli.commands.serve import is_loopback, rules_of
+from dsv2cli.commands.serve import rules_of
 from dsv2cli.errors import UsageError
 from dsv2cli.server import guard
+from dsv2cli.server.guard import is_allowed, is_loopback
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -72,9 +73,23 @@ def test_origins(server: Served, origin: str | None, status: int) -> None:
 def test_preflights(server: Served) -> None:
     asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
     answer = server.client.options(CHAT, headers=asked)
-    assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.status_code == 200 and "POST" in answer.headers["access-control-allow-methods"]
     assert "access-control-allow-private-network" not in answer.headers
     assert server.client.options(CHAT, headers=asked | {"origin": "http://evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_let_in"),
+    [
+        ("http://localhost:3000", True), ("https://localhost", True), ("http://127.9.9.9:1", True),
+        ("http://[::1]:3000", True), ("http://localhost.evil.example", False), ("http://notlocalhost", False),
+        ("null", False), ("file://", False), ("http://localhost@evil.example", False), ("http://localhost/", False),
+        ("http://[", False), ("ftp://localhost", False), ("http://evil.example#localhost", False),
+    ],
+)  # fmt: skip
+def test_every_page_of_this_machine(path: Path, origin: str, is_let_in: bool) -> None:
+    assert is_allowed(origin, rules_of("127.0.0.1", [], [], ["localhost"]).origins) == is_let_in
+    assert not is_allowed(origin, frozenset())
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import Served, served
+from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import BOS, EOS, IDS, USER, V25_TEMPLATE, write_model
 
 from cext.tokenizer import Message, Tokenizer
+
+HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = variant(spec_named("lite"), n_ctx=4096)
     return write_model(tmp_path_factory.mktemp("native") / "tiny.gguf", spec, V25_TEMPLATE, endless=True)
+
+
+@pytest.fixture(scope="module")
+def long(path: Path) -> Iterator[Served]:
+    with served(path, dataclasses.replace(USUAL, n_ctx=4096)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +76,77 @@ def test_fields_stops_probabilities_and_ends(server: Served) -> None:
     assert nothing["content"] == "" and nothing["tokens_predicted"] == 0
 
 
+def test_probabilities_that_were_drawn_from(server: Served) -> None:
+    asked: dict[str, Any] = {"prompt": "Hi", "n_predict": 6, "n_probs": 20, "post_sampling_probs": True, "seed": 3}
+    drawn = server.asked("/completion", **asked, top_k=5, temperature=1.5, min_p=0, top_p=1)
+    assert drawn["generation_settings"]["post_sampling_probs"] is True
+    for one in drawn["completion_probabilities"]:
+        assert len(one["top_probs"]) == 5 and sum(top["prob"] for top in one["top_probs"]) == pytest.approx(1)
+        assert {top["id"]: top["prob"] for top in one["top_probs"]}[one["id"]] == one["prob"] > 0
+        assert "logprob" not in one and [t["prob"] for t in one["top_probs"]] == sorted(
+            (t["prob"] for t in one["top_probs"]), reverse=True
+        )
+    greedy = server.asked("/completion", **asked, temperature=0)["completion_probabilities"]
+    assert all(one["prob"] == 1 and len(one["top_probs"]) == 1 for one in greedy)
+    held = server.asked("/completion", **asked, temperature=1, top_k=0, top_p=1, min_p=0, grammar='root ::= "Hi"')
+    tops = [top for one in held["completion_probabilities"] for top in one["top_probs"]]
+    assert "Hi".startswith(tops[0]["token"]) and len(tops) < 20  # what the grammar forbids cannot be drawn
+
+
 def test_progress(server: Served) -> None:
     events = server.events("/completion", prompt=[5] * 300, n_predict=1, stream=True, return_progress=True)
     told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
-    assert told[0]["total"] == 300 and told[0]["processed"] <= told[-1]["processed"] <= 300
+    assert told[0]["total"] == 300 and told[0]["processed"] == told[0]["cache"] and told[-1]["processed"] == 300
+
+
+@pytest.mark.parametrize(
+    ("way", "body", "n_ids"),
+    [
+        ("/completion", {"prompt": [6] * 600, "n_predict": 3}, 600),
+        ("/v1/completions", {"prompt": [7] * 600, "max_tokens": 3}, 600),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the ant" * 200}], "max_tokens": 3}, None),
+        ("/v1/responses", {"input": "an ant" * 200, "max_output_tokens": 3}, None),
+    ],
+)
+def test_what_is_told_on_the_way(long: Served, way: str, body: dict[str, Any], n_ids: int | None) -> None:
+    silent = [event for event in long.events(way, **body, stream=True, ignore_eos=True) if event != "[DONE]"]
+    assert not any("prompt_progress" in event for event in silent)
+    asked: dict[str, Any] = {"stream": True, "ignore_eos": True, "return_progress": True, "timings_per_token": True}
+    events = [event for event in long.events(way, **body, **asked, cache_prompt=False) if event != "[DONE]"]
+    progress = [event for event in events if "prompt_progress" in event]
+    told = [event["prompt_progress"] for event in progress]
+    done = [one["processed"] for one in told]
+    assert done[0] == told[0]["cache"] == 0 and done == sorted(set(done)) and done[-1] == told[-1]["total"]
+    assert len(done) >= 3 and (n_ids is None or done[-1] == n_ids)  # 512 at a time
+    assert progress[0]["timings"]["prompt_n"] == progress[0]["timings"]["prompt_ms"] == 0
+    assert [event["timings"]["prompt_n"] for event in progress] == done
+    spoken = [event for event in events if "timings" in event and "prompt_progress" not in event]
+    counts = [event["timings"]["predicted_n"] for event in spoken]
+    assert counts and counts == sorted(counts) and counts[-1] == 3
+
+
+def test_the_chunk_of_usage_has_timings(server: Served) -> None:
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for way, body in (("/v1/chat/completions", {"messages": HI}), ("/v1/completions", {"prompt": "Hi"})):
+        *_, last, _ = server.events(way, **body, **usage, max_tokens=2, ignore_eos=True)
+        assert last["choices"] == [] and last["timings"]["predicted_n"] == last["usage"]["completion_tokens"] == 2
+
+
+def test_verbose_tells_the_prompt(server: Served) -> None:
+    asked: dict[str, Any] = {"messages": HI, "max_tokens": 2, "temperature": 0, "verbose": True}
+    told = server.asked("/chat/completions", **asked)["__verbose"]
+    assert told["prompt"] == server.asked("/apply-template", messages=HI)["prompt"]
+    assert told["generation_settings"]["temperature"] == 0
+    assert "__verbose" not in server.asked("/chat/completions", **(asked | {"verbose": False}))
+    streamed = [event for event in server.events("/chat/completions", **asked, stream=True) if event != "[DONE]"]
+    assert [event["__verbose"] for event in streamed if "__verbose" in event] == [told]
+
+
+def test_chats_are_counted(server: Served) -> None:
+    ids = server.asked("/tokenize", messages=HI)["tokens"]
+    for way in ("/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"):
+        assert server.asked(way, messages=HI)["input_tokens"] == len(ids)
+    assert server.post("/chat/completions/input_tokens", messages=[]).status_code == 400
 
 
 def test_tokens_there_and_back(server: Served, path: Path) -> None:
@@ -98,9 +174,42 @@ def test_templates(server: Served) -> None:
     assert server.asked("/apply-template", messages=messages, add_generation_prompt=False)["prompt"] == prompt[:-13]
 
 
+@pytest.mark.parametrize("text", ["Sure,", "Sure, ", f"a{EOS}{USER}b", ""])
+def test_templates_go_on_with_the_last_message(server: Served, text: str) -> None:
+    """What is told of a chat's prompt is what the chat is answered from."""
+    begun = [*HI, {"role": "assistant", "content": text}]
+    prompt = server.asked("/apply-template", messages=begun)["prompt"]
+    assert prompt == f"{BOS}{USER}Hi<｜Assistant｜>{text}"
+    whole = server.asked("/apply-template", messages=begun, add_generation_prompt=False)["prompt"]
+    assert whole == f"{BOS}{USER}Hi<｜Assistant｜>{text}{EOS}"
+    asked = [{}, {"continue_final_message": True, "add_generation_prompt": False}, {"add_generation_prompt": True}]
+    for more in asked:
+        answer = server.asked("/v1/chat/completions", messages=begun, max_tokens=1, verbose=True, **more)
+        ids = server.asked("/tokenize", messages=begun, **more)["tokens"]
+        assert len(ids) == answer["usage"]["prompt_tokens"]
+        told = server.asked("/apply-template", messages=begun, **more)["prompt"]
+        assert told == answer["__verbose"]["prompt"] == server.asked("/detokenize", tokens=ids)["content"]
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    for way in ("/apply-template", "/tokenize"):
+        assert server.post(way, messages=begun, **both).status_code == 400
+        assert server.post(way, messages=HI, continue_final_message=True).status_code == 400
+
+
+def test_templates_are_told_of_tools(server: Served) -> None:
+    tools = [{"type": "function", "function": {"name": "look_at_it", "parameters": {"type": "object"}}}]
+    asked: dict[str, Any] = {"messages": HI, "tools": tools}
+    told = server.asked("/apply-template", **asked)["prompt"]
+    answer = server.asked("/v1/chat/completions", **asked, max_tokens=1, verbose=True)
+    assert "look_at_it" in told and told == answer["__verbose"]["prompt"]
+    assert len(server.asked("/tokenize", **asked)["tokens"]) == answer["usage"]["prompt_tokens"]
+
+
 def test_infill_needs_its_tokens(server: Served) -> None:
     response = server.post("/infill", input_prefix="a", input_suffix="b")
     assert response.status_code == 501 and "filling in" in response.json()["error"]["message"]
+    for extra in ({}, {"filename": "a"}, {"filename": 1, "text": "a"}, {"text": 1}, "a"):
+        refused = server.post("/infill", input_prefix="a", input_suffix="b", input_extra=[extra])
+        assert refused.status_code == 400 and "input_extra" in refused.json()["error"]["message"]
 
 
 def test_props_and_slots(server: Served, path: Path) -> None:

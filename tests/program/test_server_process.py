@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,12 +113,61 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--cache", "lots"], 2, "no size"),
         (["--port", "70000"], 2, "range"),
         (["--api-key-file", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--host", "127.0.0.1,0.0.0.0"], 2, "0.0.0.0 can be reached"),
+        (["--host", "127.0.0.1,"], 2, "no list of addresses"),
+        (["--alias", "a,,b"], 2, "name of nothing"),
+        (["--chat-template", "{% if %}"], 1, "cannot be compiled"),
+        (["--chat-template-file", "nowhere.jinja"], 1, "nowhere.jinja"),
+        (["--chat-template", "x", "--chat-template-file", "y"], 2, "give one of them"),
+        (["--think", "on"], 1, "cannot switch reasoning"),
     ],
 )
 def test_what_does_not_start(path: Path, options: list[str], code: int, says: str) -> None:
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
+
+
+def test_what_a_server_is_started_with(path: Path) -> None:
+    """Names, defaults and a template of its own; parts that are not wanted are not there."""
+    options = ["--alias", "small, tiny,small", "--temp", "0.25", "--top-k", "7", "--seed", "11", "-n", "3"]
+    options += [
+        "--no-slots",
+        "--no-metrics",
+        "--no-page",
+        "--chat-template",
+        "{{ bos_token }}[{{ messages[-1].content }}]",
+    ]
+    with running(path, *options) as (_, address), httpx.Client(base_url=address, timeout=60) as client:
+        [listed] = client.get("/v1/models").json()["data"]
+        assert listed["id"] == "small" and listed["aliases"] == ["small", "tiny"]
+        assert [client.get(f"/v1/models/{name}").status_code for name in ("small", "tiny", "other")] == [200, 200, 404]
+        params = client.get("/props").json()["default_generation_settings"]["params"]
+        assert (params["temperature"], params["top_k"], params["seed"]) == (0.25, 7, 11)
+        messages = [{"role": "user", "content": "Hi"}]
+        assert client.post("/apply-template", json={"messages": messages}).json()["prompt"].endswith("[Hi]")
+        answers = [
+            client.post("/v1/chat/completions", json={"messages": messages, "ignore_eos": True}).json()
+            for _ in range(2)
+        ]
+        assert [answer["usage"]["completion_tokens"] for answer in answers] == [3, 3]
+        texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+        assert texts[0] == texts[1]  # the server's seed
+        for way, status in (("/slots", 501), ("/metrics", 501), ("/", 404), ("/page.js", 404), ("/health", 200)):
+            assert client.get(way).status_code == status, way
+        assert client.post("/slots/0?action=erase", json={}).status_code == 501
+
+
+def test_several_addresses(path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("IPv6's loopback is not there")
+    with running(path, "--host", "127.0.0.1,::1") as (_, address):
+        port = httpx.URL(address).port
+        for host in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{host}:{port}/v1/models").status_code == 200
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
-from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare
+from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare, prompt_of
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Began, Ended, Heard, Piece, take_all
 from dsv2cli.server.service import Service, new_id
@@ -58,7 +58,7 @@ def as_chat(body: MessagesRequest) -> ChatRequest:
         tools=[_tool(tool, i) for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use"),
-        reasoning_effort=None if body.thinking is None or thinks else "none",
+        reasoning_effort=None if body.thinking is None else "high" if thinks else "none",
     )
 
 
@@ -138,8 +138,8 @@ async def messages(service: Service, request: Request) -> Response:
 
 async def count_tokens(service: Service, request: Request) -> Response:
     body = parse(await request.body(), MessagesRequest)
-    asked = await prepare(service, as_chat(body), request.state.salt)
-    return Response(dump({"input_tokens": len(asked.generation.prompt)}), media_type=answering.JSON_TYPE)
+    prompt = await prompt_of(service, as_chat(body))
+    return Response(dump({"input_tokens": len(prompt.ids)}), media_type=answering.JSON_TYPE)
 
 
 def _usage(cached: int, n_prompt: int, n_answer: int) -> dict[str, int]:

@@ -14,13 +14,13 @@ from starlette.responses import Response
 from cext.tokenizer import Message
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
-from dsv2cli.server.dialects.wording import DONE, FINISH, chat_logprob, timings, usage
+from dsv2cli.server.dialects.wording import DONE, FINISH, Watch, chat_logprob, settings, timings, usage
 from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Job, Piece
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.splitting import Part, Splitter
 from dsv2cli.server.tools import Call, CallReader, Offer, content_text, parse_offer, with_told
-from dsv2cli.server.wire import Sampled, parse
+from dsv2cli.server.wire import Sampled, dump, parse
 
 
 class ChatRequest(Sampled, kw_only=True):
@@ -37,6 +37,16 @@ class ChatRequest(Sampled, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    verbose: bool | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat as ids. begun: see ``_begun``; offer: the tools that its answers may call."""
+
+    ids: list[int]
+    begun: str | None
+    offer: Offer
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,9 @@ def at_least_one(limit: int | None) -> int | None:
     return None if limit is None else max(limit, 1)
 
 
-async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
-    """Prompt, constraint and sampling of a chat. ApiError."""
-    messages, thinking = service.messages(body.messages), _thinking(body)
+async def prompt_of(service: Service, body: ChatRequest) -> Prompt:
+    """What a chat is answered from. ApiError."""
+    messages, thinking = service.messages(body.messages), _thinking(service, body)
     offer = parse_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = body.tools if offer.tools else None
     begun = _begun(body, messages)
@@ -64,7 +74,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
         messages = messages[:-1] + ([Message("assistant", begun, messages[-1].fields)] if begun else [])
     if not service.tool_form.native:
         messages, described = with_told(messages, offer.tools), None
-    prompt = await answering.aside(
+    ids = await answering.aside(
         service.chat_prompt,
         messages,
         tools=described,
@@ -72,16 +82,23 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
         answer=begun is not None or body.add_generation_prompt is not False,
         continues=bool(begun),
     )
-    opening = () if begun else service.opening(prompt)
+    return Prompt(ids, begun, offer)
+
+
+async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
+    """Prompt, constraint and sampling of a chat. ApiError."""
+    prompt = await prompt_of(service, body)
+    offer, begun = prompt.offer, prompt.begun or ""
+    opening = () if begun else service.opening(prompt.ids)
     form = service.form(body, body.response_format)
     if form is not None and offer.must:
         raise bad_field(form.field, "and tool_choice each ask for a form of the answer: give one of them")
-    constraint = None if form is None else await answering.prepared(service.constraint, form, opening, begun or "")
+    constraint = None if form is None else await answering.prepared(service.constraint, form, opening, begun)
     if form is None and (calls := offer.constraint(service.tool_form)):
         text = service.engine.runtime.tokenizer.decode(opening)
         constraint = await answering.prepared(service.grammars.compiled, calls[0], "tools", text, calls[1])
     generation = Generation(
-        prompt=prompt,
+        prompt=prompt.ids,
         params=service.params(body),
         limit=at_least_one(service.limit(body.max_completion_tokens, body.max_tokens, service.n_predict)),
         n=body.n or 1,
@@ -94,7 +111,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
         ignore_end=bool(body.ignore_eos),
         constraint=constraint,
     )
-    return Asked(generation, offer, begun or "")
+    return Asked(generation, offer, begun)
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -107,6 +124,13 @@ async def chat(service: Service, request: Request) -> Response:
     return answering.streamed(ticket, chunks.say, first=chunks.first(), last=chunks.last)
 
 
+async def input_tokens(service: Service, request: Request) -> Response:
+    """How many tokens a chat's prompt has."""
+    prompt = await prompt_of(service, parse(await request.body(), ChatRequest))
+    counted = {"object": "response.input_tokens", "input_tokens": len(prompt.ids)}
+    return Response(dump(counted), media_type=answering.JSON_TYPE)
+
+
 async def job(service: Service, data: bytes, salt: bytes) -> Job:
     """A chat that is answered whole, from its body. ApiError."""
     body = parse(data, ChatRequest)
@@ -115,7 +139,8 @@ async def job(service: Service, data: bytes, salt: bytes) -> Job:
 
 def _job(service: Service, body: ChatRequest, asked: Asked) -> Job:
     head = _head(service, body)
-    return Job([asked.generation], lambda heard: chat_body(service, head, asked, heard[0]))
+    more = _verbose(service, body, asked)
+    return Job([asked.generation], lambda heard: chat_body(service, head, asked, heard[0]) | more)
 
 
 def _head(service: Service, body: ChatRequest) -> dict[str, Any]:
@@ -123,8 +148,18 @@ def _head(service: Service, body: ChatRequest) -> dict[str, Any]:
     return head | {"system_fingerprint": service.fingerprint}
 
 
-def _thinking(body: ChatRequest) -> bool | None:
-    """One switch for the names that it has: reasoning_effort, and templates' own variables."""
+def _verbose(service: Service, body: ChatRequest, asked: Asked) -> dict[str, Any]:
+    """What llama-server tells those who ask: the prompt as it was read, and how the answer was drawn."""
+    if not body.verbose:
+        return {}
+    prompt = asked.generation.prompt
+    told = {"prompt": service.spelt(prompt), "tokens_evaluated": len(prompt)}
+    return {"__verbose": told | {"generation_settings": settings(service, asked.generation)}}
+
+
+def _thinking(service: Service, body: ChatRequest) -> bool | None:
+    """One switch for the names that it has: reasoning_effort, and templates' own variables; the server's own where
+    nothing is said. A word for some effort leaves it to the template."""
     given = body.chat_template_kwargs or {}
     for name, value in given.items():
         if name not in ("enable_thinking", "thinking", "reasoning_effort"):
@@ -133,6 +168,8 @@ def _thinking(body: ChatRequest) -> bool | None:
             return value
         if name == "reasoning_effort" and value == "none":
             return False
+    if body.reasoning_effort is None:
+        return service.thinking
     return False if body.reasoning_effort == "none" else None
 
 
@@ -238,6 +275,8 @@ class ChatStream:
         self._head = head | {"object": "chat.completion.chunk"}
         self._wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._answers = [Answer(service, asked) for _ in range(self._n)]
+        self._verbose = _verbose(service, body, asked)
+        self._watch = Watch(body)
         self._ended: list[Ended] = []
 
     def first(self) -> bytes:
@@ -245,7 +284,10 @@ class ChatStream:
         return b"".join(self._chunk(i, {"role": "assistant", "content": None}) for i in range(self._n))
 
     def say(self, event: Heard) -> Iterable[bytes]:
+        told = self._watch.told(event)
         if not isinstance(event, Piece | Ended):
+            if told:
+                yield self._chunk(0, {}, **told)
             return
         answer = self._answers[event.choice]
         parts, calls = answer.feed(event)
@@ -255,20 +297,22 @@ class ChatStream:
         names = {"content": "content", "reasoning": "reasoning_content"}
         spoken = [part for part in parts if part.kind in names]
         for part in spoken:
-            yield self._chunk(event.choice, {names[part.kind]: part.text}, logprobs=logprobs)
+            yield self._chunk(event.choice, {names[part.kind]: part.text}, logprobs=logprobs, **told)
             logprobs = None
         if calls:
-            yield self._chunk(event.choice, {"tool_calls": calls}, logprobs=logprobs)
+            yield self._chunk(event.choice, {"tool_calls": calls}, logprobs=logprobs, **told)
         elif logprobs is not None:
-            yield self._chunk(event.choice, {"content": ""}, logprobs=logprobs)
+            yield self._chunk(event.choice, {"content": ""}, logprobs=logprobs, **told)
         if isinstance(event, Ended):
             self._ended.append(event)
-            yield self._chunk(event.choice, {}, finish=answer.finish(event), timings=timings(event.stats))
+            more = {"timings": timings(event.stats)} | self._verbose
+            yield self._chunk(event.choice, {}, finish=answer.finish(event), **more)
 
     def last(self) -> Iterable[bytes]:
         if self._wants_usage:
             n_reasoning = sum(answer.n_reasoning for answer in self._answers)
-            yield sse(self._head | {"choices": [], "usage": usage(self._ended, n_reasoning)})
+            cost = {"usage": usage(self._ended, n_reasoning), "timings": timings(self._ended[0].stats)}
+            yield sse(self._head | {"choices": []} | cost)
         yield DONE
 
     def _chunk(

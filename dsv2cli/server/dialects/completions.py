@@ -14,7 +14,7 @@ from starlette.responses import Response
 from dsv2cli.scheduler import Logprobs
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
-from dsv2cli.server.dialects.wording import DONE, FINISH, text_logprobs, timings, usage
+from dsv2cli.server.dialects.wording import DONE, FINISH, Watch, text_logprobs, timings, usage
 from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Job, Piece
 from dsv2cli.server.marked import plain
@@ -184,25 +184,30 @@ def _stream_text(head: dict[str, Any], body: CompletionRequest, ticket: Any, wri
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     asked: Generation = ticket.asked
     offsets = [len(writer.prompt_text)] * asked.n
+    watch = Watch(body)
 
     def say(event: Heard) -> Iterable[bytes]:
         text, logprobs = writer.feed(event)
+        told = watch.told(event)
         if not isinstance(event, Piece | Ended):
+            if told:
+                nothing = {"index": 0, "text": "", "finish_reason": None, "logprobs": None}
+                yield sse(head | {"choices": [nothing]} | told)
             return
         finish = FINISH[event.reason] if isinstance(event, Ended) else None
         if not (text or logprobs or finish):
             return
         choice = {"index": event.choice, "text": text, "finish_reason": finish, "logprobs": None}
         if logprobs is not None and asked.n_top is not None and isinstance(event, Piece):
-            told = [(event.id, logprobs)]
-            choice["logprobs"] = text_logprobs(writer.service, told, asked.n_top, offsets[event.choice])
+            one = [(event.id, logprobs)]
+            choice["logprobs"] = text_logprobs(writer.service, one, asked.n_top, offsets[event.choice])
         offsets[event.choice] += len(text)
-        more = {"timings": timings(event.stats)} if isinstance(event, Ended) else {}
+        more = {"timings": timings(event.stats)} if isinstance(event, Ended) else told
         yield sse(head | {"choices": [choice]} | more)
 
     def last() -> Iterable[bytes]:
         if wants_usage:
-            yield sse(head | {"choices": [], "usage": usage(writer.ended)})
+            yield sse(head | {"choices": [], "usage": usage(writer.ended), "timings": timings(writer.ended[0].stats)})
         yield DONE
 
     first = b""

@@ -17,6 +17,7 @@ def model_entry(service: Service) -> dict[str, Any]:
     hparams = runtime.model.hparams
     return {
         "id": service.name,
+        "aliases": [service.name, *service.aliases],
         "object": "model",
         "created": service.began,
         "owned_by": "dsv2",

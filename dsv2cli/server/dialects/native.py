@@ -13,9 +13,10 @@ from starlette.responses import Response
 from dsv2cli.scheduler import Logprobs, Reason
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
-from dsv2cli.server.dialects.wording import timings
+from dsv2cli.server.dialects.chat import ChatRequest, prompt_of
+from dsv2cli.server.dialects.wording import Watch, settings, timings
 from dsv2cli.server.errors import ApiError, bad_field
-from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece, take_all
+from dsv2cli.server.generation import Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service
 from dsv2cli.server.wire import Sampled, dump, parse
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dsv2cli.server.engine import Ticket
 
 STOP_TYPES: dict[Reason, str] = {"end": "eos", "stop": "word", "length": "limit", "context": "limit"}
-NO_LIMIT = -1
 Ids = Annotated[list[int], Meta(max_length=1 << 22)]
 
 
@@ -33,15 +33,21 @@ class CompletionRequest(Sampled, kw_only=True):
     n_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
     max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     n_probs: Annotated[int, Meta(ge=0, le=MAX_TOP)] = 0
+    post_sampling_probs: bool = False
     return_tokens: bool = False
     response_fields: list[str] | None = None
     parse_special: bool | None = None
 
 
+class ExtraFile(Struct, kw_only=True):
+    text: str
+    filename: str = ""
+
+
 class InfillRequest(CompletionRequest, kw_only=True):
     input_prefix: str = ""
     input_suffix: str = ""
-    input_extra: list[dict[str, Any]] | None = None
+    input_extra: Annotated[list[ExtraFile], Meta(max_length=1024)] | None = None
 
 
 # Completions.
@@ -56,7 +62,7 @@ async def completion(service: Service, request: Request) -> Response:
 async def infill(service: Service, request: Request) -> Response:
     """What stands between two texts; the files that belong to them come before."""
     body = parse(await request.body(), InfillRequest)
-    extra = "".join(f"{item.get('filename', '')}\n{item.get('text', '')}\n\n" for item in body.input_extra or ())
+    extra = "".join(f"{item.filename}\n{item.text}\n\n" for item in body.input_extra or ())
     before = extra + body.input_prefix + (body.prompt if isinstance(body.prompt, str) else "")
     try:
         ids = await answering.aside(service.engine.runtime.tokenizer.fill_in, before, body.input_suffix)
@@ -105,6 +111,7 @@ async def _answer(
             limit=None if limit is None else max(limit, 1),
             stops=service.stops(body.stop),
             n_top=body.n_probs or None,
+            drawn=body.post_sampling_probs,
             salt=request.state.salt,
             use_cache=body.cache_prompt is not False,
             ignore_end=bool(body.ignore_eos),
@@ -138,6 +145,7 @@ class Written:
         self._text = ""
         self._ids: list[int] = []
         self._probs: list[dict[str, Any]] = []
+        self._watch = Watch(body)
 
     def _feed(self, event: Piece | Ended) -> str:
         text = plain(event.text) if self._writes else ""
@@ -145,18 +153,19 @@ class Written:
         if isinstance(event, Piece) and self._writes:
             self._ids.append(event.id)
             if event.logprobs is not None:
-                self._probs.append(probability(self._service, event.id, event.logprobs))
+                tell = drawn_probability if self._asked.drawn else probability
+                self._probs.append(tell(self._service, event.id, event.logprobs))
         return text
 
     def say(self, event: Heard) -> Iterable[bytes]:
-        if isinstance(event, Began) and self._body.return_progress:
-            told = {"total": event.cached + event.n, "cache": event.cached, "processed": event.cached + event.done}
-            yield sse(self._part("", [], {"prompt_progress": told | {"time_ms": 0}}))
+        told = self._watch.told(event)
         if isinstance(event, Piece):
             text = self._feed(event)
             more = {"completion_probabilities": self._probs[-1:]} if event.logprobs is not None else {}
             if self._writes:
-                yield sse(self._part(text, [event.id], more))
+                yield sse(self._part(text, [event.id], more | told))
+        elif "prompt_progress" in told:
+            yield sse(self._part("", [], told))
         elif isinstance(event, Ended):
             text = self._feed(event)
             yield sse(self._final(event) | {"content": text, "tokens": []})
@@ -220,33 +229,16 @@ def probability(service: Service, token: int, found: Logprobs) -> dict[str, Any]
     return entry(token, found.chosen) | {"top_logprobs": [entry(other, value) for other, value in found.top]}
 
 
-def settings(service: Service, asked: Generation) -> dict[str, Any]:
-    """Sampling as it was, for the answer and for /props."""
-    params = asked.params
-    biases = [{"token": t, "bias": b if math.isfinite(b) else None} for t, b in _all_biases(service, asked).items()]
-    return {
-        "seed": params.seed if params.seed is not None else service.seed,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "min_p": params.min_p,
-        "repeat_last_n": params.repeat_last_n,
-        "repeat_penalty": params.repeat_penalty,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "stop": list(asked.stops),
-        "max_tokens": NO_LIMIT if asked.limit is None else asked.limit,
-        "n_predict": NO_LIMIT if asked.limit is None else asked.limit,
-        "n_probs": asked.n_top or 0,
-        "ignore_eos": asked.ignore_end,
-        "logit_bias": biases,
-        "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
-    }
+def drawn_probability(service: Service, token: int, found: Logprobs) -> dict[str, Any]:
+    """The same for what was drawn from: probabilities in place of their logarithms."""
 
+    def entry(told: dict[str, Any]) -> dict[str, Any]:
+        logprob = told.pop("logprob")
+        return told | {"prob": math.exp(logprob)}
 
-def _all_biases(service: Service, asked: Generation) -> dict[int, float]:
-    ends = dict.fromkeys(service.engine.end_ids, float("-inf")) if asked.ignore_end else {}
-    return asked.params.bias | ends
+    told = probability(service, token, found)
+    top = [entry(other) for other in told.pop("top_logprobs")]
+    return entry(told) | {"top_probs": top}
 
 
 # Tokens and templates.
@@ -256,35 +248,43 @@ class TokenizeRequest(Struct, kw_only=True):
     content: str | list[str | int] | None = None
     prompt: str | None = None  # vLLM's name of it
     messages: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
     add_special: bool = False
     add_special_tokens: bool | None = None
     parse_special: bool = True
     with_pieces: bool = False
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):
     tokens: Ids
 
 
-class TemplateRequest(Struct, kw_only=True):
-    messages: list[Any]
-    tools: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool = True
-
-
 async def tokenize(service: Service, request: Request) -> Response:
     body = parse(await request.body(), TokenizeRequest)
-    ids = await answering.aside(_tokenized, service, body)
+    if body.messages is not None:
+        ids = (await prompt_of(service, _as_chat(body, body.messages))).ids
+    else:
+        ids = await answering.aside(_tokenized, service, body)
     shown: Any = [{"id": token, "piece": _piece(service, token)} for token in ids] if body.with_pieces else ids
     answer = {"tokens": shown, "count": len(ids), "max_model_len": service.engine.limits.n_ctx}
     return Response(dump(answer), media_type=answering.JSON_TYPE)
 
 
+def _as_chat(body: TokenizeRequest, messages: list[Any]) -> ChatRequest:
+    return ChatRequest(
+        messages=messages,
+        tools=body.tools,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+
+
 def _tokenized(service: Service, body: TokenizeRequest) -> list[int]:
     tokenizer = service.engine.runtime.tokenizer
-    if body.messages is not None:
-        return service.chat_prompt(service.messages(body.messages), answer=body.add_generation_prompt)
     given = body.content if body.content is not None else body.prompt or ""
     # vLLM adds what begins a text unless told not to; llama-server only where told to.
     begins = body.add_special if body.content is not None else body.add_special_tokens is not False
@@ -311,22 +311,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     body = parse(await request.body(), DetokenizeRequest)
     if body.tokens:
         service.check_ids(body.tokens, "tokens")
-    tokenizer = service.engine.runtime.tokenizer
-    text = b"".join(
-        (tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token) for token in body.tokens
-    ).decode("utf-8", "replace")
+    text = service.spelt(body.tokens)
     return Response(dump({"content": text, "prompt": text}), media_type=answering.JSON_TYPE)
 
 
 async def apply_template(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), TemplateRequest)
-    tools = body.tools if service.tool_form.native else None
-    ids = await answering.aside(
-        service.chat_prompt, service.messages(body.messages), tools=tools, answer=body.add_generation_prompt
-    )
-    tokenizer = service.engine.runtime.tokenizer
-    text = b"".join((tokenizer.special_text(t) or "").encode() or tokenizer.token_bytes(t) for t in ids)
-    return Response(dump({"prompt": text.decode("utf-8", "replace")}), media_type=answering.JSON_TYPE)
+    """The prompt that a chat of the same body is answered from."""
+    prompt = await prompt_of(service, parse(await request.body(), ChatRequest))
+    return Response(dump({"prompt": service.spelt(prompt.ids)}), media_type=answering.JSON_TYPE)
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:

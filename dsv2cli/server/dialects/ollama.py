@@ -134,7 +134,7 @@ def _loaded(service: Service) -> dict[str, Any]:
 async def _chat(
     service: Service, request: Request, body: Asking, messages: list[Any], tools: Any, way: str
 ) -> Response:
-    effort = "none" if body.think is False else None
+    effort = None if body.think is None else "high" if body.think else "none"
     given = ChatRequest(
         messages=messages, tools=tools, response_format=_form(body.format), reasoning_effort=effort, **_sampling(body)
     )

@@ -9,7 +9,7 @@ from typing import Any
 from dsv2cli.server import errors
 from dsv2cli.server.answering import sse
 from dsv2cli.server.dialects.chat import Answer, Asked
-from dsv2cli.server.dialects.wording import DONE, timings
+from dsv2cli.server.dialects.wording import DONE, Watch, timings
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.generation import Ended, Heard, Piece, take_all
 from dsv2cli.server.service import Service, new_id
@@ -21,12 +21,17 @@ CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 class Progress:
     """One response. head: what it says from beginning to end; finished: is given it when it is complete, and says
-    whether it is kept."""
+    whether it is kept; watch: of a stream."""
 
     def __init__(
-        self, service: Service, asked: Asked, head: dict[str, Any], finished: Callable[[dict[str, Any]], bool]
+        self,
+        service: Service,
+        asked: Asked,
+        head: dict[str, Any],
+        finished: Callable[[dict[str, Any]], bool],
+        watch: Watch,
     ) -> None:
-        self._service, self._asked, self._finished = service, asked, finished
+        self._service, self._asked, self._finished, self._watch = service, asked, finished, watch
         self._answer = Answer(service, asked)
         self._response = head | {
             "status": "in_progress",
@@ -50,9 +55,12 @@ class Progress:
         )
 
     def say(self, event: Heard) -> Iterable[bytes]:
+        more = self._watch.told(event)
         if isinstance(event, Piece | Ended):
             for told in self._events(event):
-                yield self._sse(told)
+                yield self._sse(told | more if told["type"].endswith("_text.delta") else told)
+        elif more:
+            yield self._sse({"type": "response.in_progress", "response": dict(self._response)} | more)
 
     def last(self) -> Iterable[bytes]:
         if self._is_cancelled:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from dsv2cli.server import answering
 from dsv2cli.server.dialects.chat import Asked, ChatRequest, prepare
 from dsv2cli.server.dialects.response_events import Progress
+from dsv2cli.server.dialects.wording import Watch
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Job
 from dsv2cli.server.guard import MAX_BODY
@@ -249,7 +250,7 @@ async def _begin(
         kept = Kept(dump(response | {"store": True}), turns)
         return service.responses.keep(salt, response["id"], kept)
 
-    return asked, Progress(service, asked, told_head(service, body, asked), finished)
+    return asked, Progress(service, asked, told_head(service, body, asked), finished, Watch(body))
 
 
 async def input_tokens(service: Service, request: Request) -> Response:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsv2cli.scheduler import Logprobs, Stats
-from dsv2cli.server.generation import Ended, Piece
+from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece
 from dsv2cli.server.service import Service
+from dsv2cli.server.wire import Sampled
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop", "error": "stop"}
 DONE = b"data: [DONE]\n\n"
+NO_LIMIT = -1
 
 
 def usage(answers: Iterable[Ended], n_reasoning: int = 0) -> dict[str, Any]:
@@ -42,6 +46,71 @@ def timings(stats: Stats) -> dict[str, Any]:
         "predicted_per_token_ms": answer_ms / max(stats.n_answer, 1),
         "predicted_per_second": stats.decode_rate,
     }
+
+
+class Watch:
+    """A stream's first answer while it is written, for clients that ask to be told: how far its prompt is, and its
+    timings so far."""
+
+    def __init__(self, body: Sampled) -> None:
+        self._tells_progress, self._tells_timings = bool(body.return_progress), bool(body.timings_per_token)
+        self._stats = Stats()
+        self._began: float | None = None  # when its prompt began to be read
+        self._first: float | None = None  # and its first token came
+
+    def told(self, event: Heard) -> dict[str, Any]:
+        """The fields that belong to an event; none where nobody asked."""
+        now = time.perf_counter()
+        if isinstance(event, Began):
+            self._began = now if self._began is None else self._began
+            self._stats.n_prompt, self._stats.n_reused = event.cached + event.done, event.cached
+            self._stats.prefill_seconds = now - self._began
+            if not self._tells_progress:
+                return {}
+            return {"prompt_progress": self._progress(event)} | self._timings()
+        if isinstance(event, Piece) and event.choice == 0:
+            self._first = now if self._first is None else self._first
+            self._stats.n_answer += 1
+            self._stats.decode_seconds = now - self._first
+            return self._timings()
+        return {}
+
+    def _progress(self, event: Began) -> dict[str, Any]:
+        processed, ms = event.cached + event.done, round(self._stats.prefill_seconds * 1e3)
+        return {"total": event.cached + event.n, "cache": event.cached, "processed": processed, "time_ms": ms}
+
+    def _timings(self) -> dict[str, Any]:
+        return {"timings": timings(self._stats)} if self._tells_timings else {}
+
+
+def settings(service: Service, asked: Generation) -> dict[str, Any]:
+    """Sampling as it was, in llama-server's names."""
+    params = asked.params
+    biases = [{"token": t, "bias": b if math.isfinite(b) else None} for t, b in _all_biases(service, asked).items()]
+    return {
+        "seed": params.seed if params.seed is not None else service.seed,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "repeat_last_n": params.repeat_last_n,
+        "repeat_penalty": params.repeat_penalty,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "stop": list(asked.stops),
+        "max_tokens": NO_LIMIT if asked.limit is None else asked.limit,
+        "n_predict": NO_LIMIT if asked.limit is None else asked.limit,
+        "n_probs": asked.n_top or 0,
+        "post_sampling_probs": asked.drawn,
+        "ignore_eos": asked.ignore_end,
+        "logit_bias": biases,
+        "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
+    }
+
+
+def _all_biases(service: Service, asked: Generation) -> dict[int, float]:
+    ends = dict.fromkeys(service.engine.end_ids, float("-inf")) if asked.ignore_end else {}
+    return asked.params.bias | ends
 
 
 def chat_logprob(service: Service, event: Piece) -> dict[str, Any]:
