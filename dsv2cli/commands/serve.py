@@ -31,6 +31,7 @@ ORIGIN_HELP = (
 HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
 ALIAS_HELP = "The model's name, in place of its own, and further names that it answers to."
 LIMIT_HELP = "Most tokens of an answer that asks for no number."
+VERBOSE_HELP = 'Tell with a chat\'s answer the prompt that it was written from; "verbose": true asks for one.'
 TEMPLATE_HELP = "How chats are written, in place of what the model's file says: a Jinja template."
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
@@ -89,6 +90,7 @@ def serve(
     slots: Annotated[bool, typer.Option("--slots/--no-slots", help="Tell what is being answered (/slots).")] = True,
     metrics: Annotated[bool, typer.Option("--metrics/--no-metrics", help="Counters for Prometheus.")] = True,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The page at /.")] = True,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help=VERBOSE_HELP)] = False,
     quiet: options.Quiet = False,
 ) -> None:
     from dsv2cli.server.guard import is_loopback
@@ -133,6 +135,7 @@ def serve(
         others,
         options.THINKING[think],
         template_in(template, template_file),
+        verbose,
     )
     path = locate.model(model)
     listening = process.listen_all(hosts, port)
@@ -166,6 +169,10 @@ def template_in(text: str | None, file: Path | None) -> str | None:
     """The chat template in place of the model's. CliError, UsageError."""
     if text is not None and file is not None:
         raise UsageError("--chat-template and --chat-template-file each name a template: give one of them")
+    if text is not None and "{" not in text:
+        raise UsageError(
+            f"--chat-template {text[:40]!r} is no template in Jinja", "names of templates are not known here"
+        )
     if file is None:
         return text
     try:

@@ -155,7 +155,7 @@ class Guard:
 
         async def marked(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                allow = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"Origin")]
+                allow = [(b"Access-Control-Allow-Origin", origin.encode()), (b"Vary", b"Origin")]
                 message["headers"] = [*message.get("headers", []), *allow]
             await send(message)
 

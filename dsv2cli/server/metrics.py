@@ -47,7 +47,9 @@ async def metrics(service: Service, request: Request) -> Response:
         f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value:g}\n"
         for name, kind, what, value in rows
     ]
-    return Response("".join(lines), media_type=TEXT, headers={"Process-Start-Time-Unix": str(int(f.began))})
+    response = Response("".join(lines), media_type=TEXT)
+    response.raw_headers.append((b"Process-Start-Time-Unix", str(int(f.began)).encode()))  # spelt as llama-server does
+    return response
 
 
 def drive_rows(runtime: Runtime) -> tuple[Row, ...]:

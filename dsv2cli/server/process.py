@@ -230,6 +230,7 @@ def load(
                 settings.name or model.name,
                 settings.params,
                 settings.aliases,
+                settings.verbose,
                 settings.thinking,
                 n_predict=settings.n_predict,
                 slot_folder=settings.slot_folder,
@@ -282,3 +283,4 @@ class Settings:
     aliases: tuple[str, ...] = ()  # names beside it
     thinking: bool | None = None  # of chats that say nothing about it
     template: str | None = None  # in place of the file's
+    verbose: bool = False  # every chat's answer tells its prompt

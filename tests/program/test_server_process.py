@@ -118,7 +118,7 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--alias", "a,,b"], 2, "name of nothing"),
         (["--chat-template", "{% if %}"], 1, "cannot be compiled"),
         (["--chat-template-file", "nowhere.jinja"], 1, "nowhere.jinja"),
-        (["--chat-template", "x", "--chat-template-file", "y"], 2, "give one of them"),
+        (["--chat-template", "{x}", "--chat-template-file", "y"], 2, "give one of them"),
         (["--think", "on"], 1, "cannot switch reasoning"),
     ],
 )
@@ -135,6 +135,7 @@ def test_what_a_server_is_started_with(path: Path) -> None:
         "--no-slots",
         "--no-metrics",
         "--no-page",
+        "--verbose",
         "--chat-template",
         "{{ bos_token }}[{{ messages[-1].content }}]",
     ]
@@ -151,6 +152,7 @@ def test_what_a_server_is_started_with(path: Path) -> None:
             for _ in range(2)
         ]
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [3, 3]
+        assert answers[0]["__verbose"]["prompt"].endswith("[Hi]")
         texts = [answer["choices"][0]["message"]["content"] for answer in answers]
         assert texts[0] == texts[1]  # the server's seed
         for way, status in (("/slots", 501), ("/metrics", 501), ("/", 404), ("/page.js", 404), ("/health", 200)):

@@ -149,8 +149,9 @@ def _head(service: Service, body: ChatRequest) -> dict[str, Any]:
 
 
 def _verbose(service: Service, body: ChatRequest, asked: Asked) -> dict[str, Any]:
-    """What llama-server tells those who ask: the prompt as it was read, and how the answer was drawn."""
-    if not body.verbose:
+    """What llama-server tells those who ask for it, or of every chat where it was started so: the prompt as it was
+    read, and how the answer was drawn."""
+    if not (service.verbose if body.verbose is None else body.verbose):
         return {}
     prompt = asked.generation.prompt
     told = {"prompt": service.spelt(prompt), "tokens_evaluated": len(prompt)}
