@@ -601,7 +601,7 @@ def test_the_command_line(path: Path, other_path: Path, opened: runtime.Runtime,
 
 @pytest.mark.parametrize("term", ["xterm", "linux", "dumb"])
 def test_nothing_is_kept_where_that_is_asked_for(term: str, path: Path, state: Path) -> None:
-    with terminal("chat", path, "-n", "4", "--no-save", TERM=term, XDG_STATE_HOME=str(state)) as screen:
+    with terminal("chat", path, "-n", "4", "--temp", "0", "--no-save", TERM=term, XDG_STATE_HOME=str(state)) as screen:
         at = screen.wait_for("> ")
         screen.type("Hi\n")
         screen.wait_for(r"-n\)\n", at)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
+import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from support.serving import USUAL, Served, served
+from support.cli import SECONDS, wait_until
+from support.serving import ENDLESS, LONG, USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import IDS, USER, V25_TEMPLATE, write_model
 
@@ -137,42 +137,28 @@ def test_requests_that_begin_alike_read_it_once(path: Path) -> None:
         assert server.engine.figures.prompt_tokens < 2 * 300
 
 
-def until(condition: Any, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ended", ["running", "queued"])
 def test_a_client_that_goes_costs_nothing_more(path: Path, stream: bool, ended: str) -> None:
-    limits = dataclasses.replace(USUAL, parallel=1, n_ctx=4096)
-    long = {"prompt": "Hi", "max_tokens": 4000}
-    with served(path, limits) as server:
-        engine, address = server.engine, server.client.base_url
-        blocking = threading.Thread(target=lambda: httpx.post(f"{address}{TEXT}", json=long, timeout=60))
+    body = json.dumps({"prompt": "Hi", "stream": stream, **LONG}).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+    with served(path, dataclasses.replace(ENDLESS, parallel=1)) as server, ThreadPoolExecutor(1) as pool:
+        engine, url = server.engine, server.client.base_url
         if ended == "queued":
-            blocking.start()
-            assert until(lambda: engine.n_running == 1)
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
-            if stream:
-                with client.stream("POST", f"{address}{TEXT}", json=long | {"stream": True}) as response:
-                    for _ in response.iter_lines():
-                        if engine.n_running:
-                            raise httpx.ReadTimeout("enough")
-            client.post(f"{address}{TEXT}", json=long)
+            neighbour = pool.submit(server.post, TEXT, prompt="Hi", **LONG)
+            wait_until(lambda: engine.n_running == 1)
+        with socket.create_connection((url.host, url.port or 80), SECONDS) as client:
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_until(lambda: engine.n_waiting if ended == "queued" else engine.n_running)
+            if stream and ended == "running":
+                assert client.recv(4096).startswith(b"HTTP/1.1 200")
         if ended == "queued":
-            assert until(lambda: engine.figures.cancelled >= 1 and engine.n_waiting == 0)
-            assert engine.n_running == 1 and blocking.is_alive()  # the neighbour goes on
+            wait_until(lambda: engine.figures.cancelled >= 1 and engine.n_waiting == 0)
+            assert engine.n_running == 1 and not neighbour.done()  # it goes on
         else:
-            assert until(lambda: engine.n_running == 0 and engine.figures.cancelled == 1)
+            wait_until(lambda: engine.n_running == 0 and engine.figures.cancelled == 1)
         for ticket in engine._all_tickets():
             ticket.cancel()
-        if ended == "queued":
-            blocking.join()
 
 
 @pytest.mark.parametrize(
@@ -277,13 +263,13 @@ def test_models_health_and_metrics(server: Served) -> None:
 
 
 def test_the_queue_is_bounded(path: Path) -> None:
-    limits = dataclasses.replace(USUAL, parallel=1, queue=2, n_ctx=4096)
+    limits = dataclasses.replace(ENDLESS, parallel=1, queue=2)
     with served(path, limits) as server, ThreadPoolExecutor(3) as pool:
         engine = server.engine
-        running = pool.submit(server.post, TEXT, prompt="Hi", max_tokens=4000)
-        assert until(lambda: engine.n_running == 1)
+        running = pool.submit(server.post, TEXT, prompt="Hi", **LONG)
+        wait_until(lambda: engine.n_running == 1)
         waiting = [pool.submit(server.post, TEXT, prompt="Hi", max_tokens=1) for _ in range(2)]
-        assert until(lambda: engine.n_waiting == 2)
+        wait_until(lambda: engine.n_waiting == 2)
         refused = server.post(TEXT, prompt="Hi", max_tokens=1)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
         assert server.client.get("/health").status_code == 200
@@ -332,7 +318,7 @@ def test_several_answers_of_a_prompt_that_cannot_be_read(path: Path, monkeypatch
     with served(path) as server:
         monkeypatch.setattr(server.engine._scheduler, "_evaluate", raises)
         assert server.post(TEXT, prompt=[5] * 400, n=3, max_tokens=2).status_code == 500
-        assert until(lambda: server.engine.n_running == server.engine.n_waiting == 0)
+        wait_until(lambda: server.engine.n_running == server.engine.n_waiting == 0)
 
 
 def test_a_failure_beside_the_answers_is_not_the_server_s_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from support.cli import PACKAGES
+from support.cli import PACKAGES, SECONDS, wait_until
 from support.serving import RUN, USUAL, Served, running, served
 from support.tiny import spec_named, variant
 from support.vocab import write_model
@@ -51,15 +51,8 @@ def asked(server: Served, prompt: list[int] = PROMPT, **more: Any) -> Any:
 
 def settle(server: Served) -> None:
     """Until all that waits has been written."""
-    assert server.engine.disk is not None
-    wait_for(lambda: server.engine.disk is not None and server.engine.disk.held_bytes == 0)
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    server.settle()
+    wait_until(lambda: server.engine.disk is not None and server.engine.disk.held_bytes == 0)
 
 
 def n_cached(answer: Any) -> int:
@@ -236,13 +229,14 @@ def test_a_full_disk_is_told_once(path: Path, tmp_path: Path, monkeypatch: pytes
 def test_what_ends_while_it_is_fetched(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(path, kept_in(tmp_path)) as server:
         asked(server)
-    usual = Folder.read
-    monkeypatch.setattr(Folder, "read", lambda self, name: (time.sleep(0.3), usual(self, name))[1])
+    usual, may_read = Folder.read, threading.Event()
+    monkeypatch.setattr(Folder, "read", lambda self, name: (may_read.wait(SECONDS), usual(self, name))[1])
     with served(path, kept_in(tmp_path)) as server:
         with pytest.raises(httpx.ReadTimeout):
             server.client.post(COMPLETION, json={"prompt": PROMPT}, timeout=0.1)
         assert server.asked(COMPLETION, prompt=[3] * 10, n_predict=1)  # others do not wait
-        wait_for(lambda: server.engine.n_waiting == 0)
+        wait_until(lambda: server.engine.n_waiting == 0)
+        may_read.set()
         assert n_cached(asked(server)) == 192
         stream = server.client.stream("POST", COMPLETION, json={"prompt": [1, *PROMPT], "stream": True})
         with stream as response:
@@ -256,11 +250,11 @@ def test_a_process_that_ends(path: Path, tmp_path: Path, number: int) -> None:
     found = []
     for _ in range(2):
         with running(path, *options) as (process, address):
-            found.append(n_cached(httpx.post(f"{address}{COMPLETION}", json=body, timeout=60).json()))
+            found.append(n_cached(httpx.post(f"{address}{COMPLETION}", json=body, timeout=SECONDS).json()))
             if number == signal.SIGKILL:  # what was read is there soon, not only at the end
-                wait_for(lambda: len(blocks_in(tmp_path / "new" / "cache")) == 3)
+                wait_until(lambda: len(blocks_in(tmp_path / "new" / "cache")) == 3)
             process.send_signal(number)
-            assert process.wait(30) == (0 if number == signal.SIGTERM else -number)
+            assert process.wait(SECONDS) == (0 if number == signal.SIGTERM else -number)
     assert found == [0, 192]
 
 
@@ -278,7 +272,7 @@ def test_what_does_not_start(path: Path, tmp_path: Path, options: list[str], cod
     (tmp_path / "file").write_bytes(b"")
     given = [option.format(tmp_path) for option in options]
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *given]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
 
 
@@ -330,7 +324,7 @@ for round in range(60):
 def test_processes_that_write_and_one_that_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", WRITER, str(tmp_path)]
     writers = [subprocess.Popen(command, cwd=PACKAGES) for _ in range(3)]
-    wait_for(lambda: len(blocks_in(tmp_path)) > 3)
+    wait_until(lambda: len(blocks_in(tmp_path)) > 3)
     writers[0].kill()
     folder = Folder(tmp_path, 40 * 8192)
     while any(writer.poll() is None for writer in writers):

@@ -17,7 +17,7 @@ from dsv2cli.server.engine import Engine, Ticket
 from dsv2cli.server.generation import Ended, Generation, Params, Piece
 
 PARALLEL = 2
-LONG = 3000
+LONG = 99_000  # it does not end by itself
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_who_goes_takes_no_other_along(server: Served, goes: str) -> None:
     engine = server.engine
 
     async def scene() -> list[Ended]:
-        behind = [submitted(engine, 100 + i, 200, background=True) for i in range(PARALLEL)]
+        limit = 200 if goes == "foreground" else LONG
+        behind = [submitted(engine, 100 + i, limit, background=True) for i in range(PARALLEL)]
         for ticket in behind:
             await began(ticket)
         n_before = 1 if goes == "foreground" else PARALLEL

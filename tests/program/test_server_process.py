@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.cli import PACKAGES
+from support.cli import PACKAGES, SECONDS, wait_until
 from support.serving import RUN, running, served
 from support.tiny import spec_named, variant
 from support.vocab import write_model
@@ -34,25 +34,38 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_runs_is_finished(path: Path, number: int, code: int) -> None:
     with running(path, "-c", "1024") as (process, address):
         n, last = 0, ""
-        with httpx.stream("POST", f"{address}/v1/completions", json=STREAM, timeout=60) as response:
+        with httpx.stream("POST", f"{address}/v1/completions", json=STREAM, timeout=SECONDS) as response:
             for line in response.iter_lines():
                 if n == 3 and not line:  # once: a second signal would end it at once
                     process.send_signal(number)
                 n += line.startswith("data: {")
                 last = line or last
         assert last == "data: [DONE]" and n > 20
-        assert process.wait(30) == code
+        assert process.wait(SECONDS) == code
+
+
+def is_closed(address: str) -> bool:
+    """Nobody listens there any more."""
+    try:
+        httpx.get(f"{address}/health", timeout=SECONDS)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:
+        pass  # it was about to
+    return False
 
 
 def test_a_second_signal_ends_it_at_once(path: Path) -> None:
-    with running(path, "-c", "0") as (process, address):
-        body = STREAM | {"max_tokens": 4000}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+    """Long before what runs has had its grace."""
+    with running(path, "-c", "100000") as (process, address):
+        body = STREAM | {"max_tokens": 99_000}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=SECONDS) as response:
             lines = response.iter_lines()
             next(lines)
-            for _ in range(2):
-                process.send_signal(signal.SIGTERM)
-                time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_closed(address))  # it has been heard
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
 
 
@@ -76,9 +89,9 @@ def test_a_signal_ends_a_process_whose_model_still_loads(path: Path, number: int
         assert process.stdout is not None and process.stderr is not None
         found = re.search(r"http://[^/]+", process.stderr.readline())
         assert found and process.stdout.readline() == "loading\n"
-        assert httpx.get(f"{found[0]}/health").status_code == 503
+        assert httpx.get(f"{found[0]}/health", timeout=SECONDS).status_code == 503
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=SECONDS)
         assert process.returncode == code and "Traceback" not in said and "Error" not in said, said
     finally:
         process.kill()
@@ -86,10 +99,10 @@ def test_a_signal_ends_a_process_whose_model_still_loads(path: Path, number: int
 
 
 def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = runtime.open_model
+    usual, may_load = runtime.open_model, threading.Event()
 
     def slow(*given: Any, **named: Any) -> Any:
-        time.sleep(1.5)
+        may_load.wait(SECONDS)
         return usual(*given, **named)
 
     monkeypatch.setattr(runtime, "open_model", slow)
@@ -98,8 +111,8 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert health.status_code == 503 and "loaded" in health.json()["error"]["message"]
         refused = server.post("/v1/completions", prompt="Hi")
         assert refused.status_code == 503 and refused.headers["retry-after"]
-        while server.client.get("/health").status_code == 503:
-            time.sleep(0.05)
+        may_load.set()
+        wait_until(lambda: server.client.get("/health").status_code == 200)
         assert server.asked("/v1/completions", prompt="Hi", max_tokens=1)
 
 
@@ -124,7 +137,7 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_does_not_start(path: Path, options: list[str], code: int, says: str) -> None:
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
 
 
@@ -175,6 +188,6 @@ def test_several_addresses(path: Path) -> None:
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF but no more")
     command = [sys.executable, "-P", "-c", RUN, "serve", str(tmp_path / "no.gguf"), "--port", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGES)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
     assert ended.returncode == 1 and "no.gguf" in ended.stderr and "Traceback" not in ended.stderr
     assert json.dumps(ended.stdout) == '""'

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import USUAL, Served, scripted, served
+from support.cli import wait_until
+from support.serving import ENDLESS, LONG, USUAL, Served, scripted, served
 from support.tiny import spec_named, variant
 from support.vocab import EOS, USER, V25_TEMPLATE, write_model
 
@@ -552,21 +552,17 @@ def test_small_requests_do_not_become_large_conversations(server: Served, monkey
         assert "longer than" in server.post(PATH, **asked).json()["error"]["message"]
 
 
-def test_answers_that_the_server_s_end_cuts_off(server: Served) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_the_server_s_end_cuts_off(path: Path, stream: bool) -> None:
     """They are told as failed: what was cut off without the client's will is no answer."""
-
-    def cut() -> None:
-        while not (running := server.engine.running()):
-            time.sleep(0.01)
-        running[0].cancel()
-
-    for asked in ({}, {"stream": True}):
-        thread = threading.Thread(target=cut)
-        thread.start()
-        response = server.post(PATH, input=ASKED, max_output_tokens=1500, **GREEDY, **asked)
-        thread.join()
-        if asked:
-            last = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")][-1]
-            assert last["type"] == "response.failed" and "shutting down" in last["response"]["error"]["message"]
-        else:
-            assert response.status_code == 503
+    asked = {"input": ASKED, "max_output_tokens": LONG["max_tokens"], "stream": stream, **GREEDY}
+    with served(path, ENDLESS) as server, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(server.post, PATH, **asked)
+        wait_until(server.engine.running)
+        server.engine.running()[0].cancel()
+        response = asking.result()
+    if stream:
+        last = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")][-1]
+        assert last["type"] == "response.failed" and "shutting down" in last["response"]["error"]["message"]
+    else:
+        assert response.status_code == 503

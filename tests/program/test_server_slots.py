@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import USUAL, Served, served
+from support.cli import wait_until
+from support.serving import ENDLESS, USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
@@ -61,13 +62,15 @@ def test_erased(server: Served) -> None:
     assert server.client.post("/slots/0?action=erase").json() == {"id_slot": 0, "n_erased": 0}  # no body at all
 
 
-def test_numbers_of_those_that_run_together(server: Served) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        wanted = [3, 3, -1, 99]
-        jobs = [pool.submit(server.asked, "/completion", **BODY | {"n_predict": 200}, id_slot=i) for i in wanted]
-        while len(running := [line for line in server.client.get("/slots").json() if line["is_processing"]]) < 4:
-            assert not any(job.done() for job in jobs)
+def test_numbers_of_those_that_run_together(path: Path) -> None:
+    with served(path, ENDLESS) as server, ThreadPoolExecutor(4) as pool:
+        asked = BODY | {"n_predict": 99_000}
+        jobs = [pool.submit(server.asked, "/completion", **asked, id_slot=i) for i in (3, 3, -1, 99)]
+        wait_until(lambda: server.engine.n_running == 4)
+        running = [line for line in server.client.get("/slots").json() if line["is_processing"]]
         assert sorted(line["id"] for line in running) == [0, 1, 2, 3]
+        for sequence in server.engine.running():
+            sequence.cancel()
         assert sorted(job.result()["id_slot"] for job in jobs) == [0, 1, 2, 3]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -29,6 +28,7 @@ TERMINALS = {
     "dumb": False,
 }  # whether pastes are marked
 PASTE = "\x1b[200~{}\x1b[201~"
+ENDLESS = ("-n", "1000000", "-c", "200000")  # an answer that lasts until it is stopped
 CODE = "    if x:\n        y = 1\n\n    # end  "
 
 
@@ -51,8 +51,8 @@ def talk(model: Path, state: Path, *more: str, **env: str):
 def read_by(screen: Screen, at: int) -> int:
     """Tokens of the last prompt, as /stats says."""
     screen.type("/stats\n")
-    at = screen.wait_for(r"read \d+ tokens( \(\d+ kept\))?", at)
-    counts = re.findall(r"read (\d+) tokens(?: \((\d+) kept\))?", screen.text[:at])[-1]
+    at = screen.wait_for(r"read \d+ tokens( \(\d+ kept\))? at", at)
+    counts = re.findall(r"read (\d+) tokens(?: \((\d+) kept\))? at", screen.text[:at])[-1]
     return sum(int(n) for n in counts if n)
 
 
@@ -85,14 +85,23 @@ def test_lines_that_come_together_are_lines(model: Path, tmp_path: Path) -> None
         assert screen.exit_code() == 0
 
 
+def stop(screen: Screen) -> None:
+    """As Ctrl-C does, but for the keys that it would take along."""
+    screen.process.send_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("ahead", AHEAD)
 def test_what_is_typed_while_an_answer_is_written(ahead: str, model: Path, tmp_path: Path) -> None:
-    with talk(model, tmp_path, "-n", "1500") as screen:
+    with talk(model, tmp_path, *ENDLESS) as screen:
         at = screen.wait_for("> $")
         screen.type("Tell me a long story.\n")
         screen.wait_for(r"story\.\n(.|\n){40}", at)
         begun = len(screen.text)
         screen.type(ahead)
+        screen.wait_for(r"(.|\n){400}", begun)
+        stop(screen)
+        at = screen.wait_for(r"\(stopped\)\n> (second|a\n *b)\n(.|\n){40}", begun)
+        stop(screen)
         screen.wait_for("2 turns, ", at)
         assert screen.exit_code() == 0
         answer = screen.text[begun : screen.text.index("> ", begun)]
@@ -102,12 +111,15 @@ def test_what_is_typed_while_an_answer_is_written(ahead: str, model: Path, tmp_p
 def test_a_long_line_typed_ahead_is_whole(model: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A terminal that edits lines by itself keeps 4095 bytes of one."""
     long = "the User " * 600
-    with talk(model, tmp_path, "-n", "2000", "-c", "8192") as screen:
+    with talk(model, tmp_path, *ENDLESS) as screen:
         at = screen.wait_for("> $")
         screen.type("Hi\n")
         screen.wait_for(r"Hi\n(.|\n){40}", at)
-        screen.type("/clear\n" + long + "\n")
-        at = screen.wait_for(r"(\(stopped after 2000 tokens: -n\)(.|\n)*){2}> $", at)
+        begun = len(screen.text)
+        screen.type("/set max-tokens 4\n/clear\n" + long + "\n")
+        screen.wait_for(r"(.|\n){400}", begun)
+        stop(screen)
+        at = screen.wait_for(r"\(stopped\)\n(.|\n)*\(stopped after 4 tokens: -n\)\n> $", begun)
         assert read_by(screen, at) == len(tokenizer.chat([Message("user", long)]))
 
 
@@ -128,7 +140,7 @@ def test_a_system_message_of_two_lines(typed: str, model: Path, tmp_path: Path) 
 def test_bytes_that_are_no_text_are_refused_and_the_talk_goes_on(model: Path, tmp_path: Path) -> None:
     with talk(model, tmp_path) as screen:
         at = screen.wait_for("> $")
-        os.write(screen.terminal, b"n\xe9\xff\n")
+        screen.type(b"n\xe9\xff\n")
         at = screen.wait_for(r"error: what was typed is not UTF-8 text: byte 1 is 0xe9\n(.|\n)*> $", at)
         screen.type("Hi\n")
         screen.wait_for(r"\(stopped after 4 tokens: -n\)\n> $", at)
@@ -204,9 +216,9 @@ BREAK = "import dsv2cli.chat.answering as r; r.Chat.tell_stats = None; "
 
 @pytest.mark.parametrize("how", ["exit", "ctrl-d", "ctrl-c and exit", "crash", "SIGTERM", "SIGTERM in an answer"])
 def test_the_terminal_is_left_as_it_was(how: str, model: Path, tmp_path: Path) -> None:
-    n = "4000" if "answer" in how or "ctrl-c" in how else "4"
+    n = ENDLESS if "answer" in how or "ctrl-c" in how else ("-n", "4")
     with terminal(
-        "chat", model, "-n", n, "--temp", "0",
+        "chat", model, *n, "--temp", "0",
         before=BREAK if how == "crash" else "", keep=True, XDG_STATE_HOME=str(tmp_path),
     ) as screen:  # fmt: skip
         at = screen.wait_for("> $")
@@ -246,7 +258,7 @@ def test_sigterm_within_the_event_loop_ends_the_program(model: Path, tmp_path: P
 def test_no_home(model: Path, tmp_path: Path) -> None:
     """A user that no file knows, in a container: no history, and nothing else is missing."""
     nobody = "import pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); "
-    with terminal("chat", model, "-n", "4", before=nobody, HOME=None, XDG_STATE_HOME=None) as screen:
+    with terminal("chat", model, "-n", "4", "--temp", "0", before=nobody, HOME=None, XDG_STATE_HOME=None) as screen:
         at = screen.wait_for("> $")
         screen.type("Hi\n")
         at = screen.wait_for(r"> $", at)
@@ -305,8 +317,11 @@ def test_many_writers_of_one_history(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path))
         patch.setattr(history, "PATIENCE", 60)
-        while any(writer.poll() is None for writer in writers):
+        while True:  # and once when they are through
+            are_through = all(writer.poll() is not None for writer in writers)
             assert len(history.read()) == history.LINES
+            if are_through:
+                break
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     lines = [line for line in history_of(tmp_path) if line != "old"]
     for name in "abc":

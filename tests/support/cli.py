@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import re
+import resource
 import select
 import struct
 import subprocess
@@ -13,9 +15,10 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from support.emulator import Emulator
 
@@ -28,7 +31,7 @@ RUN_MAIN = f"{HEAR_CTRL_C}; from dsv2cli.app import main; main()"
 COMMAND = [sys.executable, "-P", "-c", RUN_MAIN]  # -P: not what lies in the working folder
 # In a new session, takes the terminal on stdin for its own, so that Ctrl-C reaches it.
 IN_TERMINAL = [sys.executable, "-P", "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
-SECONDS = 60.0
+SECONDS = 300.0  # more is a hang, on however busy a machine
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -64,6 +67,38 @@ def dsv2_after(script: str, *args: str, **env: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
+def wait_until(what: Callable[[], object], seconds: float = SECONDS) -> None:
+    """As long as a machine may take that stands still for moments."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def worked(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Until a process that runs has computed for so long."""
+
+    def enough() -> bool:
+        assert process.poll() is None
+        user, system = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        return int(user) + int(system) >= seconds * os.sysconf("SC_CLK_TCK")
+
+    wait_until(enough)
+
+
+def processor_seconds(command: Sequence[str], env: Mapping[str, str], enough: float, n: int = 30) -> float:
+    """The least processor time of ``n`` runs, or the first that is below ``enough``: a busy machine takes more."""
+    least = float("inf")
+    for _ in range(n):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, env=env, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        least = min(least, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if least < enough:
+            break
+    return least
+
+
 def assert_fails(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     """One error line and at most one hint that together hold the words; no traceback, nothing on stdout."""
     assert result.returncode == code, (result.returncode, result.stderr)
@@ -84,8 +119,15 @@ class Screen:
         self.process, self.terminal, self.theirs, self.emulator = process, terminal, theirs, emulator
         self.raw, self.text = b"", ""
 
-    def type(self, text: str) -> None:
-        os.write(self.terminal, text.encode())
+    def type(self, text: str | bytes) -> None:
+        """And read meanwhile: a program that waits to be read reads nothing."""
+        data, deadline = text if isinstance(text, bytes) else text.encode(), time.monotonic() + SECONDS
+        while data:
+            assert time.monotonic() < deadline, f"the program does not read: {self.text!r}"
+            with contextlib.suppress(BlockingIOError):
+                data = data[os.write(self.terminal, data) :]
+            if data:
+                self._read(0.01)
 
     def wait_for(self, pattern: str, start: int = 0) -> int:
         """Read until ``pattern`` shows after position ``start``; returns where it ends."""
@@ -97,11 +139,20 @@ class Screen:
             if not self._read(0.1):
                 raise AssertionError(f"the program ended without {pattern!r}: {self.text[start:]!r}")
 
+    def wait_to_see(self, words: str) -> None:
+        """Read until they are in a line of the window, above the cursor or below."""
+        assert self.emulator is not None
+        deadline = time.monotonic() + SECONDS
+        while not any(words in line for line in self.emulator.window):
+            assert self._read(0.1) and time.monotonic() < deadline, self.emulator.window
+
     def _read(self, seconds: float) -> bool:
         """More of the screen within ``seconds``; False once the program has gone."""
         if select.select([self.terminal], [], [], seconds)[0]:
             try:
                 data = os.read(self.terminal, 65536)
+            except BlockingIOError:
+                return True
             except OSError:  # Linux, when the other end is closed
                 return False
             self.raw += data
@@ -120,10 +171,14 @@ class Screen:
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def exit_code(self) -> int:
+        """When the program has ended, and all that it wrote has been read."""
         deadline = time.monotonic() + SECONDS
-        while self._read(0.05) and self.process.poll() is None:
+        while self.process.poll() is None:
+            self._read(0.05)
             assert time.monotonic() < deadline, self.text
-        return self.process.wait(SECONDS)
+        while select.select([self.terminal], [], [], 0)[0] and self._read(0):
+            pass
+        return self.process.returncode
 
 
 @contextmanager
@@ -135,6 +190,7 @@ def terminal(
     a folder of its own. A chat moves the cursor about,
     and is seen through an emulator."""
     ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
     emulator = Emulator(*size) if "chat" in args else None
     if emulator is not None:
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))

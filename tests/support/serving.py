@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.cli import PACKAGES
+from support.cli import PACKAGES, SECONDS
 
 from cext.tokenizer import Tokenizer
 from dsv2cli.runtime import Wishes
@@ -28,6 +29,9 @@ from dsv2cli.server.process import Serving, Settings
 RUN = "from dsv2cli.app import main; main()"
 OPEN = Rules()
 USUAL = Settings(n_ctx=512, parallel=4, queue=32, cache_bytes=64 << 20, kv="f32", name="tiny")
+# A context that no answer fills within a test, and what asks an endless model for such a one: it ends when it is ended.
+ENDLESS = replace(USUAL, n_ctx=100_000)
+LONG: dict[str, Any] = {"max_tokens": 99_000, "temperature": 0}
 
 
 @dataclass
@@ -48,6 +52,17 @@ class Served:
         response = self.post(path, **body)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def settle(self) -> None:
+        """Until the engine's thread is between two steps, and through with what it does after having told an end."""
+        self.engine.call(lambda: None).result(SECONDS)
+
+    def begun(self, data: bytes) -> bytes:
+        """The beginning of what comes back on a connection that brings this and no more."""
+        url = self.client.base_url
+        with socket.create_connection((url.host, url.port or 80), SECONDS) as peer:
+            peer.sendall(data)
+            return peer.recv(4096)
 
     def events(self, path: str, **body: Any) -> list[Any]:
         """The data of a stream's events; the last one is the text [DONE] where the dialect has it."""
@@ -79,7 +94,7 @@ def served(
         while ready and serving.state.service is None:
             assert thread.is_alive()
             time.sleep(0.01)
-        with httpx.Client(base_url=f"http://{process.address(listening)}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://{process.address(listening)}", timeout=SECONDS) as client:
             yield Served(serving, client)
     finally:
         serving.server.should_exit = True
@@ -125,7 +140,7 @@ def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
         assert process.stderr is not None
         found = re.search(r"http://[^/]+", process.stderr.readline())
         assert found
-        while httpx.get(f"{found[0]}/health").status_code == 503:
+        while httpx.get(f"{found[0]}/health", timeout=SECONDS).status_code == 503:
             time.sleep(0.02)
         yield process, found[0]
     finally:
