@@ -76,6 +76,16 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     return min(given, default=None)
 
 
+def cache_bytes(root: Path = ROOT) -> int | None:
+    """The largest of the first processor's caches, which others may share; None where the system does not tell."""
+    sizes = []
+    for path in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = _read(path).strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes, default=None)
+
+
 def _left_in_cgroups(root: Path, *, high: bool) -> Iterator[int]:
     """What each cgroup with a limit leaves, from the process's own up to the root's; without its swap. high: the mark
     at which it is held up is a limit too."""

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cext import Model, TensorInfo
     from cext.model import KvType
 
-ENOUGH_BYTES = 160 << 20  # that a token of the probe reads: more than a share of any cache
+ENOUGH_BYTES = 160 << 20  # that a token of the probe reads: more than a share of most caches
+LARGE_CACHE = 64 << 20  # what it reads would stay in a cache that is larger, as no model does
 LAYER_BYTES = 128 << 20  # of the routed experts of a layer, all of which a prompt touches
 MOST_BYTES = 768 << 20  # of all that is touched
 DEPTH = 1 << 15  # tokens of context where attention is measured
@@ -100,9 +101,25 @@ def measure(found: Anatomy, kv_type: KvType, threads: int | None, free: int | No
             path = Path(folder) / "probe.gguf"
             small.write(path)
             with Model(path, threads) as model:
-                return _rates(model, small, kv_type, begun)
+                return _rates(model, small, kv_type, _Cold(None if free is None else free - small.touched), begun)
     except (OSError, EngineError) as error:
         return f"this machine could not be measured: {error}"
+
+
+class _Cold:
+    """Drives the probe's weights out of a large cache, before what is timed."""
+
+    def __init__(self, free: int | None) -> None:
+        import numpy as np
+
+        from cext.system import cache_bytes
+
+        nbytes = cache_bytes() or 0
+        is_needed = nbytes > LARGE_CACHE and (free is None or nbytes <= UNSAFE_SHARE * free)
+        self._words = np.ones(nbytes // 8 if is_needed else 0, np.int64)
+
+    def __call__(self) -> None:
+        self._words[::8].sum()  # of each line a word
 
 
 class _Small:
@@ -221,7 +238,7 @@ class _Small:
         return None
 
 
-def _rates(model: Model, small: _Small, kv_type: KvType, begun: float) -> Rates:
+def _rates(model: Model, small: _Small, kv_type: KvType, cold: _Cold, begun: float) -> Rates:
     import numpy as np
 
     from cext.system import own_bytes
@@ -241,9 +258,9 @@ def _rates(model: Model, small: _Small, kv_type: KvType, begun: float) -> Rates:
     read: list[float] = []
     for i in range(ROUNDS + 1):  # the first touches every page
         times = (
-            _step_seconds(shallow.eval, lambda: shallow.rewind(0), ids, STEPS),
-            _step_seconds(deep.eval, lambda: deep.rewind(DEPTH), ids, DEEP_STEPS),
-            _prompt_seconds(shallow, prompt),
+            _step_seconds(shallow.eval, lambda: shallow.rewind(0), ids, STEPS, cold),
+            _step_seconds(deep.eval, lambda: deep.rewind(DEPTH), ids, DEEP_STEPS, cold),
+            _prompt_seconds(shallow, prompt, cold),
         )
         if i:
             for samples, seconds in zip((near, far, read), times, strict=True):
@@ -267,7 +284,11 @@ def _rates(model: Model, small: _Small, kv_type: KvType, begun: float) -> Rates:
 
 
 def _step_seconds(
-    evaluate: Callable[[NDArray[np.int32]], object], rewind: Callable[[], None], ids: NDArray[np.int32], n: int
+    evaluate: Callable[[NDArray[np.int32]], object],
+    rewind: Callable[[], None],
+    ids: NDArray[np.int32],
+    n: int,
+    cold: _Cold,
 ) -> float:
     """Of one token decoded, the median of n."""
     rewind()
@@ -275,14 +296,16 @@ def _step_seconds(
     times = []
     for i in range(n):
         rewind()
+        cold()
         begun = time.perf_counter()
         evaluate(ids[i + 1 : i + 2])
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
 
 
-def _prompt_seconds(session: Any, prompt: NDArray[np.int32]) -> float:
+def _prompt_seconds(session: Any, prompt: NDArray[np.int32], cold: _Cold) -> float:
     session.rewind(0)
+    cold()
     begun = time.perf_counter()
     session.eval(prompt)
     return time.perf_counter() - begun

@@ -116,3 +116,12 @@ def test_forgotten_pages_are_the_systems_again(tmp_path: Path, flags: tuple[str,
     found = [ctypes.string_at(at, 1) for at in (start, start + kept, start + size - kept)]
     pages.ds_pages_release(start, size)
     assert found == [b"\7", b"\5", b"\7"]
+
+
+def test_the_largest_cache(tmp_path: Path) -> None:
+    assert system.cache_bytes(tmp_path) is None
+    for index, size in enumerate(("48K", "32K", "2048K", "491520K", "")):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{size}\n", encoding="ascii")
+    assert system.cache_bytes(tmp_path) == 480 << 20
