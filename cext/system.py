@@ -10,12 +10,15 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
+import stat
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path("/")  # where /proc and /sys lie
 
@@ -260,6 +263,37 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+@contextmanager
+def replaced(
+    path: Path, *, mode: int = 0o600, prefix: str | None = None, suffix: str = "", lasting: bool = True
+) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` when the block ends: who reads sees the old one or the new one,
+    whole, and where the block or the disk fails nothing has changed. OSError.
+
+    mode: of a new file; one that is there keeps its own. Until then its name is ``prefix``, eight letters and
+    ``suffix``, in the same folder, for who takes away what killed runs have left; prefix None: a point, the file's name
+    and a point. lasting: it outlives a power cut.
+    """
+    begins = f".{path.name}." if prefix is None else prefix
+    unfinished = path.with_name(f"{begins}{secrets.token_hex(4)}{suffix}")
+    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(fd, stat.S_IMODE(path.stat().st_mode))
+            yield file
+            file.flush()
+            if lasting:
+                os.fsync(fd)
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    if lasting:
+        sync_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:

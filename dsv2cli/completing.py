@@ -1,4 +1,4 @@
-"""completing.py: names of models for a shell that completes a command line, found in a few milliseconds.
+"""completing.py: names of models, conversations and presets for a shell that completes a line, in a few milliseconds.
 
 Typer answers for verbs, options and their values, and takes as long as the program needs to begin; a model's name is
 asked for most, and is answered here from names of folders alone. Knows the shells' forms as Typer's own scripts have
@@ -17,7 +17,25 @@ from pathlib import Path
 
 TAKE_MODELS = ("chat", "serve", "inspect", "perplexity", "bench", "plan", "quantize", "rm")
 TAKE_NAMES = ("plan", "download")  # of the hub, fetched or not
-FLAGS = ("-q", "--quiet", "-y", "--yes", "--json", "--csv", "--check", "--raw", "--special", "--no-speed", "--no-check")
+FLAGS = (
+    "-q",
+    "--quiet",
+    "-y",
+    "--yes",
+    "--json",
+    "--csv",
+    "--check",
+    "--raw",
+    "--special",
+    "--no-speed",
+    "--no-check",
+    "-C",
+    "--continue",
+    "--no-save",
+    "--plain",
+    "--share",
+    "--no-share",
+)
 MOST = 200
 ENDINGS = (".gguf",)
 
@@ -31,6 +49,9 @@ def answered(environ: Mapping[str, str]) -> bool:
         return False
     verb = next((word for word in words if not word.startswith("-")), "")
     after = words[words.index(verb) + 1 :] if verb else []
+    if verb == "chat" and after and after[-1] in NAMED:
+        _write(shell, [name for name in NAMED[after[-1]]() if name.startswith(begun)])
+        return True
     if verb not in (*TAKE_MODELS, *TAKE_NAMES) or begun.startswith("-") or (after and _wants_value(after[-1])):
         return False
     given = [w for i, w in enumerate(after) if not w.startswith("-") and not (i and _wants_value(after[i - 1]))]
@@ -41,6 +62,29 @@ def answered(environ: Mapping[str, str]) -> bool:
         sys.exit(0 if found else 1)
     _write(shell, found)
     return True
+
+
+def sessions() -> list[str]:
+    """Names of kept conversations, as ``chat.store`` has them, without the engine that comes with it."""
+    from dsv2cli import state
+
+    place = state.folder()
+    try:
+        found = os.listdir(place / "conversations") if place is not None else []  # noqa: PTH208
+    except OSError:
+        return []
+    return sorted(name.removesuffix(".jsonl") for name in found if re.fullmatch(r"\w[^/]*\.jsonl", name))
+
+
+def presets() -> list[str]:
+    """Names of sets of settings."""
+    from dsv2cli import settings
+
+    return settings.preset_names()
+
+
+NAMED = {"-r": sessions, "--resume": sessions, "--preset": presets}
+"""Options of chat whose values are names of this user's own."""
 
 
 def _wants_value(word: str) -> bool:

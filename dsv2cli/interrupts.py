@@ -29,3 +29,22 @@ def heard(cancel: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Ctrl-C changes nothing of what the block does, and is raised as KeyboardInterrupt when that is done.
+
+    As ``heard``; where the block fails its error goes before.
+    """
+    came = False
+
+    def note() -> bool:
+        nonlocal came
+        came = True
+        return True
+
+    with heard(note):
+        yield
+    if came:
+        raise KeyboardInterrupt

@@ -10,26 +10,36 @@ a file a name stands for every command that has the option, under a command's ta
 
 and in the environment DSV2_KV and DSV2_CHAT_TEMP. A project's file may be somebody else's: it sets nothing that opens a
 connection.
+
+A preset is a set of chat's settings under a name. `dsv2 chat --preset coder` takes them together, before what files and
+the environment set for chat; a project's keys come before the user's of the same preset:
+
+    [presets.coder]
+    system = "You write Python."
+    temp = 0.2
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import shutil
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from dsv2cli.errors import CliError, UsageError
 
 PROJECT_FILE = ".dsv2.toml"
 CLOSE = 0.5  # of two keys: `kb` is as close to `kv`
 LIST_HINT = "dsv2 config --all lists what can be set"
+NOWHERE = "not set"  # the origin of a preset's key that has none
+PRESETS = "presets"
+PRESET_KEY = re.compile(rf"{PRESETS}\.(\w[\w-]{{0,49}})\.([a-z-]+)")
+IN_PRESETS = ("system", "think", "temp", "top-k", "top-p", "min-p", "repeat-penalty", "seed", "max-tokens")
+PRESETS_HINT = "dsv2 config set presets.NAME.temp 0.2 makes one"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ SETTINGS = {
         Setting("lookup"),
         Setting("system", unless=("--raw", "--fim")),
         Setting("think", unless=("--raw", "--fim")),
+        Setting("preset", unless=("--raw", "--fim")),
         Setting("host", is_ours=True),
         Setting("port", is_ours=True),
         Setting("parallel"),
@@ -140,6 +151,11 @@ def keys_of(root: Any) -> list[str]:
 
 def check_key(root: Any, key: str, where: str = "") -> None:
     """UsageError for a key that there is not, with the one that was likely meant."""
+    if key == PRESETS or key.startswith(f"{PRESETS}."):
+        found = PRESET_KEY.fullmatch(key)
+        if found is None or found[2] not in IN_PRESETS:
+            raise UsageError(f"{where}`{key}` is nothing of a preset", f"{PRESETS}.NAME. and {', '.join(IN_PRESETS)}")
+        return
     keys = keys_of(root)
     if key in keys:
         return
@@ -151,10 +167,10 @@ def check_key(root: Any, key: str, where: str = "") -> None:
 
 def converted(root: Any, key: str, value: Any, where: str = "") -> Any:
     """The value as its option takes it. UsageError where it does not."""
-    verb, _, name = key.rpartition(".")
-    options = options_of(root)
-    named = verb or next(v for v, mine in options.items() if name in mine)
-    option = options[named][name]
+    import typer
+
+    named, option = _option(root, key)
+    name = key.rpartition(".")[2]
     is_flag = isinstance(value, bool)
     if is_flag != bool(getattr(option, "is_flag", False)) and not isinstance(value, str):
         raise UsageError(f"{where}`{key}` is {_shown(value)}, which --{name} does not take", f"dsv2 {named} --help")
@@ -169,6 +185,16 @@ def converted(root: Any, key: str, value: Any, where: str = "") -> Any:
 
         told = refused(error).rstrip(".")
         raise UsageError(f"{where}`{key}`: {told}", f"dsv2 {named} --help lists what --{name} takes") from error
+
+
+def _option(root: Any, key: str) -> tuple[str, Any]:
+    """(a command, its option) that a key is of."""
+    verb, _, name = key.rpartition(".")
+    options = options_of(root)
+    if verb.startswith(f"{PRESETS}."):
+        verb = "chat"
+    named = verb or next(v for v, mine in options.items() if name in mine)
+    return named, options[named][name]
 
 
 def _shown(value: Any) -> str:
@@ -187,8 +213,10 @@ def values(root: Any) -> list[Value]:
 
 def _of_file(root: Any, path: Path, *, is_project: bool) -> list[Value]:
     flat: dict[str, Any] = {}
-    for key, value in read(path).items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    tables = read(path)
+    presets = tables.pop(PRESETS, {})
+    for key, value in [*tables.items(), *_prefixed(PRESETS, presets).items()]:
+        flat |= _prefixed(key, value)
     found = []
     for key, value in flat.items():
         check_key(root, key, f"`{path}`: ")
@@ -198,6 +226,11 @@ def _of_file(root: Any, path: Path, *, is_project: bool) -> list[Value]:
             )
         found.append(Value(key, converted(root, key, value, f"`{path}`: "), str(path)))
     return sorted(found, key=lambda v: v.verb != "")
+
+
+def _prefixed(key: str, value: Any) -> dict[str, Any]:
+    """What a key holds: a table's keys with its own before them, or itself."""
+    return {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -228,9 +261,7 @@ def _of_environment(root: Any) -> Iterator[Value]:
 
 def _flag(root: Any, key: str, text: str) -> Any:
     """Words that say yes or no, where the option is a flag; the text elsewhere."""
-    verb, _, name = key.rpartition(".")
-    options = options_of(root)
-    option = options[verb or next(v for v, mine in options.items() if name in mine)][name]
+    _, option = _option(root, key)
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     return words.get(text.lower(), text) if getattr(option, "is_flag", False) else text
 
@@ -251,14 +282,50 @@ def defaults(root: Any, args: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def effective(root: Any, key: str, found: Sequence[Value]) -> Value:
-    """What a key comes to: the strongest of its own and of its name for all commands, or the option's default."""
+    """What a key comes to: the strongest of its own and of its name for all commands, or the option's default; a
+    preset's is what is set, or nothing."""
     verb, _, name = key.rpartition(".")
-    mine = [v for v in found if v.name == name and v.verb in ("", verb)]
+    is_preset = verb.startswith(f"{PRESETS}.")
+    mine = [v for v in found if v.name == name and (v.verb == verb or not (v.verb or is_preset))]
     if mine:
         return Value(key, mine[-1].value, mine[-1].origin)
-    options = options_of(root)
-    option = options[verb or next(v for v, o in options.items() if name in o)][name]
-    return Value(key, option.default, "default")
+    if is_preset:
+        return Value(key, None, NOWHERE)
+    return Value(key, _option(root, key)[1].default, "default")
+
+
+# Presets.
+
+
+def presets(root: Any) -> dict[str, dict[str, Value]]:
+    """By name: what each sets, by option. UsageError, CliError."""
+    found: dict[str, dict[str, Value]] = {}
+    for value in values(root):
+        if key := PRESET_KEY.fullmatch(value.key):
+            found.setdefault(key[1], {})[key[2]] = value
+    return found
+
+
+def preset(root: Any, name: str) -> dict[str, Value]:
+    """What the preset ``name`` sets. UsageError where there is none."""
+    found = presets(root)
+    if name not in found:
+        raise UsageError(
+            f"there is no preset `{name}`", f"there are: {', '.join(sorted(found))}" if found else PRESETS_HINT
+        )
+    return found[name]
+
+
+def preset_names() -> list[str]:
+    """Of the files' tables, whatever else they hold; for completion."""
+    found: dict[str, None] = {}
+    for path in (user_file(), project_file()):
+        try:
+            named = read(path).get(PRESETS) if path is not None else None
+        except CliError:
+            continue
+        found |= dict.fromkeys(named if isinstance(named, dict) else ())
+    return sorted(found)
 
 
 # Writing.
@@ -271,10 +338,29 @@ def typed(root: Any, key: str, text: str) -> Any:
     return made if isinstance(made, bool | int | float | str) else text
 
 
+def _table(path: Path, document: Any, name: str, *, make: bool) -> Any:
+    """The table of a document that is called ``name``, as presets.coder is; one of nothing where it is missing and not
+    to be made. CliError."""
+    import tomlkit
+
+    table, parts = document, name.split(".") if name else []
+    for i, part in enumerate(parts):
+        if part not in table:
+            if not make:
+                return {}
+            table[part] = tomlkit.table(is_super_table=i + 1 < len(parts))
+        table = table[part]
+        if not isinstance(table, dict):
+            raise CliError(f"`{path}`: `{part}` is {_shown(table)}, expected a table", f"`[{name}]` begins one")
+    return table
+
+
 def write(path: Path, changes: Mapping[str, Any]) -> None:
     """Set keys of a file, or take out those that are None; all else in it stays as it is, comments too. CliError."""
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
+
+    from cext import system
 
     read(path)  # the same words for what is wrong with it
     try:
@@ -282,26 +368,15 @@ def write(path: Path, changes: Mapping[str, Any]) -> None:
         document: Any = tomlkit.parse(before)
         for key, value in changes.items():
             verb, _, name = key.rpartition(".")
-            if verb and verb not in document:
-                if value is None:
-                    continue
-                document[verb] = tomlkit.table()
-            table = document[verb] if verb else document
-            if not isinstance(table, dict):
-                raise CliError(f"`{path}`: `{verb}` is {_shown(table)}, expected a table", f"`[{verb}]` begins one")
+            table: Any = _table(path, document, verb, make=value is not None)
             if value is None:
                 table.pop(name, None)
             else:
                 table[name] = value
         place = path.resolve()  # a link stays one
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        if place.exists():
-            temporary.touch(0o600)
-        temporary.write_text(tomlkit.dumps(document), encoding="utf-8")
-        if place.exists():
-            shutil.copymode(place, temporary)
-        temporary.replace(place)
+        with system.replaced(place, mode=0o666) as file:
+            file.write(tomlkit.dumps(document).encode())
     except TOMLKitError as error:
         raise CliError(f"`{path}` is no TOML: {error}", "correct that line, or remove the file") from error
     except OSError as error:

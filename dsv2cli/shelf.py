@@ -30,7 +30,7 @@ DEPTH = 2  # folders below a named one that are looked into
 _OWN = re.compile(
     r"(?:config|generation_config|configuration|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template|model\.safetensors\.index)\.json"
-    r"|chat_template\.jinja|merges\.txt|vocab\.txt|tokenizer\.model|[^/]+\.tiktoken|tiktoken\.model"
+    r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja|merges\.txt|vocab\.txt|tokenizer\.model|[^/]+\.tiktoken|tiktoken\.model"
 )
 _CLIENTS = frozenset({".gitignore", "CACHEDIR.TAG"})  # the hub's client's, beside its records
 
@@ -146,11 +146,15 @@ def in_folder(folder: Path, depth: int = DEPTH) -> Iterator[Held]:
 
 def _of_checkpoint(folder: Path, names: set[str]) -> tuple[Path, ...]:
     """Of a folder's files: the weights, what has transformers' names, what came with them; none where it is none."""
-    from quantize.source.files import CONFIG, INDEX, is_companion, weights
+    from quantize.source.files import CONFIG, INDEX, TEMPLATES, is_companion, weights
 
     shards = _shards(folder / INDEX) & names or set(weights(names))
     if CONFIG not in names or not shards:
         return ()
+    templates = folder / TEMPLATES
+    with suppress(OSError):  # there is none, as a rule
+        if not templates.is_symlink():
+            names = names | {f"{TEMPLATES}/{path.name}" for path in templates.iterdir() if path.is_file()}
     return tuple(
         folder / name
         for name in sorted(names)
@@ -233,6 +237,9 @@ def remove(held: Held) -> int:
             _beside(path)
     if held.kind == "checkpoint":
         _remove_records(held)
+        for folder in {path.parent for path in held.files} - {held.path}:
+            with suppress(OSError):
+                folder.rmdir()
         with suppress(OSError):  # it holds more, or it is the working folder
             held.path.rmdir()
     return freed
@@ -245,10 +252,16 @@ def _remove_records(held: Held) -> None:
     client = records.parent
     if any(folder.is_symlink() for folder in (client.parent, client, records)):
         return
-    for name in (path.name for path in held.files):
+    for name in (path.relative_to(held.path) for path in held.files):
+        place = records / name.parent
+        if place != records and place.is_symlink():
+            continue
         for ending in (".metadata", ".lock", f".*{cache.PARTIAL}"):
-            for record in list(records.glob(glob.escape(name) + ending)):
+            for record in list(place.glob(glob.escape(name.name) + ending)):
                 record.unlink(missing_ok=True)
+        if place != records:
+            with suppress(OSError):
+                place.rmdir()
     with suppress(OSError):
         records.rmdir()
         if {path.name for path in client.iterdir()} <= _CLIENTS:

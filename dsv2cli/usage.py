@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import tempfile
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cext import system
 from dsv2cli import state
 
 if TYPE_CHECKING:
@@ -136,15 +136,8 @@ def _write(file: Path, counts: Counts, tokens: int) -> None:
         counts, tokens = counts // 2, tokens // 2
     packed = HEADER.pack(MAGIC, VERSION, *counts.shape, tokens) + counts.astype("<u8").tobytes()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as unfinished:
-        name = Path(unfinished.name)
-        try:
-            unfinished.write(packed + _seal(packed))
-            unfinished.close()
-            name.replace(file)
-        except BaseException:
-            name.unlink(missing_ok=True)
-            raise
+    with system.replaced(file, lasting=False) as out:
+        out.write(packed + _seal(packed))
 
 
 def _forget(folder: Path) -> None:

@@ -275,13 +275,8 @@ class Ledger:
             raise LedgerError(f"`{self._record}` cannot be read", RESTART_HINT) from None
 
     def _write_record(self) -> None:
-        part = self._record.with_name(self._record.name + ".part")
-        with part.open("wb") as file:
+        with system.replaced(self._record, mode=0o666) as file:
             file.write(msgspec.json.format(msgspec.json.encode(self._origin), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._record)
-        system.sync_folder(self._record.parent)
 
 
 def _short(value: Any) -> str:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cext.system import resident_bytes
 from dsv2cli import console, interrupts
-from dsv2cli.chat.conversation import Conversation
+from dsv2cli.chat import files
+from dsv2cli.chat.conversation import Conversation, Talk, room_hint
 from dsv2cli.chat.reasoning import Piece, Reasoning
 from dsv2cli.chat.settings import Sampling
 from dsv2cli.chat.view import view
 from dsv2cli.scheduler import Event, Read, Stats, Token
 
 if TYPE_CHECKING:
-    from cext import DriveCounts, Sampler
+    from cext import DriveCounts
     from dsv2cli.engines.protocol import Session
     from dsv2cli.runtime import Runtime
 
-LONG_READ = 512  # tokens of prompt from which on it is told how far the reading has come
+LONG_READ = 1.0  # seconds of reading a prompt, from which on it is told how far it has come
+MANY = 512  # tokens of one whose reading is taken for long before any of it is read
+
+
+class Thought(Protocol):
+    """What is known of an answer's reasoning. n_tokens, seconds: that it took so far."""
+
+    n_tokens: int
+    seconds: float
 
 
 @dataclass
-class Chat:
-    """A conversation and how to show it."""
+class Chat(ABC):
+    """A conversation and how to show it. What differs with who answers is ``LocalChat``'s or remote.py's."""
 
-    runtime: Runtime
-    conversation: Conversation
-    sampler: Sampler
+    conversation: Talk
     sampling: Sampling
     quiet: bool = False
     raw: bool = False
@@ -38,27 +47,18 @@ class Chat:
     folded: bool = False  # a line in place of reasoning, on a terminal
     last: Stats = field(default_factory=Stats)
 
-    @property
-    def session(self) -> Session:
-        return self.conversation.session
-
     def answer(self, text: str | None) -> str:
         """Stream one answer to stdout and return it; None: what is new of the last one, which goes on. Ctrl-C ends it.
-        ContextFullError where ``text`` is too long."""
+        ContextFullError where ``text`` is too long, CliError where a server fails."""
         self.last = Stats()
         progress = Progress(shown=not self.quiet)
-        reasoning = Reasoning(self.runtime.tokenizer)
-        if text is None:
-            reply = self.conversation.go_on(self.sampler, self.sampling.max_tokens, self.last)
-            self._feed_what_stands(reasoning)
-        else:
-            reply = self.conversation.reply(text, self.sampler, self.sampling.max_tokens, self.last)
-        fold = Fold(reasoning, progress) if self.folded and console.is_terminal(sys.stdout) else None
+        thought, pieces = self.pieces(text, progress)
+        fold = Fold(thought, progress) if self.folded and console.is_terminal(sys.stdout) else None
         shows = view(plain=self.raw, markdown=self.markdown)
         written: list[str] = []
         try:
-            with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-                for piece in self._pieces(reply, reasoning, progress.read, begun=self.raw or text is None):
+            with interrupts.heard(self.conversation.cancel), contextlib.closing(pieces):
+                for piece in pieces:
                     shown = piece.text if fold is None else fold.rest(piece)
                     if shown:
                         progress.clear()
@@ -76,11 +76,91 @@ class Chat:
     def collect(self, text: str) -> str:
         """One answer, as a string and nowhere else; Ctrl-C ends it."""
         self.last = Stats()
-        reply = self.conversation.reply(text, self.sampler, self.sampling.max_tokens, self.last)
-        with interrupts.heard(self.conversation.cancel), contextlib.closing(reply):
-            return "".join(
-                piece.text for piece in self._pieces(reply, Reasoning(self.runtime.tokenizer), begun=self.raw)
-            )
+        _, pieces = self.pieces(text, Progress(shown=False))
+        with interrupts.heard(self.conversation.cancel), contextlib.closing(pieces):
+            return "".join(piece.text for piece in pieces)
+
+    @abstractmethod
+    def pieces(self, text: str | None, progress: Progress) -> tuple[Thought, Generator[Piece, None, None]]:
+        """An answer as it comes, to ``text`` or going on with the last."""
+
+    @abstractmethod
+    def headline(self) -> str:
+        """Whom one talks to."""
+
+    @abstractmethod
+    def count(self, text: str) -> int | None:
+        """Its tokens, where they can be known."""
+
+    @abstractmethod
+    def room_hint(self, n: int) -> str:
+        """What to do about a prompt of n tokens, which are too many."""
+
+    @abstractmethod
+    def sizes(self, typed: str) -> list[str]:
+        """Of the files that a message names, what they would add."""
+
+    def obey(self, sampling: Sampling) -> None:
+        """Answer so from now on."""
+        self.sampling = sampling
+
+    def report(self, answer: str) -> dict[str, object]:
+        """The last answer and its figures, for programs."""
+        said = self.conversation.said()
+        return {
+            "answer": answer if said.reasoning is None else said.content,
+            "reasoning": said.reasoning,
+            "stop": self.last.stop,
+            "prompt_tokens": self.last.n_prompt,
+            "answer_tokens": self.last.n_answer,
+        }
+
+    def _tell_stop(self) -> None:
+        if self.last.stop == "cancelled":
+            console.note("(stopped)", "dim")
+        elif self.quiet:
+            return
+        elif self.last.stop == "length":
+            console.note(f"(stopped after {self.last.n_answer} tokens: -n)", "dim")
+        elif self.last.stop == "context":
+            console.note(f"(the context of {self.conversation.n_ctx} tokens is full: -c makes it larger)", "dim")
+
+    @abstractmethod
+    def tell_stats(self) -> None:
+        """A line about the last answer, on stderr."""
+
+
+class LocalChat(Chat):
+    """With a model that runs here."""
+
+    conversation: Conversation
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        quiet: bool = False,
+        raw: bool = False,
+    ) -> None:
+        super().__init__(conversation, sampling, quiet, raw)
+        self.runtime = runtime
+        self.sampler = sampling.sampler()
+
+    @property
+    def session(self) -> Session:
+        return self.conversation.session
+
+    def pieces(self, text: str | None, progress: Progress) -> tuple[Thought, Generator[Piece, None, None]]:
+        reasoning = Reasoning(self.runtime.tokenizer)
+        limit = self.sampling.max_tokens
+        if text is None:
+            reply = self.conversation.go_on(self.sampler, limit, self.last)
+            self._feed_what_stands(reasoning)
+        else:
+            reply = self.conversation.reply(text, self.sampler, limit, self.last)
+        return reasoning, self._pieces(reply, reasoning, progress.read, begun=self.raw or text is None)
 
     def _feed_what_stands(self, reasoning: Reasoning) -> None:
         """Let it know where in an answer that goes on its text stands."""
@@ -94,37 +174,64 @@ class Chat:
 
     def _pieces(
         self,
-        reply: Iterator[Event],
+        reply: Generator[Event, None, None],
         reasoning: Reasoning,
-        told: Callable[[int, int], None] = lambda done, n: None,
+        told: Callable[[int, int], None],
         *,
         begun: bool,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with,
         unless it has begun."""
-        for event in reply:
-            if isinstance(event, Read):
-                told(event.done, event.n)
-                continue
-            text = event.text if begun else event.text.lstrip()
-            if text and not begun:
-                text = self.conversation.opening + text
-                begun = True
-            if self.raw:
-                yield Piece(text, False)
-            elif begun:
-                yield from reasoning.feed(text, event.id if isinstance(event, Token) else None)
-        yield from reasoning.finish()
+        with contextlib.closing(reply):
+            for event in reply:
+                if isinstance(event, Read):
+                    told(event.done, event.n)
+                    continue
+                text = event.text if begun else event.text.lstrip()
+                if text and not begun:
+                    text = self.conversation.opening + text
+                    begun = True
+                if self.raw:
+                    yield Piece(text, False)
+                elif begun:
+                    yield from reasoning.feed(text, event.id if isinstance(event, Token) else None)
+            yield from reasoning.finish()
 
-    def _tell_stop(self) -> None:
-        if self.last.stop == "cancelled":
-            console.note("(stopped)", "dim")
-        elif self.quiet:
-            return
-        elif self.last.stop == "length":
-            console.note(f"(stopped after {self.last.n_answer} tokens: -n)", "dim")
-        elif self.last.stop == "context":
-            console.note(f"(the context of {self.conversation.n_ctx} tokens is full: -c makes it larger)", "dim")
+    def headline(self) -> str:
+        session = self.session
+        cache = f"{console.format_bytes(session.kv_bytes)} of {session.kv_type}"
+        return f"{self.runtime.name}, {session.n_ctx} tokens of context in {cache}, {self.runtime.model.isa}."
+
+    def count(self, text: str) -> int | None:
+        return len(self.runtime.tokenizer.encode(text))
+
+    def room_hint(self, n: int) -> str:
+        return room_hint(n, self.runtime.n_ctx_train)
+
+    def sizes(self, typed: str) -> list[str]:
+        found = files.count(typed, self.runtime.tokenizer)
+        return [f"{name}: {'many' if n is None else n}" for name, n in found]
+
+    def obey(self, sampling: Sampling) -> None:
+        super().obey(sampling)
+        self.sampler = sampling.sampler()
+
+    def report(self, answer: str) -> dict[str, object]:
+        stats = self.last
+        return super().report(answer) | {
+            "drafted_tokens": stats.n_drafted,
+            "taken_tokens": stats.n_taken,
+            "seed": self.sampling.seed,
+            "load_seconds": round(self.runtime.load_seconds, 4),
+            "first_token_seconds": round(stats.prefill_seconds, 4),
+            "prefill_tokens_per_second": round(stats.prefill_rate, 2),
+            "decode_tokens_per_second": round(stats.decode_rate, 2),
+            "engine": self.runtime.engine,
+            "kv_type": self.session.kv_type,
+            "kv_bytes": self.session.kv_bytes,
+            "resident_bytes": resident_bytes(),
+            "drive": self.runtime.drive(),
+        }
 
     def tell_stats(self) -> None:
         console.note(describe(self.last, self.runtime.load_seconds), "dim")
@@ -138,10 +245,17 @@ class Progress:
 
     shown: bool
     on_screen: bool = False
+    begun: float = field(default_factory=time.monotonic)  # reading
 
     def read(self, done: int, n: int) -> None:
-        if n >= LONG_READ:
-            self.tell(f"reading: {done} of {n} tokens")
+        """So many of a prompt's tokens are read. Told where it takes long, as far as that can be foreseen."""
+        seconds = time.monotonic() - self.begun
+        if not done:
+            self.begun = time.monotonic()
+            if n >= MANY:
+                self.tell(reading(0, n, 0.0))
+        elif self.on_screen or seconds * n >= LONG_READ * done:
+            self.tell(reading(done, n, seconds))
 
     def tell(self, line: str) -> None:
         if self.shown and console.obeys(sys.stderr):
@@ -154,13 +268,22 @@ class Progress:
             self.on_screen = False
 
 
+def reading(done: int, n: int, seconds: float) -> str:
+    """The line of a prompt of which so many tokens were read in so many seconds."""
+    line = f"reading: {done} of {n} tokens"
+    if not done or seconds <= 0:
+        return line
+    rate = done / seconds
+    left = f", {console.format_seconds((n - done) / rate)} left" if done < n else ""
+    return f"{line}, {rate:.3g} tok/s{left}"
+
+
 @dataclass
 class Fold:
     """A line in place of an answer's reasoning."""
 
-    reasoning: Reasoning
+    reasoning: Thought
     progress: Progress
-    markdown: bool = True  # on a terminal that has styles
     folded: bool = False  # something is, and not yet told
     at_edge: bool = False  # of the content, whose first line breaks parted it from what is folded
 

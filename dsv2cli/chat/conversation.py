@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cext import ContextFullError
 from cext.tokenizer import Answer, Message
@@ -27,12 +27,50 @@ LEAST_ROOM = 256  # tokens kept free for an answer before it begins; a quarter o
 class Turn:
     """What a person said and the tokens that answered it, without the token that ends an answer.
 
-    opening: the end of the prompt that belongs to the answer: the tag that opens its reasoning, or nothing.
+    opening: the end of the prompt that belongs to the answer: the tag that opens its reasoning, or nothing. said: the
+    answer's text, where its tokens are not known: a server's.
     """
 
     user: str
     answer: list[int] = field(default_factory=list)
     opening: list[int] = field(default_factory=list)
+    said: Answer | None = None
+
+
+class Talk(Protocol):
+    """A conversation, whoever answers: a model here (``Conversation``) or a server (remote.py)."""
+
+    turns: list[Turn]
+    system: str | None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the answers are to reason; None leaves it to the template."""
+
+    @thinking.setter
+    def thinking(self, thinking: bool | None) -> None: ...
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of context; 0 where that is not known."""
+
+    @property
+    def n_used(self) -> int:
+        """Of them, those that are taken."""
+
+    def said(self) -> Answer:
+        """The last answer in its two parts."""
+
+    def text_of(self, turn: Turn) -> str:
+        """An answer as it was written."""
+
+    def changed(self, turn: Turn, text: str) -> Turn:
+        """The same question with another answer."""
+
+    def cancel(self) -> bool:
+        """End the answer that is being written; False where none is, or it ends already. From a signal's handler."""
+
+    def clear(self) -> None:
+        """Forget the turns; the system message stays."""
 
 
 class Conversation:
@@ -171,6 +209,14 @@ class Conversation:
         if self._raw or self._suffix is not None:
             return Answer(None, self._tokenizer.decode(turn.answer))
         return self._tokenizer.split_answer(turn.opening + turn.answer)
+
+    def text_of(self, turn: Turn) -> str:
+        """See ``Talk``."""
+        return self._tokenizer.decode(turn.answer)
+
+    def changed(self, turn: Turn, text: str) -> Turn:
+        """See ``Talk``."""
+        return Turn(turn.user, self._tokenizer.encode(text), list(turn.opening))
 
     def _begin(self, held: list[int], sampler: Sampling, limit: int | None, stats: Stats | None) -> Sequence:
         """held: what there is of the answer already."""

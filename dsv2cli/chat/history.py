@@ -31,10 +31,9 @@ def read() -> list[str]:
     """The latest lines, oldest first. Bytes that are no text stand there as surrogates."""
     with contextlib.suppress(OSError), _opened() as (file, is_alone):
         lines = file.read().split(b"\n")[:-1]
-        if is_alone and len(lines) > 2 * LINES:
-            file.seek(0)
-            file.truncate()
-            file.write(b"".join(line + b"\n" for line in lines[-LINES:]))
+        if is_alone and len(lines) > 2 * LINES and (place := path()):
+            with contextlib.suppress(OSError), system.replaced(place.resolve()) as shorter:
+                shorter.write(b"".join(line + b"\n" for line in lines[-LINES:]))
         return [os.fsdecode(line) for line in lines[-LINES:]]
     return []
 
@@ -53,10 +52,21 @@ def _opened() -> Iterator[tuple[BinaryIO, bool]]:
     if place is None:
         raise FileNotFoundError
     place.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
-        end = time.monotonic() + PATIENCE
-        is_alone = False
-        with contextlib.suppress(OSError):  # a file system without locks
-            while not (is_alone := system.try_lock(file.fileno())) and time.monotonic() < end:
-                time.sleep(PAUSE)
-        yield file, is_alone
+    end = time.monotonic() + PATIENCE
+    while True:
+        with os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+            is_alone = False
+            with contextlib.suppress(OSError):  # a file system without locks
+                while not (is_alone := system.try_lock(file.fileno())) and time.monotonic() < end:
+                    time.sleep(PAUSE)
+            if is_alone and not _is_at(file, place):
+                continue  # another has put a shorter one in its place meanwhile
+            yield file, is_alone
+            return
+
+
+def _is_at(file: BinaryIO, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return False

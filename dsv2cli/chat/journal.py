@@ -9,6 +9,9 @@ turn   {"parent": n, "user": text, "reasoning": text or null, "answer": text, "i
        Turns count from 1; "system" stands where it is not the parent's. The ids are what the model sees again; the
        texts are what people read and search.
 head   {"head": n}: the next turn follows turn n
+
+Where it was with a server, the model's identity is "server", its path the server's address, and there are no ids: the
+texts are all that there is.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ LINE = re.compile(rb'(\{.*),"seal":"([0-9a-f]{%d})"\}' % (2 * SEAL_BYTES), re.DO
 MAX_BYTES = 1 << 30  # of a file
 MAX_FIRST = 1 << 16  # of its first line
 MAX_ID = 2**31 - 1
+SERVER = "server"
 
 
 class JournalError(CliError):
@@ -44,11 +48,15 @@ class JournalError(CliError):
 
 @dataclass(frozen=True)
 class Model:
-    """Whose tokens a conversation is made of. identity: see ``store.identity``; path: where it lay."""
+    """Whose tokens a conversation is made of. identity: see ``store.identity``, or SERVER; path: where it lay."""
 
     identity: str
     name: str
     path: str
+
+    @property
+    def is_server(self) -> bool:
+        return self.identity == SERVER
 
 
 @dataclass
@@ -83,7 +91,7 @@ def read(path: Path) -> Contents:
             raise JournalError(f"`{path}` is damaged: line {number} has changed", _hint(path, number))
         else:
             try:
-                _take(contents.tree, json.loads(found[1] + b"}"))
+                _take(contents, json.loads(found[1] + b"}"))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise JournalError(
                     f"`{path}`: line {number} is no part of a conversation", _hint(path, number)
@@ -131,8 +139,9 @@ def _hint(path: Path, number: int) -> str:
     return f"what stands before it is whole: head -n {number - 1} '{path}' > a-copy.jsonl" if number > 2 else ""
 
 
-def _take(tree: Tree, value: Any) -> None:
+def _take(contents: Contents, value: Any) -> None:
     """Let a line happen to the tree. ValueError, KeyError, TypeError where it is none."""
+    tree = contents.tree
     if "head" in value:
         tree.head = _place(tree, value["head"])
         return
@@ -143,6 +152,8 @@ def _take(tree: Tree, value: Any) -> None:
         raise ValueError("settings")
     tree.head = parent
     turn = Turn(_text(value["user"]), _ids(value["ids"]), _ids(value["opening"]))
+    if contents.model.is_server:
+        turn.said = Answer(_text_or_none(value["reasoning"]), _text(value["answer"]))
     tree.add(turn, Setting(system, thinking, sampling), _text(value["stop"]))
 
 
@@ -187,17 +198,22 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, model: Model) -> Journal:
-        """A file for a new conversation. FileExistsError where there is one; OSError."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        """A file for a new conversation. FileExistsError where there is one; OSError.
+
+        It gets its name when it is locked and has its first line, so that no other sees less of it."""
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         journal = cls(path, fd, Contents(model))
         try:
             _lock(fd, path)
             named = {"identity": model.identity, "name": model.name, "path": model.path}
             journal.write({"format": FORMAT, "version": VERSION, "model": named})
+            _name(unfinished, path)
         except BaseException:
             journal.close()
-            path.unlink(missing_ok=True)
             raise
+        finally:
+            unfinished.unlink(missing_ok=True)
         return journal
 
     @classmethod
@@ -260,6 +276,17 @@ class Journal:
     def close(self) -> None:
         """Leave it to others."""
         os.close(self._fd)
+
+
+def _name(unfinished: Path, path: Path) -> None:
+    """Give a file the name ``path`` too, or instead. FileExistsError where another has it; OSError."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        unfinished.replace(path)
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -1,25 +1,38 @@
-"""A conversation and what is kept of it, in step: the tree of all its turns, its file, and its cache beside that."""
+"""A conversation and what is kept of it, in step: the tree of all its turns, its file, and what lies beside that."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cext.errors import EngineError
 from dsv2cli import console, interrupts
 from dsv2cli.chat import store
-from dsv2cli.chat.conversation import Conversation
-from dsv2cli.chat.journal import Journal, JournalError, Model
+from dsv2cli.chat.conversation import Talk
+from dsv2cli.chat.journal import Journal, Model
 from dsv2cli.chat.tree import Node, Setting, Tree
 from dsv2cli.errors import CliError, UsageError
 
-if TYPE_CHECKING:
-    from dsv2cli.engines.protocol import Session
-    from dsv2cli.runtime import Runtime
 
-LEAST_GROWTH = 512  # tokens after which the cache is kept again while the conversation goes on, or half of it if more
+class Partner(Protocol):
+    """Whom a conversation is with. What it keeps beside the conversation's file is a copy of work, and may be lost."""
+
+    def model(self) -> Model:
+        """As a new file names it. OSError."""
+
+    def check(self, journal: Journal) -> None:
+        """JournalError unless the conversation may go on with it."""
+
+    def keep(self, journal: Journal, *, grown: bool = False) -> None:
+        """Keep what there is beside the file, unless it is kept as it is; grown: unless it has hardly grown either."""
+
+    def take(self, journal: Journal) -> None:
+        """Take what is kept beside the file."""
+
+    def let_go(self, *, empty: bool = False) -> None:
+        """Another conversation begins; empty: one that has a past, with which nothing that there is must be kept."""
 
 
 @dataclass
@@ -30,13 +43,12 @@ class Keeping:
     sampling: the figures that turns are answered with.
     """
 
-    runtime: Runtime
-    conversation: Conversation
+    partner: Partner
+    conversation: Talk
     sampling: Mapping[str, float | int | None] = field(default_factory=dict)
     keeps: bool = True
     tree: Tree = field(default_factory=Tree)
     journal: Journal | None = None
-    _n_cached: int = 0  # tokens of the cache beside the file
     _warned: bool = False
 
     @property
@@ -48,9 +60,9 @@ class Keeping:
 
     def close_turn(self, stop: str) -> None:
         """Keep the conversation's last turn, which follows the tree's head; where it is none, or one that is kept
-        already, stand there again. Ctrl-C changes nothing of that: a turn is in the tree and in the file."""
+        already, stand there again. Ctrl-C is heard when that is done: a turn is in the tree and in the file."""
         turns = self.conversation.turns
-        with interrupts.heard(lambda: True):
+        with interrupts.held():
             if not turns or any(node.turn is turns[-1] for node in self.tree.nodes):
                 self._stand_at(self.tree.head)
                 return
@@ -62,9 +74,8 @@ class Keeping:
                     self._create()
                 if self.journal is not None:
                     self.journal.add(node, said)
-        n_past = self.conversation.n_used
-        if n_past - self._n_cached >= max(LEAST_GROWTH, self._n_cached // 2):
-            self.keep_cache()
+        if self.journal is not None:
+            self.partner.keep(self.journal, grown=True)
 
     def go_to(self, number: int) -> None:
         """Go on from a turn of the tree; 0: from the beginning."""
@@ -96,8 +107,7 @@ class Keeping:
     # The file.
 
     def _create(self) -> None:
-        runtime = self.runtime
-        model = Model(store.identity(runtime.path), runtime.name, str(runtime.path.resolve()))
+        model = self.partner.model()
         while self.journal is None:
             path = store.path_of(store.free_name())
             with contextlib.suppress(FileExistsError):  # another conversation took the name since it was free
@@ -110,27 +120,23 @@ class Keeping:
             raise UsageError(f"this is `{name}`")
         journal = Journal.reopen(store.existing(name))
         try:
-            store.check_model(journal.path, journal.contents.model, self.runtime.path)
-            n_vocab = self.runtime.tokenizer.n_vocab
-            turns = [node.turn for node in journal.tree.nodes]
-            if any(token >= n_vocab for turn in turns for token in (*turn.answer, *turn.opening)):
-                raise JournalError(f"`{journal.path}` has tokens that the model's vocabulary of {n_vocab} lacks")
-            self._keep_new_cache()
+            self.partner.check(journal)
+            self._keep_more()
         except BaseException:
             journal.close()
             raise
-        with interrupts.heard(lambda: True):
+        with interrupts.held():
             self.leave()
             self.journal, self.tree = journal, journal.tree
             self._stand_at(self.tree.head)
-            self._empty_session()
-        if (last := self.last()) is not None:
-            self.conversation.system = last.setting.system
-            with contextlib.suppress(EngineError):  # a template that cannot any more
-                self.conversation.thinking = last.setting.thinking
+            self.partner.let_go(empty=True)
+            if (last := self.last()) is not None:
+                self.conversation.system = last.setting.system
+                with contextlib.suppress(EngineError):  # a template that cannot any more
+                    self.conversation.thinking = last.setting.thinking
         if journal.contents.n_torn:
             console.warn(f"{name}: the last turn was not whole, and is gone ({journal.contents.n_torn} bytes)")
-        self._reopen_cache()
+        self.partner.take(journal)
 
     def rename(self, name: str) -> None:
         """Call the conversation ``name``. CliError, OSError."""
@@ -149,65 +155,23 @@ class Keeping:
 
     def begin_anew(self) -> None:
         """Leave this conversation and begin another."""
-        self._keep_new_cache()
-        with interrupts.heard(lambda: True):
+        self._keep_more()
+        with interrupts.held():
             self.leave()
             self.tree = Tree()
             self.conversation.clear()
 
     def leave(self) -> None:
-        """Keep the cache and let go of the file."""
-        self._keep_new_cache()
+        """Keep what is to be kept and let go of the file."""
+        self._keep_more()
         if self.journal is not None:
             self.journal.close()
-        self.journal, self._n_cached = None, 0
+        self.journal = None
+        self.partner.let_go()
 
-    # The cache.
-
-    def _keep_new_cache(self) -> None:
-        """Keep the cache unless it is kept as it is."""
-        if self.conversation.n_used != self._n_cached:
-            self.keep_cache()
-
-    def keep_cache(self) -> None:
-        """Write the session beside the file, where the engine can; what stands in the way is told."""
-        from cext import Session as Ours
-
-        session = self.conversation.session
-        if self.journal is None or not isinstance(session, Ours) or not session.n_past:
-            return
-        path = store.cache_of(self.journal.path)
-        try:
-            if why := store.why_no_room(path, session.kv_bytes * session.n_past // session.n_ctx):
-                console.note(f"(the cache is not kept, and reopening reads the text again: {why})", "dim")
-            else:
-                session.save(path)
-                store.prune(path)
-        except (EngineError, OSError) as error:
-            console.note(f"(the cache is not kept, and reopening reads the text again: {error})", "dim")
-        self._n_cached = session.n_past
-
-    def _empty_session(self) -> None:
-        """What it holds is another conversation's, and must not be kept as this one's."""
-        if (session := self.conversation.session).n_past:
-            session.rewind(0)
-
-    def _reopen_cache(self) -> None:
-        """Take the session beside the file for the conversation's own; where it cannot be used, say so."""
-        from cext import Model as Ours
-
-        model, session = self.runtime.model, self.conversation.session
-        if self.journal is None or not isinstance(model, Ours) or not self.tree.head:
-            return
-        path = store.cache_of(self.journal.path)
-        try:
-            kept: Session = model.load_session(path, session.n_ctx, session.kv_type)  # type: ignore[arg-type]
-        except EngineError as error:
-            why = "it has no cache" if not path.exists() else f"its cache is of no use: {error}"
-            console.note(f"({self.name}: {why}; the text will be read again)", "dim")
-            return
-        self.conversation.session = kept
-        self._n_cached = kept.n_past
+    def _keep_more(self) -> None:
+        if self.journal is not None:
+            self.partner.keep(self.journal)
 
     @contextlib.contextmanager
     def _warning(self) -> Iterator[None]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from cext.chat import THINK_TAGS
 from dsv2cli.scheduler.text import overlap
 
-if TYPE_CHECKING:
-    from cext.tokenizer import Tokenizer
+
+class Controls(Protocol):
+    """What of a ``Tokenizer`` is wanted here."""
+
+    def control_id(self, spelling: str, /) -> int | None:
+        """The token that is spelt so; None where none is."""
 
 
 class Piece(NamedTuple):
@@ -26,7 +30,7 @@ class Reasoning:
     count, and text that may become them waits.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Controls) -> None:
         self._tokenizer = tokenizer
         self._place = "before"  # its tags, then "inside" and "after"
         self._closing = ""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from dsv2cli import console
 from dsv2cli.chat import files, settings, store
 from dsv2cli.chat.answering import Chat
-from dsv2cli.chat.conversation import Turn, room_hint
 from dsv2cli.chat.keeping import Keeping
 from dsv2cli.chat.settings import Sampling
 from dsv2cli.chat.terminal import LineReader, Reader, draws, terminating_in_order
 from dsv2cli.chat.tree import Node
 from dsv2cli.errors import CliError, UsageError
+from dsv2cli.settings import PRESETS_HINT, Value
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]*\n|[ \t]+|$)(.*)", re.DOTALL)
 HELP = {
@@ -28,6 +28,7 @@ HELP = {
     "/undo": "take the last turn back",
     "/branch": "list the branches; /branch N goes on with one",
     "/set [NAME VALUE]": "temp, top-k, top-p, min-p, repeat-penalty, seed, max-tokens, markdown",
+    "/preset [NAME]": "take a preset's system message and settings (/preset alone lists them)",
     "/clear": "begin another conversation; the system message stays",
     "/save NAME": "give this conversation a name (it is kept as it goes)",
     "/load NAME": "go on with another",
@@ -35,14 +36,18 @@ HELP = {
     "/stats": "speed, context and memory",
     "/exit": "leave (so does Ctrl-D)",
 }
+Presets = Callable[[], Mapping[str, Mapping[str, Value]]]
 SHOWN = 60  # characters of a message in a list
 
 
 class Repl:
-    """The conversation in a terminal. remembers: whether what is typed goes into the history's file."""
+    """The conversation in a terminal. presets: those that there are, by name; taken: the one it begins with; remembers:
+    whether what is typed goes into the history's file."""
 
-    def __init__(self, chat: Chat, keeping: Keeping, *, remembers: bool = True) -> None:
-        self.chat, self.keeping, self.remembers = chat, keeping, remembers
+    def __init__(
+        self, chat: Chat, keeping: Keeping, presets: Presets, taken: str | None = None, *, remembers: bool = True
+    ) -> None:
+        self.chat, self.keeping, self.presets, self.taken, self.remembers = chat, keeping, presets, taken, remembers
         self.reader: Reader  # while it runs
         self.commands: dict[str, Callable[[str], bool]] = {
             "help": self.help,
@@ -54,6 +59,7 @@ class Repl:
             "undo": self.undo,
             "branch": self.branch,
             "set": self.set,
+            "preset": self.preset,
             "clear": self.clear,
             "save": self.save,
             "load": self.load,
@@ -66,13 +72,7 @@ class Repl:
     def run(self) -> None:
         """Read and answer until /exit or the end of input."""
         if not self.chat.quiet:
-            runtime, session = self.chat.runtime, self.chat.session
-            cache = f"{console.format_bytes(session.kv_bytes)} of {session.kv_type}"
-            console.note(
-                f"{runtime.name}, {session.n_ctx} tokens of context in {cache}, {runtime.model.isa}."
-                " /help lists the commands.",
-                "dim",
-            )
+            console.note(f"{self.chat.headline()} /help lists the commands.", "dim")
         if self.keeping.tree.head:
             self._tell_where()
         with terminating_in_order(), contextlib.closing(self), self._make_reader() as reader:
@@ -123,6 +123,9 @@ class Repl:
             "think": ["on", "off", "auto", "show", "hide"],
             "edit": ["answer"],
         }
+        if match[1] == "preset":
+            with contextlib.suppress(CliError):  # a file that cannot be read
+                words["preset"] = self.presets()
         wanted = match[2] if match[1] else begun
         for word in words.get(match[1], ()):
             if word.startswith(wanted):
@@ -132,11 +135,7 @@ class Repl:
         """How full the context is, and what files that are named would add."""
         conversation = self.chat.conversation
         n = conversation.n_used if conversation.turns else 0
-        named = [
-            f"{name}: {'many' if n_tokens is None else n_tokens}"
-            for name, n_tokens in files.count(typed, self.chat.runtime.tokenizer)
-        ]
-        parts = [f"{n} of {conversation.n_ctx} tokens", *named, self.keeping.name]
+        parts = [_share(n, conversation.n_ctx), *self.chat.sizes(typed), self.keeping.name]
         return console.printable(" | ".join(part for part in parts if part))
 
     def take(self, text: str) -> bool:
@@ -156,15 +155,13 @@ class Repl:
     def _with_files(self, message: str) -> str:
         """What goes to the model for a message that may name files."""
         whole, read = files.with_files(message)
-        tokenizer, n_ctx = self.chat.runtime.tokenizer, self.chat.conversation.n_ctx
+        n_ctx = self.chat.conversation.n_ctx
         for path, content in read:
-            n = len(tokenizer.encode(content))
-            if n >= n_ctx:
-                raise UsageError(
-                    f"`{path}` has {n} tokens, and the context holds {n_ctx}",
-                    room_hint(n, self.chat.runtime.n_ctx_train),
-                )
-            console.note(f"({path}: {_count(n, 'token')})", "dim")
+            n = self.chat.count(content)
+            if n is not None and n_ctx and n >= n_ctx:
+                raise UsageError(f"`{path}` has {n} tokens, and the context holds {n_ctx}", self.chat.room_hint(n))
+            size = console.format_bytes(len(content.encode())) if n is None else _count(n, "token")
+            console.note(f"({path}: {size})", "dim")
         return whole
 
     def close(self) -> None:
@@ -269,7 +266,7 @@ class Repl:
 
     def _edit_answer(self, node: Node) -> None:
         """Another answer in a branch beside it, for the conversation to go on from."""
-        conversation, tokenizer = self.chat.conversation, self.chat.runtime.tokenizer
+        conversation = self.chat.conversation
         said = conversation.said()
         if said.reasoning is not None:
             raise UsageError("an answer with reasoning cannot be changed", "/retry answers again")
@@ -279,8 +276,7 @@ class Repl:
             return
         before = said.content[: len(said.content) - len(body)]
         with self.keeping.answering_at(node.parent):
-            turn = Turn(node.turn.user, tokenizer.encode(before + changed), list(node.turn.opening))
-            conversation.turns.append(turn)
+            conversation.turns.append(conversation.changed(node.turn, before + changed))
             self.keeping.close_turn("edited")
         console.note("(changed; /continue goes on with it)", "dim")
 
@@ -301,8 +297,30 @@ class Repl:
         return True
 
     def _set_sampling(self, sampling: Sampling) -> None:
-        self.chat.sampling, self.chat.sampler = sampling, sampling.sampler()
+        self.chat.obey(sampling)
         self.keeping.sampling = sampling.figures()
+
+    def preset(self, text: str) -> bool:
+        found, name = self.presets(), text.strip()
+        if not name:
+            for each, values in found.items():
+                told = ", ".join(f"{key} {_first_line(str(value.value))}" for key, value in values.items())
+                console.note(f"{'*' if each == self.taken else ' '} {each}  {told}")
+            if not found:
+                console.note(f"no presets yet: {PRESETS_HINT}")
+            return True
+        if name not in found:
+            raise UsageError(f"there is no preset `{name}`", "/preset lists them")
+        words = {key: str(value.value) for key, value in found[name].items()}
+        sampling = self.chat.sampling
+        for key in words.keys() & settings.SETTINGS.keys():
+            sampling = settings.changed(sampling, key, words[key])
+        if "think" in words:
+            self.think(words["think"])
+        self.chat.conversation.system = words.get("system", self.chat.conversation.system)
+        self._set_sampling(sampling)
+        self.taken = name
+        return True
 
     # Conversations that are kept.
 
@@ -353,19 +371,19 @@ class Repl:
 
     def _tell_where(self) -> None:
         """The end of the conversation that goes on."""
-        tree, tokenizer = self.keeping.tree, self.chat.runtime.tokenizer
+        tree, conversation = self.keeping.tree, self.chat.conversation
         if (last := self.keeping.last()) is None:
             console.note(f"({self.keeping.name}: at its beginning)", "dim")
             return
         console.note(f"({self.keeping.name}: {_count(len(tree.path()), 'turn')}; the last:)", "dim")
-        console.note_text(f"> {last.turn.user}\n{tokenizer.decode(last.turn.answer).strip()}")
+        console.note_text(f"> {last.turn.user}\n{conversation.text_of(last.turn).strip()}")
 
     def stats(self, _: str) -> bool:
         conversation = self.chat.conversation
         n = len(conversation.turns)
         n_used = conversation.n_used if n else 0  # the cache may still hold what is forgotten
         self.chat.tell_stats()
-        console.note(f"{_count(n, 'turn')}, {n_used} of {conversation.n_ctx} tokens of context", "dim")
+        console.note(f"{_count(n, 'turn')}, {_share(n_used, conversation.n_ctx)} of context", "dim")
         return True
 
     def leave(self, _: str) -> bool:
@@ -374,6 +392,10 @@ class Repl:
 
 def _first_line(text: str) -> str:
     return console.cut(console.fold(text), SHOWN)
+
+
+def _share(n: int, n_ctx: int) -> str:
+    return f"{n} of {n_ctx} tokens" if n_ctx else _count(n, "token")
 
 
 def _count(n: int, what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv2cli import options
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """See ``cext.Sampler``; max_tokens: most tokens of an answer, None: no bound."""
+    """See ``cext.Sampler``; max_tokens: most tokens of an answer, None: no bound. said: what a person has set, where a
+    server answers: it has settings of its own, and is told of these alone."""
 
     temperature: float
     top_k: int
@@ -25,6 +26,7 @@ class Sampling:
     repeat_penalty: float
     seed: int
     max_tokens: int | None = None
+    said: frozenset[str] | None = None
 
     def sampler(self) -> Sampler:
         from cext import Sampler
@@ -32,8 +34,9 @@ class Sampling:
         return Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repeat_penalty, seed=self.seed)
 
     def figures(self) -> dict[str, float | int | None]:
-        """By name, to be kept with a turn."""
-        return asdict(self)
+        """By name, to be kept with a turn, or told to a server."""
+        fields = (setting.field for setting in SETTINGS.values())
+        return {field: getattr(self, field) for field in fields if self.said is None or field in self.said}
 
 
 class Setting(NamedTuple):
@@ -68,6 +71,8 @@ def changed(sampling: Sampling, name: str, word: str) -> Sampling:
         what = "whole number" if setting.parse is int else "number"
         raise UsageError(f"`{name}` takes a {what} in the range {setting.within}, and not `{word}`") from None
     made: dict[str, Any] = {setting.field: (value or None) if name == "max-tokens" else value}
+    if sampling.said is not None:
+        made["said"] = sampling.said | {setting.field}
     return replace(sampling, **made)
 
 
@@ -76,6 +81,7 @@ def shown(sampling: Sampling) -> list[str]:
     figures = sampling.figures()
     lines = []
     for name, setting in SETTINGS.items():
-        value = figures[setting.field]
-        lines.append(f"  {name:<15} {'as many as there is room for' if value is None else f'{value:.12g}'}")
+        value = figures.get(setting.field)
+        unset = "as many as there is room for" if setting.field in figures else "as the server has it"
+        lines.append(f"  {name:<15} {unset if value is None else f'{value:.12g}'}")
     return lines

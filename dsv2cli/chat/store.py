@@ -81,10 +81,20 @@ def latest() -> str:
     raise UsageError("there is no conversation to go on with", "dsv2 chat begins one")
 
 
-def model_path(name: str) -> Path | None:
-    """Where the model of a conversation lies; None where it is there no more."""
+def model_of(name: str) -> Model | None:
+    """Whom a conversation is with; None where its file cannot be read."""
     with contextlib.suppress(OSError):
-        path = Path(beginning(existing(name))[0].path)
+        return beginning(existing(name))[0]
+    return None
+
+
+def model_path(name: str) -> Path | None:
+    """Where the model of a conversation lies; None where it is there no more, or a server's."""
+    model = model_of(name)
+    if model is None or model.is_server:
+        return None
+    path = Path(model.path)
+    with contextlib.suppress(OSError, ValueError):
         return path if path.is_file() else None
     return None
 
@@ -132,10 +142,13 @@ def identity(path: Path) -> str:
 
 def check_model(path: Path, wanted: Model, opened: Path) -> None:
     """JournalError unless the conversation at ``path`` is of the model's file that is open."""
+    name = path.name.removesuffix(SUFFIX)
+    if wanted.is_server:
+        raise JournalError(f"`{path}` is a conversation with a server, {wanted.path}", f"dsv2 chat -r {name}")
     if wanted.identity != identity(opened):
         raise JournalError(
             f"`{path}` is a conversation with another model, {wanted.name}",
-            f"dsv2 chat '{wanted.path}' -r {path.name.removesuffix(SUFFIX)}",
+            f"dsv2 chat '{wanted.path}' -r {name}",
         )
 
 
@@ -165,7 +178,11 @@ def prune(newest: Path) -> None:
             about = path.stat()
             if path.suffix == CACHE and not path.name.startswith("."):
                 found.append((about.st_mtime, about.st_size, path))
-            elif path.name.startswith(".") and CACHE in path.name and time.time() - about.st_mtime > ABANDONED:
+            elif (
+                path.name.startswith(".")
+                and (CACHE in path.name or SUFFIX in path.name)
+                and time.time() - about.st_mtime > ABANDONED
+            ):
                 path.unlink()
     left = CACHES_BYTES
     for _, size, path in sorted(found, key=lambda each: (each[2] == newest, each[0]), reverse=True):

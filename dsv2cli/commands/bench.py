@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from dsv2cli.benchmark import Result, Row
     from dsv2cli.engines.choice import Engine, Wanted
     from dsv2cli.llama_bench import LlamaBench
+    from dsv2cli.planner.share import Measuring, Yardstick
 
 HELP = "Measure speed: prefill and decode, at depths, beside llama.cpp or ik_llama.cpp if asked."
 EXAMPLES = (
     "bench model.gguf",
+    "bench model.gguf --watts 65 --price 0.30",
     "bench model.gguf -d 0,4096,16384 --against llama.cpp --csv > speed.csv",
     "bench model.gguf --against llama.cpp --against ik=ik_llama.cpp/build/bin/llama-bench",
 )
 TOKENS = Range(0, MAX_CONTEXT)
+POWER, PRICES = Range(0, 1e6, open_low=True), Range(0, 1e6)
+SHARE_HELP = "Tell what share of this machine that is: of its bandwidth and of its dots, measured before and after."
+WATTS_HELP = "What the machine draws while it works, as its meter says: tells the energy of a million tokens."
+PRICE_HELP = "With --watts: of a kWh, in any money; tells what a million tokens cost."
+JOULES = 3.6e6  # of a kWh
 IK_PATH = "ik="
 AGAINST = typer.Option(
     metavar="llama.cpp|ik=LLAMA-BENCH",
@@ -51,12 +58,14 @@ def bench(
     against: Annotated[list[str] | None, AGAINST] = None,
     engine: options.Engine = "auto",
     ram: options.Ram = "auto",
+    share: Annotated[bool, typer.Option("--share/--no-share", help=SHARE_HELP)] = True,
+    watts: Annotated[float | None, number("--watts", metavar="W", within=POWER, help=WATTS_HELP)] = None,
+    price: Annotated[float | None, number("--price", metavar="P", within=PRICES, help=PRICE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every sample, as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every sample, as CSV.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    if as_json and as_csv:
-        raise UsageError("--json and --csv are two forms of one output", "choose one")
+    refuse_together(as_json=as_json, as_csv=as_csv, watts=watts, price=price)
     from dsv2cli import benchmark, locate
 
     wanted = benchmark.tests(n_prefill, n_decode, parse_depths(depths))
@@ -72,27 +81,80 @@ def bench(
         options.refuse_budget(ram)
     if runs in peers:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
+    beside = None
+    if share and runs == "dsv2" and not as_csv:
+        from dsv2cli.planner.share import Measuring
+
+        beside = Measuring(path, kv, threads)
     with console.progress(quiet=quiet) as display:
-        bar = display.add_task("bench", total=None, detail="")
-        result = benchmark.run(
-            path,
-            wanted,
-            threads=threads,
-            rounds=rounds,
-            engine=runs,
-            against=peers,
-            kv_type=kv,
-            ram=ram,
-            told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
-        )
+        bar = display.add_task("bench", total=None, detail="measuring the machine")
+
+        def measure() -> Result:
+            return benchmark.run(
+                path,
+                wanted,
+                threads=threads,
+                rounds=rounds,
+                engine=runs,
+                against=peers,
+                kv_type=kv,
+                ram=ram,
+                told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
+            )
+
+        result = measure() if beside is None else beside.around(measure)
     for note in result.notes:
         console.note(f"({note})", "dim")
+    yardstick = beside_it(beside, result)
     if as_json:
-        console.print_json(describe(result))
+        console.print_json(describe(result, yardstick, Energy(watts, price)))
     elif as_csv:
         print_csv(result)
     else:
-        show(result)
+        show(result, yardstick, Energy(watts, price))
+
+
+def refuse_together(*, as_json: bool, as_csv: bool, watts: float | None, price: float | None) -> None:
+    """UsageError."""
+    if as_json and as_csv:
+        raise UsageError("--json and --csv are two forms of one output", "choose one")
+    if as_csv and watts is not None:
+        raise UsageError("--csv has the samples alone, and no room for what --watts tells", "--json has both")
+    if price is not None and watts is None:
+        raise UsageError("--price is of a kWh, and how many are used is not known", "--watts says what is drawn")
+
+
+def beside_it(beside: Measuring | None, result: Result) -> Yardstick | None:
+    """What this machine gives; None, with a line that says why, where that is not known or not what the model used."""
+    drive = result.footprints[result.engines[0]].drive
+    if beside is None or drive is not None:
+        return None
+    if beside.why_not:
+        console.note(f"(no share of the machine: {beside.why_not})", "dim")
+    return beside.yardstick()
+
+
+class Energy(NamedTuple):
+    """watts: that the machine draws; price: of a kWh."""
+
+    watts: float | None = None
+    price: float | None = None
+
+    def kwh(self, rate: float) -> float | None:
+        """Of a million tokens, at so many a second."""
+        return None if self.watts is None else 1e6 / rate * self.watts / JOULES
+
+    def cost(self, rate: float) -> float | None:
+        kwh = self.kwh(rate)
+        return None if kwh is None or self.price is None else kwh * self.price
+
+    @property
+    def column(self) -> str:
+        return "kWh a million" if self.price is None else "cost a million"
+
+    def cell(self, rate: float) -> str:
+        figure = self.kwh(rate) if self.price is None else self.cost(rate)
+        return "" if figure is None else f"{figure:.3g}"
 
 
 def parse_peers(asked: Sequence[str], kv_type: str) -> list[str | LlamaBench]:
@@ -138,20 +200,26 @@ def parse_depths(text: str) -> list[int]:
     return depths
 
 
-def show(result: Result) -> None:
+def show(result: Result, yardstick: Yardstick | None, energy: Energy) -> None:
     from dsv2cli.engines.choice import LLAMA
 
     engine, *peers = result.engines
     columns = ["test", f"{engine} tok/s"]
     for peer in peers:
         columns += [f"{peer} tok/s", "ratio", *(["its setting"] if peer == LLAMA else [])]
+    columns += ["of this machine"] if yardstick else []
+    columns += [f"{name}: {energy.column}" if peers else energy.column for name in result.engines if energy.watts]
     made = console.Table("", tuple(columns))
     for row in result.rows:
         cells = [row.test.name, spread(row.rates[engine], 1)]
         for peer in peers:
             figures = [spread(row.rates[peer], 1), spread(row.ratios(peer), 2)] if peer in row.rates else ["-", "-"]
             cells += [*figures, *([row.variants[peer]] if peer == LLAMA else [])]
-        made.add(*cells)
+        if yardstick:
+            what = "bandwidth" if row.test.kind == "decode" else "dots"
+            cells.append(f"{yardstick.share(row.test, row.median(engine)):.0%} of the {what}")
+        costed = [name for name in result.engines if energy.watts]
+        made.add(*cells, *(energy.cell(row.median(name)) if name in row.rates else "-" for name in costed))
     setting = result.rows[0].variants[engine]
     console.say(f"{result.model.name}: {result.threads} threads, {result.isa}, {setting}, {result.machine}")
     console.show(made)
@@ -163,6 +231,11 @@ def show(result: Result) -> None:
         )
         if footprint.drive is not None:
             console.say(f"{name}: {drive_line(footprint.drive)}")
+    if yardstick:
+        console.say(
+            f"this machine, before and after: {yardstick.bandwidth / 1e9:.1f} GB/s of weights and context,"
+            f" {yardstick.products / 1e9:.0f} billion multiply-adds a second"
+        )
     if not result.rounds > 1:
         return
     console.note(f"(median of {result.rounds} rounds, least and most in brackets; ratios round by round)", "dim")
@@ -189,8 +262,13 @@ def spread(samples: list[float], digits: int) -> str:
     return median if len(samples) == 1 else f"{median} [{min(samples):.{digits}f} {max(samples):.{digits}f}]"
 
 
-def describe(result: Result) -> dict[str, Any]:
+def describe(result: Result, yardstick: Yardstick | None, energy: Energy) -> dict[str, Any]:
     from dataclasses import asdict
+
+    known = None
+    if yardstick is not None:
+        rates = yardstick.bandwidth, yardstick.products
+        known = {"bytes_per_second": round(rates[0]), "multiply_adds_per_second": round(rates[1])}
 
     return {
         "model": str(result.model),
@@ -198,16 +276,19 @@ def describe(result: Result) -> dict[str, Any]:
         "isa": result.isa,
         "machine": result.machine,
         "rounds": result.rounds,
-        "tests": [describe_row(row) for row in result.rows],
+        "beside": known,
+        "watts": energy.watts,
+        "price": energy.price,
+        "tests": [describe_row(row, yardstick, energy) for row in result.rows],
         "notes": result.notes,
         "engines": {name: asdict(footprint) for name, footprint in result.footprints.items()},
     }
 
 
-def describe_row(row: Row) -> dict[str, Any]:
+def describe_row(row: Row, yardstick: Yardstick | None, energy: Energy) -> dict[str, Any]:
     import statistics
 
-    _, *peers = row.rates
+    ours, *peers = row.rates
     ratios = {peer: row.ratios(peer) for peer in peers}
     return {
         "kind": row.test.kind,
@@ -217,6 +298,9 @@ def describe_row(row: Row) -> dict[str, Any]:
         "variants": row.variants,
         "ratios": ratios,
         "ratio": {peer: statistics.median(values) for peer, values in ratios.items()},
+        "share": None if yardstick is None else round(yardstick.share(row.test, row.median(ours)), 4),
+        "kwh_per_million": {name: energy.kwh(row.median(name)) for name in row.rates},
+        "cost_per_million": {name: energy.cost(row.median(name)) for name in row.rates},
     }
 
 

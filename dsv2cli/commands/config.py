@@ -12,12 +12,14 @@ from dsv2cli.errors import UsageError
 
 HELP = (
     "Show and change what options are set to where the command line does not say: by your own file, a project's"
-    " .dsv2.toml, or the environment (DSV2_KV, DSV2_CHAT_TEMP), the later before the earlier."
+    " .dsv2.toml, or the environment (DSV2_KV, DSV2_CHAT_TEMP), the later before the earlier. presets.NAME.KEY is of a"
+    " preset: what chat --preset NAME takes together."
 )
 EXAMPLES = (
     "config",
     "config set kv q8_0",
     "config set chat.temp 0.5",
+    "config set presets.coder.temp 0.2",
     "config get chat.kv",
     "config unset kv",
     "config path",
@@ -55,6 +57,8 @@ def config(
     elif action == "get":
         settings.check_key(root, str(key))
         found = settings.effective(root, str(key), settings.values(root))
+        if found.origin == settings.NOWHERE:
+            raise UsageError(f"`{key}` is not set", "dsv2 config lists what is")
         if as_json:
             console.print_json(record(found))
         else:
@@ -86,7 +90,7 @@ def change(root: Any, key: str, value: str | None, *, project: bool) -> None:
     settings.write(path, {key: made})
     console.note(f"{key} is {text_of(made)} in {path}" if made is not None else f"{key} is not set in {path}")
     stronger = settings.effective(root, key, settings.values(root))
-    if stronger.origin not in ("default", str(path)):
+    if stronger.origin not in ("default", settings.NOWHERE, str(path)):
         console.warn(f"{stronger.origin} sets it to {text_of(stronger.value)}, and comes first")
 
 
@@ -94,7 +98,7 @@ def show(root: Any, *, every: bool, as_json: bool) -> None:
     from dsv2cli import settings
 
     found = settings.values(root)
-    keys = settings.keys_of(root) if every else list(dict.fromkeys(v.key for v in found))
+    keys = list(dict.fromkeys([*(settings.keys_of(root) if every else ()), *(v.key for v in found)]))
     rows = [settings.effective(root, key, found) for key in keys]
     if as_json:
         console.print_json([record(row) for row in rows])

@@ -188,11 +188,14 @@ def speed_cells(speed: Speed) -> tuple[str, str]:
 
 
 def ladder_table(made: Forecast) -> console.Table:
+    from dsv2cli.planner import quality
     from dsv2cli.planner.forecast import rung_memory
 
-    memory = made.memory
-    table = console.Table("Sizes", ("type", "file", "bits/weight", "read a token", "memory", ""))
-    for rung in made.subject.ladder:
+    memory, ladder = made.memory, made.subject.ladder
+    known = any(rung.kld is not None for rung in ladder)  # of a small model, and so it is called
+    named = (f"KLD of {quality.MODEL}",) if known else ()
+    table = console.Table("Sizes", ("type", "file", "bits/weight", "read a token", "memory", *named, ""))
+    for rung in ladder:
         needed = rung_memory(rung, memory)
         table.add(
             rung.name,
@@ -200,6 +203,7 @@ def ladder_table(made: Forecast) -> console.Table:
             f"{rung.bits:.2f}" if rung.bits is not None else "",
             console.format_bytes(rung.read) if rung.read is not None else "",
             console.format_bytes(needed),
+            *(("" if rung.kld is None else f"{rung.kld:.3f}",) if known else ()),
             "" if memory.free is None else "fits" if needed <= memory.free else "does not fit",
         )
     return table

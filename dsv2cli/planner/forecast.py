@@ -10,6 +10,7 @@ from dsv2cli.anatomy import Anatomy
 from dsv2cli.engines.cache import count
 from dsv2cli.engines.choice import OURS
 from dsv2cli.memory import ROUND
+from dsv2cli.planner import quality
 from dsv2cli.planner.probe import PROMPT, Rates, Work, work_of
 from dsv2cli.planner.subject import Rung, Subject
 
@@ -293,7 +294,7 @@ def describe(made: Forecast) -> dict[str, Any]:
         },
         "ladder": [
             {"type": r.name, "bytes": r.nbytes, "bits": r.bits, "read_per_token": r.read,
-             "memory": rung_memory(r, memory),
+             "memory": rung_memory(r, memory), "kld": r.kld, "kld_of": quality.MODEL if r.kld is not None else None,
              "fits": memory.free is None or rung_memory(r, memory) <= memory.free}
             for r in subject.ladder
         ],

@@ -19,6 +19,7 @@ from dsv2cli import anatomy, hub, locate
 from dsv2cli.anatomy import Anatomy
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.hub import cache, choice, gguf_header, preview
+from dsv2cli.planner import quality
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType as Type
@@ -55,12 +56,13 @@ class Step:
 @dataclass(frozen=True)
 class Rung:
     """A size that the model comes in, or can be quantised to. read: bytes a decoded token; None where only the file's
-    size is listed."""
+    size is listed. kld: what quality.py knows of the type; None where it was not measured, or others made the file."""
 
     name: str
     nbytes: int
     read: int | None
     bits: float | None
+    kld: float | None = None
 
 
 @dataclass(frozen=True)
@@ -383,7 +385,8 @@ def _rung(name: str, arch: Arch, tensors: list[Tensor], types: dict[str, Type], 
     ]
     nbytes = sum(sizes.values())
     read = sum(part.token_bytes for part in anatomy.parts_of(infos, found.keys))
-    return Rung(name, nbytes + VOCABULARY_BYTES * arch.n_vocab, read, 8 * nbytes / sum(t.size for t in tensors))
+    bits = 8 * nbytes / sum(t.size for t in tensors)
+    return Rung(name, nbytes + VOCABULARY_BYTES * arch.n_vocab, read, bits, quality.KLD.get(name))
 
 
 def _scaled(found: Anatomy, ratio: float) -> Anatomy:

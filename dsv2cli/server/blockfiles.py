@@ -114,18 +114,12 @@ class Folder:
         return n
 
     def _write(self, name: str, content: bytes | bytearray) -> None:
-        unfinished = self.path / f"{UNFINISHED}{os.getpid()}"
-        try:
-            with open(unfinished, "wb", opener=_private) as file:
-                file.write(MAGIC)
-                file.write(_seal(name, content))
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.path / name)
-        except BaseException:
-            _remove(unfinished)
-            raise
+        with system.replaced(self.path / name, prefix=UNFINISHED, lasting=False) as file:
+            file.write(MAGIC)
+            file.write(_seal(name, content))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the names of all of them last by one call, after the last
 
     def _make_room(self, files: dict[str, tuple[int, int]], wanted: int, oldest: Iterator[str]) -> bool:
         """Remove what ``oldest`` names until so many bytes fit; False where they do not."""
@@ -178,10 +172,6 @@ def _locked(fd: int) -> bool:
         return system.try_lock(fd)
     except OSError as error:
         raise _NoLocksError from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _remove(path: Path) -> bool:

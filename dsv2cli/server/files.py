@@ -67,12 +67,8 @@ def owner_name(salt: bytes) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a small file: it is the old or the new one whatever happens."""
-    part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
+    with system.replaced(path, prefix=path.name, suffix=PART) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 @dataclass

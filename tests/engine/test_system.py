@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,36 @@ def test_the_largest_cache(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "size").write_text(f"{size}\n", encoding="ascii")
     assert system.cache_bytes(tmp_path) == 480 << 20
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    with system.replaced(path) as file:
+        file.write(b"one")
+        assert not path.exists() and [p.name[:3] for p in tmp_path.iterdir()] == [".a."]
+    assert path.read_bytes() == b"one" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    with system.replaced(path, prefix="x-", suffix=".part", lasting=False) as file:
+        file.write(b"two")
+        [unfinished] = [p.name for p in tmp_path.iterdir() if p != path]
+        assert unfinished.startswith("x-") and unfinished.endswith(".part") and path.read_bytes() == b"one"
+    assert path.read_bytes() == b"two" and stat.S_IMODE(path.stat().st_mode) == 0o640
+    with pytest.raises(ZeroDivisionError), system.replaced(path) as file:
+        file.write(b"three" * 100_000)
+        raise ZeroDivisionError
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), system.replaced(path) as file:
+        file.write(b"four")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"two"
+
+
+def test_two_that_replace_a_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with system.replaced(path) as one, system.replaced(path) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert path.read_bytes() == b"one" and [p.name for p in tmp_path.iterdir()] == ["a"]

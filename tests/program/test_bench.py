@@ -1,16 +1,21 @@
 """What measures: contexts filled the short way, sequences side by side, figures on their way to a table."""
 
+import argparse
 import csv
 import ctypes
+import json
 import struct
 from dataclasses import astuple, fields
 from pathlib import Path
 
 import bench_context
+import bench_reopen
 import bench_rows
 import numpy as np
 import pytest
 from support import llama
+from support.cli import assert_fails, dsv2
+from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
@@ -19,6 +24,8 @@ from dsv2cli.benchmark import LLAMA, OURS
 from dsv2cli.contender import BATCH, LlamaCpp, Ours, measure
 from dsv2cli.errors import CliError
 from dsv2cli.llama_state import lengthened
+from dsv2cli.planner import probe
+from dsv2cli.planner.share import Yardstick
 
 SPEC = variant(spec_named("lite"), n_ctx=4096, n_layer=27)  # without q-LoRA llama.cpp runs 26, 27 or 48 layers
 
@@ -203,3 +210,58 @@ def test_llama_cpp_runs_where_it_can() -> None:
     assert [len(bench_context.series_of(t, both, 4096)) for t in (
         benchmark.Test("decode", 1, 4096), benchmark.Test("decode", 1, 8192), benchmark.Test("decode", 1, 0, 4)
     )] == [4, 2, 2]  # fmt: skip
+
+
+def test_what_is_reopened_is_what_was_read(model: Path, tmp_path: Path) -> None:
+    options = argparse.Namespace(model=model, threads=1, folder=tmp_path, rounds=2, kv=["f16", "q8_0"], tokens=700)
+    rows = bench_rows.write(bench_reopen.Row, bench_reopen.rows(options), tmp_path / "reopen.csv")
+    assert [(r.kv, r.round) for r in rows] == [("f16", 0), ("q8_0", 0), ("f16", 1), ("q8_0", 1)]
+    assert all(r.file_bytes > 0 and r.read_seconds > 0 for r in rows) and rows[0].file_bytes == rows[2].file_bytes
+    assert bench_rows.read(bench_reopen.Row, tmp_path / "reopen.csv") == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["reopen.csv"]
+
+
+# What share of the machine, and what it costs.
+
+
+def test_shares_are_of_the_bytes_and_the_products_that_were_measured() -> None:
+    yardstick = Yardstick(
+        bandwidth=40e9, products=300e9, token_bytes=1_600_000_000, context_bytes=30_000, layer_products=2_000_000_000
+    )
+    assert yardstick.share(benchmark.Test("decode", 128), 20.0) == pytest.approx(20 * (1.6e9 + 64 * 3e4) / 40e9)
+    deep = yardstick.share(benchmark.Test("decode", 100, 16384), 20.0)
+    assert deep == pytest.approx(20 * (1.6e9 + (16384 + 50) * 3e4) / 40e9)
+    assert yardstick.share(benchmark.Test("prefill", 512), 75.0) == pytest.approx(0.5)
+
+
+def test_a_bench_tells_its_share_and_what_it_costs(model: Path) -> None:
+    ask = ("bench", model, "-p", "16", "-n", "2", "-r", "1", "-t", "1")
+    done = dsv2(*ask, "--watts", "36", "--price", "0.5", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["beside"]["bytes_per_second"] > 0 and told["beside"]["multiply_adds_per_second"] > 0
+    for test in told["tests"]:
+        [rate] = test["tokens_per_second"]["dsv2"]
+        assert test["share"] > 0
+        assert test["kwh_per_million"]["dsv2"] == pytest.approx(10 / rate)  # 36 W: a kWh in 100,000 s
+        assert test["cost_per_million"]["dsv2"] == pytest.approx(5 / rate)
+    shown = dsv2(*ask, "--watts", "36")
+    for words in ("of the bandwidth", "of the dots", "kWh a million", "this machine, before and after"):
+        assert words in shown.stdout, shown.stdout
+    plain = json.loads(dsv2(*ask, "--no-share", "--json", "-q").stdout)
+    assert plain["beside"] is None and {t["share"] for t in plain["tests"]} == {None}
+    assert plain["tests"][0]["kwh_per_million"] == {"dsv2": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(("--price", "0.3"), "--watts"), (("--watts", "0"), "range"), (("--watts", "9", "--csv"), "--json")],
+)
+def test_what_a_cost_is_reckoned_from(model: Path, options: tuple[str, ...], word: str) -> None:
+    assert_fails(dsv2("bench", model, *options), 2, word)
+
+
+def test_where_the_machine_cannot_be_measured_it_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "UNSAFE_SHARE", 0.0)
+    ran = run("bench", model, "-p", "8", "-n", "0", "-r", "1", "-t", "1")
+    assert ran.code == 0 and "no share of the machine: too little memory" in ran.told and b"of the dots" not in ran.out

@@ -18,7 +18,9 @@ from support.vocab import ASSISTANT, BOS, EOS, IDS, USER, V2_TEMPLATE, V25_TEMPL
 
 import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
-from dsv2cli import interrupts
+from dsv2cli import console, interrupts
+from dsv2cli.chat import answering
+from dsv2cli.chat.answering import Progress
 from dsv2cli.chat.conversation import Conversation
 from dsv2cli.scheduler import Budget, End, Read, Scheduler, Stats, Text, Token
 
@@ -230,6 +232,34 @@ def test_progress_of_a_long_prompt(model: cext.Model, endless: Tokenizer) -> Non
 
 
 # Prompt lookup.
+
+
+def test_reading_that_takes_long_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [100.0], []
+    monkeypatch.setattr(answering.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "obeys", lambda stream: True)
+    monkeypatch.setattr(console, "show_progress", told.append)
+
+    def read(n: int, *steps: tuple[float, int]) -> list[str]:
+        told.clear()
+        progress = Progress(shown=True)
+        progress.read(0, n)
+        for seconds, done in steps:
+            now[0] += seconds
+            progress.read(done, n)
+        progress.clear()
+        return told
+
+    assert read(100, (0.1, 50), (0.1, 100)) == []
+    assert read(100, (4, 50), (4, 100)) == [
+        "reading: 50 of 100 tokens, 12.5 tok/s, 4.00 s left", "reading: 100 of 100 tokens, 12.5 tok/s", "",
+    ]  # fmt: skip
+    assert read(4096, (2, 512), (2, 1024)) == [
+        "reading: 0 of 4096 tokens",
+        "reading: 512 of 4096 tokens, 256 tok/s, 14 s left",
+        "reading: 1024 of 4096 tokens, 256 tok/s, 12 s left",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -61,6 +61,22 @@ def test_what_is_no_model_is_left_to_typer(env: dict[str, str]) -> None:
     assert "lite-Q4_K_M.gguf" not in complete(env, "dsv2 chat x.gguf ")
 
 
+def test_conversations_and_presets_are_named(env: dict[str, str], tmp_path: Path) -> None:
+    kept = tmp_path / "state" / "dsv2" / "conversations"
+    kept.mkdir(parents=True)
+    for name in ("rome.jsonl", "rome.cache", "paris.jsonl", ".x.jsonl.7", "$(touch gone).jsonl"):
+        (kept / name).touch()
+    (tmp_path / "xdg" / "dsv2").mkdir(parents=True)
+    (tmp_path / "xdg" / "dsv2" / "config.toml").write_text("[presets.coder]\ntemp = 0\n[presets.cook]\n", "utf-8")
+    more = env | {"XDG_STATE_HOME": str(tmp_path / "state"), "XDG_CONFIG_HOME": str(tmp_path / "xdg")}
+    assert complete(more, "dsv2 chat -r ") == ["paris", "rome"]
+    assert complete(more, "dsv2 chat model.gguf --resume r") == ["rome"]
+    assert complete(more, "dsv2 chat --preset co", "fish") == ["coder", "cook"]
+    assert complete(env | {"XDG_STATE_HOME": "/dev/null"}, "dsv2 chat -r ") == []
+    (tmp_path / "xdg" / "dsv2" / "config.toml").write_text("no TOML", "utf-8")
+    assert complete(more, "dsv2 chat --preset ") == []
+
+
 def test_each_shell_has_its_form(env: dict[str, str]) -> None:
     assert complete(env, "dsv2 chat owner/", "fish") == ["owner/a--b"]
     assert complete(env, "dsv2 chat owner/", "zsh") == ["_arguments '*: :((\"owner/a--b\"))'"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -25,6 +24,7 @@ from cext import system
 from cext.tokenizer import Answer, Message
 from dsv2cli import runtime
 from dsv2cli.chat import journal, store
+from dsv2cli.chat.caching import Caching
 from dsv2cli.chat.conversation import Conversation, Turn
 from dsv2cli.chat.journal import Journal, JournalError, Model
 from dsv2cli.chat.keeping import Keeping
@@ -66,7 +66,7 @@ class Talk:
         self.watched = Watched()
         session = opened.model.session(n_ctx, kv)
         self.conversation = Conversation(session, opened.tokenizer, "Be brief.", scheduler=Scheduler(self.watched))
-        self.keeping = Keeping(opened, self.conversation, {"temperature": 0.0}, keeps)
+        self.keeping = Keeping(Caching(opened, self.conversation), self.conversation, {"temperature": 0.0}, keeps)
 
     def say(self, text: str, limit: int = 6) -> list[int]:
         events = list(self.conversation.reply(text, greedy(), limit))
@@ -114,6 +114,34 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line.get("answer") for line in lines[1:]] == ["answer 0", "answer 1", "answer 2"]
     assert stat.S_IMODE((tmp_path / "a.jsonl").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_seen_when_it_is_locked_and_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Else another conversation could lock it first, or read nothing in it."""
+    path, write = tmp_path / "a.jsonl", Journal.write
+
+    def watched(kept: Journal, line: dict[str, object]) -> None:
+        assert not path.exists()
+        write(kept, line)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", watched)
+        kept = Journal.create(path, MODEL)
+    with pytest.raises(JournalError, match="open in another"):
+        Journal.reopen(path)
+    kept.close()
+    assert journal.read(path).model == MODEL and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    with pytest.raises(FileExistsError):
+        Journal.create(path, MODEL)
+    assert journal.read(path).model == MODEL and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_cut_anywhere_it_holds_a_beginning(tmp_path: Path) -> None:
@@ -357,7 +385,7 @@ def test_ctrl_c_leaves_a_turn_in_the_tree_and_in_the_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(place, where, interrupted)
-        with contextlib.suppress(KeyboardInterrupt):  # as in a terminal
+        with pytest.raises(KeyboardInterrupt):  # told, but when all is done
             talk.say("one")
     talk.say("two")
     found = journal.read(store.existing(talk.keeping.name)).tree

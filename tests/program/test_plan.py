@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -21,9 +22,11 @@ from support.vocab import write_model
 from cext import Gguf, system
 from dsv2cli import anatomy
 from dsv2cli.hub import cache
-from dsv2cli.planner import probe, subject, warning
+from dsv2cli.planner import probe, quality, subject, warning
 from dsv2cli.planner.forecast import forecast, longest_context
 from dsv2cli.planner.probe import Rates
+
+QUALITY = Path(__file__).parents[1] / "bench" / "bench_quality.csv"
 
 # repository: bytes a token by hand (n_layer x (kv_lora_rank + rope) x 2) and our scales (4 a layer), weights in all,
 # and of these what a token multiplies: layers, chosen experts alone, without embeddings and head.
@@ -88,6 +91,19 @@ def test_the_mix_of_v2_lite_has_the_size_that_its_file_has(hub: Hub, env: dict[s
     made = planned(env, "lite", "--type", "q4_k_m")
     assert made["memory"]["weights"] == pytest.approx(10.36e9, rel=0.01)
     assert made["read_per_token"]["weights"] == pytest.approx(1.61e9, rel=0.01)
+
+
+def test_what_a_type_loses_is_told_as_it_was_measured(hub: Hub, env: dict[str, str]) -> None:
+    """And by its model's name; of types and files that were not measured nothing is told."""
+    rows = csv.DictReader(QUALITY.read_text(encoding="utf-8").splitlines())
+    measured = {r["type"]: float(r["kld"]) for r in rows if (r["model"], r["variant"]) == (quality.MODEL, "all")}
+    assert measured == quality.KLD
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    ladder = {r["type"]: r for r in planned(env, "lite")["ladder"]}
+    assert {name: r["kld"] for name, r in ladder.items() if r["kld"] is not None} == measured
+    assert {r["kld_of"] for r in ladder.values()} == {quality.MODEL, None} and ladder["q6_k"]["kld"] is None
+    shown = dsv2("plan", "--no-speed", "lite", **env).stdout
+    assert f"KLD of {quality.MODEL}" in shown and "0.109" in shown
 
 
 def test_a_size_is_what_the_file_will_have(hub: Hub, env: dict[str, str]) -> None:

@@ -222,6 +222,30 @@ def test_records_go_with_a_download_and_no_link_is_followed(root: Path, tmp_path
     assert files_in(cached) == ["huggingface/download/config.json.metadata"]
 
 
+def test_named_templates_go_with_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    """Their folder too, unless a person has put something there; what a link leads to stays."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.jinja").write_bytes(b"x")
+    for name in ("whole", "shared", "linked"):
+        Path(name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            Path(name, file).write_bytes(b"{}")
+        templates = Path(name, "additional_chat_templates")
+        templates.symlink_to(elsewhere) if name == "linked" else templates.mkdir()
+        if name != "linked":
+            (templates / "tool_use.jinja").write_bytes(b"x")
+    Path("shared/additional_chat_templates/notes.txt").write_bytes(b"x")
+    records = Path("whole/.cache/huggingface/download/additional_chat_templates")
+    records.mkdir(parents=True)
+    (records / "tool_use.jinja.metadata").write_bytes(b"x")
+    assert listed()["whole"] == ("checkpoint", 5)
+    assert rm("whole", "shared", "linked", "-y").code == 0
+    assert not Path("whole").exists()
+    assert files_in(Path("shared")) == ["additional_chat_templates/notes.txt"]
+    assert files_in(elsewhere) == ["mine.jinja"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def test_the_list_of_commands_is_aligned(model: Path, tmp_path: Path) -> None:
         screen.type("/help\n")
         end = screen.wait_for(r"stops an answer\.\n> $", at)
         lines = re.findall(r"^  (/\S+(?: \S+){0,2}  +)\S", screen.text[at:end], re.MULTILINE)
-        assert len(lines) == 16 and len({len(line) for line in lines}) == 1
+        assert len(lines) == 17 and len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("name", ["dumb", "", "unknown"])
@@ -211,7 +212,7 @@ def assert_left_as_it_was(screen: Screen) -> None:
     assert flags & termios.ECHO and flags & termios.ICANON, "the terminal does not echo"
 
 
-BREAK = "import dsv2cli.chat.answering as r; r.Chat.tell_stats = None; "
+BREAK = "import dsv2cli.chat.answering as r; r.LocalChat.tell_stats = None; "
 
 
 @pytest.mark.parametrize("how", ["exit", "ctrl-d", "ctrl-c and exit", "crash", "SIGTERM", "SIGTERM in an answer"])
@@ -342,6 +343,28 @@ def test_a_history_that_another_holds_is_not_cut(tmp_path: Path, monkeypatch: py
         history.add("new")
         assert len(history_of(tmp_path)) == 2 * history.LINES + 2
     assert history.read()[-1] == "new" and len(history_of(tmp_path)) == history.LINES
+
+
+def test_a_history_is_cut_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or a kill: nothing of what was typed is lost."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    place = tmp_path / "dsv2" / "history"
+    place.parent.mkdir()
+    elsewhere = tmp_path / "dotfiles"
+    whole = "".join(f"line {i}\n" for i in range(2 * history.LINES + 1))
+    elsewhere.write_text(whole, encoding="utf-8")
+    place.symlink_to(elsewhere)
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert history.read()[-1] == f"line {2 * history.LINES}"
+    assert place.read_text(encoding="utf-8") == whole
+    assert len(history.read()) == history.LINES == len(history_of(tmp_path)) and place.is_symlink()
+    history.add("new")
+    assert history_of(tmp_path)[-1] == "new" and sorted(p.name for p in place.parent.iterdir()) == ["history"]
 
 
 def test_a_history_that_cannot_be_kept(model: Path, tmp_path: Path) -> None:
