@@ -18,7 +18,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cext import system
 from dsv2cli import state
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ def _write(file: Path, counts: Counts, tokens: int) -> None:
         counts, tokens = counts // 2, tokens // 2
     packed = HEADER.pack(MAGIC, VERSION, *counts.shape, tokens) + counts.astype("<u8").tobytes()
     file.parent.mkdir(parents=True, exist_ok=True)
+    from cext import system
+
     with system.replaced(file, lasting=False) as out:
         out.write(packed + _seal(packed))
 
