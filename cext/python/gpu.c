@@ -92,44 +92,81 @@ static bool read_specs(PyObject *list, ds_gpu_single *job) {
     return true;
 }
 
-/* gpu_run(gpu, shader, [array], push bytes, [(where, at, to, to_at)], (x, y, z), [specialization constant]): see single.h */
-static PyObject *gpu_run(void *gpu, PyObject *args) {
-    PyObject *capsule, *arrays, *links, *specs;
-    const char *shader, *push;
-    Py_ssize_t n_push;
-    ds_gpu_single job = {0};
+/* Run the job over arrays and links, with these push constants. */
+static PyObject *run_over(ds_gpu *gpu, ds_gpu_single *job, PyObject *arrays, PyObject *links, const char *push,
+                          Py_ssize_t n_push) {
     ds_error err;
     ds_status st = DS_OK;
-    if (!PyArg_ParseTuple(args, "OsO!y#O!(III)O!", &capsule, &shader, &PyList_Type, &arrays, &push, &n_push,
-                          &PyList_Type, &links, &job.groups[0], &job.groups[1], &job.groups[2], &PyList_Type, &specs))
-        return NULL;
     if (n_push > DS_GPU_PUSH) return PyErr_Format(PyExc_ValueError, "%zd bytes of push constants", n_push);
-    memcpy(job.push, push, (size_t)n_push);
-    job.shader = shader, job.push_bytes = (uint32_t)n_push;
+    memcpy(job->push, push, (size_t)n_push);
+    job->push_bytes = (uint32_t)n_push;
     Py_buffer *views = calloc((size_t)PyList_Size(arrays) + 1, sizeof *views);
     ds_gpu_link *link = calloc((size_t)PyList_Size(links) + 1, sizeof *link);
-    job.arrays = calloc((size_t)PyList_Size(arrays) + 1, sizeof *job.arrays);
-    job.links = link;
-    bool ok = views && link && job.arrays;
+    job->arrays = calloc((size_t)PyList_Size(arrays) + 1, sizeof *job->arrays);
+    job->links = link;
+    bool ok = views && link && job->arrays;
     if (!ok) PyErr_NoMemory();
-    ok = ok && read_arrays(arrays, views, &job) && read_links(links, link, &job) && read_specs(specs, &job);
+    ok = ok && read_arrays(arrays, views, job) && read_links(links, link, job);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        st = ds_gpu_run_single(gpu, &job, &err);
+        st = ds_gpu_run_single(gpu, job, &err);
         Py_END_ALLOW_THREADS
     }
-    for (int i = 0; i < job.n_arrays; i++) PyBuffer_Release(&views[i]);
+    for (int i = 0; i < job->n_arrays; i++) PyBuffer_Release(&views[i]);
     free(views);
     free(link);
-    free(job.arrays);
+    free(job->arrays);
     if (!ok) return NULL;
     if (st != DS_OK) return ds_py_raise(&err);
     Py_RETURN_NONE;
 }
+
+/* gpu_run(gpu, shader, [array], push bytes, [(where, at, to, to_at)], (x, y, z), [specialization constant]): see single.h */
+static PyObject *gpu_run(void *gpu, PyObject *args) {
+    PyObject *capsule, *arrays, *links, *specs;
+    const char *push;
+    Py_ssize_t n_push;
+    ds_gpu_single job = {0};
+    if (!PyArg_ParseTuple(args, "OsO!y#O!(III)O!", &capsule, &job.shader, &PyList_Type, &arrays, &push, &n_push,
+                          &PyList_Type, &links, &job.groups[0], &job.groups[1], &job.groups[2], &PyList_Type, &specs))
+        return NULL;
+    return read_specs(specs, &job) ? run_over(gpu, &job, arrays, links, push, n_push) : NULL;
+}
 DS_PY_HELD(gpu_run, DS_PY_GPU)
+
+static bool read_format(const char *name, ds_format *out) {
+    for (int f = 0; f < DS_FORMAT_COUNT; f++)
+        if (strcmp(ds_format_get((ds_format)f)->name, name) == 0) return *out = (ds_format)f, true;
+    PyErr_Format(PyExc_ValueError, "unknown format '%s'", name);
+    return false;
+}
+
+/* gpu_product(gpu, operation, (format, up's format), (bytes of up's row, blocks), [array], product's bytes, [link]): an
+ * operation of product.h, see single.h */
+static PyObject *gpu_product(void *gpu, PyObject *args) {
+    PyObject *capsule, *arrays, *links;
+    const char *push, *format, *up_format;
+    Py_ssize_t n_push;
+    ds_gpu_single job = {0};
+    ds_gpu_operation *o = &job.operation;
+    if (!PyArg_ParseTuple(args, "Os(ss)(II)O!y#O!", &capsule, &o->name, &format, &up_format, &o->up_row_bytes,
+                          &o->n_blocks, &PyList_Type, &arrays, &push, &n_push, &PyList_Type, &links))
+        return NULL;
+    if (!read_format(format, &o->format) || !read_format(up_format, &o->up_format)) return NULL;
+    return run_over(gpu, &job, arrays, links, push, n_push);
+}
+DS_PY_HELD(gpu_product, DS_PY_GPU)
+
+/* gpu_tables() -> the bytes that a product's `tables` is to point at */
+static PyObject *gpu_tables(PyObject *self, PyObject *args) {
+    uint16_t tables[DS_GPU_TABLES_BYTES / 2];
+    ds_gpu_tables(tables);
+    return PyBytes_FromStringAndSize((const char *)tables, sizeof tables);
+}
 
 PyMethodDef ds_py_gpu_methods[] = {
     {"gpu_built", gpu_built, METH_NOARGS, NULL},   {"gpu_list", gpu_list, METH_NOARGS, NULL},
     {"gpu_open", gpu_open, METH_VARARGS, NULL},    {"gpu_close", gpu_close, METH_O, NULL},
-    {"gpu_run", gpu_run_held, METH_VARARGS, NULL}, {0},
+    {"gpu_run", gpu_run_held, METH_VARARGS, NULL}, {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
+    {"gpu_tables", gpu_tables, METH_NOARGS, NULL}, {0},
 };

@@ -7,6 +7,8 @@ static ds_status check(const ds_gpu_single *job, ds_error *err) {
     if (job->push_bytes > DS_GPU_PUSH || job->push_bytes % 4)
         return ds_fail(err, DS_EINVAL, "%u bytes of push constants, expected dwords of at most %d bytes",
                        job->push_bytes, DS_GPU_PUSH);
+    if (!job->shader && job->push_bytes != sizeof(ds_gpu_product))
+        return ds_fail(err, DS_EINVAL, "%u bytes of a product, expected %zu", job->push_bytes, sizeof(ds_gpu_product));
     for (int i = 0; i < job->n_links; i++) {
         const ds_gpu_link *l = &job->links[i];
         if (l->where < -1 || l->where >= job->n_arrays || l->to < 0 || l->to >= job->n_arrays)
@@ -35,15 +37,33 @@ static ds_status fill(ds_gpu *g, const ds_gpu_single *job, ds_gpu_buffer *buffer
     return st;
 }
 
-static ds_status run(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_error *err) {
+static ds_status operate(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_operation *o, const ds_gpu_product *p,
+                         ds_error *err) {
+    if (strcmp(o->name, "mul") == 0) return ds_gpu_mul(g, c, o->format, p, o->n_blocks, err);
+    if (strcmp(o->name, "mul_gated") == 0)
+        return ds_gpu_mul_gated(g, c, o->format, o->up_format, o->up_row_bytes, p, o->n_blocks, err);
+    if (strcmp(o->name, "pack") == 0) return ds_gpu_pack(g, c, p, err);
+    if (strcmp(o->name, "rows") == 0) return ds_gpu_rows(g, c, o->format, p, err);
+    return ds_fail(err, DS_EINVAL, "there is no operation `%s`", o->name);
+}
+
+static ds_status record(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_single *job, const unsigned char *push,
+                        ds_error *err) {
     vk_Pipeline pipeline;
+    ds_gpu_product product;
+    if (!job->shader) return memcpy(&product, push, sizeof product), operate(g, c, &job->operation, &product, err);
+    const ds_status st = ds_gpu_pipeline(g, job->shader, job->specs, job->n_specs, &pipeline, err);
+    if (st == DS_OK)
+        ds_gpu_dispatch(g, c, pipeline, push, job->push_bytes, job->groups[0], job->groups[1], job->groups[2]);
+    return st;
+}
+
+static ds_status run(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_error *err) {
     ds_gpu_commands commands;
-    ds_status st = ds_gpu_pipeline(g, job->shader, job->specs, job->n_specs, &pipeline, err);
-    if (st == DS_OK) st = ds_gpu_commands_new(g, &commands, err);
+    ds_status st = ds_gpu_commands_new(g, &commands, err);
     if (st == DS_OK) st = ds_gpu_record(g, &commands, err);
-    if (st != DS_OK) return st;
-    ds_gpu_dispatch(g, &commands, pipeline, push, job->push_bytes, job->groups[0], job->groups[1], job->groups[2]);
-    st = ds_gpu_recorded(g, &commands, err);
+    if (st == DS_OK) st = record(g, &commands, job, push, err);
+    if (st == DS_OK) st = ds_gpu_recorded(g, &commands, err);
     if (st == DS_OK) st = ds_gpu_submit(g, &commands, err);
     return st == DS_OK ? ds_gpu_wait(g, err) : st;
 }

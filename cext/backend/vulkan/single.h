@@ -1,7 +1,7 @@
-/* single.h: one shader run over arrays of the host's, for tests. */
+/* single.h: one shader, or one operation of product.h, run over arrays of the host's, for tests. */
 #pragma once
 
-#include "backend/vulkan/gpu.h"
+#include "backend/vulkan/product.h"
 
 typedef struct ds_gpu_array {
     void *data;
@@ -18,8 +18,16 @@ typedef struct ds_gpu_link {
     uint64_t to_at;
 } ds_gpu_link;
 
+/* An operation of product.h; its ds_gpu_product are the push constants. */
+typedef struct ds_gpu_operation {
+    const char *name; /* "mul", "mul_gated", "pack", "rows" */
+    ds_format format, up_format;
+    uint32_t up_row_bytes, n_blocks;
+} ds_gpu_operation;
+
 typedef struct ds_gpu_single {
-    const char *shader;
+    const char *shader; /* or NULL: the operation */
+    ds_gpu_operation operation;
     ds_gpu_array *arrays;
     int n_arrays;
     const ds_gpu_link *links;

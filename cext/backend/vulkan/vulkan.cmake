@@ -38,7 +38,7 @@ function(dsv2_find_shader_compiler command style)
     if(libraries)
       set(call ${CMAKE_COMMAND} -E env "LD_LIBRARY_PATH=${libraries}:$ENV{LD_LIBRARY_PATH}" ${program})
     endif()
-    set(target -V --target-env vulkan1.2 -S comp)
+    set(target -V --target-env vulkan1.2 -g0 -S comp)
     if(kind STREQUAL glslc)
       set(target --target-env=vulkan1.2 -fshader-stage=compute)
     endif()
@@ -75,9 +75,15 @@ function(dsv2_shader name source)
   set(DSV2_SHADER_FILES ${DSV2_SHADER_FILES} ${out} PARENT_SCOPE)
 endfunction()
 
-# dsv2_shader_formats(NAME SOURCE [DEFINES...]): NAME_<format> for each row of quant/formats.def, with FORMAT_<ID> defined.
+# dsv2_shader_formats(NAME SOURCE [DEFINES...]): NAME_<format> for each row of quant/formats.def, with FORMAT_<ID> defined;
+# those that take packed activations alone, where DOT is.
 macro(dsv2_shader_formats name source)
-  file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/quant/formats.def dsv2_rows REGEX "^DS_FORMAT\\(")
+  set(dsv2_defines ${ARGN}) # a macro's ARGN is no variable
+  set(dsv2_kind "")
+  if(DOT IN_LIST dsv2_defines)
+    set(dsv2_kind ".*Q8\\)")
+  endif()
+  file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/quant/formats.def dsv2_rows REGEX "^DS_FORMAT\\(${dsv2_kind}")
   foreach(dsv2_row ${dsv2_rows})
     string(REGEX MATCH "^DS_FORMAT\\(([A-Z0-9_]+), *\"([a-z0-9_]+)\"" dsv2_match "${dsv2_row}")
     dsv2_shader(${name}_${CMAKE_MATCH_2} ${source} FORMAT_${CMAKE_MATCH_1} ${ARGN})
@@ -99,6 +105,14 @@ endif()
 # ---- The shaders ----
 
 dsv2_shader(fill fill.comp)
+dsv2_shader(pack_q8 pack_q8.comp)
+dsv2_shader_formats(get_rows get_rows.comp)
+dsv2_shader_formats(mul_vec mul_vec.comp)
+dsv2_shader_formats(mul_gated mul_vec.comp GATED)
+dsv2_shader_formats(mul_mat mul_mat.comp)
+dsv2_shader_formats(dot_vec mul_vec.comp DOT)
+dsv2_shader_formats(dot_gated mul_vec.comp DOT GATED)
+dsv2_shader_formats(dot_mat mul_mat.comp DOT)
 
 file(CONFIGURE OUTPUT ${DSV2_SHADER_MADE}/shaders.c CONTENT "/* The shaders of this build. */
 #include \"backend/vulkan/shaders.h\"

@@ -1,0 +1,108 @@
+#include "backend/vulkan/product.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "quant/grids.h"
+
+/* ---- What is told of devices: the one place for figures that suit a card. None of them changes a result. ----
+ * Chosen by counting registers and groups, not yet timed: two rows a subgroup share what is read of x; a matrix of few rows
+ * fills a large card better by single ones; sums of more than 8 (rows by slots) leave no registers for weights. */
+enum {
+    VEC_THREADS = 128,
+    MAT_THREADS = 128, /* mul_mat.comp is written for it */
+    TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes */
+    GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
+    FEW_ROWS = 4096,
+    MAX_GROUPS = 65535, /* in y and z: what every device has */
+};
+
+static const struct {
+    uint32_t most, rows, slots; /* up to so many slots: rows by slots of a subgroup */
+} VEC_SHAPES[] = {{1, 2, 1}, {2, 2, 2}, {4, 2, 4}, {8, 1, 8}};
+enum { VEC_MOST = 8 }; /* more slots are tiles' work */
+
+static uint32_t pieces(uint32_t n, uint32_t of) { return n / of + (n % of != 0); }
+
+void ds_gpu_tables(uint16_t out[DS_GPU_TABLES_BYTES / 2]) {
+#define PUT(grid) memcpy(out, grid, sizeof grid), out += sizeof grid / sizeof *grid
+    PUT(ds_grid_iq2_xxs);
+    PUT(ds_grid_iq2_xs);
+    PUT(ds_grid_iq2_s);
+    PUT(ds_grid_iq3_xxs);
+    PUT(ds_grid_iq3_s);
+#undef PUT
+}
+
+/* The shader of a family for the format, or the family itself for DS_FORMAT_COUNT. */
+static ds_status record(ds_gpu *gpu, ds_gpu_commands *c, const char *family, ds_format format, const uint32_t *specs,
+                        int n_specs, const ds_gpu_product *p, const uint32_t grid[3], ds_error *err) {
+    char name[48];
+    vk_Pipeline pipeline;
+    if (!grid[0] || !grid[1] || !grid[2]) return DS_OK; /* nothing to compute, which no grid can say */
+    if (format == DS_FORMAT_COUNT) snprintf(name, sizeof name, "%s", family);
+    else snprintf(name, sizeof name, "%s_%s", family, ds_format_get(format)->name);
+    if (grid[1] > MAX_GROUPS || grid[2] > MAX_GROUPS)
+        return ds_fail(err, DS_EINVAL, "%s: %u slots in %u blocks, a device takes %d groups of slots and blocks", name,
+                       p->n_slots, grid[2], MAX_GROUPS);
+    const ds_status st = ds_gpu_pipeline(gpu, name, specs, n_specs, &pipeline, err);
+    if (st == DS_OK) ds_gpu_dispatch(gpu, c, pipeline, p, sizeof *p, grid[0], grid[1], grid[2]);
+    return st;
+}
+
+bool ds_gpu_packs(const ds_gpu *gpu, ds_format format) {
+    return ds_gpu_told(gpu)->int_dot && ds_format_get(format)->act == DS_ACT_Q8;
+}
+
+static const char *family(const ds_gpu_product *p, const char *floats, const char *packed) {
+    return p->x_scale ? packed : floats;
+}
+
+static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_format format, const ds_gpu_product *p,
+                         uint32_t n_blocks, ds_error *err) {
+    size_t i = 0;
+    while (VEC_SHAPES[i].most < p->n_slots) i++;
+    const uint32_t rows = p->rows <= FEW_ROWS ? 1 : VEC_SHAPES[i].rows, slots = VEC_SHAPES[i].slots;
+    const uint32_t subgroup = ds_gpu_told(gpu)->subgroup;
+    const uint32_t group_rows = rows * (subgroup && subgroup < VEC_THREADS ? VEC_THREADS / subgroup : 1);
+    const uint32_t specs[] = {VEC_THREADS, rows, slots, group_rows};
+    return record(gpu, c, name, format, specs, 4, p,
+                  (uint32_t[]){pieces(p->rows, group_rows), pieces(p->n_slots, slots), n_blocks}, err);
+}
+
+static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
+                         ds_error *err) {
+    return record(gpu, c, family(p, "mul_mat", "dot_mat"), format, (uint32_t[]){MAT_THREADS}, 1, p,
+                  (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
+}
+
+ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
+                     ds_error *err) {
+    if (p->n_slots <= VEC_MOST) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
+    return mul_mat(gpu, c, format, p, n_blocks, err);
+}
+
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
+                           uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
+    if (format == up_format && up_row_bytes == p->row_bytes && p->n_slots <= VEC_MOST)
+        return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, n_blocks, err);
+    ds_gpu_product up = *p;
+    up.row_bytes = up_row_bytes;
+    up.flags |= DS_GPU_GATE;
+    if (p->groups) up.groups = p->up;
+    else up.w = p->up;
+    const ds_status st = ds_gpu_mul(gpu, c, format, p, n_blocks, err);
+    if (st != DS_OK) return st;
+    ds_gpu_barrier(gpu, c);
+    return ds_gpu_mul(gpu, c, up_format, &up, n_blocks, err);
+}
+
+ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err) {
+    return record(gpu, c, "pack_q8", DS_FORMAT_COUNT, (uint32_t[]){VEC_THREADS}, 1, p,
+                  (uint32_t[]){pieces(p->ldx, 4 * VEC_THREADS), p->n_slots, 1}, err);
+}
+
+ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, ds_error *err) {
+    return record(gpu, c, "get_rows", format, (uint32_t[]){VEC_THREADS}, 1, p,
+                  (uint32_t[]){pieces(p->k, GATHER_VALUES), p->n_slots, 1}, err);
+}

@@ -1,0 +1,62 @@
+/* product.h: products with weights in any tensor format on a GPU: which shader, which grid, which constants. Records
+ * commands and runs none; barriers between operations are the caller's, but for those inside of one. */
+#pragma once
+
+#include <assert.h>
+
+#include "backend/vulkan/gpu.h"
+#include "quant/quant.h"
+
+/* y = x W^T, as shaders/product.glsl reads it. Rows of x and y are floats at any multiple of 4 bytes; rows of W lie at
+ * multiples of 2 (formats of blocks of 4 or 16 bytes: of these). Addresses are the device's. */
+typedef struct ds_gpu_product {
+    uint64_t w; /* (blocks, rows, k) in its format; groups tell otherwise */
+    uint64_t x; /* (.., ldx) */
+    uint64_t y; /* (.., ldy) */
+    uint64_t groups; /* 0, or ds_gpu_group (n_blocks): what each block is */
+    uint64_t slot_row; /* 0, or uint32_t (..): the row of x that a slot reads; else its own */
+    uint64_t tables; /* what ds_gpu_tables gives */
+    uint64_t up; /* of a gated product, as w; with groups, ds_gpu_group (n_blocks) of the same slots */
+    uint64_t x_scale; /* of a product with packed activations (ds_gpu_pack): float (.., ldx / 32) */
+    uint64_t stride_w; /* bytes from a block's weights to the next one's */
+    uint32_t stride_x, stride_y; /* floats likewise; 0 with groups */
+    uint32_t ldx, ldy; /* floats between rows */
+    uint32_t row_bytes, k, rows; /* of W: `rows` rows of k values */
+    uint32_t n_slots; /* of each block: rows of x and y; with groups, the most that one may have */
+    uint32_t flags; /* DS_GPU_ADD */
+    uint32_t pad;
+} ds_gpu_product;
+
+static_assert(sizeof(ds_gpu_product) == 112, "the same bytes as in shaders/product.glsl");
+
+enum {
+    DS_GPU_ADD = 1,  /* y += */
+    DS_GPU_GATE = 2, /* y = silu(y) * (x W^T): the second half of a gated product */
+};
+
+/* Slots [first, first + count) are multiplied by the block at w, in memory of the device. w or count 0: nothing to do. */
+typedef struct ds_gpu_group {
+    uint64_t w;
+    uint32_t first, count;
+} ds_gpu_group;
+
+static_assert(sizeof(ds_gpu_group) == 16, "the same bytes as in shaders/product.glsl");
+
+/* The grids of the codebook formats, which products read behind `tables`. */
+enum { DS_GPU_TABLES_BYTES = (256 + 512 + 1024 + 256 + 512) * 2 };
+void ds_gpu_tables(uint16_t out[DS_GPU_TABLES_BYTES / 2]);
+
+/* Whether the device multiplies packed activations by this format: then x may be what ds_gpu_pack made. */
+bool ds_gpu_packs(const ds_gpu *gpu, ds_format format);
+/* Whole rows x (n_slots, ldx) as the processor's kernels pack them: bytes at y (n_slots, ldx), scales at x_scale. ldx is a
+ * multiple of 32; nothing else is read. In a product with them, x and x_scale are these; stride_x is a multiple of 32. */
+ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err);
+
+/* y = x W^T in each of n_blocks blocks. */
+ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
+                     ds_error *err);
+/* y = silu(x W^T) * (x Up^T), up of the same shape as w; up_row_bytes: between its rows. No flags. */
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
+                           uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err);
+/* y[i] = row slot_row[i] of W decoded, n_slots of them; x and groups are not read. */
+ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, ds_error *err);

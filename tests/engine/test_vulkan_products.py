@@ -1,0 +1,326 @@
+"""Products with every tensor format on a GPU, against gguf's decoders, float64 arithmetic and the processor's packs: on
+whatever Vulkan finds here, a software device too."""
+
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, type_of, with_halves
+from support.gpu import Gpu, number
+from support.gpu_products import ADD, Groups, Job, mul, pack, replace, rows, run
+from support.kernels import (
+    SENTINEL,
+    Bytes,
+    Doubles,
+    Floats,
+    U,
+    assert_within,
+    decode,
+    expected_mul,
+    quantize_activations,
+    weight_magnitudes,
+)
+
+from cext import _engine
+
+FORMATS = (*FLOAT_FORMATS, *CODED_FORMATS)
+SOME = ("f32", "q4_0", "q4_k", "q6_k", "iq3_s")  # one of each layout, where the format is not what is tested
+TINY = float(np.finfo(np.float32).tiny)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    return Gpu(number())
+
+
+@pytest.fixture(scope="module")
+def packs() -> None:
+    if not _engine.gpu_list()[int(number())]["int_dot"]:
+        pytest.skip("the device has no packed integer dot")
+
+
+def random_weights(name: str, n_rows: int, k: int, rng: np.random.Generator) -> Bytes:
+    if name in CODED_FORMATS:
+        return random_blocks(name, n_rows, k, rng)
+    x = rng.normal(0.0, 0.02, (n_rows, k)).astype(np.float32)
+    if name == "bf16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return (x.astype(np.float16) if name == "f16" else x).view(np.uint8)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Floats:
+    return rng.normal(0.0, 1.0, shape).astype(np.float32)
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """One block, and several: more than a subgroup takes at a time; of floats any number."""
+    return {256: (256, 2304), 32: (32, 2080), 1: (1, 7, 33, 250, 2100)}[block_size(name)[0]]
+
+
+def bound(values: Doubles, weights: Doubles) -> Doubles:
+    """How far a sum of float32 products may be from values (n, k) by weights (rows, k), in whatever order."""
+    n_ops = values.shape[1] + 4
+    return n_ops * (U * (np.abs(values) @ np.abs(weights).T) + TINY)
+
+
+def assert_product(got: Floats, name: str, w: Bytes, x: Floats, what: str = "") -> None:
+    weights, values = decode(name, w), x.astype(np.float64)
+    assert_within(got, values @ weights.T, bound(values, weights), what)
+
+
+def assert_same_bits(got: Floats, want: Floats) -> None:
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    worst = np.unravel_index(int(np.argmin(same)), same.shape)
+    assert same.all(), f"value {worst}: {got[worst]!r}, expected {want[worst]!r}"
+
+
+# ---- Decoding ----
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_gguf_s(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(1)
+    which = np.array([11, 0, 5, 5, 2], np.uint32)
+    for k in widths(name):
+        w = random_weights(name, 12, k, rng)
+        if name in CODED_FORMATS:
+            w[:6] = rng.integers(0, 256, (6, w.shape[1]), np.uint8)  # scales of all patterns, infinite and no number
+        got = rows(gpu, name, w, k, which)
+        assert_same_bits(got, decode(name, w)[which].astype(np.float32))
+        with np.errstate(all="ignore"):
+            oracle = dequantize(w, type_of(name)).reshape(12, k)[which]
+        finite = np.isfinite(oracle) & np.isfinite(got)
+        assert (np.isfinite(oracle) == np.isfinite(got)).all()
+        assert_within(got[finite], oracle[finite].astype(np.float64), 2 * U * np.abs(oracle[finite]) + TINY)
+
+
+@pytest.mark.parametrize("name", CODED_FORMATS)
+@pytest.mark.parametrize("halves", [(65504.0, 65504.0), (2.0**-24, 3 * 2.0**-24), (-(2.0**-15), -1.0)])
+def test_rows_of_extreme_scales(gpu: Gpu, name: str, halves: tuple[float, float]) -> None:
+    w = with_halves(name, random_blocks(name, 2, 512, np.random.default_rng(2)), *halves[: len(HALVES[name])])
+    assert_same_bits(rows(gpu, name, w, 512, np.arange(2, dtype=np.uint32)), decode(name, w).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_every_half(gpu: Gpu, name: str) -> None:
+    w = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(16, -1)
+    with np.errstate(invalid="ignore"):
+        want = decode(name, w).astype(np.float32)
+    assert_same_bits(rows(gpu, name, w, 1 << 12, np.arange(16, dtype=np.uint32)), want)
+
+
+# ---- Products ----
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_few_slots(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(3)
+    for k in widths(name):
+        for n_rows, n in ((1, 1), (45, 1), (45, 3)):
+            w, x = random_weights(name, n_rows, k, rng), normal(rng, n, k)
+            assert_product(mul(gpu, name, w, x), name, w, x, f"{name} k={k} rows={n_rows} slots={n}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_slots(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(4)
+    for k in widths(name):
+        for n_rows, n in ((1, 9), (130, 70)):
+            w, x = random_weights(name, n_rows, k, rng), normal(rng, n, k)
+            assert_product(mul(gpu, name, w, x), name, w, x, f"{name} k={k} rows={n_rows} slots={n}")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_every_number_of_slots_and_of_rows(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(5)
+    for n, n_rows in ((2, 7), (4, 16), (5, 17), (8, 15), (9, 64), (64, 63), (65, 65)):
+        w, x = random_weights(name, n_rows, 512, rng), normal(rng, n, 512)
+        assert_product(mul(gpu, name, w, x), name, w, x, f"{name} rows={n_rows} slots={n}")
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k"])
+def test_more_rows_than_a_small_matrix_has(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(6)
+    w, x = random_weights(name, 4099, 256, rng), normal(rng, 3, 256)
+    for n in (1, 3):
+        assert_product(mul(gpu, name, w, x[:n]), name, w, x[:n])
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_a_row_is_the_same_among_others(gpu: Gpu, name: str, n: int) -> None:
+    """What lies beside a row changes no bit of its products: an answer does not depend on where a model's parts are."""
+    rng = np.random.default_rng(7)
+    w, x = random_weights(name, 70, 512, rng), normal(rng, n, 512)
+    whole = mul(gpu, name, w, x)
+    assert mul(gpu, name, w[33:], x).tobytes() == np.ascontiguousarray(whole[:, 33:]).tobytes()
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("n", [2, 12])
+def test_rows_of_x_and_y_stand_anywhere(gpu: Gpu, name: str, n: int) -> None:
+    """At odd distances, read in another order, the sums added to what is there."""
+    rng = np.random.default_rng(8)
+    w, x = random_weights(name, 9, 256, rng), normal(rng, 5, 259)
+    which = rng.integers(0, 5, n).astype(np.uint32)
+    before = normal(rng, n, 11)
+    y = before.copy()
+    run(gpu, "mul", Job(name, w[None], x, 256, n_slots=n, slot_row=which, flags=ADD), y)
+    values, weights = x[which, :256].astype(np.float64), decode(name, w)
+    limit = bound(values, weights) + 2 * U * np.abs(before[:, :9])
+    assert_within(y[:, :9], before[:, :9] + values @ weights.T, limit)
+    assert (y[:, 9:] == before[:, 9:]).all()
+
+
+@pytest.mark.parametrize("name", ["f32", "q8_0", "q4_k"])
+@pytest.mark.parametrize("n", [1, 10])
+def test_heads(gpu: Gpu, name: str, n: int) -> None:
+    """Blocks side by side in x and in y."""
+    rng = np.random.default_rng(9)
+    w, x = random_weights(name, 3 * 20, 256, rng).reshape(3, 20, -1), normal(rng, n, 3 * 320)
+    y = np.full((n, 3 * 24), SENTINEL)
+    run(gpu, "mul", Job(name, w, x, 256, stride_x=320, stride_y=24), y)
+    for z in range(3):
+        assert_product(y[:, 24 * z : 24 * z + 20], name, w[z], x[:, 320 * z : 320 * z + 256], f"head {z}")
+        assert (y[:, 24 * z + 20 : 24 * z + 24] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("name", CODED_FORMATS)
+@pytest.mark.parametrize("half", [np.inf, -np.inf, np.nan])
+def test_what_is_no_number_shows_as_on_the_processor(gpu: Gpu, name: str, half: float) -> None:
+    rng = np.random.default_rng(10)
+    w = random_blocks(name, 6, 512, rng)
+    w[2:4] = with_halves(name, w[2:4], *[half] * len(HALVES[name]))
+    for n in (1, 9):
+        got = mul(gpu, name, w, normal(rng, n, 512))
+        assert not np.isfinite(got[:, 2:4]).any() and np.isfinite(got[:, [0, 1, 4, 5]]).all()
+
+
+# ---- Gated products ----
+
+
+def silu_products(name: str, gate: Bytes, up_name: str, up: Bytes, x: Floats) -> tuple[Doubles, Doubles]:
+    """silu(x gate^T) (x up^T) in float64, and how far float32 may be from it."""
+    values, g, u = x.astype(np.float64), decode(name, gate), decode(up_name, up)
+    a, b = values @ g.T, values @ u.T
+    sigmoid = 1 / (1 + np.exp(-a))
+    slope = np.abs(sigmoid * (1 + a * (1 - sigmoid)))
+    exponent = (3 + 2 * np.abs(a)) * 2 * U * np.abs(a)  # the units that Vulkan allows exp
+    limit = (slope * bound(values, g) + (exponent + 8 * U) * np.abs(a)) * np.abs(b)
+    return a * sigmoid * b, 2 * (limit + np.abs(a * sigmoid) * bound(values, u)) + TINY
+
+
+@pytest.mark.parametrize("formats", [("q4_k", "q4_k"), ("iq3_s", "iq3_s"), ("f32", "f32"), ("q4_k", "q6_k")])
+@pytest.mark.parametrize("n", [1, 4, 11])
+def test_gated(gpu: Gpu, formats: tuple[str, str], n: int) -> None:
+    """In one shader, or in two where formats differ or slots are many."""
+    rng = np.random.default_rng(11)
+    gate, up = (random_weights(name, 37, 512, rng) for name in formats)
+    x, y = normal(rng, n, 512), np.full((n, 40), SENTINEL)
+    run(gpu, "mul_gated", Job(formats[0], gate[None], x, 512, up=up[None], up_format=formats[1]), y)
+    assert_within(y[:, :37], *silu_products(formats[0], gate, formats[1], up, x))
+    assert (y[:, 37:] == SENTINEL).all()
+
+
+def test_large_gates_stay_numbers(gpu: Gpu) -> None:
+    gate, up = np.array([[[-200.0], [200.0], [-1e30]]], np.float32), np.ones((1, 3, 1), np.float32)
+    for n in (1, 9):
+        y = np.zeros((n, 3), np.float32)
+        run(
+            gpu,
+            "mul_gated",
+            Job("f32", gate.view(np.uint8), np.ones((n, 1), np.float32), 1, up=up.view(np.uint8)),
+            y,
+        )
+        assert_within(y, np.tile([0.0, 200.0, 0.0], (n, 1)), 1e-4)
+
+
+# ---- Experts ----
+
+EXPERTS = Groups(block=(3, None, 0, 4, 1), count=(2, 3, 1, 0, 5))
+"""A group that another device computes, and one without tokens."""
+MANY = Groups(block=(3, None, 0, 4, 1), count=(70, 3, 1, 0, 130))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("groups", [EXPERTS, MANY], ids=["few", "many"])
+def test_experts(gpu: Gpu, name: str, groups: Groups, packed: bool, request: pytest.FixtureRequest) -> None:
+    if packed:
+        request.getfixturevalue("packs")
+        if name not in CODED_FORMATS:
+            pytest.skip("products with floats take no packs")
+    rng = np.random.default_rng(12)
+    k, n_slots = 512, sum(groups.count)
+    w, up = (random_weights(name, 5 * 21, k, rng).reshape(5, 21, -1) for _ in range(2))
+    x, which = normal(rng, 30, k), rng.integers(0, 30, n_slots).astype(np.uint32)
+    y, gated = np.full((n_slots, 22), SENTINEL), np.full((n_slots, 22), SENTINEL)
+    job = Job(name, w, x, k, groups=groups, slot_row=which, packed=packed)
+    run(gpu, "mul", job, y)
+    run(gpu, "mul_gated", replace(job, up=up), gated)
+    first = 0
+    for block, count in zip(groups.block, groups.count, strict=True):
+        part = slice(first, first + count)
+        first += count
+        if block is None or not count:
+            assert (y[part] == SENTINEL).all() and (gated[part] == SENTINEL).all()
+            continue
+        values = x[which[part]]
+        if packed:
+            want = expected_mul(name, w[block], values)
+            assert_within(y[part, :21], want.y, want.bound)
+            q, scale = quantize_activations(values)
+            values = (q * np.repeat(scale, 32, axis=1)).astype(np.float32)
+        else:
+            assert_product(y[part, :21], name, w[block], values, f"expert {block}")
+        want_gated, limit = silu_products(name, w[block], name, up[block], values)
+        assert_within(gated[part, :21], want_gated, limit * (4 if packed else 1))
+        assert (y[part, 21:] == SENTINEL).all() and (gated[part, 21:] == SENTINEL).all()
+
+
+# ---- Packed activations ----
+
+
+def hard_rows(rng: np.random.Generator) -> Floats:
+    """Rows of 96 values: ordinary ones, ties, the smallest and the largest blocks, zeros."""
+    ties = np.tile(np.arange(-47.5, 48.5, dtype=np.float32), 1)
+    ties[[0, 32, 64]] = 127
+    lines = [normal(rng, 96) * np.float32(10.0**e) for e in (-37, -31, -30, -5, 0, 3, 20, 37)]
+    edges = [np.full(96, v, np.float32) for v in (0.0, -0.0, 2.0**-100, np.nextafter(np.float32(2.0**-100), 0), 3.4e38)]
+    return np.stack([*lines, *edges, ties, -ties]).astype(np.float32)
+
+
+def test_packs_are_the_processor_s(gpu: Gpu) -> None:
+    rng = np.random.default_rng(13)
+    many = (normal(rng, 60, 2080) * 10.0 ** rng.uniform(-6, 6, (60, 1))).astype(np.float32)
+    for x in (many, hard_rows(rng), normal(rng, 1, 32)):
+        q, scale = pack(gpu, x)
+        want_q, want_scale = quantize_activations(x)
+        assert (q == want_q).all() and scale.tobytes() == want_scale.tobytes()
+
+
+@pytest.mark.usefixtures("packs")
+@pytest.mark.parametrize("name", CODED_FORMATS)
+def test_packed_products(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(14)
+    for k in widths(name):
+        for n_rows, n in ((45, 1), (1, 3), (130, 70)):
+            w, x = random_weights(name, n_rows, k, rng), normal(rng, n, k)
+            want = expected_mul(name, w, x)
+            assert_within(mul(gpu, name, w, x, packed=True), want.y, want.bound, f"{name} k={k} slots={n}")
+
+
+@pytest.mark.usefixtures("packs")
+@pytest.mark.parametrize("name", CODED_FORMATS)
+def test_integer_products_are_exact(gpu: Gpu, name: str) -> None:
+    """Whole weights and activation scales of 1: no float operation rounds, and every bit is the processor's."""
+    rng = np.random.default_rng(15)
+    for fill in (None, 0x00, 0xFF, 0x80, 0x7F):
+        w = random_blocks(name, 40, 256, rng)
+        if fill is not None:
+            w[:] = fill
+        w = with_halves(name, w, *[WHOLE.get(name, 1.0)] * len(HALVES[name]))
+        for n in (3, 13):
+            x = rng.integers(-1, 2, (n, 256)).astype(np.float32)
+            x[:, ::32] = 127
+            assert (np.abs(x) @ weight_magnitudes(name, w).T < 2**24).all()
+            assert (mul(gpu, name, w, x, packed=True) == x.astype(np.float64) @ decode(name, w).T).all()
