@@ -10,13 +10,15 @@ static void release_gpu(void *gpu) { ds_gpu_close(gpu); }
 
 static PyObject *told(const ds_gpu_info *g) {
     static const char *const KINDS[] = {"other", "integrated", "discrete", "virtual", "software"};
-    char api[32];
+    char api[32], coop[40] = "";
+    if (g->coop[0]) snprintf(coop, sizeof coop, "%ux%ux%u", g->coop[0], g->coop[1], g->coop[2]);
     snprintf(api, sizeof api, "%u.%u.%u", g->api >> 22, g->api >> 12 & 1023, g->api & 4095);
-    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:K,s:K,s:i,s:i,s:O,s:O,s:s}", "name", g->name, "driver", g->driver, "kind",
-                         g->kind < sizeof KINDS / sizeof *KINDS ? KINDS[g->kind] : KINDS[0], "missing", g->missing,
-                         "memory", (unsigned long long)g->memory, "free", (unsigned long long)g->free, "subgroup",
-                         (int)g->subgroup, "shared_bytes", (int)g->shared_bytes, "int_dot",
-                         g->int_dot ? Py_True : Py_False, "float16", g->float16 ? Py_True : Py_False, "api", api);
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:K,s:K,s:i,s:i,s:O,s:O,s:s,s:s}", "name", g->name, "driver", g->driver,
+                         "kind", g->kind < sizeof KINDS / sizeof *KINDS ? KINDS[g->kind] : KINDS[0], "missing",
+                         g->missing, "memory", (unsigned long long)g->memory, "free", (unsigned long long)g->free,
+                         "subgroup", (int)g->subgroup, "shared_bytes", (int)g->shared_bytes, "int_dot",
+                         g->int_dot ? Py_True : Py_False, "float16", g->float16 ? Py_True : Py_False, "api", api,
+                         "coop", coop);
 }
 
 /* gpu_built() -> whether shaders were compiled into this build */

@@ -6,7 +6,7 @@ import pytest
 from gguf.quants import dequantize
 from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, type_of, with_halves
 from support.gpu import Gpu, number
-from support.gpu_products import ADD, Groups, Job, mul, pack, replace, rows, run
+from support.gpu_products import ADD, EXACT, Groups, Job, mul, pack, replace, rows, run
 from support.kernels import (
     SENTINEL,
     Bytes,
@@ -164,7 +164,7 @@ def test_rows_of_x_and_y_stand_anywhere(gpu: Gpu, name: str, n: int) -> None:
     which = rng.integers(0, 5, n).astype(np.uint32)
     before = normal(rng, n, 11)
     y = before.copy()
-    run(gpu, "mul", Job(name, w[None], x, 256, n_slots=n, slot_row=which, flags=ADD), y)
+    run(gpu, "mul", Job(name, w[None], x, 256, n_slots=n, slot_row=which, flags=ADD | EXACT), y)
     values, weights = x[which, :256].astype(np.float64), decode(name, w)
     limit = bound(values, weights) + 2 * U * np.abs(before[:, :9])
     assert_within(y[:, :9], before[:, :9] + values @ weights.T, limit)
@@ -193,6 +193,67 @@ def test_what_is_no_number_shows_as_on_the_processor(gpu: Gpu, name: str, half: 
     for n in (1, 9):
         got = mul(gpu, name, w, normal(rng, n, 512))
         assert not np.isfinite(got[:, 2:4]).any() and np.isfinite(got[:, [0, 1, 4, 5]]).all()
+
+
+# ---- Matrix units ----
+
+
+@pytest.fixture(scope="module")
+def matrix_units() -> None:
+    if not _engine.gpu_list()[int(number())]["coop"]:
+        pytest.skip("the device has no cooperative matrices of halves that are summed in floats")
+
+
+def assert_in_halves(got: Floats, name: str, w: Bytes, x: Floats) -> None:
+    """As a product of halves: 11 bits of each factor, 2^-25 of it at least, of activations taken by 1/16."""
+    weights, values = decode(name, w), x.astype(np.float64)
+    a, b = np.abs(values), np.abs(weights)
+    lost = 2.0**-10 * 1.001 * (a @ b.T) + 2.0**-25 * (a.sum(1)[:, None] + 16 * b.sum(1))
+    assert_within(got, values @ weights.T, lost + bound(values, weights))
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_slots_in_halves(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(16)
+    for k in widths(name):
+        for n_rows, n in ((1, 9), (130, 70)):
+            w, x = random_weights(name, n_rows, k, rng), normal(rng, n, k)
+            if name in CODED_FORMATS:
+                w = with_halves(name, w, *[2.0**-6] * len(HALVES[name]))
+            assert_in_halves(mul(gpu, name, w, x, flags=0), name, w, x)
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("name", SOME)
+def test_experts_in_halves(gpu: Gpu, name: str) -> None:
+    rng = np.random.default_rng(17)
+    n_slots = sum(MANY.count)
+    w, x = random_weights(name, 5 * 21, 512, rng).reshape(5, 21, -1), normal(rng, 30, 512)
+    which, y = rng.integers(0, 30, n_slots).astype(np.uint32), np.full((n_slots, 22), SENTINEL)
+    run(gpu, "mul", Job(name, w, x, 512, groups=MANY, slot_row=which, flags=0), y)
+    first = 0
+    for block, count in zip(MANY.block, MANY.count, strict=True):
+        part = slice(first, first + count)
+        first += count
+        if block is None:
+            assert (y[part] == SENTINEL).all()
+        else:
+            assert_in_halves(y[part, :21], name, w[block], x[which[part]])
+    assert (y[:, 21:] == SENTINEL).all()
+
+
+@pytest.mark.usefixtures("matrix_units")
+def test_what_halves_cannot_hold_is_no_number(gpu: Gpu) -> None:
+    """Never a wrong finite sum."""
+    rng = np.random.default_rng(18)
+    w, x = random_blocks("q8_0", 4, 64, rng), normal(rng, 9, 64)
+    w[2] = with_halves("q8_0", w[2], 65504.0)
+    x[5] *= np.float32(1e7)
+    got = mul(gpu, "q8_0", w, x, flags=0)
+    assert not np.isfinite(got[5]).any() and not np.isfinite(got[:, 2]).any()
+    ordinary = np.ix_([0, 1, 2, 3, 4, 6, 7, 8], [0, 1, 3])
+    assert np.isfinite(got[ordinary]).all()
 
 
 # ---- Gated products ----

@@ -15,7 +15,7 @@ from cext import _engine
 
 Ints = NDArray[np.uint32]
 
-ADD = 1
+ADD, EXACT = 1, 4
 FIELDS = ("w", "x", "y", "groups", "slot_row", "tables", "up", "x_scale")
 """The addresses of a ds_gpu_product, in order."""
 
@@ -54,7 +54,7 @@ class Job:
     stride_y: int = 0
     groups: Groups | None = None
     slot_row: Ints | None = None
-    flags: int = 0
+    flags: int = EXACT
 
 
 def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
@@ -105,10 +105,10 @@ def pack(gpu: Gpu, x: Floats) -> tuple[NDArray[np.int8], Floats]:
     return q, scale
 
 
-def mul(gpu: Gpu, name: str, w: Bytes, x: Floats, packed: bool = False) -> Floats:
+def mul(gpu: Gpu, name: str, w: Bytes, x: Floats, packed: bool = False, flags: int = EXACT) -> Floats:
     """x (n, k) times w (rows, row bytes) transposed: (n, rows)."""
     y = np.full((len(x), len(w) + 3), SENTINEL, np.float32)
-    run(gpu, "mul", Job(name, w[None], x, x.shape[1], packed=packed), y)
+    run(gpu, "mul", Job(name, w[None], x, x.shape[1], packed=packed, flags=flags), y)
     assert (y[:, len(w) :] == SENTINEL).all(), "wrote past the rows asked for"
     return y[:, : len(w)].copy()
 
@@ -122,4 +122,4 @@ def rows(gpu: Gpu, name: str, w: Bytes, k: int, which: Ints) -> Floats:
     return y[:, :k].copy()
 
 
-__all__ = ["ADD", "Groups", "Job", "mul", "pack", "replace", "rows", "run"]
+__all__ = ["ADD", "EXACT", "Groups", "Job", "mul", "pack", "replace", "rows", "run"]

@@ -60,9 +60,12 @@ enum {
     VKS_PHYSICAL_DEVICE_PROPERTIES_2 = 1000059001,
     VKS_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2 = 1000059006,
     VKS_MEMORY_ALLOCATE_FLAGS_INFO = 1000060000,
+    VKS_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES = 1000225000,
     VKS_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT = 1000237000,
     VKS_BUFFER_DEVICE_ADDRESS_INFO = 1000244001,
     VKS_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES = 1000280000,
+    VKS_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR = 1000506000,
+    VKS_COOPERATIVE_MATRIX_PROPERTIES_KHR = 1000506001,
 };
 
 /* Bits and small numbers. */
@@ -92,6 +95,9 @@ enum {
     VKB_PIPELINE_BIND_POINT_COMPUTE = 1,
     VKB_COMMAND_BUFFER_LEVEL_PRIMARY = 0,
     VKB_SHARING_MODE_EXCLUSIVE = 0,
+    VKB_COMPONENT_TYPE_FLOAT16_KHR = 0,
+    VKB_COMPONENT_TYPE_FLOAT32_KHR = 1,
+    VKB_SCOPE_SUBGROUP_KHR = 3,
     VKB_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU = 1,
     VKB_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU = 2,
     VKB_PHYSICAL_DEVICE_TYPE_VIRTUAL_GPU = 3,
@@ -167,6 +173,20 @@ typedef struct vk_PhysicalDeviceVulkan12Features {
 typedef struct vk_PhysicalDeviceShaderIntegerDotProductFeatures {
     uint32_t sType; void *pNext; uint32_t shaderIntegerDotProduct;
 } vk_PhysicalDeviceShaderIntegerDotProductFeatures;
+
+/* Of VK_KHR_cooperative_matrix, which headers before 1.3.255 lack. */
+typedef struct vk_PhysicalDeviceCooperativeMatrixFeaturesKHR {
+    uint32_t sType; void *pNext; uint32_t cooperativeMatrix, pass0;
+} vk_PhysicalDeviceCooperativeMatrixFeaturesKHR;
+
+typedef struct vk_CooperativeMatrixPropertiesKHR {
+    uint32_t sType; void *pNext; uint32_t MSize, NSize, KSize;
+    uint32_t AType, BType, CType, ResultType, pass0, scope;
+} vk_CooperativeMatrixPropertiesKHR;
+
+typedef struct vk_PhysicalDeviceSubgroupSizeControlProperties {
+    uint32_t sType; void *pNext; uint32_t minSubgroupSize, maxSubgroupSize, pass[2];
+} vk_PhysicalDeviceSubgroupSizeControlProperties;
 
 typedef struct vk_MemoryType { uint32_t propertyFlags, heapIndex; } vk_MemoryType;
 typedef struct vk_MemoryHeap { uint64_t size; uint32_t flags; } vk_MemoryHeap;
@@ -278,6 +298,8 @@ typedef struct vk_SubmitInfo {
 /* Functions: F(name, result, arguments). Of an instance, and of a device. */
 typedef void (VK_CALL *vk_Function)(void);
 typedef vk_Function (VK_CALL *vk_GetInstanceProcAddr)(vk_Instance instance, const char *name);
+typedef vk_Result (VK_CALL *vk_GetPhysicalDeviceCooperativeMatrixPropertiesKHR)(
+    vk_PhysicalDevice device, uint32_t *n, vk_CooperativeMatrixPropertiesKHR *out);
 typedef vk_Result (VK_CALL *vk_CreateInstance)(const vk_InstanceCreateInfo *info, const void *allocator, vk_Instance *out);
 typedef vk_Result (VK_CALL *vk_EnumerateInstanceVersion)(uint32_t *out);
 

@@ -62,8 +62,10 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
     const int family = ds_vulkan_family(&g->v, g->physical);
     vk_PhysicalDeviceShaderIntegerDotProductFeatures dot = {
         .sType = VKS_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES, .shaderIntegerDotProduct = 1};
+    vk_PhysicalDeviceCooperativeMatrixFeaturesKHR coop = {.sType = VKS_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR,
+                                                          .cooperativeMatrix = 1};
     vk_PhysicalDeviceVulkan12Features f12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
-                                             .pNext = g->info.int_dot ? &dot : NULL,
+                                             .vulkanMemoryModel = g->info.coop[0] != 0,
                                              .bufferDeviceAddress = 1,
                                              .scalarBlockLayout = 1,
                                              .shaderInt8 = 1,
@@ -77,12 +79,21 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
                                             .queueFamilyIndex = (uint32_t)family,
                                             .queueCount = 1,
                                             .pQueuePriorities = &priority};
-    const char *const extensions[] = {DS_VULKAN_DOT};
+    const char *extensions[2];
+    uint32_t n_extensions = 0;
+    if (g->info.int_dot) {
+        dot.pNext = f12.pNext, f12.pNext = &dot;
+        extensions[n_extensions++] = DS_VULKAN_DOT;
+    }
+    if (g->info.coop[0]) {
+        coop.pNext = f12.pNext, f12.pNext = &coop;
+        extensions[n_extensions++] = DS_VULKAN_COOP;
+    }
     const vk_DeviceCreateInfo info = {.sType = VKS_DEVICE_CREATE_INFO,
                                       .pNext = &f2,
                                       .queueCreateInfoCount = 1,
                                       .pQueueCreateInfos = &queue,
-                                      .enabledExtensionCount = g->info.int_dot,
+                                      .enabledExtensionCount = n_extensions,
                                       .ppEnabledExtensionNames = extensions};
     const vk_Result result = g->v.f.CreateDevice(g->physical, &info, NULL, &g->device);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);

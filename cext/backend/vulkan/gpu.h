@@ -26,6 +26,7 @@ typedef struct ds_gpu_info {
     uint64_t free; /* and of these what the driver would give this program now; memory where it does not tell */
     uint32_t subgroup, shared_bytes;
     bool int_dot, float16; /* packed dots of four bytes; arithmetic in halves */
+    uint32_t coop[3]; /* rows, columns, depth of cooperative matrices of halves summed in floats; 0: it has none */
     char missing[160]; /* what the shaders need and it lacks; "" where it can be used */
 } ds_gpu_info;
 

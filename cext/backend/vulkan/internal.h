@@ -6,6 +6,7 @@
 #include "backend/vulkan/gpu.h"
 #include "base/os.h"
 
+#define DS_VULKAN_COOP "VK_KHR_cooperative_matrix"
 #define DS_VULKAN_DOT "VK_KHR_shader_integer_dot_product"
 
 /* The loader and an instance of it. */

@@ -101,6 +101,45 @@ int ds_vulkan_family(const ds_vulkan *v, vk_PhysicalDevice device) {
     return -1;
 }
 
+/* The deepest shape that mul_coop.comp is made for. */
+static void choose_shape(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+    vk_CooperativeMatrixPropertiesKHR shapes[64] = {0};
+    uint32_t n = sizeof shapes / sizeof *shapes;
+    const vk_GetPhysicalDeviceCooperativeMatrixPropertiesKHR get =
+        (vk_GetPhysicalDeviceCooperativeMatrixPropertiesKHR)v->get(v->instance,
+                                                                   "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR");
+    for (uint32_t i = 0; i < n; i++) shapes[i].sType = VKS_COOPERATIVE_MATRIX_PROPERTIES_KHR;
+    const vk_Result result = get ? get(device, &n, shapes) : VKR_NOT_READY;
+    for (uint32_t i = 0; (result == VKR_SUCCESS || result == VKR_INCOMPLETE) && i < n; i++) {
+        const vk_CooperativeMatrixPropertiesKHR *s = &shapes[i];
+        const bool halves = s->AType == VKB_COMPONENT_TYPE_FLOAT16_KHR && s->BType == VKB_COMPONENT_TYPE_FLOAT16_KHR;
+        const bool floats =
+            s->CType == VKB_COMPONENT_TYPE_FLOAT32_KHR && s->ResultType == VKB_COMPONENT_TYPE_FLOAT32_KHR;
+        if (!halves || !floats || s->scope != VKB_SCOPE_SUBGROUP_KHR) continue;
+        if (32 % s->MSize || 32 % s->NSize || 32 % s->KSize || s->KSize % 4) continue;
+        if (s->MSize * s->NSize * s->KSize <= out->coop[0] * out->coop[1] * out->coop[2]) continue;
+        out->coop[0] = s->MSize, out->coop[1] = s->NSize, out->coop[2] = s->KSize;
+    }
+}
+
+/* Its work is cut by subgroups, four to a group: their size must be one. */
+static bool has_one_subgroup_size(const ds_vulkan *v, vk_PhysicalDevice device) {
+    vk_PhysicalDeviceSubgroupSizeControlProperties size = {.sType =
+                                                               VKS_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES};
+    vk_PhysicalDeviceProperties2 p2 = {.sType = VKS_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = &size};
+    v->f.GetPhysicalDeviceProperties2(device, &p2);
+    return size.minSubgroupSize && size.minSubgroupSize == size.maxSubgroupSize && size.maxSubgroupSize <= 64;
+}
+
+static void check_coop(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+    vk_PhysicalDeviceCooperativeMatrixFeaturesKHR coop = {.sType = VKS_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR};
+    vk_PhysicalDeviceVulkan12Features f12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES, .pNext = &coop};
+    vk_PhysicalDeviceFeatures2 f2 = {.sType = VKS_PHYSICAL_DEVICE_FEATURES_2, .pNext = &f12};
+    if (!ds_vulkan_has(v, device, DS_VULKAN_COOP) || !has_one_subgroup_size(v, device)) return;
+    v->f.GetPhysicalDeviceFeatures2(device, &f2);
+    if (coop.cooperativeMatrix && f12.shaderFloat16 && f12.vulkanMemoryModel) choose_shape(v, device, out);
+}
+
 /* The first of what is not there. */
 static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
     vk_PhysicalDeviceShaderIntegerDotProductFeatures dot = {
@@ -165,6 +204,7 @@ void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *o
     snprintf(out->driver, sizeof out->driver, "%.120s %.120s", p12.driverName, p12.driverInfo);
     out->subgroup = p11.subgroupSize;
     check_features(v, device, out);
+    check_coop(v, device, out);
     read_memory(v, device, out);
 }
 

@@ -14,7 +14,7 @@ enum {
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes */
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
     FEW_ROWS = 4096,
-    MAX_GROUPS = 65535, /* in y and z: what every device has */
+    MAX_GROUPS = 65535, /* what every device has */
 };
 
 static const struct {
@@ -42,9 +42,9 @@ static ds_status record(ds_gpu *gpu, ds_gpu_commands *c, const char *family, ds_
     if (!grid[0] || !grid[1] || !grid[2]) return DS_OK; /* nothing to compute, which no grid can say */
     if (format == DS_FORMAT_COUNT) snprintf(name, sizeof name, "%s", family);
     else snprintf(name, sizeof name, "%s_%s", family, ds_format_get(format)->name);
-    if (grid[1] > MAX_GROUPS || grid[2] > MAX_GROUPS)
-        return ds_fail(err, DS_EINVAL, "%s: %u slots in %u blocks, a device takes %d groups of slots and blocks", name,
-                       p->n_slots, grid[2], MAX_GROUPS);
+    if (grid[0] > MAX_GROUPS || grid[1] > MAX_GROUPS || grid[2] > MAX_GROUPS)
+        return ds_fail(err, DS_EINVAL, "%s: %u by %u by %u groups, a device takes %d", name, grid[0], grid[1], grid[2],
+                       MAX_GROUPS);
     const ds_status st = ds_gpu_pipeline(gpu, name, specs, n_specs, &pipeline, err);
     if (st == DS_OK) ds_gpu_dispatch(gpu, c, pipeline, p, sizeof *p, grid[0], grid[1], grid[2]);
     return st;
@@ -64,7 +64,8 @@ static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_f
     while (VEC_SHAPES[i].most < p->n_slots) i++;
     const uint32_t rows = p->rows <= FEW_ROWS ? 1 : VEC_SHAPES[i].rows, slots = VEC_SHAPES[i].slots;
     const uint32_t subgroup = ds_gpu_told(gpu)->subgroup;
-    const uint32_t group_rows = rows * (subgroup && subgroup < VEC_THREADS ? VEC_THREADS / subgroup : 1);
+    uint32_t group_rows = rows * (subgroup && subgroup < VEC_THREADS ? VEC_THREADS / subgroup : 1);
+    while (pieces(p->rows, group_rows) > MAX_GROUPS) group_rows *= 2;
     const uint32_t specs[] = {VEC_THREADS, rows, slots, group_rows};
     return record(gpu, c, name, format, specs, 4, p,
                   (uint32_t[]){pieces(p->rows, group_rows), pieces(p->n_slots, slots), n_blocks}, err);
@@ -76,9 +77,23 @@ static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, cons
                   (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
 }
 
+/* Halves serve where floats need not be kept: rows of floats are few. */
+static bool takes_halves(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
+    return ds_gpu_told(gpu)->coop[0] && !p->x_scale && format != DS_FORMAT_F32 && !(p->flags & DS_GPU_EXACT);
+}
+
+static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
+                          ds_error *err) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    const uint32_t specs[] = {4 * told->subgroup, told->coop[0], told->coop[1], told->coop[2]};
+    return record(gpu, c, "mul_coop", format, specs, 4, p,
+                  (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
+}
+
 ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                      ds_error *err) {
     if (p->n_slots <= VEC_MOST) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
+    if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, format, p, n_blocks, err);
     return mul_mat(gpu, c, format, p, n_blocks, err);
 }
 

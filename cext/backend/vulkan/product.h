@@ -23,7 +23,7 @@ typedef struct ds_gpu_product {
     uint32_t ldx, ldy; /* floats between rows */
     uint32_t row_bytes, k, rows; /* of W: `rows` rows of k values */
     uint32_t n_slots; /* of each block: rows of x and y; with groups, the most that one may have */
-    uint32_t flags; /* DS_GPU_ADD */
+    uint32_t flags; /* DS_GPU_ADD, DS_GPU_EXACT */
     uint32_t pad;
 } ds_gpu_product;
 
@@ -32,6 +32,7 @@ static_assert(sizeof(ds_gpu_product) == 112, "the same bytes as in shaders/produ
 enum {
     DS_GPU_ADD = 1,  /* y += */
     DS_GPU_GATE = 2, /* y = silu(y) * (x W^T): the second half of a gated product */
+    DS_GPU_EXACT = 4, /* in floats, where many slots would else be taken as halves on devices with matrix units */
 };
 
 /* Slots [first, first + count) are multiplied by the block at w, in memory of the device. w or count 0: nothing to do. */

@@ -24,19 +24,22 @@ const uint N_MATRICES = 1;
 /* Rows [row, row + ROWS) of the block by slots [slot, slot + SLOTS). Beyond the last, the last is taken again. */
 void rows_by_slots(Block b, uint row, uint slot) {
     float sum[N_MATRICES * ROWS * SLOTS];
-    for (uint i = 0; i < N_MATRICES * ROWS * SLOTS; i++) sum[i] = 0.0;
+    [[unroll]] for (uint i = 0; i < N_MATRICES * ROWS * SLOTS; i++) sum[i] = 0.0;
     const uint last_row = p.rows - 1, last_slot = b.first + b.count - 1;
+    uint64_t w_at[N_MATRICES * ROWS], x_at[SLOTS];
+    [[unroll]] for (uint r = 0; r < ROWS; r++) {
+        w_at[r] = weight_row(b.w, min(row + r, last_row));
+#if defined(GATED)
+        w_at[ROWS + r] = weight_row(b.up, min(row + r, last_row));
+#endif
+    }
+    [[unroll]] for (uint s = 0; s < SLOTS; s++) x_at[s] = input_row(b, min(slot + s, last_slot));
     for (uint u = gl_SubgroupInvocationID; u < n_units(p.k); u += gl_SubgroupSize) {
         [[unroll]] for (uint h = 0; h < 2; h++) {
             Weights w[N_MATRICES * ROWS];
-            [[unroll]] for (uint r = 0; r < ROWS; r++) {
-                w[r] = weights_of(weight_row(b.w, min(row + r, last_row)), u, h, p.k);
-#if defined(GATED)
-                w[ROWS + r] = weights_of(weight_row(b.up, min(row + r, last_row)), u, h, p.k);
-#endif
-            }
+            [[unroll]] for (uint r = 0; r < N_MATRICES * ROWS; r++) w[r] = weights_of(w_at[r], u, h, p.k);
             [[unroll]] for (uint s = 0; s < SLOTS; s++) {
-                const Inputs x = inputs_of(input_row(b, min(slot + s, last_slot)), u, h, p.k);
+                const Inputs x = inputs_of(x_at[s], u, h, p.k);
                 [[unroll]] for (uint r = 0; r < N_MATRICES * ROWS; r++) sum[r * SLOTS + s] += multiply(w[r], x);
             }
         }
