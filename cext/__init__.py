@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from cext.gguf import Gguf, Metadata, TensorInfo
+from cext.gpus import Gpu, gpus
 from cext.layer import Encoded, Layer, Sublayer
 from cext.model import CacheUsage, DriveCounts, Hparams, Model, Session, Tap, WeightNeeds, eval_batch
 from cext.placement import Device, Place
@@ -50,6 +51,7 @@ __all__ = [
     "FileError",
     "FormatError",
     "Gguf",
+    "Gpu",
     "Hparams",
     "Layer",
     "Metadata",
@@ -70,6 +72,7 @@ __all__ = [
     "cores",
     "eval_batch",
     "formats",
+    "gpus",
     "isa",
     "isas",
 ]

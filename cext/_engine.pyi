@@ -51,7 +51,7 @@ def model_open(
     path: str | PathLike[str],
     threads: int,
     isa: str | None,
-    devices: tuple[tuple[str, int, str | None], ...],
+    devices: tuple[tuple[str, int, str | None, str | None, int], ...],
     rules: tuple[tuple[int, int, int, int, int, int], ...],
     ram: int,
     uses: Buffer | None,

@@ -15,18 +15,25 @@ _PARTS: tuple[Part, ...] = ("ends", "attention", "feed_forward", "experts")
 
 @dataclass(frozen=True)
 class Device:
-    """What to compute on beside the processor: of a kind that the build knows ("cpu": a team of threads of its own).
+    """What to compute on beside the processor: of a kind that the build knows ("cpu": a team of threads of its own;
+    "vulkan": a GPU).
 
-    threads: of the processor, None for the fastest number. isa: of the processor, None for the best.
+    threads: of the processor, None for the fastest number. isa: of the processor, None for the best. name: of a GPU, its
+    number in ``gpus()`` or letters of its name, None for the best that is no software. memory: of a GPU, the bytes of
+    its own that weights may take, None for what there is.
     """
 
     kind: str = "cpu"
     threads: int | None = None
     isa: str | None = None
+    name: str | None = None
+    memory: int | None = None
 
-    def record(self) -> tuple[str, int, str | None]:
-        """As the extension takes it. ArgumentError for fewer than one thread."""
-        return self.kind, 0 if self.threads is None else whole("threads", self.threads, low=1), self.isa
+    def record(self) -> tuple[str, int, str | None, str | None, int]:
+        """As the extension takes it. ArgumentError for fewer than one thread or byte."""
+        threads = 0 if self.threads is None else whole("threads", self.threads, low=1)
+        memory = 0 if self.memory is None else whole("memory", self.memory, low=1, high=2**63 - 1)
+        return self.kind, threads, self.isa, self.name, memory
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,16 @@ typedef struct ds_op {
 
 typedef struct ds_backend ds_backend;
 
+/* Which backend computes which part, by number. The routed experts' places are the residency's. */
+typedef struct ds_places {
+    uint8_t ends;
+    uint8_t *attention, *feed_forward; /* (layers) */
+    uint32_t *helpers; /* (layers) bit i: backend i computes experts of a layer that another routes */
+} ds_places;
+
 /* What every backend of a model is made over; all outlives it. */
 typedef struct ds_facts {
+    const ds_places *places;
     const ds_config *config;
     const ds_weights *weights;
     const ds_rope *rope;

@@ -1,12 +1,16 @@
 /* device.h: what a model can compute on. */
 #pragma once
 
+#include <stdint.h>
+
 #include "base/status.h"
 
 typedef struct ds_device {
-    const char *kind; /* "cpu" */
+    const char *kind; /* "cpu" or "vulkan" */
     int n_threads;    /* of the processor; 0: what is fastest here */
     const char *isa;  /* of the processor; NULL or "": the best */
+    const char *name; /* of a GPU: its number, or letters of its name; NULL or "": the best that is no software */
+    uint64_t memory;  /* of a GPU: bytes of its own that weights may take; 0: what there is */
 } ds_device;
 
 struct ds_facts;

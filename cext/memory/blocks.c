@@ -1,5 +1,6 @@
 #include "memory/blocks.h"
 
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -23,9 +24,15 @@ typedef struct ds_slab {
 typedef struct header {
     ds_slab *slab;
     int holders;
+    uint64_t serial;
 } header;
 
 static header *header_of(const unsigned char *block) { return (header *)(void *)(block - HEADER); }
+
+static uint64_t next_serial(void) {
+    static _Atomic uint64_t last;
+    return atomic_fetch_add(&last, 1) + 1;
+}
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -81,7 +88,7 @@ unsigned char *ds_blocks_take(ds_blocks *blocks) {
     ds_slab *slab = slab_with_room(blocks);
     if (slab) {
         block = slab->first + (size_t)slab->free[--slab->n_free] * blocks->stride + HEADER;
-        *header_of(block) = (header){slab, 1};
+        *header_of(block) = (header){slab, 1, next_serial()};
         blocks->n_used++;
     }
     ds_lock_give(&blocks->lock);
@@ -124,6 +131,10 @@ bool ds_blocks_sole(ds_blocks *blocks, const unsigned char *block) {
     ds_lock_give(&blocks->lock);
     return sole;
 }
+
+uint64_t ds_blocks_serial(const unsigned char *block) { return header_of(block)->serial; }
+
+void ds_blocks_renew(unsigned char *block) { header_of(block)->serial = next_serial(); }
 
 ds_blocks_usage ds_blocks_count(ds_blocks *blocks) {
     const bool shared = blocks->process == ds_process_id(); /* a forked child is alone with its copy */

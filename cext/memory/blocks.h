@@ -39,4 +39,10 @@ void ds_blocks_drop(ds_blocks *blocks, unsigned char *block);
 /* Whether the caller is its only holder: what others wrote before they dropped it is then visible, and it may write. */
 bool ds_blocks_sole(ds_blocks *blocks, const unsigned char *block);
 
+/* Which block this is: no other had or will have that number, whatever memory it is in. Who copied a block elsewhere knows
+ * by it whether the copy is of this one. */
+uint64_t ds_blocks_serial(const unsigned char *block);
+/* It is another block from here on: its only holder changes what a copy may hold. */
+void ds_blocks_renew(unsigned char *block);
+
 ds_blocks_usage ds_blocks_count(ds_blocks *blocks);

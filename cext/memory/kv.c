@@ -175,6 +175,7 @@ void ds_kv_repeat(ds_kv *kv, int n, int n_pos) {
         if (run > n - from) run = n - from;
         if (run > in_from) run = in_from;
         if (run > in_to) run = in_to;
+        ds_blocks_renew(kv->blocks[pos / DS_KV_BLOCK]);
         copy_positions(kv->store, kv->blocks[from / DS_KV_BLOCK], from % DS_KV_BLOCK, kv->blocks[pos / DS_KV_BLOCK],
                        pos % DS_KV_BLOCK, run);
     }

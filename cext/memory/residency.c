@@ -63,6 +63,12 @@ ds_status ds_residency_begin(ds_residency *r, int il, const ds_plan *plan, ds_er
     return r->ops->begin ? r->ops->begin(r, il, plan, err) : DS_OK;
 }
 
+void ds_residency_count(ds_residency *r, int il, const int32_t *ids, int n) {
+    uint64_t *uses = ds_residency_uses(r, il);
+    for (int i = 0; i < n; i++)
+        if (ids[i] >= 0 && ids[i] < r->n_expert) uses[ids[i]]++;
+}
+
 bool ds_residency_ready(ds_residency *r, int il, int e) { return !r->ops->ready || r->ops->ready(r, il, e); }
 
 ds_status ds_residency_wait(ds_residency *r, int il, const int *experts, int n, ds_error *err) {

@@ -86,6 +86,8 @@ static inline uint64_t *ds_residency_uses(const ds_residency *r, int il) { retur
 void ds_residency_step(ds_residency *residency, int n_tok, int n_pieces);
 /* Count the plan's experts, and have them made ready. */
 ds_status ds_residency_begin(ds_residency *residency, int il, const ds_plan *plan, ds_error *err);
+/* Count n choices that were made where no plan of the layer is known here. */
+void ds_residency_count(ds_residency *residency, int il, const int32_t *ids, int n);
 bool ds_residency_ready(ds_residency *residency, int il, int e);
 ds_status ds_residency_wait(ds_residency *residency, int il, const int *experts, int n, ds_error *err);
 bool ds_residency_stops(ds_residency *residency);

@@ -28,7 +28,7 @@ ds_status ds_block_open(const ds_gguf *header, int il, const ds_tensor *tensors,
                         ds_sublayer sublayer, ds_block **out, ds_error *err) {
     ds_block *block = calloc(1, sizeof *block);
     ds_source source = {find_in_table, block, ds_gguf_label(header)};
-    const ds_device processor = {"cpu", n_threads, NULL};
+    const ds_device processor = {.kind = "cpu", .n_threads = n_threads};
     ds_status st;
     if (!block) return ds_fail(err, DS_ENOMEM, "no memory for a block");
     block->tensors = tensors;

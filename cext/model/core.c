@@ -10,7 +10,7 @@
 enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
 
 static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
-    const ds_facts facts = {&c->config, &c->weights, &c->rope, c->residency};
+    const ds_facts facts = {&c->places, &c->config, &c->weights, &c->rope, c->residency};
     const int n = 1 + (placement ? placement->n_devices : 0);
     for (; c->n_backends < n; c->n_backends++) {
         const ds_device *device = c->n_backends ? &placement->devices[c->n_backends - 1] : processor;

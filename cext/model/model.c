@@ -14,7 +14,7 @@ _Static_assert((int)DS_MAX_STEP == (int)DS_CHUNK, "a step of the public interfac
 /* Bind all of a file. On failure nothing is kept. */
 static ds_status bind_file(const ds_gguf *gguf, const ds_opening *opening, const ds_budget *budget, ds_core *out,
                            ds_error *err) {
-    const ds_device processor = {"cpu", opening->n_threads, opening->isa};
+    const ds_device processor = {.kind = "cpu", .n_threads = opening->n_threads, .isa = opening->isa};
     const ds_core_spec spec = {.layer_end = -1,
                                .ends = true,
                                .sublayer = DS_SUBLAYER_BOTH,

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "arch/config.h"
+#include "backend/backend.h"
 #include "backend/device.h"
 
 typedef enum ds_part {
@@ -28,13 +29,6 @@ typedef struct ds_placement {
     const ds_rule *rules;
     int n_rules;
 } ds_placement;
-
-/* The rules' outcome, by number of device. */
-typedef struct ds_places {
-    uint8_t ends;
-    uint8_t *attention, *feed_forward; /* (layers) */
-    uint32_t *helpers; /* (layers) bit i: device i computes experts of a layer that another routes */
-} ds_places;
 
 struct ds_residency;
 

@@ -42,7 +42,7 @@ PyObject *ds_py_notes(const ds_notes *notes) {
     return tuple;
 }
 
-/* A placement from [(kind, threads, isa)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
+/* A placement from [(kind, threads, isa, name, memory)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
  * own. Its arrays are the caller's to free; false with an exception. */
 static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out) {
     const Py_ssize_t n_devices = PyTuple_Size(devices), n_rules = PyTuple_Size(rules);
@@ -53,7 +53,10 @@ static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out
     if (!ok) PyErr_NoMemory();
     for (Py_ssize_t i = 0; ok && i < n_devices; i++) {
         ds_device *d = &device[i];
-        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "siz", &d->kind, &d->n_threads, &d->isa);
+        unsigned long long memory = 0;
+        ok =
+            PyArg_ParseTuple(PyTuple_GetItem(devices, i), "sizzK", &d->kind, &d->n_threads, &d->isa, &d->name, &memory);
+        d->memory = memory;
     }
     for (Py_ssize_t i = 0; ok && i < n_rules; i++) {
         ds_rule *r = &rule[i];

@@ -1,0 +1,157 @@
+/* room.c: the memory of a step on a GPU. */
+#include "backend/vulkan/step.h"
+
+#include <string.h>
+
+/* Hands out pieces of a buffer; with no buffer it only measures. */
+typedef struct carver {
+    const ds_gpu_buffer *buffer;
+    uint64_t used;
+} carver;
+
+static ds_gpu_span carve(carver *c, uint64_t n, uint64_t item) {
+    const uint64_t at = c->used;
+    c->used += (n * item + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    if (!c->buffer) return (ds_gpu_span){0};
+    return (ds_gpu_span){c->buffer->address + at, c->buffer->host ? c->buffer->host + at : NULL};
+}
+
+static uint64_t floats(carver *c, uint64_t n) { return carve(c, n, 4).at; }
+
+static uint64_t most(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+/* What of the places this backend has to do with. */
+typedef struct roles {
+    bool attends, feeds, splits, helps, ends;
+} roles;
+
+static roles roles_of(const ds_gpu_backend *b) {
+    const ds_places *p = b->facts.places;
+    const int n = b->facts.weights->layer_end - b->facts.weights->layer_begin;
+    roles r = {.ends = p->ends == b->number, .attends = b->attend_end > b->attend_begin};
+    for (int i = 0; i < n; i++) {
+        r.feeds |= p->feed_forward[i] == b->number;
+        r.splits |= p->feed_forward[i] == b->number && p->helpers[i];
+        r.helps |= p->helpers[i] >> b->number & 1;
+    }
+    return r;
+}
+
+static void carve_own(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
+    const ds_config *g = b->facts.config;
+    const roles role = roles_of(b);
+    const uint64_t n = (uint64_t)r->n_tok, d = (uint64_t)g->n_embd, heads = (uint64_t)g->n_head,
+                   slots = n * (uint64_t)g->n_expert_used,
+                   together = n < DS_GPU_ATTEND_TOKENS ? n : DS_GPU_ATTEND_TOKENS;
+    const uint64_t shared = (uint64_t)g->n_expert_shared * (uint64_t)g->n_ff_expert;
+    for (int i = 0; i < DS_GPU_STEPS; i++) r->x[i] = floats(c, n * d);
+    r->xn = floats(c, n * d);
+    if (role.attends) {
+        const uint64_t rank = (uint64_t)g->kv_lora_rank, width = ds_row_pad(g->kv_lora_rank) + ds_row_pad(g->rope_dim);
+        r->kv_a = floats(c, n * (uint64_t)ds_latent_width(g));
+        r->q_a = floats(c, n * (uint64_t)g->q_lora_rank);
+        r->q = floats(c, n * heads * (uint64_t)ds_qk_dim(g));
+        r->absorbed = floats(c, together * heads * rank);
+        r->queries = floats(c, together * heads * width);
+        r->parts = floats(c, most(together * heads, DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS) * (width + 2));
+        r->latent = floats(c, together * heads * rank);
+        r->heads = floats(c, n * heads * (uint64_t)g->v_dim);
+    }
+    if (!role.feeds && !role.helps) return;
+    r->router = floats(c, n * (uint64_t)g->n_expert);
+    r->ids = floats(c, slots);
+    r->weights = floats(c, slots);
+    r->groups = carve(c, 3 * most(slots, (uint64_t)g->n_expert), sizeof(ds_gpu_group)).at;
+    r->slot_row = floats(c, slots);
+    r->slot_of = floats(c, slots);
+    r->hidden = floats(c, n * most((uint64_t)g->n_ff_dense, shared));
+    r->hidden_exps = floats(c, slots * (uint64_t)g->n_ff_expert);
+    r->rows = floats(c, slots * d);
+    r->shared = floats(c, n * d);
+}
+
+static void carve_in(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
+    const ds_config *g = b->facts.config;
+    const roles role = roles_of(b);
+    const uint64_t n = (uint64_t)r->n_tok, d = (uint64_t)g->n_embd, slots = n * (uint64_t)g->n_expert_used;
+    for (int i = 0; i < DS_GPU_STEPS; i++) {
+        r->tokens[i] = carve(c, n, sizeof(ds_gpu_token));
+        r->angles[i] = carve(c, n * (uint64_t)g->rope_dim, sizeof(float));
+    }
+    r->taken = carve(c, n, sizeof(uint32_t));
+    r->logit_rows = carve(c, n, sizeof(uint32_t));
+    r->x_in = carve(c, n * d, sizeof(float));
+    if (role.helps) r->input_in = carve(c, n * d, sizeof(float));
+    if (!role.helps && !role.splits) return;
+    r->split_groups = carve(c, 3 * (uint64_t)g->n_expert, sizeof(ds_gpu_group));
+    r->split_row = carve(c, slots, sizeof(uint32_t));
+    r->split_of = carve(c, slots, sizeof(uint32_t));
+    if (role.splits) r->others = carve(c, slots * d, sizeof(float));
+}
+
+/* A row of the cache as the host takes it, of the kind that takes the most. */
+static uint64_t row_bytes(const ds_config *g) {
+    return (ds_row_pad(g->kv_lora_rank) + ds_row_pad(g->rope_dim)) * sizeof(float) + 16;
+}
+
+static void carve_out(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
+    const ds_config *g = b->facts.config;
+    const roles role = roles_of(b);
+    const uint64_t n = (uint64_t)r->n_tok, d = (uint64_t)g->n_embd, slots = n * (uint64_t)g->n_expert_used,
+                   layers = (uint64_t)(b->facts.weights->layer_end - b->facts.weights->layer_begin);
+    r->cached_bytes = n * row_bytes(g);
+    if (role.attends) r->cached = carve(c, (uint64_t)(b->attend_end - b->attend_begin + 1), r->cached_bytes);
+    if (role.feeds) r->chosen = carve(c, layers * slots, sizeof(int32_t));
+    r->x_out = carve(c, n * d, sizeof(float));
+    r->input_out = carve(c, n * d, sizeof(float));
+    if (role.helps) r->rows_out = carve(c, slots * d, sizeof(float));
+    if (role.ends)
+        r->logits = carve(c, (n < DS_GPU_LOGIT_ROWS ? n : DS_GPU_LOGIT_ROWS) * (uint64_t)g->n_vocab, sizeof(float));
+}
+
+static ds_status make(ds_gpu_backend *b, ds_gpu_room *r, ds_gpu_use use, ds_gpu_buffer *buffer,
+                      void (*lay)(const ds_gpu_backend *, ds_gpu_room *, carver *), ds_error *err) {
+    carver c = {0};
+    lay(b, r, &c);
+    const ds_status st = ds_gpu_buffer_new(b->gpu, c.used, use, buffer, err);
+    if (st != DS_OK) return st;
+    c = (carver){.buffer = buffer};
+    lay(b, r, &c);
+    return DS_OK;
+}
+
+static void release(ds_gpu *gpu, ds_gpu_room *r) {
+    ds_gpu_buffer_release(gpu, &r->own);
+    ds_gpu_buffer_release(gpu, &r->in);
+    ds_gpu_buffer_release(gpu, &r->out);
+}
+
+ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err) {
+    ds_gpu_room next = {.n_tok = n_tok, .table = b->room.table};
+    if (b->room.own.buffer && b->room.n_tok >= n_tok) return DS_OK;
+    ds_status st = make(b, &next, DS_GPU_OWN, &next.own, carve_own, err);
+    if (st == DS_OK) st = make(b, &next, DS_GPU_IN, &next.in, carve_in, err);
+    if (st == DS_OK) st = make(b, &next, DS_GPU_OUT, &next.out, carve_out, err);
+    if (st != DS_OK) {
+        release(b->gpu, &next);
+        if (st == DS_ENOMEM) ds_hint(err, "give it less of the model: --vram SIZE, or take shorter steps");
+        return st;
+    }
+    release(b->gpu, &b->room);
+    b->room = next;
+    return DS_OK;
+}
+
+void ds_gpu_room_release(ds_gpu_backend *b) {
+    release(b->gpu, &b->room);
+    ds_gpu_buffer_release(b->gpu, &b->room.table);
+    b->room = (ds_gpu_room){0};
+}
+
+size_t ds_gpu_room_bytes(const ds_gpu_backend *b, int n_tok) {
+    ds_gpu_room r = {.n_tok = n_tok};
+    carver c = {0};
+    carve_in(b, &r, &c);
+    carve_out(b, &r, &c);
+    return (size_t)c.used;
+}

@@ -1,0 +1,40 @@
+// latent_join.comp: the parts of a head's positions joined, in the order of values. A head of a token a workgroup.
+#version 460
+#extension GL_GOOGLE_include_directive : require
+#include "common.glsl"
+#include "reduce.glsl"
+#include "rows.glsl"
+
+layout(local_size_x = 128) in;
+layout(push_constant, scalar) uniform Push {
+    Floats parts; // (n_tok, n_head, n_parts, v + 2): acc, m, l
+    Floats to;    // (n_tok, n_head, rank)
+    uint kind, rank, v, n_parts;
+} p;
+
+shared float row[MAX_ROW];
+#include "rotate.glsl"
+
+void main() {
+    const uint at = gl_WorkGroupID.y * gl_NumWorkGroups.x + gl_WorkGroupID.x, first = gl_LocalInvocationIndex;
+    const uint from = at * p.n_parts * (p.v + 2);
+    float top = -1.0 / 0.0, sum = 0.0;
+    for (uint i = 0; i < p.n_parts; i++) top = max(top, p.parts.at[from + i * (p.v + 2) + p.v]);
+    for (uint i = 0; i < p.n_parts; i++) {
+        const uint part = from + i * (p.v + 2);
+        sum += p.parts.at[part + p.v + 1] * exp(p.parts.at[part + p.v] - top);
+    }
+    for (uint i = first; i < p.rank; i += THREADS) {
+        const uint kept = p.kind == ROWS_F32 ? i : p.kind == ROWS_I16 ? place16(i) : place8(i);
+        float value = 0.0;
+        for (uint j = 0; j < p.n_parts; j++) {
+            const uint part = from + j * (p.v + 2);
+            const float weight = exp(p.parts.at[part + p.v] - top) / sum;
+            if (weight != 0.0) value += weight * p.parts.at[part + kept];
+        }
+        row[i] = value;
+    }
+    barrier();
+    if (p.kind == ROWS_Q8) rotate_row(p.rank);
+    for (uint i = first; i < p.rank; i += THREADS) p.to.at[at * p.rank + i] = row[i];
+}

@@ -1,0 +1,46 @@
+// latent_query.comp: queries over the cache: of each head W_uk^T q_nope and q_pe, rotated by their places, times the scores'
+// scale, in the order that the cache keeps values in. A head of a token a workgroup.
+#version 460
+#extension GL_GOOGLE_include_directive : require
+#include "common.glsl"
+#include "reduce.glsl"
+#include "rows.glsl"
+
+layout(local_size_x = 128) in;
+layout(push_constant, scalar) uniform Push {
+    Tokens tokens;   // (n_tok)
+    Floats absorbed; // (n_tok, n_head, rank)
+    Floats q;        // (n_tok, n_head, nope + n_tail)
+    Floats angles;   // (n_tok, n_tail)
+    Floats to;       // (n_tok, n_head, width)
+    uint kind, rank, nope, n_tail, width;
+} p;
+
+shared float row[MAX_ROW];
+#include "rotate.glsl"
+
+void main() {
+    const uint h = gl_WorkGroupID.x, t = gl_WorkGroupID.y, at = t * gl_NumWorkGroups.x + h;
+    const uint first = gl_LocalInvocationIndex, q_at = at * (p.nope + p.n_tail) + p.nope;
+    const float scale = p.tokens.at[t].scale;
+    for (uint i = first; i < p.rank; i += THREADS) row[i] = p.absorbed.at[at * p.rank + i] * scale;
+    for (uint i = first; i < p.n_tail / 2; i += THREADS) {
+        const float c = p.angles.at[t * p.n_tail + 2 * i], s = p.angles.at[t * p.n_tail + 2 * i + 1];
+        const float a = p.q.at[q_at + 2 * i] * scale, b = p.q.at[q_at + 2 * i + 1] * scale;
+        row[p.rank + 2 * i] = a * c - b * s;
+        row[p.rank + 2 * i + 1] = a * s + b * c;
+    }
+    barrier();
+    const uint all = p.rank + p.n_tail, out_at = at * p.width;
+    if (p.kind == ROWS_F32) {
+        for (uint i = first; i < all; i += THREADS) p.to.at[out_at + i] = row[i];
+    } else if (p.kind == ROWS_I16) {
+        for (uint i = first; i < p.width; i += THREADS) p.to.at[out_at + place16(i)] = i < all ? row[i] : 0.0;
+    } else {
+        const uint head = pad64(p.rank);
+        rotate_row(p.rank);
+        for (uint i = first; i < head; i += THREADS) p.to.at[out_at + place8(i)] = i < p.rank ? row[i] : 0.0;
+        for (uint i = first; i < pad64(p.n_tail); i += THREADS)
+            p.to.at[out_at + head + place16(i)] = i < p.n_tail ? row[p.rank + i] : 0.0;
+    }
+}

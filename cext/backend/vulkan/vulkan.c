@@ -1,0 +1,304 @@
+/* vulkan.c: a GPU as a backend: operations recorded in order, run when all of a submission are, and what the host takes
+ * from them behind the wait. */
+#include "backend/vulkan/vulkan.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend/vulkan/step.h"
+
+ds_status ds_gpu_do(ds_gpu_backend *b, const char *shader, const void *push, uint32_t bytes, uint32_t x, uint32_t y,
+                    uint32_t z, ds_error *err) {
+    vk_Pipeline pipeline;
+    const ds_status st = ds_gpu_pipeline(b->gpu, shader, NULL, 0, &pipeline, err);
+    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, push, bytes, x, y, z);
+    return st;
+}
+
+ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, uint64_t y, int n, int ldx, int ldy,
+                       uint32_t flags, ds_error *err) {
+    const ds_gpu_product p = {.w = w,
+                              .x = x,
+                              .y = y,
+                              .tables = b->w.tables,
+                              .ldx = (uint32_t)ldx,
+                              .ldy = (uint32_t)ldy,
+                              .row_bytes = (uint32_t)m->row_bytes,
+                              .k = (uint32_t)m->k,
+                              .rows = (uint32_t)m->rows,
+                              .n_slots = (uint32_t)n,
+                              .flags = flags};
+    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, 1, err);
+}
+
+ds_status ds_gpu_norm(ds_gpu_backend *b, uint64_t x, uint64_t w, uint64_t y, uint64_t row, int n, int width, int ldx,
+                      int ldy, ds_error *err) {
+    const struct {
+        uint64_t x, w, y, row;
+        uint32_t n, ldx, ldy;
+        float eps;
+    } push = {x, w, y, row, (uint32_t)width, (uint32_t)ldx, (uint32_t)ldy, b->facts.config->rms_eps};
+    return ds_gpu_do(b, "norm", &push, sizeof push, (uint32_t)n, 1, 1, err);
+}
+
+/* ---- The ends, and copies of states ---- */
+
+/* y[i] = x[row[i]] of n rows. */
+static ds_status gather(ds_gpu_backend *b, uint64_t x, uint64_t y, uint64_t row, int n, ds_error *err) {
+    const uint32_t d = (uint32_t)b->facts.config->n_embd;
+    const struct {
+        uint64_t x, y, row;
+        uint32_t n;
+    } push = {x, y, row, d};
+    return ds_gpu_do(b, "gather", &push, 28, (d + DS_GPU_THREADS - 1) / DS_GPU_THREADS, (uint32_t)n, 1, err);
+}
+
+/* The host decodes the tokens' rows: that is little, and a table of them need not be in the device's memory. */
+static ds_status embed(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const ds_request *r = ds_gpu_request(b, op);
+    const ds_mat *e = &b->facts.weights->token_embd;
+    const size_t d = (size_t)b->facts.config->n_embd;
+    float *x = (float *)(void *)b->room.x_in.host;
+    if (!r->ids) memcpy(x, r->x, (size_t)r->n_tok * d * sizeof *x);
+    for (int t = 0; r->ids && t < r->n_tok; t++)
+        ds_dequantize_row(e->format, (int64_t)d, e->data + (size_t)r->ids[t] * e->row_bytes, x + (size_t)t * d);
+    return gather(b, b->room.x_in.at, b->room.x[op->tail], 0, r->n_tok, err);
+}
+
+static ds_status tail(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const ds_request *r = ds_gpu_request(b, op);
+    memcpy(b->room.taken.host, r->taken, (size_t)r->n_tok * sizeof *r->taken);
+    return gather(b, b->room.x[0], b->room.x[1], b->room.taken.at, r->n_tok, err);
+}
+
+static ds_status copy_in(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const int n = ds_gpu_request(b, op)->n_tok;
+    const bool is_x = op->state == DS_STATE_X;
+    const ds_gpu_span from = is_x ? b->room.x_in : b->room.input_in;
+    memcpy(from.host, op->host, (size_t)n * (size_t)b->facts.config->n_embd * sizeof(float));
+    return gather(b, from.at, is_x ? b->room.x[op->tail] : b->room.xn, 0, n, err);
+}
+
+static ds_status copy_out(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const int n = ds_gpu_request(b, op)->n_tok;
+    if (op->state == DS_STATE_CHOICE) return DS_OK; /* the router has put it there */
+    return op->state == DS_STATE_X ? gather(b, b->room.x[op->tail], b->room.x_out.at, 0, n, err)
+                                   : gather(b, b->room.xn, b->room.input_out.at, 0, n, err);
+}
+
+/* The choice of the layer that was routed last. */
+static const unsigned char *last_choice(const ds_gpu_backend *b, const ds_op *op) {
+    const ds_op *route = op;
+    while (route > b->ops && route->kind != DS_OP_ROUTE) route--;
+    const size_t layer = (size_t)b->room.n_tok * (size_t)b->facts.config->n_expert_used * sizeof(int32_t);
+    return b->room.chosen.host + (size_t)(route->il - b->facts.weights->layer_begin) * layer;
+}
+
+/* The choices of a layer that was routed here, for who taps them. */
+static void take_choice(ds_gpu_backend *b, const ds_op *op) {
+    const ds_tap *tap = b->requests[0]->tap;
+    const size_t n_used = (size_t)b->facts.config->n_expert_used;
+    for (int i = 0; tap && i < tap->n; i++)
+        if (tap->entries[i].point == DS_TAP_EXPERTS && tap->entries[i].il == op->il)
+            memcpy((int32_t *)tap->entries[i].data + (size_t)tap->entries[i].row * n_used, last_choice(b, op),
+                   (size_t)ds_gpu_request(b, op)->n_tok * n_used * sizeof(int32_t));
+}
+
+static void take_copy(ds_gpu_backend *b, const ds_op *op) {
+    const ds_config *c = b->facts.config;
+    const size_t n = (size_t)ds_gpu_request(b, op)->n_tok;
+    if (op->state == DS_STATE_CHOICE)
+        memcpy(op->host, last_choice(b, op), n * (size_t)c->n_expert_used * sizeof(int32_t));
+    else
+        memcpy(op->host, op->state == DS_STATE_X ? b->room.x_out.host : b->room.input_out.host,
+               n * (size_t)c->n_embd * sizeof(float));
+}
+
+/* Logits of rows [from, from + n) of those that are wanted. */
+static ds_status some_logits(ds_gpu_backend *b, int from, int n, ds_error *err) {
+    const ds_config *c = b->facts.config;
+    return ds_gpu_times(b, &b->facts.weights->output, b->w.output,
+                        b->room.xn + (uint64_t)from * (uint64_t)c->n_embd * 4, b->room.logits.at, n, c->n_embd,
+                        c->n_vocab, 0, err);
+}
+
+static int logits_together(const ds_gpu_backend *b, const ds_request *r, int from) {
+    const int most = b->room.n_tok < DS_GPU_LOGIT_ROWS ? b->room.n_tok : DS_GPU_LOGIT_ROWS, left = r->n_logits - from;
+    return left < most ? left : most;
+}
+
+static ds_status head(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const ds_request *r = ds_gpu_request(b, op);
+    const int d = b->facts.config->n_embd;
+    uint64_t rows = 0;
+    if (!r->n_logits) return DS_OK;
+    if (r->logit_rows) {
+        memcpy(b->room.logit_rows.host, r->logit_rows, (size_t)r->n_logits * sizeof *r->logit_rows);
+        rows = b->room.logit_rows.at;
+    }
+    const ds_status st =
+        ds_gpu_norm(b, b->room.x[op->tail], b->w.output_norm, b->room.xn, rows, r->n_logits, d, d, d, err);
+    ds_gpu_then(b);
+    return st == DS_OK ? some_logits(b, 0, logits_together(b, r, 0), err) : st;
+}
+
+/* What is there is taken, and the rest computed, a few rows at a time: it is the last operation. */
+static ds_status take_logits(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    const ds_request *r = ds_gpu_request(b, op);
+    const size_t row = (size_t)b->facts.config->n_vocab;
+    ds_status st = DS_OK;
+    for (int from = 0, n; from < r->n_logits && st == DS_OK; from += n) {
+        n = logits_together(b, r, from);
+        if (from) {
+            st = ds_gpu_record(b->gpu, &b->commands, err);
+            if (st == DS_OK) st = some_logits(b, from, n, err);
+            if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
+            if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
+            if (st == DS_OK) st = ds_gpu_wait(b->gpu, err);
+        }
+        if (st == DS_OK) memcpy(r->logits + (size_t)from * row, b->room.logits.host, (size_t)n * row * sizeof(float));
+    }
+    return st;
+}
+
+static ds_status nothing(ds_gpu_backend *b, const ds_op *op, ds_error *err) { return DS_OK; }
+
+/* ---- Runs ---- */
+
+static ds_status (*const RECORD[DS_OP_COUNT])(ds_gpu_backend *b, const ds_op *op, ds_error *err) = {
+    [DS_OP_EMBED] = embed,
+    [DS_OP_PLACE] = ds_gpu_place,
+    [DS_OP_ATTENTION] = ds_gpu_attention,
+    [DS_OP_REMEMBER] = ds_gpu_remember,
+    [DS_OP_TAIL] = tail,
+    [DS_OP_DENSE] = ds_gpu_dense,
+    [DS_OP_ROUTE] = ds_gpu_route,
+    [DS_OP_EXPERTS] = ds_gpu_experts,
+    [DS_OP_COMBINE] = ds_gpu_combine,
+    [DS_OP_FFN_NORM] = nothing, /* for who taps, and nobody can here */
+    [DS_OP_HEAD] = head,
+    [DS_OP_COPY_IN] = copy_in,
+    [DS_OP_COPY_OUT] = copy_out,
+};
+
+static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *err) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    const ds_tap *tap = b->requests[0]->tap;
+    for (int i = 0; tap && i < tap->n; i++)
+        if (tap->entries[i].point != DS_TAP_EXPERTS)
+            return ds_fail(err, DS_EUNSUPPORTED, "%s: of what a GPU computes only the experts' choice can be tapped",
+                           ds_gpu_told(b->gpu)->name);
+    ds_status st = ds_gpu_record(b->gpu, &b->commands, err);
+    for (int i = 0; i < n && st == DS_OK; i++) {
+        st = RECORD[ops[i].kind](b, &ops[i], err);
+        ds_gpu_then(b);
+    }
+    if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
+    if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
+    b->ops = ops, b->n_ops = n;
+    return st;
+}
+
+static ds_status wait_for(ds_backend *backend, ds_error *err) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    ds_status st = ds_gpu_wait(b->gpu, err);
+    for (int i = 0; i < b->n_ops && st == DS_OK; i++) {
+        const ds_op *op = &b->ops[i];
+        if (op->kind == DS_OP_ATTENTION || op->kind == DS_OP_REMEMBER) ds_gpu_take_rows(b, op);
+        if (op->kind == DS_OP_ROUTE) take_choice(b, op);
+        if (op->kind == DS_OP_EXPERTS) ds_gpu_take_experts(b, op);
+        if (op->kind == DS_OP_COPY_OUT) take_copy(b, op);
+        if (op->kind == DS_OP_HEAD) st = take_logits(b, op, err);
+    }
+    b->n_ops = 0;
+    return st;
+}
+
+static ds_status reserve(ds_backend *backend, int n_tok, ds_error *err) {
+    return ds_gpu_room_reserve((ds_gpu_backend *)backend, n_tok, err);
+}
+
+static size_t bytes(const ds_backend *backend, int n_tok) {
+    return ds_gpu_room_bytes((const ds_gpu_backend *)backend, n_tok);
+}
+
+static void begin(ds_backend *backend, const ds_request *whole, const ds_request *rest) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    b->requests[0] = whole, b->requests[1] = rest;
+    b->table_used = 0;
+    for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_step(&b->caches[type]);
+}
+
+static void destroy(ds_backend *backend) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    ds_error ignored;
+    if (!b) return;
+    if (b->gpu) {
+        ds_gpu_wait(b->gpu, &ignored);
+        for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
+        ds_gpu_room_release(b);
+        ds_gpu_weights_release(b->gpu, &b->w);
+        ds_gpu_close(b->gpu);
+    }
+    free(b);
+}
+
+static const ds_backend_ops OPS = {
+    .reserve = reserve, .bytes = bytes, .begin = begin, .submit = submit, .wait = wait_for, .destroy = destroy};
+
+/* ---- What it takes on ---- */
+
+static void find_attention(ds_gpu_backend *b) {
+    const ds_weights *w = b->facts.weights;
+    for (int il = w->layer_begin; il < w->layer_end; il++) {
+        if (b->facts.places->attention[il - w->layer_begin] != b->number) continue;
+        if (b->attend_end == 0) b->attend_begin = il;
+        b->attend_end = il + 1;
+    }
+}
+
+static bool has_experts(const ds_gpu_backend *b) {
+    const ds_weights *w = b->facts.weights;
+    const size_t n = (size_t)(w->layer_end - w->layer_begin) * (size_t)b->facts.config->n_expert,
+                 dense = (size_t)b->facts.config->n_layer_dense * (size_t)b->facts.config->n_expert;
+    for (size_t i = dense; i < n; i++)
+        if (b->facts.residency->place[i] == b->number) return true;
+    return false;
+}
+
+static ds_status check(const ds_gpu_backend *b, ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const char *name = ds_gpu_told(b->gpu)->name;
+    if (b->attend_end && c->attention != DS_ATTENTION_LATENT) {
+        ds_fail(err, DS_EUNSUPPORTED, "%s: attention that is not latent is not computed on a GPU", name);
+        return ds_hint(err, "leave attention on the processor");
+    }
+    if (b->attend_end && ds_row_pad(c->kv_lora_rank) + ds_row_pad(c->rope_dim) > DS_GPU_MAX_ROW)
+        return ds_fail(err, DS_EUNSUPPORTED, "%s: latents of %d and %d values, expected at most %d", name,
+                       c->kv_lora_rank, c->rope_dim, DS_GPU_MAX_ROW);
+    if (c->n_expert > DS_GPU_MAX_EXPERTS)
+        return ds_fail(err, DS_EUNSUPPORTED, "%s: %d experts, expected at most %d", name, c->n_expert,
+                       DS_GPU_MAX_EXPERTS);
+    if (!ds_residency_is_settled(b->facts.residency) && has_experts(b)) {
+        ds_fail(err, DS_EUNSUPPORTED, "%s: experts cannot be on a GPU where others come from the drive", name);
+        return ds_hint(err, "leave the routed experts on the processor, or give it memory for all of them");
+    }
+    return DS_OK;
+}
+
+ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const char *which, uint64_t memory, ds_backend **out,
+                                ds_error *err) {
+    ds_gpu_backend *b = calloc(1, sizeof *b);
+    if (!b) return ds_fail(err, DS_ENOMEM, "no memory for a backend");
+    b->head = (ds_backend){.ops = &OPS, .isa = "vulkan", .n_threads = 0};
+    b->facts = *facts;
+    b->number = number;
+    find_attention(b);
+    ds_status st = ds_gpu_open(which, &b->gpu, err);
+    if (st == DS_OK) st = check(b, err);
+    if (st == DS_OK) st = ds_gpu_commands_new(b->gpu, &b->commands, err);
+    if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, memory, &b->w, err);
+    if (st == DS_OK) *out = &b->head;
+    else destroy(&b->head);
+    return st;
+}

@@ -1,0 +1,179 @@
+"""Models whose parts a GPU computes: the reference's logits wherever that is, on whatever device Vulkan finds."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.gpu import number
+from support.logits import assert_close, firm_prompt, reference
+from support.tiny import SPECS, Spec, spec_named, tokens
+
+import cext
+from cext import Device, Model, Place, Tap
+
+LITE, PRO, V3, MOE = SPECS[0], SPECS[1], spec_named("v3"), spec_named("moe_shared")
+BAR = 1e-4  # of the logits' range
+
+Open = Callable[..., Model]
+
+
+def whole(spec: Spec) -> list[Place]:
+    layers = range(spec.n_layer)
+    return [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers)]
+
+
+def spread(spec: Spec) -> dict[str, list[Place]]:
+    """Ways to place a model of three layers on the processor (0), a GPU (1) and the processor once more (2)."""
+    moe, last = range(spec.n_layer_dense, spec.n_layer), spec.n_layer - 1
+    half = range(spec.n_expert // 2)
+    return {
+        "all": whole(spec),
+        "attention of the last": [Place("attention", 1, range(last, last + 1))],
+        "attention of a layer": [Place("attention", 1, range(1, 2))],
+        "the ends": [Place("ends", 1)],
+        "all of the feed-forward": [Place("feed_forward", 1, range(spec.n_layer))],
+        "half of the experts": [Place("experts", 1, moe, half)],
+        "all but half of the experts": [*whole(spec), Place("experts", 0, moe, half)],
+        "all but the experts": [*whole(spec), Place("experts", 0, moe, range(spec.n_expert))],
+        "three": [*whole(spec), Place("experts", 0, moe, half), Place("experts", 2, moe, range(1, 2))],
+    }
+
+
+@pytest.fixture
+def open_model(tiny_gguf: Callable[[Spec], Path]) -> Iterator[Open]:
+    opened: list[Model] = []
+
+    def open_one(spec: Spec, placement: list[Place], **options: Any) -> Model:
+        devices = [Device("vulkan", name=number()), Device(threads=1)]
+        opened.append(Model(tiny_gguf(spec), threads=2, devices=devices, placement=placement, **options))
+        return opened[-1]
+
+    yield open_one
+    for model in opened:
+        model.close()
+
+
+@pytest.mark.parametrize("how", spread(LITE))
+@pytest.mark.parametrize("spec", [LITE, PRO, V3, MOE], ids=lambda s: s.name)
+def test_parts_of_a_model_on_a_gpu(open_model: Open, spec: Spec, how: str) -> None:
+    placement = spread(spec)[how]
+    if spec is MOE:
+        placement = [place for place in placement if place.part != "attention"]
+    ids, expected = firm_prompt(reference(spec), spec, 20, 7)
+    model = open_model(spec, placement)
+    assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+    one_by_one = model.session(64, "f32")
+    assert_close(np.stack([one_by_one.eval([i]) for i in ids]), expected, BAR)
+    session = model.session(64, "f32")
+    session.eval(ids[:7])
+    assert_close(session.eval(ids[7:]), expected[-1], BAR)  # the others stop before the last block
+
+
+def has_latents(model: Path) -> bool:
+    with Model(model) as opened:
+        return opened.hparams["attention"] == "latent"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_every_kind_of_model(open_model: Open, tiny_gguf: Callable[[Spec], Path], spec: Spec) -> None:
+    if not has_latents(tiny_gguf(spec)):
+        with pytest.raises(cext.UnsupportedError, match="attention that is not latent"):
+            open_model(spec, whole(spec))
+        return
+    ids, expected = firm_prompt(reference(spec), spec, 20, 7)
+    model = open_model(spec, whole(spec))
+    assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+
+
+def off(got: dict[str, Any], exact: dict[str, Any]) -> float:
+    """How far logits are from those of an exact cache: of each output the root of the mean square, of its range; the
+    median of all, as a routing decision that was near may go either way in one."""
+    return float(np.median([np.sqrt(np.mean(np.square((got[k] - exact[k]) / np.ptp(exact[k])))) for k in exact]))
+
+
+def steps(model: Model, spec: Spec, kv_type: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """A prompt in pieces, decoding, other sequences beside it, forks, a rewind and a repeat."""
+    ids = tokens(spec, 200)
+    session, other = model.session(300, kv_type), model.session(90, kv_type)
+    out = {f"{at}": session.eval(ids[at:end]) for at, end in ((0, 40), (40, 41), (41, 130), (130, 131))}
+    other.eval(ids[:3])
+    fork = session.fork(70)
+    out["two"] = cext.eval_batch([(session, ids[3:4]), (other, ids[4:9]), (fork, ids[9:11])], [1, 2, 1])
+    out["fork"] = fork.eval(ids[11:13])
+    session.rewind(65)
+    out["rewound"] = session.eval(ids[20:22])
+    session.repeat(140)
+    out["repeated"] = session.eval(ids[23:24])
+    return out
+
+
+@pytest.mark.parametrize("spec", [LITE, PRO], ids=lambda s: s.name)
+def test_caches_are_the_processors(open_model: Open, tiny_gguf: Callable[[Spec], Path], spec: Spec) -> None:
+    """An exact cache gives the same; of the others, neither is farther from it than the other by much."""
+    gpu = open_model(spec, whole(spec))
+    with Model(tiny_gguf(spec), threads=2) as processor:
+        exact = steps(processor, spec, "f32")
+        for name, logits in steps(gpu, spec, "f32").items():
+            assert_close(logits, exact[name], BAR)
+        for kv_type in ("f16", "q8_0"):
+            expected = off(steps(processor, spec, kv_type), exact)
+            assert off(steps(gpu, spec, kv_type), exact) <= 1.5 * expected + BAR
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+def test_a_cache_written_by_one_is_read_by_the_other(
+    open_model: Open, tiny_gguf: Callable[[Spec], Path], tmp_path: Path, kv_type: Any
+) -> None:
+    ids = tokens(LITE, 150)
+    gpu = open_model(LITE, whole(LITE))
+    bar = {"f32": BAR, "f16": 5e-3, "q8_0": 0.1}[kv_type]
+    with Model(tiny_gguf(LITE), threads=2) as processor:
+        for first, second in ((gpu, processor), (processor, gpu)):
+            session = first.session(200, kv_type)
+            session.eval(ids[:130])
+            session.save(tmp_path / "talk.session")
+            expected = session.eval(ids[130:140], "all")
+            got = second.load_session(tmp_path / "talk.session").eval(ids[130:140], "all")
+            assert off({"": got}, {"": expected}) <= bar
+
+
+def test_uses_are_counted_once_each(open_model: Open, tiny_gguf: Callable[[Spec], Path]) -> None:
+    moe = range(PRO.n_layer_dense, PRO.n_layer)
+    for placement in (whole(PRO), [*whole(PRO), Place("experts", 0, moe, range(2))]):
+        model = open_model(PRO, placement)
+        session = model.session(64, "f32")
+        expected = np.zeros((PRO.n_layer, PRO.n_expert), np.uint64)
+        for n in (30, 1, 5):
+            tap = Tap({f"experts-{il}": None for il in moe})
+            session.eval(tokens(PRO, n), tap=tap)
+            for il in moe:
+                expected[il] += np.bincount(tap[f"experts-{il}"].ravel(), minlength=PRO.n_expert).astype(np.uint64)
+        np.testing.assert_array_equal(model.expert_uses(), expected)
+        assert (expected[list(moe)].sum(axis=1) == 36 * PRO.n_used).all()
+
+
+def test_many_sequences_and_mixed_caches_in_one_step(open_model: Open, tiny_gguf: Callable[[Spec], Path]) -> None:
+    prompts = [tokens(LITE, n, seed) for seed, n in enumerate((1, 17, 2, 33, 64, 65, 5, 1))]
+    types: list[Any] = ["f32", "f16", "f16", "q8_0", "f32", "f32", "f16", "q8_0"]
+
+    def run(model: Model) -> np.ndarray[Any, Any]:
+        sessions = [model.session(128, kv_type) for kv_type in types]
+        cext.eval_batch(list(zip(sessions, prompts, strict=True)))
+        return cext.eval_batch([(session, [3 + i]) for i, session in enumerate(sessions)])
+
+    with Model(tiny_gguf(LITE), threads=2) as processor:
+        expected = run(processor)
+    got = run(open_model(LITE, whole(LITE)))
+    for i, kv_type in enumerate(types):
+        assert off({"": got[i]}, {"": expected[i]}) <= {"f32": BAR, "f16": 5e-3, "q8_0": 0.1}[kv_type]
+
+
+def test_what_a_gpu_does_not_do_is_said(open_model: Open) -> None:
+    with pytest.raises(cext.UnsupportedError, match="only the experts' choice"):
+        open_model(LITE, whole(LITE)).session(8).eval([1], tap=Tap({"l_out-0": None}))
+    with pytest.raises(cext.OutOfMemoryError, match=r"it was given 0\.0 MiB"):
+        Model(open_model(LITE, []).path, devices=[Device("vulkan", name=number(), memory=4096)], placement=whole(LITE))
+    with pytest.raises(cext.DeviceError, match="`no such card`"):
+        Model(open_model(LITE, []).path, devices=[Device("vulkan", name="no such card")])
