@@ -18,9 +18,9 @@ class Device:
     """What to compute on beside the processor: of a kind that the build knows ("cpu": a team of threads of its own;
     "vulkan": a GPU).
 
-    threads: of the processor, None for the fastest number. isa: of the processor, None for the best. name: of a GPU, its
-    number in ``gpus()`` or letters of its name, None for the best that is no software. memory: of a GPU, the bytes of
-    its own that weights may take, None for what there is.
+    threads: of the processor, None for the fastest number. isa: of the processor, None for the best. name: of a GPU,
+    its number in ``gpus()`` or letters of its name, None for the best that is no software. memory: of a GPU, the bytes
+    of its own that weights may take, None for what there is.
     """
 
     kind: str = "cpu"

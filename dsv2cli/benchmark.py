@@ -112,17 +112,19 @@ def run(
     against: Sequence[str | LlamaBench] = (),
     kv_type: str = "f16",
     ram: str = "all",
+    gpu: str = "off",
+    vram: str | None = None,
     told: Callable[[str, int, int], None] = lambda what, done, n: None,
 ) -> Result:
     """Run the tests with an engine, and others in turns with it; ``told(what runs now, steps done, steps)``. CliError
-    where an engine fails. ram: see ``contender``."""
+    where an engine fails. ram, gpu, vram: see ``contender``."""
     variants = {**VARIANTS, engine: LLAMA_ALONE[kv_type] if engine == LLAMA else (f"kv={kv_type}",)}
     n_ctx = max(test.depth + test.n for test in wanted)
     rows = [Row(test) for test in wanted]
     total, done = (1 + len(against)) * len(rows) * (rounds + 1), 0
     with contextlib.ExitStack() as stack:
         told("loading", 0, total)
-        first = stack.enter_context(contender(engine, model, n_ctx, threads, ram))
+        first = stack.enter_context(contender(engine, model, n_ctx, threads, ram, gpu=(gpu, vram)))
         used = int(first.hello["threads"])  # the others get as many as it chose
         engines: dict[str, Contender | Launched] = {engine: first}
         for peer in against:
@@ -230,12 +232,19 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def contender(
-    name: str, model: Path, n_ctx: int, threads: int | None, ram: str = "all", launcher: Sequence[str] = ()
+    name: str,
+    model: Path,
+    n_ctx: int,
+    threads: int | None,
+    ram: str = "all",
+    launcher: Sequence[str] = (),
+    gpu: tuple[str, str | None] = ("off", None),
 ) -> Iterator[Contender]:
-    """An engine with the model loaded; its process ends with the block. ram: of dsv2's own, as --ram takes it.
+    """An engine with the model loaded; its process ends with the block. ram, gpu: of dsv2's own, as --ram, --gpu and
+    --vram take it.
     launcher: a command that runs the one behind it in its place."""
     # -P: the packages at home, not what lies in the working folder.
-    asked = [name, str(model), str(n_ctx), str(threads or 0), ram]
+    asked = [name, str(model), str(n_ctx), str(threads or 0), ram, gpu[0], gpu[1] or ""]
     command = [*launcher, sys.executable, "-P", "-m", "dsv2cli.contender", *asked]
     quiet = None if os.environ.get("DSV2_DEBUG") else subprocess.DEVNULL
     process = subprocess.Popen(

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv2cli import memory, runtime
+from dsv2cli.gpu import Wish
 from dsv2cli.llama_state import lengthened
-from dsv2cli.options import memory_for_weights
+from dsv2cli.options import gpu_wish, memory_for_weights
 from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_within
 
 if TYPE_CHECKING:
@@ -62,13 +63,14 @@ class Engine(Protocol):
 class Ours:
     """dsv2's engine; a setting is a cache type, "kv=f16"."""
 
-    def __init__(self, model: Path, n_ctx: int, threads: int, ram: Weights = "all") -> None:
+    def __init__(self, model: Path, n_ctx: int, threads: int, ram: Weights = "all", gpu: Wish | None = None) -> None:
         from cext import MAX_STEP, Session
 
         beside = Beside(n_ctx, n_step=min(MAX_STEP, n_ctx))
-        self._model, self._plan = open_within(model, threads or None, ram, beside)
+        self._model, self._plan, layout = open_within(model, threads or None, ram, beside, gpu)
         runtime.tell(model, self._model.notes)
         self.notes = [self._plan.sentence(measured_rate(model))] if self._plan else []
+        self.notes += [layout.sentence] if layout else []
         self._n_ctx = n_ctx
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
@@ -227,16 +229,18 @@ def footprint() -> dict[str, Any]:
     return {"anonymous_bytes": fields["RssAnon"], "file_bytes": fields["RssFile"]}
 
 
-def load(name: str, model: Path, n_ctx: int, threads: int, ram: Weights = "all") -> tuple[Engine, float]:
+def load(
+    name: str, model: Path, n_ctx: int, threads: int, ram: Weights = "all", gpu: Wish | None = None
+) -> tuple[Engine, float]:
     """An engine and the seconds from opening the file to its first logits, imports not counted."""
     __import__("cext" if name == "dsv2" else "dsv2cli.engines.llamacpp.library")
     begun = time.perf_counter()
-    engine: Engine = Ours(model, n_ctx, threads, ram) if name == "dsv2" else LlamaCpp(model, n_ctx, threads)
+    engine: Engine = Ours(model, n_ctx, threads, ram, gpu) if name == "dsv2" else LlamaCpp(model, n_ctx, threads)
     engine.eval(np.zeros(1, np.int32))
     return engine, time.perf_counter() - begun
 
 
-def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> None:
+def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights, gpu: Wish) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is not an answer
 
@@ -245,7 +249,7 @@ def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> Non
         answers.flush()
 
     try:
-        engine, seconds = load(name, model, n_ctx, threads, ram)
+        engine, seconds = load(name, model, n_ctx, threads, ram, gpu)
         answer({"load_seconds": seconds, "threads": engine.threads, "isa": engine.isa, "notes": engine.notes})
         for line in sys.stdin:
             request = json.loads(line)
@@ -258,4 +262,11 @@ def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights) -> Non
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), memory_for_weights(sys.argv[5]))
+    serve(
+        sys.argv[1],
+        Path(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+        memory_for_weights(sys.argv[5]),
+        gpu_wish(sys.argv[6], sys.argv[7] or None),
+    )

@@ -7,8 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dsv2cli import console
 
@@ -112,7 +111,7 @@ def step_bytes(shape: Hparams, n_tok: int = STEP) -> int:
     return 4 * (n_tok * each + min(n_tok, 128) * heads * 5 * (row + 64))
 
 
-def lay_out(  # noqa: PLR0913
+def lay_out(
     gguf: Gguf, shape: Hparams, gpu: Gpu, wish: Wish, *, cache_bytes: int, with_experts: bool = True
 ) -> Layout | None:
     """Fill a device; None where it holds nothing of use. cache_bytes: what the contexts take, full."""
@@ -122,7 +121,6 @@ def lay_out(  # noqa: PLR0913
     most = gpu.free - max(gpu.free // LEFT_SHARE, min(LEAST_LEFT, gpu.free // 4))
     left = (min(most, wish.memory) if wish.memory is not None else most) - step_bytes(shape)
     n, dense = shape["n_layer"], shape["n_layer_dense"]
-    largest = max((t.nbytes for t in gguf.tensors if not t.name.endswith("_exps.weight")), default=0)
     latent = shape["attention"] == "latent" and shape["kv_lora_rank"] + shape["qk_rope_head_dim"] + 128 <= WIDEST_ROW
     if shape["n_expert"] > MOST_EXPERTS or left <= 0:
         return None
@@ -140,7 +138,7 @@ def lay_out(  # noqa: PLR0913
 
     attention = fill([nbytes + cache_bytes // n for nbytes in sizes.attention]) if latent else 0
     shared = fill(sizes.shared)
-    head = largest <= LARGEST and bool(fill([sizes.head]))
+    head = sizes.head <= LARGEST and bool(fill([sizes.head]))
     expert = fill(sizes.experts[dense:shared]) if with_experts else 0
     places: list[Place] = []
 
@@ -161,7 +159,7 @@ def lay_out(  # noqa: PLR0913
     return Layout(device, tuple(places), _sentence(gpu, n, attention, shared, routed, expert, taken, head=head))
 
 
-def _sentence(  # noqa: PLR0913, PLR0917
+def _sentence(
     gpu: Gpu, n: int, attention: int, shared: int, routed: int, expert: int, taken: int, *, head: bool
 ) -> str:
     def of(what: str, some: int, all_: int) -> list[str]:
@@ -175,6 +173,3 @@ def _sentence(  # noqa: PLR0913, PLR0917
     held += of("routed experts", expert, routed)
     rest = "" if len(held) == 4 and attention == shared == n and expert == routed else "; the rest on the processor"
     return f"on {gpu.name}: {', '.join(held)}, {console.format_bytes(taken)}{rest}"
-
-
-State = Literal["off", "used", "not used"]

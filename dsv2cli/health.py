@@ -22,7 +22,7 @@ LITTLE_MEMORY = 1 << 30
 STALE_SECONDS = 24 * 3600.0
 ROOT = Path("/")
 HERE = "this folder"
-NEED_ENGINE = ("instructions", "cores", "memory", "llama.cpp")
+NEED_ENGINE = ("instructions", "cores", "memory", "GPU", "llama.cpp")
 SHOWN = 4
 
 
@@ -44,6 +44,7 @@ def check(root: Any, *, online: bool = False, system: Path = ROOT) -> list[Findi
         "instructions": processor,
         "cores": lambda: cores(system),
         "memory": lambda: memory(system),
+        "GPU": graphics,
         "disk": disks,
         "settings": lambda: settings(root),
         "compilers": compilers,
@@ -124,6 +125,28 @@ def cores(system: Path) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("cores", "fine", f"{n_cores} for this process, {os.cpu_count()} in the machine")
+
+
+def graphics() -> Iterator[Finding]:
+    import cext
+
+    try:
+        devices = cext.gpus()
+    except cext.DeviceError as error:
+        yield Finding("GPU", "fine", f"none is used: {error}", error.hint)
+        return
+    for gpu in devices:
+        can = [*(["int8 dots"] if gpu.int_dot else []), *(["halves"] if gpu.float16 else [])]
+        text = f"{gpu.number}: {gpu.name}, {gpu.driver}, Vulkan {gpu.api}, {format_bytes(gpu.free)} of"
+        text += f" {format_bytes(gpu.memory)} free, subgroups of {gpu.subgroup}{''.join(f', {word}' for word in can)}"
+        if gpu.missing:
+            yield Finding("GPU", "note", f"{gpu.number}: {gpu.name}: {gpu.missing}")
+        elif gpu.software:
+            yield Finding("GPU", "fine", f"{text}; the processor in software: used where it is named alone")
+        else:
+            yield Finding("GPU", "fine", text, "--gpu auto lets it compute")
+    if not devices:
+        yield Finding("GPU", "fine", "Vulkan knows none here")
 
 
 def memory(system: Path) -> Iterator[Finding]:

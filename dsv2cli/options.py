@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from dsv2cli.gpu import Wish
     from dsv2cli.residency import Beside, Weights
     from dsv2cli.runtime import Wishes
 
@@ -137,6 +138,24 @@ Ram = Annotated[
         callback=_ram,
     ),
 ]
+Gpu = Annotated[
+    str,
+    typer.Option(
+        "--gpu",
+        metavar="auto|off|NAME|INDEX",
+        help="A GPU beside the processor, through Vulkan: the best, or by its number or letters of its name. It takes"
+        " what each token needs first, then routed experts; the rest is computed on the processor at the same time.",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Of its memory at most so much, as 6G; what is free if left out.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
@@ -197,6 +216,18 @@ def memory_for_weights(text: str) -> Weights:
     return words[text] if text in words else size("--ram", text, "auto, or all for what the file has")
 
 
+def gpu_wish(which: str, vram: str | None) -> Wish:
+    """What --gpu and --vram say. UsageError."""
+    from dsv2cli.errors import UsageError
+    from dsv2cli.gpu import Wish
+
+    if not which.strip():
+        raise UsageError("--gpu is empty", "auto, off, a number or letters of a name; dsv2 doctor lists the devices")
+    if vram is not None and which == "off":
+        raise UsageError("--vram without a GPU", "--gpu auto takes the best there is")
+    return Wish(which, None if vram is None else size("--vram", vram, "leave it out for what is free"))
+
+
 def refuse_budget(ram: str) -> None:
     """For a model that llama.cpp runs. UsageError where the command line gives it one: what is set for every model is
     left out."""
@@ -215,20 +246,24 @@ def wishes(
     told: bool,
     ram: str = "auto",
     beside: Beside | None = None,
+    gpu: str = "off",
+    vram: str | None = None,
 ) -> Wishes:
     """How a model is to be run, from the options above. UsageError."""
     from dsv2cli.errors import UsageError
     from dsv2cli.residency import Beside
     from dsv2cli.runtime import Wishes
 
-    budget = memory_for_weights(ram)
+    budget, wish = memory_for_weights(ram), gpu_wish(gpu, vram)
+    if wish.which != "off" and (rpc is not None or gpu_layers or engine == "llama.cpp"):
+        raise UsageError("--gpu is of dsv2's own engine", "llama.cpp's is --gpu-layers")
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
     if rpc is not None or gpu_layers or engine == "llama.cpp":
         refuse_budget(ram)
     beside = beside or Beside()
     if rpc is None:
-        return Wishes(engine, (), gpu_layers, n_seq, told, budget, beside, said=ram)
+        return Wishes(engine, (), gpu_layers, n_seq, told, budget, beside, said=ram, gpu=wish)
     from dsv2cli.engines.llamacpp.rpc import parse
 
     return Wishes(engine, parse(rpc), gpu_layers, n_seq, told)

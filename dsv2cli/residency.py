@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsv2cli import console, usage
 from dsv2cli.errors import UsageError
+from dsv2cli.gpu import Layout, Wish, find, lay_out
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from cext import DriveCounts, Gguf, Model, WeightNeeds
+    from cext import DriveCounts, EngineError, Gguf, Model, WeightNeeds
     from cext.model import Hparams, KvType
     from dsv2cli.usage import Usage
 
@@ -209,8 +210,60 @@ def look(path: Path, beside: Beside) -> Plan | None:
     return replace(found, usage=usage.known(path)) if found.needs.experts else None
 
 
-def open_within(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
-    """The model opened, and the plan where it has a budget. What ``cext.Model`` and ``plan`` raise."""
+def on_gpu(model: Model, wish: Wish, beside: Beside, *, within: bool) -> Layout | None:
+    """What of a model goes to a GPU; None, with a line that says why, where nothing does. within: its experts have a
+    budget of memory, and those stay where that is."""
+    from cext import EngineError, Gguf
+
+    if wish.which == "off":
+        return None
+    try:
+        gpu = find(wish)
+        with Gguf(model.path) as gguf:
+            n_ctx = context(model.hparams["n_ctx_train"], beside.n_ctx)
+            caches = max(beside.n_seq * model.session(n_ctx, beside.kv).kv_bytes, beside.caches)
+            layout = lay_out(gguf, model.hparams, gpu, wish, cache_bytes=caches, with_experts=not within)
+    except EngineError as error:
+        not_used(error)
+        return None
+    if layout is None:
+        console.warn(console.printable(f"no part of the model fits on {gpu.name}: the processor computes all of it"))
+    return layout
+
+
+def not_used(error: EngineError) -> None:
+    hint = f" ({error.hint})" if error.hint else ""
+    console.warn(console.printable(f"no GPU is used: {error}{hint}"))
+
+
+def open_within(
+    path: Path, threads: int | None, ram: Weights, beside: Beside, wish: Wish | None = None
+) -> tuple[Model, Plan | None, Layout | None]:
+    """The model, the plan where it has a budget, and what is on a GPU. What ``cext.Model`` and ``plan`` raise."""
+    from cext import EngineError, Model
+
+    model, found = _open_budgeted(path, threads, ram, beside)
+    layout = on_gpu(model, wish, beside, within=found is not None) if wish else None
+    if layout is None:
+        return model, found, None
+    known = found.usage.counts if found and found.usage else None
+    try:
+        placed = Model(
+            path,
+            threads,
+            devices=[layout.device],
+            placement=layout.placement,
+            ram=found.ram if found else None,
+            uses=known,
+        )
+    except EngineError as error:
+        not_used(error)
+        return model, found, None
+    model.close()
+    return placed, found, layout
+
+
+def _open_budgeted(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
     from cext import Model
 
     model = Model(path, threads)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dsv2cli import console, usage
 from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
+from dsv2cli.gpu import Wish
 from dsv2cli.options import refuse_budget
 from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_within
 
@@ -90,6 +91,7 @@ class Wishes:
     ram: Weights = "all"  # for weights
     beside: Beside = field(default_factory=Beside)
     said: str = "auto"  # the words that ram came from
+    gpu: Wish = field(default_factory=Wish)
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
         from dsv2cli.scheduler import Budget
 
         try:
-            model, plan = open_within(path, threads, wishes.ram, wishes.beside)
+            model, plan, layout = open_within(path, threads, wishes.ram, wishes.beside, wishes.gpu)
         except UnsupportedError as error:
             if loading.exception() is None:
                 loading.result().close()
@@ -146,6 +148,8 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
             model.close()
             raise
     tell(path, [*model.notes, *tokenizer.notes])
+    if layout is not None and wishes.told:
+        console.note(f"({console.printable(layout.sentence)})", "dim")
     if plan is not None and wishes.told:
         console.note(f"({plan.sentence(measured_rate(path))})", "dim")
     # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.

@@ -75,6 +75,8 @@ def batch(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
+    gpu: options.Gpu = "off",
+    vram: options.Vram = None,
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help=SHARD_HELP)] = "1/1",
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,
     ray_actors: Annotated[int | None, number("--ray-actors", within=Range(1, 4096), help=ACTORS_HELP)] = None,
@@ -97,7 +99,9 @@ def batch(
     from dsv2cli.server.generation import Params
 
     beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
-    wishes = options.wishes(engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside)
+    wishes = options.wishes(
+        engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside, gpu=gpu, vram=vram
+    )
     part = Shard.parse(shard)
     path = locate.model(model)
     out, errors = places(out, errors, [path, *_files_of(requests, template)])

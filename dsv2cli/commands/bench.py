@@ -58,6 +58,8 @@ def bench(
     against: Annotated[list[str] | None, AGAINST] = None,
     engine: options.Engine = "auto",
     ram: options.Ram = "auto",
+    gpu: options.Gpu = "off",
+    vram: options.Vram = None,
     share: Annotated[bool, typer.Option("--share/--no-share", help=SHARE_HELP)] = True,
     watts: Annotated[float | None, number("--watts", metavar="W", within=POWER, help=WATTS_HELP)] = None,
     price: Annotated[float | None, number("--price", metavar="P", within=PRICES, help=PRICE_HELP)] = None,
@@ -73,7 +75,7 @@ def bench(
         raise UsageError("-p 0 and -n 0 leave nothing to measure", "give one of them")
     if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
         raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
-    options.wishes(engine, None, 0, told=not quiet, ram=ram)  # refuses what cannot be
+    options.wishes(engine, None, 0, told=not quiet, ram=ram, gpu=gpu, vram=vram)  # refuses what cannot be
     peers = parse_peers(against or [], kv)
     path = locate.model(model)
     runs = engine_for(path, engine, quiet=quiet)
@@ -99,6 +101,8 @@ def bench(
                 against=peers,
                 kv_type=kv,
                 ram=ram,
+                gpu=gpu,
+                vram=vram,
                 told=lambda what, done, n: display.update(bar, completed=done, total=n, detail=what),
             )
 

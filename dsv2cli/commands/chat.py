@@ -101,6 +101,8 @@ def chat(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
+    gpu: options.Gpu = "off",
+    vram: options.Vram = None,
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
     think: options.Think = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it is.")] = False,
@@ -130,7 +132,7 @@ def chat(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer.")] = False,
 ) -> None:
     beside = residency.Beside(context, kv)
-    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside)
+    wishes = options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside, gpu=gpu, vram=vram)
     refuse_together(prompt, system, think, raw=raw, special=special, fim=fim)
     if (resume is not None or go_on) and (raw or fim is not None or no_save or (resume is not None and go_on)):
         raise UsageError("--resume and --continue go on with one kept chat: --raw, --fim and --no-save do not")

@@ -48,6 +48,8 @@ def perplexity(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
+    gpu: options.Gpu = "off",
+    vram: options.Vram = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -55,10 +57,12 @@ def perplexity(
     from dsv2cli.evaluate import beside_each, evaluate
     from dsv2cli.text import read, read_stdin
 
-    options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram)  # refused before a file is opened
+    options.wishes(
+        engine, rpc, gpu_layers, told=not quiet, ram=ram, gpu=gpu, vram=vram
+    )  # refused before a file is opened
     paths = [locate.model(name) for name in (model, reference) if name is not None]
     wished = [
-        options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside)
+        options.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, beside=beside, gpu=gpu, vram=vram)
         for beside in beside_each(paths, context, kv, reference_kv)
     ]
     content = read_stdin(waits=quiet) if str(text) == "-" else read(text)

@@ -115,6 +115,19 @@ dsv2_shader_formats(dot_vec mul_vec.comp DOT)
 dsv2_shader_formats(dot_gated mul_vec.comp DOT GATED)
 dsv2_shader_formats(dot_mat mul_mat.comp DOT)
 
+# What lies between products.
+dsv2_shader(norm norm.comp)
+dsv2_shader(gather gather.comp)
+dsv2_shader(latent_store latent_store.comp)
+dsv2_shader(latent_query latent_query.comp)
+dsv2_shader(latent_attend_f32 latent_attend.comp KIND=0)
+dsv2_shader(latent_attend_i16 latent_attend.comp KIND=1)
+dsv2_shader(latent_attend_q8 latent_attend.comp KIND=2)
+dsv2_shader(latent_join latent_join.comp)
+dsv2_shader(route route.comp)
+dsv2_shader(plan plan.comp)
+dsv2_shader(combine combine.comp)
+
 file(CONFIGURE OUTPUT ${DSV2_SHADER_MADE}/shaders.c CONTENT "/* The shaders of this build. */
 #include \"backend/vulkan/shaders.h\"
 
