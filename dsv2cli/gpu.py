@@ -127,10 +127,11 @@ def lay_out(
     taken = 0
 
     def fill(parts: list[int]) -> int:
-        """How many of the first layers fit, and their bytes taken."""
+        """How many of the first layers fit: their bytes are taken, and where one does not, what comes later is left."""
         nonlocal left, taken
         for i, nbytes in enumerate(parts):
             if nbytes > left:
+                left = 0
                 return i
             left -= nbytes
             taken += nbytes

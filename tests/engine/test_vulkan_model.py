@@ -6,9 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.quants import dequantize
+from support.blocks import CODED_FORMATS, FLOAT_FORMATS, GRID_FORMATS, block_size, ggml_encode, type_of
 from support.gpu import number
 from support.logits import assert_close, firm_prompt, reference
-from support.tiny import SPECS, Spec, spec_named, tokens
+from support.tiny import (
+    SPECS,
+    Checkpoint,
+    Spec,
+    gguf_metadata,
+    gguf_tensors,
+    gguf_vocabulary,
+    spec_named,
+    tokens,
+    variant,
+    write_tensors,
+)
 
 import cext
 from cext import Device, Model, Place, Tap
@@ -85,6 +98,31 @@ def test_every_kind_of_model(open_model: Open, tiny_gguf: Callable[[Spec], Path]
     ids, expected = firm_prompt(reference(spec), spec, 20, 7)
     model = open_model(spec, whole(spec))
     assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+
+
+@pytest.mark.parametrize("name", [*FLOAT_FORMATS, *CODED_FORMATS])
+def test_every_format(tmp_path: Path, name: str) -> None:
+    """Of every matrix of a model whose rows are whole blocks, against a model of what it decodes to."""
+    spec = variant(LITE, n_embd=256, n_ff_dense=256, n_ff_expert=256, n_head=2, v=128, nope=32, kv_lora_rank=64)
+    tensors = gguf_tensors(Checkpoint(spec))
+    decoded, coded = dict(tensors), dict[str, Any](tensors)
+    for key, w in tensors.items():
+        if w.ndim == 1 or "ffn_gate_inp" in key or w.shape[-1] % block_size(name)[0]:
+            continue
+        if name in GRID_FORMATS and "blk.1." not in key:
+            continue  # their encoders take seconds
+        rows = ggml_encode(name, w.reshape(-1, w.shape[-1]))
+        decoded[key] = dequantize(rows, type_of(name)).reshape(w.shape).astype(np.float32)
+        coded[key] = (rows.reshape(*w.shape[:-1], -1), type_of(name))
+    assert len([key for key in coded if isinstance(coded[key], tuple)]) > 5
+    path = write_tensors(tmp_path / "m.gguf", gguf_metadata(spec) | gguf_vocabulary(spec.n_vocab), coded)
+    write_tensors(tmp_path / "d.gguf", gguf_metadata(spec) | gguf_vocabulary(spec.n_vocab), decoded)
+    ids = tokens(spec, 20)
+    with Model(tmp_path / "d.gguf", threads=2) as exact:
+        expected = exact.session(64, "f32").eval(ids, "all")
+    with Model(path, threads=2, devices=[Device("vulkan", name=number())], placement=whole(spec)) as model:
+        got = model.session(64, "f32").eval(ids, "all")
+    assert off({i: got[i] for i in range(20)}, {i: expected[i] for i in range(20)}) <= BAR
 
 
 def off(got: dict[str, Any], exact: dict[str, Any]) -> float:
