@@ -21,7 +21,7 @@ from dsv2cli import memory, runtime
 from dsv2cli.gpu import Wish
 from dsv2cli.llama_state import lengthened
 from dsv2cli.options import gpu_wish, memory_for_weights
-from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_within
+from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_placed
 
 if TYPE_CHECKING:
     from cext.model import KvType
@@ -67,7 +67,7 @@ class Ours:
         from cext import MAX_STEP, Session
 
         beside = Beside(n_ctx, n_step=min(MAX_STEP, n_ctx))
-        self._model, self._plan, layout = open_within(model, threads or None, ram, beside, gpu)
+        self._model, self._plan, layout = open_placed(model, threads or None, ram, beside, gpu)
         runtime.tell(model, self._model.notes)
         self.notes = [self._plan.sentence(measured_rate(model))] if self._plan else []
         self.notes += [layout.sentence] if layout else []

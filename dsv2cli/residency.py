@@ -236,13 +236,13 @@ def not_used(error: EngineError) -> None:
     console.warn(console.printable(f"no GPU is used: {error}{hint}"))
 
 
-def open_within(
+def open_placed(
     path: Path, threads: int | None, ram: Weights, beside: Beside, wish: Wish | None = None
 ) -> tuple[Model, Plan | None, Layout | None]:
     """The model, the plan where it has a budget, and what is on a GPU. What ``cext.Model`` and ``plan`` raise."""
     from cext import EngineError, Model
 
-    model, found = _open_budgeted(path, threads, ram, beside)
+    model, found = open_within(path, threads, ram, beside)
     layout = on_gpu(model, wish, beside, within=found is not None) if wish else None
     if layout is None:
         return model, found, None
@@ -263,7 +263,8 @@ def open_within(
     return placed, found, layout
 
 
-def _open_budgeted(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
+def open_within(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
+    """The model opened, and the plan where it has a budget. What ``cext.Model`` and ``plan`` raise."""
     from cext import Model
 
     model = Model(path, threads)

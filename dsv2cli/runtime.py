@@ -17,7 +17,7 @@ from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.gpu import Wish
 from dsv2cli.options import refuse_budget
-from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_within
+from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_placed
 
 if TYPE_CHECKING:
     from cext import DriveCounts
@@ -128,7 +128,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
         from dsv2cli.scheduler import Budget
 
         try:
-            model, plan, layout = open_within(path, threads, wishes.ram, wishes.beside, wishes.gpu)
+            model, plan, layout = open_placed(path, threads, wishes.ram, wishes.beside, wishes.gpu)
         except UnsupportedError as error:
             if loading.exception() is None:
                 loading.result().close()
