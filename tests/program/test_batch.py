@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.batches import TEXT, answers, line, results, save, short
-from support.cli import COMMAND, environment
+from support.cli import COMMAND, SECONDS, environment
 from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import EOS, V25_TEMPLATE, write_model
@@ -383,7 +383,7 @@ def test_a_disk_that_is_full(path: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 
     ended = subprocess.run(
-        command, env=environment(), preexec_fn=limit, capture_output=True, text=True, timeout=60, check=False
+        command, env=environment(), preexec_fn=limit, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert ended.returncode == 1 and "File too large" in ended.stderr and "goes on" in ended.stderr
     n = len(results(out))
@@ -412,7 +412,8 @@ class FakeDesk:
         self.asked.append(json.loads(body)["prompt"])
         self.running += 1
         self.most = max(self.most, self.running)
-        await asyncio.sleep(0.001)
+        for _ in range(50):  # long enough for all the others to have their turn
+            await asyncio.sleep(0)
         self.running -= 1
         return {"seed": seed}
 

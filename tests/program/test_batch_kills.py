@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.batches import answers, results, save, short
-from support.cli import COMMAND, RUN_MAIN, environment
+from support.cli import COMMAND, RUN_MAIN, SECONDS, environment
 from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
@@ -40,6 +40,23 @@ def dies(name):
     setattr(os, name, call)
 for name in ("write", "fsync", "ftruncate", "replace", "unlink"):
     dies(name)
+"""
+
+
+# With its first result it hears these signals, or waits without end.
+AT_THE_FIRST = """
+import os, signal, sys, threading
+from dsv2cli.batch.ledger import Ledger
+names, put = sys.argv.pop(1).split(), Ledger.put
+def heard(ledger, *given, **named):
+    put(ledger, *given, **named)
+    Ledger.put = put
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+    if not names:
+        print("begun", flush=True)
+        threading.Event().wait()
+Ledger.put = heard
 """
 
 
@@ -107,7 +124,7 @@ def killed(args: list[str], out: Path, rng: random.Random) -> int:
     if rng.random() < 0.7:
         script = [sys.executable, "-P", "-c", KILLED + RUN_MAIN, str(rng.randint(1, 20)), str(rng.random())]
         return subprocess.run(
-            [*script, *args], env=environment(), capture_output=True, timeout=60, check=False
+            [*script, *args], env=environment(), capture_output=True, timeout=SECONDS, check=False
         ).returncode
     size = (out.stat().st_size if out.exists() else 0) + rng.randint(0, 6000)
     process = subprocess.Popen([*COMMAND, *args], env=environment(), stderr=subprocess.DEVNULL)
@@ -134,15 +151,12 @@ def test_told_to_end(path: Path, tmp_path: Path, signals: list[str], code: int) 
     """Ctrl-C finishes what is under way; a second one, or SIGTERM, leaves it. Only whole answers are kept."""
     given, out = save(tmp_path / "in.jsonl", short(60, max_tokens=150)), tmp_path / "out"
     args = ["batch", str(given), str(path), "-o", str(out), *OPTIONS[:-2], "--parallel", "2"]
-    process = subprocess.Popen([*COMMAND, *args], env=environment(), stderr=subprocess.PIPE, text=True)
-    while not out.exists() or out.stat().st_size == 0:
-        assert process.poll() is None
-        time.sleep(0.01)
-    for name in signals:
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        time.sleep(0.05)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == code, told
+    script = [sys.executable, "-P", "-c", AT_THE_FIRST + RUN_MAIN, " ".join(f"SIG{name}" for name in signals)]
+    ended = subprocess.run(
+        [*script, *args], env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    told = ended.stderr
+    assert ended.returncode == code, told
     assert "Traceback" not in told and ("of 60 lines are done" in told) == (signals == ["TERM"])
     n = len(answers(out))
     assert 0 < n < 60
@@ -151,14 +165,12 @@ def test_told_to_end(path: Path, tmp_path: Path, signals: list[str], code: int) 
 
 
 def test_two_processes_on_one_file(path: Path, tmp_path: Path) -> None:
-    given, out = save(tmp_path / "in.jsonl", short(60, max_tokens=300)), tmp_path / "out"
+    given, out = save(tmp_path / "in.jsonl", short(60)), tmp_path / "out"
     args = ["batch", str(given), str(path), "-o", str(out), *OPTIONS]
-    process = subprocess.Popen([*COMMAND, *args], env=environment())
-    while not out.exists() or out.stat().st_size == 0:
-        assert process.poll() is None
-        time.sleep(0.01)
-    refused = run(*args)
-    process.kill()
-    process.wait()
+    script = [sys.executable, "-P", "-c", AT_THE_FIRST + RUN_MAIN, ""]
+    with subprocess.Popen([*script, *args], env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        refused = run(*args)
+        process.kill()
     assert refused.code == 1 and "another process" in refused.told
     assert run(*args).code == 0 and len(answers(out)) == 60

@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,7 +65,6 @@ def test_the_same_model(whole: Path, parts: list[Path]) -> None:
 
 
 def test_a_part_that_changes_under_use_is_told(parts: list[Path]) -> None:
-    time.sleep(0.02)  # a clock of the file system may tick slower than a test writes
     with Gguf(parts[0]) as many:
         many.read("output_norm.weight")
         with parts[3].open("ab") as part:

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import httpx
 import msgspec
 import pytest
+from support.cli import SECONDS
 from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
@@ -28,7 +29,6 @@ from dsv2cli.server.dialects import anthropic, chat, completions, native, ollama
 
 HI = [{"role": "user", "content": "Hi"}]
 JSON = {"content-type": "application/json"}
-SECONDS = 30  # more is a hang
 
 
 @dataclass(frozen=True)
@@ -346,14 +346,18 @@ def test_bytes_that_are_no_http(server: Served, data: list[bytes], monkeypatch: 
 
 @pytest.mark.parametrize("before", [[], [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"]])
 def test_heads_that_do_not_come(server: Served, before: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "HEAD_SECONDS", 0.5)
+    if not before:
+        monkeypatch.setattr(process, "HEAD_SECONDS", 0.5)
     url = server.client.base_url
     with socket.create_connection((url.host, url.port or 80), SECONDS) as peer:
         for data in before:
             peer.sendall(data)
             answer = b""
             while not answer.endswith(b'{"status":"ok"}'):  # in one piece or two
-                answer += peer.recv(4096)
+                piece = peer.recv(4096)
+                assert piece, answer
+                answer += piece
+        monkeypatch.setattr(process, "HEAD_SECONDS", 0.5)
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             for _ in range(15):  # a byte now and then
                 peer.sendall(b"G")

@@ -152,7 +152,7 @@ def test_what_a_server_is_started_with(path: Path) -> None:
         "--chat-template",
         "{{ bos_token }}[{{ messages[-1].content }}]",
     ]
-    with running(path, *options) as (_, address), httpx.Client(base_url=address, timeout=60) as client:
+    with running(path, *options) as (_, address), httpx.Client(base_url=address, timeout=SECONDS) as client:
         [listed] = client.get("/v1/models").json()["data"]
         assert listed["id"] == "small" and listed["aliases"] == ["small", "tiny"]
         assert [client.get(f"/v1/models/{name}").status_code for name in ("small", "tiny", "other")] == [200, 200, 404]
@@ -182,7 +182,7 @@ def test_several_addresses(path: Path) -> None:
     with running(path, "--host", "127.0.0.1,::1") as (_, address):
         port = httpx.URL(address).port
         for host in ("127.0.0.1", "[::1]"):
-            assert httpx.get(f"http://{host}:{port}/v1/models").status_code == 200
+            assert httpx.get(f"http://{host}:{port}/v1/models", timeout=SECONDS).status_code == 200
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:

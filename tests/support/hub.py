@@ -6,11 +6,14 @@ It can misbehave on order: drop connections, corrupt bytes, refuse with any stat
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import re
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +74,7 @@ class Hub:
         self.requests: list[Request] = []
         self.drops: dict[str, list[int]] = {}  # path -> bytes to send before cutting each next download of it
         self.drop_with_reset = False  # cut with RST, not FIN
+        self.hold: threading.Event | None = None  # waited for before a cut: the client waits for more meanwhile
         self.corrupt: set[str] = set()  # paths whose bytes arrive altered
         self.refuse: dict[str, Refusal] = {}  # request path prefix -> answer
         self.listed_size: dict[str, int] = {}  # path -> size to claim
@@ -216,11 +220,23 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(rest[:cut])
         self.wfile.flush()
+        if self.hub.hold is not None:
+            self.hub.hold.wait()
         if self.hub.drop_with_reset:
-            time.sleep(0.3)  # a reset discards what the client has not read yet
+            while not self.is_received():  # a reset discards what the client's system has not got yet
+                time.sleep(0.01)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+    def is_received(self) -> bool:
+        """All that was sent has been acknowledged; where no system tells it has had the time."""
+        try:
+            left = fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            time.sleep(0.3)
+            return True
+        return int.from_bytes(left, sys.byteorder) == 0
 
 
 class Server(ThreadingHTTPServer):
