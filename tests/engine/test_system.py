@@ -26,7 +26,7 @@ LOCK = "import os, sys; from cext import system; print(system.try_lock(os.open(s
 def locked_elsewhere(path: Path) -> bool:
     """Whether another process finds it locked."""
     command = [sys.executable, "-P", "-c", LOCK, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout.strip() == "False"
 
 
@@ -91,7 +91,7 @@ def test_a_new_folder_lasts_with_its_name(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity masks, as Linux has them")
 def test_cores_follow_the_affinity_mask() -> None:
     code = "import os, cext; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(cext.cores())"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert int(done.stdout) == 1
     assert 1 <= cext.cores() <= len(os.sched_getaffinity(0))
 
@@ -103,7 +103,7 @@ def test_forgotten_pages_are_the_systems_again(tmp_path: Path, flags: tuple[str,
     """By the advice that Linux follows, and by mapping anew where a system does not; they can be written again."""
     built, size, kept = tmp_path / "os.so", 64 << 20, 1 << 20
     command = [str(COMPILER), "-std=gnu11", "-shared", "-fPIC", *flags, f"-I{CEXT}", str(CEXT / "base/os_posix.c")]
-    subprocess.run([*command, "-pthread", "-o", str(built)], check=True, timeout=60)
+    subprocess.run([*command, "-pthread", "-o", str(built)], check=True, timeout=600)
     pages = ctypes.CDLL(str(built))
     pages.ds_pages_new_small.restype = ctypes.c_void_p
     pages.ds_pages_new_small.argtypes = [ctypes.c_size_t]

@@ -52,7 +52,7 @@ FORMS = [
     Form("/completion", native.CompletionRequest, {"prompt": "Hi", "n_predict": 1}),
     Form("/tokenize", native.TokenizeRequest, {"content": "Hi"}),
     Form("/detokenize", native.DetokenizeRequest, {"tokens": [1]}),
-    Form("/apply-template", native.TemplateRequest, {"messages": HI}),
+    Form("/apply-template", chat.ChatRequest, {"messages": HI}),
     Form("/slots/0?action=save", slots.FileRequest, {"filename": "x"}),
 ]
 by_path = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.path)
