@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from dsv2cli.runtime import Runtime
 
 LONG_READ = 1.0  # seconds of reading a prompt, from which on it is told how far it has come
+LOOK = 0.25  # seconds between looks at how far a long step has come
 MANY = 512  # tokens of one whose reading is taken for long before any of it is read
 
 
@@ -160,7 +163,7 @@ class LocalChat(Chat):
             self._feed_what_stands(reasoning)
         else:
             reply = self.conversation.reply(text, self.sampler, limit, self.last)
-        return reasoning, self._pieces(reply, reasoning, progress.read, begun=self.raw or text is None)
+        return reasoning, self._pieces(reply, reasoning, progress, begun=self.raw or text is None)
 
     def _feed_what_stands(self, reasoning: Reasoning) -> None:
         """Let it know where in an answer that goes on its text stands."""
@@ -176,16 +179,16 @@ class LocalChat(Chat):
         self,
         reply: Generator[Event, None, None],
         reasoning: Reasoning,
-        told: Callable[[int, int], None],
+        progress: Progress,
         *,
         begun: bool,
     ) -> Generator[Piece, None, None]:
         """The answer's text, after the tag that opens its reasoning in the prompt; without the space it begins with,
         unless it has begun."""
-        with contextlib.closing(reply):
+        with contextlib.closing(reply), self._watched(progress):
             for event in reply:
                 if isinstance(event, Read):
-                    told(event.done, event.n)
+                    progress.read(event.done, event.n)
                     continue
                 text = event.text if begun else event.text.lstrip()
                 if text and not begun:
@@ -196,6 +199,15 @@ class LocalChat(Chat):
                 elif begun:
                     yield from reasoning.feed(text, event.id if isinstance(event, Token) else None)
             yield from reasoning.finish()
+
+    def _watched(self, progress: Progress) -> AbstractContextManager[None]:
+        """Where experts come from a drive, a step may be the whole prompt: how far it has come is told meanwhile."""
+        from cext import MAX_STEP, Model
+
+        model = self.runtime.model
+        if not isinstance(model, Model) or model.max_step <= MAX_STEP:
+            return contextlib.nullcontext()
+        return watched(progress, model.step_share, model.max_step)
 
     def headline(self) -> str:
         session = self.session
@@ -246,9 +258,24 @@ class Progress:
     shown: bool
     on_screen: bool = False
     begun: float = field(default_factory=time.monotonic)  # reading
+    n_read: int = 0  # of n tokens, after the last step
+    n: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)  # of the line: another thread may tell of a step
 
     def read(self, done: int, n: int) -> None:
         """So many of a prompt's tokens are read. Told where it takes long, as far as that can be foreseen."""
+        with self.lock:
+            self.n_read, self.n = done, n
+            self._read(done, n)
+
+    def look(self, share: Callable[[], float], most: int) -> None:
+        """Within a step of at most so many tokens, of which a share is computed."""
+        with self.lock:
+            done = self.n_read + int(share() * min(most, self.n - self.n_read))
+            if done > self.n_read:
+                self._read(done, self.n)
+
+    def _read(self, done: int, n: int) -> None:
         seconds = time.monotonic() - self.begun
         if not done:
             self.begun = time.monotonic()
@@ -263,9 +290,28 @@ class Progress:
             self.on_screen = True
 
     def clear(self) -> None:
-        if self.on_screen:
-            console.show_progress("")
-            self.on_screen = False
+        with self.lock:
+            if self.on_screen:
+                console.show_progress("")
+                self.on_screen = False
+
+
+@contextlib.contextmanager
+def watched(progress: Progress, share: Callable[[], float], most: int) -> Iterator[None]:
+    """Look now and then how far the step has come that this thread waits for."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK):
+            progress.look(share, most)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def reading(done: int, n: int, seconds: float) -> str:

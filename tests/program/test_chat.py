@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import cext
 from cext.tokenizer import Message, Tokenizer, TokenizerError
 from dsv2cli import console, interrupts
 from dsv2cli.chat import answering
-from dsv2cli.chat.answering import Progress
+from dsv2cli.chat.answering import Progress, watched
 from dsv2cli.chat.conversation import Conversation
 from dsv2cli.scheduler import Budget, End, Read, Scheduler, Stats, Text, Token
 
@@ -260,6 +261,31 @@ def test_reading_that_takes_long_is_told_with_what_is_left(monkeypatch: pytest.M
         "reading: 1024 of 4096 tokens, 256 tok/s, 12 s left",
         "",
     ]
+
+
+def test_a_long_step_is_told_from_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that looks, of at most so many tokens, until the line is gone."""
+    told: list[str] = []
+    seen = threading.Event()
+
+    def show(line: str) -> None:
+        told.append(line)
+        seen.set()
+
+    monkeypatch.setattr(console, "obeys", lambda stream: True)
+    monkeypatch.setattr(console, "show_progress", show)
+    monkeypatch.setattr(answering, "LOOK", 0.001)
+    progress = Progress(shown=True)
+    for done, share, expected in ((0, 0.5, 2048), (4096, 0.25, 4572)):
+        progress.read(done, 6000)
+        before = len(told)
+        seen.clear()
+        with watched(progress, lambda share=share: share, 4096):
+            assert seen.wait(60)
+        assert len(told) > before
+        assert {line.split(",")[0] for line in told[before:]} == {f"reading: {expected} of 6000 tokens"}
+    progress.clear()
+    assert told[-1] == ""
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
