@@ -173,8 +173,8 @@ def test_interrupt_between_chunks(model):
     session = model.session(len(ids))
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
             session.eval(ids)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -208,13 +208,15 @@ def test_two_threads_in_one_session(model):
     """Whoever comes second is refused at once; the first is not disturbed."""
     session, ids = model.session(512), tokens(LITE, 512)
     expected = model.session(512).eval(ids)
-    refused, stop = [], time.monotonic() + 30
+    refused, stop = [], time.monotonic() + 300
 
     def work():
         while not refused and time.monotonic() < stop:
             try:
                 session.rewind(0)
                 np.testing.assert_array_equal(session.eval(ids), expected)
+            except cext.ContextFullError:
+                pass  # the other has come and gone between the two calls
             except cext.EngineError as error:
                 refused.append(error)
 

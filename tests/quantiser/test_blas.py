@@ -25,7 +25,7 @@ def test_side_by_side_keeps_the_order(n_lanes: int, n_items: int) -> None:
 
 
 def test_lanes_run_at_the_same_time() -> None:
-    meeting = threading.Barrier(3, timeout=30)
+    meeting = threading.Barrier(3, timeout=300)
     assert list(blas.side_by_side(lambda i: meeting.wait() >= 0, range(6), 3)) == [True] * 6
 
 
@@ -76,7 +76,7 @@ def test_every_task_of_every_caller_runs_once(n_threads: int, n_tasks: int) -> N
 def test_a_caller_does_not_wait_for_threads_that_are_busy() -> None:
     held = threading.Event()
     with blas.Crew(2, "crew") as crew:
-        others = [crew._pool.submit(held.wait, 30) for _ in range(2)]
+        others = [crew._pool.submit(held.wait, 300) for _ in range(2)]
         ran: list[int] = []
         crew.run([partial(ran.append, i) for i in range(5)], 3)
         assert ran == [0, 1, 2, 3, 4] and not any(other.done() for other in others)
@@ -102,13 +102,13 @@ def test_after_an_error_no_task_is_begun(n_threads: int) -> None:
             raise ValueError("the fifth")
 
     with blas.Crew(n_threads, "crew") as crew, pytest.raises(ValueError, match="the fifth"):
-        crew.run([partial(work, i) for i in range(1000)], n_threads)
-    assert len(begun) < 500  # but for those that others begin while it is raised
+        crew.run([partial(work, i) for i in range(100_000)], n_threads)
+    assert len(begun) < 50_000  # but for those that others begin while it is raised
 
 
 def test_products_are_the_employed_crews() -> None:
     names: set[str] = set()
-    meeting = threading.Barrier(3, timeout=30)
+    meeting = threading.Barrier(3, timeout=300)
 
     def work() -> None:
         names.add(threading.current_thread().name.split("_")[0])
@@ -122,7 +122,8 @@ def test_products_are_the_employed_crews() -> None:
 def test_two_quantisations_do_not_share_a_crew() -> None:
     """Each thread's products, and those of its lanes, are its own crew's, whoever was employed last."""
     names: dict[str, set[str]] = {"one": set(), "two": set()}
-    both = threading.Barrier(2, timeout=30)
+    shared = {name: threading.Event() for name in names}  # the first tasks wait for another thread's
+    both = threading.Barrier(2, timeout=300)
 
     def work(mine: str) -> None:
         with blas.Crew(4, mine) as crew, blas.employed(crew):
@@ -131,7 +132,9 @@ def test_two_quantisations_do_not_share_a_crew() -> None:
             def lane(i: int) -> None:
                 def task() -> None:
                     names[mine].add(threading.current_thread().name.split("_")[0])
-                    time.sleep(0.002)
+                    if len(names[mine]) > 1:
+                        shared[mine].set()
+                    shared[mine].wait(300)
 
                 blas.spread([task] * 16)
 
