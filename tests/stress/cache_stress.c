@@ -131,7 +131,7 @@ static bool check_child(ds_model *model, ds_session *session) {
     ds_lock_take(lock);
     const pid_t child = fork();
     if (child == 0) {
-        alarm(20);
+        alarm(300);
         _exit(is_refused(model, session) ? 0 : 1);
     }
     ds_lock_give(lock);

@@ -14,7 +14,7 @@
 
 enum {
     N_FILES = 256, /* numbers of them */
-    WORST_STOP_MS = 3000 /* of a machine that is busy and checks every access */
+    WORST_STOP_MS = 30000 /* of a machine that is busy, checks every access, and stands still for moments */
 };
 
 /* ---- The drive ---- */
