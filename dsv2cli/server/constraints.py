@@ -127,7 +127,7 @@ class Grammars:
         the token that it begins after instead, if that comes. begun: text that the answer goes on with.
         """
         error = self._trial(grammar, field)
-        tokenizer, started = self.prepare(), time.monotonic()
+        tokenizer, started = self.prepare(), time.thread_time()  # of this thread: the machine may be busy with others
         if not error:
             matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=trial.LIMITS)
             error = trial.first_error(matcher)
@@ -136,7 +136,7 @@ class Grammars:
         ids = self._tokenizer.encode(begun)
         if matcher.try_consume_tokens(ids) < len(ids):
             raise bad_field(field, f"does not allow an answer that begins like the last message: {begun[:100]!r}")
-        if time.monotonic() - started > COMPILE_SECONDS:
+        if time.thread_time() - started > COMPILE_SECONDS:
             raise _too_much(field)
         behind = self._closing(opening) if after is None else after
         return lambda: Matching(matcher.deep_copy(), behind)
