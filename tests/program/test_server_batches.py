@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from support.batches import CHAT, TEXT, line, short
+from support.cli import SECONDS, wait_until
 from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
@@ -21,12 +24,14 @@ from support.vocab import V25_TEMPLATE, write_model
 from dsv2cli.commands.serve import rules_of
 from dsv2cli.errors import CliError
 from dsv2cli.server import files, guard
+from dsv2cli.server.desk import Desk
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.files import Files, Limits, owner_name
 from dsv2cli.server.multipart import boundary_of, read_form
 
 FILES, BATCHES = "/v1/files", "/v1/batches"
 LONG = {"max_tokens": 400, "temperature": 0}
+MANY = [line(i, TEXT, prompt=f"{i}", **LONG) for i in range(2000)]  # more than are answered within a test
 OWNER, OTHER = owner_name(b""), owner_name(b"other")
 
 
@@ -141,14 +146,9 @@ def test_a_page_of_another_origin_brings_no_file(server: Served) -> None:
 
 def test_a_file_that_does_not_come(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
-
-    def slow() -> Iterator[bytes]:
-        yield b'--a\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-        time.sleep(1)
-        yield b"x"
-
-    headers = {"content-type": "multipart/form-data; boundary=a"}
-    assert server.client.post(FILES, content=slow(), headers=headers).status_code == 408
+    head = f"POST {FILES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=a\r\n".encode()
+    begun = b'--a\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    assert b" 408 " in server.begun(head + b"Content-Length: 1000\r\n\r\n" + begun)
 
 
 def test_files_have_bounds(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_batches_that_are_refused(server: Served, asked: dict[str, Any], status:
 def test_each_key_has_its_own(path: Path) -> None:
     with served(path, rules=rules_of("127.0.0.1", ["one", "two"], [], [])) as server:
         one, two = (
-            httpx.Client(base_url=server.client.base_url, headers={"authorization": f"Bearer {key}"})
+            httpx.Client(base_url=server.client.base_url, headers={"authorization": f"Bearer {key}"}, timeout=SECONDS)
             for key in ("one", "two")
         )
         assert upload(server.client, b"x").status_code == 401
@@ -333,7 +333,7 @@ def test_each_key_has_its_own(path: Path) -> None:
 
 def test_a_batch_is_cancelled(path: Path, tmp_path: Path) -> None:
     with served(path, files=tmp_path / "kept") as server:
-        first = begin(server.client, [line(i, TEXT, prompt=f"{i}", **LONG) for i in range(40)], TEXT)
+        first = begin(server.client, MANY, TEXT)
         waits = begin(server.client, short(1), CHAT)
         assert server.client.delete(f"{FILES}/{first['input_file_id']}").status_code == 409
         ended(server.client, first["id"], lambda batch: batch["request_counts"]["completed"] > 0)
@@ -342,15 +342,24 @@ def test_a_batch_is_cancelled(path: Path, tmp_path: Path) -> None:
         batch = ended(server.client, first["id"])
         assert batch["status"] == "cancelled" and batch["cancelled_at"]
         found = content(server.client, batch["output_file_id"])
-        assert 0 < len(found) == batch["request_counts"]["completed"] < 40
+        assert 0 < len(found) == batch["request_counts"]["completed"] < len(MANY)
         assert all(one["response"]["body"]["usage"]["completion_tokens"] == 400 for one in found)
         assert ended(server.client, begin(server.client, short(1), CHAT)["id"])["status"] == "completed"
         assert server.client.delete(f"{FILES}/{first['input_file_id']}").status_code == 200
 
 
-def test_a_batch_goes_on_after_a_restart(path: Path, tmp_path: Path) -> None:
-    lines = [line(i, TEXT, prompt=f"{i}", **LONG) for i in range(40)]
-    with served(path, files=tmp_path / "kept") as server:
+def test_a_batch_goes_on_after_a_restart(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line(i, TEXT, prompt=f"{i}", max_tokens=40, temperature=0) for i in range(40)]
+    usual = Desk.answer
+
+    async def halfway(self: Desk, url: str, body: bytes, seed: int) -> Any:
+        """The later ones wait until they are cut off."""
+        if int(json.loads(body)["prompt"]) >= 20:
+            await asyncio.Event().wait()
+        return await usual(self, url, body, seed)
+
+    with monkeypatch.context() as patch, served(path, files=tmp_path / "kept") as server:
+        patch.setattr(Desk, "answer", halfway)
         made = begin(server.client, lines, TEXT)
         ended(server.client, made["id"], lambda batch: batch["request_counts"]["completed"] > 2)
     [out] = (tmp_path / "kept").glob(f"*/{made['id']}.out")
@@ -381,7 +390,7 @@ def test_results_have_bounds_too(path: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_batch_is_not_gone_on_with_by_another_model(path: Path, tmp_path: Path) -> None:
     with served(path, files=tmp_path / "kept") as server:
-        made = begin(server.client, [line(i, TEXT, prompt=f"{i}", **LONG) for i in range(40)], TEXT)
+        made = begin(server.client, MANY, TEXT)
         ended(server.client, made["id"], lambda batch: batch["request_counts"]["completed"] > 0)
     other = write_model(tmp_path / "other.gguf", spec_named("v3"), V25_TEMPLATE)
     with served(other, files=tmp_path / "kept") as server:
@@ -402,17 +411,28 @@ def test_batches_wait_for_those_who_wait(path: Path) -> None:
         steps: list[tuple[int, int]] = []  # (answers that somebody waits for, lines of a batch)
         usual = engine._scheduler._evaluate
 
+        is_midway, are_there = threading.Event(), threading.Event()
+
         def noted(shares: list[Any], n_logits: list[int]) -> Any:
             background = [ticket.asked.background for ticket, _ in engine._tickets.values()]
             steps.append((background.count(False), background.count(True)))
+            if len(steps) == 600:  # of 1200
+                is_midway.set()
+                are_there.wait(SECONDS)
             return usual(shares, n_logits)
 
+        engine._scheduler._evaluate = noted
         made = begin(server.client, lines, TEXT)
         ended(server.client, made["id"], lambda batch: batch["request_counts"]["completed"] >= 1)
-        engine._scheduler._evaluate = noted
-        answered = [server.asked(TEXT, prompt="Hi", max_tokens=60, temperature=0) for _ in range(3)]
+        assert is_midway.wait(SECONDS)
+        with ThreadPoolExecutor(3) as pool:
+            asked = {"prompt": "Hi", "max_tokens": 60, "temperature": 0}
+            asking = [pool.submit(server.asked, TEXT, **asked) for _ in range(3)]
+            wait_until(lambda: engine.n_waiting == 3)
+            are_there.set()
+            answered = [one.result() for one in asking]
         assert len({one["choices"][0]["text"] for one in answered}) == 1
-        assert sum(1 for waited, _ in steps if waited) >= 3 * 60
+        assert sum(waited for waited, _ in steps) >= 3 * 60
         assert not [step for step in steps if step[0] and step[1]]
         batch = ended(server.client, made["id"])
         assert batch["request_counts"]["completed"] == 6
