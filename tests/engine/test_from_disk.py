@@ -27,16 +27,19 @@ SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
-/* A drive that takes DRIVE_MS for a read of the model, and fails where the file DRIVE_BROKEN is there. */
+/* A drive that takes DRIVE_MS for a read of the model, which makes the file DRIVE_READS, and fails where the file
+ * DRIVE_BROKEN is there. */
 ssize_t pread64(int fd, void *to, size_t n, off_t at) {
     ssize_t (*real)(int, void *, size_t, off_t) = (ssize_t (*)(int, void *, size_t, off_t))dlsym(RTLD_NEXT, "pread64");
-    const char *ms = getenv("DRIVE_MS"), *broken = getenv("DRIVE_BROKEN");
+    const char *ms = getenv("DRIVE_MS"), *reads = getenv("DRIVE_READS"), *broken = getenv("DRIVE_BROKEN");
     if (ms) {
         long t = atol(ms);
+        if (reads) close(open(reads, O_CREAT | O_WRONLY, 0600));
         nanosleep(&(struct timespec){t / 1000, t % 1000 * 1000000}, NULL);
     }
     if (broken && access(broken, F_OK) == 0) return errno = EIO, -1;
@@ -328,6 +331,7 @@ def test_usage_tells_what_to_keep(tiny_gguf: Callable[[Spec], Path]) -> None:
 def test_a_file_that_changes(tiny_gguf: Callable[[Spec], Path], tmp_path: Path, how: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(tiny_gguf(PLAIN).read_bytes())
+    os.utime(path, (0, 0))  # a clock of the file system may tick slower than a test writes
     with Model(path, ram=least(path)) as model:
         session = model.session(64)
         session.eval([1, 2, 3])
@@ -384,7 +388,7 @@ def test_a_drive_that_fails(tiny_gguf: Callable[[Spec], Path], slow_drive: Path,
             print(session.n_past, session.eval([1, 2, 3]).tobytes() == first)
     """
     process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_BROKEN=str(tmp_path / "broken"))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     lines = out.splitlines()
     assert process.returncode == 0, err
     assert len(lines) == 3 and all("cannot read" in line and "nput/output" in line for line in lines[:2]), out
@@ -427,35 +431,36 @@ INTERRUPTED = """
 )
 @pytest.mark.parametrize(("stop", "said"), [(False, "interrupted"), (True, "stopped 0")])
 def test_ctrl_c_is_heard_while_the_drive_is_slow(
-    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, apart: int, n: int, stop: bool, said: str
+    tiny_gguf: Callable[[Spec], Path], slow_drive: Path, tmp_path: Path, apart: int, n: int, stop: bool, said: str
 ) -> None:
-    """On the main thread, whichever thread waits for the experts: of `apart` of them a second device's."""
-    code = INTERRUPTED.format(stop=stop, apart=apart, n=n, read_ms=3000)
-    process = script(tiny_gguf(PLAIN), slow_drive, code)
+    """On the main thread, whichever thread waits for the experts: of `apart` of them a second device's. The first read
+    does not end within the test: nothing waits for it."""
+    code = INTERRUPTED.format(stop=stop, apart=apart, n=n, read_ms=1_000_000)
+    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_READS=str(tmp_path / "reads"))
     assert process.stdout is not None
-    limit = threading.Timer(120, process.kill)  # its lines end then
+    limit = threading.Timer(300, process.kill)  # its lines end then
     limit.start()
     try:
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)
-        begun = time.monotonic()
+        while not (tmp_path / "reads").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == said + "\n"
-        taken = time.monotonic() - begun
-        process.communicate(timeout=60)
     finally:
         limit.cancel()
         process.kill()
-    assert taken < 2.5, "less than is left of the first read, whose end nothing waits for"
+        process.communicate()
 
 
 def test_a_step_that_comes_after_a_stop_leaves_it_to_the_one_under_way(
     tiny_gguf: Callable[[Spec], Path], slow_drive: Path
 ) -> None:
     code = """
-        import sys, threading, time
+        import os, sys, threading, time
         import cext
         model = cext.Model(sys.argv[1], ram=int(sys.argv[2]))
+        os.environ["DRIVE_MS"] = "300"  # from here on: opening reads often
         first, second = model.session(256), model.session(256)
         def step():
             try:
@@ -472,8 +477,8 @@ def test_a_step_that_comes_after_a_stop_leaves_it_to_the_one_under_way(
         thread.join()
         print(second.n_past)
     """
-    process = script(tiny_gguf(PLAIN), slow_drive, code, DRIVE_MS="60")
-    out, err = process.communicate(timeout=120)
+    process = script(tiny_gguf(PLAIN), slow_drive, code)
+    out, err = process.communicate(timeout=600)
     assert (out, process.returncode) == ("stopped\n1\n", 0), err
 
 
@@ -504,6 +509,7 @@ def test_a_forked_child_lets_go_of_it(tiny_gguf: Callable[[Spec], Path]) -> None
         session.eval([4])
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_it_stays_in_its_budget(tiny_gguf: Callable[[Spec], Path]) -> None:
     """What weights, steps and cache add to the process, whose memory the system tells."""
     spec = variant(PLAIN, name="disk_large", n_embd=256, n_ff_expert=512, n_expert=32)
@@ -513,9 +519,13 @@ def test_it_stays_in_its_budget(tiny_gguf: Callable[[Spec], Path]) -> None:
     ram = least(path) + (whole - least(path)) // 3
     code = f"""
         import cext
+        from pathlib import Path
         from cext.system import resident_bytes
+        def anonymous():  # of no file, which the system takes back from who has not used it for a while
+            told = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+            return sum(int(line[1]) << 10 for line in told if line[0] in ("RssAnon:", "VmSwap:"))
         ids = {[int(i) for i in tokens(spec, 200)]}
-        base = resident_bytes()
+        base, of_no_file = resident_bytes(), anonymous()
         with cext.Model({str(path)!r}, threads=2, ram={ram}) as model:
             session = model.session(512)
             for _ in range(3):
@@ -523,12 +533,13 @@ def test_it_stays_in_its_budget(tiny_gguf: Callable[[Spec], Path]) -> None:
                 session.eval(ids[:100])
                 for token in ids[100:]:
                     session.eval([token])
-            print(resident_bytes() - base, model.step_bytes(128) + session.kv_bytes)
+            print(resident_bytes() - base, model.step_bytes(128) + session.kv_bytes, anonymous() - of_no_file)
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    grown, beside = map(int, out.split())
-    assert whole * 0.2 < grown <= ram * 1.05 + beside + (4 << 20), "and the engine's code and tables"
+    grown, beside, held = map(int, out.split())
+    assert whole * 0.2 < held
+    assert grown <= ram * 1.05 + beside + (4 << 20), "and the engine's code and tables"
 
 
 def test_what_was_passed_goes_before_what_is_to_come(tiny_gguf: Callable[[Spec], Path]) -> None:
