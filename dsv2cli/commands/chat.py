@@ -57,7 +57,10 @@ PRESET_HELP = (
     "A set of settings from your config.toml or a project's .dsv2.toml: [presets.NAME] with system, temp and others. It"
     " comes before what they and the environment set, and after what this line says."
 )
-RUNS_HERE = ("context", "kv", "threads", "engine", "rpc", "gpu_layers", "ram", "lookup", "raw", "special", "fim")
+RUNS_HERE = (
+    *("context", "kv", "threads", "engine", "rpc", "gpu_layers", "ram", "gpu", "vram"),
+    *("lookup", "raw", "special", "fim"),
+)
 """Parameters that say how a model runs here."""
 SAMPLED = {"limit": "max_tokens"} | {
     name: name for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")

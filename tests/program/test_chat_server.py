@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from support.tiny import spec_named
 from support.vocab import write_model
 
 from dsv2cli.chat import client, journal, store
+from dsv2cli.commands.chat import RUNS_HERE, SAMPLED, chat
 from dsv2cli.errors import UsageError
 
 KEY = "sk-secret-0123456789"
@@ -386,6 +388,25 @@ def test_a_conversation_with_a_model_here_is_another(model: Path, stub: Stub, st
 def test_what_runs_here_has_no_place_beside_a_server(options: tuple[str, ...]) -> None:
     prompt = () if "--fim" in options else ("-p", "x")
     assert_fails(dsv2("chat", "--server", "127.0.0.1:9", *prompt, *options), 2, "how a model runs here")
+
+
+def test_each_option_is_of_a_server_too_or_refused_beside_one() -> None:
+    """A new one is to be decided on."""
+    of_both = {
+        "model",
+        "prompt",
+        "system",
+        "think",
+        "preset",
+        "resume",
+        "go_on",
+        "server",
+        "key_env",
+        "no_save",
+        "plain",
+    }
+    of_both |= {"as_json", "quiet", *SAMPLED}
+    assert set(inspect.signature(chat).parameters) - {"line"} == of_both | set(RUNS_HERE)
 
 
 @pytest.mark.parametrize(
