@@ -434,7 +434,7 @@ def test_ctrl_c_cancels_once_and_then_interrupts(model: cext.Model, endless: Tok
 def test_leaving_an_answer_early_keeps_what_was_said(model: cext.Model, endless: Tokenizer) -> None:
     talk, _, _ = converse(model, endless)
     reply = talk.reply("Hi", greedy(), 20)
-    said = [event.id for event in itertools.islice(reply, 3) if isinstance(event, Token)]
+    said = [event.id for event in itertools.islice(reply, 4) if isinstance(event, Token)]
     reply.close()
     assert len(said) == 2 and talk.turns[-1].answer == said
     assert answered(talk, "And?", greedy(), 6) == as_if_never_stopped(model, endless, said)
