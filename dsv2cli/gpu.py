@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2cli import console
@@ -158,6 +159,27 @@ def lay_out(
     routed = max(0, n - dense)
     device = Device("vulkan", name=str(gpu.number), memory=None)
     return Layout(device, tuple(places), _sentence(gpu, n, attention, shared, routed, expert, taken, head=head))
+
+
+def offers(path: Path, kv_bytes: float, n_ctx: int) -> list[tuple[str, str]]:
+    """What each GPU here would hold of a model: (its --gpu, in words). kv_bytes: of the cache, a token. Software is no
+    offer. EngineError where the file is not one."""
+    from cext import DeviceError, Gguf, gpus
+    from cext.model import shape_of
+
+    try:
+        able = [gpu for gpu in gpus() if not gpu.missing and not gpu.software]
+    except DeviceError:
+        return []
+    if not able:
+        return []
+    with Gguf(path) as gguf:
+        shape, _ = shape_of(gguf)
+        layouts = [lay_out(gguf, shape, one, Wish(), cache_bytes=int(kv_bytes * n_ctx)) for one in able]
+    return [
+        (f"--gpu {one.number}", layout.sentence if layout else f"nothing fits on {one.name}")
+        for one, layout in zip(able, layouts, strict=True)
+    ]
 
 
 def _sentence(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli import console, options, residency
+from dsv2cli import console, gpu, options, residency
 from dsv2cli.engines.cache import count
 from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import UsageError
@@ -58,13 +59,17 @@ def inspect(
         draw(found, heatmap)
     plan = residency.look(found.path, residency.Beside(context)) if found.engine == OURS else None
     contexts = found.contexts if context is None else (context or found.contexts[-1],)
+    offered = gpu.offers(found.path, found.kv_bytes["f16"], contexts[0]) if plan is not None else []
     if as_json:
-        console.print_json(finite(describe(found, contexts) | {"ram": None if plan is None else describe_plan(plan)}))
+        more = {"ram": None if plan is None else describe_plan(plan), "gpu": [sentence for _, sentence in offered]}
+        console.print_json(finite(describe(found, contexts) | more))
     else:
-        show(found, contexts, plan)
+        show(found, contexts, plan, offered)
 
 
-def show(found: Anatomy, contexts: tuple[int, ...], plan: Plan | None = None) -> None:
+def show(
+    found: Anatomy, contexts: tuple[int, ...], plan: Plan | None = None, offered: Sequence[tuple[str, str]] = ()
+) -> None:
     console.say_fields(headline(found), 13)
     if found.types:
         console.say()
@@ -77,7 +82,7 @@ def show(found: Anatomy, contexts: tuple[int, ...], plan: Plan | None = None) ->
     if plan is not None:
         console.say()
         console.show(budget_table(plan))
-        console.say_fields(budget_lines(plan), 13)
+        console.say_fields([*budget_lines(plan), *offered], 13)
     if lines := quality(found.notes):
         console.say()
         console.say_fields(lines, 17)

@@ -64,6 +64,15 @@ def test_a_gpu_answers_as_the_processor(where: str) -> None:
     assert len([line for line in placed.stderr.splitlines() if line.startswith("(on ")]) == 1
 
 
+def test_inspect_tells_what_a_card_would_hold() -> None:
+    made = "Gpu(0, 'A Card', '', '1.3.0', 'discrete', '', 8 << 30, 8 << 30, 32, True, True)"
+    there = f"import cext; from cext import Gpu; cext.gpus = lambda: [{made}]"
+    assert "--gpu 0       on A Card: attention, " in dsv2_after(there, "inspect").stdout
+    assert json.loads(dsv2_after(there, "inspect", "--json").stdout)["gpu"][0].startswith("on A Card: ")
+    gone = "import cext; cext.gpus = lambda: (_ for _ in ()).throw(cext.DeviceError('none'))"
+    assert json.loads(dsv2_after(gone, "inspect", "--json").stdout)["gpu"] == []
+
+
 def test_doctor_lists_the_devices() -> None:
     findings = json.loads(dsv2("doctor", "--json").stdout)["findings"]
     told = [one["text"] for one in findings if one["name"] == "GPU"]

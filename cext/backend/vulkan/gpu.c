@@ -13,6 +13,8 @@ enum {
 
 bool ds_gpu_built(void) { return DS_SHADERS[0].name != NULL; }
 
+bool ds_gpu_here(const ds_gpu *gpu) { return gpu->process == ds_process_id(); }
+
 const ds_gpu_info *ds_gpu_told(const ds_gpu *gpu) { return &gpu->info; }
 
 static bool has_letters(const char *name, const char *part) {
@@ -157,7 +159,7 @@ ds_status ds_gpu_open(const char *which, ds_gpu **out, ds_error *err) {
 
 void ds_gpu_close(ds_gpu *g) {
     if (!g) return;
-    if (g->process != ds_process_id()) return; /* nothing of a driver may be touched behind a fork */
+    if (!ds_gpu_here(g)) return; /* nothing of a driver may be touched behind a fork */
     const vk_functions *f = &g->v.f;
     if (g->device && f->DestroyDevice) {
         if (f->DeviceWaitIdle) f->DeviceWaitIdle(g->device);

@@ -13,6 +13,7 @@ enum {
     DS_GPU_MAX = 16, /* devices that are looked at */
     DS_GPU_PUSH = 128, /* bytes of push constants: what every device has */
     DS_GPU_SPECS = 8, /* most specialization constants of a shader, 0 its workgroup's size */
+    DS_GPU_SHARED = 32768, /* bytes that a workgroup shares: what shaders may count on */
     DS_GPU_ALIGN = 256, /* of what is laid into a buffer */
     DS_GPU_CHUNK = 1 << 30, /* bytes of an allocation at most: larger ones are refused by some drivers */
 };
@@ -40,6 +41,8 @@ ds_status ds_gpu_list(ds_gpu_info out[DS_GPU_MAX], int *n, ds_error *err);
  * DS_EDEVICE says why not. */
 ds_status ds_gpu_open(const char *which, ds_gpu **out, ds_error *err);
 void ds_gpu_close(ds_gpu *gpu);
+/* Whether this is the process that opened it: in one forked from that, nothing but close may be called. */
+bool ds_gpu_here(const ds_gpu *gpu);
 const ds_gpu_info *ds_gpu_told(const ds_gpu *gpu);
 
 /* ---- Memory ---- */

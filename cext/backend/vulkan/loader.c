@@ -162,6 +162,7 @@ static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_
         {f12.storageBuffer8BitAccess, "8-bit storage"},
         {f11.storageBuffer16BitAccess, "16-bit storage"},
         {ds_vulkan_family(v, device) >= 0, "a queue for compute shaders"},
+        {out->shared_bytes >= DS_GPU_SHARED, "32 KiB of memory that a workgroup shares"},
     };
     for (size_t i = 0; i < sizeof NEEDED / sizeof *NEEDED && !*out->missing; i++)
         if (!NEEDED[i].there) snprintf(out->missing, sizeof out->missing, "its driver has no %s", NEEDED[i].name);

@@ -233,7 +233,7 @@ static void destroy(ds_backend *backend) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     ds_error ignored;
     if (!b) return;
-    if (b->gpu) {
+    if (b->gpu && ds_gpu_here(b->gpu)) {
         ds_gpu_wait(b->gpu, &ignored);
         for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
         ds_gpu_room_release(b);
