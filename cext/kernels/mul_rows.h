@@ -1,7 +1,8 @@
 /* mul_rows.h: products with coded weights for few tokens (decode). One weight row at a time in the order of memory, 256 values
  * of it decoded into registers and used for each token: the pace is the memory's.
  *
- * A format plugs in as a function that turns 256 values into a row_group. */
+ * A format plugs in as functions that decode the scales of 256 values and then 64 of them at a time; a grid format as one
+ * that decodes all. */
 #pragma once
 
 /* Each half of four bytes in a byte of its own; each pair of bits of two bytes likewise. */
@@ -17,173 +18,149 @@ DS_INLINE uint64_t spread_pairs(uint16_t a) {
     return (x | x << 6) & 0x0303030303030303;
 }
 
-/* 256 values of a row: w = scale * q - min_factor * min, scale and min per 32 or per 16 values. */
+/* 256 values of a row: w = scale * q - min_factor * min, scale and min per 32 or per 16 values. Grid formats decode all of
+ * them at once. */
 typedef struct row_group {
     v64 q[4];
     row_scales scales;
 #if DS_GRID_PAIRS
-    grid_signs signs; /* grid formats: not yet in q */
+    grid_signs signs; /* not yet in q */
 #endif
 } row_group;
 
 typedef void (*row_group_fn)(const void *block, row_group *g);
+typedef v64 (*row_codes_fn)(const void *block, int j);
+typedef row_scales (*row_scales_fn)(const void *block);
 
 /* What the loop needs to know of a format; constant where it is used, so that each is compiled for it alone. */
 typedef struct row_format {
-    row_group_fn group;
+    row_group_fn group; /* grid formats; the others have codes and scales */
+    row_codes_fn codes; /* 64 values, the j-th of four */
+    row_scales_fn scales;
     size_t group_bytes;
     int block_elements;
     bool is_signed; /* q is signed, -128..127, plus DS_CODE_BIAS */
     bool split; /* q of every second 32 values is 16 times as large */
     bool per_16; /* scales are per 16 values, not per 32 */
-    bool pairs; /* q is by pairs, without its signs (simd_avx512_grid.h) */
     float min_factor; /* 0 where there is no minimum */
 } row_format;
 
-/* Add the products of the first n values of a group, 64 at a time; grid formats always add all. */
-DS_INLINE void row_add(row_format f, const row_group *g, int n, int n_tok, const act_rows *a, size_t group,
-                       row_sum sums[]) {
-#if DS_GRID_PAIRS
-    if (f.pairs) {
-        DS_UNROLL
-        for (int t = 0; t < n_tok; t++)
-            row_sum_add_grid(&sums[t], g->q, &g->signs, &g->scales, a->meta + (size_t)t * a->n_groups + group);
-        return;
+/* Add the products of 64 values, the j-th of a group's four. */
+DS_INLINE void row_add64(row_format f, v64 q, int j, int n_tok, const act_rows *a, size_t group,
+                         const row_scales scales[], row_sum sums[]) {
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++) {
+        const size_t at = (size_t)t * a->n_groups + group;
+        row_sum_add(&sums[t], f.is_signed, f.per_16, q, a->q + at * ACT_GROUP + 64 * j, a->meta + at, &scales[t], j);
     }
-#endif
-    row_scales scales[DS_ROW_TOKENS];
+}
+
+DS_INLINE void row_starts(row_format f, const row_scales *w, int n_tok, const act_rows *a, size_t group,
+                          row_scales scales[], row_sum sums[]) {
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
-        scales[t] = row_start(&sums[t], &g->scales, f.per_16, f.split, a->meta + (size_t)t * a->n_groups + group);
-    DS_UNROLL
-    for (int j = 0; j < n / 64; j++) {
-        DS_UNROLL
-        for (int t = 0; t < n_tok; t++) {
-            const size_t at = (size_t)t * a->n_groups + group;
-            row_sum_add(&sums[t], f.is_signed, f.per_16, g->q[j], a->q + at * ACT_GROUP + 64 * j, a->meta + at,
-                        &scales[t], j);
-        }
-    }
+        scales[t] = row_start(&sums[t], w, f.per_16, f.split, a->meta + (size_t)t * a->n_groups + group);
 }
 
 /* ---- Formats of 32 values: a group is eight blocks ---- */
 
+#define ROW_CODES(id) DS_INLINE v64 row_codes_##id(const void *block, int j)
+#define ROW_SCALES(id) DS_INLINE row_scales row_scales_##id(const void *block)
 /* A half of each of eight blocks. */
-#define ROW_HALVES(b, member) f8_halves((const uint8_t *)(b) + offsetof(__typeof__(*(b)), member), sizeof *(b))
+#define ROW_HALVES(id, member) \
+    f8_halves((const uint8_t *)block + offsetof(ds_block_##id, member), sizeof(ds_block_##id))
+/* Pointers to a member of two neighbouring blocks. */
+#define ROW_TWO(id, member) \
+    ((const ds_block_##id *)block)[2 * j].member, ((const ds_block_##id *)block)[2 * j + 1].member
 
-DS_INLINE void row_group_Q4_0(const void *block, row_group *g) {
-    const ds_block_Q4_0 *b = block;
-    const f8 d = ROW_HALVES(b, d);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs);
-    g->scales = row_scales_32(d, d);
+ROW_CODES(Q4_0) { return v64_nibbles2(ROW_TWO(Q4_0, qs)); }
+ROW_SCALES(Q4_0) {
+    const f8 d = ROW_HALVES(Q4_0, d);
+    return row_scales_32(d, d);
 }
 
-DS_INLINE void row_group_Q4_1(const void *block, row_group *g) {
-    const ds_block_Q4_1 *b = block;
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs);
-    g->scales = row_scales_32(ROW_HALVES(b, d), ROW_HALVES(b, m));
+ROW_CODES(Q4_1) { return v64_nibbles2(ROW_TWO(Q4_1, qs)); }
+ROW_SCALES(Q4_1) { return row_scales_32(ROW_HALVES(Q4_1, d), ROW_HALVES(Q4_1, m)); }
+
+ROW_CODES(Q5_0) { return v64_fifth_bits2(v64_nibbles2(ROW_TWO(Q5_0, qs)), ROW_TWO(Q5_0, qh)); }
+ROW_SCALES(Q5_0) {
+    const f8 d = ROW_HALVES(Q5_0, d);
+    return row_scales_32(d, d);
 }
 
-DS_INLINE void row_group_Q5_0(const void *block, row_group *g) {
-    const ds_block_Q5_0 *b = block;
-    const f8 d = ROW_HALVES(b, d);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++)
-        g->q[j] = v64_fifth_bits2(v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs), b[2 * j].qh, b[2 * j + 1].qh);
-    g->scales = row_scales_32(d, d);
+ROW_CODES(Q5_1) { return v64_fifth_bits2(v64_nibbles2(ROW_TWO(Q5_1, qs)), ROW_TWO(Q5_1, qh)); }
+ROW_SCALES(Q5_1) { return row_scales_32(ROW_HALVES(Q5_1, d), ROW_HALVES(Q5_1, m)); }
+
+ROW_CODES(Q8_0) { return v64_bias(v64_load2(ROW_TWO(Q8_0, qs))); }
+ROW_SCALES(Q8_0) {
+    const f8 d = ROW_HALVES(Q8_0, d);
+    return row_scales_32(d, d);
 }
 
-DS_INLINE void row_group_Q5_1(const void *block, row_group *g) {
-    const ds_block_Q5_1 *b = block;
-    DS_UNROLL
-    for (int j = 0; j < 4; j++)
-        g->q[j] = v64_fifth_bits2(v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs), b[2 * j].qh, b[2 * j + 1].qh);
-    g->scales = row_scales_32(ROW_HALVES(b, d), ROW_HALVES(b, m));
-}
-
-DS_INLINE void row_group_Q8_0(const void *block, row_group *g) {
-    const ds_block_Q8_0 *b = block;
-    const f8 d = ROW_HALVES(b, d);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_bias(v64_load2(b[2 * j].qs, b[2 * j + 1].qs));
-    g->scales = row_scales_32(d, d);
-}
-
-DS_INLINE void row_group_IQ4_NL(const void *block, row_group *g) {
-    const ds_block_IQ4_NL *b = block;
-    const f8 d = ROW_HALVES(b, d);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_lookup(iq4_codes, v64_nibbles2(b[2 * j].qs, b[2 * j + 1].qs));
-    g->scales = row_scales_32(d, d);
+ROW_CODES(IQ4_NL) { return v64_lookup(iq4_codes, v64_nibbles2(ROW_TWO(IQ4_NL, qs))); }
+ROW_SCALES(IQ4_NL) {
+    const f8 d = ROW_HALVES(IQ4_NL, d);
+    return row_scales_32(d, d);
 }
 
 /* ---- Formats of 256 values ---- */
 
-DS_INLINE void row_group_Q4_K(const void *block, row_group *g) {
-    const ds_block_Q4_K *b = block;
-    g->scales = row_scales_k4(v16_scales_k4(b), &b->d);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_split(b->qs + 32 * j);
-}
+ROW_CODES(Q4_K) { return v64_split(((const ds_block_Q4_K *)block)->qs + 32 * j); }
+ROW_SCALES(Q4_K) { return row_scales_k4(v16_scales_k4(block), &((const ds_block_Q4_K *)block)->d); }
 
-DS_INLINE void row_group_Q5_K(const void *block, row_group *g) {
+ROW_CODES(Q5_K) {
     const ds_block_Q5_K *b = block;
-    g->scales = row_scales_k4(v16_scales_k4(b), &b->d);
-    const v64 high = v64_twice(b->qh);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const v64 low = v64_and(v64_shift(v64_twice(b->qs + 32 * j), 0, 4), 15);
-        g->q[j] = v64_or(low, v64_and(v64_shift(high, 2 * j - 4, 2 * j - 3), 16));
-    }
+    const v64 low = v64_and(v64_shift(v64_twice(b->qs + 32 * j), 0, 4), 15);
+    return v64_or(low, v64_and(v64_shift(v64_twice(b->qh), 2 * j - 4, 2 * j - 3), 16));
 }
+ROW_SCALES(Q5_K) { return row_scales_k4(v16_scales_k4(block), &((const ds_block_Q5_K *)block)->d); }
 
-DS_INLINE void row_group_Q6_K(const void *block, row_group *g) {
+ROW_CODES(Q6_K) {
+    const ds_block_Q6_K *b = block;
+    const v64 low = v64_load(b->ql + 64 * (j / 2)), high = v64_twice(b->qh + 32 * (j / 2));
+    if (j % 2) return v64_or(v64_and(v64_shift(low, 4, 4), 15), v64_and(v64_shift(high, 0, 2), 48));
+    return v64_or(v64_and(low, 15), v64_and(v64_shift(high, -4, -2), 48));
+}
+ROW_SCALES(Q6_K) {
     const ds_block_Q6_K *b = block;
     const float d = f32_of_f16(b->d);
     const v16 sc = v16_load(b->scales);
-    g->scales = row_scales_16(sc, d, sc, d);
-    DS_UNROLL
-    for (int h = 0; h < 2; h++) {
-        const v64 low = v64_load(b->ql + 64 * h), high = v64_twice(b->qh + 32 * h);
-        g->q[2 * h] = v64_or(v64_and(low, 15), v64_and(v64_shift(high, -4, -2), 48));
-        g->q[2 * h + 1] = v64_or(v64_and(v64_shift(low, 4, 4), 15), v64_and(v64_shift(high, 0, 2), 48));
-    }
+    return row_scales_16(sc, d, sc, d);
 }
 
-DS_INLINE void row_group_Q2_K(const void *block, row_group *g) {
+ROW_CODES(Q2_K) {
+    const ds_block_Q2_K *b = block;
+    return v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
+}
+ROW_SCALES(Q2_K) {
     const ds_block_Q2_K *b = block;
     const v16 scales = v16_load(b->scales);
-    g->scales =
-        row_scales_16(v16_and(scales, v16_set(15)), f32_of_f16(b->d), v16_high_nibbles(scales), f32_of_f16(b->dmin));
-    DS_UNROLL
-    for (int j = 0; j < 4; j++)
-        g->q[j] = v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
+    return row_scales_16(v16_and(scales, v16_set(15)), f32_of_f16(b->d), v16_high_nibbles(scales), f32_of_f16(b->dmin));
 }
 
-DS_INLINE void row_group_Q3_K(const void *block, row_group *g) {
+ROW_CODES(Q3_K) {
+    const ds_block_Q3_K *b = block;
+    const v64 two = v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
+    return v64_or(two, v64_and(v64_shift(v64_twice(b->hmask), 2 * j - 2, 2 * j - 1), 4));
+}
+ROW_SCALES(Q3_K) {
     const ds_block_Q3_K *b = block;
     const float d = f32_of_f16(b->d);
     const v16 sc = v16_scales_q3_k(b->scales);
-    g->scales = row_scales_16(sc, d, sc, d);
-    const v64 high = v64_twice(b->hmask);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const v64 two = v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
-        g->q[j] = v64_or(two, v64_and(v64_shift(high, 2 * j - 2, 2 * j - 1), 4));
-    }
+    return row_scales_16(sc, d, sc, d);
 }
 
-DS_INLINE void row_group_IQ4_XS(const void *block, row_group *g) {
+ROW_CODES(IQ4_XS) {
+    const ds_block_IQ4_XS *b = block;
+    return v64_lookup(iq4_codes, v64_nibbles2(b->qs + 32 * j, b->qs + 32 * j + 16));
+}
+ROW_SCALES(IQ4_XS) {
     const ds_block_IQ4_XS *b = block;
     uint32_t low;
     memcpy(&low, b->scales_l, sizeof low);
     const uint64_t sc = spread_nibbles(low) | spread_pairs(b->scales_h) << 4;
     const f8 scale = f8_mul(f8_sub(f8_bytes(sc), f8_set(32.0f)), f8_set(f32_of_f16(b->d)));
-    g->scales = row_scales_32(scale, scale);
-    DS_UNROLL
-    for (int j = 0; j < 4; j++) g->q[j] = v64_lookup(iq4_codes, v64_nibbles2(b->qs + 32 * j, b->qs + 32 * j + 16));
+    return row_scales_32(scale, scale);
 }
 
 /* ---- Grid formats ---- */
@@ -252,12 +229,39 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
 
 /* ---- The product ---- */
 
-/* Decode the group at w and add the products of its first n values. */
-DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group,
-                        row_sum sums[]) {
+/* The group at w of a grid format. */
+DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
     row_group g;
     f.group(w, &g);
-    row_add(f, &g, n, n_tok, a, group, sums);
+#if DS_GRID_PAIRS
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++)
+        row_sum_add_grid(&sums[t], g.q, &g.signs, &g.scales, a->meta + (size_t)t * a->n_groups + group);
+#else
+    row_scales scales[DS_ROW_TOKENS];
+    row_starts(f, &g.scales, n_tok, a, group, scales, sums);
+    DS_UNROLL
+    for (int j = 0; j < 4; j++) row_add64(f, g.q[j], j, n_tok, a, group, scales, sums);
+#endif
+}
+
+/* Decode the group at w and add the products of its first n values, 64 at a time; grid formats always add all. Codes are
+ * decoded just before they are used where registers would not hold all of them. */
+DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group,
+                        row_sum sums[]) {
+    if (f.group) {
+        row_take_group(f, w, n_tok, a, group, sums);
+        return;
+    }
+    row_scales scales[DS_ROW_TOKENS];
+    const row_scales own = f.scales(w);
+    v64 q[4];
+    DS_UNROLL
+    for (int j = 0; j < 4 && DS_ROW_AHEAD; j++) q[j] = f.codes(w, j);
+    row_starts(f, &own, n_tok, a, group, scales, sums);
+    DS_UNROLL
+    for (int j = 0; j < n / 64; j++)
+        row_add64(f, DS_ROW_AHEAD ? q[j] : f.codes(w, j), j, n_tok, a, group, scales, sums);
 }
 
 DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
@@ -291,8 +295,7 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
 
 #define MUL_ROWS(id, ...)                                                                            \
     static void mul_rows_##id(const ds_mul *job) {                                                   \
-        const row_format f = {.group = row_group_##id,                                               \
-                              .group_bytes = sizeof(ds_block_##id) * (ACT_GROUP / DS_ELEMENTS_##id), \
+        const row_format f = {.group_bytes = sizeof(ds_block_##id) * (ACT_GROUP / DS_ELEMENTS_##id), \
                               .block_elements = DS_ELEMENTS_##id,                                    \
                               __VA_ARGS__};                                                          \
         if (job->n_tok == 1) mul_rows(f, 1, job);                                                    \
@@ -300,21 +303,22 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
         else if (job->n_tok == 3) mul_rows(f, 3, job);                                               \
         else mul_rows(f, 4, job);                                                                    \
     }
-MUL_ROWS(Q4_0, .min_factor = 8)
-MUL_ROWS(Q4_1, .min_factor = -1)
-MUL_ROWS(Q5_0, .min_factor = 16)
-MUL_ROWS(Q5_1, .min_factor = -1)
-MUL_ROWS(Q8_0, .is_signed = true)
-MUL_ROWS(Q2_K, .per_16 = true, .min_factor = 1)
-MUL_ROWS(Q3_K, .per_16 = true, .min_factor = 4)
-MUL_ROWS(Q4_K, .split = DS_ROW_SPLIT, .min_factor = 1)
-MUL_ROWS(Q5_K, .min_factor = 1)
-MUL_ROWS(Q6_K, .per_16 = true, .min_factor = 32)
-MUL_ROWS(IQ4_NL, .is_signed = true)
-MUL_ROWS(IQ4_XS, .is_signed = true)
-#define SIGNED_GRID .is_signed = true, .pairs = DS_GRID_PAIRS
-MUL_ROWS(IQ2_XXS, SIGNED_GRID)
-MUL_ROWS(IQ2_XS, SIGNED_GRID, .per_16 = true)
-MUL_ROWS(IQ2_S, SIGNED_GRID, .per_16 = true)
-MUL_ROWS(IQ3_XXS, SIGNED_GRID)
-MUL_ROWS(IQ3_S, SIGNED_GRID)
+#define ROW_PARTS(id) .codes = row_codes_##id, .scales = row_scales_##id
+MUL_ROWS(Q4_0, ROW_PARTS(Q4_0), .min_factor = 8)
+MUL_ROWS(Q4_1, ROW_PARTS(Q4_1), .min_factor = -1)
+MUL_ROWS(Q5_0, ROW_PARTS(Q5_0), .min_factor = 16)
+MUL_ROWS(Q5_1, ROW_PARTS(Q5_1), .min_factor = -1)
+MUL_ROWS(Q8_0, ROW_PARTS(Q8_0), .is_signed = true)
+MUL_ROWS(Q2_K, ROW_PARTS(Q2_K), .per_16 = true, .min_factor = 1)
+MUL_ROWS(Q3_K, ROW_PARTS(Q3_K), .per_16 = true, .min_factor = 4)
+MUL_ROWS(Q4_K, ROW_PARTS(Q4_K), .split = DS_ROW_SPLIT, .min_factor = 1)
+MUL_ROWS(Q5_K, ROW_PARTS(Q5_K), .min_factor = 1)
+MUL_ROWS(Q6_K, ROW_PARTS(Q6_K), .per_16 = true, .min_factor = 32)
+MUL_ROWS(IQ4_NL, ROW_PARTS(IQ4_NL), .is_signed = true)
+MUL_ROWS(IQ4_XS, ROW_PARTS(IQ4_XS), .is_signed = true)
+#define SIGNED_GRID(id) .group = row_group_##id, .is_signed = true
+MUL_ROWS(IQ2_XXS, SIGNED_GRID(IQ2_XXS))
+MUL_ROWS(IQ2_XS, SIGNED_GRID(IQ2_XS), .per_16 = true)
+MUL_ROWS(IQ2_S, SIGNED_GRID(IQ2_S), .per_16 = true)
+MUL_ROWS(IQ3_XXS, SIGNED_GRID(IQ3_XXS))
+MUL_ROWS(IQ3_S, SIGNED_GRID(IQ3_S))

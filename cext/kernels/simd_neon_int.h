@@ -65,6 +65,8 @@ typedef uint8x16_t v16;
 typedef struct f8 {
     float32x4_t a, b;
 } f8;
+#define DS_ROW_AHEAD true /* in rows, all 256 codes are decoded before they are used: registers hold them */
+
 typedef struct v64 {
     uint8x16_t part[4];
 } v64;

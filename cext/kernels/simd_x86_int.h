@@ -158,13 +158,21 @@ DS_INLINE float f8_sum(f8 a) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 DS_INLINE float f32_of_f16(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
-/* Eight halves, the first at p and each `step` bytes after the one before. */
-DS_INLINE f8 f8_halves(const uint8_t *p, size_t step) {
-    uint16_t h[8];
+/* Four halves, the first at p and each `step` bytes after the one before. Put together outside of vector registers: one is
+ * entered in a vector by a shuffle each, and those are scarce. */
+DS_INLINE __m128i x86_halves4(const uint8_t *p, size_t step) {
+    uint64_t all = 0;
     DS_UNROLL
-    for (int i = 0; i < 8; i++) memcpy(&h[i], p + (size_t)i * step, 2);
-    return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5],
-                                          (short)h[6], (short)h[7]));
+    for (int i = 0; i < 4; i++) {
+        uint16_t h;
+        memcpy(&h, p + (size_t)i * step, 2);
+        all |= (uint64_t)h << 16 * i;
+    }
+    return _mm_cvtsi64_si128((long long)all);
+}
+/* Eight of them as floats. */
+DS_INLINE f8 f8_halves(const uint8_t *p, size_t step) {
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(x86_halves4(p, step), x86_halves4(p + 4 * step, step)));
 }
 /* Eight unsigned bytes as floats. */
 DS_INLINE f8 f8_bytes(uint64_t bytes) {
@@ -195,6 +203,8 @@ DS_INLINE v16 v16_scales_q3_k(const uint8_t packed[12]) {
 }
 
 #if defined(__AVX512F__)
+
+#define DS_ROW_AHEAD true /* in rows, all 256 codes are decoded before they are used: registers hold them */
 
 typedef __m512i v64;
 typedef __m512 f16x;
@@ -290,6 +300,8 @@ DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const
 }
 
 #else
+
+#define DS_ROW_AHEAD false
 
 typedef struct v64 {
     __m256i a, b;
