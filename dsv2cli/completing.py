@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-TAKE_MODELS = ("chat", "serve", "inspect", "perplexity", "bench", "plan", "quantize", "rm")
+TAKE_MODELS = ("chat", "serve", "inspect", "perplexity", "bench", "plan", "quantize", "export", "rm")
 TAKE_NAMES = ("plan", "download")  # of the hub, fetched or not
 FLAGS = (
     "-q",

@@ -2,7 +2,8 @@
 
 pipeline.py is the run; read it first. Its stages stand beside it: budget.py (allocate.py) chooses types by what
 survey.py measured, layers.py writes layer by layer, evaluate.py compares the file with the original; job.py is what
-they share. Below them are floors, each of which imports only those after it: measure, encode, source, write, base.
+they share. exporter.py runs it for a checkpoint of 4-bit integers. Below them are floors, each of which imports only
+those after it: measure, encode, source, write, base.
 Terms and the papers' symbols: GLOSSARY.md.
 """
 
@@ -16,6 +17,8 @@ from quantize.base.errors import (
     QuantizeError,
     UnsupportedError,
 )
+from quantize.encode.grouped import GROUPS
+from quantize.exporter import export
 from quantize.job import Options
 from quantize.meter import OnProgress, Progress
 from quantize.pipeline import quantize
@@ -24,6 +27,7 @@ from quantize.report import Report
 from quantize.write.journal import check_output, is_finished, work_folder
 
 __all__ = [
+    "GROUPS",
     "RECIPES",
     "ArgumentError",
     "CalibrationError",
@@ -37,6 +41,7 @@ __all__ = [
     "Report",
     "UnsupportedError",
     "check_output",
+    "export",
     "is_finished",
     "parse_size",
     "quantize",

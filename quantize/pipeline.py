@@ -55,7 +55,8 @@ def quantize(
     """
     options, out = options or Options(), written_as(out)
     heap.map_large()
-    with open_source(source) as opened, Encoder(options.threads) as encoder, employed(encoder):
+    group = recipe.find(options.type).group
+    with open_source(source) as opened, Encoder(options.threads, group) as encoder, employed(encoder):
         check_output(out, (*opened.files(), *options.calibration))
         plan = make_plan(opened, options)
         meter = Meter(progress, Effort(plan).phases(), plan.arch.n_layer, sum(t.size for t in plan.tensors))

@@ -16,6 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from quantize.base.errors import ArgumentError
 from quantize.encode.encoder import FLOAT_TYPES, row_bytes
+from quantize.encode.grouped import GROUPS
 from quantize.source.arch import Arch
 from quantize.source.tensors import Tensor
 
@@ -75,6 +76,7 @@ class Recipe:
     default: Type
     file_type: LlamaFileType
     roles: Mapping[str, Rule] = field(default_factory=dict)
+    group: int | None = None  # columns that share a scale, for a checkpoint: see exporter.py
 
     @property
     def is_float(self) -> bool:
@@ -150,9 +152,15 @@ RECIPES = {
 }
 
 
+EXPORTS = {
+    f"w4a16-g{group}": Recipe(f"w4a16-g{group}", Type.Q4_0, LlamaFileType.MOSTLY_Q4_0, group=group) for group in GROUPS
+}
+"""What checkpoints for clusters are made of, which are no mixes of llama.cpp's."""
+
+
 def find(name: str) -> Recipe:
     """A recipe by name, in any case. QuantizeError lists those there are."""
-    recipe = RECIPES.get(name.lower())
+    recipe = RECIPES.get(name.lower()) or EXPORTS.get(name)
     if recipe is None:
         raise ArgumentError(f"unknown type `{name}`", f"one of {', '.join(RECIPES)}")
     return recipe
@@ -173,6 +181,8 @@ def type_of(recipe: Recipe, arch: Arch, tensor: Tensor, weighted: bool) -> Type:
         return Type.F32
     if recipe.is_float:
         return recipe.default
+    if recipe.group is not None:
+        return recipe.default if _takes_groups(arch, tensor, recipe.group) else Type.BF16
     n = tensor.shape[-1]
     if tensor.role == "output" or (tensor.role == "token_embd" and arch.tied):
         # The head sees every token and turns error into probability: it is never cut below 6 bits here.
@@ -182,6 +192,17 @@ def type_of(recipe: Recipe, arch: Arch, tensor: Tensor, weighted: bool) -> Type:
     rule = recipe.roles.get(tensor.role)
     chosen = rule(Place(tensor.il, arch.n_layer, arch.n_expert, weighted)) if rule else None
     return _fit(chosen or recipe.default, n)
+
+
+def _takes_groups(arch: Arch, tensor: Tensor, group: int) -> bool:
+    """Whether a matrix may be integers of groups. Engines of clusters join gate and up, and all experts, and want them
+    in one form; of kv_b_proj they make matrices of their own."""
+    if tensor.il < 0 or tensor.role in ("attn_k_b", "attn_v_b"):
+        return False
+    if tensor.sublayer == "attention":
+        return tensor.shape[-1] % group == 0
+    width = tensor.shape[-1] if "_down" in tensor.role else tensor.shape[-2]
+    return width % group == 0 and arch.n_embd % group == 0
 
 
 def _fit(type_: Type, n: int) -> Type:

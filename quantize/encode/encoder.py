@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import cext
 from quantize.base.blas import Crew, pieces
 from quantize.base.errors import QuantizeError
-from quantize.encode import feedback
+from quantize.encode import feedback, grouped
 from quantize.encode.feedback import Covariance, Sweep
 from quantize.encode.objective import Objective
 from quantize.encode.rows import Rows
@@ -96,12 +96,14 @@ def _address(array: NDArray[Any]) -> ctypes.c_void_p:
 
 
 class Encoder(Crew):
-    """Encodes and decodes rows on so many threads, all cores unless told."""
+    """Encodes and decodes rows on so many threads, all cores unless told. group: so many columns of Q4_0 share a scale
+    (grouped.py)."""
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, group: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
         super().__init__(threads or cext.cores(), "encode")
+        self._group = group
 
     def map(self, work: Callable[[slice], None], rows: NDArray[Any], min_values: int = MIN_SLICE) -> None:
         """Run work over slices of rows, a few for each thread, of min_values or more."""
@@ -125,6 +127,11 @@ class Encoder(Crew):
         n = values.shape[-1]
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, n)
         out = np.empty((len(rows), row_bytes(type_, n)), np.uint8)
+        if type_ == Type.Q4_0 and self._group is not None:
+            if not np.abs(rows).max(initial=0.0) <= GRID_MAX:  # a NaN too
+                raise QuantizeError(f"weights over {GRID_MAX:g} or not finite", NOT_FINITE_HINT)
+            grouped.encode(rows, self._group, covariance, importance, out)
+            return out.reshape(*values.shape[:-1], out.shape[1])
         if covariance is not None and type_ in FED_BACK and covariance.sweeps is not None:
             if outputs is None:
                 self._feed_back(rows, type_, covariance, out)

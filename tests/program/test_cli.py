@@ -38,7 +38,20 @@ from dsv2cli.commands.quantize import Type
 from dsv2cli.errors import CliError, UsageError
 from quantize import RECIPES
 
-VERBS = ["plan", "list", "rm", "config", "doctor", "download", "quantize", "chat", "inspect", "perplexity", "bench"]
+VERBS = [
+    "plan",
+    "list",
+    "rm",
+    "config",
+    "doctor",
+    "download",
+    "quantize",
+    "export",
+    "chat",
+    "inspect",
+    "perplexity",
+    "bench",
+]
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 LONG = ("-c", "200000", "--temp", "0")  # of the endless model's answers: none that is stopped has ended before
 
