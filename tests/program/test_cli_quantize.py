@@ -153,10 +153,24 @@ def test_the_checkpoint_is_not_written_over(tmp_path: Path, source: Path) -> Non
         assert dsv2(*command, folder / "m.gguf").returncode == 0
 
 
+# At the second layer it waits: a run of a model so small might be through before it is ended.
+HELD = """
+import threading
+from dsv2cli.commands.quantize import Display
+shown = Display.progress
+def held(display, step):
+    shown(display, step)
+    if step.layer == 1:
+        display._bar.refresh()
+        threading.Event().wait()
+Display.progress = held
+"""
+
+
 def test_ctrl_c_and_on(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
     command = ("quantize", source, "-o", out, "--calibration", text, "--plain-mix", "--type", "q3_k_m")
-    with terminal(*command) as screen:
+    with terminal(*command, before=HELD) as screen:
         screen.wait_for("layer 2 of 3")
         screen.type("\x03")
         screen.wait_for(r"what was done is kept in \S*m\.gguf\.work")
@@ -173,7 +187,7 @@ def test_going_on_says_so(tmp_path: Path, source: Path, text: Path) -> None:
     out = tmp_path / "m.gguf"
     command = ("quantize", source, "-o", out, "--calibration", text, "--plain-mix")
     for restart in (False, True):
-        with terminal(*command) as screen:
+        with terminal(*command, before=HELD) as screen:
             screen.wait_for("layer 2 of 3")
             screen.process.send_signal(signal.SIGKILL)
             screen.process.wait()
