@@ -23,7 +23,7 @@ from support.kernels import (
 from cext import _engine
 
 FORMATS = (*FLOAT_FORMATS, *CODED_FORMATS)
-SOME = ("f32", "q4_0", "q4_k", "q6_k", "iq3_s")  # one of each layout, where the format is not what is tested
+SOME = ("f32", "q4_k", "iq3_s")  # floats, codes, a grid: where the format is not what is tested
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -124,29 +124,28 @@ def test_few_slots(gpu: Gpu, name: str) -> None:
 def test_many_slots(gpu: Gpu, name: str) -> None:
     rng = np.random.default_rng(4)
     for k in widths(name):
-        for n_rows, n in ((1, 9), (130, 70)):
+        for n_rows, n in ((1, 33), (130, 70)):
             w, x = random_weights(name, n_rows, k, rng), normal(rng, n, k)
             assert_product(mul(gpu, name, w, x), name, w, x, f"{name} k={k} rows={n_rows} slots={n}")
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_every_number_of_slots_and_of_rows(gpu: Gpu, name: str) -> None:
+def test_every_number_of_slots_and_of_rows(gpu: Gpu) -> None:
+    name = "q4_k"
     rng = np.random.default_rng(5)
     for n, n_rows in ((2, 7), (4, 16), (5, 17), (8, 15), (9, 64), (64, 63), (65, 65)):
         w, x = random_weights(name, n_rows, 512, rng), normal(rng, n, 512)
         assert_product(mul(gpu, name, w, x), name, w, x, f"{name} rows={n_rows} slots={n}")
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k"])
-def test_more_rows_than_a_small_matrix_has(gpu: Gpu, name: str) -> None:
+def test_more_rows_than_a_small_matrix_has(gpu: Gpu) -> None:
+    name = "q4_k"
     rng = np.random.default_rng(6)
-    w, x = random_weights(name, 4099, 256, rng), normal(rng, 3, 256)
-    for n in (1, 3):
-        assert_product(mul(gpu, name, w, x[:n]), name, w, x[:n])
+    w, x = random_weights(name, 4099, 256, rng), normal(rng, 1, 256)
+    assert_product(mul(gpu, name, w, x), name, w, x)
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("n", [1, 3, 20])
+@pytest.mark.parametrize("n", [1, 3, 40])
 def test_a_row_is_the_same_among_others(gpu: Gpu, name: str, n: int) -> None:
     """What lies beside a row changes no bit of its products: an answer does not depend on where a model's parts are."""
     rng = np.random.default_rng(7)
@@ -156,7 +155,7 @@ def test_a_row_is_the_same_among_others(gpu: Gpu, name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("n", [2, 12])
+@pytest.mark.parametrize("n", [2, 40])
 def test_rows_of_x_and_y_stand_anywhere(gpu: Gpu, name: str, n: int) -> None:
     """At odd distances, read in another order, the sums added to what is there."""
     rng = np.random.default_rng(8)
@@ -172,7 +171,7 @@ def test_rows_of_x_and_y_stand_anywhere(gpu: Gpu, name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["f32", "q8_0", "q4_k"])
-@pytest.mark.parametrize("n", [1, 10])
+@pytest.mark.parametrize("n", [1, 40])
 def test_heads(gpu: Gpu, name: str, n: int) -> None:
     """Blocks side by side in x and in y."""
     rng = np.random.default_rng(9)
@@ -190,7 +189,7 @@ def test_what_is_no_number_shows_as_on_the_processor(gpu: Gpu, name: str, half: 
     rng = np.random.default_rng(10)
     w = random_blocks(name, 6, 512, rng)
     w[2:4] = with_halves(name, w[2:4], *[half] * len(HALVES[name]))
-    for n in (1, 9):
+    for n in (1, 40):
         got = mul(gpu, name, w, normal(rng, n, 512))
         assert not np.isfinite(got[:, 2:4]).any() and np.isfinite(got[:, [0, 1, 4, 5]]).all()
 
@@ -271,7 +270,7 @@ def silu_products(name: str, gate: Bytes, up_name: str, up: Bytes, x: Floats) ->
 
 
 @pytest.mark.parametrize("formats", [("q4_k", "q4_k"), ("iq3_s", "iq3_s"), ("f32", "f32"), ("q4_k", "q6_k")])
-@pytest.mark.parametrize("n", [1, 4, 11])
+@pytest.mark.parametrize("n", [1, 11, 40])
 def test_gated(gpu: Gpu, formats: tuple[str, str], n: int) -> None:
     """In one shader, or in two where formats differ or slots are many."""
     rng = np.random.default_rng(11)
@@ -284,7 +283,7 @@ def test_gated(gpu: Gpu, formats: tuple[str, str], n: int) -> None:
 
 def test_large_gates_stay_numbers(gpu: Gpu) -> None:
     gate, up = np.array([[[-200.0], [200.0], [-1e30]]], np.float32), np.ones((1, 3, 1), np.float32)
-    for n in (1, 9):
+    for n in (1, 40):
         y = np.zeros((n, 3), np.float32)
         run(
             gpu,
@@ -380,7 +379,7 @@ def test_integer_products_are_exact(gpu: Gpu, name: str) -> None:
         if fill is not None:
             w[:] = fill
         w = with_halves(name, w, *[WHOLE.get(name, 1.0)] * len(HALVES[name]))
-        for n in (3, 13):
+        for n in (3, 40):
             x = rng.integers(-1, 2, (n, 256)).astype(np.float32)
             x[:, ::32] = 127
             assert (np.abs(x) @ weight_magnitudes(name, w).T < 2**24).all()

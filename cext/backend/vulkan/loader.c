@@ -204,6 +204,9 @@ void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *o
     v->f.GetPhysicalDeviceProperties2(device, &p2);
     snprintf(out->driver, sizeof out->driver, "%.120s %.120s", p12.driverName, p12.driverInfo);
     out->subgroup = p11.subgroupSize;
+    if (!(p11.subgroupSupportedStages & VKB_SHADER_STAGE_COMPUTE_BIT) ||
+        !(p11.subgroupSupportedOperations & VKB_SUBGROUP_FEATURE_ARITHMETIC_BIT))
+        snprintf(out->missing, sizeof out->missing, "its driver has no sums over subgroups");
     check_features(v, device, out);
     check_coop(v, device, out);
     read_memory(v, device, out);

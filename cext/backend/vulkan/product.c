@@ -5,22 +5,28 @@
 
 #include "quant/grids.h"
 
-/* ---- What is told of devices: the one place for figures that suit a card. None of them changes a result. ----
- * Chosen by counting registers and groups, not yet timed: two rows a subgroup share what is read of x; a matrix of few rows
- * fills a large card better by single ones; sums of more than 8 (rows by slots) leave no registers for weights. */
+/* ---- What is told of devices: the one place for figures that suit a card. They change a result by rounding alone. ----
+ * Chosen by counting registers, groups and operations, not yet timed: two rows a subgroup share what is read of x; a
+ * matrix of few rows fills a large card better by single ones; sums of more than 8 (rows by slots) leave no registers
+ * for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8 slots are cheaper up to about
+ * half of them, and among experts, of which each has a few of the tokens, up to more; matrix units make a tile's sums
+ * cheap. */
 enum {
     VEC_THREADS = 128,
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes */
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
     FEW_ROWS = 4096,
+    GRID_ROWS = 4, /* times the rows a group: it copies a grid first */
+    VEC_MOST = 8, /* slots; more are tiles' work: of matrix units, */
+    VEC_MOST_FLOATS = 32, /* without them, */
+    VEC_MOST_GROUPS = 64, /* and where they are shared out among groups */
     MAX_GROUPS = 65535, /* what every device has */
 };
 
 static const struct {
     uint32_t most, rows, slots; /* up to so many slots: rows by slots of a subgroup */
-} VEC_SHAPES[] = {{1, 2, 1}, {2, 2, 2}, {4, 2, 4}, {8, 1, 8}};
-enum { VEC_MOST = 8 }; /* more slots are tiles' work */
+} VEC_SHAPES[] = {{1, 2, 1}, {2, 2, 2}, {4, 2, 4}, {UINT32_MAX, 1, 8}};
 
 static uint32_t pieces(uint32_t n, uint32_t of) { return n / of + (n % of != 0); }
 
@@ -58,6 +64,21 @@ static const char *family(const ds_gpu_product *p, const char *floats, const cha
     return p->x_scale ? packed : floats;
 }
 
+/* Halves serve where floats need not be kept: rows of floats are few. */
+static bool takes_halves(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
+    return ds_gpu_told(gpu)->coop[0] && !p->x_scale && format != DS_FORMAT_F32 && !(p->flags & DS_GPU_EXACT);
+}
+
+static bool is_vec(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
+    const uint32_t most = takes_halves(gpu, format, p) ? VEC_MOST : p->groups ? VEC_MOST_GROUPS : VEC_MOST_FLOATS;
+    return p->n_slots <= most;
+}
+
+static bool has_grid(ds_format format) {
+    return format == DS_FORMAT_IQ2_XXS || format == DS_FORMAT_IQ2_XS || format == DS_FORMAT_IQ2_S ||
+           format == DS_FORMAT_IQ3_XXS || format == DS_FORMAT_IQ3_S;
+}
+
 static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_format format, const ds_gpu_product *p,
                          uint32_t n_blocks, ds_error *err) {
     size_t i = 0;
@@ -65,6 +86,7 @@ static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_f
     const uint32_t rows = p->rows <= FEW_ROWS ? 1 : VEC_SHAPES[i].rows, slots = VEC_SHAPES[i].slots;
     const uint32_t subgroup = ds_gpu_told(gpu)->subgroup;
     uint32_t group_rows = rows * (subgroup && subgroup < VEC_THREADS ? VEC_THREADS / subgroup : 1);
+    if (has_grid(format)) group_rows *= GRID_ROWS;
     while (pieces(p->rows, group_rows) > MAX_GROUPS) group_rows *= 2;
     const uint32_t specs[] = {VEC_THREADS, rows, slots, group_rows};
     return record(gpu, c, name, format, specs, 4, p,
@@ -77,11 +99,6 @@ static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, cons
                   (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
 }
 
-/* Halves serve where floats need not be kept: rows of floats are few. */
-static bool takes_halves(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
-    return ds_gpu_told(gpu)->coop[0] && !p->x_scale && format != DS_FORMAT_F32 && !(p->flags & DS_GPU_EXACT);
-}
-
 static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                           ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
@@ -92,14 +109,14 @@ static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, con
 
 ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                      ds_error *err) {
-    if (p->n_slots <= VEC_MOST) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
+    if (is_vec(gpu, format, p)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
     if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, format, p, n_blocks, err);
     return mul_mat(gpu, c, format, p, n_blocks, err);
 }
 
 ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
                            uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
-    if (format == up_format && up_row_bytes == p->row_bytes && p->n_slots <= VEC_MOST)
+    if (format == up_format && up_row_bytes == p->row_bytes && is_vec(gpu, format, p))
         return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, n_blocks, err);
     ds_gpu_product up = *p;
     up.row_bytes = up_row_bytes;

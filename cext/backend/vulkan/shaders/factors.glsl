@@ -1,5 +1,6 @@
 /* factors.glsl: what a product multiplies, sixteen values at a time: decoded weights by floats, or with DOT codes by
- * activations of 8 bits (pack_q8.comp), whose integer products are those of the processor's kernels. Behind unpack.glsl. */
+ * activations of 8 bits (pack_q8.comp), whose integer products are those of the processor's kernels. Behind
+ * unpack.glsl. */
 
 #if defined(DOT)
 

@@ -1,13 +1,13 @@
 #version 460
-/* get_rows.comp: rows of W as floats: y[i] = W[slot_row[i]], bit-equal to ds_dequantize_row. Names as in product.glsl; grid
- * (k / GATHER_VALUES, rows of y, 1). */
+/* get_rows.comp: rows of W as floats: y[i] = W[slot_row[i]], bit-equal to ds_dequantize_row. Names as in product.glsl;
+ * grid (k / GATHER_VALUES, rows of y, 1). */
 #extension GL_GOOGLE_include_directive : require
 #include "product.glsl"
 #define EXACT precise /* a product and a difference, each rounded */
 #include "unpack.glsl"
 
 layout(local_size_x_id = 0) in;
-const uint GATHER_VALUES = 2048; /* of a workgroup (DS_VK_GATHER_VALUES) */
+const uint GATHER_VALUES = 2048; /* of a workgroup (the same in product.c) */
 
 void main() {
     unpack_begin();

@@ -1,7 +1,7 @@
 #version 460
 /* mul_coop.comp: y = x W^T for many slots a block by cooperative matrices of halves, summed in floats: weights and
- * activations keep 11 bits. Four subgroups compute TILE by TILE, 32 by 32 each. Names as in product.glsl; grid (rows / TILE,
- * slots / TILE, blocks). */
+ * activations keep 11 bits. Four subgroups compute TILE by TILE, 32 by 32 each. Names as in product.glsl; grid (rows /
+ * TILE, slots / TILE, blocks). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_cooperative_matrix : require
 #extension GL_KHR_memory_scope_semantics : require

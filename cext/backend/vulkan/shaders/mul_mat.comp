@@ -1,7 +1,7 @@
 #version 460
-/* mul_mat.comp: y = x W^T for many slots a block. A workgroup of 128 computes TILE_ROWS rows by TILE_SLOTS slots, a unit at
- * a time, which it decodes into shared memory. Names as in product.glsl; grid (rows / TILE_ROWS, slots / TILE_SLOTS, blocks).
- * With DOT, x is packed (pack_q8.comp). */
+/* mul_mat.comp: y = x W^T for many slots a block. A workgroup of 128 computes TILE_ROWS rows by TILE_SLOTS slots, a
+ * unit at a time, which it decodes into shared memory. Names as in product.glsl; grid (rows / TILE_ROWS, slots /
+ * TILE_SLOTS, blocks). With DOT, x is packed (pack_q8.comp). */
 #extension GL_GOOGLE_include_directive : require
 #include "product.glsl"
 #define EXACT

@@ -1,7 +1,7 @@
 #version 460
-/* mul_vec.comp: y = x W^T for few slots a block. A subgroup takes ROWS rows, its lanes their units in turn, so that it reads
- * them in order, once for SLOTS slots. Names as in product.glsl; grid (rows / GROUP_ROWS, slots / SLOTS, blocks). With GATED,
- * y = silu(x W^T) * (x Up^T); with DOT, x is packed (pack_q8.comp). */
+/* mul_vec.comp: y = x W^T for few slots a block. A subgroup takes ROWS rows, its lanes their units in turn, so that it
+ * reads them in order, once for SLOTS slots. Names as in product.glsl; grid (rows / GROUP_ROWS, slots / SLOTS,
+ * blocks). With GATED, y = silu(x W^T) * (x Up^T); with DOT, x is packed (pack_q8.comp). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
 #extension GL_KHR_shader_subgroup_arithmetic : require

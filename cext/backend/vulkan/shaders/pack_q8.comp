@@ -23,7 +23,8 @@ float divide(float a, float b) {
 }
 
 void main() {
-    const uint i = gl_LocalInvocationIndex, at = 4 * (gl_WorkGroupID.x * gl_WorkGroupSize.x + i), row = gl_WorkGroupID.y;
+    const uint i = gl_LocalInvocationIndex, at = 4 * (gl_WorkGroupID.x * gl_WorkGroupSize.x + i),
+               row = gl_WorkGroupID.y;
     const bool inside = at < p.ldx;
     const uint64_t first = uint64_t(row) * p.ldx + at;
     const vec4 x = inside ? load4(p.x + 4 * first) : vec4(0.0);

@@ -1,5 +1,5 @@
-/* product.glsl: a product y = x W^T as its shaders are told of it (ds_vk_product in product.h, the same bytes), and the
- * memory that it reaches, all by address: no descriptor, no limit to a tensor's size but the device's memory. */
+/* product.glsl: a product y = x W^T as its shaders are told of it (ds_gpu_product in product.h, the same bytes), and
+ * the memory that it reaches, all by address: no descriptor, no limit to a tensor's size but the device's memory. */
 
 #extension GL_EXT_buffer_reference : require
 #extension GL_EXT_scalar_block_layout : require

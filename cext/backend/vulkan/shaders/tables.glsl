@@ -1,5 +1,5 @@
-/* tables.glsl: the code books of the IQ formats (quant/grids.h), copied into shared memory by each workgroup: entries of
- * neighbours' units lie all over them. */
+/* tables.glsl: the code books of the IQ formats (quant/grids.h), copied into shared memory by each workgroup: entries
+ * of neighbours' units lie all over them. */
 
 #if defined(FORMAT_IQ4_NL) || defined(FORMAT_IQ4_XS)
 
@@ -14,13 +14,15 @@ void unpack_begin() {
 uvec4 iq4_values(uvec4 q) {
     uvec4 v;
     [[unroll]] for (uint i = 0; i < 4; i++)
-        v[i] = iq4_value[q[i] & 15u] | iq4_value[q[i] >> 8 & 15u] << 8 | iq4_value[q[i] >> 16 & 15u] << 16 | iq4_value[q[i] >> 24] << 24;
+        v[i] = iq4_value[q[i] & 15u] | iq4_value[q[i] >> 8 & 15u] << 8 | iq4_value[q[i] >> 16 & 15u] << 16 |
+               iq4_value[q[i] >> 24] << 24;
     return v;
 }
 
-#elif defined(FORMAT_IQ2_XXS) || defined(FORMAT_IQ2_XS) || defined(FORMAT_IQ2_S) || defined(FORMAT_IQ3_XXS) || defined(FORMAT_IQ3_S)
+#elif defined(FORMAT_IQ2_XXS) || defined(FORMAT_IQ2_XS) || defined(FORMAT_IQ2_S) || defined(FORMAT_IQ3_XXS) || \
+    defined(FORMAT_IQ3_S)
 
-/* Entries of 16 bits, two a dword; where each grid starts in the product's tables (ds_vk_tables of product.h). */
+/* Entries of 16 bits, two a dword; where each grid starts in the product's tables (ds_gpu_tables of product.h). */
 #if defined(FORMAT_IQ2_XXS)
 #define GRID_FIRST 0
 #define GRID_ENTRIES 256

@@ -1,5 +1,5 @@
-/* tile.glsl: a unit (32 values) of TILE_ROWS rows and of TILE_SLOTS slots in shared memory, and the products of them that
- * one of 128 threads sums: SUM_ROWS rows by SUM_SLOTS slots. Behind factors.glsl. */
+/* tile.glsl: a unit (32 values) of TILE_ROWS rows and of TILE_SLOTS slots in shared memory, and the products of them
+ * that one of 128 threads sums: SUM_ROWS rows by SUM_SLOTS slots. Behind factors.glsl. */
 
 const uint TILE_ROWS = 64, TILE_SLOTS = 64; /* TILE in product.c */
 const uint SUM_ROWS = 8, SUM_SLOTS = 4;
@@ -50,7 +50,7 @@ void tile_sum(uint lane_rows, uint lane_slots, inout vec4 sum[SUM_ROWS]) {
 
 #else
 
-/* By value, then row or slot: neighbours write neighbouring banks. Of each value a vector more, so that reads do too. */
+/* By value, then row or slot, and a vector more each: neighbours write, and read, neighbouring banks. */
 shared vec4 w_tile[32][TILE_ROWS / 4 + 1], x_tile[32][TILE_SLOTS / 4 + 1];
 
 void tile_put_weights(uint h, uint i, Weights w) {

@@ -1,9 +1,10 @@
-/* unpack.glsl: the tensor formats, one unpacking each, for every shader that reads weights. FORMAT_<ID> names the format.
+/* unpack.glsl: the tensor formats, one unpacking each, for every shader that reads weights. FORMAT_<ID> names the
+ * format.
  *
- * A row is taken in units of 32 values, each in two halves of 16 that lie together: values [place(u, h), place(u, h) + 16).
- * Coded formats give a half as signed bytes, a scale and a low: w = scale * q - low, as quant/codes.h has them, rounded as
- * there. Rows of formats whose blocks are an odd number of halves start at multiples of 2 bytes: dwords are put together
- * from the aligned ones around them, never from beyond the dword that a row's last byte lies in. */
+ * A row is taken in units of 32 values, each in two halves of 16 that lie together: values [place(u, h), place(u, h) +
+ * 16). Coded formats give a half as signed bytes, a scale and a low: w = scale * q - low, as quant/codes.h has them,
+ * rounded as there. Rows of formats whose blocks are an odd number of halves start at multiples of 2 bytes: dwords are
+ * put together from the aligned ones around them, never from beyond the dword that a row's last byte lies in. */
 
 /* clang-format off */
 #if defined(FORMAT_F32) || defined(FORMAT_F16) || defined(FORMAT_BF16)
@@ -195,7 +196,8 @@ Codes unpack_block(uint64_t at, uint u, uint h) {
 Codes unpack_block(uint64_t at, uint u, uint h) {
     const uint j = u / 2 % 2 + 2 * h, sub = u / 4 * 8 + 2 * j + u % 2, halves = dword(at, 80), scales = byte(at, sub);
     const uvec4 q = quad(at, 16 + u / 4 * 32 + u % 2 * 16) >> 2 * j & 0x03030303u;
-    return Codes(q, half_to_float(halves & 0xffffu) * float(scales & 15u), half_to_float(halves >> 16) * float(scales >> 4));
+    return Codes(q, half_to_float(halves & 0xffffu) * float(scales & 15u),
+                 half_to_float(halves >> 16) * float(scales >> 4));
 }
 #elif defined(FORMAT_Q3_K)
 Codes unpack_block(uint64_t at, uint u, uint h) {
@@ -215,7 +217,8 @@ Codes unpack_block(uint64_t at, uint u, uint h) {
 #if defined(FORMAT_Q4_K)
     const uvec4 q = quad(at, 16 + 16 * u) >> 4 * h & 0x0f0f0f0fu;
 #else
-    const uvec4 q = quad(at, 48 + 16 * u) >> 4 * h & 0x0f0f0f0fu | (quad(at, 16 + u % 2 * 16) >> sub & 0x01010101u) << 4;
+    const uvec4 high = quad(at, 16 + u % 2 * 16) >> sub & 0x01010101u;
+    const uvec4 q = quad(at, 48 + 16 * u) >> 4 * h & 0x0f0f0f0fu | high << 4;
 #endif
     return Codes(q, half_to_float(head.x & 0xffffu) * float(sc), half_to_float(head.x >> 16) * float(m));
 }
@@ -231,12 +234,14 @@ Codes unpack_block(uint64_t at, uint u, uint h) {
 Codes unpack_block(uint64_t at, uint u, uint h) {
     const uint head = dword(at, 0);
     const uint sc = byte(at, 4 + u / 2) >> u % 2 * 4 & 15u | (head >> 16 + 2 * u & 3u) << 4;
-    return Codes(iq4_values(quad(at, 8 + 16 * u) >> 4 * h & 0x0f0f0f0fu), half_to_float(head & 0xffffu) * float(int(sc) - 32), 0.0);
+    return Codes(iq4_values(quad(at, 8 + 16 * u) >> 4 * h & 0x0f0f0f0fu),
+                 half_to_float(head & 0xffffu) * float(int(sc) - 32), 0.0);
 }
 #elif defined(FORMAT_IQ2_XXS)
 Codes unpack_block(uint64_t at, uint u, uint h) {
     const uint indices = dword(at, 2 + 8 * u) >> 16 * h, tail = dword(at, 6 + 8 * u), signs = tail >> 14 * h;
-    const uvec2 a = grid8(indices & 255u, signs_7(signs & 127u)), b = grid8(indices >> 8 & 255u, signs_7(signs >> 7 & 127u));
+    const uvec2 a = grid8(indices & 255u, signs_7(signs & 127u)),
+                b = grid8(indices >> 8 & 255u, signs_7(signs >> 7 & 127u));
     return Codes(uvec4(a, b), scale_at(at, 0) * 0.125 * float(2 * (tail >> 28) + 1), 0.0);
 }
 #elif defined(FORMAT_IQ2_XS)
@@ -257,15 +262,18 @@ Codes unpack_block(uint64_t at, uint u, uint h) {
 Codes unpack_block(uint64_t at, uint u, uint h) {
     const uint indices = dword(at, 2 + 8 * u + 4 * h), tail = dword(at, 66 + 4 * u);
     const uint a = signs_7(tail >> 14 * h & 127u), b = signs_7(tail >> 14 * h + 7 & 127u);
-    const uvec4 q = uvec4(grid4(indices & 255u, a), grid4(indices >> 8 & 255u, a >> 4), grid4(indices >> 16 & 255u, b), grid4(indices >> 24, b >> 4));
+    const uvec4 q = uvec4(grid4(indices & 255u, a), grid4(indices >> 8 & 255u, a >> 4), grid4(indices >> 16 & 255u, b),
+                          grid4(indices >> 24, b >> 4));
     return Codes(q, scale_at(at, 0) * 0.25 * float(2 * (tail >> 28) + 1), 0.0);
 }
 #elif defined(FORMAT_IQ3_S)
 Codes unpack_block(uint64_t at, uint u, uint h) {
     const uint indices = dword(at, 2 + 8 * u + 4 * h), signs = word(at, 74 + 4 * u + 2 * h);
     const uint high = byte(at, 66 + u) >> 4 * h, sc = byte(at, 106 + u / 2) >> u % 2 * 4 & 15u;
-    const uvec4 q = uvec4(grid4(indices & 255u | (high & 1u) << 8, signs), grid4(indices >> 8 & 255u | (high >> 1 & 1u) << 8, signs >> 4),
-                          grid4(indices >> 16 & 255u | (high >> 2 & 1u) << 8, signs >> 8), grid4(indices >> 24 | (high >> 3 & 1u) << 8, signs >> 12));
+    const uvec4 q = uvec4(grid4(indices & 255u | (high & 1u) << 8, signs),
+                          grid4(indices >> 8 & 255u | (high >> 1 & 1u) << 8, signs >> 4),
+                          grid4(indices >> 16 & 255u | (high >> 2 & 1u) << 8, signs >> 8),
+                          grid4(indices >> 24 | (high >> 3 & 1u) << 8, signs >> 12));
     return Codes(q, scale_at(at, 0) * float(2 * sc + 1), 0.0);
 }
 #endif
@@ -311,7 +319,8 @@ vec4 weights4(uint64_t row, uint i) {
     d = uvec2(aligned.v[0], aligned.v[1]);
     if ((uint(at) & 2u) != 0) d = d >> 16 | uvec2(d.y, aligned.v[2]) << 16;
 #if defined(FORMAT_F16)
-    return vec4(half_to_float(d.x & 0xffffu), half_to_float(d.x >> 16), half_to_float(d.y & 0xffffu), half_to_float(d.y >> 16));
+    return vec4(half_to_float(d.x & 0xffffu), half_to_float(d.x >> 16), half_to_float(d.y & 0xffffu),
+                half_to_float(d.y >> 16));
 #else
     return uintBitsToFloat(uvec4(d.x << 16, d.x & 0xffff0000u, d.y << 16, d.y & 0xffff0000u));
 #endif
