@@ -5,11 +5,12 @@
 
 #include "quant/grids.h"
 
-/* ---- What is told of devices: the one place for figures that suit a card. They change a result by rounding alone. ----
+/* ---- What is told of devices: the one place for figures that suit a card. They change results by rounding alone.
+ *
  * Chosen by counting registers, groups and operations, not yet timed: two rows a subgroup share what is read of x; a
  * matrix of few rows fills a large card better by single ones; sums of more than 8 (rows by slots) leave no registers
- * for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8 slots are cheaper up to about
- * half of them, and among experts, of which each has a few of the tokens, up to more; matrix units make a tile's sums
+ * for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8 slots are cheaper up to half
+ * of them or so, and among experts, of which each has a few of the tokens, up to more; matrix units make a tile's sums
  * cheap. */
 enum {
     VEC_THREADS = 128,
