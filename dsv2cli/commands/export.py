@@ -38,8 +38,13 @@ GROUP_HELP = (
 )
 
 
+SOURCE = typer.Argument(
+    metavar="SRC", help="A folder with config.json and *.safetensors, or an alias that was downloaded."
+)
+
+
 def export(
-    source: Annotated[str, quantizing.SOURCE],
+    source: Annotated[str, SOURCE],
     out: Annotated[
         Path | None, options.place("-o", "--out", metavar="FOLDER", help="The folder to make.", show_default=False)
     ] = None,
