@@ -237,6 +237,14 @@ def refuse_budget(ram: str) -> None:
         raise UsageError("--ram is of dsv2's own engine", "leave it out: llama.cpp maps the file")
 
 
+def refuse_gpu(which: str) -> None:
+    """For a model that llama.cpp runs. UsageError."""
+    from dsv2cli.errors import UsageError
+
+    if which != "off":
+        raise UsageError("--gpu is of dsv2's own engine", "leave it out; llama.cpp's is --gpu-layers")
+
+
 def wishes(
     engine: Literal["auto", "dsv2", "llama.cpp"],
     rpc: str | None,
@@ -255,8 +263,8 @@ def wishes(
     from dsv2cli.runtime import Wishes
 
     budget, wish = memory_for_weights(ram), gpu_wish(gpu, vram)
-    if wish.which != "off" and (rpc is not None or gpu_layers or engine == "llama.cpp"):
-        raise UsageError("--gpu is of dsv2's own engine", "llama.cpp's is --gpu-layers")
+    if rpc is not None or gpu_layers or engine == "llama.cpp":
+        refuse_gpu(gpu)
     if engine == "dsv2" and (rpc is not None or gpu_layers):
         raise UsageError(f"{'--gpu-layers' if rpc is None else '--rpc'} is llama.cpp's", "leave out --engine dsv2")
     if rpc is not None or gpu_layers or engine == "llama.cpp":

@@ -16,7 +16,7 @@ from dsv2cli import console, usage
 from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.gpu import Wish
-from dsv2cli.options import refuse_budget
+from dsv2cli.options import refuse_budget, refuse_gpu
 from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_placed
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
                 raise
             refuse_budget(wishes.said)
+            refuse_gpu(wishes.gpu.which)
             if wishes.told:
                 console.note(f"({reason}: llama.cpp runs this file)", "dim")
             return None

@@ -81,10 +81,13 @@ def bench(
     runs = engine_for(path, engine, quiet=quiet)
     if runs == "llama.cpp":
         options.refuse_budget(ram)
+        options.refuse_gpu(gpu)
     if runs in peers:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     beside = None
-    if share and runs == "dsv2" and not as_csv:
+    if share and gpu != "off":
+        console.note("(no share of the machine: what a GPU gives is not measured)", "dim")
+    elif share and runs == "dsv2" and not as_csv:
         from dsv2cli.planner.share import Measuring
 
         beside = Measuring(path, kv, threads)

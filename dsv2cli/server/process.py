@@ -60,13 +60,19 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return bound
 
 
-def listen_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
-    """As listen, at several addresses and one port; 0: any that is free at the first. CliError."""
+def listen_all(hosts: Sequence[str], port: int, tries: int = 8) -> list[socket.socket]:
+    """As listen, at several addresses and one port; 0: any that is free at all of them. CliError."""
     bound: list[socket.socket] = []
-    for host in hosts:
-        bound.append(listen(host, port, shared=len(hosts) > 1))
-        port = bound[0].getsockname()[1]
-    return bound
+    try:
+        for host in hosts:
+            bound.append(listen(host, bound[0].getsockname()[1] if bound else port, shared=len(hosts) > 1))
+        return bound
+    except CliError:
+        for each in bound:
+            each.close()
+        if port or not bound or not tries:
+            raise
+    return listen_all(hosts, port, tries - 1)  # what is free at the first was taken at another
 
 
 def address(bound: socket.socket) -> str:

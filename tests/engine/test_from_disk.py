@@ -165,7 +165,9 @@ def test_how_far_a_long_step_has_come(tiny_gguf: Callable[[Spec], Path]) -> None
         session, shares = model.session(512), set[float]()
         session.eval(ids)
         assert model.step_share() == 0
+        end = time.monotonic() + 300
         while not shares:  # until it is looked at within a step
+            assert time.monotonic() < end
             session.rewind(0)
             step = threading.Thread(target=lambda: cext.eval_batch([(session, ids)], piece=1), daemon=True)
             step.start()

@@ -263,5 +263,6 @@ def test_what_a_cost_is_reckoned_from(model: Path, options: tuple[str, ...], wor
 
 def test_where_the_machine_cannot_be_measured_it_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "UNSAFE_SHARE", 0.0)
+    monkeypatch.setattr("cext.system.free_bytes", lambda **how: 1 << 30)
     ran = run("bench", model, "-p", "8", "-n", "0", "-r", "1", "-t", "1")
     assert ran.code == 0 and "no share of the machine: too little memory" in ran.told and b"of the dots" not in ran.out

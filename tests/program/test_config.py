@@ -234,3 +234,12 @@ def test_memory_that_is_set_for_all_is_left_out_where_llama_cpp_runs(
     done(run("bench", "-p", "8", "-n", "0", "-r", "1", env=env))
     ran = run(*ASK, "--ram", "20M", env=env)
     assert ran.code == 2 and "--ram is of dsv2's own engine" in ran.told, ran.told
+
+
+@pytest.mark.parametrize("kept", ['engine = "llama.cpp"', "gpu-layers = 3"])
+def test_what_is_set_for_llama_cpp_is_left_out_beside_a_gpu(
+    env: dict[str, str | None], tmp_path: Path, kept: str
+) -> None:
+    put(tmp_path, kept + "\n")
+    ran = run(*ASK, "--gpu", "no such card", env=env)
+    assert ran.code == 0 and "no GPU is used" in ran.told, ran.told

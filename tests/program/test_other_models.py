@@ -410,6 +410,11 @@ def test_memory_that_is_set_for_every_model_is_not_refused(written: Callable[...
     assert_fails(dsv2(*ask, "--ram", "12G"), 2, "--ram is of dsv2's own engine")
 
 
+@pytest.mark.parametrize("command", [("chat", "-p", "x"), ("bench", "-p", "8", "-n", "0")])
+def test_a_gpu_beside_the_processor_is_refused(written: Callable[..., Path], command: tuple[str, ...]) -> None:
+    assert_fails(dsv2(command[0], written(QWEN2), *command[1:], "--gpu", "auto"), 2, "--gpu is of dsv2's own engine")
+
+
 def test_perplexity_of_both_is_the_oracles(written: Callable[..., Path], tmp_path: Path) -> None:
     path = written(QWEN2)
     text = tmp_path / "t.txt"

@@ -20,6 +20,8 @@ from support.tiny import spec_named, variant
 from support.vocab import write_model
 
 from dsv2cli import runtime
+from dsv2cli.errors import CliError
+from dsv2cli.server import process as serving
 
 STREAM = {"prompt": "Hi", "max_tokens": 100, "stream": True, "ignore_eos": True}
 
@@ -183,6 +185,28 @@ def test_several_addresses(path: Path) -> None:
         port = httpx.URL(address).port
         for host in ("127.0.0.1", "[::1]"):
             assert httpx.get(f"http://{host}:{port}/v1/models", timeout=SECONDS).status_code == 200
+
+
+def test_a_port_that_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free at the first and taken at the second is given up for another; a port that is named is not."""
+    ours, refused = serving.listen, [2]
+    kept: list[socket.socket] = []
+
+    def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+        if port and refused[0]:
+            refused[0] -= 1
+            raise CliError("taken")
+        kept.append(ours(host, 0, shared=shared))
+        return kept[-1]
+
+    monkeypatch.setattr(serving, "listen", listen)
+    bound = serving.listen_all(["127.0.0.1", "127.0.0.1"], 0)
+    assert len(bound) == 2 and [each.fileno() < 0 for each in kept] == [True, True, False, False]
+    for each in bound:
+        each.close()
+    refused[0] = 1
+    with pytest.raises(CliError, match="taken"):
+        serving.listen_all(["127.0.0.1"], 8080)
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
