@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from dsv2cli.errors import CliError, UsageError
 
@@ -25,6 +25,7 @@ SILENT_SECONDS = 600.0  # without a byte, after which a server is given up: prom
 MAX_LINE = 1 << 22  # bytes of an event
 MAX_BODY = 1 << 22  # of an answer in one piece, or a list of models
 MAX_ERROR = 1 << 16
+MAX_NAME = 256  # characters of a model's
 SHOWN = 300  # characters of what a server says of an error
 DEFAULT_KEY = "DSV2_API_KEY"
 PATH = "/chat/completions"
@@ -123,7 +124,7 @@ class Server:
         found = value.get("data")
         if not isinstance(found, list):
             raise RefusedError(f"`{self.address.url}` lists no models", URL_HINT)
-        return [_listed(each) for each in found if isinstance(each, dict) and isinstance(each.get("id"), str)]
+        return [_listed(each) for each in found if isinstance(each, dict) and _is_name(each.get("id"))]
 
     def answer(self, body: Mapping[str, Any]) -> Generator[Part, None, None]:
         """Of a chat, as it is written; ends early where ``cancel`` was called. ServerError."""
@@ -133,7 +134,7 @@ class Server:
                 yield self._part(_json(self, response.read(MAX_BODY + 1)), "message")
                 return
             stopped = False
-            for data in _events(self._lines(response)):
+            for data in self._events(response):
                 if data == b"[DONE]":
                     return
                 part = self._part(_json(self, data), "delta")
@@ -174,11 +175,22 @@ class Server:
         finally:
             exchange.close()
 
-    def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The data of server-sent events; comments, which keep a connection alive, and other fields are passed over."""
+        data: list[bytes] = []
+        n = 0  # bytes of them
         while line := response.readline(MAX_LINE):
-            if len(line) == MAX_LINE:
-                raise ServerError(f"`{self.address.url}` sends lines of more than {MAX_LINE} bytes", URL_HINT)
-            yield line
+            text = line.rstrip(b"\r\n")
+            if text.startswith(b"data:"):
+                data.append(text[5:].removeprefix(b" "))
+                n += len(line)
+            if len(line) == MAX_LINE or n >= MAX_LINE:
+                raise ServerError(f"`{self.address.url}` sends events of more than {MAX_LINE} bytes", URL_HINT)
+            if not text and data:
+                yield b"\n".join(data)
+                data, n = [], 0
+        if data:
+            yield b"\n".join(data)
 
     def _part(self, value: Mapping[str, Any], where: str) -> Part:
         """Of an event, or of a whole answer. ServerError where it tells of one."""
@@ -193,10 +205,10 @@ class Server:
 
     def _refusal(self, response: http.client.HTTPResponse) -> RefusedError:
         """Why it does not answer, in its words, and what to do."""
-        status = f"{response.status} {response.reason}".strip()
+        status = f"{response.status} {self._shown(response.reason)}".strip()
         url = self.address.url
         if 300 <= response.status < 400:
-            place = self._hidden(response.headers.get("Location") or "another address")
+            place = self._shown(response.headers.get("Location") or "another address")
             return RefusedError(
                 f"`{url}` sends on to {place} ({status})", "give --server that address, if you trust it"
             )
@@ -217,11 +229,16 @@ class Server:
         """An error, in the forms that servers have for one."""
         for name in ("error", "message", "detail"):
             value = value.get(name, value) if isinstance(value, dict) else value
-        text = value if isinstance(value, str) else json.dumps(value)
-        return self._hidden(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+        return self._shown(value if isinstance(value, str) else json.dumps(value))
 
-    def _hidden(self, text: str) -> str:
-        return text.replace(self.key, "(the key)") if self.key else text
+    def _shown(self, text: str) -> str:
+        """What a server says, without the key, as it is and as it is spelt in JSON and in an address. It is cut
+        afterwards: of a key that lies across the cut, none is shown."""
+        if self.key:
+            spelt = {self.key, json.dumps(self.key)[1:-1], quote(self.key, safe="")}
+            for each in sorted(spelt, key=len, reverse=True):
+                text = text.replace(each, "(the key)")
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
     def _why(self, error: Exception) -> tuple[str, str]:
         """(what went wrong, what to do about it)."""
@@ -281,20 +298,6 @@ class _Exchange:
         self._connection.close()
 
 
-def _events(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events; comments, which keep a connection alive, and other fields are passed over."""
-    data: list[bytes] = []
-    for line in lines:
-        text = line.rstrip(b"\r\n")
-        if text.startswith(b"data:"):
-            data.append(text[5:].removeprefix(b" "))
-        elif not text and data:
-            yield b"\n".join(data)
-            data = []
-    if data:
-        yield b"\n".join(data)
-
-
 def _json(server: Server, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
@@ -307,6 +310,10 @@ def _json(server: Server, data: bytes) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME
 
 
 def _listed(model: Mapping[str, Any]) -> Listed:

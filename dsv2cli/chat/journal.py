@@ -11,15 +11,18 @@ turn   {"parent": n, "user": text, "reasoning": text or null, "answer": text, "i
 head   {"head": n}: the next turn follows turn n
 
 Where it was with a server, the model's identity is "server", its path the server's address, and there are no ids: the
-texts are all that there is.
+texts are all that there is; "key_env" names the variable of the environment that held the key, where one was sent: the
+key itself is in no file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +43,7 @@ MAX_BYTES = 1 << 30  # of a file
 MAX_FIRST = 1 << 16  # of its first line
 MAX_ID = 2**31 - 1
 SERVER = "server"
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what such file systems say to a link
 
 
 class JournalError(CliError):
@@ -48,11 +52,13 @@ class JournalError(CliError):
 
 @dataclass(frozen=True)
 class Model:
-    """Whose tokens a conversation is made of. identity: see ``store.identity``, or SERVER; path: where it lay."""
+    """Whose tokens a conversation is made of. identity: see ``store.identity``, or SERVER; path: where it lay; key_env:
+    the environment's variable that holds the server's key, "" where none was sent."""
 
     identity: str
     name: str
     path: str
+    key_env: str = ""
 
     @property
     def is_server(self) -> bool:
@@ -130,8 +136,9 @@ def _first(path: Path, line: bytes, *, sealed: bool) -> Model:
         raise JournalError(f"`{path}` is damaged: line 1 has changed")
     try:
         model = value["model"]
-        return Model(_text(model["identity"]), _text(model["name"]), _text(model["path"]))
-    except (KeyError, TypeError, ValueError) as error:
+        key_env = _text(model.get("key_env", ""))
+        return Model(_text(model["identity"]), _text(model["name"]), _text(model["path"]), key_env)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise JournalError(f"`{path}`: line 1 names no model") from error
 
 
@@ -201,12 +208,14 @@ class Journal:
         """A file for a new conversation. FileExistsError where there is one; OSError.
 
         It gets its name when it is locked and has its first line, so that no other sees less of it."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         journal = cls(path, fd, Contents(model))
         try:
             _lock(fd, path)
             named = {"identity": model.identity, "name": model.name, "path": model.path}
+            if model.key_env:
+                named["key_env"] = model.key_env
             journal.write({"format": FORMAT, "version": VERSION, "model": named})
             _name(unfinished, path)
         except BaseException:
@@ -269,8 +278,7 @@ class Journal:
 
     def rename(self, path: Path) -> None:
         """Call the file ``path`` from now on. FileExistsError where there is one; OSError."""
-        os.link(self.path, path)
-        self.path.unlink()
+        _name(self.path, path)
         self.path = path
 
     def close(self) -> None:
@@ -278,15 +286,22 @@ class Journal:
         os.close(self._fd)
 
 
-def _name(unfinished: Path, path: Path) -> None:
-    """Give a file the name ``path`` too, or instead. FileExistsError where another has it; OSError."""
+def _name(before: Path, path: Path) -> None:
+    """Give a file the name ``path`` instead. FileExistsError where another has it; OSError."""
     try:
-        os.link(unfinished, path)
-    except FileExistsError:
+        os.link(before, path)
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+    else:
+        before.unlink()
+        return
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        before.replace(path)
+    except OSError:
+        path.unlink(missing_ok=True)
         raise
-    except OSError:  # a file system without links
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        unfinished.replace(path)
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -134,9 +134,9 @@ class Keeping:
                 self.conversation.system = last.setting.system
                 with contextlib.suppress(EngineError):  # a template that cannot any more
                     self.conversation.thinking = last.setting.thinking
-        if journal.contents.n_torn:
-            console.warn(f"{name}: the last turn was not whole, and is gone ({journal.contents.n_torn} bytes)")
-        self.partner.take(journal)
+            if journal.contents.n_torn:
+                console.warn(f"{name}: the last turn was not whole, and is gone ({journal.contents.n_torn} bytes)")
+            self.partner.take(journal)  # else the next keep would put an empty session in the place of the kept one
 
     def rename(self, name: str) -> None:
         """Call the conversation ``name``. CliError, OSError."""

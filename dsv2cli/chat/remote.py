@@ -28,7 +28,7 @@ from dsv2cli.scheduler import Stats
 from dsv2cli.scheduler.events import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 OPENING, CLOSING = "<think>\n", "\n</think>\n\n"  # of reasoning that comes apart, as it is shown
 SHOWN = 6  # models of a list
@@ -105,16 +105,14 @@ class RemoteConversation:
         last = self.turns[-1] if text is None else None
         body = self._body(text, sampling)
         before = Answer(None, "") if last is None else self.said()
+        gathered = Gathered(before.reasoning or "", before.content)
         turn = Turn(text or "" if last is None else last.user, said=before)
         self.turns[len(self.turns) - (last is not None) :] = [turn]
-        reasoning, content, done = before.reasoning or "", before.content, False
+        done = False
         progress.tell(f"waiting for {self.server.address.host}")
         try:
-            for piece in self._pieces(body, stats, thought, goes_on=last is not None):
-                reasoning, content = (
-                    (reasoning + piece.text, content) if piece.reasoning else (reasoning, content + piece.text)
-                )
-                turn.said = Answer(_untagged(reasoning) or None, content.lstrip() if reasoning else content)
+            for piece in self._pieces(body, stats, thought, gathered, goes_on=last is not None):
+                turn.said = gathered.answer()
                 yield piece
             done = stats.stop != "cancelled"
         except ServerError:
@@ -144,9 +142,10 @@ class RemoteConversation:
         return body | {name: value for name, value in sampling.figures().items() if value is not None}
 
     def _pieces(
-        self, body: Mapping[str, Any], stats: Stats, thought: Thinking, *, goes_on: bool
+        self, body: Mapping[str, Any], stats: Stats, thought: Thinking, gathered: Gathered, *, goes_on: bool
     ) -> Generator[Piece, None, None]:
-        """The answer's text, without the space it begins with unless it goes on."""
+        """The answer as it is shown, without the space it begins with unless it goes on; gathered has it without the
+        tags that it is shown with here."""
         begun, first, stop = time.monotonic(), 0.0, ""
         split = Reasoning(NoTokens())
         inside, started = False, goes_on
@@ -161,7 +160,9 @@ class RemoteConversation:
                     stats.prefill_seconds, stats.decode_seconds = first - begun, now - first
                 if part.reasoning:
                     thought.n_tokens, thought.seconds = thought.n_tokens + 1, stats.decode_seconds
-                    yield Piece(part.reasoning if inside else OPENING + part.reasoning.lstrip(), True)
+                    gathered.reason(part.reasoning, anew=not inside)
+                    opening = f"\n\n{OPENING}" if started and not inside else OPENING  # after a text: on its own line
+                    yield Piece(part.reasoning if inside else opening + part.reasoning.lstrip(), True)
                     inside = True
                 text = part.content if started else part.content.lstrip()
                 if text:
@@ -172,10 +173,36 @@ class RemoteConversation:
                     pieces = [Piece(text, False)] if goes_on else split.feed(text)
                     if any(piece.reasoning for piece in pieces):
                         thought.n_tokens, thought.seconds = thought.n_tokens + 1, stats.decode_seconds
-                    yield from pieces
+                    yield from gathered.each(pieces)
                 _count(part, stats)
-        yield from split.finish()
+        yield from gathered.each(split.finish())
         stats.stop = "cancelled" if self.server.cancelled else STOPS.get(stop, "end")
+
+
+@dataclass
+class Gathered:
+    """An answer's two parts as they come. reasoning: that comes apart from the text; tagged: with its tags, within."""
+
+    reasoning: str
+    content: str
+    tagged: str = ""
+
+    def reason(self, text: str, *, anew: bool) -> None:
+        """anew: it does not go on from what came last."""
+        self.reasoning += f"\n\n{text.lstrip()}" if anew and self.reasoning else text
+
+    def each(self, pieces: Iterable[Piece]) -> Generator[Piece, None, None]:
+        """Pieces of the text, taken when they are shown."""
+        for piece in pieces:
+            if piece.reasoning:
+                self.tagged += piece.text
+            else:
+                self.content += piece.text
+            yield piece
+
+    def answer(self) -> Answer:
+        reasoning = "\n\n".join(part for part in (self.reasoning.strip(), _untagged(self.tagged)) if part)
+        return Answer(reasoning or None, self.content.lstrip() if reasoning or self.tagged else self.content)
 
 
 def _untagged(reasoning: str) -> str:
@@ -250,21 +277,29 @@ class RemoteChat(Chat):
 
 
 class Texts:
-    """See ``keeping.Partner``: nothing is kept beside a conversation's texts, which any server can go on with."""
+    """See ``keeping.Partner``: nothing is kept beside a conversation's texts, which any server could go on with; they
+    go to another than their own where a person says so alone. given: the conversation that this server is to go on
+    with, wherever it was; key_env: the variable that holds the server's key, "" where none is sent."""
 
-    def __init__(self, conversation: RemoteConversation) -> None:
-        self._conversation = conversation
+    def __init__(self, conversation: RemoteConversation, given: str | None = None, key_env: str = "") -> None:
+        self._conversation, self._given, self._key_env = conversation, given, key_env
 
     def model(self) -> Model:
         conversation = self._conversation
-        return Model(SERVER, conversation.model.name, conversation.server.address.url)
+        return Model(SERVER, conversation.model.name, conversation.server.address.url, self._key_env)
 
     def check(self, journal: Journal) -> None:
-        model = journal.contents.model
+        model, name = journal.contents.model, journal.path.name.removesuffix(SUFFIX)
+        url = self._conversation.server.address.url
         if not model.is_server:
             raise JournalError(
                 f"`{journal.path}` is a conversation with a model that ran here, {model.name}",
-                f"dsv2 chat -r {journal.path.name.removesuffix(SUFFIX)}",
+                f"dsv2 chat -r {name}",
+            )
+        if model.path != url and name != self._given:
+            raise JournalError(
+                f"`{journal.path}` is a conversation with another server, {model.path}",
+                f"dsv2 chat -r {name} goes on there; dsv2 chat --server {url} -r {name} sends its text here",
             )
 
     def keep(self, journal: Journal, *, grown: bool = False) -> None:

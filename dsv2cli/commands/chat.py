@@ -19,6 +19,7 @@ from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
     from dsv2cli.chat.answering import Chat
+    from dsv2cli.chat.journal import Model as KeptModel
     from dsv2cli.chat.keeping import Keeping, Partner
     from dsv2cli.chat.settings import Sampling
     from dsv2cli.residency import Beside
@@ -152,8 +153,9 @@ def chat(
     if asked is None:
         terminal.prepare()
     resume = store.latest() if go_on else resume
-    if server is None and resume is not None and model is None:
-        server, model = kept_server(resume)
+    kept = kept_server(resume) if server is None and resume is not None and model is None else None
+    if kept is not None:
+        server, model = kept.path, kept.name
     refuse_beside_server(line, server, key_env)
     with contextlib.ExitStack() as stack:
         from cext import Sampler
@@ -165,7 +167,14 @@ def chat(
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, random, limit)
         if server is not None:
             said = frozenset(field for name, field in SAMPLED.items() if is_given(line, name))
-            talk, partner = there(server, key_env, model, replace(sampling, said=said), quiet=quiet)
+            talk, partner = there(
+                server,
+                kept_key(kept, key_env),
+                model,
+                replace(sampling, said=said),
+                resume if kept is not None or is_typed(line, "server") else None,
+                quiet=quiet,
+            )
             talk.conversation.system = system
             talk.conversation.thinking = options.THINKING[think]
         else:
@@ -238,23 +247,31 @@ def here(
 
 
 def there(
-    url: str, variable: str | None, model: str | None, sampling: Sampling, *, quiet: bool
+    url: str, variable: str | None, model: str | None, sampling: Sampling, given: str | None, *, quiet: bool
 ) -> tuple[Chat, Partner]:
-    """With a server. UsageError, ServerError."""
+    """With a server. variable: see ``kept_key``; given: see ``remote.Texts``. UsageError,
+    ServerError."""
     from dsv2cli.chat import client, remote
 
-    address, key = client.address(url), client.key(variable)
+    address, key = client.address(url), None if variable == "" else client.key(variable)
     if key is not None and not address.is_secure and not address.is_here:
         console.warn(f"the key goes to {address.host} as it is: whoever is in between can read it")
     server = client.Server(address, key)
     conversation = remote.RemoteConversation(server, remote.choose(server, model))
-    return remote.RemoteChat(conversation, sampling, quiet), remote.Texts(conversation)
+    key_env = "" if key is None else variable or client.DEFAULT_KEY
+    return remote.RemoteChat(conversation, sampling, quiet), remote.Texts(conversation, given, key_env)
 
 
 def is_given(line: typer.Context, name: str) -> bool:
     """Whether a parameter is set, by the line or elsewhere."""
     source = line.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def is_typed(line: typer.Context, name: str) -> bool:
+    """Whether a parameter is set by the line itself."""
+    source = line.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def refuse_beside_server(line: typer.Context, server: str | None, key_env: str | None) -> None:
@@ -264,17 +281,35 @@ def refuse_beside_server(line: typer.Context, server: str | None, key_env: str |
             raise UsageError("--key-env is of --server, and none is asked")
         return
     for option in line.command.params:
-        source = line.get_parameter_source(str(option.name))
-        if option.name in RUNS_HERE and source is not None and source.name == "COMMANDLINE":
+        if option.name in RUNS_HERE and is_typed(line, option.name):
             raise UsageError(f"{option.opts[-1]} says how a model runs here, and a server is asked", "leave it out")
 
 
-def kept_server(resume: str) -> tuple[str | None, str | None]:
-    """(address, model) of the server that the conversation to go on with was with; (None, None) where it was none."""
+def kept_server(resume: str) -> KeptModel | None:
+    """The server that the conversation to go on with was with; None where it was none."""
     from dsv2cli.chat import store
 
     kept = store.model_of(resume)
-    return (kept.path, kept.name) if kept is not None and kept.is_server else (None, None)
+    return kept if kept is not None and kept.is_server else None
+
+
+def kept_key(kept: KeptModel | None, key_env: str | None) -> str | None:
+    """The variable with the key, "" where none is to go; None: the usual one, if it is set. Where the address comes
+    from a file nobody has said that the usual key is that server's: it goes to this machine alone, or where it went
+    before. UsageError."""
+    from dsv2cli.chat import client
+
+    if kept is None or key_env is not None:
+        return key_env
+    if kept.key_env not in ("", client.DEFAULT_KEY):
+        return kept.key_env
+    address = client.address(kept.path)
+    if kept.key_env or address.is_here:
+        return None
+    if os.environ.get(client.DEFAULT_KEY):
+        hint = f"--key-env {client.DEFAULT_KEY} sends the one that is there"
+        console.warn(f"no key goes to {address.host}, for the conversation names none: {hint}")
+    return ""
 
 
 def kept_model(model: str | None, resume: str | None) -> Path | None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,13 @@ from support.serving import served
 from support.tiny import spec_named
 from support.vocab import write_model
 
-from dsv2cli.chat import client, journal, store
-from dsv2cli.commands.chat import RUNS_HERE, SAMPLED, chat
+from cext.tokenizer import Answer
+from dsv2cli.chat import client, journal, remote, store
+from dsv2cli.chat.answering import Progress
+from dsv2cli.chat.settings import Sampling
+from dsv2cli.commands.chat import RUNS_HERE, SAMPLED, chat, kept_key, there
 from dsv2cli.errors import UsageError
+from dsv2cli.scheduler import Stats
 
 KEY = "sk-secret-0123456789"
 MODELS = {"data": [{"id": "m", "max_model_len": 4096}]}
@@ -234,6 +239,99 @@ def test_a_key_comes_from_the_environment_and_is_never_shown(stub: Stub) -> None
     assert "two words" not in wrong.stderr
 
 
+@pytest.mark.parametrize("key", ["sk-" + "x" * 200, 'sk-"quoted\\0123'])
+def test_a_key_is_hidden_before_a_text_is_cut_and_however_it_is_spelt(key: str, stub: Stub) -> None:
+    for error in ("." * (client.SHOWN - 8) + key, json.dumps({"key": key}), {"type": {"key": key}}):
+        body = json.dumps({"error": error}).encode()
+        stub.answers.append((400, {"Content-Type": "application/json"}, body))
+        with pytest.raises(client.ServerError) as told:
+            list(client.Server(client.address(stub.url), key).answer({}))
+        assert key[:5] not in str(told.value) and "(the ke" in str(told.value)
+
+
+def test_a_key_in_a_status_line_is_hidden() -> None:
+    response = SimpleNamespace(status=400, reason=f"Bad {KEY}" + "x" * 5000, headers={}, read=lambda n: b"")
+    told = client.Server(client.address("h"), KEY)._refusal(response)  # type: ignore[arg-type]
+    assert KEY not in str(told) and "400 Bad (the key)" in str(told) and len(str(told)) < 2 * client.SHOWN
+
+
+@pytest.mark.parametrize(
+    ("url", "kept", "given", "variable"),
+    [
+        ("https://h/v1", "", None, ""),
+        ("https://h/v1", "", "OTHER", "OTHER"),
+        ("https://h/v1", "", client.DEFAULT_KEY, client.DEFAULT_KEY),
+        ("https://h/v1", "MINE", None, "MINE"),
+        ("https://h/v1", "MINE", "OTHER", "OTHER"),
+        ("https://h/v1", client.DEFAULT_KEY, None, None),
+        ("http://127.0.0.2:1/v1", "", None, None),
+        ("http://localhost:1/v1", "MINE", None, "MINE"),
+    ],
+)
+def test_which_key_goes_to_an_address_from_a_file(
+    url: str,
+    kept: str,
+    given: str | None,
+    variable: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DSV2_API_KEY", KEY)
+    assert kept_key(journal.Model(journal.SERVER, "m", url, kept), given) == variable
+    told = capsys.readouterr().err
+    assert told.count("no key goes to h,") == told.count("\n") == (variable == "") and KEY not in told
+
+
+def test_the_name_of_the_key_s_variable_is_kept(stub: Stub) -> None:
+    talk_, partner = there(stub.url, None, None, Sampling(0.7, 40, 0.95, 0.05, 1.0, 1), None, quiet=True)
+    assert partner.model().key_env == ""
+    path = store.path_of("old")
+    journal.Journal.create(path, partner.model()).close()
+    assert b"key_env" not in path.read_bytes() and journal.read(path).model.key_env == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV2_API_KEY", KEY)
+        patch.setenv("MINE", "other")
+        for variable, name in ((None, client.DEFAULT_KEY), ("MINE", "MINE"), ("", "")):
+            talk_, partner = there(stub.url, variable, None, talk_.sampling, None, quiet=True)
+            assert partner.model().key_env == name
+    path = store.path_of("new")
+    model = journal.Model(journal.SERVER, "m", stub.url, "MINE")
+    journal.Journal.create(path, model).close()
+    assert journal.read(path).model == model and KEY.encode() not in path.read_bytes()
+    stub.streams(said("ok"))
+    stub.keys.clear()
+    assert dsv2("chat", "-r", "new", "-p", "x", "-q", DSV2_API_KEY=KEY, MINE="other").returncode == 0
+    assert stub.keys == ["Bearer other"] * 2
+
+
+def test_a_conversation_with_another_server_is_not_loaded(stub: Stub) -> None:
+    """Its text would go to this one. Where the command line says so it may."""
+    kept = journal.Journal.create(store.path_of("theirs"), journal.Model(journal.SERVER, "m", "https://h/v1"))
+    address = client.address(stub.url)
+    conversation = remote.RemoteConversation(client.Server(address), client.Listed("m", 0))
+    for given in (None, "mine"):
+        with pytest.raises(journal.JournalError, match=r"another server, https://h/v1") as refused:
+            remote.Texts(conversation, given).check(kept)
+        assert f"dsv2 chat --server {stub.url} -r theirs" in refused.value.hint
+    remote.Texts(conversation, "theirs").check(kept)
+    kept.close()
+    stub.streams(said("ok"))
+    assert dsv2("chat", "--server", stub.url, "-r", "theirs", "-p", "x", "-q").stdout == "ok\n"
+
+
+def test_events_and_names_are_bounded(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_LINE", 1000)
+    server = client.Server(client.address(stub.url))
+    for line in (b"data: {}\n", b"data:\n", b"data: " + b"x" * 2000):
+        stub.streams(line * 1000)
+        with pytest.raises(client.ServerError, match="events of more than 1000 bytes"):
+            list(server.answer({}))
+    stub.streams(said(*("many" for _ in range(100))))
+    assert "".join(part.content for part in server.answer({})) == "many" * 100
+    stub.models = 200, json.dumps({"data": [{"id": "x" * 257}, {"id": "y" * 256}]}).encode()
+    assert [each.name for each in server.models()] == ["y" * 256]
+
+
 def test_a_redirect_is_not_followed(stub: Stub) -> None:
     elsewhere = Stub()
     try:
@@ -332,6 +430,24 @@ def test_reasoning_is_told_from_the_answer_and_not_sent_again(answer: bytes, stu
         say(screen, "/exit\n", at, "")
         assert screen.exit_code() == 0
     assert [m["content"] for m in stub.bodies[-1]["messages"]] == ["x", "Yes", "y"]
+
+
+def test_reasoning_that_comes_again_is_kept_without_our_tags(stub: Stub) -> None:
+    """Between texts, and in an answer that goes on."""
+    deltas = [{"reasoning": "one"}, {"content": "A"}, {"reasoning": "two"}, {"content": "B"}]
+    again = [{"reasoning": "three"}, {"content": "C"}]
+    stub.streams(*(b"".join(event(delta=d) for d in each) + said("") for each in (deltas, again)))
+    conversation = remote.RemoteConversation(client.Server(client.address(stub.url)), client.Listed("m", 0))
+    sampling = Sampling(0.7, 40, 0.95, 0.05, 1.0, 1, said=frozenset())
+
+    def shown(text: str | None) -> str:
+        pieces = conversation.reply(text, sampling, Stats(), remote.Thinking(), Progress(shown=False))
+        return "".join(piece.text for piece in pieces)
+
+    assert shown("x").count("<think>") == 2
+    assert conversation.said() == Answer("one\n\ntwo", "AB")
+    assert shown(None).count("</think>") == 1
+    assert conversation.said() == Answer("one\n\ntwo\n\nthree", "ABC")
 
 
 def test_a_server_that_does_not_stream(stub: Stub) -> None:

@@ -144,6 +144,53 @@ def test_a_new_file_is_seen_when_it_is_locked_and_begun(
     assert journal.read(path).model == MODEL and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EIO, errno.ENOSPC, errno.EPERM])
+def test_a_file_that_cannot_be_named_leaves_none(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it named in the way of a file system without links where that is not what it is."""
+    replaced: list[Path] = []
+
+    def no_link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def no_replace(before: Path, path: Path) -> Path:
+        replaced.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(Path, "replace", no_replace)
+    with pytest.raises(OSError):
+        Journal.create(tmp_path / "a.jsonl", MODEL)
+    assert not list(tmp_path.iterdir()) and bool(replaced) == (code == errno.EPERM)
+
+
+def test_an_unfinished_file_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process with the same number in another container, which has the folder too."""
+    link, made = os.link, []
+
+    def another_first(before: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        made.append(Journal.create(tmp_path / path.name, Model("cd" * 32, "theirs", "/b")))
+        link(before, path)
+
+    monkeypatch.setattr(os, "link", another_first)
+    with pytest.raises(FileExistsError):
+        Journal.create(tmp_path / "a.jsonl", MODEL)
+    made[0].close()
+    assert journal.read(tmp_path / "a.jsonl").model.name == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_name_is_changed_without_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+    kept = Journal.create(tmp_path / "a.jsonl", MODEL)
+    kept.rename(tmp_path / "b.jsonl")
+    kept.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl"] and journal.read(tmp_path / "b.jsonl").end
+
+
 def test_cut_anywhere_it_holds_a_beginning(tmp_path: Path) -> None:
     """And goes on from there, with the torn line gone."""
     whole = shape(written(tmp_path / "a.jsonl"))
@@ -527,6 +574,27 @@ def test_ctrl_c_while_the_cache_is_kept_leaves_both_conversations(
     Journal.reopen(store.existing(name)).close()  # nothing holds it
     talk.say("two")
     assert talk.keeping.name == mine and len(journal.read(store.existing(mine)).tree.nodes) == 2
+
+
+def test_ctrl_c_while_one_is_loaded_comes_when_it_is(
+    opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else an empty session would be kept in the place of its cache, and a torn turn go untold."""
+    name, _ = two_turns(opened)
+    with store.existing(name).open("ab") as file:
+        file.write(b'{"parent": 2')
+    talk, let_go = Talk(opened), Caching.let_go
+
+    def interrupted(self: Caching, *, empty: bool = False) -> None:
+        signal.raise_signal(signal.SIGINT)
+        let_go(self, empty=empty)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Caching, "let_go", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            talk.keeping.reopen(name)
+    assert "the last turn was not whole" in capsys.readouterr().err
+    assert talk.keeping.name == name and talk.conversation.n_used > 200
 
 
 def test_branches_and_settings_come_back(opened: runtime.Runtime) -> None:
