@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from quantize.source.tensors import Form
 
 SHARD_BYTES = 4_000_000_000
 WORK = ".export"  # a folder beside the checkpoint in the making
-GGUF, RECORD = "w4a16.gguf", "made.json"
+GGUF = "w4a16.gguf"
 PARTS = "checkpoint"
+FORMATS = ("compressed-tensors",)
 NO_PREDICTION = "num_nextn_predict_layers"  # these layers are left out
 DTYPES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 
@@ -61,6 +62,7 @@ def export(
     options: Options | None = None,
     progress: OnProgress | None = None,
     *,
+    format: str = FORMATS[0],
     group: int = GROUPS[0],
     say: Callable[[str], None] = lambda line: None,
     restart: bool = False,
@@ -68,12 +70,15 @@ def export(
     """Write the checkpoint folder source as the folder out, its matrices in 4-bit integers by groups of columns.
 
     out appears only when it is complete. What was done of a run that ends early is kept in OUT.export, and the same
-    call goes on from there. options: type is not looked at. Raises QuantizeError, of one of its kinds.
+    call goes on from there. format: one of FORMATS. options: type is not looked at. Raises QuantizeError, of one of
+    its kinds.
     """
-    source, out = Path(source), Path(out)
+    source, named, out = Path(source), Path(out), _resolved(out)
+    if format not in FORMATS:
+        raise ArgumentError(f"checkpoints of format `{format}`", f"one of {', '.join(FORMATS)}")
     if group not in GROUPS:
         raise ArgumentError(f"groups of {group} columns", f"one of {', '.join(map(str, GROUPS))}")
-    _check(source, out)
+    _check(source, out, named)
     work = work_folder(out)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -81,7 +86,7 @@ def export(
         raise disk_error(work, error) from error
     chosen = replace(options or Options(), type=f"w4a16-g{group}", bpw=None, size=None, plain_mix=False)
     try:
-        made = _encoded(source, work, chosen, progress, say, restart)
+        made = quantize(source, work / GGUF, chosen, progress, say=say, restart=restart, keep=True)
     except BaseException:
         if not any(work.iterdir()):
             work.rmdir()
@@ -90,8 +95,9 @@ def export(
     with open_source(source) as opened:
         assert isinstance(opened, CheckpointSource)
         try:
-            _write(work / PARTS, opened, work / GGUF, group)
-            made = replace(made, path=out, nbytes=sum(path.stat().st_size for path in (work / PARTS).iterdir()))
+            _write(work / PARTS, opened, work / GGUF, format, group)
+            parts = [path for path in (work / PARTS).rglob("*") if path.is_file()]
+            made = replace(made, path=named, nbytes=sum(path.stat().st_size for path in parts))
             _write_json(report_path(out), made.as_json())
             (work / PARTS).replace(out)
             shutil.rmtree(work)
@@ -100,40 +106,28 @@ def export(
     return made
 
 
-def _encoded(
-    source: Path,
-    work: Path,
-    options: Options,
-    progress: OnProgress | None,
-    say: Callable[[str], None],
-    restart: bool,
-) -> Report:
-    """The GGUF in the work folder: as an earlier run has left it, where it was asked the same of the same files."""
-    record = work / RECORD
-    with open_source(source) as opened:
-        asked = json.loads(json.dumps([asdict(options), opened.store.stamps()], default=str))
-    if not restart and record.exists() and (work / GGUF).exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before["asked"] == asked:
-            return Report.of(before["report"])
-    record.unlink(missing_ok=True)
-    made = quantize(source, work / GGUF, options, progress, say=say, restart=restart)
-    _write_json(record, {"asked": asked, "report": made.record()})
-    return made
-
-
 def work_folder(out: str | os.PathLike[str]) -> Path:
     """Where the work of a run is kept until it is whole."""
-    return Path(out).with_name(Path(out).name + WORK)
+    out = _resolved(out)
+    return out.with_name(out.name + WORK)
 
 
-def _check(source: Path, out: Path) -> None:
+def _resolved(out: str | os.PathLike[str]) -> Path:
+    """The folder itself, whose name stays when another takes its place: no link to it, and not by way of a dot."""
+    folder = Path(os.path.realpath(out))
+    if not folder.name:
+        raise ArgumentError(f"`{out}` is no folder that can be made", "-o names another folder")
+    return folder
+
+
+def _check(source: Path, out: Path, named: Path) -> None:
+    """named: as it was given."""
     if source.suffix == ".gguf" and source.is_file():
         raise UnsupportedError(
             f"`{source}` is a GGUF: a checkpoint is made from a checkpoint", "give the folder of its safetensors"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArgumentError(f"`{out}` exists", "-o names another folder")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):  # a link still: in a circle
+        raise ArgumentError(f"`{named}` exists", "-o names another folder")
     with open_source(source) as opened:
         if opened.arch.family.beside:
             raise UnsupportedError(
@@ -144,7 +138,7 @@ def _check(source: Path, out: Path) -> None:
 # The checkpoint.
 
 
-def _write(folder: Path, source: CheckpointSource, gguf: Path, group: int) -> None:
+def _write(folder: Path, source: CheckpointSource, gguf: Path, format: str, group: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     kept: list[str] = []  # modules that are no integers
@@ -159,12 +153,14 @@ def _write(folder: Path, source: CheckpointSource, gguf: Path, group: int) -> No
     }
     _write_json(folder / files.INDEX, index)
     for path in source.files():
-        if files.is_companion(path.name) and path.name not in (files.INDEX, files.CONFIG):
-            shutil.copyfile(path, folder / path.name)
-    _write_json(folder / files.CONFIG, _config(source.store.config, group, kept))
+        name = path.relative_to(source.store.path).as_posix()
+        if files.is_companion(name) and name not in (files.INDEX, files.CONFIG):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    _write_json(folder / files.CONFIG, _config(source.store.config, format, group, kept))
 
 
-def _config(given: Mapping[str, Any], group: int, kept: Iterable[str]) -> dict[str, Any]:
+def _config(given: Mapping[str, Any], format: str, group: int, kept: Iterable[str]) -> dict[str, Any]:
     """The source's, and how its weights are stored now."""
     config = {name: value for name, value in given.items() if name not in ("torch_dtype", "auto_map")}
     config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
@@ -181,7 +177,7 @@ def _config(given: Mapping[str, Any], group: int, kept: Iterable[str]) -> dict[s
     }
     groups = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
+        "quant_method": format,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": groups},
@@ -306,4 +302,5 @@ def _write_shard(path: Path, entries: list[Entry]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths in other bytes, as pipeline.py has it

@@ -46,12 +46,14 @@ def quantize(
     *,
     say: Callable[[str], None] = lambda line: None,
     restart: bool = False,
+    keep: bool = False,
 ) -> Report:
     """Turn the checkpoint folder source into the GGUF file out.
 
     out appears only when it is complete. A run that is killed, stopped, or fails leaves its work in OUT.work, and the
-    same call goes on with it; restart throws it away. progress is called often, say with lines for a person, both from
-    this thread. Raises QuantizeError, of one of its kinds.
+    same call goes on with it; restart throws it away. keep: what tells whose the file is stays in OUT.work, and the
+    same call again returns at once, where another is refused. progress is called often, say with lines for a person,
+    both from this thread. Raises QuantizeError, of one of its kinds.
     """
     options, out = options or Options(), written_as(out)
     heap.map_large()
@@ -67,10 +69,11 @@ def quantize(
         run = identity(plan, budget.allowed)
         with Journal(out, run, opened.store, restart) as journal:
             if (record := journal.finished()) is not None:
-                return _leave(Report.of(record), journal)
+                return _leave(Report.of({**record, "path": out}), journal, keep)
             if journal.kept:
                 say(f"the {' and the '.join(journal.kept)} of an earlier run is gone on from")
-            return _run(Job(plan, journal, encoder, meter, say), budget, room(plan, budget, n_header), out)
+            made = _run(Job(plan, journal, encoder, meter, say), budget, room(plan, budget, n_header), out)
+            return _leave(made, journal, keep)
 
 
 def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:
@@ -92,10 +95,10 @@ def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:
         made = _report(job.plan, out, writer.nbytes, types, steps, distance, stage.seconds)
         job.journal.finish(made.record())
         writer.commit()
-    return _leave(made, job.journal)
+    return made
 
 
-def _leave(made: Report, journal: Journal) -> Report:
+def _leave(made: Report, journal: Journal, keep: bool) -> Report:
     """The file stands under its name: put the report beside it, and the work away."""
     text = json.dumps(made.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     path = report_path(made.path)
@@ -107,7 +110,10 @@ def _leave(made: Report, journal: Journal) -> Report:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(path, error) from error
-    journal.discard()
+    if keep:
+        journal.settle()
+    else:
+        journal.discard()
     return made
 
 

@@ -24,6 +24,8 @@ EXAMPLES = (
 
 
 class Format(StrEnum):
+    """quantize.exporter.FORMATS."""
+
     compressed_tensors = "compressed-tensors"
 
 
@@ -81,7 +83,16 @@ def export(
     )
     folder = locate.checkpoint(source)
     with quantizing.keeping_work(work_folder(out) / GGUF), quantizing.Display(quiet=quiet) as display:
-        report = run(folder, out, chosen, display.progress, group=int(group), say=display.say, restart=restart)
+        report = run(
+            folder,
+            out,
+            chosen,
+            display.progress,
+            format=kind.value,
+            group=int(group),
+            say=display.say,
+            restart=restart,
+        )
     if as_json:
         console.print_json(report.as_json())
         return

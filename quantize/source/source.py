@@ -13,7 +13,7 @@ from quantize.source import arch as arch_of
 from quantize.source import card, tensors
 from quantize.source.arch import Arch
 from quantize.source.checkpoint import Checkpoint
-from quantize.source.files import is_companion
+from quantize.source.files import TEMPLATES, is_companion
 from quantize.source.gguf_source import GgufSource
 from quantize.source.gguf_store import SUFFIX
 from quantize.source.store import Store
@@ -93,8 +93,14 @@ class CheckpointSource(Closing):
 
     def files(self) -> list[Path]:
         """A GGUF that was written into the folder is none of them."""
-        names = (path for path in self.store.path.iterdir() if path.is_file())
-        return [path for path in names if path.suffix == ".safetensors" or is_companion(path.name)]
+        folder = self.store.path
+        paths = (path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file())
+        return [
+            path
+            for path in paths
+            if is_companion(path.relative_to(folder).as_posix())
+            or (path.suffix == ".safetensors" and path.parent == folder)
+        ]
 
     def left_out(self, used: Collection[str]) -> list[str]:
         stored = {name: tensor.dtype for name, tensor in self.store.tensors.items()}

@@ -227,6 +227,10 @@ class Journal(Closing):
             self.folder.rmdir()
         self._release()
 
+    def settle(self) -> None:
+        """Remove all that finished() does not need: the same run is answered by it from now on, another refused."""
+        self._clear(keep=tuple(f"{name}.json" for name in (IDENTITY, SOURCES, FINISHED)))
+
     def close(self) -> None:
         """Let go of the folder; it stays where a later run could go on from it."""
         if self._fd >= 0 and self.is_empty:

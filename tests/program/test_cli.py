@@ -33,10 +33,12 @@ from support.vocab import N_VOCAB, write_model, write_vocab
 import cext
 from cext.tokenizer import Tokenizer
 from dsv2cli import locate
+from dsv2cli.commands import export
 from dsv2cli.commands.bench import parse_depths
 from dsv2cli.commands.quantize import Type
 from dsv2cli.errors import CliError, UsageError
-from quantize import RECIPES
+from quantize import GROUPS, RECIPES
+from quantize.exporter import FORMATS
 
 VERBS = [
     "plan",
@@ -756,6 +758,17 @@ def test_quantize_refuses(tmp_path: Path, model: Path) -> None:
 
 def test_the_types_are_the_librarys() -> None:
     assert [t.value for t in Type] == list(RECIPES)
+    assert [f.value for f in export.Format] == list(FORMATS)
+    assert {int(g.value) for g in export.Group} == {*GROUPS}
+
+
+def test_export_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(*given: object, **named: object) -> None:
+        raise ZeroDivisionError(f"{named['format']} {named['group']}")
+
+    monkeypatch.setattr("quantize.export", seen)
+    with pytest.raises(ZeroDivisionError, match=r"^compressed-tensors 64$"):
+        export.export(str(tmp_path), tmp_path / "out", group=export.Group.g64, quiet=True)
 
 
 # The MODEL argument.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from support.checkpoints import V2, bf16_bits, bf16_values, write_checkpoint, wr
 from support.cli import assert_fails, dsv2
 
 import quantize
-from quantize import ArgumentError, Options, Progress, UnsupportedError, export
+from quantize import ArgumentError, Options, OtherRunError, OutputError, Progress, UnsupportedError, export
 from quantize.encode import grouped
 from quantize.encode.encoder import Encoder
 from quantize.encode.feedback import Covariance
@@ -87,6 +90,7 @@ def test_our_own_reader_reads_it(made: tuple[Path, Path, dict[str, F32]], tmp_pa
     quantize.quantize(made[1], tmp_path / "m.gguf", Options(type="f32", evaluate=False))
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_transformers_reads_it(tmp_path: Path, text: Path, group: int) -> None:
     """The weights are those of the GGUF that was measured, rounded to bfloat16, as are its products of two numbers."""
@@ -168,15 +172,112 @@ def test_a_run_that_ends_early_is_gone_on_from(tmp_path: Path, text: Path, monke
         raise AssertionError("encoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.exporter.quantize", never)
-        export(tmp_path / "source", out, options, group=32)
+        patch.setattr("quantize.pipeline._run", never)
+        export(tmp_path / "source", out, replace(options, threads=1), group=32)  # their number changes nothing
     assert contents(out) == contents(tmp_path / "whole") and not work_folder(out).exists()
+
+
+def stop_as_it_is_written(
+    source: Path, out: Path, options: Options, monkeypatch: pytest.MonkeyPatch, *, restart: bool = False
+) -> None:
+    def stop(*given: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantize.exporter._write_shard", stop)
+        with pytest.raises(Stopped):
+            export(source, out, options, group=32, restart=restart)
+
+
+def test_the_work_of_another_run_is_neither_taken_nor_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As quantize has it, where the GGUF is whole and the checkpoint was being written."""
+    source, out, text = tmp_path / "source", tmp_path / "out", write_text(tmp_path / "text.txt", 2400)
+    write_checkpoint(source, V2 | {"num_hidden_layers": 2})
+    options = Options(calibration=(text,), threads=2, evaluate=False)
+    stop_as_it_is_written(source, out, options, monkeypatch)
+    before = (work_folder(out) / GGUF).read_bytes()
+    with pytest.raises(OtherRunError, match="--evaluate was False, is True"):
+        export(source, out, replace(options, evaluate=True), group=32)
+    with pytest.raises(OtherRunError, match="w4a16-g64"):
+        export(source, out, options, group=64)
+    text.write_text("Another text. " + text.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(OtherRunError, match="the calibration text changed") as error:
+        export(source, out, options, group=32)
+    assert "--restart" in error.value.hint
+    assert (work_folder(out) / GGUF).read_bytes() == before
+    stop_as_it_is_written(source, out, options, monkeypatch, restart=True)
+    moved = tmp_path / "elsewhere" / "out"
+    moved.parent.mkdir()
+    work_folder(out).rename(work_folder(moved))
+    out = moved
+    stop_as_it_is_written(source, out, options, monkeypatch)
+    assert (work_folder(out) / GGUF).read_bytes() != before
+    shard = next(source.glob("*.safetensors"))
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(OtherRunError, match=f"{shard.name} changed"):
+        export(source, out, options, group=32)
+    export(source, out, options, group=32, restart=True)
+    export(source, tmp_path / "whole", options, group=32)
+    assert contents(out) == contents(tmp_path / "whole") and not work_folder(out).exists()
+
+
+def test_a_torn_record_is_told(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_checkpoint(source, V2 | {"num_hidden_layers": 2})
+    options = Options(calibration=(text,), threads=2, evaluate=False)
+    stop_as_it_is_written(source, out, options, monkeypatch)
+    records = [path for path in work_folder(out).rglob("*.json") if path.parent != work_folder(out)]
+    assert records
+    for path in records:
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(OutputError, match="cannot be read"):
+        export(source, out, options, group=32)
+    export(source, out, options, group=32, restart=True)
+    assert out.exists() and not work_folder(out).exists()
+
+
+def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, V2 | {"num_hidden_layers": 2})
+    named = source / "additional_chat_templates"
+    named.mkdir()
+    (named / "tool_use.jinja").write_text("{{ 2 }}", encoding="utf-8")
+    (named / "notes.txt").write_text("mine", encoding="utf-8")
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for refused in ("/", "..", source):
+        with pytest.raises(ArgumentError, match=r"no folder|exists"):
+            export(source, refused)
+    link.symlink_to(link)
+    with pytest.raises(ArgumentError, match="exists"):
+        export(source, link)
+    link.unlink()
+    link.symlink_to(here)
+    assert work_folder(".") == work_folder(link) == tmp_path / "here.export"
+    options = Options(threads=2, feedback=False, importance=False, evaluate=False)
+    for out in (link, Path(), tmp_path / "absent"):
+        report = export(source, out, options, group=32)
+        assert report.path == out
+        made = tmp_path / "absent" if out.name == "absent" else here
+        assert report.nbytes == sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+        templates = [path.name for path in (made / named.name).iterdir()]
+        assert templates == ["tool_use.jinja"]
+        shutil.rmtree(made)
+        if made == here:
+            here.mkdir()
+            monkeypatch.chdir(here)
+    assert link.is_symlink()
 
 
 def test_what_is_refused(made: tuple[Path, Path, dict[str, F32]], tmp_path: Path) -> None:
     source = made[0]
     with pytest.raises(ArgumentError, match="groups of 100"):
         export(source, tmp_path / "out", group=100)
+    with pytest.raises(ArgumentError, match="format `gptq`"):
+        export(source, tmp_path / "out", format="gptq")
     with pytest.raises(ArgumentError, match="exists"):
         export(source, made[1])
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -191,6 +292,8 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     write_checkpoint(tmp_path / "source", V2 | {"num_hidden_layers": 2})
     asked = ["export", tmp_path / "source", "--calibration", text, "-t", "2", "--group-size", "32", "--no-evaluate"]
     assert_fails(dsv2(*asked), 2, "-o is missing")
+    assert_fails(dsv2(*asked, "-o", "/"), 2, "no folder")
+    assert_fails(dsv2(*asked, "-o", tmp_path / "out", "--format", "gptq"), 2, "gptq")
     result = dsv2(*asked, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'out'}\n" and "bits/weight" in result.stderr
