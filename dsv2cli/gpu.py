@@ -84,6 +84,8 @@ def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
     """From a file's header."""
     layers = shape["n_layer"]
     found = Sizes([0] * layers, [0] * layers, [0] * layers, 0)
+    keys = shape["n_head"] * shape["kv_lora_rank"] * shape["qk_nope_head_dim"]
+    named = {tensor.name for tensor in gguf.tensors}
     head = tied = 0
     for tensor in gguf.tensors:
         if tensor.name in ("output.weight", "output_norm.weight"):
@@ -97,7 +99,9 @@ def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
         if match[2].endswith("_exps"):
             part = found.experts
         part[int(match[1])] += tensor.nbytes
-    named = {tensor.name for tensor in gguf.tensors}
+        if match[2] == "attn_kv_b" and f"blk.{match[1]}.attn_k_b.weight" not in named:
+            # Its keys' part is held transposed beside it.
+            part[int(match[1])] += keys * (4 if tensor.type_name in ("f32", "bf16") else 2)
     return Sizes(found.attention, found.shared, found.experts, head if "output.weight" in named else head + tied)
 
 

@@ -243,23 +243,21 @@ def open_placed(
     from cext import EngineError, Model
 
     model, found = open_within(path, threads, ram, beside)
-    layout = on_gpu(model, wish, beside, within=found is not None) if wish else None
+    try:
+        layout = on_gpu(model, wish, beside, within=found is not None) if wish else None
+    except BaseException:
+        model.close()
+        raise
     if layout is None:
         return model, found, None
+    model.close()  # before the other takes memory
+    budget = found.ram if found else None
     known = found.usage.counts if found and found.usage else None
     try:
-        placed = Model(
-            path,
-            threads,
-            devices=[layout.device],
-            placement=layout.placement,
-            ram=found.ram if found else None,
-            uses=known,
-        )
+        placed = Model(path, threads, devices=[layout.device], placement=layout.placement, ram=budget, uses=known)
     except EngineError as error:
         not_used(error)
-        return model, found, None
-    model.close()
+        return Model(path, threads, ram=budget, uses=known), found, None
     return placed, found, layout
 
 

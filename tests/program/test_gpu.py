@@ -1,11 +1,14 @@
 """--gpu: what each command says and does with a device, a software one where there is no other, and without any."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.cli import assert_fails, dsv2, dsv2_after
 from support.gpu import number, usable
+from support.tiny import SPECS, write_gguf
 
 from cext import Gguf, Gpu, Model
 from dsv2cli import gpu, locate
@@ -44,6 +47,21 @@ def test_a_card_is_filled_in_the_order_of_what_a_token_reads() -> None:
     assert all(found[("attention", 1)] == n for found in seen if ("feed_forward", 1) in found)
     assert parts(laid_out(8 << 30, with_experts=False))[("experts", 0)] == n - dense
     assert laid_out(step // 2) is None
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_keys_that_are_transposed_are_counted(tmp_path: Path, dtype: Any) -> None:
+    """A file with attn_kv_b in one piece takes more of a device than its bytes: the keys' part lies there twice."""
+    spec = SPECS[1]
+    path = write_gguf(tmp_path / "m.gguf", spec, legacy=True, dtype=dtype)
+    with Gguf(path) as gguf, Model(path) as model:
+        found = gpu.sizes_of(gguf, model.hparams).attention
+        bare = [
+            sum(tensor.nbytes for tensor in gguf.tensors if tensor.name.startswith(f"blk.{il}.attn"))
+            for il in range(spec.n_layer)
+        ]
+    keys = spec.n_head * spec.kv_lora_rank * spec.nope * np.dtype(dtype).itemsize
+    assert [held - nbytes for held, nbytes in zip(found, bare, strict=True)] == [keys] * spec.n_layer
 
 
 def test_a_layout_tells_what_lies_where() -> None:

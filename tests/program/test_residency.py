@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from support.tiny import Spec, tokens
 
+import cext
 import cext.system
-from cext import ArgumentError, Model, WeightNeeds
+from cext import ArgumentError, Device, Model, Place, WeightNeeds
 from dsv2cli import residency
 from dsv2cli.errors import UsageError
+from dsv2cli.gpu import Layout, Wish
 from dsv2cli.residency import Beside, Plan
 from dsv2cli.scheduler import Budget
 from dsv2cli.usage import Usage
@@ -174,6 +176,36 @@ def test_a_budget_of_ones_own(
     has_free(monkeypatch, needs.least)
     residency.open_within(path, 2, needs.least, beside)[0].close()
     assert "more than the" in capsys.readouterr().err
+
+
+def test_what_a_gpu_does_not_take_is_opened_once_more_and_never_twice_at_a_time(
+    tiny_gguf: Callable[[Spec], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, beside, opened = tiny_gguf(SPEC), Beside(256), list[Model]()
+
+    class Counted(Model):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            assert not opened, "two are open"
+            super().__init__(*args, **options)
+            opened.append(self)
+
+        def close(self) -> None:
+            super().close()
+            if self in opened:
+                opened.remove(self)
+
+    with Model(path) as model:
+        least = model.needs().least
+    nowhere = Layout(Device("vulkan", name="no such card"), (Place("ends", 1),), "nowhere")
+    monkeypatch.setattr(residency, "on_gpu", lambda *_, **__: nowhere)
+    monkeypatch.setattr(cext, "Model", Counted)
+    has_free(monkeypatch, 1 << 40)
+    for ram in (least, "all"):
+        model, plan, layout = residency.open_placed(path, 2, ram, beside, Wish("auto"))
+        with model:
+            assert layout is None and (plan.ram if plan else "all") == ram
+            assert model.session(64).eval(tokens(SPEC, 5)).shape
+    assert capsys.readouterr().err.count("no GPU is used") == 2
 
 
 def test_models_together_share_what_is_free(tiny_gguf: Callable[[Spec], Path], tmp_path: Path) -> None:

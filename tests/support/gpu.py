@@ -15,7 +15,9 @@ Link = tuple[int, int, int, int]
 
 
 def usable() -> list[dict[str, Any]]:
-    """The devices that the engine can compute on, software ones too; none where there is no loader."""
+    """The devices that the engine can compute on, software ones too; none without a loader, or shaders in the build."""
+    if not _engine.gpu_built():
+        return []
     try:
         return [device for device in _engine.gpu_list() if not device["missing"]]
     except cext.DeviceError:
