@@ -11,6 +11,21 @@ set(DSV2_SHADER_TEXTS "")
 set(DSV2_SHADER_FILES "")
 file(GLOB DSV2_SHADER_INCLUDES CONFIGURE_DEPENDS ${DSV2_SHADER_FOLDER}/*.glsl)
 
+# In ${failed}: whether a call of a compiler fails at the shaders that ask the most of one: an older one knows no cooperative
+# matrices, or no packed dot products.
+function(dsv2_probe_shaders failed)
+  foreach(probe "mul_coop.comp;-DFORMAT_Q4_K" "mul_vec.comp;-DFORMAT_Q4_K;-DDOT;-DGATED")
+    list(POP_FRONT probe source)
+    execute_process(COMMAND ${ARGN} ${probe} -I${DSV2_SHADER_FOLDER} -o ${DSV2_SHADER_MADE}/probe.spv ${DSV2_SHADER_FOLDER}/${source}
+                    RESULT_VARIABLE result OUTPUT_QUIET ERROR_QUIET)
+    if(NOT result EQUAL 0)
+      set(${failed} TRUE PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  set(${failed} FALSE PARENT_SCOPE)
+endfunction()
+
 # In ${command}: how a compiler is called, in ${style}: glslang or glslc; both empty where there is none that works.
 function(dsv2_find_shader_compiler command style)
   set(${command} "" PARENT_SCOPE)
@@ -42,9 +57,10 @@ function(dsv2_find_shader_compiler command style)
     if(kind STREQUAL glslc)
       set(target --target-env=vulkan1.2 -fshader-stage=compute)
     endif()
-    execute_process(COMMAND ${call} ${target} -I${DSV2_SHADER_FOLDER} -o ${DSV2_SHADER_MADE}/probe.spv ${DSV2_SHADER_FOLDER}/fill.comp
-                    RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
-    if(NOT failed)
+    dsv2_probe_shaders(failed ${call} ${target})
+    if(failed)
+      message(STATUS "Shaders: ${program} does not compile them all, and is passed over")
+    else()
       set(${command} ${call} ${target} PARENT_SCOPE)
       set(${style} ${kind} PARENT_SCOPE)
       return()
@@ -99,7 +115,7 @@ endif()
 if(DSV2_SHADER_COMPILER)
   message(STATUS "Shaders: ${DSV2_SHADER_COMPILER}")
 elseif(DSV2_GPU)
-  message(STATUS "Shaders: no glslang or glslc here: this build computes on the processor alone")
+  message(STATUS "Shaders: no glslang or glslc here that compiles them: this build computes on the processor alone")
 endif()
 
 # ---- The shaders ----
