@@ -1,5 +1,7 @@
 """Models whose parts a GPU computes: the reference's logits wherever that is, on whatever device Vulkan finds."""
 
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ from support.tiny import (
 )
 
 import cext
-from cext import Device, Model, Place, Tap
+from cext import Device, Model, Place, Tap, _engine
 
 LITE, PRO, V3, MOE = SPECS[0], SPECS[1], spec_named("v3"), spec_named("moe_shared")
 BAR = 1e-4  # of the logits' range
+HALVES_BAR = 1e-3  # where weights and activations are multiplied as halves, in cooperative matrices
 
 Open = Callable[..., Model]
 
@@ -122,7 +125,8 @@ def test_every_format(tmp_path: Path, name: str) -> None:
         expected = exact.session(64, "f32").eval(ids, "all")
     with Model(path, threads=2, devices=[Device("vulkan", name=number())], placement=whole(spec)) as model:
         got = model.session(64, "f32").eval(ids, "all")
-    assert off({i: got[i] for i in range(20)}, {i: expected[i] for i in range(20)}) <= BAR
+    bar = HALVES_BAR if _engine.gpu_list()[int(number())]["coop"] else BAR
+    assert off({i: got[i] for i in range(20)}, {i: expected[i] for i in range(20)}) <= bar
 
 
 def off(got: dict[str, Any], exact: dict[str, Any]) -> float:
@@ -206,6 +210,43 @@ def test_many_sequences_and_mixed_caches_in_one_step(open_model: Open, tiny_gguf
     got = run(open_model(LITE, whole(LITE)))
     for i, kv_type in enumerate(types):
         assert off({"": got[i]}, {"": expected[i]}) <= {"f32": BAR, "f16": 5e-3, "q8_0": 0.1}[kv_type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_copies_of_caches_that_are_gone_are_given_up(open_model: Open) -> None:
+    """Long conversations one after another: a device that lies in the process's own memory takes no more for them."""
+    if _engine.gpu_list()[int(number())]["kind"] != "software":
+        pytest.skip("what a device of its own memory holds cannot be seen from here")
+    model = open_model(LITE, whole(LITE))
+
+    def converse(n: int) -> int:
+        for _ in range(n):
+            session = model.session(1 << 16, "f32")
+            session.eval([1, 2])
+            session.repeat((1 << 16) - 2)
+            session.eval([3])
+            del session
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+    before = converse(2)
+    assert converse(6) - before < 128 << 20
+
+
+def test_a_tail_s_blocks_move_none_of_the_whole_s(open_model: Open, tiny_gguf: Callable[[Spec], Path]) -> None:
+    """More blocks than the least table holds, but only once those of the tail, in the last layer, are in it too."""
+    ids = tokens(LITE, 80)
+
+    def run(model: Model) -> np.ndarray[Any, Any]:
+        first = model.session(4400, "f32")
+        first.eval(ids[:70])
+        first.repeat(4200)
+        forks = [first.fork(4200) for _ in range(64)]
+        return cext.eval_batch([(fork, [ids[i], ids[i + 1]]) for i, fork in enumerate(forks)])
+
+    with Model(tiny_gguf(LITE), threads=2) as processor:
+        expected = run(processor)
+    got = run(open_model(LITE, whole(LITE)))
+    assert off(dict(enumerate(got)), dict(enumerate(expected))) <= BAR
 
 
 def test_what_a_gpu_does_not_do_is_said(open_model: Open) -> None:

@@ -1,6 +1,8 @@
 """Products with every tensor format on a GPU, against gguf's decoders, float64 arithmetic and the processor's packs: on
 whatever Vulkan finds here, a software device too."""
 
+import struct
+
 import numpy as np
 import pytest
 from gguf.quants import dequantize
@@ -71,6 +73,19 @@ def assert_same_bits(got: Floats, want: Floats) -> None:
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     worst = np.unravel_index(int(np.argmin(same)), same.shape)
     assert same.all(), f"value {worst}: {got[worst]!r}, expected {want[worst]!r}"
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_a_subgroup_that_is_not_full_sums_all_units(gpu: Gpu, lanes: int) -> None:
+    """As where a driver tells of more lanes than it takes for a shader: here the workgroup has no more."""
+    rng = np.random.default_rng(5)
+    w, x, k = normal(rng, 3, 1056), normal(rng, 1, 1056), 1056
+    y = np.full((1, 4), SENTINEL, np.float32)
+    push = bytes(64) + struct.pack("<Q10I", 0, 0, 0, k, 4, 4 * k, k, 3, 1, EXACT, 0)
+    links = [(-1, 0, 0, 0), (-1, 8, 1, 0), (-1, 16, 2, 0)]
+    gpu.run("mul_vec_f32", [w, x, y], push, links, (3, 1, 1), (lanes, 1, 1, 1))
+    assert_product(y[:, :3], "f32", w.view(np.uint8), x)
+    assert y[0, 3] == SENTINEL
 
 
 # ---- Decoding ----

@@ -57,18 +57,26 @@ static uint32_t layer_at(const ds_gpu_backend *b, const ds_kv_store *store, int 
 
 /* ---- Where tokens stand ---- */
 
-/* Room for the table of a step's blocks: what it held is of steps before. */
-static ds_status reserve_table(ds_gpu_backend *b, uint64_t bytes, ds_error *err) {
-    ds_gpu_buffer next;
+static int blocks_of(const ds_span *s) { return (s->pos + s->n + DS_KV_BLOCK - 1) / DS_KV_BLOCK; }
+
+/* Of the table of a step's blocks, its tail's with it: what is recorded for the whole reads it where it is. */
+static uint64_t table_bytes(const ds_gpu_backend *b) {
+    uint64_t bytes = 0;
+    for (int step = 0; step < DS_GPU_STEPS; step++) {
+        const ds_request *r = b->requests[step];
+        for (int i = 0; r && i < r->n_spans; i++) bytes += (uint64_t)blocks_of(&r->spans[i]) * 8;
+    }
+    return bytes;
+}
+
+/* Room for a step's table, made before any of it is there: what it held is of steps before. */
+static ds_status reserve_table(ds_gpu_backend *b, ds_error *err) {
+    const uint64_t bytes = table_bytes(b);
     uint64_t size = 64 << 10;
     if (b->room.table.bytes >= bytes) return DS_OK;
     while (size < bytes) size *= 2;
-    const ds_status st = ds_gpu_buffer_new(b->gpu, size, DS_GPU_IN, &next, err);
-    if (st != DS_OK) return st;
-    if (b->table_used) memcpy(next.host, b->room.table.host, b->table_used);
     ds_gpu_buffer_release(b->gpu, &b->room.table);
-    b->room.table = next;
-    return DS_OK;
+    return ds_gpu_buffer_new(b->gpu, size, DS_GPU_IN, &b->room.table, err);
 }
 
 static ds_gpu_cache *cache_of(ds_gpu_backend *b, const ds_kv_store *store) {
@@ -78,8 +86,6 @@ static ds_gpu_cache *cache_of(ds_gpu_backend *b, const ds_kv_store *store) {
     b->cached[store->type] = true;
     return &b->caches[store->type];
 }
-
-static int blocks_of(const ds_span *s) { return (s->pos + s->n + DS_KV_BLOCK - 1) / DS_KV_BLOCK; }
 
 /* A span's blocks into the table from `at` on. A tail's are as the whole step left them. */
 static ds_status place_blocks(ds_gpu_backend *b, const ds_span *s, bool tail, uint64_t *at, ds_error *err) {
@@ -96,9 +102,7 @@ ds_status ds_gpu_place(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_request *r = ds_gpu_request(b, op);
     ds_gpu_token *tokens = (ds_gpu_token *)(void *)b->room.tokens[op->tail].host;
     float *angles = (float *)(void *)b->room.angles[op->tail].host;
-    uint64_t bytes = b->table_used;
-    for (int i = 0; i < r->n_spans; i++) bytes += (uint64_t)blocks_of(&r->spans[i]) * 8;
-    ds_status st = reserve_table(b, bytes, err);
+    ds_status st = reserve_table(b, err);
     for (int i = 0; i < r->n_spans && st == DS_OK; i++) {
         const ds_span *s = &r->spans[i];
         const uint64_t at = b->room.table.address + b->table_used;

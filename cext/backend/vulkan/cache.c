@@ -82,9 +82,12 @@ static int oldest(const ds_gpu_cache *c) {
     return best;
 }
 
-static ds_status take(ds_gpu *gpu, ds_gpu_cache *c, uint64_t serial, ds_gpu_block **out, ds_error *err) {
+/* Blocks that are no more are not told of, but are needed no more: they become the oldest. So there is no more memory than
+ * for as many as the host ever held, or a step needed. */
+static ds_status take(ds_gpu *gpu, ds_gpu_cache *c, ds_kv_store *store, uint64_t serial, ds_gpu_block **out,
+                      ds_error *err) {
     int i = oldest(c);
-    if (i < 0 || c->blocks[i].serial) { /* rather more memory than another's copy, while there is any */
+    if (i < 0 || (c->blocks[i].serial && (size_t)c->n_blocks < ds_blocks_count(&store->blocks).n_used)) {
         const ds_status st = grow(gpu, c, err);
         if (st == DS_OK) i = oldest(c);
         else if (i < 0) return st;
@@ -102,7 +105,7 @@ ds_status ds_gpu_cache_get(ds_gpu *gpu, ds_gpu_cache *c, const ds_kv *kv, int i,
     const unsigned char *host = kv->blocks[i];
     const uint64_t serial = ds_blocks_serial(host);
     ds_gpu_block *b = find(c, serial);
-    ds_status st = b ? DS_OK : take(gpu, c, serial, &b, err);
+    ds_status st = b ? DS_OK : take(gpu, c, kv->store, serial, &b, err);
     if (st != DS_OK) return st;
     b->used = c->step;
     *address = b->address;

@@ -129,6 +129,8 @@ static void release(ds_gpu *gpu, ds_gpu_room *r) {
 ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err) {
     ds_gpu_room next = {.n_tok = n_tok, .table = b->room.table};
     if (b->room.own.buffer && b->room.n_tok >= n_tok) return DS_OK;
+    release(b->gpu, &b->room); /* nothing is under way, and both need not fit */
+    b->room = (ds_gpu_room){.table = next.table};
     ds_status st = make(b, &next, DS_GPU_OWN, &next.own, carve_own, err);
     if (st == DS_OK) st = make(b, &next, DS_GPU_IN, &next.in, carve_in, err);
     if (st == DS_OK) st = make(b, &next, DS_GPU_OUT, &next.out, carve_out, err);
@@ -137,7 +139,6 @@ ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err) {
         if (st == DS_ENOMEM) ds_hint(err, "give it less of the model: --vram SIZE, or take shorter steps");
         return st;
     }
-    release(b->gpu, &b->room);
     b->room = next;
     return DS_OK;
 }

@@ -21,6 +21,9 @@ const uint N_MATRICES = 2;
 const uint N_MATRICES = 1;
 #endif
 
+/* Units that a subgroup takes at a time: gl_SubgroupSize is what a device may have, and of some more than it has. */
+uint lanes;
+
 /* Rows [row, row + ROWS) of the block by slots [slot, slot + SLOTS). Beyond the last, the last is taken again. */
 void rows_by_slots(Block b, uint row, uint slot) {
     float sum[N_MATRICES * ROWS * SLOTS];
@@ -34,7 +37,7 @@ void rows_by_slots(Block b, uint row, uint slot) {
 #endif
     }
     [[unroll]] for (uint s = 0; s < SLOTS; s++) x_at[s] = input_row(b, min(slot + s, last_slot));
-    for (uint u = gl_SubgroupInvocationID; u < n_units(p.k); u += gl_SubgroupSize) {
+    for (uint u = gl_SubgroupInvocationID; u < n_units(p.k); u += lanes) {
         [[unroll]] for (uint h = 0; h < 2; h++) {
             Weights w[N_MATRICES * ROWS];
             [[unroll]] for (uint r = 0; r < N_MATRICES * ROWS; r++) w[r] = weights_of(w_at[r], u, h, p.k);
@@ -60,6 +63,7 @@ void rows_by_slots(Block b, uint row, uint slot) {
 void main() {
     const Block b = block_of(gl_WorkGroupID.z);
     if (gl_WorkGroupID.y * SLOTS >= b.count) return;
+    lanes = subgroupMax(gl_SubgroupInvocationID) + 1;
     unpack_begin();
     const uint begin = gl_WorkGroupID.x * GROUP_ROWS, end = min(begin + GROUP_ROWS, p.rows);
     for (uint row = begin + gl_SubgroupID * ROWS; row < end; row += gl_NumSubgroups * ROWS)
