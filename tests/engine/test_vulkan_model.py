@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 from support.blocks import CODED_FORMATS, FLOAT_FORMATS, GRID_FORMATS, block_size, ggml_encode, type_of
-from support.gpu import number
+from support.gpu import device, number
 from support.logits import assert_close, firm_prompt, reference
 from support.tiny import (
     SPECS,
@@ -26,7 +26,7 @@ from support.tiny import (
 )
 
 import cext
-from cext import Device, Model, Place, Tap, _engine
+from cext import Device, Model, Place, Tap
 
 LITE, PRO, V3, MOE = SPECS[0], SPECS[1], spec_named("v3"), spec_named("moe_shared")
 BAR = 1e-4  # of the logits' range
@@ -125,7 +125,7 @@ def test_every_format(tmp_path: Path, name: str) -> None:
         expected = exact.session(64, "f32").eval(ids, "all")
     with Model(path, threads=2, devices=[Device("vulkan", name=number())], placement=whole(spec)) as model:
         got = model.session(64, "f32").eval(ids, "all")
-    bar = HALVES_BAR if _engine.gpu_list()[int(number())]["coop"] else BAR
+    bar = HALVES_BAR if device()["coop"] else BAR
     assert off({i: got[i] for i in range(20)}, {i: expected[i] for i in range(20)}) <= bar
 
 
@@ -215,7 +215,7 @@ def test_many_sequences_and_mixed_caches_in_one_step(open_model: Open, tiny_gguf
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_copies_of_caches_that_are_gone_are_given_up(open_model: Open) -> None:
     """Long conversations one after another: a device that lies in the process's own memory takes no more for them."""
-    if _engine.gpu_list()[int(number())]["kind"] != "software":
+    if device()["kind"] != "software":
         pytest.skip("what a device of its own memory holds cannot be seen from here")
     model = open_model(LITE, whole(LITE))
 

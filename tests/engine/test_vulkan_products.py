@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, type_of, with_halves
-from support.gpu import Gpu, number
+from support.gpu import Gpu, device, number
 from support.gpu_products import ADD, EXACT, Groups, Job, mul, pack, replace, rows, run
 from support.kernels import (
     SENTINEL,
@@ -22,8 +22,6 @@ from support.kernels import (
     weight_magnitudes,
 )
 
-from cext import _engine
-
 FORMATS = (*FLOAT_FORMATS, *CODED_FORMATS)
 SOME = ("f32", "q4_k", "iq3_s")  # floats, codes, a grid: where the format is not what is tested
 TINY = float(np.finfo(np.float32).tiny)
@@ -36,7 +34,7 @@ def gpu() -> Gpu:
 
 @pytest.fixture(scope="module")
 def packs() -> None:
-    if not _engine.gpu_list()[int(number())]["int_dot"]:
+    if not device()["int_dot"]:
         pytest.skip("the device has no packed integer dot")
 
 
@@ -214,7 +212,7 @@ def test_what_is_no_number_shows_as_on_the_processor(gpu: Gpu, name: str, half: 
 
 @pytest.fixture(scope="module")
 def matrix_units() -> None:
-    if not _engine.gpu_list()[int(number())]["coop"]:
+    if not device()["coop"]:
         pytest.skip("the device has no cooperative matrices of halves that are summed in floats")
 
 

@@ -44,6 +44,12 @@ def number() -> str:
     return str(next(i for i, device in enumerate(_engine.gpu_list()) if not device["missing"]))
 
 
+def device() -> dict[str, Any]:
+    """What is known of that device. Skips where there is none."""
+    which = int(number())
+    return dict(_engine.gpu_list()[which])
+
+
 class Gpu:
     """An open device. run: one shader over arrays, each in a buffer of its own; what can be written to comes back."""
 
