@@ -47,10 +47,15 @@ class Beside:
 
     def nbytes(self, model: Model) -> int:
         """All of it, full."""
-        n_ctx = context(model.hparams["n_ctx_train"], self.n_ctx)
-        caches = self.n_seq * model.session(n_ctx, self.kv).kv_bytes
-        step = model.step_bytes(max(1, min(self.n_step, n_ctx)))
-        return max(caches, self.caches) + step + 4 * self.rows * model.hparams["n_vocab"]
+        step = model.step_bytes(max(1, min(self.n_step, self._context(model))))
+        return self.cache_bytes(model) + step + 4 * self.rows * model.hparams["n_vocab"]
+
+    def cache_bytes(self, model: Model) -> int:
+        """Of the caches."""
+        return max(self.n_seq * model.session(self._context(model), self.kv).kv_bytes, self.caches)
+
+    def _context(self, model: Model) -> int:
+        return context(model.hparams["n_ctx_train"], self.n_ctx)
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,7 @@ def on_gpu(model: Model, wish: Wish, beside: Beside, *, within: bool) -> Layout 
     try:
         gpu = find(wish)
         with Gguf(model.path) as gguf:
-            n_ctx = context(model.hparams["n_ctx_train"], beside.n_ctx)
-            caches = max(beside.n_seq * model.session(n_ctx, beside.kv).kv_bytes, beside.caches)
+            caches = beside.cache_bytes(model)
             layout = lay_out(gguf, model.hparams, gpu, wish, cache_bytes=caches, with_experts=not within)
     except EngineError as error:
         not_used(error)

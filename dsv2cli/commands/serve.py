@@ -132,14 +132,14 @@ def serve(
         kv,
         name,
         deterministic,
-        Params(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed),
-        limit,
-        disk,
-        slot_save_path,
-        others,
-        options.THINKING[think],
-        template_in(template, template_file),
-        verbose,
+        params=Params(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed),
+        n_predict=limit,
+        disk=disk,
+        slot_folder=slot_save_path,
+        aliases=others,
+        thinking=options.THINKING[think],
+        template=template_in(template, template_file),
+        verbose=verbose,
     )
     path = locate.model(model)
     listening = process.listen_all(hosts, port)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.inprocess import Ran, run
+from support.config import home, put, user_file
+from support.inprocess import done, run
 
 from dsv2cli import settings
 
@@ -21,23 +22,7 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None
     project = tmp_path / "home" / "project" / "deep"
     project.mkdir(parents=True)
     monkeypatch.chdir(project)
-    return {"XDG_CONFIG_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path / "home")}
-
-
-def user_file(tmp_path: Path) -> Path:
-    return tmp_path / "xdg" / "dsv2" / "config.toml"
-
-
-def put(tmp_path: Path, text: str) -> Path:
-    path = user_file(tmp_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def done(ran: Ran) -> Ran:
-    assert ran.code == 0, ran.told
-    return ran
+    return home(tmp_path)
 
 
 def listed(env: dict[str, str | None], *more: str) -> dict[str, Any]:

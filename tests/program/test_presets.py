@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.cli import terminal
-from support.inprocess import Ran, run
+from support.config import home, put
+from support.inprocess import done, run
 from support.tiny import spec_named
 from support.vocab import write_model
 
@@ -28,19 +29,7 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None
     project.mkdir(parents=True)
     monkeypatch.chdir(project)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return {"XDG_CONFIG_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path / "home")}
-
-
-def put(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "xdg" / "dsv2" / "config.toml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def done(ran: Ran) -> Ran:
-    assert ran.code == 0, ran.told
-    return ran
+    return home(tmp_path)
 
 
 def n_answered(model: Path, env: dict[str, str | None], *options: str) -> int:

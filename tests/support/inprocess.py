@@ -73,3 +73,9 @@ def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def done(ran: Ran) -> Ran:
+    """Of a command that has to succeed."""
+    assert ran.code == 0, ran.told
+    return ran
