@@ -82,6 +82,15 @@ def test_software_is_not_taken_unless_it_is_named() -> None:
         _engine.gpu_open(None)
 
 
+def test_devices_are_there_however_often_they_are_asked_for() -> None:
+    """A driver that is loaded anew each time fails after some: NVIDIA's after a few."""
+    which = number()
+    for _ in range(40):
+        assert _engine.gpu_list()
+    for _ in range(4):
+        _engine.gpu_close(_engine.gpu_open(which))
+
+
 def test_a_closed_device_says_so() -> None:
     handle = _engine.gpu_open(number())
     _engine.gpu_close(handle)

@@ -170,7 +170,6 @@ void ds_gpu_close(ds_gpu *g) {
         if (g->pool) f->DestroyCommandPool(g->device, g->pool, NULL);
         f->DestroyDevice(g->device, NULL);
     }
-    ds_vulkan_close(&g->v);
     free(g->made);
     free(g);
 }

@@ -15,10 +15,11 @@ typedef struct ds_vulkan {
     vk_GetInstanceProcAddr get;
     vk_Instance instance;
     vk_functions f;
+    int64_t process; /* that opened it */
 } ds_vulkan;
 
+/* That of this process: opened once, and kept. */
 ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err);
-void ds_vulkan_close(ds_vulkan *v);
 ds_status ds_vulkan_devices(const ds_vulkan *v, vk_PhysicalDevice out[DS_GPU_MAX], int *n, ds_error *err);
 void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out);
 bool ds_vulkan_has(const ds_vulkan *v, vk_PhysicalDevice device, const char *extension);

@@ -1,4 +1,5 @@
 /* loader.c: the system's Vulkan loader, if there is one, and the devices that it knows. */
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -28,7 +29,11 @@ ds_status ds_gpu_failed(ds_error *err, vk_Result result, const char *what) {
     return ds_fail(err, DS_EDEVICE, "%s: Vulkan's error %d", what, (int)result);
 }
 
-void ds_vulkan_close(ds_vulkan *v) {
+/* Drivers do not bear being loaded again and again: NVIDIA's fails after a few times, where it has used up what a process has
+ * for threads' variables. So what was opened first stays for as long as the process does. */
+static _Atomic(const ds_vulkan *) kept;
+
+static void close_vulkan(ds_vulkan *v) {
     if (v->instance && v->f.DestroyInstance) v->f.DestroyInstance(v->instance, NULL);
     if (v->library) ds_library_close(v->library);
     *v = (ds_vulkan){0};
@@ -54,9 +59,9 @@ static ds_status make_instance(ds_vulkan *v, ds_error *err) {
     return DS_OK;
 }
 
-ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err) {
+static ds_status open_vulkan(ds_vulkan *out, ds_error *err) {
     static const char *const NAMES[] = {"libvulkan.so.1", "libvulkan.1.dylib", "vulkan-1.dll"};
-    ds_vulkan v = {0};
+    ds_vulkan v = {.process = ds_process_id()};
     ds_status st = DS_OK;
     for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES && !v.library; i++) v.library = ds_library_open(NAMES[i]);
     if (!v.library) {
@@ -67,8 +72,31 @@ ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err) {
     if (!v.get) st = ds_fail(err, DS_EDEVICE, "the Vulkan loader here has no vkGetInstanceProcAddr");
     if (st == DS_OK) st = make_instance(&v, err);
     if (st == DS_OK) *out = v;
-    else ds_vulkan_close(&v);
+    else close_vulkan(&v);
     return st;
+}
+
+ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err) {
+    const ds_vulkan *there = atomic_load(&kept);
+    if (there && there->process == ds_process_id()) {
+        *out = *there;
+        return DS_OK;
+    }
+    ds_vulkan *made = malloc(sizeof *made);
+    if (!made) return ds_fail(err, DS_ENOMEM, "no memory for Vulkan");
+    const ds_status st = open_vulkan(made, err);
+    if (st != DS_OK) {
+        free(made);
+        return st;
+    }
+    if (atomic_compare_exchange_strong(&kept, &there, made)) {
+        *out = *made;
+        return DS_OK;
+    }
+    *out = *there; /* another thread was first */
+    close_vulkan(made);
+    free(made);
+    return DS_OK;
 }
 
 ds_status ds_vulkan_devices(const ds_vulkan *v, vk_PhysicalDevice out[DS_GPU_MAX], int *n, ds_error *err) {
@@ -217,11 +245,9 @@ ds_status ds_gpu_list(ds_gpu_info out[DS_GPU_MAX], int *n, ds_error *err) {
     ds_vulkan v;
     int found = 0;
     ds_status st = ds_vulkan_open(&v, err);
+    if (st == DS_OK) st = ds_vulkan_devices(&v, devices, &found, err);
     if (st != DS_OK) return st;
-    if ((st = ds_vulkan_devices(&v, devices, &found, err)) == DS_OK) {
-        for (int i = 0; i < found; i++) ds_vulkan_tell(&v, devices[i], &out[i]);
-        *n = found;
-    }
-    ds_vulkan_close(&v);
-    return st;
+    for (int i = 0; i < found; i++) ds_vulkan_tell(&v, devices[i], &out[i]);
+    *n = found;
+    return DS_OK;
 }
