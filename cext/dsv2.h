@@ -5,6 +5,7 @@
 
 #include "arch/config.h"
 #include "arch/tap.h"
+#include "backend/work.h"
 #include "gguf/gguf.h"
 #include "memory/budget.h"
 #include "memory/residency.h"
@@ -46,6 +47,11 @@ const ds_gguf *ds_model_gguf(const ds_model *model);
 ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err);
 /* What became of the experts that steps needed: false where all weights are mapped, and nothing is counted. */
 bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residency_counts *reading);
+/* Count what a device (1, 2, ... of its placement) does from now on, and with `times` how long each kind takes there, which
+ * costs some time of its own; then what it did. DS_EINVAL where there is no such device, or it counts nothing. */
+ds_status ds_model_watch(ds_model *model, int device, bool times, ds_error *err);
+ds_status ds_model_watched(ds_model *model, int device, ds_work_time out[DS_WORK_TIMES], int *n, ds_work *work,
+                           ds_error *err);
 /* What its weights take, whether they are mapped or within a budget. */
 ds_needs ds_model_needs(const ds_model *model);
 /* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */

@@ -14,6 +14,7 @@
 #include "arch/rope.h"
 #include "arch/tap.h"
 #include "arch/weights.h"
+#include "backend/work.h"
 #include "memory/kv.h"
 #include "memory/residency.h"
 
@@ -118,6 +119,10 @@ typedef struct ds_backend_ops {
     ds_status (*submit)(ds_backend *backend, const ds_op *ops, int n, ds_error *err);
     /* Until they are done; the first failure of one. A backend that has no thread of its own works here. */
     ds_status (*wait)(ds_backend *backend, ds_error *err);
+    /* Count its work from zero, from now on with times as well or not; then the number of kinds that were timed. NULL, both,
+     * where nothing is counted. */
+    ds_status (*watch)(ds_backend *backend, bool times, ds_error *err);
+    int (*watched)(const ds_backend *backend, ds_work_time out[DS_WORK_TIMES], ds_work *work);
     void (*destroy)(ds_backend *backend);
 } ds_backend_ops;
 

@@ -109,6 +109,39 @@ ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     return DS_OK;
 }
 
+/* The backend of a device that counts, with the lock held; NULL with an error. */
+static ds_backend *hold_counting(ds_model *model, int device, ds_error *err) {
+    ds_core *core = &model->core;
+    if (ds_core_check(core, err) != DS_OK) return NULL; /* in a forked child the lock may be held for ever */
+    if (device < 0 || device >= core->n_backends) {
+        ds_fail(err, DS_EINVAL, "there is no device %d: the model has %d", device, core->n_backends);
+        return NULL;
+    }
+    if (!core->backends[device]->ops->watch) {
+        ds_fail(err, DS_EINVAL, "device %d counts nothing: GPUs do", device);
+        return NULL;
+    }
+    ds_lock_take(&core->lock);
+    return core->backends[device];
+}
+
+ds_status ds_model_watch(ds_model *model, int device, bool times, ds_error *err) {
+    ds_backend *b = hold_counting(model, device, err);
+    if (!b) return err->status;
+    const ds_status st = b->ops->watch(b, times, err);
+    ds_lock_give(&model->core.lock);
+    return st;
+}
+
+ds_status ds_model_watched(ds_model *model, int device, ds_work_time out[DS_WORK_TIMES], int *n, ds_work *work,
+                           ds_error *err) {
+    const ds_backend *b = hold_counting(model, device, err);
+    if (!b) return err->status;
+    *n = b->ops->watched(b, out, work);
+    ds_lock_give(&model->core.lock);
+    return DS_OK;
+}
+
 ds_needs ds_model_needs(const ds_model *model) {
     ds_needs needs = ds_core_needs(&model->core, model->gguf);
     needs.long_step = ds_core_pieces_bytes(&model->core, DS_MAX_LONG_STEP, DS_MAX_STEP);

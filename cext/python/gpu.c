@@ -8,17 +8,33 @@
 
 static void release_gpu(void *gpu) { ds_gpu_close(gpu); }
 
+/* [(kind of memory in words, bytes of its heap)] */
+static PyObject *types_of(const ds_gpu_info *g) {
+    static const char *const WORDS[] = {"device", "visible", "coherent", "cached"};
+    PyObject *list = PyList_New((Py_ssize_t)g->n_types);
+    for (uint32_t i = 0; list && i < g->n_types; i++) {
+        char words[64] = "";
+        for (int bit = 0; bit < 4; bit++)
+            if (g->types[i] >> bit & 1)
+                snprintf(words + strlen(words), sizeof words - strlen(words), "%s%s", *words ? " " : "", WORDS[bit]);
+        PyObject *one = Py_BuildValue("(sK)", words, (unsigned long long)g->type_bytes[i]);
+        if (!one) return Py_DECREF(list), NULL;
+        PyList_SetItem(list, (Py_ssize_t)i, one);
+    }
+    return list;
+}
+
 static PyObject *told(const ds_gpu_info *g) {
     static const char *const KINDS[] = {"other", "integrated", "discrete", "virtual", "software"};
     char api[32], coop[40] = "";
     if (g->coop[0]) snprintf(coop, sizeof coop, "%ux%ux%u", g->coop[0], g->coop[1], g->coop[2]);
     snprintf(api, sizeof api, "%u.%u.%u", g->api >> 22, g->api >> 12 & 1023, g->api & 4095);
-    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:K,s:K,s:i,s:i,s:O,s:O,s:s,s:s}", "name", g->name, "driver", g->driver,
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:K,s:K,s:i,s:i,s:O,s:O,s:s,s:s,s:N}", "name", g->name, "driver", g->driver,
                          "kind", g->kind < sizeof KINDS / sizeof *KINDS ? KINDS[g->kind] : KINDS[0], "missing",
                          g->missing, "memory", (unsigned long long)g->memory, "free", (unsigned long long)g->free,
                          "subgroup", (int)g->subgroup, "shared_bytes", (int)g->shared_bytes, "int_dot",
                          g->int_dot ? Py_True : Py_False, "float16", g->float16 ? Py_True : Py_False, "api", api,
-                         "coop", coop);
+                         "coop", coop, "types", types_of(g));
 }
 
 /* gpu_built() -> whether shaders were compiled into this build */
@@ -60,6 +76,21 @@ static PyObject *gpu_open(PyObject *self, PyObject *args) {
 }
 
 static PyObject *gpu_close(PyObject *self, PyObject *gpu) { return ds_py_close(gpu, DS_PY_GPU); }
+
+/* gpu_link(gpu, bytes) -> bytes a second of copies of so many from, and to the host's memory */
+static PyObject *gpu_link(void *gpu, PyObject *args) {
+    PyObject *capsule;
+    unsigned long long bytes;
+    double in, out;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "OK", &capsule, &bytes)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_gpu_rates(gpu, bytes, &in, &out, &err);
+    Py_END_ALLOW_THREADS
+    return st == DS_OK ? Py_BuildValue("(dd)", in, out) : ds_py_raise(&err);
+}
+DS_PY_HELD(gpu_link, DS_PY_GPU)
 
 /* The arrays of a job and their links, from lists; false with an exception. */
 static bool read_arrays(PyObject *list, Py_buffer *views, ds_gpu_single *job) {
@@ -167,8 +198,13 @@ static PyObject *gpu_tables(PyObject *self, PyObject *args) {
 }
 
 PyMethodDef ds_py_gpu_methods[] = {
-    {"gpu_built", gpu_built, METH_NOARGS, NULL},   {"gpu_list", gpu_list, METH_NOARGS, NULL},
-    {"gpu_open", gpu_open, METH_VARARGS, NULL},    {"gpu_close", gpu_close, METH_O, NULL},
-    {"gpu_run", gpu_run_held, METH_VARARGS, NULL}, {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
-    {"gpu_tables", gpu_tables, METH_NOARGS, NULL}, {0},
+    {"gpu_built", gpu_built, METH_NOARGS, NULL},
+    {"gpu_list", gpu_list, METH_NOARGS, NULL},
+    {"gpu_open", gpu_open, METH_VARARGS, NULL},
+    {"gpu_close", gpu_close, METH_O, NULL},
+    {"gpu_run", gpu_run_held, METH_VARARGS, NULL},
+    {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
+    {"gpu_tables", gpu_tables, METH_NOARGS, NULL},
+    {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
+    {0},
 };

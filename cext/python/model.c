@@ -138,6 +138,46 @@ static PyObject *model_needs(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_needs, DS_PY_MODEL)
 
+/* model_watch(model, device, times); model_watched(model, device) -> (dispatches, barriers, submissions, waits, nanoseconds of
+ * recording, of waiting, [(name, n, nanoseconds)]) */
+static PyObject *model_watch(void *model, PyObject *args) {
+    PyObject *capsule;
+    int device, times;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "Oip", &capsule, &device, &times)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_model_watch(model, device, times, &err);
+    Py_END_ALLOW_THREADS
+    return st == DS_OK ? Py_NewRef(Py_None) : ds_py_raise(&err);
+}
+DS_PY_HELD(model_watch, DS_PY_MODEL)
+
+static PyObject *model_watched(void *model, PyObject *args) {
+    PyObject *capsule, *list;
+    ds_work_time times[DS_WORK_TIMES];
+    ds_work w;
+    ds_error err;
+    ds_status st;
+    int device, n;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &device)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_model_watched(model, device, times, &n, &w, &err);
+    Py_END_ALLOW_THREADS
+    if (st != DS_OK) return ds_py_raise(&err);
+    if (!(list = PyList_New(n))) return NULL;
+    for (int i = 0; i < n; i++) {
+        PyObject *one =
+            Py_BuildValue("(sKK)", times[i].name, (unsigned long long)times[i].n, (unsigned long long)times[i].ns);
+        if (!one) return Py_DECREF(list), NULL;
+        PyList_SetItem(list, i, one);
+    }
+    return Py_BuildValue("(KKKKKKN)", (unsigned long long)w.dispatches, (unsigned long long)w.barriers,
+                         (unsigned long long)w.submissions, (unsigned long long)w.waits,
+                         (unsigned long long)w.record_ns, (unsigned long long)w.wait_ns, list);
+}
+DS_PY_HELD(model_watched, DS_PY_MODEL)
+
 static PyObject *model_stop(void *model, PyObject *args) {
     ds_model_stop(model);
     Py_RETURN_NONE;
@@ -340,6 +380,8 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_counts", model_counts_held, METH_O, NULL},
     {"model_needs", model_needs_held, METH_O, NULL},
     {"model_stop", model_stop_held, METH_O, NULL},
+    {"model_watch", model_watch_held, METH_VARARGS, NULL},
+    {"model_watched", model_watched_held, METH_VARARGS, NULL},
     {"model_step_share", model_step_share_held, METH_O, NULL},
     {"model_info", model_info_held, METH_O, NULL},
     {"model_expert_uses", model_expert_uses_held, METH_VARARGS, NULL},

@@ -18,7 +18,8 @@ typedef struct vk_Device_T *vk_Device;
 typedef struct vk_Queue_T *vk_Queue;
 typedef struct vk_CommandBuffer_T *vk_CommandBuffer;
 /* Handles that may be numbers: 64 bits everywhere. */
-typedef uint64_t vk_Buffer, vk_DeviceMemory, vk_ShaderModule, vk_PipelineLayout, vk_Pipeline, vk_CommandPool, vk_Fence;
+typedef uint64_t vk_Buffer, vk_DeviceMemory, vk_ShaderModule, vk_PipelineLayout, vk_Pipeline, vk_CommandPool, vk_Fence,
+    vk_QueryPool;
 typedef int32_t vk_Result;
 
 enum {
@@ -43,6 +44,7 @@ enum {
     VKS_SUBMIT_INFO = 4,
     VKS_MEMORY_ALLOCATE_INFO = 5,
     VKS_FENCE_CREATE_INFO = 8,
+    VKS_QUERY_POOL_CREATE_INFO = 11,
     VKS_BUFFER_CREATE_INFO = 12,
     VKS_SHADER_MODULE_CREATE_INFO = 16,
     VKS_PIPELINE_SHADER_STAGE_CREATE_INFO = 18,
@@ -85,6 +87,7 @@ enum {
     VKB_SUBGROUP_FEATURE_ARITHMETIC_BIT = 4,
     VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT = 2048,
     VKB_PIPELINE_STAGE_TRANSFER_BIT = 4096,
+    VKB_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT = 8192,
     VKB_PIPELINE_STAGE_HOST_BIT = 16384,
     VKB_ACCESS_SHADER_READ_BIT = 32,
     VKB_ACCESS_SHADER_WRITE_BIT = 64,
@@ -96,6 +99,9 @@ enum {
     VKB_PIPELINE_BIND_POINT_COMPUTE = 1,
     VKB_COMMAND_BUFFER_LEVEL_PRIMARY = 0,
     VKB_SHARING_MODE_EXCLUSIVE = 0,
+    VKB_QUERY_TYPE_TIMESTAMP = 2,
+    VKB_QUERY_RESULT_64_BIT = 1,
+    VKB_QUERY_RESULT_WAIT_BIT = 2,
     VKB_COMPONENT_TYPE_FLOAT16_KHR = 0,
     VKB_COMPONENT_TYPE_FLOAT32_KHR = 1,
     VKB_SCOPE_SUBGROUP_KHR = 3,
@@ -123,7 +129,8 @@ typedef struct vk_PhysicalDeviceLimits {
     uint32_t pass0[8], maxPushConstantsSize, maxMemoryAllocationCount, pass1;
     uint64_t pass2[2]; uint32_t pass3[38], maxComputeSharedMemorySize, maxComputeWorkGroupCount[3],
         maxComputeWorkGroupInvocations, maxComputeWorkGroupSize[3], pass4[14];
-    size_t minMemoryMapAlignment; uint64_t pass5[23], nonCoherentAtomSize;
+    size_t minMemoryMapAlignment; uint64_t pass5[3]; uint32_t pass6[22]; float timestampPeriod; uint32_t pass7[12];
+    uint64_t pass8[2], nonCoherentAtomSize;
 } vk_PhysicalDeviceLimits;
 
 typedef struct vk_PhysicalDeviceSparseProperties { uint32_t pass[5]; } vk_PhysicalDeviceSparseProperties;
@@ -289,6 +296,10 @@ typedef struct vk_BufferCopy { uint64_t srcOffset, dstOffset, size; } vk_BufferC
 
 typedef struct vk_FenceCreateInfo { uint32_t sType; const void *pNext; uint32_t flags; } vk_FenceCreateInfo;
 
+typedef struct vk_QueryPoolCreateInfo {
+    uint32_t sType; const void *pNext; uint32_t flags; int32_t queryType; uint32_t queryCount, pipelineStatistics;
+} vk_QueryPoolCreateInfo;
+
 typedef struct vk_SubmitInfo {
     uint32_t sType; const void *pNext;
     uint32_t waitSemaphoreCount; const uint64_t *pWaitSemaphores; const uint32_t *pWaitDstStageMask;
@@ -359,6 +370,14 @@ typedef vk_Result (VK_CALL *vk_EnumerateInstanceVersion)(uint32_t *out);
     F(CmdPipelineBarrier, void, \
       (vk_CommandBuffer commands, uint32_t from, uint32_t to, uint32_t flags, uint32_t n_memory, \
        const vk_MemoryBarrier *memory, uint32_t n_buffer, const void *buffers, uint32_t n_image, const void *images)) \
+    F(CreateQueryPool, vk_Result, \
+      (vk_Device device, const vk_QueryPoolCreateInfo *info, const void *allocator, vk_QueryPool *out)) \
+    F(DestroyQueryPool, void, (vk_Device device, vk_QueryPool pool, const void *allocator)) \
+    F(GetQueryPoolResults, vk_Result, \
+      (vk_Device device, vk_QueryPool pool, uint32_t first, uint32_t n, size_t bytes, void *out, uint64_t stride, \
+       uint32_t flags)) \
+    F(CmdResetQueryPool, void, (vk_CommandBuffer commands, vk_QueryPool pool, uint32_t first, uint32_t n)) \
+    F(CmdWriteTimestamp, void, (vk_CommandBuffer commands, uint32_t stage, vk_QueryPool pool, uint32_t query)) \
     F(CreateFence, vk_Result, (vk_Device device, const vk_FenceCreateInfo *info, const void *allocator, vk_Fence *out)) \
     F(DestroyFence, void, (vk_Device device, vk_Fence fence, const void *allocator)) \
     F(ResetFences, vk_Result, (vk_Device device, uint32_t n, const vk_Fence *fences)) \

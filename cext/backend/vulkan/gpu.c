@@ -164,6 +164,7 @@ void ds_gpu_close(ds_gpu *g) {
     if (g->device && f->DestroyDevice) {
         if (f->DeviceWaitIdle) f->DeviceWaitIdle(g->device);
         if (f->DestroyBuffer) ds_gpu_buffer_release(g, &g->staging);
+        if (f->DestroyQueryPool) ds_gpu_commands_forget(g, &g->copies);
         for (int i = 0; i < g->n_made; i++) f->DestroyPipeline(g->device, g->made[i].pipeline, NULL);
         if (g->fence) f->DestroyFence(g->device, g->fence, NULL);
         if (g->layout) f->DestroyPipelineLayout(g->device, g->layout, NULL);
@@ -238,7 +239,9 @@ ds_status ds_gpu_commands_new(ds_gpu *g, ds_gpu_commands *out, ds_error *err) {
 ds_status ds_gpu_record(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
     const vk_CommandBufferBeginInfo info = {.sType = VKS_COMMAND_BUFFER_BEGIN_INFO};
     const vk_Result result = g->v.f.BeginCommandBuffer(c->list, &info);
-    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
+    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
+    ds_gpu_watch_record(g, c);
+    return DS_OK;
 }
 
 void ds_gpu_dispatch(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline, const void *push, uint32_t bytes, uint32_t x,
@@ -247,6 +250,8 @@ void ds_gpu_dispatch(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline, const 
     g->v.f.CmdBindPipeline(c->list, VKB_PIPELINE_BIND_POINT_COMPUTE, pipeline);
     g->v.f.CmdPushConstants(c->list, g->layout, VKB_SHADER_STAGE_COMPUTE_BIT, 0, bytes, push);
     g->v.f.CmdDispatch(c->list, x, y, z);
+    g->work.dispatches++;
+    ds_gpu_watch_dispatched(g, c, pipeline);
 }
 
 static void barrier(ds_gpu *g, ds_gpu_commands *c, uint32_t from, uint32_t wrote, uint32_t to, uint32_t reads) {
@@ -255,6 +260,7 @@ static void barrier(ds_gpu *g, ds_gpu_commands *c, uint32_t from, uint32_t wrote
 }
 
 void ds_gpu_barrier(ds_gpu *g, ds_gpu_commands *c) {
+    g->work.barriers++;
     const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
     barrier(g, c, stages, VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT, stages,
             VKB_ACCESS_SHADER_READ_BIT | VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_READ_BIT |
@@ -282,6 +288,8 @@ ds_status ds_gpu_submit(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
     if (result == VKR_SUCCESS) result = g->v.f.QueueSubmit(g->queue, 1, &info, g->fence);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
     g->busy = true;
+    g->running = c;
+    g->work.submissions++;
     return DS_OK;
 }
 
@@ -293,5 +301,9 @@ ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
     while (result == VKR_NOT_READY && ds_now_ns() - begin < DS_SPIN_NS);
     if (result == VKR_NOT_READY) result = g->v.f.WaitForFences(g->device, 1, &g->fence, 1, UINT64_MAX);
     g->busy = false;
-    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
+    g->work.waits++;
+    g->work.wait_ns += (uint64_t)(ds_now_ns() - begin);
+    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
+    ds_gpu_watch_take(g, g->running);
+    return DS_OK;
 }

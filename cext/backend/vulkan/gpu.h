@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "backend/vulkan/api.h"
+#include "backend/work.h"
 #include "base/status.h"
 
 enum {
@@ -26,8 +27,11 @@ typedef struct ds_gpu_info {
     uint64_t memory; /* bytes of its own memory, */
     uint64_t free; /* and of these what the driver would give this program now; memory where it does not tell */
     uint32_t subgroup, shared_bytes;
+    double tick_ns; /* of its clock; 0: it has none that a list of commands can read */
     bool int_dot, float16; /* packed dots of four bytes; arithmetic in halves */
     uint32_t coop[3]; /* rows, columns, depth of cooperative matrices of halves summed in floats; 0: it has none */
+    uint32_t n_types, types[32]; /* of memory: their VKB_MEMORY_PROPERTY_* bits, */
+    uint64_t type_bytes[32]; /* and the heap that each is of */
     char missing[160]; /* what the shaders need and it lacks; "" where it can be used */
 } ds_gpu_info;
 
@@ -76,13 +80,17 @@ ds_status ds_gpu_pipeline(ds_gpu *gpu, const char *name, const uint32_t *specs, 
 
 /* ---- Commands ---- */
 
+typedef struct ds_gpu_watch ds_gpu_watch;
+
 /* A list of commands: recorded once, run as often as wanted. */
 typedef struct ds_gpu_commands {
     vk_CommandBuffer list;
+    ds_gpu_watch *watch; /* NULL but where it was recorded while the device is watched */
 } ds_gpu_commands;
 
-/* An empty list; it goes with the GPU. */
+/* An empty list; it goes with the GPU, but for what ds_gpu_commands_forget gives up. */
 ds_status ds_gpu_commands_new(ds_gpu *gpu, ds_gpu_commands *out, ds_error *err);
+void ds_gpu_commands_forget(ds_gpu *gpu, ds_gpu_commands *c);
 /* Begin anew. */
 ds_status ds_gpu_record(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
 void ds_gpu_dispatch(ds_gpu *gpu, ds_gpu_commands *c, vk_Pipeline pipeline, const void *push, uint32_t bytes,
@@ -96,3 +104,13 @@ ds_status ds_gpu_recorded(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
 ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
 /* Until it is done; the host then sees what it wrote. */
 ds_status ds_gpu_wait(ds_gpu *gpu, ds_error *err);
+
+/* ---- What it did (watch.c) ---- */
+
+/* Count from zero, and time shaders from now on where `times`: lists that are recorded from here on have a clock's reading
+ * behind each dispatch. DS_EUNSUPPORTED where it has no clock. */
+ds_status ds_gpu_watch_begin(ds_gpu *gpu, bool times, ds_error *err);
+/* The number of shaders that were timed. */
+int ds_gpu_watched(const ds_gpu *gpu, ds_work_time out[DS_WORK_TIMES], ds_work *work);
+/* Bytes a second of copies from and to the host's memory, by itself: two buffers of `bytes`. */
+ds_status ds_gpu_rates(ds_gpu *gpu, uint64_t bytes, double *in, double *out, ds_error *err);

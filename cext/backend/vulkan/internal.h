@@ -50,5 +50,17 @@ struct ds_gpu {
     ds_gpu_buffer staging; /* through which is copied what the host does not reach */
     ds_gpu_commands copies;
     bool busy; /* something was submitted, and not waited for */
+    bool watched; /* lists are recorded with clocks */
+    ds_work_time times[DS_WORK_TIMES];
+    int n_times;
+    ds_work work;
+    const ds_gpu_commands *running; /* what was submitted last */
     int64_t process; /* that opened it: a forked child has no part in it */
 };
+
+/* ---- watch.c ---- */
+
+/* At the beginning of a list; behind a dispatch; when it has run. */
+void ds_gpu_watch_record(ds_gpu *g, ds_gpu_commands *c);
+void ds_gpu_watch_dispatched(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline);
+void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_commands *c);

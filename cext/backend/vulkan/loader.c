@@ -198,6 +198,14 @@ static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_
     out->float16 = f12.shaderFloat16;
 }
 
+static void read_clock(const ds_vulkan *v, vk_PhysicalDevice device, double period, ds_gpu_info *out) {
+    vk_QueueFamilyProperties families[32];
+    uint32_t n = 32;
+    const int family = ds_vulkan_family(v, device);
+    v->f.GetPhysicalDeviceQueueFamilyProperties(device, &n, families);
+    if (family >= 0 && families[family].timestampValidBits) out->tick_ns = period;
+}
+
 static void read_memory(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
     vk_PhysicalDeviceMemoryBudgetPropertiesEXT budget = {.sType = VKS_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT};
     vk_PhysicalDeviceMemoryProperties2 m = {.sType = VKS_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
@@ -210,6 +218,11 @@ static void read_memory(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_inf
         const uint64_t used = tells ? budget.heapUsage[i] : 0, most = tells ? budget.heapBudget[i] : heap->size;
         out->memory = heap->size;
         out->free = most > used ? most - used : 0;
+    }
+    out->n_types = m.memoryProperties.memoryTypeCount;
+    for (uint32_t i = 0; i < out->n_types; i++) {
+        out->types[i] = m.memoryProperties.memoryTypes[i].propertyFlags;
+        out->type_bytes[i] = m.memoryProperties.memoryHeaps[m.memoryProperties.memoryTypes[i].heapIndex].size;
     }
 }
 
@@ -235,6 +248,7 @@ void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *o
     if (!(p11.subgroupSupportedStages & VKB_SHADER_STAGE_COMPUTE_BIT) ||
         !(p11.subgroupSupportedOperations & VKB_SUBGROUP_FEATURE_ARITHMETIC_BIT))
         snprintf(out->missing, sizeof out->missing, "its driver has no sums over subgroups");
+    read_clock(v, device, p.limits.timestampPeriod, out);
     check_features(v, device, out);
     check_coop(v, device, out);
     read_memory(v, device, out);

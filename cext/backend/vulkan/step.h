@@ -62,6 +62,7 @@ typedef struct ds_gpu_backend {
     uint64_t table_used; /* bytes of the table, by this step */
     const ds_op *ops;
     int n_ops;
+    uint64_t record_ns; /* that recording and submitting took, since it was watched */
 } ds_gpu_backend;
 
 /* Room for steps of n_tok tokens; keeps what is large enough. */

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "backend/vulkan/step.h"
+#include "base/os.h"
 
 ds_status ds_gpu_do(ds_gpu_backend *b, const char *shader, const void *push, uint32_t bytes, uint32_t x, uint32_t y,
                     uint32_t z, ds_error *err) {
@@ -188,6 +189,7 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
         if (tap->entries[i].point != DS_TAP_EXPERTS)
             return ds_fail(err, DS_EUNSUPPORTED, "%s: of what a GPU computes only the experts' choice can be tapped",
                            ds_gpu_told(b->gpu)->name);
+    const int64_t begin = ds_now_ns();
     ds_status st = ds_gpu_record(b->gpu, &b->commands, err);
     for (int i = 0; i < n && st == DS_OK; i++) {
         st = RECORD[ops[i].kind](b, &ops[i], err);
@@ -196,6 +198,7 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
     if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
     if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
     b->ops = ops, b->n_ops = n;
+    b->record_ns += (uint64_t)(ds_now_ns() - begin);
     return st;
 }
 
@@ -238,13 +241,33 @@ static void destroy(ds_backend *backend) {
         for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
         ds_gpu_room_release(b);
         ds_gpu_weights_release(b->gpu, &b->w);
+        ds_gpu_commands_forget(b->gpu, &b->commands);
         ds_gpu_close(b->gpu);
     }
     free(b);
 }
 
-static const ds_backend_ops OPS = {
-    .reserve = reserve, .bytes = bytes, .begin = begin, .submit = submit, .wait = wait_for, .destroy = destroy};
+static ds_status watch(ds_backend *backend, bool times, ds_error *err) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    b->record_ns = 0;
+    return ds_gpu_watch_begin(b->gpu, times, err);
+}
+
+static int watched(const ds_backend *backend, ds_work_time out[DS_WORK_TIMES], ds_work *work) {
+    const ds_gpu_backend *b = (const ds_gpu_backend *)backend;
+    const int n = ds_gpu_watched(b->gpu, out, work);
+    work->record_ns = b->record_ns;
+    return n;
+}
+
+static const ds_backend_ops OPS = {.watch = watch,
+                                   .watched = watched,
+                                   .reserve = reserve,
+                                   .bytes = bytes,
+                                   .begin = begin,
+                                   .submit = submit,
+                                   .wait = wait_for,
+                                   .destroy = destroy};
 
 /* ---- What it takes on ---- */
 

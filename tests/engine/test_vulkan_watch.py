@@ -1,0 +1,55 @@
+"""What a GPU is told to do, counted and timed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.gpu import number
+from support.tiny import SPECS, Spec, tokens
+
+import cext
+from cext import Device, Model, Place, _engine
+
+LITE = SPECS[0]
+
+
+def on_gpu(path: Path) -> Model:
+    layers = range(LITE.n_layer)
+    placement = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers)]
+    return Model(path, threads=1, devices=[Device("vulkan", name=number())], placement=placement)
+
+
+def test_a_step_is_counted_and_its_shaders_timed(tiny_gguf: Callable[[Spec], Path]) -> None:
+    ids = tokens(LITE, 12)
+    with on_gpu(tiny_gguf(LITE)) as model:
+        session, unwatched = model.session(64), model.session(64)
+        expected = [unwatched.eval(ids[:9]), unwatched.eval(ids[9:10]), unwatched.eval(ids[10:11])]
+        model.watch(1, times=True)
+        got = [session.eval(ids[:9]), session.eval(ids[9:10])]
+        timed = model.watched(1)
+        model.watch(1, times=False)
+        got.append(session.eval(ids[10:11]))
+        counted = model.watched(1)
+    assert all((a == b).all() for a, b in zip(got, expected, strict=True))
+    assert timed.submissions == timed.waits == 2 and timed.wait_ns > 0 and timed.record_ns > 0
+    assert sum(n for n, _ in timed.times.values()) == timed.dispatches
+    assert any(ns for _, ns in timed.times.values())
+    assert "norm" in timed.times
+    assert counted.submissions == 1 and 0 < counted.dispatches < timed.dispatches and not counted.times
+
+
+def test_a_device_that_counts_nothing(tiny_gguf: Callable[[Spec], Path]) -> None:
+    with on_gpu(tiny_gguf(LITE)) as model:
+        for device, why in ((0, "counts nothing"), (2, "there is no device 2"), (-1, "there is no device -1")):
+            with pytest.raises(cext.ArgumentError, match=why):
+                model.watch(device, times=False)
+            with pytest.raises(cext.ArgumentError, match=why):
+                model.watched(device)
+
+
+def test_the_link_has_a_rate() -> None:
+    gpu = _engine.gpu_open(number())
+    try:
+        assert min(_engine.gpu_link(gpu, 1 << 20)) > 0
+    finally:
+        _engine.gpu_close(gpu)
