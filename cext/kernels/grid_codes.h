@@ -1,5 +1,5 @@
-/* grid_codes.h: the grids with an entry's codes in the bytes of a qword or a dword, plus DS_CODE_BIAS: for ISAs that load an
- * entry for each index. */
+/* grid_codes.h: the grids with an entry's codes in the bytes of a qword or a dword: for ISAs that load an entry for each
+ * index. */
 #pragma once
 
 typedef uint64_t grid8_entry;
@@ -7,7 +7,7 @@ typedef uint32_t grid4_entry;
 #define GRID_VALUE_IQ2(place) ((place) == 0 ? 8 : (place) == 1 ? 25 : 43)
 #define GRID_VALUE_IQ3_XXS(place) ((place) == 7 ? 62 : 8 * (place) + 4)
 #define GRID_VALUE_IQ3_S(place) (2 * (place) + 1)
-#define GRID_BYTE(value, i) (uint64_t)(uint8_t)((value) + DS_CODE_BIAS) << 8 * (i)
+#define GRID_BYTE(value, i) (uint64_t)(value) << 8 * (i)
 #define GRID_BYTE_2(e, i) GRID_BYTE(GRID_VALUE_IQ2(DS_GRID_PLACE_IQ2(e, i)), i)
 #define GRID_BYTE_3(value, e, i) GRID_BYTE(value(DS_GRID_PLACE_IQ3(e, i)), i)
 #define GRID_FOUR_3(value, e)                                                                   \
@@ -19,8 +19,3 @@ typedef uint32_t grid4_entry;
 #define GRID_ENTRY_IQ3_XXS(e) GRID_FOUR_3(GRID_VALUE_IQ3_XXS, e),
 #define GRID_ENTRY_IQ3_S(e) GRID_FOUR_3(GRID_VALUE_IQ3_S, e),
 enum { grid_values_IQ3_XXS, grid_values_IQ3_S }; /* in the entries already */
-
-/* 32 indices, in memory, because they are used one by one. */
-typedef struct grid_index {
-    DS_ALIGNED uint16_t words[32];
-} grid_index;

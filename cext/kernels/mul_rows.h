@@ -2,7 +2,7 @@
  * of it decoded into registers and used for each token: the pace is the memory's.
  *
  * A format plugs in as functions that decode the scales of 256 values and then 64 of them at a time; a grid format as one
- * that decodes all. */
+ * that decodes all, or prepares that where an entry is loaded for each index. */
 #pragma once
 
 /* Each half of four bytes in a byte of its own; each pair of bits of two bytes likewise. */
@@ -18,21 +18,18 @@ DS_INLINE uint64_t spread_pairs(uint16_t a) {
     return (x | x << 6) & 0x0303030303030303;
 }
 
-/* 256 values of a row: w = scale * q - min_factor * min, scale and min per 32 or per 16 values. Grid formats decode all of
- * them at once. */
+/* 256 values of a row of a grid format. */
 typedef struct row_group {
-    v64 q[4];
+    grid_codes codes;
     row_scales scales;
-#if DS_GRID_PAIRS
-    grid_signs signs; /* not yet in q */
-#endif
 } row_group;
 
 typedef void (*row_group_fn)(const void *block, row_group *g);
 typedef v64 (*row_codes_fn)(const void *block, int j);
 typedef row_scales (*row_scales_fn)(const void *block);
 
-/* What the loop needs to know of a format; constant where it is used, so that each is compiled for it alone. */
+/* What the loop needs to know of a format, w = scale * q - min_factor * min with scale and min per 32 or per 16 values;
+ * constant where it is used, so that each is compiled for it alone. */
 typedef struct row_format {
     row_group_fn group; /* grid formats; the others have codes and scales */
     row_codes_fn codes; /* 64 values, the j-th of four */
@@ -59,7 +56,7 @@ DS_INLINE void row_starts(row_format f, const row_scales *w, int n_tok, const ac
                           row_scales scales[], row_sum sums[]) {
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
-        scales[t] = row_start(&sums[t], w, f.per_16, f.split, a->meta + (size_t)t * a->n_groups + group);
+        row_start(&sums[t], w, f.per_16, f.split, a->meta + (size_t)t * a->n_groups + group, &scales[t]);
 }
 
 /* ---- Formats of 32 values: a group is eight blocks ---- */
@@ -165,45 +162,29 @@ ROW_SCALES(IQ4_XS) {
 
 /* ---- Grid formats ---- */
 
-DS_INLINE void row_put_signs(row_group *g, grid_signs signs) {
-#if DS_GRID_PAIRS
-    g->signs = signs;
-#else
-    v64_signed(g->q, &signs);
-#endif
-}
-
-DS_INLINE void row_group_store(const row_group *g, uint8_t codes[ACT_GROUP], float scale[16]) {
-#if DS_GRID_PAIRS
-    grid_store(g->q, &g->signs, &g->scales, codes, scale);
-#else
-    grid_store(g->q, &g->scales, codes, scale);
-#endif
-}
-
 DS_INLINE void row_group_IQ2_XXS(const void *block, row_group *g) {
     const ds_block_IQ2_XXS *b = block;
     const grid_tails tails = grid_tails_seconds(b->sub);
     const grid_index index = grid_index_fours(b->sub);
     g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 8.0f);
-    v64_grid8(grid_IQ2_XXS, 256, &index, g->q);
-    row_put_signs(g, grid_tails_signs(tails));
+    grid_codes8(&g->codes, grid_IQ2_XXS, 256, &index);
+    grid_codes_sign(&g->codes, grid_tails_signs(tails));
 }
 
 DS_INLINE void row_group_IQ2_XS(const void *block, row_group *g) {
     const ds_block_IQ2_XS *b = block;
     const grid_index index = grid_index_nines(b->qs);
     g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
-    v64_grid8(grid_IQ2_XS, 512, &index, g->q);
-    row_put_signs(g, grid_signs_top(b->qs));
+    grid_codes8(&g->codes, grid_IQ2_XS, 512, &index);
+    grid_codes_sign(&g->codes, grid_signs_top(b->qs));
 }
 
 DS_INLINE void row_group_IQ2_S(const void *block, row_group *g) {
     const ds_block_IQ2_S *b = block;
     const grid_index index = grid_index_tens(b->qs, b->qh);
     g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
-    v64_grid8(grid_IQ2_S, 1024, &index, g->q);
-    row_put_signs(g, grid_signs_load(b->signs));
+    grid_codes8(&g->codes, grid_IQ2_S, 1024, &index);
+    grid_codes_sign(&g->codes, grid_signs_load(b->signs));
 }
 
 DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
@@ -211,8 +192,8 @@ DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
     const grid_tails tails = grid_tails_load(b->tail);
     const grid_index index[2] = {grid_index_seconds(b->qs, false), grid_index_seconds(b->qs, true)};
     g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 4.0f);
-    v64_grid4(grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index, g->q);
-    row_put_signs(g, grid_tails_signs(tails));
+    grid_codes4(&g->codes, grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index);
+    grid_codes_sign(&g->codes, grid_tails_signs(tails));
 }
 
 DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
@@ -223,8 +204,8 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
     uint32_t packed;
     memcpy(&packed, b->scales, sizeof packed);
     g->scales = grid_scales_32(f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d)));
-    v64_grid4(grid_IQ3_S, 512, grid_values_IQ3_S, index, g->q);
-    row_put_signs(g, grid_signs_load(b->signs));
+    grid_codes4(&g->codes, grid_IQ3_S, 512, grid_values_IQ3_S, index);
+    grid_codes_sign(&g->codes, grid_signs_load(b->signs));
 }
 
 /* ---- The product ---- */
@@ -236,12 +217,19 @@ DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_
 #if DS_GRID_PAIRS
     DS_UNROLL
     for (int t = 0; t < n_tok; t++)
-        row_sum_add_grid(&sums[t], g.q, &g.signs, &g.scales, a->meta + (size_t)t * a->n_groups + group);
+        row_sum_add_grid(&sums[t], &g.codes, &g.scales, a->meta + (size_t)t * a->n_groups + group);
 #else
     row_scales scales[DS_ROW_TOKENS];
     row_starts(f, &g.scales, n_tok, a, group, scales, sums);
     DS_UNROLL
-    for (int j = 0; j < 4; j++) row_add64(f, g.q[j], j, n_tok, a, group, scales, sums);
+    for (int j = 0; j < 4; j++) {
+        const grid_part part = grid_codes_part(&g.codes, j);
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) {
+            const size_t at = (size_t)t * a->n_groups + group;
+            row_sum_add_part(&sums[t], f.per_16, part, a->q + at * ACT_GROUP + 64 * j, a->meta + at, &scales[t], j);
+        }
+    }
 #endif
 }
 

@@ -75,26 +75,35 @@ DS_INLINE __m512i x86_grid_words(const uint16_t *grid, int n, const grid_index *
     return parts[n == 256 ? 2 : n == 512 ? 3 : 4];
 }
 
+/* Signs: bit j of both bytes of word i is the sign of value 8 i + j. */
+typedef __m512i grid_signs;
+
+/* The 256 codes of a group. */
+typedef struct grid_codes {
+    v64 q[4];
+    grid_signs signs;
+} grid_codes;
+
 /* 32 entries of eight values. */
-DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index, v64 q[4]) {
+DS_INLINE void grid_codes8(grid_codes *codes, const grid8_entry *grid, int n, const grid_index *index) {
     const __m512i entries = x86_grid_words(grid, n, index);
     DS_UNROLL
     for (int s = 0; s < 4; s++)
-        q[s] = v64_lookup(grid_values_IQ2, v64_and(_mm512_srli_epi16(entries, (unsigned)(2 * s)), 3));
+        codes->q[s] = v64_lookup(grid_values_IQ2, v64_and(_mm512_srli_epi16(entries, (unsigned)(2 * s)), 3));
 }
 /* 64 entries of four values, the even ones and the odd ones. */
-DS_INLINE void v64_grid4(const grid4_entry *grid, int n, const int8_t values[16], const grid_index index[2], v64 q[4]) {
+DS_INLINE void grid_codes4(grid_codes *codes, const grid4_entry *grid, int n, const int8_t values[16],
+                           const grid_index index[2]) {
     DS_UNROLL
     for (int odd = 0; odd < 2; odd++) {
         const __m512i entries = x86_grid_words(grid, n, &index[odd]);
         DS_UNROLL
         for (int s = 0; s < 2; s++)
-            q[2 * odd + s] = v64_lookup(values, v64_and(_mm512_srli_epi16(entries, (unsigned)(3 * s)), 7));
+            codes->q[2 * odd + s] = v64_lookup(values, v64_and(_mm512_srli_epi16(entries, (unsigned)(3 * s)), 7));
     }
 }
 
-/* Signs: bit j of both bytes of word i is the sign of value 8 i + j. */
-typedef __m512i grid_signs;
+DS_INLINE void grid_codes_sign(grid_codes *codes, grid_signs signs) { codes->signs = signs; }
 
 DS_INLINE grid_signs x86_both_bytes(__m512i words) {
     const __m128i twice = _mm_setr_epi8(0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
@@ -149,12 +158,11 @@ DS_INLINE __mmask64 x86_minus(grid_signs signs, int s) {
 DS_INLINE v64 x86_negate(v64 a, __mmask64 minus) { return _mm512_mask_sub_epi8(a, minus, _mm512_setzero_si512(), a); }
 
 /* Add the products of a group and one token's activations. */
-DS_INLINE void row_sum_add_grid(row_sum *sum, const v64 q[4], const grid_signs *signs, const row_scales *scales,
-                                const act_meta *x) {
+DS_INLINE void row_sum_add_grid(row_sum *sum, const grid_codes *codes, const row_scales *scales, const act_meta *x) {
     __m512i dots = _mm512_setzero_si512();
     DS_UNROLL
     for (int s = 0; s < 4; s++)
-        dots = _mm512_dpbusd_epi32(dots, q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(*signs, s)));
+        dots = _mm512_dpbusd_epi32(dots, codes->q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(codes->signs, s)));
     const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
     sum->y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sum->y[0]);
 }
@@ -162,11 +170,10 @@ DS_INLINE void row_sum_add_grid(row_sum *sum, const v64 q[4], const grid_signs *
 /* The codes of a group, biased, and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */
 DS_INLINE int grid_place(int i) { return 2 * (i % 16 / 4 * 8 + i / 16 % 2 * 4 + i % 4) + i / 32; }
 enum { DS_GRID_SCALE_STEP = 2 }; /* scales per 32 values are stored twice */
-DS_INLINE void grid_store(const v64 q[4], const grid_signs *signs, const row_scales *scales, uint8_t codes[256],
-                          float scale[16]) {
+DS_INLINE void grid_store(const grid_codes *from, const row_scales *scales, uint8_t codes[256], float scale[16]) {
     v64 c[4];
     DS_UNROLL
-    for (int s = 0; s < 4; s++) c[s] = x86_negate(v64_bias(q[s]), x86_minus(*signs, s));
+    for (int s = 0; s < 4; s++) c[s] = x86_negate(v64_bias(from->q[s]), x86_minus(from->signs, s));
     DS_UNROLL
     for (int s = 0; s < 4; s += 2) {
         _mm512_storeu_si512(codes + 64 * s, _mm512_unpacklo_epi16(c[s], c[s + 1]));

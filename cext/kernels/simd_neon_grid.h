@@ -4,6 +4,11 @@
 
 #include "kernels/grid_codes.h"
 
+/* 32 indices, in memory, because they are used one by one. */
+typedef struct grid_index {
+    DS_ALIGNED uint16_t words[32];
+} grid_index;
+
 /* 2 n + 1 of the 16 halves n of 8 bytes, low ones first. */
 DS_INLINE v16 v16_odd_nibbles(const uint8_t p[8]) {
     const uint8x8_t a = vld1_u8(p), low = vand_u8(a, vdup_n_u8(15)), high = vshr_n_u8(a, 4);
@@ -67,20 +72,25 @@ DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8
     return index;
 }
 
+/* The 256 codes of a group. */
+typedef struct grid_codes {
+    v64 q[4];
+} grid_codes;
+
 /* 32 entries of eight values. */
-DS_INLINE void v64_grid8(const grid8_entry *grid, int n, const grid_index *index, v64 q[4]) {
+DS_INLINE void grid_codes8(grid_codes *codes, const grid8_entry *grid, int n, const grid_index *index) {
     DS_UNROLL
     for (int i = 0; i < 16; i++)
-        q[i / 4].part[i % 4] =
+        codes->q[i / 4].part[i % 4] =
             vcombine_u8(vcreate_u8(grid[index->words[2 * i]]), vcreate_u8(grid[index->words[2 * i + 1]]));
 }
 /* 64 entries of four values, the even ones and the odd ones. */
-DS_INLINE void v64_grid4(const grid4_entry *grid, int n, int values, const grid_index index[2], v64 q[4]) {
+DS_INLINE void grid_codes4(grid_codes *codes, const grid4_entry *grid, int n, int values, const grid_index index[2]) {
     DS_UNROLL
     for (int i = 0; i < 16; i++) {
         const uint16_t *even = index[0].words + 2 * i, *odd = index[1].words + 2 * i;
-        q[i / 4].part[i % 4] = vcombine_u8(vcreate_u8(grid[even[0]] | (uint64_t)grid[odd[0]] << 32),
-                                           vcreate_u8(grid[even[1]] | (uint64_t)grid[odd[1]] << 32));
+        codes->q[i / 4].part[i % 4] = vcombine_u8(vcreate_u8(grid[even[0]] | (uint64_t)grid[odd[0]] << 32),
+                                                  vcreate_u8(grid[even[1]] | (uint64_t)grid[odd[1]] << 32));
     }
 }
 
@@ -136,23 +146,34 @@ DS_INLINE row_scales grid_tails_scales(grid_tails tails, float unit) {
     return grid_scales_32(f8_fma(n, f8_set(2.0f * unit), f8_set(unit)));
 }
 
-/* Negates the bytes whose bits are set. */
-DS_INLINE void v64_signed(v64 q[4], const grid_signs *signs) {
+/* Negates the codes whose bits are set. */
+DS_INLINE void grid_codes_sign(grid_codes *codes, grid_signs signs) {
     const uint8x16_t copies = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
     DS_UNROLL
     for (int i = 0; i < 16; i++) {
         const uint8x16_t place = vaddq_u8(copies, vdupq_n_u8((uint8_t)(i % 8 * 2)));
-        const uint8x16_t minus = vtstq_u8(vqtbl1q_u8(signs->half[i / 8], place), neon_bit_masks());
-        q[i / 4].part[i % 4] = vsubq_u8(veorq_u8(q[i / 4].part[i % 4], minus), minus);
+        const uint8x16_t minus = vtstq_u8(vqtbl1q_u8(signs.half[i / 8], place), neon_bit_masks());
+        uint8x16_t *part = &codes->q[i / 4].part[i % 4];
+        *part = vsubq_u8(veorq_u8(*part, minus), minus);
     }
+}
+
+/* 64 of the codes, the j-th of four. */
+typedef v64 grid_part;
+
+DS_INLINE grid_part grid_codes_part(const grid_codes *codes, int j) { return codes->q[j]; }
+/* Add their products. */
+DS_INLINE void row_sum_add_part(row_sum *s, bool per_16, grid_part part, const int8_t *x, const act_meta *meta,
+                                const row_scales *scales, int j) {
+    row_sum_add(s, true, per_16, part, x, meta, scales, j);
 }
 
 /* The codes of a group and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */
 DS_INLINE int grid_place(int i) { return i; }
 enum { DS_GRID_SCALE_STEP = 1 };
-DS_INLINE void grid_store(const v64 q[4], const row_scales *scales, uint8_t codes[256], float scale[16]) {
+DS_INLINE void grid_store(const grid_codes *from, const row_scales *scales, uint8_t codes[256], float scale[16]) {
     DS_UNROLL
-    for (int i = 0; i < 16; i++) vst1q_u8(codes + 16 * i, q[i / 4].part[i % 4]);
+    for (int i = 0; i < 16; i++) vst1q_u8(codes + 16 * i, from->q[i / 4].part[i % 4]);
     DS_UNROLL
     for (int i = 0; i < 4; i++) vst1q_f32(scale + 4 * i, scales->scale[i]);
 }

@@ -212,24 +212,22 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
                         .min = {min[0].a, min[0].b, min[1].a, min[1].b}};
 }
 /* The scales times a token's, a lane for each sum that row_sum_add makes; the minimums' part of the sums. */
-DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
-    row_scales out;
+DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {
     if (per_16) {
         DS_UNROLL
         for (int i = 0; i < 4; i++) {
-            out.scale[i] = vmulq_f32(w->scale[i], vld1q_f32(x->scale_16 + 4 * i));
+            out->scale[i] = vmulq_f32(w->scale[i], vld1q_f32(x->scale_16 + 4 * i));
             s->min = vfmaq_f32(s->min, w->min[i], vld1q_f32(x->sum_16 + 4 * i));
         }
-        return out;
+        return;
     }
     DS_UNROLL
     for (int i = 0; i < 2; i++) {
         const float32x4_t scale = vmulq_f32(w->scale[i], vld1q_f32(x->scale + 4 * i));
         s->min = vfmaq_f32(s->min, w->min[i], vld1q_f32(x->sum_32 + 4 * i));
-        out.scale[2 * i] = vzip1q_f32(scale, scale);
-        out.scale[2 * i + 1] = vzip2q_f32(scale, scale);
+        out->scale[2 * i] = vzip1q_f32(scale, scale);
+        out->scale[2 * i + 1] = vzip2q_f32(scale, scale);
     }
-    return out;
 }
 /* Add the products of 64 values, the j-th of four: codes q and x. Sums of 16 neighbours, or of halves of 32. */
 DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,

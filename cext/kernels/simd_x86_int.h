@@ -278,14 +278,15 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
                         .min = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(m)), _mm512_set1_ps(dmin))};
 }
 /* The scales times a token's; the minimums' part of the sums. */
-DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
+DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {
     if (per_16) {
         s->min = _mm512_fmadd_ps(w->min, _mm512_load_ps(x->sum_16), s->min);
-        return (row_scales){.scale = _mm512_mul_ps(w->scale, _mm512_load_ps(x->scale_16))};
+        out->scale = _mm512_mul_ps(w->scale, _mm512_load_ps(x->scale_16));
+        return;
     }
     const f16x scale = _mm512_mul_ps(w->scale, _mm512_load_ps(split ? x->split : x->scale)); /* and sum_32 behind it */
     s->min = _mm512_add_ps(s->min, scale);
-    return (row_scales){.scale = scale};
+    out->scale = scale;
 }
 /* Add the products of 64 values, the j-th of four: codes q (biased if signed) and x. */
 DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,
@@ -385,25 +386,20 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
     }
     return s;
 }
-DS_INLINE row_scales row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x) {
-    row_scales out;
+DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {
     if (per_16) {
         DS_UNROLL
         for (int i = 0; i < 16; i += 8) {
-            _mm256_store_ps(out.scale + i, f8_mul(f8_load(w->scale + i), f8_load(x->scale_16 + i)));
+            _mm256_store_ps(out->scale + i, f8_mul(f8_load(w->scale + i), f8_load(x->scale_16 + i)));
             s->min = f8_fma(f8_load(w->min + i), f8_load(x->sum_16 + i), s->min);
         }
     } else {
-        _mm256_store_ps(out.scale, f8_mul(f8_load(w->scale), f8_load(split ? x->split : x->scale)));
+        _mm256_store_ps(out->scale, f8_mul(f8_load(w->scale), f8_load(split ? x->split : x->scale)));
         s->min = f8_fma(f8_load(w->min), f8_load(x->sum_32), s->min);
     }
-    /* Keeps the compiler from making broadcasts of registers, two shuffles each, of what loads do for nothing. */
-    __asm__("" : "+m"(out.scale));
-    return out;
 }
 /* Products of 4 neighbours summed, with q signed or not. */
-DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, const int8_t *x, const int32_t *less_128) {
-    const __m256i s = _mm256_load_si256((const __m256i *)x);
+DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, __m256i s, const int32_t *less_128) {
 #if defined(__AVXVNNI__)
     const __m256i start = is_signed ? _mm256_load_si256((const __m256i *)less_128) : _mm256_setzero_si256();
     return _mm256_cvtepi32_ps(x86_dpbusd(start, q, s));
@@ -418,12 +414,22 @@ DS_INLINE f8 row_scale_32(bool per_16, const float *of, int i) {
     if (!per_16) return f8_set(of[i]);
     return _mm256_blend_ps(f8_set(of[2 * i]), f8_set(of[2 * i + 1]), 0xf0);
 }
+/* p, as something that the compiler knows nothing about: or it would take single values out of the registers that were
+ * stored there, with two instructions each or more. */
+DS_INLINE const void *x86_memory(const void *p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
+DS_INLINE void x86_add64(row_sum *s, bool is_signed, bool per_16, v64 q, v64 x, const int32_t less[16],
+                         const row_scales *scales, int j) {
+    const float *scale = x86_memory(scales->scale);
+    f8 *y = s->y[j % 2];
+    y[0] = f8_fma(row_dot_32(is_signed, q.a, x.a, less), row_scale_32(per_16, scale, 2 * j), y[0]);
+    y[1] = f8_fma(row_dot_32(is_signed, q.b, x.b, less + 8), row_scale_32(per_16, scale, 2 * j + 1), y[1]);
+}
 DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,
                            const row_scales *scales, int j) {
-    const int32_t *less = meta->less_128 + 16 * j;
-    f8 *y = s->y[j % 2];
-    y[0] = f8_fma(row_dot_32(is_signed, q.a, x, less), row_scale_32(per_16, scales->scale, 2 * j), y[0]);
-    y[1] = f8_fma(row_dot_32(is_signed, q.b, x + 32, less + 8), row_scale_32(per_16, scales->scale, 2 * j + 1), y[1]);
+    x86_add64(s, is_signed, per_16, q, v64_load(x), meta->less_128 + 16 * j, scales, j);
 }
 
 #endif

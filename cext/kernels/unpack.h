@@ -278,7 +278,7 @@ DS_INLINE void unpack_rows(const unpacker *u, row_group_fn group, int n_scales, 
     for (int r = 0; r < DS_LANES; r++) {
         row_group g;
         group(u->rows[r], &g);
-        row_group_store(&g, q[r], scale[r]);
+        grid_store(&g.codes, &g.scales, q[r], scale[r]);
         rows[r] = q[r];
         scales[r] = (const uint8_t *)scale[r];
     }
