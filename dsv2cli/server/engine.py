@@ -52,7 +52,10 @@ if TYPE_CHECKING:
 
 STEP_SECONDS = 0.25  # what a prompt may make the answers beside it wait for at once
 INTERRUPT_SECONDS = 0.5  # between two calls to a step to end
-FEWEST_BESIDE = 16  # tokens of prompts in such a step, on however slow a machine
+FEWEST_BESIDE = 16  # tokens of prompts in such a step, unless the machine is so slow that it takes
+SLOW_STEP_SECONDS = 0.4  # this long: experts are read for few tokens as for many, so that fewer gain little
+LEAST_BESIDE = 4  # on however slow a machine
+BESIDE_AT_FIRST = 8  # before it is known how long they take; doubled by each quick step
 WHOLE = 256  # tokens of a prompt's pieces where they must not depend on who else is served
 MAX_ROWS_TOP = 20  # likeliest tokens kept beside a prompt's cache
 T = TypeVar("T")
@@ -122,6 +125,17 @@ def apart(evaluate: Evaluate) -> Evaluate:
     return each
 
 
+def beside_next(beside: int, seconds: float, n_answers: int) -> int:
+    """Tokens of prompts beside so many answers, after a step that took so long: what keeps it near STEP_SECONDS, or
+    FEWEST_BESIDE where these keep it near SLOW_STEP_SECONDS; about as many as there are answers at least."""
+
+    def near(target: float) -> int:
+        return round(beside * min(2.0, max(0.5, target / max(seconds, 1e-3))))
+
+    least = min(FEWEST_BESIDE, max(LEAST_BESIDE, n_answers))
+    return max(least, near(STEP_SECONDS), min(FEWEST_BESIDE, near(SLOW_STEP_SECONDS)))
+
+
 def _never_began(choice: int, reason: Reason, error: Exception | None) -> Ended:
     return Ended(choice, reason, "", None, Stats(), None, error)
 
@@ -164,7 +178,7 @@ class Engine:
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
         self._evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
-        self._scheduler = Scheduler(self._evaluate, self._budget(64))
+        self._scheduler = Scheduler(self._evaluate, self._budget(BESIDE_AT_FIRST))
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
         self._paused: dict[Sequence, tuple[Ticket, int]] = {}  # answers in the background, while others are wanted
@@ -288,10 +302,10 @@ class Engine:
         self._tickets.clear()
         self.slots = Slots(self.limits.parallel)
         self.prefixes.clear()
-        self._scheduler = Scheduler(self._evaluate, self._budget(64))
+        self._scheduler = Scheduler(self._evaluate, self._budget(BESIDE_AT_FIRST))
 
     def _step(self) -> list[Event]:
-        decodes = any(s.n_waiting == 1 for s in self._tickets)
+        n_answers = sum(s.n_waiting == 1 for s in self._tickets)
         reads = any(s.n_waiting > 1 for s in self._tickets)
         self.figures.in_steps += len(self._tickets)
         begun = time.perf_counter()
@@ -300,21 +314,15 @@ class Engine:
         self.figures.steps += 1
         self.figures.step_seconds += seconds
         self.figures.longest_step = max(self.figures.longest_step, seconds)
-        if decodes and reads and not self.limits.deterministic:
-            self._adapt(seconds)
+        if n_answers and reads and not self.limits.deterministic:
+            self._scheduler.budget = self._budget(beside_next(self._scheduler.budget.beside, seconds, n_answers))
         return events
-
-    def _adapt(self, seconds: float) -> None:
-        """Let prompts take as much of a step beside answers as keeps it near STEP_SECONDS."""
-        beside = self._scheduler.budget.beside
-        wanted = beside * min(2.0, max(0.5, STEP_SECONDS / max(seconds, 1e-3)))
-        self._scheduler.budget = self._budget(round(wanted))
 
     def _budget(self, beside: int) -> Budget:
         usual = Budget()
         if self.limits.deterministic:
             return replace(usual, alone=WHOLE, beside=WHOLE, whole=WHOLE)
-        return replace(usual, beside=min(max(beside, FEWEST_BESIDE), usual.step // 2))
+        return replace(usual, beside=min(beside, usual.step // 2))
 
     # Admission.
 

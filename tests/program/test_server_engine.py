@@ -13,7 +13,7 @@ from support.serving import USUAL, Served, served
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
-from dsv2cli.server.engine import Engine, Ticket
+from dsv2cli.server.engine import BESIDE_AT_FIRST, Engine, Ticket, beside_next
 from dsv2cli.server.generation import Ended, Generation, Params, Piece
 
 PARALLEL = 2
@@ -113,3 +113,26 @@ def test_no_more_is_fetched_than_can_join(server: Served, monkeypatch: pytest.Mo
             assert (await ended(ticket)).reason == "length"
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("n_answers", "alone", "token", "settles", "longest"),
+    [
+        (1, 0.03, 0.002, 110, 0.26),
+        (1, 0.03, 0.01, 22, 0.26),
+        (1, 0.1, 0.03, 10, 0.42),  # slow: few, and still below half a second
+        (1, 0.6, 0.04, 4, 1.0),  # too slow for anything
+        (16, 0.6, 0.01, 16, 0.8),  # so are answers alone: a prompt does not wait for them for ever
+        (1, 0.0, 1e-6, None, 0.26),
+    ],
+)
+def test_what_a_prompt_takes_of_a_step_beside_answers(
+    n_answers: int, alone: float, token: float, settles: int | None, longest: float
+) -> None:
+    """On machines whose steps take ``alone`` seconds for the answers, and so many more for each token of a prompt."""
+    beside, taken = BESIDE_AT_FIRST, []
+    for _ in range(40):
+        taken.append(alone + token * beside)
+        beside = beside_next(min(beside, 1000), taken[-1], n_answers)
+    assert max(taken) <= longest
+    assert beside > 1000 if settles is None else abs(beside - settles) <= 1
