@@ -53,7 +53,8 @@ class _Wrapped:
 
 
 class Grammars:
-    """Compiles what requests ask for. The vocabulary's table takes a second: it is made once, when first needed."""
+    """Compiles what requests ask for. The vocabulary's table takes a second and makes other threads
+    wait: it is made once, with ``prepare`` or when first needed."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
         self._tokenizer, self._end_ids = tokenizer, list(end_ids)
@@ -61,6 +62,10 @@ class Grammars:
         self._made: llguidance.LLTokenizer | None = None
         self._tried: dict[bytes, str] = {}  # why a grammar cannot be followed, by its hash
         self._read: dict[bytes, str] = {}  # what llama.cpp's form is in llguidance's, by its hash
+
+    @property
+    def is_prepared(self) -> bool:
+        return self._made is not None
 
     def prepare(self) -> llguidance.LLTokenizer:
         with self._lock:

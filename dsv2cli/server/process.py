@@ -207,6 +207,7 @@ class Serving:
         try:
             with self._plan.load() as service, files.opened(self._plan.files, files.Limits()) as kept:
                 service.batches = Batches(service, kept)
+                service.grammars.prepare()  # it holds the interpreter for long: then nobody waits
                 service.engine.start()
                 service.batches.start()
                 self.state.service = service

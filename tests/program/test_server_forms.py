@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     spec = variant(spec_named("lite"), n_ctx=4096)
     with served(write_model(tmp_path_factory.mktemp("forms") / "tiny.gguf", spec, V25_TEMPLATE)) as running:
         yield running
+
+
+def test_the_first_form_finds_the_vocabulary_prepared(tmp_path: Path) -> None:
+    """Or everybody, health too, would wait for as long as that takes."""
+    spec = variant(spec_named("lite"), n_ctx=64)
+    with served(write_model(tmp_path / "tiny.gguf", spec, V25_TEMPLATE)) as fresh:
+        assert fresh.serving.state.service is not None and fresh.serving.state.service.grammars.is_prepared
 
 
 def answer(server: Served, **asked: Any) -> str:
