@@ -6,9 +6,11 @@
     python tests/bench/bench_serve.py http://127.0.0.1:8080 --minutes 60 --pid $(pgrep -f 'dsv2 serve')    # a soak
 
 Scenes, one after another, each a few lines of the CSV: ``one`` and ``many``: a stream alone, and --clients of them at
-once (tokens a second of all, and their ratio); ``gaps``: a stream while a prompt of --prompt tokens arrives; ``mixed``:
---clients that stream, ask for long prompts, go away in the middle and send what is refused, for --seconds. A time is
-from the request's first byte, or the token before, to a token's event; /health is asked ten times a second throughout.
+once (tokens a second of all, and their ratio); ``form``: a stream alone whose answer is JSON of a schema (its ratio to
+one); ``gaps``: a stream while a prompt of --prompt tokens arrives; ``gone``: of two streams one goes away, again and
+again (how long until the server counts it no more, beside the other's steps); ``mixed``: --clients that stream, ask for
+long prompts, go away in the middle and send what is refused, for --seconds. A time is from the request's first byte, or
+the token before, to a token's event; /health is asked ten times a second throughout.
 Prompts are token ids drawn anew, so that nothing is found in a cache, and answers do not stop at an end token. The
 latency of a model varies with the experts that tokens take: --seed draws other prompts.
 
@@ -37,7 +39,20 @@ try:
 except ImportError:
     pyplot = None
 
-SCENES = ("one", "many", "gaps", "mixed")
+SCENES = ("one", "many", "form", "gaps", "gone", "mixed")
+WHATS = ("first", "between", "gone", "health")
+N_GONE = 10
+# An answer that goes on for as long as it may.
+FORM = {
+    "type": "array",
+    "minItems": 10_000,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "size": {"type": "integer"}},
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    },
+}
 SHARES = (50.0, 99.0, 99.9)
 HEALTH_SECONDS = 0.1
 BAD: tuple[Any, ...] = (
@@ -55,6 +70,7 @@ class Heard:
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+    gone: list[float] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     n_tokens: int = 0
@@ -85,9 +101,9 @@ class Client:
     def prompt(self, n: int) -> list[int]:
         return [self._random.randrange(self._n_vocab) for _ in range(n)]
 
-    async def tokens(self, heard: Heard, n_prompt: int, n_predict: int) -> AsyncIterator[float]:
+    async def tokens(self, heard: Heard, n_prompt: int, n_predict: int, **more: Any) -> AsyncIterator[float]:
         """Stream an answer; the seconds before each of its tokens, which are noted."""
-        body = {"prompt": self.prompt(n_prompt), "n_predict": n_predict, "stream": True, "ignore_eos": True}
+        body = {"prompt": self.prompt(n_prompt), "n_predict": n_predict, "stream": True, "ignore_eos": True, **more}
         before, is_first = time.perf_counter(), True
         async with self._http.stream("POST", "/completion", json=body) as response:
             heard.statuses[response.status_code] += 1
@@ -107,6 +123,12 @@ class Client:
             n += 1
             if n == leave_after:
                 break
+
+    async def running(self) -> int:
+        """Answers that the server steps now."""
+        lines = (await self._http.get("/metrics")).text.splitlines()
+        [told] = [line for line in lines if line.startswith("llamacpp:requests_processing ")]
+        return int(float(told.split()[1]))
 
     async def refused(self, heard: Heard) -> None:
         """Ask for what is no request: of the wrong type, out of range, no JSON."""
@@ -148,6 +170,11 @@ async def scene(name: str, http: httpx.AsyncClient, options: argparse.Namespace,
             await clients[0].stream(heard, 32, options.tokens)
         elif name == "many":
             await asyncio.gather(*(client.stream(heard, 32, options.tokens) for client in clients))
+        elif name == "form":
+            async for _ in clients[0].tokens(heard, 32, options.tokens, json_schema=FORM):
+                pass
+        elif name == "gone":
+            await gone(clients[0], clients[-1], heard)
         elif name == "gaps":
             await gaps(clients[0], clients[-1], heard, options)
         else:
@@ -172,6 +199,26 @@ async def gaps(one: Client, other: Client, heard: Heard, options: argparse.Names
     heard.statuses += apart.statuses
 
 
+async def gone(one: Client, other: Client, heard: Heard) -> None:
+    """While one stream goes on the other's client goes away N_GONE times, without a word."""
+    on = asyncio.Event()
+
+    async def goes_on() -> None:
+        async for _ in one.tokens(heard, 32, 1_000_000):
+            if on.is_set():
+                break
+
+    going = asyncio.create_task(goes_on())
+    for _ in range(N_GONE):
+        await other.stream(Heard(), 8, 1_000_000, leave_after=4)
+        left = time.perf_counter()
+        while await other.running() > 1:
+            await asyncio.sleep(0.002)
+        heard.gone.append(time.perf_counter() - left)
+    on.set()
+    await going
+
+
 def share(values: Sequence[float], percent: float) -> float:
     """The value that so many percent do not exceed; 0 of none."""
     ordered = sorted(values)
@@ -180,7 +227,10 @@ def share(values: Sequence[float], percent: float) -> float:
 
 def rows_of(name: str, heard: Heard, clients: int) -> list[Row]:
     rows = []
-    for what, values in (("first", heard.first), ("between", heard.between), ("health", heard.health)):
+    for what in WHATS:
+        values = getattr(heard, what)
+        if not values:
+            continue
         shares = [1e3 * share(values, percent) for percent in SHARES]
         rate = heard.n_tokens / heard.seconds
         rows.append(Row(name, clients, what, len(values), *shares, 1e3 * max(values, default=0.0), rate))
@@ -225,6 +275,7 @@ def plot(heard: dict[str, Heard], file: Path) -> None:
 
 async def measure(options: argparse.Namespace) -> int:
     heard: dict[str, Heard] = {}
+    rows: list[Row] = []
     sizes: list[int] = []
     limits = httpx.Limits(max_connections=None)
     headers = {"authorization": f"Bearer {options.key}"} if options.key else {}
@@ -238,15 +289,13 @@ async def measure(options: argparse.Namespace) -> int:
         await Client(http, meta["n_vocab"], options.seed).stream(Heard(), 32, 8)  # warms up
         for name in ("mixed",) if options.minutes else options.only.split(","):
             heard[name] = await scene(name, http, options, meta["n_vocab"])
+            rows += rows_of(name, heard[name], options.clients if name in ("many", "mixed") else 1)
+            tell(rows, name)
+            if options.output:
+                write(rows, options.output)
         if memory is not None:
             memory.cancel()
-    rows = [row for name, one in heard.items() for row in rows_of(name, one, 1 if name == "one" else options.clients)]
-    tell(rows, heard)
-    if options.output:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    compare(heard)
     if options.plot:
         plot(heard, options.plot)
     failed = sum(n for one in heard.values() for status, n in one.statuses.items() if status >= 500)
@@ -256,14 +305,32 @@ async def measure(options: argparse.Namespace) -> int:
     return 1 if failed or (options.minutes and grown > options.grown) else 0
 
 
-def tell(rows: Sequence[Row], heard: dict[str, Heard]) -> None:
-    print(f"{'scene':8}{'what':10}{'n':>8}{'p50 ms':>10}{'p99':>10}{'p99.9':>10}{'longest':>10}{'tok/s':>9}")
+def write(rows: Sequence[Row], file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def tell(rows: Sequence[Row], name: str) -> None:
+    """Those of a scene, as soon as it is over."""
+    if rows[0].scene == name:
+        print(f"{'scene':8}{'what':10}{'n':>8}{'p50 ms':>10}{'p99':>10}{'p99.9':>10}{'longest':>10}{'tok/s':>9}")
     for row in rows:
-        times = "".join(f"{value:10.1f}" for value in (row.p50, row.p99, row.p99_9, row.longest))
-        print(f"{row.scene:8}{row.what:10}{row.n:8}{times}{row.tok_s:9.1f}")
+        if row.scene == name:
+            times = "".join(f"{value:10.1f}" for value in (row.p50, row.p99, row.p99_9, row.longest))
+            print(f"{row.scene:8}{row.what:10}{row.n:8}{times}{row.tok_s:9.1f}", flush=True)
+
+
+def compare(heard: dict[str, Heard]) -> None:
     if {"one", "many"} <= heard.keys():
         one, many = (heard[name].n_tokens / heard[name].seconds for name in ("one", "many"))
         print(f"many: {many / one:.2f} times the tokens of one")
+    if {"one", "form"} <= heard.keys():  # between tokens: what is prepared once, before the first, is told apart
+        one, form = (sum(heard[name].between) / len(heard[name].between) for name in ("one", "form"))
+        print(
+            f"form: {one / form:.3f} of the speed of one; its first token after {1e3 * heard['form'].first[0]:.0f} ms"
+        )
     for name, one in heard.items():
         print(f"{name}: answers by status {dict(sorted(one.statuses.items()))}")
 
