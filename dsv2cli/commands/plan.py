@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -85,6 +86,7 @@ def plan(
     if compared:
         console.say()
         console.show(check_table(compared))
+        console.say_fields(check_lines(compared), 14)
 
 
 def checked(made: Forecast, threads: int | None, rounds: int) -> tuple[Compared, ...]:
@@ -244,27 +246,48 @@ def drive_line(made: Forecast) -> str:
 
 
 def check_table(compared: Sequence[Compared]) -> console.Table:
-    table = console.Table("Check", ("", "predicted", "measured", "off by", ""))
+    table = console.Table("Check", ("", "predicted", "measured", "off by", "rounds between", ""))
     for row in compared:
         as_text = console.format_bytes if row.name.startswith("memory") else "{:.4g} tok/s".format
         table.add(
             row.name,
-            as_text(row.predicted),
-            as_text(row.measured),
+            as_text(median(row.predicted)),
+            as_text(median(row.measured)),
             f"{row.error:+.1%}",
+            f"{min(row.errors):+.1%} and {max(row.errors):+.1%}" if len(row.errors) > 1 else "",
             "" if row.holds else f"more than {row.allowed:.0%}",
         )
     return table
+
+
+def check_lines(compared: Sequence[Compared]) -> list[tuple[str, str]]:
+    """How far to trust the table."""
+    rounds = max(len(row.measured) for row in compared)
+    if rounds == 1:
+        return [("drift", "unknown: one round")]
+    worst = max(compared, key=lambda row: row.spread)
+    held = sum(row.holds for row in compared)
+    return [
+        (
+            "in turns",
+            f"{rounds} rounds, the machine measured around each; off by: the median of the ratios",
+        ),
+        ("drift", f"of what was measured up to {worst.spread:.0%} ({worst.name})"),
+        ("verdict", f"{held} of {len(compared)} forecasts hold"),
+    ]
 
 
 def describe(compared: Sequence[Compared]) -> list[dict[str, object]]:
     return [
         {
             "figure": row.name,
-            "predicted": row.predicted,
-            "measured": row.measured,
+            "predicted": median(row.predicted),
+            "measured": median(row.measured),
             "error": round(row.error, 4),
+            "errors": [round(error, 4) for error in row.errors],
+            "spread": round(row.spread, 4),
             "allowed": row.allowed,
+            "holds": row.holds,
         }
         for row in compared
     ]

@@ -11,7 +11,8 @@ from dsv2cli.engines.cache import count
 from dsv2cli.engines.choice import OURS
 from dsv2cli.memory import ROUND
 from dsv2cli.planner import quality
-from dsv2cli.planner.probe import PROMPT, Rates, Work, work_of
+from dsv2cli.planner.hollow import PROMPT, Work, work_of
+from dsv2cli.planner.probe import Rates
 from dsv2cli.planner.subject import Rung, Subject
 
 if TYPE_CHECKING:
@@ -127,6 +128,17 @@ def prefill_seconds(work: Work, rates: Rates) -> float:
     return PROMPT * work.layer_products / rates.products + work.head_bytes / rates.bandwidth
 
 
+def speeds(found: Anatomy, work: Work, rates: Rates) -> tuple[tuple[Speed, ...], Speed]:
+    """Of decoding at each of DEPTHS that the model was trained for, and of PROMPT tokens."""
+    trained = count(found.keys, "context_length")
+    decode = tuple(
+        speed(d, decode_seconds(found.token_bytes, work.n_layer, d, rates), rates.spread)
+        for d in DEPTHS
+        if not trained or d < trained
+    )
+    return decode, speed(0, prefill_seconds(work, rates), rates.spread, PROMPT)
+
+
 def forecast(
     subject: Subject,
     *,
@@ -151,13 +163,7 @@ def forecast(
     embeddings = next((t for t in tensors if t.name == "token_embd.weight"), None)
     memory = memory_of(found, n_ctx, kv_type, free, scratch, embeddings.shape[-1] if embeddings else 0)
     if isinstance(rates, Rates):
-        work = work_of(tensors, found.keys)
-        trained = count(found.keys, "context_length")
-        depths = [d for d in DEPTHS if not trained or d < trained]
-        decode = tuple(
-            speed(d, decode_seconds(found.token_bytes, work.n_layer, d, rates), rates.spread) for d in depths
-        )
-        prefill = speed(0, prefill_seconds(work, rates), rates.spread, PROMPT)
+        decode, prefill = speeds(found, work_of(tensors, found.keys), rates)
     known = rates if isinstance(rates, Rates) else None
     drive = _drive(found, memory, ram, budget, known)
     return Forecast(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dsv2cli.planner.probe import Rates, Work, measure, work_of
+from dsv2cli.planner.hollow import Work, work_of
+from dsv2cli.planner.probe import Rates, measure
 
 if TYPE_CHECKING:
     from cext.model import KvType

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cext import Gguf
+from cext.system import free_bytes
 from dsv2cli import benchmark, console
 from dsv2cli.benchmark import Test
 from dsv2cli.engines.choice import OURS
 from dsv2cli.errors import CliError
-from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD, PROMPT
+from dsv2cli.planner import probe
+from dsv2cli.planner.forecast import speeds
+from dsv2cli.planner.hollow import PROMPT, work_of
+from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +36,29 @@ CHECKED = {"decode": 0.15, "prefill": 0.15, "memory": 0.05}  # by how much a for
 
 @dataclass(frozen=True)
 class Compared:
-    """A figure of both: bytes, or tokens a second. allowed: by which it may be off, relative to what was measured."""
+    """A figure of both: bytes, or tokens a second. predicted, measured: of each round; allowed: by which the forecast
+    may be off, relative to what was measured. A machine drifts from minute to minute, so a round's two are compared
+    with one another."""
 
     name: str
-    predicted: float
-    measured: float
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
     allowed: float
 
     @property
+    def errors(self) -> tuple[float, ...]:
+        """Of each round."""
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return tuple(predicted / measured - 1 if measured else 0.0 for predicted, measured in pairs)
+
+    @property
     def error(self) -> float:
-        return self.predicted / self.measured - 1 if self.measured else 0.0
+        return statistics.median(self.errors)
+
+    @property
+    def spread(self) -> float:
+        """Of what was measured, relative to its median: what the machine drifted by."""
+        return (max(self.measured) - min(self.measured)) / (statistics.median(self.measured) or 1.0)
 
     @property
     def holds(self) -> bool:
@@ -47,20 +68,49 @@ class Compared:
 def run(
     made: Forecast, threads: int | None, rounds: int, told: Callable[[str, int, int], None]
 ) -> tuple[Compared, ...]:
-    """Measure as dsv2 bench does. CliError."""
+    """Measure this machine and the model in turns, the latter as dsv2 bench does; a round's forecast is the geometric
+    mean of what was measured before it and after it. CliError."""
+    found, kv = made.subject.found, made.memory.kv_type
     depths = [s.depth for s in made.decode if s.depth <= MOST_DEPTH]
     tests = [Test("prefill", PROMPT), *(Test("decode", N_DECODE, depth) for depth in depths)]
-    result = benchmark.run(
-        made.subject.found.path, tests, threads=threads, rounds=rounds, kv_type=made.memory.kv_type, told=told
-    )
-    rates = {row.test: row.median(OURS) for row in result.rows}
-    compared = []
-    if made.prefill is not None:
-        compared.append(Compared(f"prefill {PROMPT}", made.prefill.rate, rates[tests[0]], CHECKED["prefill"]))
-    for speed, test in zip(made.decode, tests[1:], strict=False):
-        compared.append(Compared(f"decode at {speed.depth}", speed.rate, rates[test], CHECKED["decode"]))
-    compared.append(_memory(made, threads))
-    return tuple(compared)
+    n_ctx = max(test.depth + test.n for test in tests)
+    total, done = (rounds + 1) * (len(tests) + 1), 0
+    foretold: list[list[float]] = []
+    measured: list[list[float]] = []
+    with benchmark.contender(OURS, found.path, n_ctx, threads) as runs:
+        for i in range(rounds + 1):
+            rates = []
+            for test in tests:
+                told(test.name, done, total)
+                done += 1
+                rates.append(runs.rate(test, f"kv={kv}"))
+            if i:  # the first warms up
+                measured.append(rates)
+            told("this machine", done, total)
+            done += 1
+            foretold.append(_foretold(made, threads, len(depths)))
+    between = [[math.sqrt(b * a) for b, a in zip(*pair, strict=True)] for pair in itertools.pairwise(foretold)]
+    compared = [
+        Compared(
+            f"decode at {test.depth}" if test.kind == "decode" else test.name,
+            tuple(row[i] for row in between), tuple(row[i] for row in measured), CHECKED[test.kind],
+        )
+        for i, test in enumerate(tests)
+    ]  # fmt: skip
+    told("memory", total, total)
+    return (*compared, _memory(made, threads))
+
+
+def _foretold(made: Forecast, threads: int | None, n_depths: int) -> list[float]:
+    """Of each test, from this machine as it is now. CliError."""
+    found = made.subject.found
+    with Gguf(found.path) as gguf:
+        work = work_of(list(gguf.tensors), found.keys)
+    rates = probe.measure(found, made.memory.kv_type, threads, free_bytes(swap=False))
+    if isinstance(rates, str):
+        raise CliError(rates)
+    decode, prefill = speeds(found, work, rates)
+    return [prefill.rate, *(speed.rate for speed in decode[:n_depths])]
 
 
 def _memory(made: Forecast, threads: int | None) -> Compared:
@@ -83,4 +133,4 @@ def _memory(made: Forecast, threads: int | None) -> Compared:
     if any(p.name == HEAD for p in made.subject.found.parts):  # else they are read whole as the head
         cache -= unread
     predicted = made.memory.total - made.memory.cache + cache
-    return Compared("memory", predicted, answer["resident_bytes"], CHECKED["memory"])
+    return Compared("memory", (predicted,), (answer["resident_bytes"],), CHECKED["memory"])

@@ -24,6 +24,7 @@ from dsv2cli import anatomy
 from dsv2cli.hub import cache
 from dsv2cli.planner import probe, quality, subject, warning
 from dsv2cli.planner.forecast import forecast, longest_context
+from dsv2cli.planner.hollow import Small
 from dsv2cli.planner.probe import Rates
 
 QUALITY = Path(__file__).parents[1] / "bench" / "bench_quality.csv"
@@ -294,8 +295,8 @@ def test_what_llama_cpp_runs_has_memory_and_no_speed(hub: Hub, env: dict[str, st
 def test_a_probe_is_the_model_in_small() -> None:
     """The packaged model is small enough to be run whole: nothing is left to scale."""
     with subject.opened(subject.Asked(None)) as found, Gguf(found.found.path) as gguf:
-        small = probe._Small(list(gguf.tensors), found.found)
-        part = probe.work_of(small.infos, small.keys)
+        small = Small(list(gguf.tensors), found.found)
+        part = small.all.work
         assert part.n_layer == small.whole.n_layer and part.layer_products == small.whole.layer_products
 
 
