@@ -171,6 +171,10 @@ def memory_table(made: Forecast) -> console.Table:
     table.add("the program and its vocabulary", console.format_bytes(memory.program))
     table.add_line()
     table.add("together, within 5 %" if measured else "together", console.format_bytes(memory.total))
+    if (drive := made.drive) is not None and drive.runs:
+        table.add("from the drive: weights held", console.format_bytes(drive.ram))
+        table.add("longer steps then, at most", console.format_bytes(drive.long_step))
+        table.add("together then", console.format_bytes(drive.total))
     if memory.free is not None:
         table.add("free here", console.format_bytes(memory.free))
     return table

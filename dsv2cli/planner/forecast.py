@@ -71,6 +71,8 @@ class Drive:
 
     ram: int
     least: int
+    long_step: int
+    total: int
     held: float
     missed: int
     rates: tuple[float | None, ...]
@@ -193,15 +195,18 @@ def _drive(
     if budget is None or not budget.needs.slots or (ram is None and memory.fits):
         return None
     if ram is None:
-        ram = budget.ram if budget.ram is not None else max(0, (memory.free or 0) - memory.own)
+        ram = budget.ram if budget.ram is not None else (memory.free or 0) - memory.own - budget.needs.long_step
+        ram = max(0, ram)
     if ram >= budget.needs.all:
         return None
+    long_step = budget.needs.long_step
     missed = round(budget.token_bytes(ram))
-    speeds: tuple[float | None, ...] = (None,) * len(DRIVES)
+    paces: tuple[float | None, ...] = (None,) * len(DRIVES)
     if rates is not None:
         step = decode_seconds(found.token_bytes, 0, 0, rates)
-        speeds = tuple(1 / (step + missed / drive) for drive in DRIVES)
-    return Drive(ram, budget.needs.least, budget.held(ram), missed, speeds)
+        paces = tuple(1 / (step + missed / drive) for drive in DRIVES)
+    total = ram + memory.own + long_step
+    return Drive(ram, budget.needs.least, long_step, total, budget.held(ram), missed, paces)
 
 
 def rung_memory(rung: Rung, memory: Memory) -> int:
@@ -292,6 +297,7 @@ def describe(made: Forecast) -> dict[str, Any]:
         "prefill": _speed(made.prefill) if made.prefill else None,
         "drive": None if made.drive is None else {
             "ram": made.drive.ram, "least_ram": made.drive.least, "runs": made.drive.runs,
+            "long_step": made.drive.long_step, "total": made.drive.total,
             "held": round(made.drive.held, 4), "read_per_token": made.drive.missed,
             "decode_at": [
                 {"bytes_per_second": d, "tokens_per_second": None if r is None else round(r, 2)}

@@ -15,6 +15,7 @@ from cext import Gguf
 from cext.system import free_bytes
 from dsv2cli import benchmark, console
 from dsv2cli.benchmark import Test
+from dsv2cli.engines.cache import count
 from dsv2cli.engines.choice import OURS
 from dsv2cli.errors import CliError
 from dsv2cli.planner import probe
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 N_DECODE = 24
 PAGE = 4096  # bytes
 CONTEXT, TEXT_CHARACTERS = 1024, 2500  # of the answer whose memory is measured: some 600 tokens
+ANSWERS = 4  # tokens for each expert of the last layer that one of them chooses
 MOST_DEPTH = 16384  # of what is measured: the rest takes its time
 CHECKED = {"decode": 0.15, "prefill": 0.15, "memory": 0.05}  # by how much a forecast may be off
 
@@ -114,12 +116,16 @@ def _foretold(made: Forecast, threads: int | None, n_depths: int) -> list[float]
 
 
 def _memory(made: Forecast, threads: int | None) -> Compared:
-    """Of a process that chats: it reads a text, which makes it touch the weights, and answers."""
+    """Of a process that chats: it reads a text, which makes it touch the weights, and answers. Of a prompt the last
+    layer computes the last token alone: its experts are touched by the answer, nearly all of them by so long a one."""
     from quantize.source.corpus import DEFAULT_FILES
 
     text = DEFAULT_FILES[0].read_text(encoding="utf-8")[:TEXT_CHARACTERS]
     kv = made.memory.kv_type
-    asked = ["chat", str(made.subject.found.path), "--raw", "-p", text, "-n", "2", "-c", str(CONTEXT), "--kv", kv]
+    keys = made.subject.found.keys
+    n_answer = 2 + ANSWERS * count(keys, "expert_count") // max(1, count(keys, "expert_used_count"))
+    asked = ["chat", str(made.subject.found.path), "--raw", "-p", text]
+    asked += ["-n", str(n_answer), "-c", str(CONTEXT), "--kv", kv]
     command = [sys.executable, "-P", "-c", "from dsv2cli.app import main; main()", *asked, "--json"]
     command += ["-t", str(threads)] if threads else []
     done = subprocess.run(command, env=benchmark.environment(), capture_output=True, text=True, check=False)

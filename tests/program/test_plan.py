@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support import gguf_bytes as gb
@@ -20,11 +23,11 @@ from support.tiny import spec_named, variant
 from support.vocab import write_model
 
 from cext import Gguf, system
-from dsv2cli import anatomy
+from dsv2cli import anatomy, benchmark
 from dsv2cli.hub import cache
-from dsv2cli.planner import probe, quality, subject, warning
+from dsv2cli.planner import probe, quality, subject, trial, warning
 from dsv2cli.planner.forecast import forecast, longest_context
-from dsv2cli.planner.hollow import Small
+from dsv2cli.planner.hollow import PROMPT, Small, Work
 from dsv2cli.planner.probe import Rates
 
 QUALITY = Path(__file__).parents[1] / "bench" / "bench_quality.csv"
@@ -127,6 +130,12 @@ def test_context_kv_and_ram_change_what_they_name(hub: Hub, env: dict[str, str])
     assert drive["runs"] and drive["held"] == pytest.approx((6e9 - always) / routed, rel=0.02)
     token = made["read_per_token"]["parts"]["routed experts"]
     assert drive["read_per_token"] == pytest.approx(token * (1 - drive["held"]), rel=0.01)
+    memory = made["memory"]
+    beside = memory["cache"] + memory["scratch"] + memory["program"]
+    assert drive["long_step"] > 0 and drive["total"] == drive["ram"] + drive["long_step"] + beside
+    shown = dsv2("plan", "--no-speed", "lite", "--ram", "6G", **env).stdout
+    assert re.search(r"longer steps then, at most +\d", shown) and "weights held" in shown
+    assert "longer steps" not in dsv2("plan", "--no-speed", "lite", "--ram", "500M", **env).stdout
     assert not planned(env, "lite", "--ram", "500M")["drive"]["runs"]
     assert planned(env, "lite", "--ram", "900G")["drive"] is None
 
@@ -372,6 +381,110 @@ def test_the_advice_is_one_that_helps(hub: Hub, env: dict[str, str]) -> None:
     )  # fmt: skip
     told = json.loads(done.stdout)
     assert "--kv q8_0" in told[0] and "--ctx " in told[1] and "--type q3_k_m" in told[2] and "more memory" in told[3]
+
+
+def test_what_runs_from_the_drive_fits_with_its_longer_steps(hub: Hub, env: dict[str, str]) -> None:
+    """The engine then reads prompts in longer steps: what is free holds them too."""
+    published.add(hub, "deepseek-ai/DeepSeek-V2-Lite", 31_412_968_448)
+    code = (
+        "import sys, json\n"
+        "from dsv2cli.planner import subject\nfrom dsv2cli.planner.forecast import forecast\n"
+        "with subject.opened(subject.Asked('lite')) as s:\n"
+        "    drives = [forecast(s, free=int(free)).drive for free in json.loads(sys.argv[1])]\n"
+        "    print(json.dumps([d and [d.runs, d.long_step, d.total] for d in drives]))"
+    )
+    free = [4_000_000_000, 9_000_000_000, 20_000_000_000]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, json.dumps(free)],
+        env=environment(**env), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *within, all_fits = json.loads(done.stdout)
+    assert all_fits is None
+    for most, (runs, long_step, total) in zip(free, within, strict=False):
+        assert runs and long_step > 0 and 0.8 * most < total <= most
+
+
+# What was measured, scaled to the model.
+
+
+class Mixed:
+    """Three dense layers, a model's other six with experts; of these the first of each and another were run."""
+
+    def __init__(self, n_prompt: int) -> None:
+        self.chosen, self.like_first, self.like_others, self.begins_dense = (
+            [0, 3, 5],
+            [0, 1, 2],
+            [3, 4, 5, 6, 7, 8],
+            True,
+        )
+        self.first, self.n_prompt = object(), n_prompt
+        self.whole = self.part(range(9))
+
+    def part(self, layers: Iterable[int]) -> Work:
+        dense, sparse = sum(il < 3 for il in layers), sum(il >= 3 for il in layers)
+        bytes_, fixed, routed = dense * 100 + sparse * 50, dense * 1000 + sparse * 500, sparse * 2000
+        return Work(bytes_, fixed + routed, fixed, 0, len(list(layers)))
+
+
+def of_layers(dense: float, sparse: float, prompt: tuple[float, float], longer: float = 1.0) -> probe.Times:
+    """What layers of such seconds would be measured to take."""
+    return probe.Times(
+        dense, dense + 2 * sparse, 0.0, prompt[0], prompt[0] * longer, prompt[0] + 2 * prompt[1]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dense", "sparse"), [(1.0, 1.0), (0.1, 2.0), (3.0, 0.5)])
+def test_each_kind_of_layer_is_scaled_by_itself(dense: float, sparse: float) -> None:
+    """A model has few dense layers, and the probe one of three: products alone would foretell the wrong mixture."""
+    small, times = Mixed(512), of_layers(dense, sparse, (dense, sparse))
+    assert probe.step_of_whole(cast("Small", small), times) == pytest.approx(3 * dense + 6 * sparse)
+    assert probe.prompt_of_whole(cast("Small", small), times) == pytest.approx(3 * dense + 6 * sparse)
+
+
+def test_a_shorter_prompt_of_fewer_experts_is_scaled_up() -> None:
+    """Of 128 tokens: experts take four times as long, there being four times as many of them; the rest of the layer as
+    much longer as the dense layer was measured to take."""
+    dense, experts, longer = 1.0, 2.0, 3.0
+    fixed = 0.5  # of half the dense layer's products
+    times = of_layers(dense, 1.0, (dense, fixed + experts), longer)
+    foretold = probe.prompt_of_whole(cast("Small", Mixed(128)), times)
+    assert foretold == pytest.approx(3 * dense * longer + 6 * (experts * 4 + fixed * longer))
+
+
+def compared(predicted: tuple[float, ...], measured: tuple[float, ...]) -> trial.Compared:
+    return trial.Compared("decode at 0", predicted, measured, 0.15)
+
+
+def test_a_verdict_is_of_rounds_and_not_of_medians() -> None:
+    """A machine that is twice as slow for a while is so for both."""
+    drifting = compared((10.0, 5.0, 10.0), (10.5, 5.2, 9.8))
+    assert drifting.holds and drifting.spread == pytest.approx(5.3 / 9.8)
+    swapped = compared((10.0, 5.0, 7.5), (5.0, 10.0, 5.0))  # like medians, unlike rounds
+    assert not swapped.holds and swapped.error == pytest.approx(0.5)
+
+
+def test_a_check_measures_machine_and_model_in_turns(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    paces = iter([40e9, 10e9, 40e9])
+
+    def measured(*_: object) -> Rates:
+        order.append("machine")
+        return replace(FAST, bandwidth=next(paces))
+
+    rate = benchmark.Contender.rate
+    monkeypatch.setattr(probe, "measure", measured)
+    monkeypatch.setattr(trial, "_memory", lambda *_: trial.Compared("memory", (1.0,), (1.0,), 0.05))
+    monkeypatch.setattr(
+        benchmark.Contender, "rate", lambda self, test, variant: order.append(test.kind) or rate(self, test, variant)
+    )
+    with subject.opened(subject.Asked(str(model))) as found:
+        made = forecast(found, free=10**12, rates=FAST)
+        rows = trial.run(made, 1, 2, lambda what, done, n: None)
+    assert order == ["prefill", "decode", "machine"] * 3
+    token = found.found.token_bytes
+    assert [row.name for row in rows] == [f"prefill {PROMPT}", "decode at 0", "memory"]
+    assert rows[1].predicted == pytest.approx((20e9 / token, 20e9 / token))  # between the two beside it
+    assert len(rows[1].measured) == 2 and all(n > 0 for n in rows[1].measured)
 
 
 def test_a_hollow_file_takes_no_disk(tmp_path: Path, hub: Hub, env: dict[str, str]) -> None:
