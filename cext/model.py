@@ -124,6 +124,7 @@ class DeviceWork:
 
     dispatches: int
     barriers: int
+    recordings: int
     submissions: int
     waits: int
     record_ns: int
@@ -260,7 +261,7 @@ class Model:
     def watched(self, device: int) -> DeviceWork:
         """What it did since ``watch``."""
         work = _engine.model_watched(self._handle, device)
-        return DeviceWork(*work[:6], {name: (n, ns) for name, n, ns in work[6]})
+        return DeviceWork(*work[:7], {name: (n, ns) for name, n, ns in work[7]})
 
     def needs(self) -> WeightNeeds:
         """What the weights take, mapped or within a budget."""

@@ -10,7 +10,7 @@ typedef struct ds_work_time {
 } ds_work_time;
 
 typedef struct ds_work {
-    uint64_t dispatches, barriers, submissions, waits;
+    uint64_t dispatches, barriers, submissions, recordings, waits;
     uint64_t record_ns, wait_ns; /* of the host */
 } ds_work;
 

@@ -172,9 +172,10 @@ static PyObject *model_watched(void *model, PyObject *args) {
         if (!one) return Py_DECREF(list), NULL;
         PyList_SetItem(list, i, one);
     }
-    return Py_BuildValue("(KKKKKKN)", (unsigned long long)w.dispatches, (unsigned long long)w.barriers,
-                         (unsigned long long)w.submissions, (unsigned long long)w.waits,
-                         (unsigned long long)w.record_ns, (unsigned long long)w.wait_ns, list);
+    return Py_BuildValue("(KKKKKKKN)", (unsigned long long)w.dispatches, (unsigned long long)w.barriers,
+                         (unsigned long long)w.recordings, (unsigned long long)w.submissions,
+                         (unsigned long long)w.waits, (unsigned long long)w.record_ns, (unsigned long long)w.wait_ns,
+                         list);
 }
 DS_PY_HELD(model_watched, DS_PY_MODEL)
 

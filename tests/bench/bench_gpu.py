@@ -158,7 +158,7 @@ class Part:
 
     def counted(self, test: str, steps: int) -> Iterator[Row]:
         work = self.model.watched(1)
-        for name in ("dispatches", "barriers", "submissions", "waits"):
+        for name in ("dispatches", "barriers", "recordings", "submissions", "waits"):
             yield self.row(test, name, getattr(work, name) / steps, "a step")
         yield self.row(test, "recording", work.record_ns / steps / 1e3, "us a step")
         yield self.row(test, "waiting", work.wait_ns / steps / 1e3, "us a step")

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 from support.gpu import number
+from support.logits import assert_close
 from support.tiny import SPECS, Spec, tokens
 
 import cext
 from cext import Device, Model, Place, _engine
 
 LITE = SPECS[0]
+BAR = 1e-4  # of the logits' range
 
 
-def on_gpu(path: Path) -> Model:
+def on_gpu(path: Path, *more: Place) -> Model:
     layers = range(LITE.n_layer)
-    placement = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers)]
+    placement = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers), *more]
     return Model(path, threads=1, devices=[Device("vulkan", name=number())], placement=placement)
 
 
@@ -36,6 +38,27 @@ def test_a_step_is_counted_and_its_shaders_timed(tiny_gguf: Callable[[Spec], Pat
     assert any(ns for _, ns in timed.times.values())
     assert "norm" in timed.times
     assert counted.submissions == 1 and 0 < counted.dispatches < timed.dispatches and not counted.times
+
+
+def test_steps_alike_are_recorded_once(tiny_gguf: Callable[[Spec], Path]) -> None:
+    """And others anew: of two tokens; over a part more of the positions; with the clock."""
+    moe, ids = range(LITE.n_layer_dense, LITE.n_layer), tokens(LITE, 200)
+    apart = Place("experts", 0, moe, range(LITE.n_expert))
+    for extra, submissions in (([], 1), ([apart], len(moe) + 1)):
+        with on_gpu(tiny_gguf(LITE), *extra) as model, Model(tiny_gguf(LITE), threads=1) as processor:
+            session, exact = model.session(300, "f32"), processor.session(300, "f32")
+            assert_close(session.eval(ids[:20]), exact.eval(ids[:20]), BAR)
+            recordings = []
+            for begin, end in ((20, 21), (21, 22), (22, 23), (23, 25), (25, 27), (27, 28), (28, 29)):
+                model.watch(1, times=False)
+                assert_close(session.eval(ids[begin:end]), exact.eval(ids[begin:end]), BAR)
+                work = model.watched(1)
+                assert work.submissions == work.waits == submissions
+                recordings.append(work.recordings)
+            assert recordings == [submissions, 0, 0, submissions, 0, submissions, 0]
+            model.watch(1, times=True)
+            session.eval(ids[29:30])
+            assert model.watched(1).recordings == submissions
 
 
 def test_a_device_that_counts_nothing(tiny_gguf: Callable[[Spec], Path]) -> None:

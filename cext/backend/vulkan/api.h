@@ -358,6 +358,8 @@ typedef vk_Result (VK_CALL *vk_EnumerateInstanceVersion)(uint32_t *out);
     F(DestroyCommandPool, void, (vk_Device device, vk_CommandPool pool, const void *allocator)) \
     F(AllocateCommandBuffers, vk_Result, \
       (vk_Device device, const vk_CommandBufferAllocateInfo *info, vk_CommandBuffer *out)) \
+    F(FreeCommandBuffers, void, \
+      (vk_Device device, vk_CommandPool pool, uint32_t n, const vk_CommandBuffer *lists)) \
     F(BeginCommandBuffer, vk_Result, (vk_CommandBuffer commands, const vk_CommandBufferBeginInfo *info)) \
     F(EndCommandBuffer, vk_Result, (vk_CommandBuffer commands)) \
     F(CmdBindPipeline, void, (vk_CommandBuffer commands, int32_t point, vk_Pipeline pipeline)) \

@@ -247,17 +247,31 @@ static uint32_t parts_of(const ds_config *c, int n, int n_pos) {
     return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
 }
 
+/* Whether latent_few.comp takes them, which knows no floats and no longer rows. */
+static bool are_few(int n, uint32_t kind, const widths *w) {
+    return n <= DS_GPU_ATTEND_FEW && kind != DS_ROWS_F32 && w->all <= DS_GPU_FEW_WIDTH;
+}
+
+/* Parts of the positions: a tile each, as long as the device has room for all groups at once. */
+static uint32_t parts_of_few(const ds_config *c, int n, int n_pos) {
+    const int groups = n * ((c->n_head + DS_GPU_ATTEND_HEADS - 1) / DS_GPU_ATTEND_HEADS), tiles = (n_pos + 63) / 64;
+    const int parts = DS_GPU_FEW_GROUPS / groups;
+    return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
+}
+
 /* Tokens [begin, begin + n) of one type of cache. */
 static ds_status attend(ds_gpu_backend *b, const ds_op *op, const ds_kv_store *store, int begin, int n, int n_pos,
                         ds_error *err) {
-    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"};
+    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"},
+                             *const FEW[] = {NULL, "latent_few_i16", "latent_few_q8"};
     const ds_config *c = b->facts.config;
     const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
     const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const ds_gpu_room *m = &b->room;
     const uint32_t kind = kind_of(store), heads = (uint32_t)c->n_head, rank = (uint32_t)c->kv_lora_rank;
-    const uint32_t parts = parts_of(c, n, n_pos);
     const widths w = widths_of(c, kind);
+    const bool few = are_few(n, kind, &w);
+    const uint32_t parts = few ? parts_of_few(c, n, n_pos) : parts_of(c, n, n_pos);
     const uint64_t from = (uint64_t)begin, tokens = m->tokens[op->tail].at + from * sizeof(ds_gpu_token),
                    q = m->q + from * heads * (uint64_t)ds_qk_dim(c) * 4;
     ds_status st = by_heads(b, &l->latent.k_b, g->k_b, q, ds_qk_dim(c), m->absorbed, c->kv_lora_rank, n, err);
@@ -284,9 +298,9 @@ static ds_status attend(ds_gpu_backend *b, const ds_op *op, const ds_kv_store *s
         layout l;
     } part = {tokens,          m->queries, m->parts, heads, w.all, w.head, w.v, parts, layer_at(b, store, op->il),
               layout_of(store)};
-    const uint32_t share = (w.v + DS_GPU_THREADS - 1) / DS_GPU_THREADS;
+    const uint32_t together = few ? DS_GPU_FEW_VALUES : DS_GPU_THREADS, share = (w.v + together - 1) / together;
     vk_Pipeline pipeline;
-    if ((st = ds_gpu_pipeline(b->gpu, ATTEND[kind], &share, 1, &pipeline, err)) != DS_OK) return st;
+    if ((st = ds_gpu_pipeline(b->gpu, (few ? FEW : ATTEND)[kind], &share, 1, &pipeline, err)) != DS_OK) return st;
     ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &part, 76, parts,
                     (heads + DS_GPU_ATTEND_HEADS - 1) / DS_GPU_ATTEND_HEADS, (uint32_t)n);
     ds_gpu_then(b);
@@ -317,7 +331,7 @@ ds_status ds_gpu_attention(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
         const run u = run_from(r, i);
         for (int t = u.begin; t < u.end && st == DS_OK; t += DS_GPU_ATTEND_TOKENS) {
             const int n = u.end - t < DS_GPU_ATTEND_TOKENS ? u.end - t : DS_GPU_ATTEND_TOKENS;
-            ds_gpu_then(b); /* what lies between is used again */
+            if (i || t != u.begin) ds_gpu_then(b); /* what lies between is used again */
             st = attend(b, op, u.store, t, n, u.n_pos, err);
         }
         i = span_behind(r, &u);

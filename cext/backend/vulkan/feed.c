@@ -95,7 +95,10 @@ ds_status ds_gpu_route(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     if (st == DS_OK && l->down_shared.data)
         st = gated(b, &l->gate_shared, g->gate_shared, &l->up_shared, g->up_shared, n, err);
     ds_gpu_then(b);
-    return st == DS_OK ? choose(b, op, err) : st;
+    if (st == DS_OK) st = choose(b, op, err);
+    if (st != DS_OK || !l->down_shared.data) return st;
+    return ds_gpu_times(b, &l->down_shared, g->down_shared, b->room.hidden, b->room.shared, n, l->down_shared.k,
+                        l->down_shared.rows, 0, err); /* beside the choice, which few threads make */
 }
 
 /* Which blocks the experts' products have, and where that stands. */
@@ -180,17 +183,11 @@ static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, d
 }
 
 ds_status ds_gpu_experts(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
-    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
-    const int n = ds_gpu_request(b, op)->n_tok;
     blocks k = {0};
     ds_status st = DS_OK;
-    ds_gpu_then(b);
     if (op->split) k = split_blocks(b, op);
     else st = own_blocks(b, op, &k, err);
-    if (st == DS_OK) st = multiply(b, op, &k, err);
-    if (st != DS_OK || !op->shared || !l->down_shared.data) return st;
-    return ds_gpu_times(b, &l->down_shared, ds_gpu_layer_of(b, op->il)->down_shared, b->room.hidden, b->room.shared, n,
-                        l->down_shared.k, l->down_shared.rows, 0, err);
+    return st == DS_OK ? multiply(b, op, &k, err) : st;
 }
 
 /* The choices are counted; where another backend combines, the rows made here are put to the others. */
@@ -242,7 +239,6 @@ ds_status ds_gpu_combine(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
               m->weights,
               (uint32_t)c->n_embd,
               (uint32_t)c->n_expert_used};
-    ds_gpu_then(b);
     return ds_gpu_do(b, "combine", &push, sizeof push, ((uint32_t)c->n_embd + DS_GPU_THREADS - 1) / DS_GPU_THREADS,
                      (uint32_t)ds_gpu_request(b, op)->n_tok, 1, err);
 }

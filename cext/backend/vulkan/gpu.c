@@ -7,10 +7,6 @@
 
 #include "backend/vulkan/shaders.h"
 
-enum {
-    DS_SPIN_NS = 200000 /* a wait looks so long before it sleeps: waking up costs more than most steps' parts take */
-};
-
 bool ds_gpu_built(void) { return DS_SHADERS[0].name != NULL; }
 
 bool ds_gpu_here(const ds_gpu *gpu) { return gpu->process == ds_process_id(); }
@@ -150,7 +146,6 @@ ds_status ds_gpu_open(const char *which, ds_gpu **out, ds_error *err) {
         vk_PhysicalDeviceMemoryProperties2 m = {.sType = VKS_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
         g->v.f.GetPhysicalDeviceMemoryProperties2(g->physical, &m);
         g->memory = m.memoryProperties;
-        st = ds_gpu_commands_new(g, &g->copies, err);
     }
     if (st == DS_OK) *out = g;
     else ds_gpu_close(g);
@@ -164,7 +159,7 @@ void ds_gpu_close(ds_gpu *g) {
     if (g->device && f->DestroyDevice) {
         if (f->DeviceWaitIdle) f->DeviceWaitIdle(g->device);
         if (f->DestroyBuffer) ds_gpu_buffer_release(g, &g->staging);
-        if (f->DestroyQueryPool) ds_gpu_commands_forget(g, &g->copies);
+        if (f->FreeCommandBuffers) ds_gpu_commands_release(g, &g->copies);
         for (int i = 0; i < g->n_made; i++) f->DestroyPipeline(g->device, g->made[i].pipeline, NULL);
         if (g->fence) f->DestroyFence(g->device, g->fence, NULL);
         if (g->layout) f->DestroyPipelineLayout(g->device, g->layout, NULL);
@@ -201,109 +196,42 @@ static ds_status make_pipeline(ds_gpu *g, const ds_shader *shader, const uint32_
     return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, shader->name);
 }
 
-ds_status ds_gpu_pipeline(ds_gpu *g, const char *name, const uint32_t *specs, int n_specs, vk_Pipeline *out,
-                          ds_error *err) {
+static uint32_t hash_of(const char *name, const uint32_t *specs, int n_specs) {
+    uint32_t h = 2166136261u;
+    for (; *name; name++) h = (h ^ (unsigned char)*name) * 16777619u;
+    for (int i = 0; i < n_specs; i++) h = (h ^ specs[i]) * 16777619u;
+    return h ^ h >> 15;
+}
+
+static bool is_made(const ds_gpu_made *m, const char *name, const uint32_t *specs, int n_specs) {
+    return m->n_specs == n_specs && strcmp(m->name, name) == 0 &&
+           (!n_specs || memcmp(m->specs, specs, (size_t)n_specs * sizeof *specs) == 0);
+}
+
+/* A pipeline that is not made yet, and its place among them. */
+static ds_status make(ds_gpu *g, const char *name, const uint32_t *specs, int n_specs, int *head, vk_Pipeline *out,
+                      ds_error *err) {
     const ds_shader *shader = DS_SHADERS;
     while (shader->name && strcmp(shader->name, name)) shader++;
     if (!shader->name) return ds_fail(err, DS_EINVAL, "there is no shader `%s` in this build", name);
-    if (n_specs < 0 || n_specs > DS_GPU_SPECS) return ds_fail(err, DS_EINVAL, "%d constants of a shader", n_specs);
-    for (int i = 0; i < g->n_made; i++) {
-        const ds_gpu_made *m = &g->made[i];
-        if (m->name != shader->name || m->n_specs != n_specs) continue;
-        if (n_specs && memcmp(m->specs, specs, (size_t)n_specs * sizeof *specs)) continue;
-        return *out = m->pipeline, DS_OK;
-    }
-    ds_gpu_made *more = realloc(g->made, (size_t)(g->n_made + 1) * sizeof *more), made = {.name = shader->name};
+    ds_gpu_made *more = realloc(g->made, (size_t)(g->n_made + 1) * sizeof *more);
+    ds_gpu_made made = {.name = shader->name, .n_specs = n_specs, .next = *head};
     if (!more) return ds_fail(err, DS_ENOMEM, "no memory for a shader");
     g->made = more;
-    made.n_specs = n_specs;
     if (n_specs) memcpy(made.specs, specs, (size_t)n_specs * sizeof *specs);
     const ds_status st = make_pipeline(g, shader, specs, n_specs, &made.pipeline, err);
     if (st != DS_OK) return st;
     g->made[g->n_made++] = made;
+    *head = g->n_made;
     *out = made.pipeline;
     return DS_OK;
 }
 
-/* ---- Commands ---- */
-
-ds_status ds_gpu_commands_new(ds_gpu *g, ds_gpu_commands *out, ds_error *err) {
-    const vk_CommandBufferAllocateInfo info = {.sType = VKS_COMMAND_BUFFER_ALLOCATE_INFO,
-                                               .commandPool = g->pool,
-                                               .level = VKB_COMMAND_BUFFER_LEVEL_PRIMARY,
-                                               .commandBufferCount = 1};
-    const vk_Result result = g->v.f.AllocateCommandBuffers(g->device, &info, &out->list);
-    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
-}
-
-ds_status ds_gpu_record(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
-    const vk_CommandBufferBeginInfo info = {.sType = VKS_COMMAND_BUFFER_BEGIN_INFO};
-    const vk_Result result = g->v.f.BeginCommandBuffer(c->list, &info);
-    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
-    ds_gpu_watch_record(g, c);
-    return DS_OK;
-}
-
-void ds_gpu_dispatch(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline, const void *push, uint32_t bytes, uint32_t x,
-                     uint32_t y, uint32_t z) {
-    if (!x || !y || !z) return;
-    g->v.f.CmdBindPipeline(c->list, VKB_PIPELINE_BIND_POINT_COMPUTE, pipeline);
-    g->v.f.CmdPushConstants(c->list, g->layout, VKB_SHADER_STAGE_COMPUTE_BIT, 0, bytes, push);
-    g->v.f.CmdDispatch(c->list, x, y, z);
-    g->work.dispatches++;
-    ds_gpu_watch_dispatched(g, c, pipeline);
-}
-
-static void barrier(ds_gpu *g, ds_gpu_commands *c, uint32_t from, uint32_t wrote, uint32_t to, uint32_t reads) {
-    const vk_MemoryBarrier memory = {.sType = VKS_MEMORY_BARRIER, .srcAccessMask = wrote, .dstAccessMask = reads};
-    g->v.f.CmdPipelineBarrier(c->list, from, to, 0, 1, &memory, 0, NULL, 0, NULL);
-}
-
-void ds_gpu_barrier(ds_gpu *g, ds_gpu_commands *c) {
-    g->work.barriers++;
-    const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
-    barrier(g, c, stages, VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT, stages,
-            VKB_ACCESS_SHADER_READ_BIT | VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_READ_BIT |
-                VKB_ACCESS_TRANSFER_WRITE_BIT);
-}
-
-void ds_gpu_copy(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_buffer *from, uint64_t at, const ds_gpu_buffer *to,
-                 uint64_t to_at, uint64_t bytes) {
-    const vk_BufferCopy region = {at, to_at, bytes};
-    if (bytes) g->v.f.CmdCopyBuffer(c->list, from->buffer, to->buffer, 1, &region);
-}
-
-ds_status ds_gpu_recorded(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
-    barrier(g, c, VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT,
-            VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT, VKB_PIPELINE_STAGE_HOST_BIT,
-            VKB_ACCESS_HOST_READ_BIT);
-    const vk_Result result = g->v.f.EndCommandBuffer(c->list);
-    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
-}
-
-/* The host's writes before a submission are seen by it: no barrier is needed. */
-ds_status ds_gpu_submit(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
-    const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &c->list};
-    vk_Result result = g->v.f.ResetFences(g->device, 1, &g->fence);
-    if (result == VKR_SUCCESS) result = g->v.f.QueueSubmit(g->queue, 1, &info, g->fence);
-    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
-    g->busy = true;
-    g->running = c;
-    g->work.submissions++;
-    return DS_OK;
-}
-
-ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
-    if (!g->busy) return DS_OK;
-    const int64_t begin = ds_now_ns();
-    vk_Result result;
-    do result = g->v.f.GetFenceStatus(g->device, g->fence);
-    while (result == VKR_NOT_READY && ds_now_ns() - begin < DS_SPIN_NS);
-    if (result == VKR_NOT_READY) result = g->v.f.WaitForFences(g->device, 1, &g->fence, 1, UINT64_MAX);
-    g->busy = false;
-    g->work.waits++;
-    g->work.wait_ns += (uint64_t)(ds_now_ns() - begin);
-    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
-    ds_gpu_watch_take(g, g->running);
-    return DS_OK;
+ds_status ds_gpu_pipeline(ds_gpu *g, const char *name, const uint32_t *specs, int n_specs, vk_Pipeline *out,
+                          ds_error *err) {
+    if (n_specs < 0 || n_specs > DS_GPU_SPECS) return ds_fail(err, DS_EINVAL, "%d constants of a shader", n_specs);
+    int *head = &g->made_heads[hash_of(name, specs, n_specs) % DS_MADE_HEADS];
+    for (int i = *head; i; i = g->made[i - 1].next)
+        if (is_made(&g->made[i - 1], name, specs, n_specs)) return *out = g->made[i - 1].pipeline, DS_OK;
+    return make(g, name, specs, n_specs, head, out, err);
 }

@@ -80,27 +80,27 @@ ds_status ds_gpu_pipeline(ds_gpu *gpu, const char *name, const uint32_t *specs, 
 
 /* ---- Commands ---- */
 
-typedef struct ds_gpu_watch ds_gpu_watch;
+typedef struct ds_gpu_script ds_gpu_script;
 
-/* A list of commands: recorded once, run as often as wanted. */
+/* Lists of commands, of which one is told at a time. A list that is told the commands that it holds from the time before is
+ * not recorded again. */
 typedef struct ds_gpu_commands {
-    vk_CommandBuffer list;
-    ds_gpu_watch *watch; /* NULL but where it was recorded while the device is watched */
+    ds_gpu_script *lists;
+    int n;
+    int at; /* the one that is told, submitted: the caller's to set before it is told */
 } ds_gpu_commands;
 
-/* An empty list; it goes with the GPU, but for what ds_gpu_commands_forget gives up. */
-ds_status ds_gpu_commands_new(ds_gpu *gpu, ds_gpu_commands *out, ds_error *err);
-void ds_gpu_commands_forget(ds_gpu *gpu, ds_gpu_commands *c);
+void ds_gpu_commands_release(ds_gpu *gpu, ds_gpu_commands *c);
 /* Begin anew. */
 ds_status ds_gpu_record(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
 void ds_gpu_dispatch(ds_gpu *gpu, ds_gpu_commands *c, vk_Pipeline pipeline, const void *push, uint32_t bytes,
                      uint32_t x, uint32_t y, uint32_t z);
-/* What follows sees what was written before. */
+/* What follows sees what was written before; at the beginning, and behind another, it is none. */
 void ds_gpu_barrier(ds_gpu *gpu, ds_gpu_commands *c);
 void ds_gpu_copy(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_buffer *from, uint64_t at, const ds_gpu_buffer *to,
                  uint64_t to_at, uint64_t bytes);
 ds_status ds_gpu_recorded(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
-/* Run a list that was recorded; one at a time. What the host wrote before is seen. */
+/* Run a list that was recorded; one at a time. What the host wrote before is seen. An empty one is not run. */
 ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
 /* Until it is done; the host then sees what it wrote. */
 ds_status ds_gpu_wait(ds_gpu *gpu, ds_error *err);

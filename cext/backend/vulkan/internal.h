@@ -33,7 +33,36 @@ typedef struct ds_gpu_made {
     uint32_t specs[DS_GPU_SPECS];
     int n_specs;
     vk_Pipeline pipeline;
+    int next; /* of the same hash, its number + 1; 0: none */
 } ds_gpu_made;
+
+enum { DS_MADE_HEADS = 256 };
+
+/* ---- commands.c ---- */
+
+typedef enum ds_gpu_kind { DS_GPU_BARRIER, DS_GPU_DISPATCH, DS_GPU_COPY } ds_gpu_kind;
+
+typedef struct ds_gpu_command {
+    ds_gpu_kind kind;
+    uint32_t bytes, x, y, z;
+    vk_Pipeline pipeline;
+    vk_Buffer from, to;
+    vk_BufferCopy region;
+    unsigned char push[DS_GPU_PUSH];
+} ds_gpu_command;
+
+struct ds_gpu_script {
+    vk_CommandBuffer list;
+    ds_gpu_command *log;
+    int n, room; /* of the log */
+    int at; /* commands that were told this time */
+    int n_dispatches, n_barriers;
+    bool ready; /* what the log says is recorded */
+    bool same; /* and is what was told this time, as yet */
+    bool full; /* no memory for one */
+    bool watched; /* recorded with clocks */
+    struct ds_gpu_watch *watch;
+};
 
 struct ds_gpu {
     ds_vulkan v;
@@ -46,7 +75,7 @@ struct ds_gpu {
     vk_Fence fence;
     vk_PhysicalDeviceMemoryProperties memory;
     ds_gpu_made *made;
-    int n_made;
+    int n_made, made_heads[DS_MADE_HEADS]; /* by hash, a number + 1 */
     ds_gpu_buffer staging; /* through which is copied what the host does not reach */
     ds_gpu_commands copies;
     bool busy; /* something was submitted, and not waited for */
@@ -54,13 +83,16 @@ struct ds_gpu {
     ds_work_time times[DS_WORK_TIMES];
     int n_times;
     ds_work work;
-    const ds_gpu_commands *running; /* what was submitted last */
+    const ds_gpu_script *running; /* what was submitted last */
     int64_t process; /* that opened it: a forked child has no part in it */
 };
 
 /* ---- watch.c ---- */
 
+typedef struct ds_gpu_watch ds_gpu_watch;
+
 /* At the beginning of a list; behind a dispatch; when it has run. */
-void ds_gpu_watch_record(ds_gpu *g, ds_gpu_commands *c);
-void ds_gpu_watch_dispatched(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline);
-void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_commands *c);
+void ds_gpu_watch_record(ds_gpu *g, ds_gpu_script *c);
+void ds_gpu_watch_dispatched(ds_gpu *g, ds_gpu_script *c, vk_Pipeline pipeline);
+void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_script *c);
+void ds_gpu_watch_forget(ds_gpu *g, ds_gpu_script *c);

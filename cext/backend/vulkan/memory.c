@@ -32,20 +32,40 @@ static bool shares_memory(const ds_gpu *g) {
     return g->info.kind == VKB_PHYSICAL_DEVICE_TYPE_CPU || g->info.kind == VKB_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU;
 }
 
-static ds_status allocate(ds_gpu *g, ds_gpu_use use, ds_gpu_buffer *b, ds_error *err) {
-    const vk_functions *f = &g->v.f;
-    vk_MemoryRequirements needs;
-    f->GetBufferMemoryRequirements(g->device, b->buffer, &needs);
-    const int type = type_for(g, needs.memoryTypeBits, use);
-    if (type < 0) return ds_fail(err, DS_EDEVICE, "%s: none of its memory can be used so", g->info.name);
-    const uint32_t flags = g->memory.memoryTypes[type].propertyFlags;
+/* Types of the same heap as that one. */
+static uint32_t of_heap(const ds_gpu *g, int type) {
+    uint32_t all = 0;
+    for (uint32_t i = 0; i < g->memory.memoryTypeCount; i++)
+        if (g->memory.memoryTypes[i].heapIndex == g->memory.memoryTypes[type].heapIndex) all |= 1u << i;
+    return all;
+}
+
+static vk_Result take(ds_gpu *g, uint64_t bytes, int type, vk_DeviceMemory *out) {
     const vk_MemoryAllocateFlagsInfo addressed = {.sType = VKS_MEMORY_ALLOCATE_FLAGS_INFO,
                                                   .flags = VKB_MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT};
     const vk_MemoryAllocateInfo info = {.sType = VKS_MEMORY_ALLOCATE_INFO,
                                         .pNext = &addressed,
-                                        .allocationSize = needs.size,
+                                        .allocationSize = bytes,
                                         .memoryTypeIndex = (uint32_t)type};
-    vk_Result result = f->AllocateMemory(g->device, &info, NULL, &b->memory);
+    return g->v.f.AllocateMemory(g->device, &info, NULL, out);
+}
+
+static ds_status allocate(ds_gpu *g, ds_gpu_use use, ds_gpu_buffer *b, ds_error *err) {
+    const vk_functions *f = &g->v.f;
+    vk_MemoryRequirements needs;
+    f->GetBufferMemoryRequirements(g->device, b->buffer, &needs);
+    uint32_t allowed = needs.memoryTypeBits;
+    int type = type_for(g, allowed, use), next = type;
+    if (type < 0) return ds_fail(err, DS_EDEVICE, "%s: none of its memory can be used so", g->info.name);
+    vk_Result result = VKR_ERROR_OUT_OF_DEVICE_MEMORY;
+    /* What both sides reach may lie on either: a window of the device's memory can be as small as 256 MiB. */
+    while (next >= 0 && result == VKR_ERROR_OUT_OF_DEVICE_MEMORY) {
+        type = next;
+        result = take(g, needs.size, type, &b->memory);
+        allowed &= ~of_heap(g, type);
+        next = use == DS_GPU_OWN ? -1 : type_for(g, allowed, use);
+    }
+    const uint32_t flags = g->memory.memoryTypes[type].propertyFlags;
     if (result == VKR_SUCCESS) result = f->BindBufferMemory(g->device, b->buffer, b->memory, 0);
     const bool reached = flags & VKB_MEMORY_PROPERTY_HOST_VISIBLE_BIT && flags & VKB_MEMORY_PROPERTY_HOST_COHERENT_BIT;
     if (result == VKR_SUCCESS && reached && (use != DS_GPU_OWN || shares_memory(g)))

@@ -1,6 +1,5 @@
 #include "backend/vulkan/product.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #include "quant/grids.h"
@@ -41,14 +40,23 @@ void ds_gpu_tables(uint16_t out[DS_GPU_TABLES_BYTES / 2]) {
 #undef PUT
 }
 
+/* Not printf: it would be a third of what a step takes to tell. */
+static void name_of(const char *family, ds_format format, char out[48]) {
+    const char *parts[] = {family, format == DS_FORMAT_COUNT ? "" : "_",
+                           format == DS_FORMAT_COUNT ? "" : ds_format_get(format)->name};
+    size_t used = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        for (const char *c = parts[i]; *c && used < 47; c++) out[used++] = *c;
+    out[used] = '\0';
+}
+
 /* The shader of a family for the format, or the family itself for DS_FORMAT_COUNT. */
 static ds_status record(ds_gpu *gpu, ds_gpu_commands *c, const char *family, ds_format format, const uint32_t *specs,
                         int n_specs, const ds_gpu_product *p, const uint32_t grid[3], ds_error *err) {
     char name[48];
     vk_Pipeline pipeline;
     if (!grid[0] || !grid[1] || !grid[2]) return DS_OK; /* nothing to compute, which no grid can say */
-    if (format == DS_FORMAT_COUNT) snprintf(name, sizeof name, "%s", family);
-    else snprintf(name, sizeof name, "%s_%s", family, ds_format_get(format)->name);
+    name_of(family, format, name);
     if (grid[0] > MAX_GROUPS || grid[1] > MAX_GROUPS || grid[2] > MAX_GROUPS)
         return ds_fail(err, DS_EINVAL, "%s: %u by %u by %u groups, a device takes %d", name, grid[0], grid[1], grid[2],
                        MAX_GROUPS);

@@ -59,13 +59,14 @@ static ds_status record(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_single *job,
 }
 
 static ds_status run(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_error *err) {
-    ds_gpu_commands commands;
-    ds_status st = ds_gpu_commands_new(g, &commands, err);
-    if (st == DS_OK) st = ds_gpu_record(g, &commands, err);
+    ds_gpu_commands commands = {0};
+    ds_status st = ds_gpu_record(g, &commands, err);
     if (st == DS_OK) st = record(g, &commands, job, push, err);
     if (st == DS_OK) st = ds_gpu_recorded(g, &commands, err);
     if (st == DS_OK) st = ds_gpu_submit(g, &commands, err);
-    return st == DS_OK ? ds_gpu_wait(g, err) : st;
+    if (st == DS_OK) st = ds_gpu_wait(g, err);
+    ds_gpu_commands_release(g, &commands);
+    return st;
 }
 
 ds_status ds_gpu_run_single(ds_gpu *g, const ds_gpu_single *job, ds_error *err) {

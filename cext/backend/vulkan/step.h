@@ -12,6 +12,10 @@ enum {
     DS_GPU_ATTEND_TOKENS = 128, /* whose attention is computed together: bounds what lies between */
     DS_GPU_ATTEND_GROUPS = 256, /* workgroups that few tokens' positions are shared out among */
     DS_GPU_ATTEND_HEADS = 8, /* of a workgroup: as latent_attend.comp has it */
+    DS_GPU_ATTEND_FEW = 8, /* tokens at most that latent_few.comp takes, */
+    DS_GPU_FEW_WIDTH = 640, /* values of a query that it holds, */
+    DS_GPU_FEW_VALUES = 512, /* of a position that its groups take at a time, */
+    DS_GPU_FEW_GROUPS = 128, /* and how many of these positions are shared out among, about what a card runs at once */
     DS_GPU_LOGIT_ROWS = 64, /* rows of logits that are computed together */
     DS_GPU_MAX_ROW = 4608, /* values of a row of the cache, padded: as rows.glsl has it */
     DS_GPU_MAX_EXPERTS = 1024, /* as route.comp and plan.comp have it */
@@ -57,7 +61,8 @@ typedef struct ds_gpu_backend {
     bool cached[DS_KV_TYPES]; /* the cache of that type was made */
     int attend_begin, attend_end; /* layers whose attention this computes lie in here */
     ds_gpu_room room;
-    ds_gpu_commands commands;
+    ds_gpu_commands commands; /* a list for each submission of a step */
+    int n_submitted; /* of this step */
     const ds_request *requests[DS_GPU_STEPS];
     uint64_t table_used; /* bytes of the table, by this step */
     const ds_op *ops;

@@ -151,6 +151,7 @@ static ds_status take_logits(ds_gpu_backend *b, const ds_op *op, ds_error *err) 
     for (int from = 0, n; from < r->n_logits && st == DS_OK; from += n) {
         n = logits_together(b, r, from);
         if (from) {
+            b->commands.at = b->n_submitted; /* the list of the step's end stays as it is */
             st = ds_gpu_record(b->gpu, &b->commands, err);
             if (st == DS_OK) st = some_logits(b, from, n, err);
             if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
@@ -182,6 +183,9 @@ static ds_status (*const RECORD[DS_OP_COUNT])(ds_gpu_backend *b, const ds_op *op
     [DS_OP_COPY_OUT] = copy_out,
 };
 
+/* What is copied out behind a router is there before it chooses. */
+static bool beside_route(const ds_op *op) { return op->kind == DS_OP_COPY_OUT && op->state != DS_STATE_X; }
+
 static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     const ds_tap *tap = b->requests[0]->tap;
@@ -190,10 +194,11 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
             return ds_fail(err, DS_EUNSUPPORTED, "%s: of what a GPU computes only the experts' choice can be tapped",
                            ds_gpu_told(b->gpu)->name);
     const int64_t begin = ds_now_ns();
+    b->commands.at = b->n_submitted++;
     ds_status st = ds_gpu_record(b->gpu, &b->commands, err);
     for (int i = 0; i < n && st == DS_OK; i++) {
+        if (!beside_route(&ops[i])) ds_gpu_then(b);
         st = RECORD[ops[i].kind](b, &ops[i], err);
-        ds_gpu_then(b);
     }
     if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
     if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
@@ -229,6 +234,7 @@ static void begin(ds_backend *backend, const ds_request *whole, const ds_request
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     b->requests[0] = whole, b->requests[1] = rest;
     b->table_used = 0;
+    b->n_submitted = 0;
     for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_step(&b->caches[type]);
 }
 
@@ -241,7 +247,7 @@ static void destroy(ds_backend *backend) {
         for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
         ds_gpu_room_release(b);
         ds_gpu_weights_release(b->gpu, &b->w);
-        ds_gpu_commands_forget(b->gpu, &b->commands);
+        ds_gpu_commands_release(b->gpu, &b->commands);
         ds_gpu_close(b->gpu);
     }
     free(b);
@@ -319,7 +325,6 @@ ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const char *w
     find_attention(b);
     ds_status st = ds_gpu_open(which, &b->gpu, err);
     if (st == DS_OK) st = check(b, err);
-    if (st == DS_OK) st = ds_gpu_commands_new(b->gpu, &b->commands, err);
     if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, memory, &b->w, err);
     if (st == DS_OK) *out = &b->head;
     else destroy(&b->head);

@@ -18,7 +18,7 @@ static const char *name_of(const ds_gpu *g, vk_Pipeline pipeline) {
     return "?";
 }
 
-static void read_clock(ds_gpu *g, ds_gpu_commands *c, const char *name) {
+static void read_clock(ds_gpu *g, ds_gpu_script *c, const char *name) {
     ds_gpu_watch *w = c->watch;
     if (w->n == MOST_READINGS) return;
     w->names[w->n] = name;
@@ -35,7 +35,7 @@ static ds_gpu_watch *new_watch(ds_gpu *g) {
     return NULL;
 }
 
-void ds_gpu_watch_record(ds_gpu *g, ds_gpu_commands *c) {
+void ds_gpu_watch_record(ds_gpu *g, ds_gpu_script *c) {
     if (!g->watched) return;
     if (!c->watch && !(c->watch = new_watch(g))) return;
     c->watch->n = 0;
@@ -43,7 +43,7 @@ void ds_gpu_watch_record(ds_gpu *g, ds_gpu_commands *c) {
     read_clock(g, c, NULL);
 }
 
-void ds_gpu_watch_dispatched(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline) {
+void ds_gpu_watch_dispatched(ds_gpu *g, ds_gpu_script *c, vk_Pipeline pipeline) {
     if (g->watched && c->watch) read_clock(g, c, name_of(g, pipeline));
 }
 
@@ -56,9 +56,9 @@ static ds_work_time *time_of(ds_gpu *g, const char *name) {
     return &g->times[g->n_times++];
 }
 
-void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_commands *c) {
+void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_script *c) {
     ds_gpu_watch *w = c->watch;
-    if (!g->watched || !w || w->n < 2) return;
+    if (!g->watched || !c->watched || !w || w->n < 2) return;
     const vk_Result result =
         g->v.f.GetQueryPoolResults(g->device, w->pool, 0, (uint32_t)w->n, (size_t)w->n * sizeof *w->ticks, w->ticks,
                                    sizeof *w->ticks, VKB_QUERY_RESULT_64_BIT | VKB_QUERY_RESULT_WAIT_BIT);
@@ -71,7 +71,7 @@ void ds_gpu_watch_take(ds_gpu *g, const ds_gpu_commands *c) {
     }
 }
 
-void ds_gpu_commands_forget(ds_gpu *g, ds_gpu_commands *c) {
+void ds_gpu_watch_forget(ds_gpu *g, ds_gpu_script *c) {
     if (c->watch) g->v.f.DestroyQueryPool(g->device, c->watch->pool, NULL);
     free(c->watch);
     c->watch = NULL;

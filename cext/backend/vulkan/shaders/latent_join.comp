@@ -5,6 +5,7 @@
 #include "reduce.glsl"
 #include "rows.glsl"
 
+const uint MOST_PARTS = 512; // at most DS_GPU_ATTEND_GROUPS come
 layout(local_size_x = 128) in;
 layout(push_constant, scalar) uniform Push {
     Floats parts; // (n_tok, n_head, n_parts, v + 2): acc, m, l
@@ -13,26 +14,30 @@ layout(push_constant, scalar) uniform Push {
 } p;
 
 shared float row[MAX_ROW];
+shared float weights[MOST_PARTS];
 #include "rotate.glsl"
 
 void main() {
     const uint at = gl_WorkGroupID.y * gl_NumWorkGroups.x + gl_WorkGroupID.x, first = gl_LocalInvocationIndex;
     const uint from = at * p.n_parts * (p.v + 2);
-    float top = -1.0 / 0.0, sum = 0.0;
-    for (uint i = 0; i < p.n_parts; i++) top = max(top, p.parts.at[from + i * (p.v + 2) + p.v]);
-    for (uint i = 0; i < p.n_parts; i++) {
+    float most = -1.0 / 0.0, own = 0.0;
+    for (uint i = first; i < p.n_parts; i += THREADS) most = max(most, p.parts.at[from + i * (p.v + 2) + p.v]);
+    const float top = group_max(most);
+    for (uint i = first; i < p.n_parts; i += THREADS) {
         const uint part = from + i * (p.v + 2);
-        sum += p.parts.at[part + p.v + 1] * exp(p.parts.at[part + p.v] - top);
+        weights[i] = exp(p.parts.at[part + p.v] - top);
+        own += p.parts.at[part + p.v + 1] * weights[i];
     }
+    const float sum = group_sum(own);
+    barrier();
     for (uint i = first; i < p.rank; i += THREADS) {
         const uint kept = p.kind == ROWS_F32 ? i : p.kind == ROWS_I16 ? place16(i) : place8(i);
         float value = 0.0;
         for (uint j = 0; j < p.n_parts; j++) {
-            const uint part = from + j * (p.v + 2);
-            const float weight = exp(p.parts.at[part + p.v] - top) / sum;
-            if (weight != 0.0) value += weight * p.parts.at[part + kept];
+            const float part = p.parts.at[from + j * (p.v + 2) + kept];
+            if (weights[j] != 0.0) value += weights[j] * part;
         }
-        row[i] = value;
+        row[i] = value / sum;
     }
     barrier();
     if (p.kind == ROWS_Q8) rotate_row(p.rank);

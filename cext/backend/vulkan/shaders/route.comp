@@ -32,17 +32,17 @@ uint take_best(uint n) {
     barrier();
     for (uint i = me; i < n; i += THREADS)
         if (at == n || select[i] > most) most = select[i], at = i;
-    best[me] = most, best_at[me] = at;
+    const float of_subgroup = subgroupMax(most);
+    const uint at_subgroup = subgroupMin(most == of_subgroup ? at : n);
+    if (subgroupElect()) best[gl_SubgroupID] = of_subgroup, best_at[gl_SubgroupID] = at_subgroup;
     barrier();
-    for (uint half_way = THREADS / 2; half_way > 0; half_way /= 2) {
-        if (me < half_way) {
-            const float a = best[me], b = best[me + half_way];
-            const uint i = best_at[me], j = best_at[me + half_way];
-            if (j < n && (i == n || b > a || (b == a && j < i))) best[me] = b, best_at[me] = j;
-        }
-        barrier();
+    uint chosen = best_at[0];
+    for (uint i = 1, taken = 0; i < gl_NumSubgroups; i++) {
+        const uint j = best_at[i];
+        if (j < n && (chosen == n || best[i] > best[taken] || (best[i] == best[taken] && j < chosen)))
+            chosen = j, taken = i;
     }
-    const uint chosen = best_at[0];
+    barrier();
     if (me == 0) select[chosen] = -1.0 / 0.0;
     barrier();
     return chosen;
