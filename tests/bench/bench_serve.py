@@ -187,14 +187,17 @@ async def scene(name: str, http: httpx.AsyncClient, options: argparse.Namespace,
 
 
 async def gaps(one: Client, other: Client, heard: Heard, options: argparse.Namespace) -> None:
-    """One stream goes on until the other's long prompt has been read; only its own tokens count."""
-    apart = Heard()
+    """One stream goes on until the other's long prompt has been read, or --reading seconds; only its tokens count."""
+    apart, begun = Heard(), time.perf_counter()
     reading: asyncio.Task[None] | None = None
     async for _ in one.tokens(heard, 32, 1_000_000):
         if heard.n_tokens == 10:
             reading = asyncio.create_task(other.stream(apart, options.prompt, 1))
         if reading is not None and reading.done():
             reading.result()
+            break
+        if reading is not None and time.perf_counter() - begun > options.reading:
+            reading.cancel()
             break
     heard.statuses += apart.statuses
 
@@ -342,6 +345,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer of one and many")
     parser.add_argument("--prompt", type=int, default=8000, help="tokens of a long prompt")
+    parser.add_argument("--reading", type=float, default=1e9, help="seconds of gaps at most, the prompt read or not")
     parser.add_argument("--seconds", type=float, default=60, help="of mixed")
     parser.add_argument("--minutes", type=float, default=0, help="of a soak: mixed alone")
     parser.add_argument("--pid", type=int, help="the server's process, whose memory is watched")
