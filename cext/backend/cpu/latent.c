@@ -72,7 +72,9 @@ static void attend(const ds_lane *lane, const ds_layer *layer, int il) {
     store_latent(lane, layer, il);
     ds_lane_tap(lane, DS_TAP_KV_A_NORM, il, ds_latent_room_of(lane->step)->kv_a, ds_latent_width(lane->step->config));
     project_q(lane, layer, il);
-    ds_barrier(lane->worker); /* q is whole and the cache holds this step's rows */
+    /* q is whole and the cache holds this step's rows; where q was whole before and is absorbed first, the barrier behind
+     * that does it. */
+    if (lane->step->config->q_lora_rank || !ds_latent_room_of(lane->step)->plan.n_absorbed) ds_barrier(lane->worker);
     ds_latent_heads(lane, layer, il);
 }
 

@@ -69,7 +69,7 @@ typedef struct ds_latent_room {
 void ds_latent_plan_step(const ds_step *step);
 
 /* Attention of layer il: reads the step's q (rotary part not yet rotated) and the caches, fills the step's heads. Every
- * worker calls it; the caches and q are whole before, the heads after a barrier. */
+ * worker calls it; q is whole before, the caches too unless a span absorbs, the heads after a barrier. */
 void ds_latent_heads(const ds_lane *lane, const ds_layer *layer, int il);
 
 static inline int ds_expand_max_parts(const ds_config *c) { return (DS_EXPAND_TASKS + c->n_head - 1) / c->n_head; }
