@@ -2,6 +2,9 @@
 // and to where the host takes it from. A token a workgroup.
 #version 460
 #extension GL_GOOGLE_include_directive : require
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_arithmetic : require
+#extension GL_EXT_control_flow_attributes : require
 #include "common.glsl"
 #include "reduce.glsl"
 #include "rows.glsl"
@@ -23,16 +26,68 @@ shared float row[MAX_ROW];
 
 float inverse_of(float scale) { return scale == 0.0 ? 0.0 : 1.0 / scale; }
 
-// The scale at which values [from, from + n) of the row become int16.
-float scale16(uint from, uint n) {
-    float most = 0, squares = 0;
-    for (uint i = gl_LocalInvocationIndex; i < n; i += THREADS) {
-        const float v = row[from + i];
-        most = max(most, abs(v));
-        squares += v * v;
-    }
-    const float scale = max(group_max(most) / 32700.0, sqrt(group_sum(squares)) / 46300.0);
+// The scale at which values of this maximum and sum of squares become int16.
+float scale16(float most, float squares) {
+    const float scale = max(most / 32700.0, sqrt(squares) / 46300.0);
     return scale < 7.888609e-31 ? 0.0 : scale;
+}
+
+// What is known of a row before it is normalised, of the whole workgroup once it is joined: sums of squares of the latent, of
+// it by its weights and of the rotary key, and the maxima of the latter two.
+struct Found {
+    float squares, head, tail, most_head, most_tail;
+};
+shared Found found[THREADS]; // of a subgroup
+
+Found joined(Found f) {
+    f.squares = subgroupAdd(f.squares);
+    f.head = subgroupAdd(f.head);
+    f.tail = subgroupAdd(f.tail);
+    f.most_head = subgroupMax(f.most_head);
+    f.most_tail = subgroupMax(f.most_tail);
+    if (subgroupElect()) found[gl_SubgroupID] = f;
+    barrier();
+    f = found[0];
+    for (uint i = 1; i < gl_NumSubgroups; i++) {
+        const Found g = found[i];
+        f.squares += g.squares;
+        f.head += g.head;
+        f.tail += g.tail;
+        f.most_head = max(f.most_head, g.most_head);
+        f.most_tail = max(f.most_tail, g.most_tail);
+    }
+    return f;
+}
+
+// The latent by its weights and the rotary key, rotated, into row[].
+Found load_row(uint t, uint width) {
+    const uint first = gl_LocalInvocationIndex;
+    Found f = Found(0.0, 0.0, 0.0, 0.0, 0.0);
+    for (uint i = first; i < p.n_tail / 2; i += THREADS) {
+        const float c = p.angles.at[t * p.n_tail + 2 * i], s = p.angles.at[t * p.n_tail + 2 * i + 1];
+        const float a = p.kv_a.at[t * width + p.rank + 2 * i], b = p.kv_a.at[t * width + p.rank + 2 * i + 1];
+        const float x = a * c - b * s, y = a * s + b * c;
+        row[p.rank + 2 * i] = x;
+        row[p.rank + 2 * i + 1] = y;
+        f.tail += x * x + y * y;
+        f.most_tail = max(f.most_tail, max(abs(x), abs(y)));
+    }
+    for (uint from = first; from < p.rank; from += 4 * THREADS) {
+        float v[4], w[4];
+        [[unroll]] for (uint k = 0; k < 4; k++) {
+            const uint i = from + k * THREADS;
+            v[k] = i < p.rank ? p.kv_a.at[t * width + i] : 0.0;
+            w[k] = i < p.rank ? p.w.at[i] : 0.0;
+        }
+        [[unroll]] for (uint k = 0; k < 4; k++) {
+            const float x = v[k] * w[k];
+            f.squares += v[k] * v[k];
+            f.head += x * x;
+            f.most_head = max(f.most_head, abs(x));
+            if (from + k * THREADS < p.rank) row[from + k * THREADS] = x;
+        }
+    }
+    return f;
 }
 
 void put16(uint64_t a, uint64_t b, uint from, uint n, float scale) {
@@ -49,19 +104,9 @@ void main() {
     const uint pos = p.tokens.at[t].pos % 64;
     const uint64_t block = Longs(p.tokens.at[t].blocks).at[p.tokens.at[t].pos / 64] + p.at;
     const uint64_t to = p.out_ + uint64_t(t) * p.out_bytes;
-    float squares = 0;
-    for (uint i = first; i < p.rank; i += THREADS) {
-        const float v = p.kv_a.at[t * width + i];
-        squares += v * v;
-    }
-    const float scale = 1.0 / sqrt(group_sum(squares) / float(p.rank) + p.eps);
-    for (uint i = first; i < p.rank; i += THREADS) row[i] = p.kv_a.at[t * width + i] * scale * p.w.at[i];
-    for (uint i = first; i < p.n_tail / 2; i += THREADS) {
-        const float c = p.angles.at[t * p.n_tail + 2 * i], s = p.angles.at[t * p.n_tail + 2 * i + 1];
-        const float a = p.kv_a.at[t * width + p.rank + 2 * i], b = p.kv_a.at[t * width + p.rank + 2 * i + 1];
-        row[p.rank + 2 * i] = a * c - b * s;
-        row[p.rank + 2 * i + 1] = a * s + b * c;
-    }
+    const Found f = joined(load_row(t, width));
+    const float scale = 1.0 / sqrt(f.squares / float(p.rank) + p.eps);
+    for (uint i = first; i < p.rank; i += THREADS) row[i] *= scale; // a thread's own
     barrier();
     const uint64_t data = block + p.l.data + uint64_t(pos) * p.l.row_bytes;
     const uint64_t scales = to + p.l.row_bytes + p.l.tail_bytes;
@@ -70,7 +115,7 @@ void main() {
         return;
     }
     if (p.kind == ROWS_I16) {
-        const float s = scale16(0, width);
+        const float s = scale16(max(scale * f.most_head, f.most_tail), scale * scale * f.head + f.tail);
         put16(data, to, 0, width, s);
         if (first == 0) Floats(block + p.l.scale).at[pos] = Floats(scales).at[0] = s;
         return;
@@ -88,7 +133,7 @@ void main() {
         sum += float(v);
     }
     sum = group_sum(sum);
-    const float s16 = scale16(p.rank, p.n_tail);
+    const float s16 = scale16(f.most_tail, f.tail);
     put16(block + p.l.tail + uint64_t(pos) * p.l.tail_bytes, to + p.l.row_bytes, p.rank, p.n_tail, s16);
     if (first != 0) return;
     Floats(block + p.l.scale).at[pos] = Floats(scales).at[0] = s8;
