@@ -44,7 +44,7 @@ def rotated(x: Array) -> Array:
         pairs = rows.reshape(-1, block // (2 * half), 2, half)
         sums = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
         rows, half = np.stack(sums, axis=2).reshape(-1, block), half * 2
-    return rows.reshape(-1) / np.sqrt(block)
+    return np.asarray(rows.reshape(-1) / np.sqrt(block))
 
 
 def place(n: int, group: int) -> Array:
