@@ -256,6 +256,71 @@ def test_experts_in_halves(gpu: Gpu, name: str) -> None:
 
 
 @pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("name", ["q4_k", "f16"])
+def test_large_tiles_in_halves(gpu: Gpu, name: str) -> None:
+    """So many blocks that tiles are large; rows and slots are no whole number of either."""
+    rng = np.random.default_rng(19)
+    blocks, n_rows, n = 260, 130, 9
+    w, x = random_weights(name, blocks * n_rows, 256, rng).reshape(blocks, n_rows, -1), normal(rng, n, 256 * blocks)
+    if name in CODED_FORMATS:
+        w = with_halves(name, w.reshape(blocks * n_rows, -1), *[2.0**-6] * len(HALVES[name])).reshape(w.shape)
+    y = np.full((n, blocks * n_rows + 1), SENTINEL)
+    run(gpu, "mul", Job(name, w, x, 256, stride_x=256, stride_y=n_rows, flags=0), y)
+    for z in (0, 101, 259):
+        assert_in_halves(y[:, z * n_rows : (z + 1) * n_rows], name, w[z], x[:, z * 256 : (z + 1) * 256])
+    assert (y[:, -1] == SENTINEL).all()
+
+
+@pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_gated_in_halves(gpu: Gpu, name: str, grouped: bool) -> None:
+    """Both matrices in one tile: as the products of each in halves, and what silu makes of how far those may be."""
+    rng = np.random.default_rng(20)
+    k, count = widths(name)[-1], (70, 3, 0, 67)
+    n, blocks = (sum(count), 4) if grouped else (70, 1)
+    w, up = (random_weights(name, blocks * 45, k, rng) for _ in range(2))
+    if name in CODED_FORMATS:
+        w, up = (with_halves(name, m, *[2.0**-8] * len(HALVES[name])) for m in (w, up))
+    w, up = w.reshape(blocks, 45, -1), up.reshape(blocks, 45, -1)
+    x, y = normal(rng, n, k), np.full((n, 47), SENTINEL)
+    groups = Groups(block=(2, 0, 1, 3), count=count) if grouped else None
+    run(gpu, "mul_gated", Job(name, w, x, k, up=up, groups=groups, flags=0), y)
+    for i, first in enumerate(np.cumsum([0, *count[:-1]]) if grouped else [0]):
+        part = slice(first, first + (count[i] if grouped else n))
+        block = groups.block[i] if groups and groups.block[i] is not None else 0
+        values, g, u = x[part].astype(np.float64), decode(name, w[block]), decode(name, up[block])
+        a, b = values @ g.T, values @ u.T
+        off_a, off_b = (2.0**-10 * (np.abs(values) @ np.abs(m).T) + 1e-4 for m in (g, u))
+        gate = a / (1 + np.exp(-a))
+        exact = name == "f32"
+        limit = 1.1 * off_a * (np.abs(b) + off_b) + np.abs(gate) * off_b  # silu's slope is at most 1.1
+        assert_within(y[part, :45], gate * b, limit * (0.1 if exact else 1.0))
+    assert (y[:, 45:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("name", ["q4_k", "f16"])
+@pytest.mark.parametrize("flags", [0, EXACT])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_with_more_than_is_usual(
+    gpu: Gpu, name: str, flags: int, packed: bool, request: pytest.FixtureRequest
+) -> None:
+    """The grid is made for what is usual; a block with more takes its tiles one after another."""
+    if packed:
+        request.getfixturevalue("packs")
+        if name not in CODED_FORMATS:
+            pytest.skip("products with floats take no packs")
+    rng = np.random.default_rng(21)
+    groups = Groups(block=(1, 0, 2), count=(1, 290, 0))
+    w, x = random_weights(name, 3 * 21, 256, rng).reshape(3, 21, -1), normal(rng, 291, 256)
+    y, plain = np.full((291, 21), SENTINEL), np.full((291, 21), SENTINEL)
+    run(gpu, "mul", Job(name, w, x, 256, groups=groups, flags=flags, usual=20, packed=packed), y)
+    run(gpu, "mul", Job(name, w, x, 256, groups=groups, flags=flags, packed=packed), plain)
+    assert_same_bits(y, plain)
+    assert not (y == SENTINEL).any()
+
+
+@pytest.mark.usefixtures("matrix_units")
 def test_what_halves_cannot_hold_is_no_number(gpu: Gpu) -> None:
     """Never a wrong finite sum."""
     rng = np.random.default_rng(18)

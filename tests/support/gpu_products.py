@@ -55,6 +55,7 @@ class Job:
     groups: Groups | None = None
     slot_row: Ints | None = None
     flags: int = EXACT
+    usual: int = 0
 
 
 def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
@@ -87,7 +88,8 @@ def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
             links.pop(next(i for i, link in enumerate(links) if link[:2] == (-1, 48)))
             links += job.groups.links(put("up", job.groups.records()), up_at, rows * up_row_bytes)
         blocks = len(job.groups.block)
-    numbers = (job.stride_x, job.stride_y, job.x.shape[1], y.shape[1], row_bytes, job.k, rows, n_slots, job.flags, 0)
+    counts = (row_bytes, job.k, rows, n_slots, job.flags, job.usual)
+    numbers = (job.stride_x, job.stride_y, job.x.shape[1], y.shape[1], *counts)
     stride_w = rows * row_bytes if job.groups is None else 0
     product = bytes(64) + struct.pack("<Q10I", stride_w, *numbers)
     formats = (job.format, job.up_format or job.format)

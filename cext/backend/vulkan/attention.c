@@ -1,25 +1,24 @@
-/* attention.c: multi-head latent attention on a GPU, always absorbed (backend/cpu/latent_attend.c has the equations):
- * queries over the latents, the positions of few tokens shared out among workgroups and joined. */
-#include "backend/vulkan/step.h"
+/* attention.c: multi-head latent attention on a GPU: where a step's tokens stand, what their layers' rows of the cache are,
+ * and which tokens attend together (attend.c). */
+#include "backend/vulkan/attend.h"
 
+#include <limits.h>
 #include <string.h>
-
-/* How a layer's rows of one type of cache are told to shaders. */
-typedef struct layout {
-    uint32_t data, scale, tail, tail_scale, sum, row_bytes, tail_bytes;
-} layout;
 
 /* Tokens [begin, end) of a request, whose sequences' caches are of one type. */
 typedef struct run {
     const ds_kv_store *store;
     int begin, end;
     int n_pos; /* most that one of them sees */
+    bool alone; /* of one sequence, and many */
 } run;
 
-static run run_from(const ds_request *r, int span) {
-    run all = {.store = r->spans[span].kv->store, .begin = r->spans[span].first};
-    for (; span < r->n_spans && r->spans[span].kv->store == all.store; span++) {
+/* From a span on; one of `many` tokens or more is a run of its own. */
+static run run_from(const ds_request *r, int span, int many) {
+    run all = {.store = r->spans[span].kv->store, .begin = r->spans[span].first, .alone = r->spans[span].n >= many};
+    for (const int first = span; span < r->n_spans && r->spans[span].kv->store == all.store; span++) {
         const ds_span *s = &r->spans[span];
+        if (span > first && (all.alone || s->n >= many)) break;
         all.end = s->first + s->n;
         if (s->pos + s->n > all.n_pos) all.n_pos = s->pos + s->n;
     }
@@ -32,27 +31,8 @@ static int span_behind(const ds_request *r, const run *u) {
     return i;
 }
 
-static layout layout_of(const ds_kv_store *store) {
-    const ds_row_layout *l = &store->layouts[0];
-    const size_t base = l->data;
-    return (layout){0,
-                    (uint32_t)(l->scale - base),
-                    (uint32_t)(l->tail - base),
-                    (uint32_t)(l->tail_scale - base),
-                    (uint32_t)(l->sum - base),
-                    (uint32_t)l->row_bytes,
-                    (uint32_t)l->tail_bytes};
-}
-
-static uint32_t kind_of(const ds_kv_store *store) { return (uint32_t)store->layouts[0].kind; }
-
 static uint32_t out_bytes(const ds_kv_store *store) {
     return (uint32_t)((store->layouts[0].row_bytes + store->layouts[0].tail_bytes + 12 + 15) / 16 * 16);
-}
-
-/* Where a layer's rows begin in the copy of a block. */
-static uint32_t layer_at(const ds_gpu_backend *b, const ds_kv_store *store, int il) {
-    return (uint32_t)((size_t)(il - b->attend_begin) * store->layer_bytes);
 }
 
 /* ---- Where tokens stand ---- */
@@ -126,25 +106,25 @@ static ds_status store_rows(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_gpu_room *m = &b->room;
     ds_status st = DS_OK;
     for (int i = 0; i < r->n_spans && st == DS_OK;) {
-        const run u = run_from(r, i);
+        const run u = run_from(r, i, INT_MAX);
         const uint64_t n = (uint64_t)u.begin;
         const struct {
             uint64_t tokens, kv_a, w, angles, out;
             uint32_t kind, rank, n_tail, out_bytes, at;
             float eps;
-            layout l;
+            ds_gpu_layout l;
         } push = {m->tokens[op->tail].at + n * sizeof(ds_gpu_token),
                   m->kv_a + n * (uint64_t)ds_latent_width(c) * 4,
                   ds_gpu_layer_of(b, op->il)->kv_a_norm,
                   m->angles[op->tail].at + n * (uint64_t)c->rope_dim * 4,
                   ds_gpu_cached_rows(b, op).at + n * (m->cached_bytes / (uint64_t)m->n_tok),
-                  kind_of(u.store),
+                  ds_gpu_rows_kind(u.store),
                   (uint32_t)c->kv_lora_rank,
                   (uint32_t)c->rope_dim,
                   out_bytes(u.store),
-                  layer_at(b, u.store, op->il),
+                  ds_gpu_layer_at(b, u.store, op->il),
                   c->rms_eps,
-                  layout_of(u.store)};
+                  ds_gpu_layout_of(u.store)};
         st = ds_gpu_do(b, "latent_store", &push, sizeof push, (uint32_t)(u.end - u.begin), 1, 1, err);
         i = span_behind(r, &u);
     }
@@ -168,7 +148,7 @@ void ds_gpu_take_rows(ds_gpu_backend *b, const ds_op *op) {
     const unsigned char *rows = ds_gpu_cached_rows(b, op).host;
     const bool last = op->il + 1 == b->attend_end;
     for (int i = 0, next; i < r->n_spans; i = next) {
-        const run u = run_from(r, i);
+        const run u = run_from(r, i, INT_MAX);
         const unsigned char *from = rows + (size_t)u.begin * (b->room.cached_bytes / (size_t)b->room.n_tok);
         for (next = span_behind(r, &u); i < next; i++) {
             const ds_span *s = &r->spans[i];
@@ -205,115 +185,6 @@ static ds_status project(ds_gpu_backend *b, const ds_op *op, bool queries, ds_er
     return st == DS_OK ? ds_gpu_times(b, &l->q, g->q, m->q_a, m->q, n, c->q_lora_rank, q_rows, 0, err) : st;
 }
 
-/* The product of each head with its matrix: x and y (n_tok, n_head, ...), head h at x_at and y_at floats of its own. */
-static ds_status by_heads(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, int x_head, uint64_t y,
-                          int y_head, int n, ds_error *err) {
-    const int n_head = b->facts.config->n_head;
-    const ds_gpu_product p = {.w = w,
-                              .x = x,
-                              .y = y,
-                              .tables = b->w.tables,
-                              .stride_w = m->stride,
-                              .stride_x = (uint32_t)x_head,
-                              .stride_y = (uint32_t)y_head,
-                              .ldx = (uint32_t)(n_head * x_head),
-                              .ldy = (uint32_t)(n_head * y_head),
-                              .row_bytes = (uint32_t)m->row_bytes,
-                              .k = (uint32_t)m->k,
-                              .rows = (uint32_t)m->rows,
-                              .n_slots = (uint32_t)n};
-    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)n_head, err);
-}
-
-/* Values of a row as the cache keeps them: all, of the head that has a scale of its own, and of those that are values. */
-typedef struct widths {
-    uint32_t all, head, v;
-} widths;
-
-static widths widths_of(const ds_config *c, uint32_t kind) {
-    const uint32_t rank = (uint32_t)c->kv_lora_rank, tail = (uint32_t)c->rope_dim;
-    if (kind == DS_ROWS_F32) return (widths){rank + tail, rank + tail, rank};
-    if (kind == DS_ROWS_I16) {
-        const uint32_t all = (uint32_t)ds_row_pad((int)(rank + tail));
-        return (widths){all, all, (rank + 31) / 32 * 32};
-    }
-    const uint32_t head = (uint32_t)ds_row_pad((int)rank);
-    return (widths){head + (uint32_t)ds_row_pad((int)tail), head, head};
-}
-
-static uint32_t parts_of(const ds_config *c, int n, int n_pos) {
-    const int groups = n * ((c->n_head + DS_GPU_ATTEND_HEADS - 1) / DS_GPU_ATTEND_HEADS), tiles = (n_pos + 255) / 256;
-    const int parts = DS_GPU_ATTEND_GROUPS / groups;
-    return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
-}
-
-/* Whether latent_few.comp takes them, which knows no floats and no longer rows. */
-static bool are_few(int n, uint32_t kind, const widths *w) {
-    return n <= DS_GPU_ATTEND_FEW && kind != DS_ROWS_F32 && w->all <= DS_GPU_FEW_WIDTH;
-}
-
-/* Parts of the positions: a tile each, as long as the device has room for all groups at once. */
-static uint32_t parts_of_few(const ds_config *c, int n, int n_pos) {
-    const int groups = n * ((c->n_head + DS_GPU_ATTEND_HEADS - 1) / DS_GPU_ATTEND_HEADS), tiles = (n_pos + 63) / 64;
-    const int parts = DS_GPU_FEW_GROUPS / groups;
-    return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
-}
-
-/* Tokens [begin, begin + n) of one type of cache. */
-static ds_status attend(ds_gpu_backend *b, const ds_op *op, const ds_kv_store *store, int begin, int n, int n_pos,
-                        ds_error *err) {
-    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"},
-                             *const FEW[] = {NULL, "latent_few_i16", "latent_few_q8"};
-    const ds_config *c = b->facts.config;
-    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
-    const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
-    const ds_gpu_room *m = &b->room;
-    const uint32_t kind = kind_of(store), heads = (uint32_t)c->n_head, rank = (uint32_t)c->kv_lora_rank;
-    const widths w = widths_of(c, kind);
-    const bool few = are_few(n, kind, &w);
-    const uint32_t parts = few ? parts_of_few(c, n, n_pos) : parts_of(c, n, n_pos);
-    const uint64_t from = (uint64_t)begin, tokens = m->tokens[op->tail].at + from * sizeof(ds_gpu_token),
-                   q = m->q + from * heads * (uint64_t)ds_qk_dim(c) * 4;
-    ds_status st = by_heads(b, &l->latent.k_b, g->k_b, q, ds_qk_dim(c), m->absorbed, c->kv_lora_rank, n, err);
-    if (st != DS_OK) return st;
-    ds_gpu_then(b);
-    const struct {
-        uint64_t tokens, absorbed, q, angles, to;
-        uint32_t kind, rank, nope, n_tail, width;
-    } query = {tokens,
-               m->absorbed,
-               q,
-               m->angles[op->tail].at + from * (uint64_t)c->rope_dim * 4,
-               m->queries,
-               kind,
-               rank,
-               (uint32_t)c->nope_dim,
-               (uint32_t)c->rope_dim,
-               w.all};
-    if ((st = ds_gpu_do(b, "latent_query", &query, 60, heads, (uint32_t)n, 1, err)) != DS_OK) return st;
-    ds_gpu_then(b);
-    const struct {
-        uint64_t tokens, q, to;
-        uint32_t n_head, width, head, v, n_parts, at;
-        layout l;
-    } part = {tokens,          m->queries, m->parts, heads, w.all, w.head, w.v, parts, layer_at(b, store, op->il),
-              layout_of(store)};
-    const uint32_t together = few ? DS_GPU_FEW_VALUES : DS_GPU_THREADS, share = (w.v + together - 1) / together;
-    vk_Pipeline pipeline;
-    if ((st = ds_gpu_pipeline(b->gpu, (few ? FEW : ATTEND)[kind], &share, 1, &pipeline, err)) != DS_OK) return st;
-    ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &part, 76, parts,
-                    (heads + DS_GPU_ATTEND_HEADS - 1) / DS_GPU_ATTEND_HEADS, (uint32_t)n);
-    ds_gpu_then(b);
-    const struct {
-        uint64_t parts, to;
-        uint32_t kind, rank, v, n_parts;
-    } join = {m->parts, m->latent, kind, rank, w.v, parts};
-    if ((st = ds_gpu_do(b, "latent_join", &join, sizeof join, heads, (uint32_t)n, 1, err)) != DS_OK) return st;
-    ds_gpu_then(b);
-    return by_heads(b, &l->latent.v_b, g->v_b, m->latent, c->kv_lora_rank,
-                    m->heads + from * heads * (uint64_t)c->v_dim * 4, c->v_dim, n, err);
-}
-
 ds_status ds_gpu_remember(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_status st = project(b, op, false, err);
     if (st != DS_OK) return st;
@@ -328,11 +199,12 @@ ds_status ds_gpu_attention(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     ds_gpu_then(b);
     if (st == DS_OK) st = store_rows(b, op, err);
     for (int i = 0; i < r->n_spans && st == DS_OK;) {
-        const run u = run_from(r, i);
-        for (int t = u.begin; t < u.end && st == DS_OK; t += DS_GPU_ATTEND_TOKENS) {
-            const int n = u.end - t < DS_GPU_ATTEND_TOKENS ? u.end - t : DS_GPU_ATTEND_TOKENS;
+        const run u = run_from(r, i, DS_GPU_ATTEND_MANY);
+        const int most = ds_gpu_attend_together(b, r->n_tok);
+        for (int t = u.begin; t < u.end && st == DS_OK; t += most) {
+            const ds_gpu_attending a = {u.store, t, u.end - t < most ? u.end - t : most, u.n_pos, u.alone};
             if (i || t != u.begin) ds_gpu_then(b); /* what lies between is used again */
-            st = attend(b, op, u.store, t, n, u.n_pos, err);
+            st = ds_gpu_attend(b, op, &a, err);
         }
         i = span_behind(r, &u);
     }

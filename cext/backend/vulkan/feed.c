@@ -104,7 +104,7 @@ ds_status ds_gpu_route(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
 /* Which blocks the experts' products have, and where that stands. */
 typedef struct blocks {
     uint64_t groups, slot_row; /* groups: gate's, up's, down's, `stride` of them each */
-    uint32_t n, stride, most; /* most slots of one */
+    uint32_t n, stride, most, usual; /* slots: most of one, and what many have about */
 } blocks;
 
 /* The host's plan of a split layer, of it what is computed here. */
@@ -139,6 +139,7 @@ static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_
     if (is_single(r)) return DS_OK;
     out->n = out->stride = (uint32_t)c->n_expert;
     out->most = (uint32_t)r->n_tok; /* a token has an expert once */
+    out->usual = n_slots / out->n + 1;
     const struct {
         uint64_t ids, experts, groups, slot_row, slot_of;
         uint32_t n_expert, n_slots, n_used;
@@ -163,7 +164,8 @@ static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, d
                         .row_bytes = (uint32_t)x->gate.row_bytes,
                         .k = (uint32_t)x->gate.k,
                         .rows = (uint32_t)x->gate.rows,
-                        .n_slots = k->most};
+                        .n_slots = k->most,
+                        .usual = k->usual};
     if (!k->n) return DS_OK;
     const ds_status st =
         ds_gpu_mul_gated(b->gpu, &b->commands, x->gate.format, x->up.format, (uint32_t)x->up.row_bytes, &p, k->n, err);
@@ -178,7 +180,8 @@ static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, d
                          .row_bytes = (uint32_t)x->down.row_bytes,
                          .k = (uint32_t)x->down.k,
                          .rows = (uint32_t)x->down.rows,
-                         .n_slots = k->most};
+                         .n_slots = k->most,
+                         .usual = k->usual};
     return ds_gpu_mul(b->gpu, &b->commands, x->down.format, &p, k->n, err);
 }
 

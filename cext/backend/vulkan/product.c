@@ -14,7 +14,9 @@
 enum {
     VEC_THREADS = 128,
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
-    TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes */
+    TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
+    LARGE_TILE = 128, /* these reuse more of what is read, */
+    LARGE_FROM = 512, /* where groups of them still keep a large device at work */
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
     FEW_ROWS = 4096,
     GRID_ROWS = 4, /* times the rows a group: it copies a grid first */
@@ -102,31 +104,48 @@ static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_f
                   (uint32_t[]){pieces(p->rows, group_rows), pieces(p->n_slots, slots), n_blocks}, err);
 }
 
+/* Tiles of slots in a grid: a block with more than is usual takes its own one after another, so that the others, of which
+ * most have few, need not start as many groups for nothing. */
+static uint32_t slot_tiles(const ds_gpu_product *p) {
+    const uint32_t all = pieces(p->n_slots, TILE), usual = pieces(2 * p->usual, TILE);
+    return p->usual && usual < all ? usual : all;
+}
+
 static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          ds_error *err) {
     return record(gpu, c, family(p, "mul_mat", "dot_mat"), format, (uint32_t[]){MAT_THREADS}, 1, p,
-                  (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
+                  (uint32_t[]){pieces(p->rows, TILE), slot_tiles(p), n_blocks}, err);
 }
 
-static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
-                          ds_error *err) {
+/* matrices: W alone, or W and Up in one tile. */
+static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, uint32_t matrices, ds_format format, const ds_gpu_product *p,
+                          uint32_t n_blocks, ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
-    const uint32_t specs[] = {4 * told->subgroup, told->coop[0], told->coop[1], told->coop[2]};
-    return record(gpu, c, "mul_coop", format, specs, 4, p,
-                  (uint32_t[]){pieces(p->rows, TILE), pieces(p->n_slots, TILE), n_blocks}, err);
+    const uint32_t slots = slot_tiles(p), threads = 4 * told->subgroup;
+    const uint64_t large = (uint64_t)pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
+    const uint32_t tile = large >= LARGE_FROM ? LARGE_TILE : TILE;
+    const uint32_t specs[] = {threads, told->coop[0], told->coop[1], told->coop[2], tile, threads};
+    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 6, p,
+                  (uint32_t[]){pieces(p->rows, tile / matrices), slots, n_blocks}, err);
 }
+
+/* Whether a quarter of the least tile, what a subgroup has of either, is whole matrices. */
+static bool has_gated_coop(const ds_gpu *gpu) { return TILE / 4 % ds_gpu_told(gpu)->coop[0] == 0; }
 
 ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                      ds_error *err) {
     if (is_vec(gpu, format, p)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
-    if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, format, p, n_blocks, err);
+    if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, 1, format, p, n_blocks, err);
     return mul_mat(gpu, c, format, p, n_blocks, err);
 }
 
 ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
                            uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
-    if (format == up_format && up_row_bytes == p->row_bytes && is_vec(gpu, format, p))
+    const bool alike = format == up_format && up_row_bytes == p->row_bytes;
+    if (alike && is_vec(gpu, format, p))
         return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, n_blocks, err);
+    if (alike && takes_halves(gpu, format, p) && has_gated_coop(gpu))
+        return mul_coop(gpu, c, 2, format, p, n_blocks, err);
     ds_gpu_product up = *p;
     up.row_bytes = up_row_bytes;
     up.flags |= DS_GPU_GATE;

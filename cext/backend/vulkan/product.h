@@ -24,7 +24,7 @@ typedef struct ds_gpu_product {
     uint32_t row_bytes, k, rows; /* of W: `rows` rows of k values */
     uint32_t n_slots; /* of each block: rows of x and y; with groups, the most that one may have */
     uint32_t flags; /* DS_GPU_ADD, DS_GPU_EXACT */
-    uint32_t pad;
+    uint32_t usual; /* of a block with groups: slots that most have about, or 0; for the grid alone */
 } ds_gpu_product;
 
 static_assert(sizeof(ds_gpu_product) == 112, "the same bytes as in shaders/product.glsl");

@@ -9,7 +9,9 @@
 
 enum {
     DS_GPU_STEPS = 2, /* the whole, its tail */
-    DS_GPU_ATTEND_TOKENS = 128, /* whose attention is computed together: bounds what lies between */
+    DS_GPU_ATTEND_TOKENS = 128, /* whose attention is computed together: bounds what lies between; */
+    DS_GPU_ATTEND_ROWS = 8192, /* with matrix units so many heads of tokens, where they are more */
+    DS_GPU_ATTEND_MANY = 16, /* tokens of a sequence whose attention is worth matrix units */
     DS_GPU_ATTEND_GROUPS = 256, /* workgroups that few tokens' positions are shared out among */
     DS_GPU_ATTEND_HEADS = 8, /* of a workgroup: as latent_attend.comp has it */
     DS_GPU_ATTEND_FEW = 8, /* tokens at most that latent_few.comp takes, */
@@ -70,6 +72,8 @@ typedef struct ds_gpu_backend {
     uint64_t record_ns; /* that recording and submitting took, since it was watched */
 } ds_gpu_backend;
 
+/* Tokens of a step of n_tok whose attention is computed together at most. */
+int ds_gpu_attend_together(const ds_gpu_backend *b, int n_tok);
 /* Room for steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err);
 void ds_gpu_room_release(ds_gpu_backend *b);

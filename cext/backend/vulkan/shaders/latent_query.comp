@@ -1,10 +1,20 @@
 // latent_query.comp: queries over the cache: of each head W_uk^T q_nope and q_pe, rotated by their places, times the scores'
-// scale, in the order that the cache keeps values in. A head of a token a workgroup.
+// scale, in the order that the cache keeps values in; with HALVES as such, for cooperative matrices. A head of a token a
+// workgroup.
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #include "common.glsl"
 #include "reduce.glsl"
 #include "rows.glsl"
+#if defined(HALVES)
+#extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
+#define Value float16_t
+layout(buffer_reference, scalar, buffer_reference_align = 2) writeonly buffer Halves { float16_t at[]; };
+#define Queries Halves
+#else
+#define Value float
+#define Queries Floats
+#endif
 
 layout(local_size_x = 128) in;
 layout(push_constant, scalar) uniform Push {
@@ -12,7 +22,7 @@ layout(push_constant, scalar) uniform Push {
     Floats absorbed; // (n_tok, n_head, rank)
     Floats q;        // (n_tok, n_head, nope + n_tail)
     Floats angles;   // (n_tok, n_tail)
-    Floats to;       // (n_tok, n_head, width)
+    Queries to;      // (n_tok, n_head, width), 0 behind a row's values
     uint kind, rank, nope, n_tail, width;
 } p;
 
@@ -31,16 +41,17 @@ void main() {
         row[p.rank + 2 * i + 1] = a * s + b * c;
     }
     barrier();
-    const uint all = p.rank + p.n_tail, out_at = at * p.width;
+    const uint all = p.rank + p.n_tail, out_at = at * p.width, head = pad64(p.rank), kept = head + pad64(p.n_tail);
     if (p.kind == ROWS_F32) {
-        for (uint i = first; i < all; i += THREADS) p.to.at[out_at + i] = row[i];
+        for (uint i = first; i < p.width; i += THREADS) p.to.at[out_at + i] = Value(i < all ? row[i] : 0.0);
     } else if (p.kind == ROWS_I16) {
-        for (uint i = first; i < p.width; i += THREADS) p.to.at[out_at + place16(i)] = i < all ? row[i] : 0.0;
+        for (uint i = first; i < p.width; i += THREADS) p.to.at[out_at + place16(i)] = Value(i < all ? row[i] : 0.0);
     } else {
-        const uint head = pad64(p.rank);
         rotate_row(p.rank);
-        for (uint i = first; i < head; i += THREADS) p.to.at[out_at + place8(i)] = i < p.rank ? row[i] : 0.0;
+        for (uint i = first; i < head; i += THREADS)
+            p.to.at[out_at + place8(i)] = Value(i < p.rank ? row[i] : 0.0);
         for (uint i = first; i < pad64(p.n_tail); i += THREADS)
-            p.to.at[out_at + head + place16(i)] = i < p.n_tail ? row[p.rank + i] : 0.0;
+            p.to.at[out_at + head + place16(i)] = Value(i < p.n_tail ? row[p.rank + i] : 0.0);
+        for (uint i = kept + first; i < p.width; i += THREADS) p.to.at[out_at + i] = Value(0.0);
     }
 }

@@ -37,7 +37,7 @@ layout(push_constant, scalar) uniform Product {
     uint row_bytes, k, rows; /* of W: rows of k values */
     uint n_slots;      /* of each block where there are no groups */
     uint flags;
-    uint pad;
+    uint usual;        /* for the grid alone */
 } p;
 
 const uint FLAG_ADD = 1u;  /* y += */

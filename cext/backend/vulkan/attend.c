@@ -1,0 +1,213 @@
+/* attend.c: latent attention of tokens together, always absorbed (backend/cpu/latent_attend.c has the equations): queries
+ * over the latents, the positions of few tokens shared out among workgroups and joined.
+ *
+ * Prompts take matrix units where there are any, over caches that keep 16 bits or fewer: in halves, whose 11 bits each are
+ * about what those hold. A cache of floats is there for who wants them kept, and is read in floats. */
+#include "backend/vulkan/attend.h"
+
+/* The product of each head with its matrix: x and y (n_tok, n_head, ...), head h at x_at and y_at floats of its own. */
+static ds_status by_heads(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, int x_head, uint64_t y,
+                          int y_head, int n, ds_error *err) {
+    const int n_head = b->facts.config->n_head;
+    const ds_gpu_product p = {.w = w,
+                              .x = x,
+                              .y = y,
+                              .tables = b->w.tables,
+                              .stride_w = m->stride,
+                              .stride_x = (uint32_t)x_head,
+                              .stride_y = (uint32_t)y_head,
+                              .ldx = (uint32_t)(n_head * x_head),
+                              .ldy = (uint32_t)(n_head * y_head),
+                              .row_bytes = (uint32_t)m->row_bytes,
+                              .k = (uint32_t)m->k,
+                              .rows = (uint32_t)m->rows,
+                              .n_slots = (uint32_t)n};
+    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)n_head, err);
+}
+
+/* Values of a row as the cache keeps them: all, of the head that has a scale of its own, and of those that are values; and
+ * of a query, 0 behind the row's. */
+typedef struct widths {
+    uint32_t all, head, v, query;
+} widths;
+
+static uint32_t up_to(uint32_t n, uint32_t of) { return (n + of - 1) / of * of; }
+
+static widths widths_of(const ds_config *c, uint32_t kind) {
+    const uint32_t rank = (uint32_t)c->kv_lora_rank, tail = (uint32_t)c->rope_dim;
+    if (kind == DS_ROWS_F32) return (widths){rank + tail, rank + tail, rank, rank + tail};
+    if (kind == DS_ROWS_I16) {
+        const uint32_t all = (uint32_t)ds_row_pad((int)(rank + tail));
+        return (widths){all, all, up_to(rank, 32), all};
+    }
+    const uint32_t head = (uint32_t)ds_row_pad((int)rank), all = head + (uint32_t)ds_row_pad((int)tail);
+    return (widths){all, head, head, all};
+}
+
+/* ---- In halves ---- */
+
+/* As latent_coop.comp has them; what a subgroup's registers hold of sums and queries. */
+enum { SUBGROUPS = 8, ROWS = 32, TAKEN = 16, MOST_VALUES = 512, MOST_WIDTH = 640, MOST_THREADS = 256 };
+
+/* Bytes that a workgroup shares. */
+static uint32_t shared_bytes(const ds_gpu_info *d, uint32_t width, uint32_t v) {
+    const uint32_t key = (width > v ? width : v) + 8;
+    return TAKEN * key * 2 + SUBGROUPS * d->coop[0] * d->coop[1] * 4 + ROWS * (TAKEN + 1) * 4 + ROWS * (TAKEN + 8) * 2 +
+           ROWS * 4 * 4;
+}
+
+/* Whether the device's matrices fit the shader, and the model's rows its registers and memory; then the constants of it. */
+static bool takes_halves(const ds_gpu_backend *b, uint32_t kind, uint32_t specs[6]) {
+    const ds_gpu_info *d = ds_gpu_told(b->gpu);
+    const uint32_t m = d->coop[0], n = d->coop[1], k = d->coop[2], split = SUBGROUPS * m * n / (ROWS * TAKEN);
+    if (!m || kind == DS_ROWS_F32 || SUBGROUPS * d->subgroup > MOST_THREADS) return false;
+    if (ROWS % m || TAKEN % n || TAKEN % k || !split || SUBGROUPS * m * n % (ROWS * TAKEN)) return false;
+    const widths w = widths_of(b->facts.config, kind);
+    const uint32_t width = up_to(w.all, k * split), v = up_to(w.v, SUBGROUPS * n);
+    if (v > MOST_VALUES || width > MOST_WIDTH || shared_bytes(d, width, v) > d->shared_bytes) return false;
+    const uint32_t all[] = {SUBGROUPS * d->subgroup, m, n, k, width, v};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) specs[i] = all[i];
+    return true;
+}
+
+int ds_gpu_attend_together(const ds_gpu_backend *b, int n_tok) {
+    const int rows = ds_gpu_told(b->gpu)->coop[0] ? DS_GPU_ATTEND_ROWS / b->facts.config->n_head : 0;
+    const int most = rows > DS_GPU_ATTEND_TOKENS ? rows : DS_GPU_ATTEND_TOKENS;
+    return n_tok < most ? n_tok : most;
+}
+
+/* ---- Both ---- */
+
+/* Parts that positions are cut into, so that a large device has work: what the room holds of them. */
+static uint32_t parts_of(const ds_gpu_backend *b, int n, int n_pos, uint32_t groups) {
+    const int n_head = b->facts.config->n_head, tiles = (n_pos + 255) / 256;
+    const int rows = n * n_head, held = ds_gpu_attend_together(b, b->room.n_tok) * n_head;
+    const int most =
+        held > DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS ? held : DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS;
+    int parts = DS_GPU_ATTEND_GROUPS / (int)groups;
+    if (parts > most / rows) parts = most / rows;
+    return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
+}
+
+static ds_status queries(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, bool halves,
+                         ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
+    const ds_gpu_room *m = &b->room;
+    const uint64_t from = (uint64_t)a->begin, q = m->q + from * (uint64_t)c->n_head * (uint64_t)ds_qk_dim(c) * 4;
+    const ds_status st = by_heads(b, &l->latent.k_b, ds_gpu_layer_of(b, op->il)->k_b, q, ds_qk_dim(c), m->absorbed,
+                                  c->kv_lora_rank, a->n, err);
+    if (st != DS_OK) return st;
+    ds_gpu_then(b);
+    const struct {
+        uint64_t tokens, absorbed, q, angles, to;
+        uint32_t kind, rank, nope, n_tail, width;
+    } push = {m->tokens[op->tail].at + from * sizeof(ds_gpu_token),
+              m->absorbed,
+              q,
+              m->angles[op->tail].at + from * (uint64_t)c->rope_dim * 4,
+              m->queries,
+              ds_gpu_rows_kind(a->store),
+              (uint32_t)c->kv_lora_rank,
+              (uint32_t)c->nope_dim,
+              (uint32_t)c->rope_dim,
+              w->query};
+    return ds_gpu_do(b, halves ? "latent_query_half" : "latent_query", &push, 60, (uint32_t)c->n_head, (uint32_t)a->n,
+                     1, err);
+}
+
+/* Whether latent_few.comp takes them, which knows no floats and no longer rows. */
+static bool are_few(int n, uint32_t kind, const widths *w) {
+    return n <= DS_GPU_ATTEND_FEW && kind != DS_ROWS_F32 && w->all <= DS_GPU_FEW_WIDTH;
+}
+
+/* Parts of few tokens' positions: a tile each, as long as the device has room for all groups at once. */
+static uint32_t parts_of_few(int n_pos, uint32_t groups) {
+    const uint32_t parts = DS_GPU_FEW_GROUPS / groups, tiles = up_to((uint32_t)n_pos, 64) / 64;
+    return parts < 1 ? 1 : parts < tiles ? parts : tiles;
+}
+
+/* Parts of positions, of heads a few at a time. */
+static ds_status in_floats(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
+                           uint32_t *parts, ds_error *err) {
+    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"},
+                             *const FEW[] = {NULL, "latent_few_i16", "latent_few_q8"};
+    const uint32_t kind = ds_gpu_rows_kind(a->store), heads = (uint32_t)b->facts.config->n_head,
+                   each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS, groups = (uint32_t)a->n * each;
+    const bool few = are_few(a->n, kind, w);
+    const uint32_t together = few ? DS_GPU_FEW_VALUES : DS_GPU_THREADS, share = up_to(w->v, together) / together;
+    *parts = few ? parts_of_few(a->n_pos, groups) : parts_of(b, a->n, a->n_pos, groups);
+    const struct {
+        uint64_t tokens, q, to;
+        uint32_t n_head, width, head, v, n_parts, at;
+        ds_gpu_layout l;
+    } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
+              b->room.queries,
+              b->room.parts,
+              heads,
+              w->all,
+              w->head,
+              w->v,
+              *parts,
+              ds_gpu_layer_at(b, a->store, op->il),
+              ds_gpu_layout_of(a->store)};
+    vk_Pipeline pipeline;
+    const ds_status st = ds_gpu_pipeline(b->gpu, (few ? FEW : ATTEND)[kind], &share, 1, &pipeline, err);
+    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 76, *parts, each, (uint32_t)a->n);
+    return st;
+}
+
+/* Parts of positions, of rows of queries ROWS at a time. */
+static ds_status in_halves(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
+                           const uint32_t specs[6], uint32_t *parts, ds_error *err) {
+    const uint32_t heads = (uint32_t)b->facts.config->n_head, groups = up_to((uint32_t)a->n * heads, ROWS) / ROWS;
+    *parts = parts_of(b, a->n, a->n_pos, groups);
+    const struct {
+        uint64_t tokens, q, to;
+        uint32_t n_head, n_tok, width, head, v, n_parts, at;
+        ds_gpu_layout l;
+    } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
+              b->room.queries,
+              b->room.parts,
+              heads,
+              (uint32_t)a->n,
+              w->all,
+              w->head,
+              w->v,
+              *parts,
+              ds_gpu_layer_at(b, a->store, op->il),
+              ds_gpu_layout_of(a->store)};
+    vk_Pipeline pipeline;
+    const ds_status st =
+        ds_gpu_pipeline(b->gpu, ds_gpu_rows_kind(a->store) == DS_ROWS_I16 ? "latent_coop_i16" : "latent_coop_q8", specs,
+                        6, &pipeline, err);
+    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 80, groups, *parts, 1);
+    return st;
+}
+
+ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
+    const ds_gpu_room *m = &b->room;
+    const uint32_t kind = ds_gpu_rows_kind(a->store);
+    uint32_t parts, specs[6];
+    const bool halves = a->alone && takes_halves(b, kind, specs);
+    widths w = widths_of(c, kind);
+    if (halves) w.query = specs[4];
+    ds_status st = queries(b, op, a, &w, halves, err);
+    if (st != DS_OK) return st;
+    ds_gpu_then(b);
+    st = halves ? in_halves(b, op, a, &w, specs, &parts, err) : in_floats(b, op, a, &w, &parts, err);
+    if (st != DS_OK) return st;
+    ds_gpu_then(b);
+    const struct {
+        uint64_t parts, to;
+        uint32_t kind, rank, v, n_parts;
+    } join = {m->parts, m->latent, kind, (uint32_t)c->kv_lora_rank, w.v, parts};
+    if ((st = ds_gpu_do(b, "latent_join", &join, sizeof join, (uint32_t)c->n_head, (uint32_t)a->n, 1, err)) != DS_OK)
+        return st;
+    ds_gpu_then(b);
+    const uint64_t heads = m->heads + (uint64_t)a->begin * (uint64_t)c->n_head * (uint64_t)c->v_dim * 4;
+    return by_heads(b, &l->latent.v_b, ds_gpu_layer_of(b, op->il)->v_b, m->latent, c->kv_lora_rank, heads, c->v_dim,
+                    a->n, err);
+}
