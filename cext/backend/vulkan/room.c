@@ -41,8 +41,7 @@ static void carve_own(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     const ds_config *g = b->facts.config;
     const roles role = roles_of(b);
     const uint64_t n = (uint64_t)r->n_tok, d = (uint64_t)g->n_embd, heads = (uint64_t)g->n_head,
-                   slots = n * (uint64_t)g->n_expert_used,
-                   together = (uint64_t)ds_gpu_attend_together(b, r->n_tok);
+                   slots = n * (uint64_t)g->n_expert_used, together = (uint64_t)ds_gpu_attend_together(b, r->n_tok);
     const uint64_t shared = (uint64_t)g->n_expert_shared * (uint64_t)g->n_ff_expert;
     for (int i = 0; i < DS_GPU_STEPS; i++) r->x[i] = floats(c, n * d);
     r->xn = floats(c, n * d);
