@@ -138,8 +138,8 @@ static PyObject *model_needs(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_needs, DS_PY_MODEL)
 
-/* model_watch(model, device, times); model_watched(model, device) -> (dispatches, barriers, submissions, waits, nanoseconds of
- * recording, of waiting, [(name, n, nanoseconds)]) */
+/* model_watch(model, device, times); model_watched(model, device) -> (dispatches, barriers, recordings, submissions, waits,
+ * nanoseconds of recording, of waiting, [(name, n, nanoseconds)]) */
 static PyObject *model_watch(void *model, PyObject *args) {
     PyObject *capsule;
     int device, times;

@@ -1,6 +1,9 @@
 """A device opened, its memory and one shader: on whatever Vulkan finds here, a software device too."""
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +92,27 @@ def test_devices_are_there_however_often_they_are_asked_for() -> None:
         assert _engine.gpu_list()
     for _ in range(4):
         _engine.gpu_close(_engine.gpu_open(which))
+
+
+FORKED = """
+import os, sys, cext
+from cext import _engine
+_engine.gpu_list()
+if not (child := os.fork()):
+    try:
+        _engine.gpu_list()
+    except cext.DeviceError as error:
+        os._exit(0 if "forked" in str(error) and error.hint else 3)
+    os._exit(4)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_refused() -> None:
+    """A driver that the parent has set up is not the child's to use."""
+    number()
+    assert subprocess.run([sys.executable, "-P", "-c", FORKED], timeout=300, check=False).returncode == 0
 
 
 def test_a_closed_device_says_so() -> None:

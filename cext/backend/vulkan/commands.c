@@ -50,7 +50,7 @@ static void tell(ds_gpu_script *l, const ds_gpu_command *command) {
         l->at++;
         return;
     }
-    l->same = false;
+    l->same = l->ready = false; /* what is told and what is recorded are two from here on */
     if (l->at == l->room) {
         const int room = l->room ? 2 * l->room : 64;
         ds_gpu_command *more = realloc(l->log, (size_t)room * sizeof *more);
@@ -95,20 +95,22 @@ void ds_gpu_copy(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_buffer *from, uint6
 
 /* ---- Recorded, and run ---- */
 
-static void barrier(ds_gpu *g, vk_CommandBuffer list, uint32_t from, uint32_t wrote, uint32_t to, uint32_t reads) {
-    const vk_MemoryBarrier memory = {.sType = VKS_MEMORY_BARRIER, .srcAccessMask = wrote, .dstAccessMask = reads};
-    g->v.f.CmdPipelineBarrier(list, from, to, 0, 1, &memory, 0, NULL, 0, NULL);
+/* What was written before is seen by what follows, in lists submitted later too; and by more, if said. */
+static void barrier(ds_gpu *g, vk_CommandBuffer list, uint32_t more_stages, uint32_t more_reads) {
+    const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
+    const uint32_t writes = VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT,
+                   reads = VKB_ACCESS_SHADER_READ_BIT | VKB_ACCESS_TRANSFER_READ_BIT;
+    const vk_MemoryBarrier memory = {
+        .sType = VKS_MEMORY_BARRIER, .srcAccessMask = writes, .dstAccessMask = reads | writes | more_reads};
+    g->v.f.CmdPipelineBarrier(list, stages, stages | more_stages, 0, 1, &memory, 0, NULL, 0, NULL);
 }
 
 static void put(ds_gpu *g, ds_gpu_script *l, const ds_gpu_command *c) {
-    const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
     const vk_functions *f = &g->v.f;
     switch (c->kind) {
     case DS_GPU_BARRIER:
         l->n_barriers++;
-        barrier(g, l->list, stages, VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT, stages,
-                VKB_ACCESS_SHADER_READ_BIT | VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_READ_BIT |
-                    VKB_ACCESS_TRANSFER_WRITE_BIT);
+        barrier(g, l->list, 0, 0);
         break;
     case DS_GPU_DISPATCH:
         l->n_dispatches++;
@@ -137,9 +139,7 @@ ds_status ds_gpu_recorded(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
     ds_gpu_watch_record(g, l);
     for (int i = 0; i < l->n; i++) put(g, l, &l->log[i]);
-    barrier(g, l->list, VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT,
-            VKB_ACCESS_SHADER_WRITE_BIT | VKB_ACCESS_TRANSFER_WRITE_BIT, VKB_PIPELINE_STAGE_HOST_BIT,
-            VKB_ACCESS_HOST_READ_BIT);
+    barrier(g, l->list, VKB_PIPELINE_STAGE_HOST_BIT, VKB_ACCESS_HOST_READ_BIT);
     result = g->v.f.EndCommandBuffer(l->list);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
     g->work.recordings++;

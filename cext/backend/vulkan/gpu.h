@@ -14,6 +14,7 @@ enum {
     DS_GPU_MAX = 16, /* devices that are looked at */
     DS_GPU_PUSH = 128, /* bytes of push constants: what every device has */
     DS_GPU_SPECS = 8, /* most specialization constants of a shader, 0 its workgroup's size */
+    DS_GPU_WORKGROUP = 256, /* threads of a workgroup that shaders may count on */
     DS_GPU_SHARED = 32768, /* bytes that a workgroup shares: what shaders may count on */
     DS_GPU_ALIGN = 256, /* of what is laid into a buffer */
     DS_GPU_CHUNK = 1 << 30, /* bytes of an allocation at most: larger ones are refused by some drivers */

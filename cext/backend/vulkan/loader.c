@@ -78,7 +78,11 @@ static ds_status open_vulkan(ds_vulkan *out, ds_error *err) {
 
 ds_status ds_vulkan_open(ds_vulkan *out, ds_error *err) {
     const ds_vulkan *there = atomic_load(&kept);
-    if (there && there->process == ds_process_id()) {
+    if (there && there->process != ds_process_id()) {
+        ds_fail(err, DS_EDEVICE, "Vulkan was opened before this process was forked, and cannot be used in it");
+        return ds_hint(err, "start the process anew (spawn), or fork before a GPU is asked for");
+    }
+    if (there) {
         *out = *there;
         return DS_OK;
     }
@@ -169,7 +173,8 @@ static void check_coop(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info
 }
 
 /* The first of what is not there. */
-static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
+static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, const vk_PhysicalDeviceLimits *limits,
+                           ds_gpu_info *out) {
     vk_PhysicalDeviceShaderIntegerDotProductFeatures dot = {
         .sType = VKS_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES};
     vk_PhysicalDeviceVulkan12Features f12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES};
@@ -191,6 +196,9 @@ static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_
         {f11.storageBuffer16BitAccess, "16-bit storage"},
         {ds_vulkan_family(v, device) >= 0, "a queue for compute shaders"},
         {out->shared_bytes >= DS_GPU_SHARED, "32 KiB of memory that a workgroup shares"},
+        {limits->maxComputeWorkGroupInvocations >= DS_GPU_WORKGROUP &&
+             limits->maxComputeWorkGroupSize[0] >= DS_GPU_WORKGROUP,
+         "workgroups of 256 threads"},
     };
     for (size_t i = 0; i < sizeof NEEDED / sizeof *NEEDED && !*out->missing; i++)
         if (!NEEDED[i].there) snprintf(out->missing, sizeof out->missing, "its driver has no %s", NEEDED[i].name);
@@ -249,7 +257,7 @@ void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *o
         !(p11.subgroupSupportedOperations & VKB_SUBGROUP_FEATURE_ARITHMETIC_BIT))
         snprintf(out->missing, sizeof out->missing, "its driver has no sums over subgroups");
     read_clock(v, device, p.limits.timestampPeriod, out);
-    check_features(v, device, out);
+    check_features(v, device, &p.limits, out);
     check_coop(v, device, out);
     read_memory(v, device, out);
 }

@@ -123,7 +123,8 @@ static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, uint32_t matrices, ds
     const ds_gpu_info *told = ds_gpu_told(gpu);
     const uint32_t slots = slot_tiles(p), threads = 4 * told->subgroup;
     const uint64_t large = (uint64_t)pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
-    const uint32_t tile = large >= LARGE_FROM ? LARGE_TILE : TILE;
+    const bool fits = told->coop[0] * told->coop[1] <= 256; /* what is shared, within DS_GPU_SHARED */
+    const uint32_t tile = fits && large >= LARGE_FROM ? LARGE_TILE : TILE;
     const uint32_t specs[] = {threads, told->coop[0], told->coop[1], told->coop[2], tile, threads};
     return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 6, p,
                   (uint32_t[]){pieces(p->rows, tile / matrices), slots, n_blocks}, err);

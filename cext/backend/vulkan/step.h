@@ -43,7 +43,7 @@ typedef struct ds_gpu_room {
     ds_gpu_buffer own, in, out, table; /* table: grows with the caches */
     /* Of the device's own, floats but where said. */
     uint64_t x[DS_GPU_STEPS], xn, kv_a, q_a, q, absorbed, queries, parts, latent,
-        heads; /* attention's for ATTEND_TOKENS */
+        heads; /* attention's: of ds_gpu_attend_together tokens */
     uint64_t router, ids, weights, groups, slot_row, slot_of, hidden, hidden_exps, rows, shared;
     /* The host writes. */
     ds_gpu_span tokens[DS_GPU_STEPS], angles[DS_GPU_STEPS], taken, logit_rows, x_in, input_in, split_groups, split_row,

@@ -14,7 +14,7 @@ file(GLOB DSV2_SHADER_INCLUDES CONFIGURE_DEPENDS ${DSV2_SHADER_FOLDER}/*.glsl)
 # In ${failed}: whether a call of a compiler fails at the shaders that ask the most of one: an older one knows no cooperative
 # matrices, or no packed dot products.
 function(dsv2_probe_shaders failed)
-  foreach(probe "mul_coop.comp;-DFORMAT_Q4_K" "mul_vec.comp;-DFORMAT_Q4_K;-DDOT;-DGATED")
+  foreach(probe "mul_coop.comp;-DFORMAT_Q4_K;-DGATED" "latent_coop.comp;-DKIND=1" "mul_vec.comp;-DFORMAT_Q4_K;-DDOT;-DGATED")
     list(POP_FRONT probe source)
     execute_process(COMMAND ${ARGN} ${probe} -I${DSV2_SHADER_FOLDER} -o ${DSV2_SHADER_MADE}/probe.spv ${DSV2_SHADER_FOLDER}/${source}
                     RESULT_VARIABLE result OUTPUT_QUIET ERROR_QUIET)

@@ -5,7 +5,7 @@
 #include "reduce.glsl"
 #include "rows.glsl"
 
-const uint MOST_PARTS = 512; // at most DS_GPU_ATTEND_GROUPS come
+const uint MOST_PARTS = 512; // at most DS_GPU_ATTEND_GROUPS or DS_GPU_FEW_GROUPS come
 layout(local_size_x = 128) in;
 layout(push_constant, scalar) uniform Push {
     Floats parts; // (n_tok, n_head, n_parts, v + 2): acc, m, l
