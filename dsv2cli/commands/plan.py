@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Tell what a model will take and give before it is fetched: bytes, disk, memory, speed. From its headers alone;"
-    " speeds from a second of measuring this machine."
+    " speeds from some seconds of measuring this machine."
 )
 EXAMPLES = (
     "plan lite-chat",
@@ -41,7 +41,7 @@ CONTEXT = number(
 TYPE = typer.Option("--type", metavar="TYPE", help="What it is to be quantised to; q4_k_m if left out.")
 SIZE = typer.Option("--size", metavar="SIZE", help="Instead: the size of the whole file, as 9.5G or 9.5GiB.")
 RAM = typer.Option("--ram", metavar="SIZE", help="Weights in so much memory, and the rest read from the drive.")
-SPEED = typer.Option("--speed/--no-speed", help="Measure this machine for a second and tell how fast it will be.")
+SPEED = typer.Option("--speed/--no-speed", help="Measure this machine for some seconds and tell how fast it will be.")
 CHECK = typer.Option("--check", help="Run the file, which must be here, and print predicted beside measured.")
 
 

@@ -125,15 +125,19 @@ def apart(evaluate: Evaluate) -> Evaluate:
     return each
 
 
-def beside_next(beside: int, seconds: float, n_answers: int) -> int:
-    """Tokens of prompts beside so many answers, after a step that took so long: what keeps it near STEP_SECONDS, or
-    FEWEST_BESIDE where these keep it near SLOW_STEP_SECONDS; about as many as there are answers at least."""
+def beside_next(beside: int, n_read: int, seconds: float, n_answers: int) -> int:
+    """Tokens of prompts beside so many answers, after a step that read n_read of ``beside`` and took so long: what keeps
+    it near STEP_SECONDS, or FEWEST_BESIDE where these keep it near SLOW_STEP_SECONDS; about as many as there are answers
+    at least. More are not taken for a step that did not read as many as it might."""
+    if not n_read:
+        return beside
 
     def near(target: float) -> int:
         return round(beside * min(2.0, max(0.5, target / max(seconds, 1e-3))))
 
     least = min(FEWEST_BESIDE, max(LEAST_BESIDE, n_answers))
-    return max(least, near(STEP_SECONDS), min(FEWEST_BESIDE, near(SLOW_STEP_SECONDS)))
+    found = max(least, near(STEP_SECONDS), min(FEWEST_BESIDE, near(SLOW_STEP_SECONDS)))
+    return found if n_read >= beside else min(found, beside)
 
 
 def _never_began(choice: int, reason: Reason, error: Exception | None) -> Ended:
@@ -306,7 +310,8 @@ class Engine:
 
     def _step(self) -> list[Event]:
         n_answers = sum(s.n_waiting == 1 for s in self._tickets)
-        reads = any(s.n_waiting > 1 for s in self._tickets)
+        reading = [s for s in self._tickets if s.n_waiting > 1]
+        n_before = sum(s.n_waiting for s in reading)
         self.figures.in_steps += len(self._tickets)
         begun = time.perf_counter()
         events = self._scheduler.step()
@@ -314,8 +319,9 @@ class Engine:
         self.figures.steps += 1
         self.figures.step_seconds += seconds
         self.figures.longest_step = max(self.figures.longest_step, seconds)
-        if n_answers and reads and not self.limits.deterministic:
-            self._scheduler.budget = self._budget(beside_next(self._scheduler.budget.beside, seconds, n_answers))
+        if n_answers and reading and not self.limits.deterministic:
+            beside, n_read = self._scheduler.budget.beside, n_before - sum(s.n_waiting for s in reading)
+            self._scheduler.budget = self._budget(beside_next(beside, max(0, n_read), seconds, n_answers))
         return events
 
     def _budget(self, beside: int) -> Budget:

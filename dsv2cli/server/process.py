@@ -203,11 +203,20 @@ class Serving:
         """The model is neither open nor known to fail."""
         return self.state.service is None and self._failure is None
 
+    @staticmethod
+    def _prepare_forms(service: Service) -> None:
+        """Before anyone waits: it holds the interpreter for long. A vocabulary that cannot be had for it costs answers of a
+        form alone."""
+        try:
+            service.grammars.prepare()
+        except Exception as error:
+            console.warn(f"no answer can be held to a form here: {error}")
+
     def _serve_model(self) -> None:
         try:
             with self._plan.load() as service, files.opened(self._plan.files, files.Limits()) as kept:
                 service.batches = Batches(service, kept)
-                service.grammars.prepare()  # it holds the interpreter for long: then nobody waits
+                self._prepare_forms(service)
                 service.engine.start()
                 service.batches.start()
                 self.state.service = service

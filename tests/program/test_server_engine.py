@@ -133,6 +133,14 @@ def test_what_a_prompt_takes_of_a_step_beside_answers(
     beside, taken = BESIDE_AT_FIRST, []
     for _ in range(40):
         taken.append(alone + token * beside)
-        beside = beside_next(min(beside, 1000), taken[-1], n_answers)
+        beside = beside_next(min(beside, 1000), min(beside, 1000), taken[-1], n_answers)
     assert max(taken) <= longest
     assert beside > 1000 if settles is None else abs(beside - settles) <= 1
+
+
+def test_what_was_not_read_tells_nothing() -> None:
+    """Steps that only tell news, or end a prompt with few tokens, are quick: the next prompt begins no larger for it."""
+    assert beside_next(10, 0, 1e-5, 1) == 10
+    assert beside_next(10, 3, 0.01, 1) == 10
+    assert beside_next(10, 10, 0.01, 1) == 20
+    assert beside_next(40, 3, 1.0, 1) < 40
