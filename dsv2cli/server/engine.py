@@ -126,9 +126,9 @@ def apart(evaluate: Evaluate) -> Evaluate:
 
 
 def beside_next(beside: int, n_read: int, seconds: float, n_answers: int) -> int:
-    """Tokens of prompts beside so many answers, after a step that read n_read of ``beside`` and took so long: what keeps
-    it near STEP_SECONDS, or FEWEST_BESIDE where these keep it near SLOW_STEP_SECONDS; about as many as there are answers
-    at least. More are not taken for a step that did not read as many as it might."""
+    """Tokens of prompts beside so many answers, after a step that read n_read of ``beside`` and took so long: what
+    keeps it near STEP_SECONDS, or FEWEST_BESIDE where these keep it near SLOW_STEP_SECONDS; about as many as there are
+    answers at least. More are not taken for a step that did not read as many as it might."""
     if not n_read:
         return beside
 

@@ -205,8 +205,8 @@ class Serving:
 
     @staticmethod
     def _prepare_forms(service: Service) -> None:
-        """Before anyone waits: it holds the interpreter for long. A vocabulary that cannot be had for it costs answers of a
-        form alone."""
+        """Before anyone waits: it holds the interpreter for long. A vocabulary that cannot be had for it costs answers
+        of a form alone."""
         try:
             service.grammars.prepare()
         except Exception as error:

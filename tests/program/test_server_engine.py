@@ -139,7 +139,7 @@ def test_what_a_prompt_takes_of_a_step_beside_answers(
 
 
 def test_what_was_not_read_tells_nothing() -> None:
-    """Steps that only tell news, or end a prompt with few tokens, are quick: the next prompt begins no larger for it."""
+    """Steps that only tell news, or end a prompt with few tokens, are quick: the next prompt begins no larger."""
     assert beside_next(10, 0, 1e-5, 1) == 10
     assert beside_next(10, 3, 0.01, 1) == 10
     assert beside_next(10, 10, 0.01, 1) == 20
