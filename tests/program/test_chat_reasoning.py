@@ -121,7 +121,7 @@ def test_reasoning_is_dim_or_folded_on_a_terminal_and_plain_in_a_pipe(model: Pat
         screen.wait_for(r"/retry\n<think>\n(.|\n)*-n\)\n> $", at)
     with terminal("chat", model, "-n", "4", "--temp", "0", "-p", "Hi", "-q", NO_COLOR="1") as screen:
         assert screen.exit_code() == 0 and b"\x1b" not in screen.raw and "<think>" in screen.text
-    assert "\x1b" not in dsv2("chat", model, "-n", "4", "-p", "Hi", "-q").stdout
+    assert "\x1b" not in dsv2("chat", model, "-n", "4", "--temp", "0", "-p", "Hi", "-q").stdout
 
 
 def test_a_model_without_the_switch_says_so(folder: Path) -> None:
