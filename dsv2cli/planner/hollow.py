@@ -10,6 +10,7 @@ there are two files, the first layer alone and all that were chosen, and what th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,7 @@ def work_of(tensors: Sequence[TensorInfo], keys: dict[str, Any]) -> Work:
         if t.name == ("token_embd.weight" if tied else "output.weight"):
             head = t.nbytes
         elif block and int(block[1]) < n_layer and len(t.shape) > 1:
-            n = 1
-            for dim in t.shape:
-                n *= dim
+            n = math.prod(t.shape)
             if "_exps." in t.name and n_expert:
                 routed += n * n_used // n_expert
             else:

@@ -20,7 +20,7 @@ from dsv2cli.engines.choice import OURS
 from dsv2cli.errors import CliError
 from dsv2cli.planner import probe
 from dsv2cli.planner.forecast import speeds
-from dsv2cli.planner.hollow import PROMPT, work_of
+from dsv2cli.planner.hollow import PROMPT, Work, work_of
 from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def run(
     tests = [Test("prefill", PROMPT), *(Test("decode", N_DECODE, depth) for depth in depths)]
     n_ctx = max(test.depth + test.n for test in tests)
     total, done = (rounds + 1) * (len(tests) + 1), 0
+    with Gguf(found.path) as gguf:
+        work = work_of(list(gguf.tensors), found.keys)
     foretold: list[list[float]] = []
     measured: list[list[float]] = []
     with benchmark.contender(OURS, found.path, n_ctx, threads) as runs:
@@ -90,7 +92,7 @@ def run(
                 measured.append(rates)
             told("this machine", done, total)
             done += 1
-            foretold.append(_foretold(made, threads, len(depths)))
+            foretold.append(_foretold(made, work, threads, len(depths)))
     between = [[math.sqrt(b * a) for b, a in zip(*pair, strict=True)] for pair in itertools.pairwise(foretold)]
     compared = [
         Compared(
@@ -103,11 +105,9 @@ def run(
     return (*compared, _memory(made, threads))
 
 
-def _foretold(made: Forecast, threads: int | None, n_depths: int) -> list[float]:
+def _foretold(made: Forecast, work: Work, threads: int | None, n_depths: int) -> list[float]:
     """Of each test, from this machine as it is now. CliError."""
     found = made.subject.found
-    with Gguf(found.path) as gguf:
-        work = work_of(list(gguf.tensors), found.keys)
     rates = probe.measure(found, made.memory.kv_type, threads, free_bytes(swap=False))
     if isinstance(rates, str):
         raise CliError(rates)
