@@ -1,5 +1,7 @@
 """Shared fixtures. Helper modules live in tests/support and tests/ref: ``from support import tiny``."""
 
+import random
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,12 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn without a seed is the same in every run of a test, as in the processes of support.cli."""
+    monkeypatch.setattr(secrets, "randbits", random.Random(1).getrandbits)
 
 
 @pytest.fixture

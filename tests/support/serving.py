@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.cli import PACKAGES, SECONDS
+from support.cli import PACKAGES, SAME_DRAWS, SECONDS
 
 from cext.tokenizer import Tokenizer
 from dsv2cli.runtime import Wishes
@@ -26,7 +26,7 @@ from dsv2cli.server.engine import Engine
 from dsv2cli.server.guard import Rules
 from dsv2cli.server.process import Serving, Settings
 
-RUN = "from dsv2cli.app import main; main()"
+RUN = f"{SAME_DRAWS}; from dsv2cli.app import main; main()"
 OPEN = Rules()
 USUAL = Settings(n_ctx=512, parallel=4, queue=32, cache_bytes=64 << 20, kv="f32", name="tiny")
 # A context that no answer fills within a test, and what asks an endless model for such a one: it ends when it is ended.
