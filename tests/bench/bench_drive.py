@@ -3,7 +3,7 @@
     python tests/bench/bench_drive.py MODEL.gguf -o drive.csv --plot drive.svg         # root, or a systemd of one's own
     python tests/bench/bench_drive.py MODEL.gguf --skewed SKEWED.gguf --memory 3,5,7,9,all --engines dsv2
     python tests/bench/bench_drive.py MODEL.gguf --engines dsv2 --uncapped                       # no limit to be had
-    python tests/bench/bench_drive.py --read drive.csv --plot drive.svg                          # figures taken before
+    python tests/bench/bench_drive.py --read drive.csv --plot drive.svg --recall recall.csv      # figures taken before
 
 Method. For each size of memory the drive's own rate is measured first: pieces of experts at random places, by as many
 readers as the engine has, in reads of the engine's size past the page cache. Then each engine runs alone in a control
@@ -22,6 +22,7 @@ The plot needs matplotlib: pip install 'dsv2[bench]'.
 """
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -211,10 +212,14 @@ def run(options: argparse.Namespace, memory: str, path: Path, routing: str) -> I
 Series = tuple[str, str, str]  # kind, routing, engine
 
 
+def size_of(memory: str) -> float:
+    return float("inf") if memory == ALL else float(memory)
+
+
 def grouped(rows: Sequence[Row]) -> dict[Series, dict[str, list[Row]]]:
-    """By series, by memory, in the order in which they came."""
+    """By series, by memory from the least."""
     out: dict[Series, dict[str, list[Row]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: size_of(row.memory)):
         out.setdefault((row.kind, row.routing, row.engine), {}).setdefault(row.memory, []).append(row)
     return out
 
@@ -247,35 +252,53 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Decode and prefill against memory, the rounds' spread as bars, dsv2's bound dashed."""
+def draw_speed(axis: Any, rows: Sequence[Row], kind: str, sizes: Sequence[str]) -> None:
+    """Tokens a second against memory, the rounds' spread as bars, dsv2's bound dashed."""
+    colours = {("uniform", OURS): "tab:blue", ("skewed", OURS): "tab:green", ("uniform", LLAMA): "tab:orange"}
+    for (of, routing, engine), by_memory in grouped(rows).items():
+        if of != kind:
+            continue
+        groups = [(sizes.index(memory), group) for memory, group in by_memory.items()]
+        at = [i for i, _ in groups]
+        speeds = [[row.tok_s for row in group] for _, group in groups]
+        y = [median(s) for s in speeds]
+        bars = [
+            [m - min(s) for m, s in zip(y, speeds, strict=True)],
+            [max(s) - m for m, s in zip(y, speeds, strict=True)],
+        ]
+        colour = colours.get((routing, engine), "tab:red")
+        axis.errorbar(at, y, bars, label=f"{engine}, {routing}", color=colour, marker="o", markersize=4, capsize=3)
+        bounds = [(i, limit) for i, group in groups if (limit := middle(group, "bound_tok_s")) > 0]
+        if engine == OURS and bounds:
+            axis.plot(*zip(*bounds, strict=True), "--", color=colour, alpha=0.6, label=f"the drive's bound, {routing}")
+    axis.set_xticks(range(len(sizes)), sizes)
+    axis.set(title=kind, xlabel="memory, GiB", ylabel="tokens a second", yscale="log")
+
+
+def draw_recall(axis: Any, path: Path) -> None:
+    """How much of what a layer needs was told a layer before (bench_residency.py --recall), by layer."""
+    recalls: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["ahead"] == "1":
+                recalls.setdefault(row["model"], []).append((int(row["layer"]), float(row["recall"])))
+    for model, points in recalls.items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=model)
+    axis.set(title="forecast a layer ahead", xlabel="layer", ylabel="of the needed experts, named", ylim=(0, 1))
+
+
+def plot(rows: Sequence[Row], path: Path, recall: Path | None) -> None:
     if pyplot is None:
         sys.exit("error: the plot needs matplotlib\nhint: pip install 'dsv2[bench]'")
-    sizes = sorted({row.memory for row in rows}, key=lambda m: float("inf") if m == ALL else float(m))
+    sizes = sorted({row.memory for row in rows}, key=size_of)
     kinds = [kind for kind in ("decode", "prefill") if any(row.kind == kind for row in rows)]
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), layout="constrained", squeeze=False)
-    colours = {("uniform", OURS): "tab:blue", ("skewed", OURS): "tab:green", ("uniform", LLAMA): "tab:orange"}
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for (of, routing, engine), by_memory in grouped(rows).items():
-            if of != kind:
-                continue
-            at = [sizes.index(memory) for memory in by_memory]
-            speeds = [[row.tok_s for row in group] for group in by_memory.values()]
-            y = [median(s) for s in speeds]
-            bars = [
-                [m - min(s) for m, s in zip(y, speeds, strict=True)],
-                [max(s) - m for m, s in zip(y, speeds, strict=True)],
-            ]
-            colour = colours.get((routing, engine), "tab:red")
-            axis.errorbar(at, y, bars, label=f"{engine}, {routing}", color=colour, marker="o", markersize=4, capsize=3)
-            bounds = [(i, middle(group, "bound_tok_s")) for i, group in zip(at, by_memory.values(), strict=True)]
-            bounds = [(i, limit) for i, limit in bounds if limit > 0]
-            if engine == OURS and bounds:
-                axis.plot(
-                    *zip(*bounds, strict=True), "--", color=colour, alpha=0.6, label=f"the drive's bound, {routing}"
-                )
-        axis.set_xticks(range(len(sizes)), sizes)
-        axis.set(title=kind, xlabel="memory, GiB", ylabel="tokens a second", yscale="log")
+    n = len(kinds) + (recall is not None)
+    figure, axes = pyplot.subplots(1, n, figsize=(5 * n, 4), layout="constrained", squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=False):
+        draw_speed(axis, rows, kind, sizes)
+    if recall is not None:
+        draw_recall(axes[0][-1], recall)
+    for axis in axes[0]:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     figure.suptitle(f"{rows[0].model}, {rows[0].threads} threads, {rows[0].machine}", fontsize=9)
@@ -288,6 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skewed", type=Path, metavar="GGUF", help="the model with skewed routers")
     parser.add_argument("-o", "--output", type=Path, help="CSV; stdout if left out")
     parser.add_argument("--plot", type=Path, metavar="SVG")
+    parser.add_argument("--recall", type=Path, metavar="CSV", help="of bench_residency.py --recall: a panel more")
     parser.add_argument("--read", type=Path, metavar="CSV", help="figures taken before: measure nothing")
     parser.add_argument("--engines", type=lambda s: tuple(s.split(",")), default=(OURS, LLAMA))
     parser.add_argument(
@@ -331,7 +355,7 @@ def main() -> None:
         sys.exit("error: nothing was measured")
     print(markdown(rows), file=sys.stdout if options.output or options.read else sys.stderr)
     if options.plot:
-        plot(rows, options.plot)
+        plot(rows, options.plot, options.recall)
 
 
 if __name__ == "__main__":
