@@ -120,7 +120,12 @@ class DriveCounts:
 @dataclass(frozen=True)
 class DeviceWork:
     """What a device did since it was watched. record_ns, wait_ns: of the host. times: of each shader, how often it ran
-    and the nanoseconds that it took from the end of what ran before."""
+    and the nanoseconds that it took from the end of what ran before.
+
+    Of prompts' routed experts that lie in the host's memory: copied_bytes, copy_ns: what went to the device, and how
+    long something was under way. copied_experts, kept_experts: how many the device and the processor computed, counted
+    once a layer and step. slot_bytes: the device's memory held for copies, 0 where nothing is copied. crossing: tokens
+    of an expert from which on copying it takes less than computing it where it lies, as measured so far; 0: not yet."""
 
     dispatches: int
     barriers: int
@@ -129,6 +134,12 @@ class DeviceWork:
     waits: int
     record_ns: int
     wait_ns: int
+    copied_bytes: int
+    copy_ns: int
+    copied_experts: int
+    kept_experts: int
+    slot_bytes: int
+    crossing: float
     times: dict[str, tuple[int, int]]
 
 
@@ -261,7 +272,7 @@ class Model:
     def watched(self, device: int) -> DeviceWork:
         """What it did since ``watch``."""
         work = _engine.model_watched(self._handle, device)
-        return DeviceWork(*work[:7], {name: (n, ns) for name, n, ns in work[7]})
+        return DeviceWork(*work[:-1], {name: (n, ns) for name, n, ns in work[-1]})
 
     def needs(self) -> WeightNeeds:
         """What the weights take, mapped or within a budget."""

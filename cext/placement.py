@@ -9,8 +9,10 @@ from cext.arguments import whole
 from cext.errors import ArgumentError
 
 Part = Literal["ends", "attention", "feed_forward", "experts"]
+Copies = Literal["auto", "never", "always"]
 
 _PARTS: tuple[Part, ...] = ("ends", "attention", "feed_forward", "experts")
+_COPIES: tuple[Copies, ...] = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class Device:
 
     threads: of the processor, None for the fastest number. isa: of the processor, None for the best. name: of a GPU,
     its number in ``gpus()`` or letters of its name, None for the best that is no software. memory: of a GPU, the bytes
-    of its own that weights may take, None for what there is.
+    of its own that weights may take, and room for copies of such, None for what there is. copies: whether a GPU
+    computes a prompt's routed experts that lie in the host's memory, by copying them: as many as that is faster for,
+    none, or all. It takes room for those of two layers; where there is none, none are copied.
     """
 
     kind: str = "cpu"
@@ -28,12 +32,15 @@ class Device:
     isa: str | None = None
     name: str | None = None
     memory: int | None = None
+    copies: Copies = "auto"
 
-    def record(self) -> tuple[str, int, str | None, str | None, int]:
-        """As the extension takes it. ArgumentError for fewer than one thread or byte."""
+    def record(self) -> tuple[str, int, str | None, str | None, int, int]:
+        """As the extension takes it. ArgumentError for fewer than one thread or byte, ValueError for other copies."""
+        if self.copies not in _COPIES:
+            raise ValueError(f"copies is {self.copies!r}, expected one of {', '.join(_COPIES)}")
         threads = 0 if self.threads is None else whole("threads", self.threads, low=1)
         memory = 0 if self.memory is None else whole("memory", self.memory, low=1, high=2**63 - 1)
-        return self.kind, threads, self.isa, self.name, memory
+        return self.kind, threads, self.isa, self.name, memory, _COPIES.index(self.copies)
 
 
 @dataclass(frozen=True)

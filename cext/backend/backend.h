@@ -75,6 +75,7 @@ typedef struct ds_split {
     ds_plan plan;
     const int32_t *ids; /* (n_tok, n_expert_used) the choice behind the plan */
     const uint8_t *owner; /* (n_expert) which backend computes an expert */
+    int64_t processor_ns; /* that backend 0 took for its part, once it was waited for */
     float *rows; /* (n_slots, n_embd) of experts that another than the router's backend computes: EXPERTS there writes
                     them, COMBINE reads them */
 } ds_split;
@@ -119,6 +120,9 @@ typedef struct ds_backend_ops {
     ds_status (*submit)(ds_backend *backend, const ds_op *ops, int n, ds_error *err);
     /* Until they are done; the first failure of one. A backend that has no thread of its own works here. */
     ds_status (*wait)(ds_backend *backend, ds_error *err);
+    /* Of a layer that it routes and shares with others: take over experts of the plan for this step, by its number in
+     * owner (n_expert). Asked once a layer, before the residency is; NULL: it never does. */
+    void (*share)(ds_backend *backend, int il, const ds_plan *plan, uint8_t *owner);
     /* Count its work from zero, from now on with times as well or not; then the number of kinds that were timed. NULL, both,
      * where nothing is counted. */
     ds_status (*watch)(ds_backend *backend, bool times, ds_error *err);

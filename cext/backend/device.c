@@ -14,7 +14,7 @@ static ds_status open_cpu(const ds_device *device, const ds_facts *facts, int nu
 static ds_status open_vulkan(const ds_device *device, const ds_facts *facts, int number, ds_backend **out,
                              ds_error *err) {
     if (number == 0) return ds_fail(err, DS_EINVAL, "device 0 is the processor");
-    return ds_gpu_backend_create(facts, number, device->name, device->memory, out, err);
+    return ds_gpu_backend_create(facts, number, device, out, err);
 }
 
 static const struct {

@@ -5,12 +5,22 @@
 
 #include "base/status.h"
 
+/* Whether a GPU computes a prompt's routed experts that lie in the host's memory, which are copied to it. */
+typedef enum ds_copying {
+    DS_COPY_AUTO, /* as many as that is faster for */
+    DS_COPY_NEVER,
+    DS_COPY_ALWAYS, /* all */
+    DS_COPY_COUNT
+} ds_copying;
+
 typedef struct ds_device {
     const char *kind; /* "cpu" or "vulkan" */
     int n_threads;    /* of the processor; 0: what is fastest here */
     const char *isa;  /* of the processor; NULL or "": the best */
     const char *name; /* of a GPU: its number, or letters of its name; NULL or "": the best that is no software */
-    uint64_t memory;  /* of a GPU: bytes of its own that weights may take; 0: what there is */
+    uint64_t
+        memory; /* of a GPU: bytes of its own that weights, and room for copies of such, may take; 0: what there is */
+    ds_copying copying; /* of a GPU */
 } ds_device;
 
 struct ds_facts;

@@ -12,6 +12,12 @@ typedef struct ds_work_time {
 typedef struct ds_work {
     uint64_t dispatches, barriers, submissions, recordings, waits;
     uint64_t record_ns, wait_ns; /* of the host */
+    /* Routed experts of prompts that lie in the host's memory: */
+    uint64_t copied_bytes, copy_ns; /* to the device, and how long something was being copied */
+    uint64_t copied_experts, kept_experts; /* computed on the device, by the processor; counted once a layer and step */
+    uint64_t slot_bytes; /* of the device, held for copies; 0: nothing is copied */
+    double
+        crossing; /* tokens of an expert from which on copying it takes less than computing it where it lies; 0: not known */
 } ds_work;
 
 enum { DS_WORK_TIMES = 256 /* kinds that are told apart at most */ };

@@ -160,6 +160,7 @@ static void exchange_carve(ds_exchange *x, const ds_config *c, unsigned char *ba
     plan->slot_token = ds_core_take(base, &x->bytes, slots, sizeof(int32_t));
     plan->slot_of = ds_core_take(base, &x->bytes, slots, sizeof(int));
     plan->place = ds_core_take(base, &x->bytes, (size_t)c->n_expert, sizeof(int));
+    x->split.owner = x->owner = ds_core_take(base, &x->bytes, (size_t)c->n_expert, sizeof *x->owner);
 }
 
 static ds_status exchange_reserve(ds_exchange *x, const ds_config *c, int n_tok, ds_error *err) {
@@ -218,8 +219,10 @@ static ds_status run_together(ds_core *c, const ds_op *ops, int n, ds_error *err
     }
     for (int i = 0; i < c->n_backends; i++) { /* 0 first: it may work here */
         ds_error other;
+        const int64_t since = i ? 0 : ds_now_ns();
         if (!under_way[i]) continue;
         st = c->backends[i]->ops->wait(c->backends[i], status == DS_OK ? err : &other);
+        if (!i) c->exchange.split.processor_ns = ds_now_ns() - since;
         if (status == DS_OK) status = st;
     }
     return status;
@@ -235,7 +238,10 @@ static ds_status step_host(ds_core *c, const ds_op *op, int n_tok, int *begun, d
         return DS_OK;
     }
     ds_plan_build(&split->plan, c->config.n_expert, n_tok, c->config.n_expert_used, split->ids);
-    split->owner = ds_residency_place(c->residency, op->il);
+    memcpy(c->exchange.owner, ds_residency_place(c->residency, op->il), (size_t)c->config.n_expert);
+    split->processor_ns = 0;
+    ds_backend *router = c->backends[c->places.feed_forward[op->il - c->weights.layer_begin]];
+    if (router->ops->share) router->ops->share(router, op->il, &split->plan, c->exchange.owner);
     if ((st = ds_residency_begin(c->residency, op->il, &split->plan, err)) == DS_OK) *begun = op->il;
     return st;
 }

@@ -15,6 +15,7 @@ typedef struct ds_exchange {
     float *x, *input; /* (n_tok, n_embd) */
     int32_t *ids; /* (n_tok, n_expert_used) */
     ds_split split; /* of the layer under way */
+    uint8_t *owner; /* (n_expert) its */
     int n_tok; /* what it was sized for */
     void *memory;
     size_t bytes;

@@ -19,7 +19,7 @@ typedef struct vk_Queue_T *vk_Queue;
 typedef struct vk_CommandBuffer_T *vk_CommandBuffer;
 /* Handles that may be numbers: 64 bits everywhere. */
 typedef uint64_t vk_Buffer, vk_DeviceMemory, vk_ShaderModule, vk_PipelineLayout, vk_Pipeline, vk_CommandPool, vk_Fence,
-    vk_QueryPool;
+    vk_QueryPool, vk_Semaphore;
 typedef int32_t vk_Result;
 
 enum {
@@ -44,6 +44,7 @@ enum {
     VKS_SUBMIT_INFO = 4,
     VKS_MEMORY_ALLOCATE_INFO = 5,
     VKS_FENCE_CREATE_INFO = 8,
+    VKS_SEMAPHORE_CREATE_INFO = 9,
     VKS_QUERY_POOL_CREATE_INFO = 11,
     VKS_BUFFER_CREATE_INFO = 12,
     VKS_SHADER_MODULE_CREATE_INFO = 16,
@@ -62,6 +63,9 @@ enum {
     VKS_PHYSICAL_DEVICE_PROPERTIES_2 = 1000059001,
     VKS_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2 = 1000059006,
     VKS_MEMORY_ALLOCATE_FLAGS_INFO = 1000060000,
+    VKS_SEMAPHORE_TYPE_CREATE_INFO = 1000207002,
+    VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO = 1000207003,
+    VKS_SEMAPHORE_WAIT_INFO = 1000207004,
     VKS_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES = 1000225000,
     VKS_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT = 1000237000,
     VKS_BUFFER_DEVICE_ADDRESS_INFO = 1000244001,
@@ -72,7 +76,9 @@ enum {
 
 /* Bits and small numbers. */
 enum {
+    VKB_QUEUE_GRAPHICS_BIT = 1,
     VKB_QUEUE_COMPUTE_BIT = 2,
+    VKB_QUEUE_TRANSFER_BIT = 4,
     VKB_MEMORY_PROPERTY_DEVICE_LOCAL_BIT = 1,
     VKB_MEMORY_PROPERTY_HOST_VISIBLE_BIT = 2,
     VKB_MEMORY_PROPERTY_HOST_COHERENT_BIT = 4,
@@ -99,6 +105,8 @@ enum {
     VKB_PIPELINE_BIND_POINT_COMPUTE = 1,
     VKB_COMMAND_BUFFER_LEVEL_PRIMARY = 0,
     VKB_SHARING_MODE_EXCLUSIVE = 0,
+    VKB_SHARING_MODE_CONCURRENT = 1,
+    VKB_SEMAPHORE_TYPE_TIMELINE = 1,
     VKB_QUERY_TYPE_TIMESTAMP = 2,
     VKB_QUERY_RESULT_64_BIT = 1,
     VKB_QUERY_RESULT_WAIT_BIT = 2,
@@ -296,6 +304,23 @@ typedef struct vk_BufferCopy { uint64_t srcOffset, dstOffset, size; } vk_BufferC
 
 typedef struct vk_FenceCreateInfo { uint32_t sType; const void *pNext; uint32_t flags; } vk_FenceCreateInfo;
 
+typedef struct vk_SemaphoreCreateInfo { uint32_t sType; const void *pNext; uint32_t flags; } vk_SemaphoreCreateInfo;
+
+typedef struct vk_SemaphoreTypeCreateInfo {
+    uint32_t sType; const void *pNext; int32_t semaphoreType; uint64_t initialValue;
+} vk_SemaphoreTypeCreateInfo;
+
+typedef struct vk_TimelineSemaphoreSubmitInfo {
+    uint32_t sType; const void *pNext;
+    uint32_t waitSemaphoreValueCount; const uint64_t *pWaitSemaphoreValues;
+    uint32_t signalSemaphoreValueCount; const uint64_t *pSignalSemaphoreValues;
+} vk_TimelineSemaphoreSubmitInfo;
+
+typedef struct vk_SemaphoreWaitInfo {
+    uint32_t sType; const void *pNext; uint32_t flags, semaphoreCount;
+    const vk_Semaphore *pSemaphores; const uint64_t *pValues;
+} vk_SemaphoreWaitInfo;
+
 typedef struct vk_QueryPoolCreateInfo {
     uint32_t sType; const void *pNext; uint32_t flags; int32_t queryType; uint32_t queryCount, pipelineStatistics;
 } vk_QueryPoolCreateInfo;
@@ -384,6 +409,11 @@ typedef vk_Result (VK_CALL *vk_EnumerateInstanceVersion)(uint32_t *out);
     F(DestroyFence, void, (vk_Device device, vk_Fence fence, const void *allocator)) \
     F(ResetFences, vk_Result, (vk_Device device, uint32_t n, const vk_Fence *fences)) \
     F(GetFenceStatus, vk_Result, (vk_Device device, vk_Fence fence)) \
+    F(CreateSemaphore, vk_Result, \
+      (vk_Device device, const vk_SemaphoreCreateInfo *info, const void *allocator, vk_Semaphore *out)) \
+    F(DestroySemaphore, void, (vk_Device device, vk_Semaphore semaphore, const void *allocator)) \
+    F(GetSemaphoreCounterValue, vk_Result, (vk_Device device, vk_Semaphore semaphore, uint64_t *out)) \
+    F(WaitSemaphores, vk_Result, (vk_Device device, const vk_SemaphoreWaitInfo *info, uint64_t ns)) \
     F(WaitForFences, vk_Result, (vk_Device device, uint32_t n, const vk_Fence *fences, uint32_t all, uint64_t ns)) \
     F(QueueSubmit, vk_Result, (vk_Queue queue, uint32_t n, const vk_SubmitInfo *infos, vk_Fence fence))
 /* clang-format on */

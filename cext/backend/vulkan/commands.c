@@ -147,13 +147,29 @@ ds_status ds_gpu_recorded(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
     return DS_OK;
 }
 
-/* The host's writes before a submission are seen by it: no barrier is needed. */
 ds_status ds_gpu_submit(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
+    return ds_gpu_submit_behind(g, c, 0, 0, err);
+}
+
+/* The host's writes before a submission are seen by it: no barrier is needed. */
+ds_status ds_gpu_submit_behind(ds_gpu *g, const ds_gpu_commands *c, vk_Semaphore semaphore, uint64_t value,
+                               ds_error *err) {
     const ds_gpu_script *l = list_of(c);
-    const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &l->list};
+    const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
+    const vk_TimelineSemaphoreSubmitInfo behind = {
+        .sType = VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO, .waitSemaphoreValueCount = 1, .pWaitSemaphoreValues = &value};
+    const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO,
+                                .pNext = semaphore ? &behind : NULL,
+                                .waitSemaphoreCount = semaphore ? 1 : 0,
+                                .pWaitSemaphores = &semaphore,
+                                .pWaitDstStageMask = &stages,
+                                .commandBufferCount = 1,
+                                .pCommandBuffers = &l->list};
     if (!l->n) return DS_OK;
+    ds_lock_take(&g->turn);
     vk_Result result = g->v.f.ResetFences(g->device, 1, &g->fence);
     if (result == VKR_SUCCESS) result = g->v.f.QueueSubmit(g->queue, 1, &info, g->fence);
+    ds_lock_give(&g->turn);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
     g->busy = true;
     g->running = l;

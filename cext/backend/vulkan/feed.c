@@ -107,10 +107,15 @@ typedef struct blocks {
     uint32_t n, stride, most, usual; /* slots: most of one, and what many have about */
 } blocks;
 
+/* Where an expert that is computed here lies: for good, or for this step. */
+static ds_gpu_expert expert_at(const ds_gpu_backend *b, int il, int e) {
+    const ds_gpu_expert *there = &ds_gpu_layer_of(b, il)->expert[e];
+    return there->gate ? *there : ds_ahead_expert(b->ahead, il, e);
+}
+
 /* The host's plan of a split layer, of it what is computed here. */
 static blocks split_blocks(ds_gpu_backend *b, const ds_op *op) {
     const ds_plan *plan = &op->split->plan;
-    const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const int n_slots = ds_gpu_request(b, op)->n_tok * b->facts.config->n_expert_used;
     ds_gpu_group *groups = (ds_gpu_group *)(void *)b->room.split_groups.host;
     blocks to = {.groups = b->room.split_groups.at,
@@ -120,9 +125,10 @@ static blocks split_blocks(ds_gpu_backend *b, const ds_op *op) {
         const int e = plan->expert[a];
         const uint32_t first = (uint32_t)plan->first[a], count = (uint32_t)plan->count[a];
         if (op->split->owner[e] != b->number) continue;
-        groups[to.n] = (ds_gpu_group){g->expert[e].gate, first, count};
-        groups[to.stride + to.n] = (ds_gpu_group){g->expert[e].up, first, count};
-        groups[2 * to.stride + to.n] = (ds_gpu_group){g->expert[e].down, first, count};
+        const ds_gpu_expert x = expert_at(b, op->il, e);
+        groups[to.n] = (ds_gpu_group){x.gate, first, count};
+        groups[to.stride + to.n] = (ds_gpu_group){x.up, first, count};
+        groups[2 * to.stride + to.n] = (ds_gpu_group){x.down, first, count};
         to.n++;
         if (count > to.most) to.most = count;
     }

@@ -56,8 +56,10 @@ static ds_status none_such(const ds_gpu_info *infos, int n, const char *which, d
 }
 
 static ds_status open_device(ds_gpu *g, ds_error *err) {
-    const float priority = 1;
-    const int family = ds_vulkan_family(&g->v, g->physical);
+    const float priorities[2] = {1, 1};
+    int copy_index = 0;
+    const int family = ds_vulkan_family(&g->v, g->physical),
+              copy_family = ds_vulkan_copy_family(&g->v, g->physical, &copy_index);
     vk_PhysicalDeviceShaderIntegerDotProductFeatures dot = {
         .sType = VKS_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES, .shaderIntegerDotProduct = 1};
     vk_PhysicalDeviceCooperativeMatrixFeaturesKHR coop = {.sType = VKS_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR,
@@ -65,6 +67,7 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
     vk_PhysicalDeviceVulkan12Features f12 = {.sType = VKS_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
                                              .vulkanMemoryModel = g->info.coop[0] != 0,
                                              .bufferDeviceAddress = 1,
+                                             .timelineSemaphore = 1,
                                              .scalarBlockLayout = 1,
                                              .shaderInt8 = 1,
                                              .shaderFloat16 = g->info.float16,
@@ -73,10 +76,18 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
         .sType = VKS_PHYSICAL_DEVICE_VULKAN_1_1_FEATURES, .pNext = &f12, .storageBuffer16BitAccess = 1};
     const vk_PhysicalDeviceFeatures2 f2 = {
         .sType = VKS_PHYSICAL_DEVICE_FEATURES_2, .pNext = &f11, .features = {.shaderInt64 = 1, .shaderInt16 = 1}};
-    const vk_DeviceQueueCreateInfo queue = {.sType = VKS_DEVICE_QUEUE_CREATE_INFO,
-                                            .queueFamilyIndex = (uint32_t)family,
-                                            .queueCount = 1,
-                                            .pQueuePriorities = &priority};
+    const vk_DeviceQueueCreateInfo queues[2] = {
+        {.sType = VKS_DEVICE_QUEUE_CREATE_INFO,
+         .queueFamilyIndex = (uint32_t)family,
+         .queueCount = 1 + (uint32_t)copy_index,
+         .pQueuePriorities = priorities},
+        {.sType = VKS_DEVICE_QUEUE_CREATE_INFO,
+         .queueFamilyIndex = (uint32_t)copy_family,
+         .queueCount = 1,
+         .pQueuePriorities = priorities},
+    };
+    g->families[0] = (uint32_t)family, g->families[1] = (uint32_t)copy_family;
+    g->n_families = family == copy_family ? 1 : 2;
     const char *extensions[2];
     uint32_t n_extensions = 0;
     if (g->info.int_dot) {
@@ -89,8 +100,8 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
     }
     const vk_DeviceCreateInfo info = {.sType = VKS_DEVICE_CREATE_INFO,
                                       .pNext = &f2,
-                                      .queueCreateInfoCount = 1,
-                                      .pQueueCreateInfos = &queue,
+                                      .queueCreateInfoCount = g->n_families,
+                                      .pQueueCreateInfos = queues,
                                       .enabledExtensionCount = n_extensions,
                                       .ppEnabledExtensionNames = extensions};
     const vk_Result result = g->v.f.CreateDevice(g->physical, &info, NULL, &g->device);
@@ -101,6 +112,7 @@ static ds_status open_device(ds_gpu *g, ds_error *err) {
     VK_DEVICE_FUNCTIONS(LOAD)
 #undef LOAD
     g->v.f.GetDeviceQueue(g->device, (uint32_t)family, 0, &g->queue);
+    g->v.f.GetDeviceQueue(g->device, (uint32_t)copy_family, (uint32_t)copy_index, &g->copy_queue);
     const vk_CommandPoolCreateInfo pool = {.sType = VKS_COMMAND_POOL_CREATE_INFO,
                                            .flags = VKB_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT,
                                            .queueFamilyIndex = (uint32_t)family};
@@ -139,7 +151,8 @@ ds_status ds_gpu_open(const char *which, ds_gpu **out, ds_error *err) {
     ds_gpu *g = calloc(1, sizeof *g);
     if (!g) return ds_fail(err, DS_ENOMEM, "no memory for a GPU");
     g->process = ds_process_id();
-    ds_status st = ds_vulkan_open(&g->v, err);
+    g->has_turn = ds_lock_init(&g->turn);
+    ds_status st = g->has_turn ? ds_vulkan_open(&g->v, err) : ds_fail(err, DS_ENOMEM, "no memory for a lock");
     if (st == DS_OK) st = choose_device(g, which, err);
     if (st == DS_OK) st = open_device(g, err);
     if (st == DS_OK) {
@@ -166,6 +179,7 @@ void ds_gpu_close(ds_gpu *g) {
         if (g->pool) f->DestroyCommandPool(g->device, g->pool, NULL);
         f->DestroyDevice(g->device, NULL);
     }
+    if (g->has_turn) ds_lock_free(&g->turn);
     free(g->made);
     free(g);
 }

@@ -103,6 +103,10 @@ void ds_gpu_copy(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_buffer *from, uin
 ds_status ds_gpu_recorded(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
 /* Run a list that was recorded; one at a time. What the host wrote before is seen. An empty one is not run. */
 ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
+/* The same, once a timeline semaphore, which something submitted before raises, has the value. May be called by another
+ * thread than the others, while none of them is. */
+ds_status ds_gpu_submit_behind(ds_gpu *gpu, const ds_gpu_commands *c, vk_Semaphore semaphore, uint64_t value,
+                               ds_error *err);
 /* Until it is done; the host then sees what it wrote. */
 ds_status ds_gpu_wait(ds_gpu *gpu, ds_error *err);
 

@@ -25,6 +25,9 @@ void ds_vulkan_tell(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *o
 bool ds_vulkan_has(const ds_vulkan *v, vk_PhysicalDevice device, const char *extension);
 /* The queues to compute on; -1: none. */
 int ds_vulkan_family(const ds_vulkan *v, vk_PhysicalDevice device);
+/* Those to copy on beside them: of a family that does nothing else, where there is one, or a second one of the same family,
+ * or the same. *index: which of its family. */
+int ds_vulkan_copy_family(const ds_vulkan *v, vk_PhysicalDevice device, int *index);
 /* What Vulkan refused, as an error of ours. */
 ds_status ds_gpu_failed(ds_error *err, vk_Result result, const char *what);
 
@@ -69,7 +72,11 @@ struct ds_gpu {
     ds_gpu_info info;
     vk_PhysicalDevice physical;
     vk_Device device;
-    vk_Queue queue;
+    vk_Queue queue, copy_queue; /* may be one */
+    uint32_t families[2]; /* of both; n_families 1 where they are of one */
+    uint32_t n_families;
+    ds_lock turn; /* of who submits: copies have threads of their own */
+    bool has_turn;
     vk_CommandPool pool;
     vk_PipelineLayout layout;
     vk_Fence fence;

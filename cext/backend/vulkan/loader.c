@@ -133,6 +133,21 @@ int ds_vulkan_family(const ds_vulkan *v, vk_PhysicalDevice device) {
     return -1;
 }
 
+int ds_vulkan_copy_family(const ds_vulkan *v, vk_PhysicalDevice device, int *index) {
+    vk_QueueFamilyProperties families[32];
+    uint32_t n = 32;
+    const int compute = ds_vulkan_family(v, device);
+    v->f.GetPhysicalDeviceQueueFamilyProperties(device, &n, families);
+    *index = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t does =
+            families[i].queueFlags & (VKB_QUEUE_GRAPHICS_BIT | VKB_QUEUE_COMPUTE_BIT | VKB_QUEUE_TRANSFER_BIT);
+        if (does == VKB_QUEUE_TRANSFER_BIT && families[i].queueCount) return (int)i;
+    }
+    if (families[compute].queueCount > 1) *index = 1;
+    return compute;
+}
+
 /* The deepest shape that mul_coop.comp is made for. */
 static void choose_shape(const ds_vulkan *v, vk_PhysicalDevice device, ds_gpu_info *out) {
     vk_CooperativeMatrixPropertiesKHR shapes[64] = {0};
@@ -188,6 +203,7 @@ static void check_features(const ds_vulkan *v, vk_PhysicalDevice device, const v
         const char *name;
     } NEEDED[] = {
         {f12.bufferDeviceAddress, "buffer device addresses"},
+        {f12.timelineSemaphore, "timeline semaphores"},
         {f12.scalarBlockLayout, "scalar block layout"},
         {f12.shaderInt8, "8-bit integers in shaders"},
         {f2.features.shaderInt16, "16-bit integers in shaders"},

@@ -80,12 +80,15 @@ ds_status ds_gpu_buffer_new(ds_gpu *g, uint64_t bytes, ds_gpu_use use, ds_gpu_bu
         return ds_fail(err, DS_EUNSUPPORTED, "%s: a piece of %.1f MiB, and no allocation is larger than %d MiB",
                        g->info.name, (double)bytes / (1 << 20), DS_GPU_CHUNK >> 20);
     ds_gpu_buffer b = {.bytes = bytes};
-    const vk_BufferCreateInfo info = {.sType = VKS_BUFFER_CREATE_INFO,
-                                      .size = bytes,
-                                      .usage = VKB_BUFFER_USAGE_STORAGE_BUFFER_BIT | VKB_BUFFER_USAGE_TRANSFER_SRC_BIT |
-                                               VKB_BUFFER_USAGE_TRANSFER_DST_BIT |
-                                               VKB_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT,
-                                      .sharingMode = VKB_SHARING_MODE_EXCLUSIVE};
+    const vk_BufferCreateInfo info = {
+        .sType = VKS_BUFFER_CREATE_INFO,
+        .size = bytes,
+        .usage = VKB_BUFFER_USAGE_STORAGE_BUFFER_BIT | VKB_BUFFER_USAGE_TRANSFER_SRC_BIT |
+                 VKB_BUFFER_USAGE_TRANSFER_DST_BIT | VKB_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT,
+                                      /* Queues of two families use it, which costs a buffer nothing. */
+        .sharingMode = g->n_families > 1 ? VKB_SHARING_MODE_CONCURRENT : VKB_SHARING_MODE_EXCLUSIVE,
+        .queueFamilyIndexCount = g->n_families > 1 ? g->n_families : 0,
+        .pQueueFamilyIndices = g->families};
     const vk_Result result = f->CreateBuffer(g->device, &info, NULL, &b.buffer);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
     const ds_status st = allocate(g, use, &b, err);

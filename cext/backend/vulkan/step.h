@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/backend.h"
+#include "backend/vulkan/ahead.h"
 #include "backend/vulkan/cache.h"
 #include "backend/vulkan/product.h"
 #include "backend/vulkan/weights.h"
@@ -59,6 +60,8 @@ typedef struct ds_gpu_backend {
     int number;
     ds_gpu *gpu;
     ds_gpu_weights w;
+    ds_ahead *ahead; /* or NULL */
+    bool behind; /* what was submitted last runs behind copies */
     ds_gpu_cache caches[DS_KV_TYPES];
     bool cached[DS_KV_TYPES]; /* the cache of that type was made */
     int attend_begin, attend_end; /* layers whose attention this computes lie in here */

@@ -201,7 +201,8 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
         st = RECORD[ops[i].kind](b, &ops[i], err);
     }
     if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
-    if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
+    b->behind = st == DS_OK && b->ahead && ds_ahead_submit(b->ahead, &b->commands);
+    if (st == DS_OK && !b->behind) st = ds_gpu_submit(b->gpu, &b->commands, err);
     b->ops = ops, b->n_ops = n;
     b->record_ns += (uint64_t)(ds_now_ns() - begin);
     return st;
@@ -209,12 +210,14 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
 
 static ds_status wait_for(ds_backend *backend, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
-    ds_status st = ds_gpu_wait(b->gpu, err);
+    ds_status st = b->behind ? ds_ahead_wait(b->ahead, err) : ds_gpu_wait(b->gpu, err);
+    b->behind = false;
     for (int i = 0; i < b->n_ops && st == DS_OK; i++) {
         const ds_op *op = &b->ops[i];
         if (op->kind == DS_OP_ATTENTION || op->kind == DS_OP_REMEMBER) ds_gpu_take_rows(b, op);
         if (op->kind == DS_OP_ROUTE) take_choice(b, op);
         if (op->kind == DS_OP_EXPERTS) ds_gpu_take_experts(b, op);
+        if (op->kind == DS_OP_EXPERTS && op->split && op->shared && b->ahead) ds_ahead_measure(b->ahead, op->split);
         if (op->kind == DS_OP_COPY_OUT) take_copy(b, op);
         if (op->kind == DS_OP_HEAD) st = take_logits(b, op, err);
     }
@@ -235,6 +238,7 @@ static void begin(ds_backend *backend, const ds_request *whole, const ds_request
     b->requests[0] = whole, b->requests[1] = rest;
     b->table_used = 0;
     b->n_submitted = 0;
+    if (b->ahead) ds_ahead_begin(b->ahead, whole, rest);
     for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_step(&b->caches[type]);
 }
 
@@ -244,6 +248,7 @@ static void destroy(ds_backend *backend) {
     if (!b) return;
     if (b->gpu && ds_gpu_here(b->gpu)) {
         ds_gpu_wait(b->gpu, &ignored);
+        ds_ahead_destroy(b->ahead);
         for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
         ds_gpu_room_release(b);
         ds_gpu_weights_release(b->gpu, &b->w);
@@ -253,9 +258,15 @@ static void destroy(ds_backend *backend) {
     free(b);
 }
 
+static void share(ds_backend *backend, int il, const ds_plan *plan, uint8_t *owner) {
+    ds_gpu_backend *b = (ds_gpu_backend *)backend;
+    if (b->ahead) ds_ahead_share(b->ahead, il, plan, owner);
+}
+
 static ds_status watch(ds_backend *backend, bool times, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     b->record_ns = 0;
+    if (b->ahead) ds_ahead_watch(b->ahead);
     return ds_gpu_watch_begin(b->gpu, times, err);
 }
 
@@ -263,6 +274,7 @@ static int watched(const ds_backend *backend, ds_work_time out[DS_WORK_TIMES], d
     const ds_gpu_backend *b = (const ds_gpu_backend *)backend;
     const int n = ds_gpu_watched(b->gpu, out, work);
     work->record_ns = b->record_ns;
+    if (b->ahead) ds_ahead_watched(b->ahead, work);
     return n;
 }
 
@@ -271,6 +283,7 @@ static const ds_backend_ops OPS = {.watch = watch,
                                    .reserve = reserve,
                                    .bytes = bytes,
                                    .begin = begin,
+                                   .share = share,
                                    .submit = submit,
                                    .wait = wait_for,
                                    .destroy = destroy};
@@ -315,7 +328,13 @@ static ds_status check(const ds_gpu_backend *b, ds_error *err) {
     return DS_OK;
 }
 
-ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const char *which, uint64_t memory, ds_backend **out,
+/* Bytes of the device that are free for copies: of what is not given to weights alone half stays for caches and steps. */
+static uint64_t room_for_copies(const ds_gpu_backend *b, uint64_t memory) {
+    const uint64_t all = memory ? memory : ds_gpu_told(b->gpu)->free, left = all > b->w.bytes ? all - b->w.bytes : 0;
+    return memory ? left : left / 2;
+}
+
+ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_device *device, ds_backend **out,
                                 ds_error *err) {
     ds_gpu_backend *b = calloc(1, sizeof *b);
     if (!b) return ds_fail(err, DS_ENOMEM, "no memory for a backend");
@@ -323,9 +342,12 @@ ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const char *w
     b->facts = *facts;
     b->number = number;
     find_attention(b);
-    ds_status st = ds_gpu_open(which, &b->gpu, err);
+    ds_status st = ds_gpu_open(device->name, &b->gpu, err);
     if (st == DS_OK) st = check(b, err);
-    if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, memory, &b->w, err);
+    if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, device->memory, &b->w, err);
+    if (st == DS_OK)
+        st =
+            ds_ahead_create(b->gpu, facts, number, room_for_copies(b, device->memory), device->copying, &b->ahead, err);
     if (st == DS_OK) *out = &b->head;
     else destroy(&b->head);
     return st;

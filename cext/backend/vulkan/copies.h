@@ -1,0 +1,51 @@
+/* copies.h: memory of the host's copied to a device while it computes: threads of their own fill a ring of memory that the
+ * device reads, pieces of which are copied on the queue for copies, in the order in which they are asked for. Knows no
+ * model. But for its threads one thread uses it. */
+#pragma once
+
+#include "backend/vulkan/gpu.h"
+
+enum {
+    DS_COPY_PARTS = 3,
+    DS_COPY_PIECE = 4 << 20, /* bytes of a piece at most; larger pieces gain nothing, below 2 MiB the link is slower */
+    DS_COPY_THREADS = 16, /* at most: as many as reach the pace of any link */
+};
+
+typedef struct ds_copies ds_copies;
+
+/* What is copied as a whole: parts of the host's memory, behind each other with gaps. Its memory is the caller's, and stays
+ * as it is until ds_copies_settle. */
+typedef struct ds_copy {
+    const void *from[DS_COPY_PARTS];
+    uint64_t at[DS_COPY_PARTS], part_bytes[DS_COPY_PARTS]; /* where a part begins behind to_at, in rising order */
+    const ds_gpu_buffer *to;
+    uint64_t to_at, bytes; /* of all with the gaps */
+    /* Of copies.c: */
+    uint64_t begun; /* bytes that a thread has taken on: what is begun is brought to its end */
+    uint64_t left; /* bytes that are not submitted yet; 0, with all begun: it is there once the semaphore says so */
+    uint64_t value; /* of the semaphore */
+    bool awaited;
+} ds_copy;
+
+/* piece: bytes of one at most. On success *out is to be destroyed before the GPU is closed. */
+ds_status ds_copies_create(ds_gpu *gpu, int n_threads, uint64_t piece, ds_copies **out, ds_error *err);
+void ds_copies_destroy(ds_copies *copies);
+/* Bytes of the host's memory that its ring takes. */
+uint64_t ds_copies_ring_bytes(const ds_copies *copies);
+
+/* Begin no further copy, until some are ordered. begun (n): which of these are, or are there; the bytes of all that are
+ * begun and not submitted yet. */
+uint64_t ds_copies_hold(ds_copies *copies, ds_copy *const *some, int n, bool *begun);
+/* Copy these, in this order, behind what is begun; what was ordered before and is not begun is dropped. */
+void ds_copies_order(ds_copies *copies, ds_copy *const *order, int n);
+/* Submit a list of commands once all these copies are submitted, to run behind them: now, or by the thread that submits the
+ * last of them. */
+void ds_copies_then(ds_copies *copies, ds_copy *const *awaited, int n, const ds_gpu_commands *list);
+/* Until that list is submitted, and when that was (ds_now_ns); or what came in its way. */
+ds_status ds_copies_submitted(ds_copies *copies, int64_t *when, ds_error *err);
+/* Until what is begun of these is there or has failed. */
+void ds_copies_settle(ds_copies *copies, ds_copy *const *all, int n);
+/* Forget what is ordered, and a failure; what was begun is settled. */
+void ds_copies_reset(ds_copies *copies);
+/* Bytes that were copied so far, and how long something was being copied. */
+void ds_copies_told(ds_copies *copies, uint64_t *bytes, uint64_t *ns);

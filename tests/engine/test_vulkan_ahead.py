@@ -1,0 +1,177 @@
+"""Prompts whose routed experts lie in the host's memory: copied to the device, computed by the processor, or both."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.gpu import number
+from support.logits import assert_close, firm_prompt, reference
+from support.tiny import SPECS, Spec, spec_named, tokens, variant
+
+import cext
+from cext import Device, Model, Place
+
+LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
+BAR = 1e-4  # of the logits' range
+
+Open = Callable[..., Model]
+
+
+def apart(spec: Spec, experts: range | None = None) -> list[Place]:
+    """All on the device but routed experts."""
+    layers, moe = range(spec.n_layer), range(spec.n_layer_dense, spec.n_layer)
+    on = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers)]
+    return [*on, Place("experts", 0, moe, experts or range(spec.n_expert))]
+
+
+@pytest.fixture
+def open_model(tiny_gguf: Callable[[Spec], Path]) -> Iterator[Open]:
+    opened: list[Model] = []
+
+    def open_one(spec: Spec, copies: Any, *, experts: range | None = None, memory: int | None = None) -> Model:
+        gpu = Device("vulkan", name=number(), copies=copies, memory=memory)
+        model = Model(tiny_gguf(spec), threads=2, devices=[gpu], placement=apart(spec, experts))
+        model.watch(1, times=False)
+        opened.append(model)
+        return model
+
+    yield open_one
+    for model in opened:
+        model.close()
+
+
+@pytest.mark.parametrize("copies", ["auto", "never", "always"])
+@pytest.mark.parametrize("spec", [LITE, PRO, V3], ids=lambda s: s.name)
+def test_a_prompt_is_the_reference_s_wherever_experts_are_computed(open_model: Open, spec: Spec, copies: Any) -> None:
+    ids, expected = firm_prompt(reference(spec), spec, 40, 7)
+    model = open_model(spec, copies)
+    for _ in range(3):  # calibrated from nothing, and by what was measured; over slots that hold another layer
+        assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+    session = model.session(64, "f32")
+    session.eval(ids[:23])
+    assert_close(session.eval(ids[23:]), expected[-1], BAR)  # the others stop before the last block
+
+
+def test_what_was_copied_is_counted(open_model: Open) -> None:
+    ids, moe = tokens(LITE, 400), LITE.n_layer - LITE.n_layer_dense
+    session = {copies: open_model(LITE, copies) for copies in ("never", "always", "auto")}
+    for model in session.values():
+        model.session(512, "f32").eval(ids, "all")
+    never, always, auto = (model.watched(1) for model in session.values())
+    assert (never.copied_bytes, never.copied_experts, never.kept_experts, never.slot_bytes) == (0, 0, 0, 0)
+    assert always.copied_experts == moe * LITE.n_expert and always.kept_experts == 0
+    assert always.slot_bytes > 0 and always.copied_bytes > 0 and always.copy_ns > 0
+    assert auto.copied_experts + auto.kept_experts == moe * LITE.n_expert
+    assert auto.copied_experts > 0 and auto.kept_experts > 0  # half of the first layer's: nothing was known
+
+
+def test_nothing_is_copied_for_a_few_tokens(open_model: Open) -> None:
+    model = open_model(LITE, "always")
+    session = model.session(64, "f32")
+    for n in (1, 16, 2):
+        session.eval(tokens(LITE, n), "all")
+    work = model.watched(1)
+    assert work.copied_bytes == work.copied_experts == work.kept_experts == 0
+    session.eval(tokens(LITE, 17), "all")
+    assert model.watched(1).copied_experts > 0
+
+
+def test_only_chosen_experts_are_copied_where_few_are(open_model: Open) -> None:
+    """A batch too small to choose nearly all: not ahead of its router."""
+    spec = variant(LITE, n_expert=48, n_used=2)
+    model, counts = open_model(spec, "always"), []
+    for n in (17, 24):
+        before, earlier = model.expert_uses(), model.watched(1)
+        model.session(64, "f32").eval(tokens(spec, n, n), "all")
+        chosen, work = int(((model.expert_uses() - before) > 0).sum()), model.watched(1)
+        assert work.copied_experts - earlier.copied_experts == chosen
+        counts.append((work.copied_bytes - earlier.copied_bytes, chosen))
+    assert all(nbytes <= chosen * model.watched(1).slot_bytes / 2 / spec.n_expert for nbytes, chosen in counts)
+    assert max(chosen for _, chosen in counts) < spec.n_expert * (spec.n_layer - spec.n_layer_dense)
+
+
+def test_slots_take_of_the_memory_that_is_given(open_model: Open) -> None:
+    """Room for none, for one, and for two: as without, as without, copied."""
+    ids, expected = firm_prompt(reference(LITE), LITE, 40, 7)
+    slots = open_model(LITE, "always").watched(1).slot_bytes
+    low, weights = 0, 1 << 26
+    while weights - low > 1:  # what they take: with less it is refused
+        middle = (low + weights) // 2
+        try:
+            open_model(LITE, "always", memory=middle).close()
+            weights = middle
+        except cext.OutOfMemoryError:
+            low = middle
+    for memory, there in ((weights, 0), (weights + slots // 2, 0), (weights + slots - 1, 0), (weights + slots, slots)):
+        model = open_model(LITE, "always", memory=memory)
+        assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+        work = model.watched(1)
+        assert work.slot_bytes == there and (work.copied_experts > 0) == (there > 0)
+
+
+def test_experts_that_lie_on_the_device_stay_there(open_model: Open) -> None:
+    """Half of them for good, half in memory."""
+    ids, expected = firm_prompt(reference(PRO), PRO, 40, 7)
+    half = range(PRO.n_expert // 2)
+    model = open_model(PRO, "always", experts=half)
+    session = model.session(64, "f32")
+    assert_close(session.eval(ids, "all"), expected, BAR)
+    work = model.watched(1)
+    assert work.copied_experts <= len(half) * (PRO.n_layer - PRO.n_layer_dense)
+    one_by_one = model.session(64, "f32")
+    assert_close(np.stack([one_by_one.eval([i]) for i in ids]), expected, BAR)
+
+
+@pytest.mark.parametrize("copies", ["auto", "always"])
+def test_several_sequences_and_odd_pieces(open_model: Open, tiny_gguf: Callable[[Spec], Path], copies: Any) -> None:
+    prompts = [tokens(LITE, n, seed) for seed, n in enumerate((1, 17, 33, 2, 65, 5))]
+    sizes = (3, 37, 1, 129, 40, 18, 64)
+
+    def run(model: Model) -> list[Any]:
+        sessions = [model.session(128, "f32") for _ in prompts]
+        out = [cext.eval_batch(list(zip(sessions, prompts, strict=True)))]
+        out.append(cext.eval_batch([(session, [3 + i]) for i, session in enumerate(sessions)]))
+        long, ids, at = model.session(400, "f32"), tokens(LITE, sum(sizes), 9), 0
+        for n in sizes:
+            out.append(long.eval(ids[at : at + n]))
+            at += n
+        out.append(cext.eval_batch([(sessions[0], prompts[4]), (long, [1]), (long.fork(100), prompts[2])]))
+        return out
+
+    with Model(tiny_gguf(LITE), threads=2) as processor:
+        expected = run(processor)
+    model = open_model(LITE, copies)
+    for _ in range(2):
+        for got, want in zip(run(model), expected, strict=True):
+            assert_close(got, want, BAR)
+    assert model.watched(1).copied_experts > 0
+
+
+def test_a_step_that_fails_leaves_nothing_behind(open_model: Open) -> None:
+    """By a tap that a device does not have: behind copies that are ordered."""
+    ids, expected = firm_prompt(reference(LITE), LITE, 40, 7)
+    model = open_model(LITE, "always")
+    for _ in range(3):
+        with pytest.raises(cext.UnsupportedError, match="only the experts' choice"):
+            model.session(64, "f32").eval(ids, tap=cext.Tap({"l_out-0": None}))
+        assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+
+
+def test_other_copies_are_refused() -> None:
+    with pytest.raises(ValueError, match="copies is 'some'"):
+        Device("vulkan", copies="some").record()  # type: ignore[arg-type]
+
+
+def test_models_are_closed_while_experts_are_copied(open_model: Open) -> None:
+    """A prompt's step orders the copies of its next layers; a decoded token does not wait for them."""
+    for n in (0, 1, 2, 4):
+        model = open_model(PRO, "always")
+        session = model.session(64, "f32")
+        session.eval(tokens(PRO, 60))
+        for i in range(n):
+            session.eval([i])
+        model.close()
+        with pytest.raises(cext.ArgumentError):
+            session.eval([1])
