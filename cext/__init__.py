@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 from cext.gguf import Gguf, Metadata, TensorInfo
 from cext.gpus import Gpu, gpus
 from cext.layer import Encoded, Layer, Sublayer
-from cext.model import CacheUsage, DriveCounts, Hparams, Model, Session, Tap, WeightNeeds, eval_batch
+from cext.model import CacheUsage, DriveCounts, Hparams, Model, Reading, Session, Tap, WeightNeeds, eval_batch
 from cext.placement import Device, Place
 from cext.sampler import Sampler
 
@@ -60,6 +60,7 @@ __all__ = [
     "NoEngineError",
     "OutOfMemoryError",
     "Place",
+    "Reading",
     "Sampler",
     "Session",
     "StoppedError",

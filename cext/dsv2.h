@@ -119,6 +119,19 @@ typedef struct ds_input {
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, int piece, float *logits, ds_tap *tap,
                   ds_error *err);
 
+/* A step that is computed some layers at a time, so that others' steps may come between: its sessions hold what they held
+ * until all layers are, and may be forked meanwhile but not changed (DS_EINVAL). Of at most DS_MAX_STEP tokens; it computes
+ * what ds_eval would, bit for bit. The sessions stay alive until the end. DS_EUNSUPPORTED where experts come from a drive. */
+typedef struct ds_reading ds_reading;
+ds_status ds_reading_begin(ds_model *model, const ds_input *inputs, int n_inputs, ds_reading **out, ds_error *err);
+int ds_reading_left(const ds_reading *reading); /* layers */
+size_t ds_reading_n_logits(const ds_reading *reading);
+/* The next n_layers >= 1, or as many as are left, one at least. With the last the tokens are the sessions', and logits is
+ * filled, which may be NULL before. On failure it can but be ended. Errors as ds_eval. */
+ds_status ds_reading_run(ds_reading *reading, int n_layers, float *logits, ds_error *err);
+/* What has not been computed to the end was never begun. */
+void ds_reading_end(ds_reading *reading);
+
 /* One transformer block of a model over borrowed tensors, for calibration. `header` holds the model's metadata (no
  * tensors); both stay alive until close. sublayer: of one, the other's tensors are not looked for; ffn_norm
  * belongs to both. */

@@ -492,7 +492,18 @@ def eval_batch(
     but experts that come from the drive are read once for all. Nothing changes on failure. ValueError, TypeError,
     ContextFullError, BusyError.
     """
-    batch = list(batch)
+    inputs, locks, n_rows = _inputs(batch := list(batch), n_logits)
+    model = batch[0][0].model
+    out = np.empty((n_rows, model.hparams["n_vocab"]), np.float32)
+    with _Alone(locks):
+        _engine.eval(model._handle, inputs, 0 if piece is None else _piece(piece), out, [], 0)
+    return out
+
+
+def _inputs(
+    batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]], n_logits: Sequence[int] | None
+) -> tuple[list[tuple[_engine.Handle, NDArray[np.int32], int]], list[threading.RLock], int]:
+    """(a step as the engine takes it, the sessions' locks, rows of logits). ValueError, TypeError."""
     if not batch:
         raise ValueError("no sequences to evaluate")
     for entry in batch:
@@ -510,8 +521,35 @@ def eval_batch(
         inputs.append((session._handle, array, n))
         locks.append(session._lock)
         n_rows += n
-    model = batch[0][0].model
-    out = np.empty((n_rows, model.hparams["n_vocab"]), np.float32)
-    with _Alone(locks):
-        _engine.eval(model._handle, inputs, 0 if piece is None else _piece(piece), out, [], 0)
-    return out
+    return inputs, locks, n_rows
+
+
+class Reading:
+    """A step as ``eval_batch``'s, of at most MAX_STEP tokens, that is computed some layers at a time: other steps may
+    come between. The numbers are the same.
+
+    Its sessions hold what they held until all layers are computed; meanwhile they may be forked, and whatever changes
+    them raises ArgumentError. UnsupportedError where experts come from a drive.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[tuple[Session, Sequence[int] | NDArray[np.integer[Any]]]],
+        n_logits: Sequence[int] | None = None,
+    ) -> None:
+        inputs, locks, n_rows = _inputs(batch := list(batch), n_logits)
+        model, self._locks = batch[0][0].model, locks
+        self._out = np.empty((n_rows, model.hparams["n_vocab"]), np.float32)
+        with _Alone(locks):
+            self._handle, self.left = _engine.reading_begin(model._handle, inputs)  # left: layers
+
+    def run(self, n_layers: int) -> NDArray[np.float32] | None:
+        """Compute the next layers, or as many as are left, one at least; with the last the logits, as ``eval_batch``
+        gives them. After an exception nothing more can be computed. BusyError, ValueError."""
+        with _Alone(self._locks):
+            self.left = _engine.reading_run(self._handle, whole("n_layers", n_layers, low=1), self._out)
+        return None if self.left else self._out
+
+    def close(self) -> None:
+        """Leave the sessions as they are: what was not computed to the end was never begun."""
+        _engine.reading_end(self._handle)

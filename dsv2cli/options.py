@@ -160,7 +160,8 @@ Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 
 
-# How tokens are drawn: of an answer, or of requests that say nothing of it.
+# How tokens are drawn: of an answer, or of requests that say nothing of it. What all commands do unless told otherwise:
+TEMPERATURE, TOP_K, TOP_P, MIN_P, REPEAT_PENALTY = 0.7, 40, 0.95, 0.05, 1.0
 Temperature = Annotated[
     float, number("--temp", metavar="X", within=Range(0, LARGEST), help="0 always takes the likeliest token.")
 ]

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from cext.tokenizer import Tokenizer
     from dsv2cli.engines.llamacpp.rpc import Endpoint
     from dsv2cli.engines.protocol import Model, Session
-    from dsv2cli.scheduler import Evaluate
+    from dsv2cli.scheduler import Begin, Evaluate
 
 
 @dataclass(frozen=True)
 class Runtime:
     """An open model, its tokenizer, and how long opening took (seconds). evaluate: a step of several of its sessions;
-    interrupt: ends the one under way, where the engine can. plan: where its weights lie, if not all in memory."""
+    interrupt: ends the one under way, and begin: begins one that is computed in parts, both where the engine can. plan:
+    where its weights lie, if not all in memory."""
 
     path: Path
     model: Model
@@ -42,6 +43,7 @@ class Runtime:
     interrupt: Callable[[], None]
     engine: Engine
     plan: Plan | None = None
+    begin: Begin | None = None
 
     @property
     def name(self) -> str:
@@ -110,11 +112,19 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
                     f"`{path}`: the vocabulary has {tokenizer.n_vocab} tokens and the model {n_rows}",
                     "the file was made with another model's tokenizer",
                 )
-            yield Runtime(path, model, tokenizer, time.perf_counter() - begun, evaluate, interrupt, engine, plan)
+            seconds = time.perf_counter() - begun
+            yield Runtime(path, model, tokenizer, seconds, evaluate, interrupt, engine, plan, _parts_of(model))
         finally:
             if plan is not None:
                 usage.learn(plan.usage, cast("Ours", model))
             model.close()
+
+
+def _parts_of(model: Model) -> Begin | None:
+    from cext import MAX_STEP, Reading
+    from cext import Model as Ours
+
+    return Reading if isinstance(model, Ours) and model.max_step == MAX_STEP else None
 
 
 Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine, Plan | None]

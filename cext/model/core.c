@@ -284,3 +284,15 @@ ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err) {
     ds_lock_give(&core->lock);
     return st;
 }
+
+ds_status ds_core_run_part(ds_core *core, const ds_request *request, int begin, int end, ds_error *err) {
+    ds_lock_take(&core->lock);
+    atomic_store(&core->stopping, false);
+    ds_status st = reserve(core, step_capacity(request->n_tok), err);
+    if (st == DS_OK) {
+        ds_residency_step(core->residency, request->n_tok, 1);
+        st = ds_core_run_layers(core, request, begin, end, err);
+    }
+    ds_lock_give(&core->lock);
+    return st;
+}

@@ -84,6 +84,9 @@ size_t ds_core_step_bytes(const ds_core *core, int n_tok, int piece);
  * neither tap nor x_out. */
 ds_status ds_core_run(ds_core *core, const ds_request *request, ds_error *err);
 
+/* As a step of its own, its layers [begin, end) alone; of the other steps between two such parts it knows nothing. */
+ds_status ds_core_run_part(ds_core *core, const ds_request *request, int begin, int end, ds_error *err);
+
 /* Its layers [begin, end) of a step's own: what goes in is x where these are not the first, and x_out comes out where they
  * are not the last. For who holds the lock, has room reserved and has told the residency of the step. */
 ds_status ds_core_run_layers(ds_core *core, const ds_request *request, int begin, int end, ds_error *err);

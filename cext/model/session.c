@@ -4,8 +4,6 @@
 
 #include <stdlib.h>
 
-#include "dsv2.h"
-
 enum { DS_MAX_CONTEXT = 1 << 24 };
 
 _Static_assert((int)DS_SESSION_BLOCK == (int)DS_KV_BLOCK, "a block of the public interface is one of the cache");
@@ -17,10 +15,16 @@ static ds_status session_of(ds_model *model, ds_kv *kv, int n_past, ds_session *
         ds_kv_release(kv);
         return ds_fail(err, DS_ENOMEM, "no memory for a session");
     }
-    *session = (ds_session){model, *kv, n_past};
+    *session = (ds_session){.model = model, .kv = *kv, .n_past = n_past};
     atomic_fetch_add(&model->holders, 1);
     *out = session;
     return DS_OK;
+}
+
+ds_status ds_session_check(const ds_session *session, ds_error *err) {
+    ds_status st = ds_core_check(&session->model->core, err);
+    if (st != DS_OK || !session->is_read) return st;
+    return ds_fail(err, DS_EINVAL, "tokens are being read into the session, some layers at a time");
 }
 
 ds_status ds_session_create(ds_model *model, int n_ctx, const char *kv_type, ds_session **out, ds_error *err) {
@@ -58,7 +62,7 @@ size_t ds_session_bytes(const ds_session *session) { return ds_kv_bytes(session-
 const char *ds_session_kv_type(const ds_session *session) { return ds_kv_type_name(session->kv.store->type); }
 
 ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
-    ds_status st = ds_core_check(&session->model->core, err);
+    ds_status st = ds_session_check(session, err);
     if (st != DS_OK) return st;
     if (n < 0 || n > session->n_past)
         return ds_fail(err, DS_EINVAL, "cannot rewind to %d tokens: the session holds %d", n, session->n_past);
@@ -68,7 +72,7 @@ ds_status ds_session_rewind(ds_session *session, int n, ds_error *err) {
 }
 
 ds_status ds_session_repeat(ds_session *session, int n, ds_error *err) {
-    ds_status st = ds_core_check(&session->model->core, err);
+    ds_status st = ds_session_check(session, err);
     if (st != DS_OK) return st;
     if (session->n_past < 1) return ds_fail(err, DS_EINVAL, "nothing to repeat: the session is empty");
     if (n < session->n_past || n > session->kv.n_ctx) {
@@ -97,7 +101,7 @@ ds_status ds_session_block_save(const ds_session *session, int block, unsigned c
 
 ds_status ds_session_block_load(ds_session *session, const unsigned char *content, int n, ds_error *err) {
     const int n_vocab = session->model->core.config.n_vocab;
-    ds_status st = ds_core_check(&session->model->core, err);
+    ds_status st = ds_session_check(session, err);
     if (st != DS_OK) return st;
     if (session->n_past % DS_KV_BLOCK || n < 1 || n > DS_KV_BLOCK || n > session->kv.n_ctx - session->n_past) {
         return ds_fail(err, DS_EINVAL, "a block of %d tokens behind %d, in a context of %d", n, session->n_past,

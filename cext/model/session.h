@@ -1,8 +1,9 @@
-/* session.h: what a model and its sessions are, for the two files that implement them. */
+/* session.h: what a model and its sessions are, for the files that implement them. */
 #pragma once
 
 #include <stdatomic.h>
 
+#include "dsv2.h"
 #include "memory/kv.h"
 #include "model/core.h"
 
@@ -18,4 +19,8 @@ struct ds_session {
     struct ds_model *model;
     ds_kv kv;
     int n_past;
+    bool is_read; /* a ds_reading appends to it */
 };
+
+/* Whether it may be changed: DS_EINVAL in a forked process, and while tokens are read into it. */
+ds_status ds_session_check(const ds_session *session, ds_error *err);

@@ -380,6 +380,61 @@ static PyObject *eval(void *model, PyObject *args) {
 }
 DS_PY_HELD(eval, DS_PY_MODEL)
 
+/* A step under way, with the sessions that it holds. */
+typedef struct reading {
+    ds_reading *step;
+    batch sessions;
+    size_t n_vocab;
+} reading;
+
+static void release_reading(void *pointer) {
+    reading *r = pointer;
+    ds_reading_end(r->step);
+    batch_close(&r->sessions);
+    free(r);
+}
+
+/* reading_begin(model, [(session, ids int32 buffer, n_logits)]) -> (handle, layers) */
+static PyObject *reading_begin(void *model, PyObject *args) {
+    PyObject *capsule, *list;
+    ds_error err;
+    if (!PyArg_ParseTuple(args, "OO!", &capsule, &PyList_Type, &list)) return NULL;
+    reading *r = calloc(1, sizeof *r);
+    if (!r) return PyErr_NoMemory();
+    r->n_vocab = (size_t)ds_model_config(model)->n_vocab;
+    const bool ok = batch_open(list, &r->sessions);
+    if (!ok || ds_reading_begin(model, r->sessions.inputs, r->sessions.n, &r->step, &err) != DS_OK) {
+        if (ok) raise_error(&err);
+        release_reading(r);
+        return NULL;
+    }
+    const int left = ds_reading_left(r->step);
+    PyObject *owner = ds_py_own(r, DS_PY_READING, release_reading);
+    return owner ? Py_BuildValue("(Ni)", owner, left) : NULL;
+}
+DS_PY_HELD(reading_begin, DS_PY_MODEL)
+
+/* reading_run(reading, n_layers, logits buffer) -> layers left; the GIL released */
+static PyObject *reading_run(void *pointer, PyObject *args) {
+    const reading *r = pointer;
+    PyObject *capsule, *out;
+    int n_layers;
+    Py_buffer logits = {0};
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "OiO", &capsule, &n_layers, &out)) return NULL;
+    const size_t rows = ds_reading_n_logits(r->step);
+    if (rows && !ds_py_buffer(out, rows * r->n_vocab * sizeof(float), true, &logits)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_reading_run(r->step, n_layers, logits.buf, &err);
+    Py_END_ALLOW_THREADS
+    if (logits.obj) PyBuffer_Release(&logits);
+    return st == DS_OK ? PyLong_FromLong(ds_reading_left(r->step)) : raise_error(&err);
+}
+DS_PY_HELD(reading_run, DS_PY_READING)
+
+static PyObject *reading_end(PyObject *self, PyObject *capsule) { return ds_py_close(capsule, DS_PY_READING); }
+
 PyMethodDef ds_py_model_methods[] = {
     {"model_open", model_open, METH_VARARGS, NULL},
     {"model_close", model_close, METH_O, NULL},
@@ -399,5 +454,8 @@ PyMethodDef ds_py_model_methods[] = {
     {"session_rewind", session_rewind_held, METH_VARARGS, NULL},
     {"session_repeat", session_repeat_held, METH_VARARGS, NULL},
     {"eval", eval_held, METH_VARARGS, NULL},
+    {"reading_begin", reading_begin_held, METH_VARARGS, NULL},
+    {"reading_run", reading_run_held, METH_VARARGS, NULL},
+    {"reading_end", reading_end, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

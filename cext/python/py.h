@@ -50,6 +50,7 @@ PyObject *ds_py_notes(const ds_notes *notes); /* a new tuple of str */
 #define DS_PY_GGUF "cext.gguf"
 #define DS_PY_MODEL "cext.model"
 #define DS_PY_SESSION "cext.session"
+#define DS_PY_READING "cext.reading"
 #define DS_PY_BLOCK "cext.block"
 #define DS_PY_SAMPLER "cext.sampler"
 #define DS_PY_GPU "cext.gpu"

@@ -64,7 +64,7 @@ def batch(
     temperature: Annotated[
         float,
         number("--temp", metavar="X", within=Range(0, options.LARGEST), help="Of lines that name none."),
-    ] = 0.7,
+    ] = options.TEMPERATURE,
     seed: Annotated[int, number("--seed", within=Range(0, options.MAX_SEED), help=SEED_HELP)] = 0,
     parallel: options.Parallel = 16,
     context: options.RequestContext = None,

@@ -92,11 +92,11 @@ def chat(
     limit: Annotated[
         int | None, number("-n", "--max-tokens", within=options.COUNT, help="Most tokens of an answer.")
     ] = None,
-    temperature: options.Temperature = 0.7,
-    top_k: options.TopK = 40,
-    top_p: options.TopP = 0.95,
-    min_p: options.MinP = 0.05,
-    repeat_penalty: options.RepeatPenalty = 1.0,
+    temperature: options.Temperature = options.TEMPERATURE,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
+    min_p: options.MinP = options.MIN_P,
+    repeat_penalty: options.RepeatPenalty = options.REPEAT_PENALTY,
     seed: options.Seed = None,
     context: Annotated[int | None, number("-c", "--ctx", within=options.CONTEXT, help=CONTEXT_HELP)] = None,
     kv: options.Kv = "f16",

@@ -12,7 +12,8 @@ from dsv2cli.errors import UsageError
 
 HELP = (
     "Show and change what options are set to where the command line does not say: by your own file, a project's"
-    " .dsv2.toml, or the environment (DSV2_KV, DSV2_CHAT_TEMP), the later before the earlier. presets.NAME.KEY is of a"
+    " .dsv2.toml, or the environment (DSV2_KV, DSV2_CHAT_TEMP), the later before the earlier. A KEY is of every command"
+    " that has the option (temp of chat, serve and batch alike), chat.KEY of that one alone; presets.NAME.KEY is of a"
     " preset: what chat --preset NAME takes together."
 )
 EXAMPLES = (

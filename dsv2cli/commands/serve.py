@@ -58,11 +58,11 @@ def serve(
     slot_save_path: Annotated[
         Path | None, options.place("--slot-save-path", metavar="FOLDER", help=SLOTS_HELP, show_default=False)
     ] = None,
-    temperature: options.Temperature = 0.7,
-    top_k: options.TopK = 40,
-    top_p: options.TopP = 0.95,
-    min_p: options.MinP = 0.05,
-    repeat_penalty: options.RepeatPenalty = 1.0,
+    temperature: options.Temperature = options.TEMPERATURE,
+    top_k: options.TopK = options.TOP_K,
+    top_p: options.TopP = options.TOP_P,
+    min_p: options.MinP = options.MIN_P,
+    repeat_penalty: options.RepeatPenalty = options.REPEAT_PENALTY,
     seed: options.Seed = None,
     limit: Annotated[int | None, number("-n", "--max-tokens", within=options.COUNT, help=LIMIT_HELP)] = None,
     think: options.Think = "auto",

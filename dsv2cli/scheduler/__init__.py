@@ -7,6 +7,7 @@ The scheduler asks them all, evaluates one step, and hands out what came of it. 
 from dsv2cli.scheduler.context import Context
 from dsv2cli.scheduler.drafts import Drafter, Lookup
 from dsv2cli.scheduler.events import End, Event, Read, Reason, Token
+from dsv2cli.scheduler.parts import Begin, Parts
 from dsv2cli.scheduler.sampling import Logprobs, PromptRows, Sampling
 from dsv2cli.scheduler.scheduler import Budget, Evaluate, Scheduler
 from dsv2cli.scheduler.sequence import Sequence
@@ -14,6 +15,7 @@ from dsv2cli.scheduler.stats import Stats
 from dsv2cli.scheduler.text import Text
 
 __all__ = [
+    "Begin",
     "Budget",
     "Context",
     "Drafter",
@@ -22,6 +24,7 @@ __all__ = [
     "Event",
     "Logprobs",
     "Lookup",
+    "Parts",
     "PromptRows",
     "Read",
     "Reason",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cext import MAX_STEP, eval_batch
 from dsv2cli.scheduler.events import Event, Reason
+from dsv2cli.scheduler.parts import Part, Parts, Share
 from dsv2cli.scheduler.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 # ``cext.eval_batch``, or another engine's over its own sessions: the logits after the last so many tokens of each, one
 # after another.
 Evaluate = Callable[[list[tuple[Any, list[int]]], list[int]], "NDArray[np.float32]"]
-# A sequence's part in a step: tokens, and of how many of the last ones the logits are wanted.
-Share = tuple[Sequence, list[int], int]
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,16 @@ class Scheduler:
     """Sequences, each with a context of its own, of one model. One thread steps; any may cancel a sequence.
 
     Every sequence that decodes is in every step, with a token and its drafts, as far as a step holds them; prompts are
-    read in pieces with what the budget leaves, in turns. Who was not served goes before who was.
+    read in pieces with what the budget leaves, in turns. Who was not served goes before who was. parts: beside answers
+    they are read so, in no step of these.
     """
 
-    def __init__(self, evaluate: Evaluate = eval_batch, budget: Budget | None = None) -> None:
+    def __init__(
+        self, evaluate: Evaluate = eval_batch, budget: Budget | None = None, parts: Parts | None = None
+    ) -> None:
         self._evaluate = evaluate
         self.budget = budget or Budget()  # may be changed between steps
+        self._parts = parts
         self._sequences: list[Sequence] = []  # in the order in which they are served
         self._news: list[Event] = []  # told before the next evaluation
 
@@ -58,6 +61,7 @@ class Scheduler:
         if sequence in self._sequences:
             self._sequences.remove(sequence)
             self._news = [event for event in self._news if event.sequence is not sequence]
+            self._drop_parts()
 
     @property
     def idle(self) -> bool:
@@ -70,37 +74,126 @@ class Scheduler:
             yield from self.step()
 
     def step(self) -> list[Event]:
-        """Evaluate once and return what came of it; at once where there is something to tell already."""
+        """Evaluate once and return what came of it; at once where there is something to tell already: who joined, and
+        who was cancelled."""
+        for sequence in self._sequences:
+            if sequence.cancelled:
+                self._end_cancelled()
+                break
+        if self._parts is not None and not self._news and self._reads_layers(self._parts):
+            return self._read_layers(self._parts)
         shares = [] if self._news else self._plan()
         events, self._news = self._news, []
         if shares:
+            begun = self._parts.now() if self._parts is not None and shares[0][0].n_waiting == 1 else None
             self._evaluate_shares(shares, events)
+            if self._parts is not None:
+                self._parts.answered(begun)
         return events
 
+    def _end_cancelled(self) -> None:
+        for sequence in [s for s in self._sequences if s.cancelled]:
+            self._end(sequence, "cancelled", self._news)
+        self._drop_parts()
+
+    def _drop_parts(self) -> None:
+        if self._parts is not None:
+            self._parts.drop(self._sequences.__contains__)
+
     def _plan(self) -> list[Share]:
-        """What is evaluated next: whoever is in it moves behind those who are not. Ends what was cancelled."""
-        cancelled: list[Sequence] = []
+        """What is evaluated next."""
         decoding: list[Sequence] = []
         reading: list[Sequence] = []
         for sequence in self._sequences:
-            (cancelled if sequence.cancelled else decoding if sequence.n_waiting == 1 else reading).append(sequence)
-        for sequence in cancelled:
-            self._end(sequence, "cancelled", self._news)
+            (decoding if sequence.n_waiting == 1 else reading).append(sequence)
         budget = self.budget
-        for_prompts = (budget.beside if decoding else self._alone(reading[0])) if reading else 0
+        beside = budget.beside if self._parts is None else 0
+        for_prompts = (beside if decoding else self._alone(reading[0])) if reading else 0
         for_answers = budget.step - for_prompts
         shares: list[Share] = []
         most = max(1, for_answers // len(decoding)) if decoding else 0
         for sequence in decoding[:for_answers]:
             self._ask(sequence, most, shares)
+        if for_prompts:
+            self._ask_readers(reading, for_prompts, shares)
+        if len(shares) < len(self._sequences):
+            self._put_behind(shares)
+        return shares
+
+    def _ask_readers(self, reading: list[Sequence], for_prompts: int, shares: list[Share]) -> None:
         for sequence in reading:
-            piece = for_prompts if budget.whole is None else budget.whole
+            piece = for_prompts if self.budget.whole is None else self.budget.whole
             if for_prompts >= min(piece, sequence.n_waiting) and for_prompts > 0:
                 for_prompts -= self._ask(sequence, piece, shares)
-        if len(shares) < len(self._sequences):
-            served = {sequence: None for sequence, _, _ in shares}
-            self._sequences = [s for s in self._sequences if s not in served] + list(served)
-        return shares
+
+    def _put_behind(self, shares: list[Share]) -> None:
+        """Who is served moves behind those who are not."""
+        served = {sequence: None for sequence, _, _ in shares}
+        self._sequences = [s for s in self._sequences if s not in served] + list(served)
+
+    # Some layers at a time.
+
+    def _reads_layers(self, parts: Parts) -> bool:
+        """Whether prompts are next: after a step of answers; where there are none, what was begun beside them."""
+        n_decoding = sum(sequence.n_waiting == 1 for sequence in self._sequences)
+        if n_decoding == len(self._sequences):
+            return False
+        return parts.is_next if n_decoding else bool(parts.under_way)
+
+    def _read_layers(self, parts: Parts) -> list[Event]:
+        """What fits in a turn, of a piece or several; the next turn begins with another."""
+        events: list[Event] = []
+        beside = parts.is_next
+        parts.begin_turn()
+        if beside:
+            self._begin_part(parts)
+        while parts.under_way or (beside and self._begin_part(parts)):
+            part = parts.under_way[0]
+            n_layers = parts.fits(part)
+            if not n_layers or any(sequence.cancelled for sequence in self._sequences):  # these end at once
+                break
+            try:
+                logits = parts.run(part, n_layers)
+            except Exception as error:
+                parts.under_way.popleft()
+                self._part_failed(parts, part, error)
+                continue
+            if logits is not None:
+                parts.under_way.popleft()
+                self._deliver(part.shares, logits, events)
+        parts.under_way.rotate(-1)
+        events += self._news
+        self._news = []
+        return events
+
+    def _begin_part(self, parts: Parts) -> bool:
+        """A piece of the prompts of which none is under way. Whether there is one."""
+        under_way = {sequence for part in parts.under_way for sequence, _, _ in part.shares}
+        shares: list[Share] = []
+        reading = [s for s in self._sequences if s.n_waiting > 1 and s not in under_way]
+        self._ask_readers(reading, parts.n_tok, shares)
+        self._put_behind(shares)
+        return bool(shares) and self._begin_shares(parts, shares)
+
+    def _begin_shares(self, parts: Parts, shares: list[Share]) -> bool:
+        try:
+            parts.begin(shares)
+        except Exception as error:
+            return self._begin_failed(parts, shares, error)
+        return True
+
+    def _begin_failed(self, parts: Parts, shares: list[Share], error: Exception) -> bool:
+        """Each alone, where it failed for several: an error ends who causes it. Whether one is under way."""
+        if len(shares) == 1:
+            self._end(shares[0][0], "error", self._news, error)
+            return False
+        return sum(self._begin_shares(parts, [share]) for share in shares) > 0
+
+    def _part_failed(self, parts: Parts, part: Part, error: Exception) -> None:
+        part.layers.close()
+        shares = [share for share in part.shares if share[0] in self._sequences]
+        if shares:
+            self._begin_failed(parts, shares, error)
 
     def _alone(self, reading: Sequence) -> int:
         """Tokens of prompts where nothing decodes. Where experts come from the drive, a step reads them once."""
@@ -141,11 +234,23 @@ class Scheduler:
                 if not share[0].ended:
                     self._evaluate_shares([share], events)
             return None
+        self._deliver(shares, logits, events)
+        return None
+
+    def _deliver(self, shares: list[Share], logits: NDArray[np.float32], events: list[Event]) -> None:
         start = 0
         for sequence, _, n_logits in shares:
-            self._deliver(sequence, logits[start : start + n_logits], events)
+            rows = logits[start : start + n_logits]
             start += n_logits
-        return None
+            if sequence.cancelled or sequence not in self._sequences:
+                continue  # it ends in the next step, or has gone while it was evaluated
+            try:
+                sequence.take(rows, events)
+            except Exception as error:
+                self._end(sequence, "error", events, error)
+            else:
+                if sequence.ended:
+                    self._sequences.remove(sequence)
 
     def _take_back(self, sequence: Sequence, events: list[Event]) -> None:
         """Let the cache hold what it did before the step. A sequence whose cache cannot do that ends."""
@@ -153,17 +258,6 @@ class Scheduler:
             sequence.take_back()
         except Exception as error:
             self._end(sequence, "error", events, error)
-
-    def _deliver(self, sequence: Sequence, logits: NDArray[np.float32], events: list[Event]) -> None:
-        if sequence.cancelled:
-            return  # it ends in the next step
-        try:
-            sequence.take(logits, events)
-        except Exception as error:
-            self._end(sequence, "error", events, error)
-        else:
-            if sequence.ended:
-                self._sequences.remove(sequence)
 
     def _end(self, sequence: Sequence, reason: Reason, events: list[Event], error: Exception | None = None) -> None:
         events.append(sequence.end(reason, error))

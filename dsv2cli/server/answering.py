@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from dsv2cli.server.engine import Ticket
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.generation import Ended, Heard, Job
-from dsv2cli.server.wire import dump
+from dsv2cli.server.wire import QUICK, dump, parse
 
 if TYPE_CHECKING:
     from dsv2cli.server.service import Service
@@ -35,6 +35,12 @@ async def aside(function: Callable[..., T], *args: Any, **named: Any) -> T:
 async def prepared(function: Callable[..., T], *args: Any, **named: Any) -> T:
     """As aside, for grammars: what takes seconds waits for its like, and nothing else does for it."""
     return await asyncio.get_running_loop().run_in_executor(_preparing, partial(function, *args, **named))
+
+
+async def body_of(request: Request, kind: type[T]) -> T:
+    """A request's body as ``kind``. ApiError."""
+    body = await request.body()
+    return parse(body, kind) if len(body) <= QUICK else await aside(parse, body, kind)
 
 
 class ClientGoneError(Exception):
@@ -75,7 +81,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             events = collecting.result()
             for heard in events:
                 raise_failure(heard)
-            return Response(dump(build(events)), media_type=JSON_TYPE)
+            return Response(await _built(build, events), media_type=JSON_TYPE)
     except BaseException:
         collecting.cancel()
         cancel(tickets)
@@ -92,7 +98,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             try:
                 for heard in events:
                     raise_failure(heard)
-                yield dump(build(events))
+                yield await _built(build, events)
             except ApiError as error:
                 yield dump(error.body(request.scope["path"]))
         finally:
@@ -100,6 +106,12 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             cancel(tickets)
 
     return StreamingResponse(body(), media_type=JSON_TYPE)
+
+
+async def _built(build: Callable[[list[list[Heard]]], Any], events: list[list[Heard]]) -> bytes:
+    """Prompts' log-probabilities are as long as the prompts."""
+    is_long = any(isinstance(event, Ended) and event.rows for heard in events for event in heard)
+    return await aside(lambda: dump(build(events))) if is_long else dump(build(events))
 
 
 async def collect(tickets: list[Ticket]) -> list[list[Heard]]:

@@ -131,8 +131,9 @@ class Grammars:
         opening: the reasoning tag at the prompt's end, if there is one: the form begins after its closing one. after:
         the token that it begins after instead, if that comes. begun: text that the answer goes on with.
         """
+        tokenizer = self._prepared(field)
         error = self._trial(grammar, field)
-        tokenizer, started = self.prepare(), time.thread_time()  # of this thread: the machine may be busy with others
+        started = time.thread_time()  # of this thread: the machine may be busy with others
         if not error:
             matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=trial.LIMITS)
             error = trial.first_error(matcher)
@@ -145,6 +146,14 @@ class Grammars:
             raise _too_much(field)
         behind = self._closing(opening) if after is None else after
         return lambda: Matching(matcher.deep_copy(), behind)
+
+    def _prepared(self, field: str) -> llguidance.LLTokenizer:
+        """ApiError where the model's vocabulary is none that it can be had from."""
+        try:
+            return self.prepare()
+        except Exception as error:
+            message = f"{field}: no answer of this model can be held to a form: {str(error)[:200]}"
+            raise ApiError(501, message, "not_supported_error", param=field) from None
 
     def _trial(self, grammar: str, field: str) -> str:
         """Why a grammar cannot be followed, or "", from a process that can be ended; once for each grammar."""

@@ -26,6 +26,7 @@ from dsv2cli.scheduler import (
     End,
     Evaluate,
     Event,
+    Parts,
     PromptRows,
     Read,
     Reason,
@@ -57,6 +58,7 @@ SLOW_STEP_SECONDS = 0.4  # this long: experts are read for few tokens as for man
 LEAST_BESIDE = 4  # on however slow a machine
 BESIDE_AT_FIRST = 8  # before it is known how long they take; doubled by each quick step
 WHOLE = 256  # tokens of a prompt's pieces where they must not depend on who else is served
+WORTH_WAITING = 16  # tokens that another is about to have read: for fewer, as of a template, nobody waits
 MAX_ROWS_TOP = 20  # likeliest tokens kept beside a prompt's cache
 T = TypeVar("T")
 
@@ -76,8 +78,10 @@ class Limits:
 class Ticket:
     """A request in the engine, as its asker in the event loop sees it."""
 
-    def __init__(self, asked: Generation) -> None:
+    def __init__(self, asked: Generation, look: Callable[[], object] = lambda: None) -> None:
+        """look: lets the engine's thread see that it was cancelled, which may have nothing to step."""
         self.asked = asked
+        self._look = look
         self.ids: NDArray[np.int32] = np.asarray(asked.prompt, np.int32)
         self.cancelled = False
         self.seeds = _seeds(asked)
@@ -95,6 +99,7 @@ class Ticket:
         self.cancelled = True
         for sequence in list(self.running.values()):
             sequence.cancel()
+        self._look()
 
     async def heard(self) -> list[Heard]:
         """What is new: at least one thing."""
@@ -182,7 +187,7 @@ class Engine:
         tokenizer = runtime.tokenizer
         self.end_ids = [token for token in tokenizer.marker_ids.values() if tokenizer.is_end(token)]
         self._evaluate = apart(runtime.evaluate) if limits.deterministic else runtime.evaluate
-        self._scheduler = Scheduler(self._evaluate, self._budget(BESIDE_AT_FIRST))
+        self._scheduler = self._new_scheduler()
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
         self._paused: dict[Sequence, tuple[Ticket, int]] = {}  # answers in the background, while others are wanted
@@ -226,7 +231,7 @@ class Engine:
         if asked.ignore_end:
             bias = {**asked.params.bias, **dict.fromkeys(self.end_ids, float("-inf"))}
             asked = replace(asked, params=replace(asked.params, bias=bias))
-        ticket = Ticket(asked)
+        ticket = Ticket(asked, self._look)
         with self._wake:
             if self._stopping:
                 raise errors.stopping()
@@ -306,7 +311,7 @@ class Engine:
         self._tickets.clear()
         self.slots = Slots(self.limits.parallel)
         self.prefixes.clear()
-        self._scheduler = Scheduler(self._evaluate, self._budget(BESIDE_AT_FIRST))
+        self._scheduler = self._new_scheduler()
 
     def _step(self) -> list[Event]:
         n_answers = sum(s.n_waiting == 1 for s in self._tickets)
@@ -323,6 +328,12 @@ class Engine:
             beside, n_read = self._scheduler.budget.beside, n_before - sum(s.n_waiting for s in reading)
             self._scheduler.budget = self._budget(beside_next(beside, max(0, n_read), seconds, n_answers))
         return events
+
+    def _new_scheduler(self) -> Scheduler:
+        begin, parts = self.runtime.begin, None
+        if begin is not None and not self.limits.deterministic:
+            parts = Parts(begin, STEP_SECONDS)
+        return Scheduler(self._evaluate, self._budget(BESIDE_AT_FIRST), parts)
 
     def _budget(self, beside: int) -> Budget:
         usual = Budget()
@@ -388,7 +399,7 @@ class Engine:
         for sequence, (other, _) in self._tickets.items():
             if sequence.n_waiting > 1 and other.asked.salt == ticket.asked.salt and other.asked.use_cache:
                 shared = common(other.ids, ticket.ids)
-                if shared >= LEAST and shared > sequence.context.session.n_past:
+                if shared >= WORTH_WAITING and shared > sequence.context.session.n_past:
                     return ticket.asked.use_cache
         return False
 
@@ -430,7 +441,7 @@ class Engine:
             self._look()
 
     def _shares(self, a: Ticket, b: Ticket) -> bool:
-        return a.asked.salt == b.asked.salt and common(a.ids, b.ids) >= LEAST
+        return a.asked.salt == b.asked.salt and common(a.ids, b.ids) >= WORTH_WAITING
 
     def _known(self, ticket: Ticket) -> Session | None:
         """A session of what is in memory of a prompt's beginning: a kept one's, or one's that runs."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from dsv2cli import options
 from dsv2cli.scheduler import Logprobs, Reason, Stats
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ class Constraint(Protocol):
 class Params:
     """How tokens are chosen. seed None: a new one each time. bias: token -> added to its logit."""
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
+    temperature: float = options.TEMPERATURE
+    top_k: int = options.TOP_K
+    top_p: float = options.TOP_P
+    min_p: float = options.MIN_P
+    repeat_penalty: float = options.REPEAT_PENALTY
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

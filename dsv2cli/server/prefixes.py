@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dsv2cli.scheduler.context import Session
 
-LEAST = 16  # tokens: shorter prefixes are read again faster than they are looked for
+LEAST = 8  # tokens: shorter prefixes are read again faster than they are looked for
 MOST_KEPT = 512
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ MAX_HEADERS = 16 << 10  # bytes (CVE-2025-48956)
 MAX_CONNECTIONS = 512
 IDLE_SECONDS = 30
 HEAD_SECONDS = 30.0
+SWITCH_SECONDS = 0.001  # the engine's thread lets the others have the interpreter so soon
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
@@ -167,6 +169,7 @@ class Serving:
         self.state = State()
         self.server = server_of(self.state, plan)
         self._over = threading.Event()
+        self._is_alone = False  # in its process
         self._failure: BaseException | None = None
 
     def run(self, *listening: socket.socket) -> None:
@@ -190,6 +193,8 @@ class Serving:
 
         Loading cannot be stopped in every library, and Python would wait for its threads at the end.
         """
+        self._is_alone = True
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self.run(*listening)
         finally:
@@ -210,13 +215,16 @@ class Serving:
         try:
             service.grammars.prepare()
         except Exception as error:
-            console.warn(f"no answer can be held to a form here: {error}")
+            console.warn(console.printable(console.fold(f"no answer can be held to a form here: {error}")))
 
     def _serve_model(self) -> None:
         try:
             with self._plan.load() as service, files.opened(self._plan.files, files.Limits()) as kept:
                 service.batches = Batches(service, kept)
                 self._prepare_forms(service)
+                if self._is_alone:  # what stays is not gone through again and again, with all threads waiting
+                    gc.collect()
+                    gc.freeze()
                 service.engine.start()
                 service.batches.start()
                 self.state.service = service
@@ -292,7 +300,7 @@ class Settings:
     kv: KvType = "f16"
     name: str | None = None
     deterministic: bool = False
-    params: Params = field(default_factory=lambda: Params(temperature=0.7))
+    params: Params = field(default_factory=Params)
     n_predict: int | None = None  # most tokens of an answer that asks for no number
     disk: tuple[Path, int] | None = None
     slot_folder: Path | None = None

@@ -14,8 +14,8 @@ the token before, to a token's event; /health is asked ten times a second throug
 Prompts are token ids drawn anew, so that nothing is found in a cache, and answers do not stop at an end token. The
 latency of a model varies with the experts that tokens take: --seed draws other prompts.
 
---minutes: ``mixed`` for so long. Ends with 1 where an answer was a 5xx, or where the memory of --pid grew by more than
---grown percent from the first fifth of the time, which fills the caches, to the last.
+--minutes: ``mixed`` for so long. Ends with 1 where an answer was a 5xx or broke off, or where the memory of --pid grew
+by more than --grown percent from the first fifth of the time, which fills the caches, to the last.
 The plot needs matplotlib: pip install 'dsv2[bench]'.
 """
 
@@ -66,7 +66,7 @@ BAD: tuple[Any, ...] = (
 
 @dataclass
 class Heard:
-    """What the clients of a scene measured: seconds; statuses counts the answers."""
+    """What the clients of a scene measured: seconds; statuses counts the answers, those that broke off as 0."""
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -141,21 +141,30 @@ class Client:
     async def mixed(self, heard: Heard, until: float, most: int) -> None:
         """Whatever clients do, until then. most: tokens of the longest prompt."""
         while time.perf_counter() < until:
-            dice = self._random.random()
-            if dice < 0.1:
-                await self.refused(heard)
-            elif dice < 0.25:
-                await self.stream(heard, self._random.randrange(8, 200), 200, leave_after=self._random.randrange(1, 20))
-            elif dice < 0.35:
-                await self.stream(heard, self._random.randrange(most // 2, most), 16)
-            else:
-                await self.stream(heard, self._random.randrange(8, 200), self._random.randrange(8, 100))
+            try:
+                await self.one_of_many(heard, most)
+            except httpx.TransportError:
+                heard.statuses[0] += 1
+
+    async def one_of_many(self, heard: Heard, most: int) -> None:
+        dice = self._random.random()
+        if dice < 0.1:
+            await self.refused(heard)
+        elif dice < 0.25:
+            await self.stream(heard, self._random.randrange(8, 200), 200, leave_after=self._random.randrange(1, 20))
+        elif dice < 0.35:
+            await self.stream(heard, self._random.randrange(most // 2, most), 16)
+        else:
+            await self.stream(heard, self._random.randrange(8, 200), self._random.randrange(8, 100))
 
 
 async def watch_health(http: httpx.AsyncClient, heard: Heard) -> None:
     while True:
         begun = time.perf_counter()
-        heard.statuses[(await http.get("/health")).status_code] += 1
+        try:
+            heard.statuses[(await http.get("/health")).status_code] += 1
+        except httpx.TransportError:
+            heard.statuses[0] += 1
         heard.health.append(time.perf_counter() - begun)
         await asyncio.sleep(HEALTH_SECONDS)
 
@@ -301,7 +310,7 @@ async def measure(options: argparse.Namespace) -> int:
     compare(heard)
     if options.plot:
         plot(heard, options.plot)
-    failed = sum(n for one in heard.values() for status, n in one.statuses.items() if status >= 500)
+    failed = sum(n for one in heard.values() for status, n in one.statuses.items() if status >= 500 or not status)
     grown = growth(sizes) if sizes else 0.0
     if sizes:
         print(f"memory: {sizes[-1] / 1e6:.0f} MB at the end, {grown:+.2f} % since the caches filled")

@@ -42,6 +42,27 @@ def test_the_first_form_finds_the_vocabulary_prepared(tmp_path: Path) -> None:
         assert fresh.serving.state.service is not None and fresh.serving.state.service.grammars.is_prepared
 
 
+def test_a_vocabulary_that_no_form_can_be_had_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It costs answers of a form alone, and is told: when the server begins, and to whoever asks for one."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("two tokens\nare alike")
+
+    monkeypatch.setattr("llguidance.LLTokenizer", fails)
+    spec = variant(spec_named("lite"), n_ctx=64)
+    with served(write_model(tmp_path / "tiny.gguf", spec, V25_TEMPLATE)) as fresh:
+        assert fresh.asked(CHAT, messages=HI, max_tokens=1)["usage"]["completion_tokens"] == 1
+        for form in ({"json_schema": PERSON}, {"guided_regex": "a"}, {"response_format": {"type": "json_object"}}):
+            refused = fresh.post(CHAT, messages=HI, max_tokens=1, **form)
+            error = refused.json()["error"]
+            assert refused.status_code == 501 and error["param"] in form and "are alike" in error["message"]
+        assert fresh.client.get("/health").status_code == 200
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no answer can be held to a form here: two tokens are alike" in told
+
+
 def answer(server: Served, **asked: Any) -> str:
     choice = server.asked(CHAT, **({"messages": HI, "max_tokens": 200, "temperature": 1.5} | asked))["choices"][0]
     assert choice["finish_reason"] == "stop"

@@ -26,6 +26,7 @@ from support.vocab import V25_TEMPLATE, write_model
 
 from dsv2cli.server import guard, process
 from dsv2cli.server.dialects import anthropic, chat, completions, native, ollama, responses, slots
+from dsv2cli.server.wire import MAX_VALUES, QUICK, parse
 
 HI = [{"role": "user", "content": "Hi"}]
 JSON = {"content-type": "application/json"}
@@ -276,6 +277,33 @@ def test_bodies_that_are_no_requests(server: Served, form: Form) -> None:
     assert not tried(server, form.path, BODIES)
     twice = json.dumps(form.right).encode()
     assert not tried(server, form.path, [twice[:-1] + b", " * bool(form.right) + twice[1:]])  # duplicate keys
+
+
+@pytest.mark.parametrize("mark", ["0,", "[],", "{},", "[[]],"])
+def test_bodies_of_too_many_values(server: Served, mark: str) -> None:
+    """What 32 MiB of them would be made into takes gigabytes, and nobody else is answered meanwhile."""
+    n = MAX_VALUES // sum(mark.count(c) for c in ",[{")
+    for many, status in ((n - 100, 400), (n + 100, 413)):
+        body = b'{"prompt": [' + mark.encode() * many + b"0]}"
+        response = server.client.post("/completion", content=body, headers=JSON, timeout=SECONDS)
+        assert response.status_code == status and not complaint("/completion", response), response.text[:200]
+    text = ", [{" * (MAX_VALUES // 3 + 100)
+    assert server.client.post("/tokenize", json={"content": text}, timeout=SECONDS).status_code == 413
+
+
+@pytest.mark.parametrize(("n", "in_loop"), [(10, True), (QUICK, False)])
+def test_large_bodies_are_read_beside_the_event_loop(
+    server: Served, n: int, in_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = list[str]()
+
+    def noted(body: bytes, kind: type[Any]) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(body, kind)
+
+    monkeypatch.setattr("dsv2cli.server.answering.parse", noted)
+    assert server.client.post("/tokenize", json={"content": "a" * n}).status_code == 200
+    assert [not name.startswith("asyncio") for name in threads] == [in_loop]
 
 
 @by_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,6 +204,22 @@ def test_open_responses(server: Served, asked: dict[str, Any], answer: str, want
         assert json.loads(last["output"][0]["arguments"]) == {"location": "Rome"}
     parts = CALLED if wanted == "function_call" else MESSAGE
     assert kinds(events) == ["created", "in_progress", *parts, "completed"]
+
+
+def test_open_responses_own_types(server: Served) -> None:
+    """Its suite's cases, as the types have them that are made from its specification (openresponses-types)."""
+    types = pytest.importorskip("openresponses_types").types
+    rome = [user("What's the weather like in Rome?")]
+    cases = [({"input": rome}, "Rain."), ({"input": rome, "instructions": "Be brief.", "tools": [WEATHER]}, CALL)]
+    for asked, answer in cases:
+        with scripted(server, answer, answer):
+            whole = server.asked(PATH, model="m", **asked)
+            events = streamed(server, model="m", **asked)
+        types.ResponseResource.model_validate(whole)
+        for event in events:
+            name = "".join(word.capitalize() for word in re.split("[._]", event["type"]))
+            found = getattr(types, f"{name}StreamingEvent").model_validate(event)
+            assert found.type == event["type"] or found.type.value == event["type"]
 
 
 def test_everything_in_one_answer(server: Served) -> None:

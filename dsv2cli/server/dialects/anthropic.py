@@ -16,7 +16,7 @@ from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare, pr
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Began, Ended, Heard, Piece, take_all
 from dsv2cli.server.service import Service, new_id
-from dsv2cli.server.wire import Stops, dump, parse
+from dsv2cli.server.wire import Stops, dump
 
 STOP_REASONS = {"end": "end_turn", "stop": "stop_sequence", "length": "max_tokens", "context": "max_tokens"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -122,7 +122,7 @@ def _choice(given: Mapping[str, Any] | None) -> Any:
 
 
 async def messages(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), MessagesRequest)
+    body = await answering.body_of(request, MessagesRequest)
     asked = await prepare(service, as_chat(body), request.state.salt)
     [ticket] = service.submit_all([asked.generation])
     name = body.model or service.name
@@ -137,7 +137,7 @@ async def messages(service: Service, request: Request) -> Response:
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), MessagesRequest)
+    body = await answering.body_of(request, MessagesRequest)
     prompt = await prompt_of(service, as_chat(body))
     return Response(dump({"input_tokens": len(prompt.ids)}), media_type=answering.JSON_TYPE)
 

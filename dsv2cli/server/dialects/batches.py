@@ -19,7 +19,7 @@ from dsv2cli.server.files import owner_name
 from dsv2cli.server.multipart import boundary_of, read_form
 from dsv2cli.server.pages import page
 from dsv2cli.server.service import Service
-from dsv2cli.server.wire import dump, parse
+from dsv2cli.server.wire import dump
 
 UPLOAD_SECONDS = 600.0
 PIECE = 1 << 16
@@ -121,7 +121,7 @@ async def delete_file(service: Service, request: Request) -> Response:
 
 
 async def create(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), BatchRequest)
+    body = await answering.body_of(request, BatchRequest)
     told = await answering.aside(
         _batches(service).create,
         request.state.salt,

@@ -115,7 +115,7 @@ async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
 
 
 async def chat(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ChatRequest)
+    body = await answering.body_of(request, ChatRequest)
     asked = await prepare(service, body, request.state.salt)
     if not body.stream:
         return await answering.job(request, service, _job(service, body, asked))
@@ -126,7 +126,7 @@ async def chat(service: Service, request: Request) -> Response:
 
 async def input_tokens(service: Service, request: Request) -> Response:
     """How many tokens a chat's prompt has."""
-    prompt = await prompt_of(service, parse(await request.body(), ChatRequest))
+    prompt = await prompt_of(service, await answering.body_of(request, ChatRequest))
     counted = {"object": "response.input_tokens", "input_tokens": len(prompt.ids)}
     return Response(dump(counted), media_type=answering.JSON_TYPE)
 

@@ -43,7 +43,7 @@ class Asked:
 
 
 async def completions(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), CompletionRequest)
+    body = await answering.body_of(request, CompletionRequest)
     asked = await prepare(service, body, request.state.salt)
     if not body.stream:
         return await answering.job(request, service, _job(asked))

@@ -19,7 +19,7 @@ from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import MAX_TOP, Service
-from dsv2cli.server.wire import Sampled, dump, parse
+from dsv2cli.server.wire import Sampled, dump
 
 if TYPE_CHECKING:
     from dsv2cli.server.engine import Ticket
@@ -54,14 +54,14 @@ class InfillRequest(CompletionRequest, kw_only=True):
 
 
 async def completion(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), CompletionRequest)
+    body = await answering.body_of(request, CompletionRequest)
     prompts, several = await answering.aside(prompts_of, service, body)
     return await _answer(service, request, body, prompts, several=several)
 
 
 async def infill(service: Service, request: Request) -> Response:
     """What stands between two texts; the files that belong to them come before."""
-    body = parse(await request.body(), InfillRequest)
+    body = await answering.body_of(request, InfillRequest)
     extra = "".join(f"{item.filename}\n{item.text}\n\n" for item in body.input_extra or ())
     before = extra + body.input_prefix + (body.prompt if isinstance(body.prompt, str) else "")
     try:
@@ -263,7 +263,7 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), TokenizeRequest)
+    body = await answering.body_of(request, TokenizeRequest)
     if body.messages is not None:
         ids = (await prompt_of(service, _as_chat(body, body.messages))).ids
     else:
@@ -308,7 +308,7 @@ def _piece(service: Service, token: int) -> Any:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), DetokenizeRequest)
+    body = await answering.body_of(request, DetokenizeRequest)
     if body.tokens:
         service.check_ids(body.tokens, "tokens")
     text = service.spelt(body.tokens)
@@ -317,7 +317,7 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 async def apply_template(service: Service, request: Request) -> Response:
     """The prompt that a chat of the same body is answered from."""
-    prompt = await prompt_of(service, parse(await request.body(), ChatRequest))
+    prompt = await prompt_of(service, await answering.body_of(request, ChatRequest))
     return Response(dump({"prompt": service.spelt(prompt.ids)}), media_type=answering.JSON_TYPE)
 
 

@@ -20,7 +20,7 @@ from dsv2cli.server.errors import ApiError
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
 from dsv2cli.server.service import Service
-from dsv2cli.server.wire import Sampled, Stops, dump, parse
+from dsv2cli.server.wire import Sampled, Stops, dump
 
 VERSION = "0.18.3"  # of ollama, whose dialect this is: clients refuse older ones
 NANO = 1e9
@@ -99,7 +99,7 @@ def _form(given: str | dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 async def chat(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ChatBody)
+    body = await answering.body_of(request, ChatBody)
     _check_model(service, body.model)
     if not body.messages:  # the model is asked to be loaded, which it is
         return Response(dump(_loaded(service) | {"message": {"role": "assistant", "content": ""}}))
@@ -117,7 +117,7 @@ def _message(message: Any) -> Any:
 
 
 async def generate(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), GenerateBody)
+    body = await answering.body_of(request, GenerateBody)
     _check_model(service, body.model)
     if not body.prompt and not body.suffix:
         return Response(dump(_loaded(service) | {"response": ""}))
@@ -265,7 +265,7 @@ async def running(service: Service, request: Request) -> Response:
 
 
 async def show(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ShowBody)
+    body = await answering.body_of(request, ShowBody)
     _check_model(service, body.model or body.name)
     hparams = service.engine.runtime.model.hparams
     arch = hparams["arch"]

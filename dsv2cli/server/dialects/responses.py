@@ -218,7 +218,7 @@ async def prepare_response(
 
 
 async def responses(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ResponsesRequest)
+    body = await answering.body_of(request, ResponsesRequest)
     asked, progress = await _begin(service, body, request.state.salt)
     if not body.stream:
         return await answering.job(request, service, _job(asked, progress))
@@ -254,7 +254,7 @@ async def _begin(
 
 
 async def input_tokens(service: Service, request: Request) -> Response:
-    body = parse(await request.body(), ResponsesRequest)
+    body = await answering.body_of(request, ResponsesRequest)
     asked, _ = await prepare_response(service, body, request.state.salt)
     return _json({"object": "response.input_tokens", "input_tokens": len(asked.generation.prompt)})
 
