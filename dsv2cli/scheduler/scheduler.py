@@ -50,6 +50,7 @@ class Scheduler:
         self._parts = parts
         self._sequences: list[Sequence] = []  # in the order in which they are served
         self._news: list[Event] = []  # told before the next evaluation
+        self.n_computed = 0  # steps in which something was
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence join at the next step; the first event of it says how much of its prompt is to be read."""
@@ -85,6 +86,7 @@ class Scheduler:
         shares = [] if self._news else self._plan()
         events, self._news = self._news, []
         if shares:
+            self.n_computed += 1
             begun = self._parts.now() if self._parts is not None and shares[0][0].n_waiting == 1 else None
             self._evaluate_shares(shares, events)
             if self._parts is not None:
@@ -143,6 +145,7 @@ class Scheduler:
     def _read_layers(self, parts: Parts) -> list[Event]:
         """What fits in a turn, of a piece or several; the next turn begins with another."""
         events: list[Event] = []
+        self.n_computed += 1
         beside = parts.is_next
         parts.begin_turn()
         if beside:

@@ -314,19 +314,22 @@ class Engine:
         self._scheduler = self._new_scheduler()
 
     def _step(self) -> list[Event]:
+        scheduler, n_running = self._scheduler, len(self._tickets)
         n_answers = sum(s.n_waiting == 1 for s in self._tickets)
         reading = [s for s in self._tickets if s.n_waiting > 1]
-        n_before = sum(s.n_waiting for s in reading)
-        self.figures.in_steps += len(self._tickets)
+        n_before, n_computed = sum(s.n_waiting for s in reading), scheduler.n_computed
         begun = time.perf_counter()
-        events = self._scheduler.step()
+        events = scheduler.step()
         seconds = time.perf_counter() - begun
+        if scheduler.n_computed == n_computed:  # who came or went was told
+            return events
+        self.figures.in_steps += n_running
         self.figures.steps += 1
         self.figures.step_seconds += seconds
         self.figures.longest_step = max(self.figures.longest_step, seconds)
         if n_answers and reading and not self.limits.deterministic:
-            beside, n_read = self._scheduler.budget.beside, n_before - sum(s.n_waiting for s in reading)
-            self._scheduler.budget = self._budget(beside_next(beside, max(0, n_read), seconds, n_answers))
+            n_read = n_before - sum(s.n_waiting for s in reading)
+            scheduler.budget = self._budget(beside_next(scheduler.budget.beside, max(0, n_read), seconds, n_answers))
         return events
 
     def _new_scheduler(self) -> Scheduler:

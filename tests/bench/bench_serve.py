@@ -8,7 +8,7 @@
 Scenes, one after another, each a few lines of the CSV: ``one`` and ``many``: a stream alone, and --clients of them at
 once (tokens a second of all, and their ratio); ``form``: a stream alone whose answer is JSON of a schema (its ratio to
 one); ``gaps``: a stream while a prompt of --prompt tokens arrives; ``gone``: of two streams one goes away, again and
-again (how long until the server counts it no more, beside the other's steps); ``mixed``: --clients that stream, ask for
+again (how long, and how many steps, until the server counts it no more); ``mixed``: --clients that stream, ask for
 long prompts, go away in the middle and send what is refused, for --seconds. A time is from the request's first byte, or
 the token before, to a token's event; /health is asked ten times a second throughout.
 Prompts are token ids drawn anew, so that nothing is found in a cache, and answers do not stop at an end token. The
@@ -71,6 +71,7 @@ class Heard:
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
     gone: list[float] = field(default_factory=list)
+    gone_steps: list[int] = field(default_factory=list)  # that ended meanwhile
     health: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     n_tokens: int = 0
@@ -124,11 +125,11 @@ class Client:
             if n == leave_after:
                 break
 
-    async def running(self) -> int:
-        """Answers that the server steps now."""
+    async def running(self) -> tuple[int, int]:
+        """(answers that the server steps now, steps until now)."""
         lines = (await self._http.get("/metrics")).text.splitlines()
-        [told] = [line for line in lines if line.startswith("llamacpp:requests_processing ")]
-        return int(float(told.split()[1]))
+        told = dict(line.split() for line in lines if line.startswith("llamacpp:"))
+        return int(float(told["llamacpp:requests_processing"])), int(float(told["llamacpp:n_decode_total"]))
 
     async def refused(self, heard: Heard) -> None:
         """Ask for what is no request: of the wrong type, out of range, no JSON."""
@@ -224,9 +225,11 @@ async def gone(one: Client, other: Client, heard: Heard) -> None:
     for _ in range(N_GONE):
         await other.stream(Heard(), 8, 1_000_000, leave_after=4)
         left = time.perf_counter()
-        while await other.running() > 1:
-            await asyncio.sleep(0.002)
+        _, before = await other.running()
+        while (told := await other.running())[0] > 1:
+            await asyncio.sleep(0.01)  # not oftener: the server has better to do
         heard.gone.append(time.perf_counter() - left)
+        heard.gone_steps.append(told[1] - before)
     on.set()
     await going
 
@@ -343,6 +346,8 @@ def compare(heard: dict[str, Heard]) -> None:
         print(
             f"form: {one / form:.3f} of the speed of one; its first token after {1e3 * heard['form'].first[0]:.0f} ms"
         )
+    if "gone" in heard:
+        print(f"gone: counted no more after {sorted(Counter(heard['gone'].gone_steps).items())} (steps, times)")
     for name, one in heard.items():
         print(f"{name}: answers by status {dict(sorted(one.statuses.items()))}")
 
