@@ -189,7 +189,9 @@ async def scene(name: str, http: httpx.AsyncClient, options: argparse.Namespace,
             await gaps(clients[0], clients[-1], heard, options)
         else:
             until = begun + (60 * options.minutes or options.seconds)
-            await asyncio.gather(*(client.mixed(heard, until, options.prompt) for client in clients))
+            await asyncio.gather(
+                *(client.mixed(heard, until, options.mixed_prompt or options.prompt) for client in clients)
+            )
     finally:
         watching.cancel()
     heard.seconds = time.perf_counter() - begun
@@ -359,6 +361,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer of one and many")
     parser.add_argument("--prompt", type=int, default=8000, help="tokens of a long prompt")
+    parser.add_argument("--mixed-prompt", type=int, help="tokens of mixed's longest prompt, if not as --prompt")
     parser.add_argument("--reading", type=float, default=1e9, help="seconds of gaps at most, the prompt read or not")
     parser.add_argument("--seconds", type=float, default=60, help="of mixed")
     parser.add_argument("--minutes", type=float, default=0, help="of a soak: mixed alone")
