@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#include "dsv2.h"
+
 enum { DS_MAX_CONTEXT = 1 << 24 };
 
 _Static_assert((int)DS_SESSION_BLOCK == (int)DS_KV_BLOCK, "a block of the public interface is one of the cache");

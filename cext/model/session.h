@@ -3,7 +3,6 @@
 
 #include <stdatomic.h>
 
-#include "dsv2.h"
 #include "memory/kv.h"
 #include "model/core.h"
 
@@ -23,4 +22,4 @@ struct ds_session {
 };
 
 /* Whether it may be changed: DS_EINVAL in a forked process, and while tokens are read into it. */
-ds_status ds_session_check(const ds_session *session, ds_error *err);
+ds_status ds_session_check(const struct ds_session *session, ds_error *err);

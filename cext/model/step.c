@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "dsv2.h"
 #include "model/session.h"
 
 enum { DS_MAX_INPUTS = DS_MAX_STEP };
