@@ -1,11 +1,13 @@
 """The attention of few tokens on a GPU against that of any number, and what a cache's rows give in numpy."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from support.gpu import Gpu, number
+from support.gpu_products import EXACT, JOIN, Job, replace, run
+from support.gpu_rows import Array, kept, pad, place, rotated
+from support.kernels import SENTINEL
 
 TILE = 64
 
@@ -15,12 +17,12 @@ def gpu() -> Iterator[Gpu]:
     yield Gpu(number())
 
 
-def scores_to_values(scores: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def scores_to_values(scores: Array, values: Array) -> Array:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights / weights.sum(axis=-1, keepdims=True)) @ values
 
 
-def joined(parts: "np.ndarray[Any, Any]", v: int) -> "np.ndarray[Any, Any]":
+def joined(parts: Array, v: int) -> Array:
     """(.., n_parts, v + 2) sums, maxima and weights of parts -> (.., v)."""
     top = parts[..., v].max(axis=-1, keepdims=True)
     share = np.exp(parts[..., v] - top)
@@ -28,14 +30,20 @@ def joined(parts: "np.ndarray[Any, Any]", v: int) -> "np.ndarray[Any, Any]":
     return (parts[..., :v] * share[..., None]).sum(axis=-2) / total[..., None]
 
 
+def turned(x: Array, turns: Array) -> Array:
+    """Pairs of x (.., n) by angles (.., n / 2)."""
+    pairs = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * turns)
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
 def attend(
-    gpu: Gpu, kind: str, few: bool, n_head: int, widths: tuple[int, int, int], positions: list[int], n_parts: int
-) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-    """What the shader gives, joined, and what numpy does: (n_tok, n_head, v). widths: of all, head, v. The rows' order
-    is as it is: a query is in the same."""
-    width, head, v = widths
+    gpu: Gpu, kind: str, few: bool, n_head: int, rank: int, n_tail: int, positions: list[int], n_parts: int
+) -> tuple[Array, Array]:
+    """What the shader gives, joined, and what numpy does: (n_tok, n_head, v), in the order that the cache has."""
+    width = pad(rank + n_tail) if kind == "i16" else pad(rank) + pad(n_tail)
+    head, v = (width, -(-rank // 32) * 32) if kind == "i16" else (pad(rank), pad(rank))
     rng = np.random.default_rng(width + n_head)
-    n_blocks, n_tok, tail = max(positions) // TILE + 1, len(positions), width - head
+    n_blocks, n_tok, tail, nope = max(positions) // TILE + 1, len(positions), width - head, 24
     row_bytes, tail_bytes = (2 * width, 0) if kind == "i16" else (head, 2 * tail)
     at, scale = 256, 256 + TILE * row_bytes
     tail_at = scale + 256
@@ -52,43 +60,81 @@ def attend(
         blocks[:, tail_at:tail_scale] = rotary.view(np.uint8).reshape(n_blocks, -1)
         blocks[:, tail_scale : tail_scale + 256] = scales[1].view(np.uint8)
     blocks[:, scale:tail_at] = scales[0].view(np.uint8)
-    q = rng.standard_normal((n_tok, n_head, width), np.float32) * np.float32(0.2)
+    absorbed = rng.standard_normal((n_tok, n_head, rank), np.float32)
+    q = rng.standard_normal((n_tok, n_head, nope + n_tail), np.float32)
+    turns = rng.uniform(0, 6, (n_tok, n_tail // 2))
+    angles = np.stack([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
     tokens = np.zeros(n_tok, [("blocks", "<u8"), ("pos", "<u4"), ("scale", "<f4")])
-    tokens["pos"] = positions
+    tokens["pos"], tokens["scale"] = positions, rng.uniform(0.1, 0.3, n_tok)
+    natural = np.concatenate([absorbed, turned(q[..., nope:].astype(np.float64), turns[:, None])], axis=-1)
+    made = np.stack([[kept(kind, row, rank) for row in of_token] for of_token in natural])
+    made *= tokens["scale"][:, None, None]
     table = np.zeros(n_blocks, np.uint64)
     to = np.zeros((n_tok, n_head, n_parts, v + 2), np.float32)
     offsets = np.array([0, scale - at, tail_at - at, tail_scale - at, 0, row_bytes, tail_bytes], np.uint32)
-    push = bytes(24) + np.array([n_head, width, head, v, n_parts, at], np.uint32).tobytes() + offsets.tobytes()
-    links = [(-1, 0, 0, 0), (-1, 8, 1, 0), (-1, 16, 2, 0)]
-    links += [(0, 16 * t, 3, 0) for t in range(n_tok)]
-    links += [(3, 8 * i, 4, i * blocks.shape[1]) for i in range(n_blocks)]
+    inputs = [absorbed, q, angles] if few else [made.astype(np.float32)]
+    counts = [n_head, rank, nope, n_tail, width, head, v, n_parts, at] if few else [n_head, width, head, v, n_parts, at]
+    arrays = [tokens.view(np.uint8), *inputs, to, table, blocks]
+    push = bytes(8 * (len(inputs) + 2)) + np.array(counts, np.uint32).tobytes() + offsets.tobytes()
+    links = [(-1, 8 * i, i, 0) for i in range(len(inputs) + 2)]
+    links += [(0, 16 * t, len(arrays) - 2, 0) for t in range(n_tok)]
+    links += [(len(arrays) - 2, 8 * i, len(arrays) - 1, i * blocks.shape[1]) for i in range(n_blocks)]
     share = -(-v // 512) if few else -(-v // 128)
     name = f"latent_{'few' if few else 'attend'}_{kind}"
     groups = (n_parts, -(-n_head // 8), n_tok)
-    gpu.run(name, [tokens.view(np.uint8), q, to, table, blocks], push, links, groups, [share])
+    gpu.run(name, arrays, push, links, groups, [share])
     rows = data.reshape(-1, width).astype(np.float64)
     rows[:, :head] *= scales[0].reshape(-1, 1)
     rows[:, head:] *= scales[1].reshape(-1, 1)
-    expected = np.stack([scores_to_values(q[t] @ rows[: n + 1].T, rows[: n + 1, :v]) for t, n in enumerate(positions)])
+    seen = [rows[: n + 1] for n in positions]
+    expected = np.stack([scores_to_values(made[t] @ seen[t].T, seen[t][:, :v]) for t in range(n_tok)])
     return joined(to, v), expected
 
 
 @pytest.mark.parametrize("kind", ["i16", "q8"])
 @pytest.mark.parametrize(
-    ("n_head", "widths", "positions", "n_parts"),
+    ("n_head", "rank", "n_tail", "positions", "n_parts"),
     [
-        (16, (576, 512, 512), [0], 1),
-        (16, (576, 512, 512), [700], 11),
-        (5, (128, 64, 64), [63, 64, 130], 3),
-        (9, (192, 128, 96), [200, 5], 2),  # parts of two tiles; a part of one token has none
-        (128, (640, 576, 544), [70], 4),  # values beyond a group's; more parts than tiles
+        (16, 512, 64, [0], 1),
+        (16, 512, 64, [700], 11),
+        (5, 64, 32, [63, 64, 130], 3),
+        (9, 96, 8, [200, 5], 2),  # parts of two tiles; a part of one token has none
+        (128, 544, 64, [70], 4),  # values beyond a group's; more parts than tiles
     ],
 )
-def test_few_tokens(gpu: Gpu, kind: str, n_head: int, widths: Any, positions: list[int], n_parts: int) -> None:
-    all_, head, v = widths
-    widths = (all_, all_, v) if kind == "i16" else (all_, head, head)
-    got, expected = attend(gpu, kind, True, n_head, widths, positions, n_parts)
+def test_few_tokens(
+    gpu: Gpu, kind: str, n_head: int, rank: int, n_tail: int, positions: list[int], n_parts: int
+) -> None:
+    """Queries and all; of any number of tokens, from the queries that numpy makes."""
+    got, expected = attend(gpu, kind, True, n_head, rank, n_tail, positions, n_parts)
     bar = 1e-5 * np.abs(expected).max()
     assert np.abs(got - expected).max() <= bar
-    many, _ = attend(gpu, kind, False, n_head, widths, positions, n_parts)
+    many, _ = attend(gpu, kind, False, n_head, rank, n_tail, positions, n_parts)
     assert np.abs(got - many).max() <= bar
+
+
+@pytest.mark.parametrize("kind", ["f32", "i16", "q8"])
+@pytest.mark.parametrize(("rank", "n_parts"), [(64, 1), (96, 5), (512, 64), (544, 9), (1536, 2)])
+def test_parts_are_joined_on_the_way_to_a_product(gpu: Gpu, kind: str, rank: int, n_parts: int) -> None:
+    """Of heads side by side; a part without positions; against W of the joined values in the model's order."""
+    rng, n_head = np.random.default_rng(rank + n_parts), 3
+    v = {"f32": rank, "i16": -(-rank // 32) * 32, "q8": pad(rank)}[kind]
+    parts = rng.standard_normal((n_head, n_parts, v + 2)).astype(np.float32)
+    parts[..., v + 1] = rng.uniform(1, 60, (n_head, n_parts))
+    if n_parts > 1:
+        parts[:, -1] = 0
+        parts[:, -1, v] = -np.inf
+    w = rng.standard_normal((n_head, 21, rank)).astype(np.float32)
+    y = np.full((1, n_head * 24), SENTINEL, np.float32)
+    flags = EXACT | JOIN * (1 + ["f32", "i16", "q8"].index(kind))
+    job = Job("f32", w.view(np.uint8), parts.reshape(1, -1), rank, stride_x=n_parts * (v + 2), stride_y=24, flags=flags)
+    run(gpu, "mul", replace(job, usual=n_parts), y)
+    for h in range(n_head):
+        values = joined(parts[h].astype(np.float64), v)
+        if kind == "i16":
+            values = values[place(rank, 32)]
+        elif kind == "q8":
+            values = rotated(values[place(rank, 64)])
+        limit = 1e-5 * (np.abs(values) @ np.abs(w[h]).T + np.abs(values).max() * np.abs(w[h]).sum(axis=-1) / 8)
+        assert (np.abs(y[0, 24 * h : 24 * h + 21] - values @ w[h].T) <= limit).all()
+        assert (y[0, 24 * h + 21 : 24 * h + 24] == SENTINEL).all()

@@ -8,7 +8,7 @@ import pytest
 from gguf.quants import dequantize
 from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, type_of, with_halves
 from support.gpu import Gpu, device, number
-from support.gpu_products import ADD, EXACT, Groups, Job, mul, pack, replace, rows, run
+from support.gpu_products import ADD, EXACT, PRODUCT, Groups, Job, mul, pack, replace, rows, run
 from support.kernels import (
     SENTINEL,
     Bytes,
@@ -79,9 +79,9 @@ def test_a_subgroup_that_is_not_full_sums_all_units(gpu: Gpu, lanes: int) -> Non
     rng = np.random.default_rng(5)
     w, x, k = normal(rng, 3, 1056), normal(rng, 1, 1056), 1056
     y = np.full((1, 4), SENTINEL, np.float32)
-    push = bytes(64) + struct.pack("<Q10I", 0, 0, 0, k, 4, 4 * k, k, 3, 1, EXACT, 0)
+    push = struct.pack(PRODUCT, 0, 0, 0, k, 4, 4 * k, k, 3, 1, EXACT, 0, 0.0, 0)
     links = [(-1, 0, 0, 0), (-1, 8, 1, 0), (-1, 16, 2, 0)]
-    gpu.run("mul_vec_f32", [w, x, y], push, links, (3, 1, 1), (lanes, 1, 1, 1))
+    gpu.run("mul_vec_f32", [w, x, y], push, links, (3, 1, 1), (lanes, 1, 1, lanes, 2048, 0, 0))
     assert_product(y[:, :3], "f32", w.view(np.uint8), x)
     assert y[0, 3] == SENTINEL
 
@@ -372,6 +372,60 @@ def test_large_gates_stay_numbers(gpu: Gpu) -> None:
             y,
         )
         assert_within(y, np.tile([0.0, 200.0, 0.0], (n, 1)), 1e-4)
+
+
+# ---- Norms on the way ----
+
+
+def normalised(x: Floats, w: Floats, eps: float) -> Floats:
+    """In float64, rounded once."""
+    values = x.astype(np.float64)
+    return np.asarray(values / np.sqrt((values**2).mean(axis=-1, keepdims=True) + eps) * w, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [
+        ("f32", 33),
+        ("f32", 2100),
+        ("f16", 8200),
+        ("q4_k", 512),
+        ("q4_k", 4352),
+        ("q6_k", 2048),
+        ("q5_0", 1408),
+        ("iq3_s", 256),
+    ],
+)
+def test_what_is_normalised_on_the_way(gpu: Gpu, name: str, k: int) -> None:
+    """Of one row, in both kinds of product; longer rows than a workgroup keeps; as if it had been made before."""
+    rng = np.random.default_rng(22)
+    w, up = (random_weights(name, 37, k, rng) for _ in range(2))
+    x, norm = normal(rng, 1, k) * np.float32(30), rng.uniform(0.2, 2, k).astype(np.float32)
+    made = normalised(x, norm, 1e-3)
+    y, gated = np.full((1, 40), SENTINEL), np.full((1, 40), SENTINEL)
+    job = Job(name, w[None], x, k, norm=norm, eps=1e-3)
+    run(gpu, "mul", job, y)
+    run(gpu, "mul_gated", replace(job, up=up[None]), gated)
+    values, weights = made.astype(np.float64), decode(name, w)
+    assert_within(y[:, :37], values @ weights.T, 2 * bound(values, weights))
+    want, limit = silu_products(name, w, name, up, made)
+    assert_within(gated[:, :37], want, 3 * limit)
+    assert (y[:, 37:] == SENTINEL).all() and (gated[:, 37:] == SENTINEL).all()
+
+
+def test_experts_read_one_row_that_is_normalised(gpu: Gpu) -> None:
+    rng = np.random.default_rng(23)
+    groups = Groups(block=(3, None, 0, 4), count=(1, 1, 1, 1))
+    w, up = (random_weights("q4_k", 5 * 21, 512, rng).reshape(5, 21, -1) for _ in range(2))
+    x, norm, y = normal(rng, 3, 512), rng.uniform(0.2, 2, 512).astype(np.float32), np.full((4, 21), SENTINEL)
+    job = Job("q4_k", w, x, 512, up=up, groups=groups, slot_row=np.full(4, 2, np.uint32), norm=norm, eps=1e-6)
+    run(gpu, "mul_gated", job, y)
+    for slot, block in enumerate(groups.block):
+        if block is None:
+            assert (y[slot] == SENTINEL).all()
+            continue
+        want, limit = silu_products("q4_k", w[block], "q4_k", up[block], normalised(x[2:], norm, 1e-6))
+        assert_within(y[slot : slot + 1], want, 3 * limit)
 
 
 # ---- Experts ----

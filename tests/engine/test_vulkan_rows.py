@@ -2,13 +2,12 @@
 
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from support.gpu import Gpu, number
+from support.gpu_rows import Array, pad, place, rotated
 
-Array = np.ndarray[Any, Any]
 F32, I16, Q8 = range(3)
 
 
@@ -34,27 +33,6 @@ def test_norm(gpu: Gpu, n: int, chosen: list[int] | None) -> None:
     gpu.run("norm", [x, w, y, row], push, links, (3, 1, 1))
     np.testing.assert_allclose(y[:, :n], normed(x[row, :n], w, 1e-6), rtol=2e-6)
     assert (y[:, n:] == 7).all()
-
-
-def rotated(x: Array) -> Array:
-    """Walsh-Hadamard over blocks of the largest power of two in the length."""
-    block = x.size & -x.size
-    rows, half = x.reshape(-1, block), 1
-    while half < block:
-        pairs = rows.reshape(-1, block // (2 * half), 2, half)
-        sums = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
-        rows, half = np.stack(sums, axis=2).reshape(-1, block), half * 2
-    return np.asarray(rows.reshape(-1) / np.sqrt(block))
-
-
-def place(n: int, group: int) -> Array:
-    """Where each of n values is kept: fours of `group` / 16 runs of 16 beside each other."""
-    i = np.arange(n)
-    return i // group * group + i % 16 // 4 * (group // 4) + i % group // 16 * 4 + i % 4
-
-
-def pad(n: int) -> int:
-    return -(-n // 64) * 64
 
 
 @pytest.mark.parametrize("kind", [F32, I16, Q8])

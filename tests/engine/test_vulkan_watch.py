@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.gpu import number
@@ -38,6 +39,20 @@ def test_a_step_is_counted_and_its_shaders_timed(tiny_gguf: Callable[[Spec], Pat
     assert any(ns for _, ns in timed.times.values())
     assert "norm" in timed.times
     assert counted.submissions == 1 and 0 < counted.dispatches < timed.dispatches and not counted.times
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_what_a_token_is_told_as(tiny_gguf: Callable[[Spec], Path], kv_type: Any) -> None:
+    """So many dispatches and barriers, and no more: each is waited for."""
+    dense, moe = LITE.n_layer_dense, LITE.n_layer - LITE.n_layer_dense
+    with on_gpu(tiny_gguf(LITE)) as model:
+        session = model.session(64, kv_type)
+        session.eval(tokens(LITE, 9))
+        model.watch(1, times=False)
+        session.eval([3])
+        work = model.watched(1)
+    assert work.dispatches == 2 + 7 * LITE.n_layer + 2 * dense + 7 * moe
+    assert work.barriers == 1 + 5 * LITE.n_layer + 2 * dense + 5 * moe
 
 
 def test_steps_alike_are_recorded_once(tiny_gguf: Callable[[Spec], Path]) -> None:

@@ -15,9 +15,11 @@ from cext import _engine
 
 Ints = NDArray[np.uint32]
 
-ADD, EXACT = 1, 4
-FIELDS = ("w", "x", "y", "groups", "slot_row", "tables", "up", "x_scale")
+ADD, EXACT, JOIN = 1, 4, 16
+FIELDS = ("w", "x", "y", "groups", "slot_row", "tables", "up", "x_scale", "norm")
 """The addresses of a ds_gpu_product, in order."""
+PRODUCT = f"<{8 * len(FIELDS)}xQ10IfI"
+"""All of it: addresses, which links set, and numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Job:
     slot_row: Ints | None = None
     flags: int = EXACT
     usual: int = 0
+    norm: Floats | None = None
+    eps: float = 0.0
 
 
 def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
@@ -73,7 +77,7 @@ def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
     blocks, rows, row_bytes = job.w.shape
     x, scale = pack(gpu, job.x) if job.packed else (job.x, None)
     w_at, up_at = put("w", np.ascontiguousarray(job.w)), -1
-    for field, array in (("x", x), ("y", y), ("slot_row", job.slot_row), ("x_scale", scale)):
+    for field, array in (("x", x), ("y", y), ("slot_row", job.slot_row), ("x_scale", scale), ("norm", job.norm)):
         put(field, array)
     put("tables", np.frombuffer(_engine.gpu_tables(), np.uint8))
     up_row_bytes = row_bytes
@@ -91,7 +95,7 @@ def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
     counts = (row_bytes, job.k, rows, n_slots, job.flags, job.usual)
     numbers = (job.stride_x, job.stride_y, job.x.shape[1], y.shape[1], *counts)
     stride_w = rows * row_bytes if job.groups is None else 0
-    product = bytes(64) + struct.pack("<Q10I", stride_w, *numbers)
+    product = struct.pack(PRODUCT, stride_w, *numbers, job.eps, 0)
     formats = (job.format, job.up_format or job.format)
     _engine.gpu_product(gpu.handle, operation, formats, (up_row_bytes, blocks), arrays, product, links)
 
@@ -102,7 +106,7 @@ def pack(gpu: Gpu, x: Floats) -> tuple[NDArray[np.int8], Floats]:
     q, scale = np.full((n, ldx), 99, np.int8), np.full((n, ldx // 32), SENTINEL)
     at = count()
     links = [(-1, 8 * FIELDS.index(field), next(at), 0) for field in ("x", "y", "x_scale")]
-    product = bytes(64) + struct.pack("<Q10I", 0, 0, 0, ldx, 0, 0, 0, 0, n, 0, 0)
+    product = struct.pack(PRODUCT, 0, 0, 0, ldx, 0, 0, 0, 0, n, 0, 0, 0.0, 0)
     _engine.gpu_product(gpu.handle, "pack", ("f32", "f32"), (0, 1), [np.ascontiguousarray(x), q, scale], product, links)
     return q, scale
 
@@ -124,4 +128,4 @@ def rows(gpu: Gpu, name: str, w: Bytes, k: int, which: Ints) -> Floats:
     return y[:, :k].copy()
 
 
-__all__ = ["ADD", "EXACT", "Groups", "Job", "mul", "pack", "replace", "rows", "run"]
+__all__ = ["ADD", "EXACT", "JOIN", "PRODUCT", "Groups", "Job", "mul", "pack", "replace", "rows", "run"]

@@ -6,23 +6,22 @@
 #include "backend/vulkan/attend.h"
 
 /* The product of each head with its matrix: x and y (n_tok, n_head, ...), head h at x_at and y_at floats of its own. */
-static ds_status by_heads(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, int x_head, uint64_t y,
-                          int y_head, int n, ds_error *err) {
+static ds_gpu_product by_heads(const ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, int x_head, uint64_t y,
+                               int y_head, int n) {
     const int n_head = b->facts.config->n_head;
-    const ds_gpu_product p = {.w = w,
-                              .x = x,
-                              .y = y,
-                              .tables = b->w.tables,
-                              .stride_w = m->stride,
-                              .stride_x = (uint32_t)x_head,
-                              .stride_y = (uint32_t)y_head,
-                              .ldx = (uint32_t)(n_head * x_head),
-                              .ldy = (uint32_t)(n_head * y_head),
-                              .row_bytes = (uint32_t)m->row_bytes,
-                              .k = (uint32_t)m->k,
-                              .rows = (uint32_t)m->rows,
-                              .n_slots = (uint32_t)n};
-    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)n_head, err);
+    return (ds_gpu_product){.w = w,
+                            .x = x,
+                            .y = y,
+                            .tables = b->w.tables,
+                            .stride_w = m->stride,
+                            .stride_x = (uint32_t)x_head,
+                            .stride_y = (uint32_t)y_head,
+                            .ldx = (uint32_t)(n_head * x_head),
+                            .ldy = (uint32_t)(n_head * y_head),
+                            .row_bytes = (uint32_t)m->row_bytes,
+                            .k = (uint32_t)m->k,
+                            .rows = (uint32_t)m->rows,
+                            .n_slots = (uint32_t)n};
 }
 
 /* Values of a row as the cache keeps them: all, of the head that has a scale of its own, and of those that are values; and
@@ -76,35 +75,48 @@ int ds_gpu_attend_together(const ds_gpu_backend *b, int n_tok) {
     return n_tok < most ? n_tok : most;
 }
 
+int ds_gpu_part_rows(const ds_gpu_backend *b) {
+    return DS_GPU_ATTEND_GROUPS * (ds_gpu_told(b->gpu)->coop[0] ? (int)ROWS : (int)DS_GPU_ATTEND_HEADS);
+}
+
 /* ---- Both ---- */
 
-/* Parts that positions are cut into, so that a large device has work: what the room holds of them. */
+/* Parts that positions are cut into, so that a large device has work: of this step alone, so that sums are the same whatever
+ * came before it. */
 static uint32_t parts_of(const ds_gpu_backend *b, int n, int n_pos, uint32_t groups) {
-    const int n_head = b->facts.config->n_head, tiles = (n_pos + 255) / 256;
-    const int rows = n * n_head, held = ds_gpu_attend_together(b, b->room.n_tok) * n_head;
-    const int most =
-        held > DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS ? held : DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS;
+    const int tiles = (n_pos + 255) / 256, most = ds_gpu_part_rows(b) / (n * b->facts.config->n_head);
     int parts = DS_GPU_ATTEND_GROUPS / (int)groups;
-    if (parts > most / rows) parts = most / rows;
+    if (parts > most) parts = most;
     return (uint32_t)(parts < 1 ? 1 : parts < tiles ? parts : tiles);
+}
+
+/* Where the queries of the tokens that attend begin, of all of them. */
+static uint64_t queries_at(const ds_gpu_backend *b, const ds_gpu_attending *a) {
+    const ds_config *c = b->facts.config;
+    return b->room.q + (uint64_t)a->begin * (uint64_t)c->n_head * (uint64_t)ds_qk_dim(c) * 4;
+}
+
+/* W_uk^T q_nope of each head. */
+static ds_status absorb(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const ds_mat *m = &ds_weights_layer(b->facts.weights, op->il)->latent.k_b;
+    const ds_gpu_product p = by_heads(b, m, ds_gpu_layer_of(b, op->il)->k_b, queries_at(b, a), ds_qk_dim(c),
+                                      b->room.absorbed, c->kv_lora_rank, a->n);
+    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)c->n_head, err);
 }
 
 static ds_status queries(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, bool halves,
                          ds_error *err) {
     const ds_config *c = b->facts.config;
-    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
     const ds_gpu_room *m = &b->room;
-    const uint64_t from = (uint64_t)a->begin, q = m->q + from * (uint64_t)c->n_head * (uint64_t)ds_qk_dim(c) * 4;
-    const ds_status st = by_heads(b, &l->latent.k_b, ds_gpu_layer_of(b, op->il)->k_b, q, ds_qk_dim(c), m->absorbed,
-                                  c->kv_lora_rank, a->n, err);
-    if (st != DS_OK) return st;
+    const uint64_t from = (uint64_t)a->begin;
     ds_gpu_then(b);
     const struct {
         uint64_t tokens, absorbed, q, angles, to;
         uint32_t kind, rank, nope, n_tail, width;
     } push = {m->tokens[op->tail].at + from * sizeof(ds_gpu_token),
               m->absorbed,
-              q,
+              queries_at(b, a),
               m->angles[op->tail].at + from * (uint64_t)c->rope_dim * 4,
               m->queries,
               ds_gpu_rows_kind(a->store),
@@ -130,13 +142,11 @@ static uint32_t parts_of_few(int n_pos, uint32_t groups) {
 /* Parts of positions, of heads a few at a time. */
 static ds_status in_floats(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
                            uint32_t *parts, ds_error *err) {
-    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"},
-                             *const FEW[] = {NULL, "latent_few_i16", "latent_few_q8"};
+    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"};
     const uint32_t kind = ds_gpu_rows_kind(a->store), heads = (uint32_t)b->facts.config->n_head,
-                   each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS, groups = (uint32_t)a->n * each;
-    const bool few = are_few(a->n, kind, w);
-    const uint32_t together = few ? DS_GPU_FEW_VALUES : DS_GPU_THREADS, share = up_to(w->v, together) / together;
-    *parts = few ? parts_of_few(a->n_pos, groups) : parts_of(b, a->n, a->n_pos, groups);
+                   each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS,
+                   share = up_to(w->v, DS_GPU_THREADS) / DS_GPU_THREADS;
+    *parts = parts_of(b, a->n, a->n_pos, (uint32_t)a->n * each);
     const struct {
         uint64_t tokens, q, to;
         uint32_t n_head, width, head, v, n_parts, at;
@@ -152,8 +162,42 @@ static ds_status in_floats(ds_gpu_backend *b, const ds_op *op, const ds_gpu_atte
               ds_gpu_layer_at(b, a->store, op->il),
               ds_gpu_layout_of(a->store)};
     vk_Pipeline pipeline;
-    const ds_status st = ds_gpu_pipeline(b->gpu, (few ? FEW : ATTEND)[kind], &share, 1, &pipeline, err);
+    const ds_status st = ds_gpu_pipeline(b->gpu, ATTEND[kind], &share, 1, &pipeline, err);
     if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 76, *parts, each, (uint32_t)a->n);
+    return st;
+}
+
+/* The same of few tokens, whose queries are made on the way. */
+static ds_status of_few(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, uint32_t *parts,
+                        ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const uint32_t heads = (uint32_t)c->n_head, each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS,
+                   share = up_to(w->v, DS_GPU_FEW_VALUES) / DS_GPU_FEW_VALUES;
+    *parts = parts_of_few(a->n_pos, (uint32_t)a->n * each);
+    const struct {
+        uint64_t tokens, absorbed, q, angles, to;
+        uint32_t n_head, rank, nope, n_tail, width, head, v, n_parts, at;
+        ds_gpu_layout l;
+    } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
+              b->room.absorbed,
+              queries_at(b, a),
+              b->room.angles[op->tail].at + (uint64_t)a->begin * (uint64_t)c->rope_dim * 4,
+              b->room.parts,
+              heads,
+              (uint32_t)c->kv_lora_rank,
+              (uint32_t)c->nope_dim,
+              (uint32_t)c->rope_dim,
+              w->all,
+              w->head,
+              w->v,
+              *parts,
+              ds_gpu_layer_at(b, a->store, op->il),
+              ds_gpu_layout_of(a->store)};
+    vk_Pipeline pipeline;
+    const ds_status st =
+        ds_gpu_pipeline(b->gpu, ds_gpu_rows_kind(a->store) == DS_ROWS_I16 ? "latent_few_i16" : "latent_few_q8", &share,
+                        1, &pipeline, err);
+    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 104, *parts, each, (uint32_t)a->n);
     return st;
 }
 
@@ -185,29 +229,49 @@ static ds_status in_halves(ds_gpu_backend *b, const ds_op *op, const ds_gpu_atte
     return st;
 }
 
-ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {
+/* The heads' values of a part each, joined, or of several; then W_uv of each head. That of one token joins on the way. */
+static ds_status values(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, uint32_t parts,
+                        ds_error *err) {
     const ds_config *c = b->facts.config;
-    const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
     const ds_gpu_room *m = &b->room;
-    const uint32_t kind = ds_gpu_rows_kind(a->store);
-    uint32_t parts, specs[6];
-    const bool halves = a->alone && takes_halves(b, kind, specs);
-    widths w = widths_of(c, kind);
-    if (halves) w.query = specs[4];
-    ds_status st = queries(b, op, a, &w, halves, err);
-    if (st != DS_OK) return st;
-    ds_gpu_then(b);
-    st = halves ? in_halves(b, op, a, &w, specs, &parts, err) : in_floats(b, op, a, &w, &parts, err);
-    if (st != DS_OK) return st;
-    ds_gpu_then(b);
+    const ds_mat *v_b = &ds_weights_layer(b->facts.weights, op->il)->latent.v_b;
+    const uint32_t kind = ds_gpu_rows_kind(a->store), rank = (uint32_t)c->kv_lora_rank;
+    const bool joins = a->n == 1 && parts <= DS_GPU_JOIN_PARTS && rank <= DS_GPU_JOIN_VALUES;
     const struct {
         uint64_t parts, to;
         uint32_t kind, rank, v, n_parts;
-    } join = {m->parts, m->latent, kind, (uint32_t)c->kv_lora_rank, w.v, parts};
-    if ((st = ds_gpu_do(b, "latent_join", &join, sizeof join, (uint32_t)c->n_head, (uint32_t)a->n, 1, err)) != DS_OK)
-        return st;
+    } join = {m->parts, m->latent, kind, rank, w->v, parts};
+    ds_gpu_product p =
+        by_heads(b, v_b, ds_gpu_layer_of(b, op->il)->v_b, m->latent, c->kv_lora_rank,
+                 m->heads + (uint64_t)a->begin * (uint64_t)c->n_head * (uint64_t)c->v_dim * 4, c->v_dim, a->n);
+    if (joins) {
+        p.x = m->parts;
+        p.stride_x = parts * (w->v + 2);
+        p.usual = parts;
+        p.flags = DS_GPU_JOIN * (1 + kind);
+    } else {
+        const ds_status st =
+            ds_gpu_do(b, "latent_join", &join, sizeof join, (uint32_t)c->n_head, (uint32_t)a->n, 1, err);
+        if (st != DS_OK) return st;
+        ds_gpu_then(b);
+    }
+    return ds_gpu_mul(b->gpu, &b->commands, v_b->format, &p, (uint32_t)c->n_head, err);
+}
+
+ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {
+    const uint32_t kind = ds_gpu_rows_kind(a->store);
+    uint32_t parts, specs[6];
+    const bool halves = a->alone && takes_halves(b, kind, specs);
+    widths w = widths_of(b->facts.config, kind);
+    if (halves) w.query = specs[4];
+    const bool few = !halves && are_few(a->n, kind, &w);
+    ds_status st = absorb(b, op, a, err);
+    if (st == DS_OK && !few) st = queries(b, op, a, &w, halves, err);
+    if (st != DS_OK) return st;
     ds_gpu_then(b);
-    const uint64_t heads = m->heads + (uint64_t)a->begin * (uint64_t)c->n_head * (uint64_t)c->v_dim * 4;
-    return by_heads(b, &l->latent.v_b, ds_gpu_layer_of(b, op->il)->v_b, m->latent, c->kv_lora_rank, heads, c->v_dim,
-                    a->n, err);
+    if (few) st = of_few(b, op, a, &w, &parts, err);
+    else st = halves ? in_halves(b, op, a, &w, specs, &parts, err) : in_floats(b, op, a, &w, &parts, err);
+    if (st != DS_OK) return st;
+    ds_gpu_then(b);
+    return values(b, op, a, &w, parts, err);
 }

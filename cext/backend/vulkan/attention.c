@@ -172,17 +172,15 @@ static ds_status project(ds_gpu_backend *b, const ds_op *op, bool queries, ds_er
     const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const ds_gpu_room *m = &b->room;
     const int n = ds_gpu_request(b, op)->n_tok, d = c->n_embd, q_rows = c->n_head * ds_qk_dim(c);
-    ds_status st = ds_gpu_norm(b, m->x[op->tail], g->attn_norm, m->xn, 0, n, d, d, d, err);
-    ds_gpu_then(b);
-    if (st == DS_OK) st = ds_gpu_times(b, &l->latent.kv_a, g->kv_a, m->xn, m->kv_a, n, d, ds_latent_width(c), 0, err);
+    ds_gpu_input x;
+    ds_status st = ds_gpu_normed(b, m->x[op->tail], g->attn_norm, m->xn, n, d, &x, err);
+    if (st == DS_OK) st = ds_gpu_times(b, &l->latent.kv_a, g->kv_a, x, m->kv_a, n, d, ds_latent_width(c), 0, err);
     if (st != DS_OK || !queries) return st;
-    if (!c->q_lora_rank) return ds_gpu_times(b, &l->q, g->q, m->xn, m->q, n, d, q_rows, 0, err);
-    st = ds_gpu_times(b, &l->latent.q_a, g->q_a, m->xn, m->q_a, n, d, c->q_lora_rank, 0, err);
+    if (!c->q_lora_rank) return ds_gpu_times(b, &l->q, g->q, x, m->q, n, d, q_rows, 0, err);
+    st = ds_gpu_times(b, &l->latent.q_a, g->q_a, x, m->q_a, n, d, c->q_lora_rank, 0, err);
     ds_gpu_then(b);
-    if (st == DS_OK)
-        st = ds_gpu_norm(b, m->q_a, g->q_a_norm, m->q_a, 0, n, c->q_lora_rank, c->q_lora_rank, c->q_lora_rank, err);
-    ds_gpu_then(b);
-    return st == DS_OK ? ds_gpu_times(b, &l->q, g->q, m->q_a, m->q, n, c->q_lora_rank, q_rows, 0, err) : st;
+    if (st == DS_OK) st = ds_gpu_normed(b, m->q_a, g->q_a_norm, m->q_a, n, c->q_lora_rank, &x, err);
+    return st == DS_OK ? ds_gpu_times(b, &l->q, g->q, x, m->q, n, c->q_lora_rank, q_rows, 0, err) : st;
 }
 
 ds_status ds_gpu_remember(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
@@ -210,6 +208,7 @@ ds_status ds_gpu_attention(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     }
     ds_gpu_then(b);
     if (st != DS_OK) return st;
-    return ds_gpu_times(b, &ds_weights_layer(b->facts.weights, op->il)->o, ds_gpu_layer_of(b, op->il)->o, b->room.heads,
+    const ds_gpu_input heads = {b->room.heads, 0, 0};
+    return ds_gpu_times(b, &ds_weights_layer(b->facts.weights, op->il)->o, ds_gpu_layer_of(b, op->il)->o, heads,
                         b->room.x[op->tail], r->n_tok, c->n_head * c->v_dim, c->n_embd, DS_GPU_ADD, err);
 }

@@ -11,10 +11,12 @@ enum {
 };
 
 /* Hidden rows silu(gate) * up of n tokens. */
-static ds_status gated(ds_gpu_backend *b, const ds_mat *gate, uint64_t gate_at, const ds_mat *up, uint64_t up_at, int n,
-                       ds_error *err) {
+static ds_status gated(ds_gpu_backend *b, const ds_mat *gate, uint64_t gate_at, const ds_mat *up, uint64_t up_at,
+                       ds_gpu_input x, int n, ds_error *err) {
     const ds_gpu_product p = {.w = gate_at,
-                              .x = b->room.xn,
+                              .x = x.x,
+                              .norm = x.norm,
+                              .eps = b->facts.config->rms_eps,
                               .y = b->room.hidden,
                               .tables = b->w.tables,
                               .up = up_at,
@@ -27,8 +29,17 @@ static ds_status gated(ds_gpu_backend *b, const ds_mat *gate, uint64_t gate_at, 
     return ds_gpu_mul_gated(b->gpu, &b->commands, gate->format, up->format, (uint32_t)up->row_bytes, &p, 1, err);
 }
 
+/* What the layer's products read, the residual stream normalised: of one token as they read it, but where others compute
+ * some of the experts, who are given it. */
+static ds_gpu_input input_of(const ds_gpu_backend *b, const ds_op *op) {
+    const bool given = b->facts.places->helpers[op->il - b->facts.weights->layer_begin];
+    if (given || ds_gpu_request(b, op)->n_tok != 1) return (ds_gpu_input){b->room.xn, 0, 0};
+    return (ds_gpu_input){b->room.x[op->tail], ds_gpu_layer_of(b, op->il)->ffn_norm, 0};
+}
+
 static ds_status norm(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const int d = b->facts.config->n_embd;
+    if (input_of(b, op).norm) return DS_OK;
     const ds_status st = ds_gpu_norm(b, b->room.x[op->tail], ds_gpu_layer_of(b, op->il)->ffn_norm, b->room.xn, 0,
                                      ds_gpu_request(b, op)->n_tok, d, d, d, err);
     ds_gpu_then(b);
@@ -40,11 +51,11 @@ ds_status ds_gpu_dense(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const int n = ds_gpu_request(b, op)->n_tok;
     ds_status st = norm(b, op, err);
-    if (st == DS_OK) st = gated(b, &l->gate, g->gate, &l->up, g->up, n, err);
+    if (st == DS_OK) st = gated(b, &l->gate, g->gate, &l->up, g->up, input_of(b, op), n, err);
     ds_gpu_then(b);
     if (st != DS_OK) return st;
-    return ds_gpu_times(b, &l->down, g->down, b->room.hidden, b->room.x[op->tail], n, l->down.k, l->down.rows,
-                        DS_GPU_ADD, err);
+    return ds_gpu_times(b, &l->down, g->down, (ds_gpu_input){b->room.hidden, 0, 0}, b->room.x[op->tail], n, l->down.k,
+                        l->down.rows, DS_GPU_ADD, err);
 }
 
 /* What a layer's choice of experts is for the host: (n_tok, n_expert_used). */
@@ -63,7 +74,7 @@ static ds_status choose(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const ds_gpu_room *m = &b->room;
     const struct {
-        uint64_t logits, bias, ids, copy, weights, blocks, groups, slot_row, slot_of;
+        uint64_t logits, bias, ids, copy, weights, blocks, groups;
         uint32_t n_expert, n_used, n_group, n_group_used, flags;
         float scale;
     } push = {m->router,
@@ -73,8 +84,6 @@ static ds_status choose(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
               m->weights,
               is_single(r) ? g->experts : 0,
               m->groups,
-              m->slot_row,
-              m->slot_of,
               (uint32_t)c->n_expert,
               (uint32_t)c->n_expert_used,
               (uint32_t)c->n_group,
@@ -89,21 +98,22 @@ ds_status ds_gpu_route(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_layer *l = ds_weights_layer(b->facts.weights, op->il);
     const ds_gpu_layer *g = ds_gpu_layer_of(b, op->il);
     const int n = ds_gpu_request(b, op)->n_tok;
+    const ds_gpu_input x = input_of(b, op);
     ds_status st = norm(b, op, err);
-    if (st == DS_OK)
-        st = ds_gpu_times(b, &l->router, g->router, b->room.xn, b->room.router, n, c->n_embd, c->n_expert, 0, err);
+    if (st == DS_OK) st = ds_gpu_times(b, &l->router, g->router, x, b->room.router, n, c->n_embd, c->n_expert, 0, err);
     if (st == DS_OK && l->down_shared.data)
-        st = gated(b, &l->gate_shared, g->gate_shared, &l->up_shared, g->up_shared, n, err);
+        st = gated(b, &l->gate_shared, g->gate_shared, &l->up_shared, g->up_shared, x, n, err);
     ds_gpu_then(b);
     if (st == DS_OK) st = choose(b, op, err);
     if (st != DS_OK || !l->down_shared.data) return st;
-    return ds_gpu_times(b, &l->down_shared, g->down_shared, b->room.hidden, b->room.shared, n, l->down_shared.k,
-                        l->down_shared.rows, 0, err); /* beside the choice, which few threads make */
+    return ds_gpu_times(b, &l->down_shared, g->down_shared, (ds_gpu_input){b->room.hidden, 0, 0}, b->room.shared, n,
+                        l->down_shared.k, l->down_shared.rows, 0, err); /* beside the choice, which few threads make */
 }
 
 /* Which blocks the experts' products have, and where that stands. */
 typedef struct blocks {
-    uint64_t groups, slot_row; /* groups: gate's, up's, down's, `stride` of them each */
+    uint64_t groups,
+        slot_row; /* groups: gate's, up's, down's, `stride` of them each; slot_row 0: all slots read row 0 */
     uint32_t n, stride, most, usual; /* slots: most of one, and what many have about */
 } blocks;
 
@@ -142,7 +152,7 @@ static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_
     const ds_gpu_room *m = &b->room;
     const uint32_t n_slots = (uint32_t)r->n_tok * (uint32_t)c->n_expert_used;
     *out = (blocks){.groups = m->groups, .slot_row = m->slot_row, .n = n_slots, .stride = n_slots, .most = 1};
-    if (is_single(r)) return DS_OK;
+    if (is_single(r)) return out->slot_row = 0, DS_OK; /* all read the one row: nothing is asked before it */
     out->n = out->stride = (uint32_t)c->n_expert;
     out->most = (uint32_t)r->n_tok; /* a token has an expert once */
     out->usual = n_slots / out->n + 1;
@@ -159,13 +169,16 @@ static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_
 static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, ds_error *err) {
     const ds_experts *x = &ds_weights_layer(b->facts.weights, op->il)->experts;
     const uint64_t each = (uint64_t)k->stride * sizeof(ds_gpu_group);
-    ds_gpu_product p = {.x = b->room.xn,
+    const ds_gpu_input input = input_of(b, op);
+    ds_gpu_product p = {.x = input.x,
+                        .norm = input.norm,
+                        .eps = b->facts.config->rms_eps,
                         .y = b->room.hidden_exps,
                         .groups = k->groups,
                         .slot_row = k->slot_row,
                         .tables = b->w.tables,
                         .up = k->groups + each,
-                        .ldx = (uint32_t)x->gate.k,
+                        .ldx = k->slot_row ? (uint32_t)x->gate.k : 0,
                         .ldy = (uint32_t)x->gate.rows,
                         .row_bytes = (uint32_t)x->gate.row_bytes,
                         .k = (uint32_t)x->gate.k,
@@ -244,7 +257,9 @@ ds_status ds_gpu_combine(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
               shared ? m->shared : 0,
               m->rows,
               m->others.at,
-              op->split ? m->split_of.at : m->slot_of,
+              op->split                          ? m->split_of.at
+              : is_single(ds_gpu_request(b, op)) ? 0
+                                                 : m->slot_of,
               m->weights,
               (uint32_t)c->n_embd,
               (uint32_t)c->n_expert_used};

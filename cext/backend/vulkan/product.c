@@ -6,29 +6,29 @@
 
 /* ---- What is told of devices: the one place for figures that suit a card. They change results by rounding alone.
  *
- * Chosen by counting registers, groups and operations, not yet timed: two rows a subgroup share what is read of x; a
- * matrix of few rows fills a large card better by single ones; sums of more than 8 (rows by slots) leave no registers
- * for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8 slots are cheaper up to half
- * of them or so, and among experts, of which each has a few of the tokens, up to more; matrix units make a tile's sums
- * cheap. */
+ * Chosen by counting registers, groups and operations: a product of few slots waits for memory, so that its threads are as
+ * many as keep a large card's memory at work, as long as each has an item of its row left; a thread has up to four items
+ * under way, of floats eight, and two rows that share what is read of x where there are enough. Sums of more than 8 (rows
+ * by slots) leave no registers for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8
+ * slots are cheaper up to half of them or so, and among experts, of which each has a few of the tokens, up to more; matrix
+ * units make a tile's sums cheap. */
 enum {
-    VEC_THREADS = 128,
+    VEC_THREADS = 256,
+    VEC_FULL = 65536, /* threads that a card should have at least, */
+    VEC_GROUPS = 1024, /* and workgroups that it need not have more than: each reads x for itself */
+    VEC_BLOCKS = 8, /* experts that are counted on, however many come: sums are the same wherever they are */
+    VEC_CHUNK = DS_GPU_JOIN_VALUES, /* values of x that a workgroup shares */
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
+    THREADS = 128, /* of the others */
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
     LARGE_TILE = 128, /* these reuse more of what is read, */
     LARGE_FROM = 512, /* where groups of them still keep a large device at work */
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
-    FEW_ROWS = 4096,
-    GRID_ROWS = 4, /* times the rows a group: it copies a grid first */
     VEC_MOST = 8, /* slots; more are tiles' work: of matrix units, */
     VEC_MOST_FLOATS = 32, /* without them, */
     VEC_MOST_GROUPS = 64, /* and where they are shared out among groups */
     MAX_GROUPS = 65535, /* what every device has */
 };
-
-static const struct {
-    uint32_t most, rows, slots; /* up to so many slots: rows by slots of a subgroup */
-} VEC_SHAPES[] = {{1, 2, 1}, {2, 2, 2}, {4, 2, 4}, {UINT32_MAX, 1, 8}};
 
 static uint32_t pieces(uint32_t n, uint32_t of) { return n / of + (n % of != 0); }
 
@@ -85,23 +85,46 @@ static bool is_vec(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p)
     return p->n_slots <= most;
 }
 
-static bool has_grid(ds_format format) {
-    return format == DS_FORMAT_IQ2_XXS || format == DS_FORMAT_IQ2_XS || format == DS_FORMAT_IQ2_S ||
-           format == DS_FORMAT_IQ3_XXS || format == DS_FORMAT_IQ3_S;
+/* How mul_vec.comp is cut: its specialization constants but for the threads. */
+typedef struct shape {
+    uint32_t rows, slots, lanes, chunk, aligned, normed, joined;
+} shape;
+
+static bool is_float(ds_format format) { return ds_format_get(format)->block_elements == 1; }
+
+static bool is_aligned(ds_format format, const ds_gpu_product *p) {
+    const uint64_t x = p->x | p->norm | 4 * (uint64_t)(p->ldx | p->stride_x | p->k);
+    const uint64_t w = p->groups ? 1 : p->w | p->up | p->stride_w | p->row_bytes;
+    return (format == DS_FORMAT_F32 ? x | w : x) % 16 == 0;
+}
+
+/* Blocks that are counted on. */
+static uint32_t blocks_of(const ds_gpu_product *p, uint32_t n_blocks) { return p->groups ? VEC_BLOCKS : n_blocks; }
+
+static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matrices, uint32_t n_blocks) {
+    const uint32_t item = is_float(format) ? 4 : 32, items = pieces(p->k, item), under_way = is_float(format) ? 8 : 4;
+    const uint64_t rows = (uint64_t)p->rows * blocks_of(p, n_blocks);
+    shape s = {.rows = 1, .slots = 8, .lanes = 1, .chunk = 256};
+    s.aligned = is_aligned(format, p);
+    s.normed = p->norm != 0;
+    s.joined = p->flags / DS_GPU_JOIN;
+    while (s.slots > 1 && s.slots / 2 >= p->n_slots) s.slots /= 2;
+    while (s.chunk < p->k && s.chunk * s.slots < VEC_CHUNK) s.chunk *= 2;
+    const uint32_t most = s.chunk / item < VEC_THREADS ? s.chunk / item : VEC_THREADS;
+    while (s.lanes < items && s.lanes < most && (items > under_way * s.lanes || rows * s.lanes < VEC_FULL))
+        s.lanes *= 2;
+    if (n_matrices == 1 && s.slots <= 4 && s.lanes > 1 && rows * s.lanes >= 2 * VEC_FULL) s.rows = 2;
+    return s;
 }
 
 static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_format format, const ds_gpu_product *p,
-                         uint32_t n_blocks, ds_error *err) {
-    size_t i = 0;
-    while (VEC_SHAPES[i].most < p->n_slots) i++;
-    const uint32_t rows = p->rows <= FEW_ROWS ? 1 : VEC_SHAPES[i].rows, slots = VEC_SHAPES[i].slots;
-    const uint32_t subgroup = ds_gpu_told(gpu)->subgroup;
-    uint32_t group_rows = rows * (subgroup && subgroup < VEC_THREADS ? VEC_THREADS / subgroup : 1);
-    if (has_grid(format)) group_rows *= GRID_ROWS;
-    while (pieces(p->rows, group_rows) > MAX_GROUPS) group_rows *= 2;
-    const uint32_t specs[] = {VEC_THREADS, rows, slots, group_rows};
-    return record(gpu, c, name, format, specs, 4, p,
-                  (uint32_t[]){pieces(p->rows, group_rows), pieces(p->n_slots, slots), n_blocks}, err);
+                         uint32_t n_matrices, uint32_t n_blocks, ds_error *err) {
+    const shape s = shape_of(format, p, n_matrices, n_blocks);
+    const uint32_t specs[] = {VEC_THREADS, s.rows, s.slots, s.lanes, s.chunk, s.aligned, s.normed, s.joined};
+    const uint32_t groups = pieces(p->rows, VEC_THREADS / s.lanes * s.rows), slots = pieces(p->n_slots, s.slots);
+    const uint64_t passes = ((uint64_t)groups * slots * blocks_of(p, n_blocks) + VEC_GROUPS - 1) / VEC_GROUPS;
+    return record(gpu, c, name, format, specs, 8, p,
+                  (uint32_t[]){passes < groups ? pieces(groups, (uint32_t)passes) : 1, slots, n_blocks}, err);
 }
 
 /* Tiles of slots in a grid: a block with more than is usual takes its own one after another, so that the others, of which
@@ -135,7 +158,7 @@ static bool has_gated_coop(const ds_gpu *gpu) { return TILE / 4 % ds_gpu_told(gp
 
 ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                      ds_error *err) {
-    if (is_vec(gpu, format, p)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, n_blocks, err);
+    if (is_vec(gpu, format, p)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, 1, n_blocks, err);
     if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, 1, format, p, n_blocks, err);
     return mul_mat(gpu, c, format, p, n_blocks, err);
 }
@@ -144,7 +167,7 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds
                            uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
     const bool alike = format == up_format && up_row_bytes == p->row_bytes;
     if (alike && is_vec(gpu, format, p))
-        return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, n_blocks, err);
+        return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, 2, n_blocks, err);
     if (alike && takes_halves(gpu, format, p) && has_gated_coop(gpu))
         return mul_coop(gpu, c, 2, format, p, n_blocks, err);
     ds_gpu_product up = *p;
@@ -159,11 +182,11 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds
 }
 
 ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err) {
-    return record(gpu, c, "pack_q8", DS_FORMAT_COUNT, (uint32_t[]){VEC_THREADS}, 1, p,
-                  (uint32_t[]){pieces(p->ldx, 4 * VEC_THREADS), p->n_slots, 1}, err);
+    return record(gpu, c, "pack_q8", DS_FORMAT_COUNT, (uint32_t[]){THREADS}, 1, p,
+                  (uint32_t[]){pieces(p->ldx, 4 * THREADS), p->n_slots, 1}, err);
 }
 
 ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, ds_error *err) {
-    return record(gpu, c, "get_rows", format, (uint32_t[]){VEC_THREADS}, 1, p,
+    return record(gpu, c, "get_rows", format, (uint32_t[]){THREADS}, 1, p,
                   (uint32_t[]){pieces(p->k, GATHER_VALUES), p->n_slots, 1}, err);
 }

@@ -18,20 +18,27 @@ typedef struct ds_gpu_product {
     uint64_t tables; /* what ds_gpu_tables gives */
     uint64_t up; /* of a gated product, as w; with groups, ds_gpu_group (n_blocks) of the same slots */
     uint64_t x_scale; /* of a product with packed activations (ds_gpu_pack): float (.., ldx / 32) */
+    uint64_t norm; /* 0, or float (k): x, of one slot a block and not packed, is normalised first, by these weights */
     uint64_t stride_w; /* bytes from a block's weights to the next one's */
     uint32_t stride_x, stride_y; /* floats likewise; 0 with groups */
     uint32_t ldx, ldy; /* floats between rows */
     uint32_t row_bytes, k, rows; /* of W: `rows` rows of k values */
     uint32_t n_slots; /* of each block: rows of x and y; with groups, the most that one may have */
-    uint32_t flags; /* DS_GPU_ADD, DS_GPU_EXACT */
-    uint32_t usual; /* of a block with groups: slots that most have about, or 0; for the grid alone */
+    uint32_t flags; /* DS_GPU_ADD, DS_GPU_EXACT, DS_GPU_JOIN times 1 + the kind of the cache's rows */
+    uint32_t
+        usual; /* of a block with groups: slots that most have about, or 0; for the grid alone. With DS_GPU_JOIN, parts */
+    float eps; /* of the norm */
 } ds_gpu_product;
 
-static_assert(sizeof(ds_gpu_product) == 112, "the same bytes as in shaders/product.glsl");
+static_assert(sizeof(ds_gpu_product) == DS_GPU_PUSH, "the same bytes as in shaders/product.glsl");
 
 enum {
-    DS_GPU_ADD = 1,  /* y += */
+    DS_GPU_ADD = 1, /* y += */
     DS_GPU_GATE = 2, /* y = silu(y) * (x W^T): the second half of a gated product */
+    DS_GPU_JOIN =
+        16, /* of one slot: x is a head's parts of positions, which latent_join.comp else joins, stride_x floats */
+    DS_GPU_JOIN_PARTS = 64, /* at most so many, */
+    DS_GPU_JOIN_VALUES = 4096, /* of as many values, k, of a head */
     DS_GPU_EXACT = 4, /* in floats, where many slots would else be taken as halves on devices with matrix units */
 };
 

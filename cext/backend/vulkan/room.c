@@ -52,7 +52,7 @@ static void carve_own(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
         r->q = floats(c, n * heads * (uint64_t)ds_qk_dim(g));
         r->absorbed = floats(c, together * heads * rank);
         r->queries = floats(c, together * heads * width);
-        r->parts = floats(c, most(together * heads, DS_GPU_ATTEND_GROUPS * DS_GPU_ATTEND_HEADS) * (width + 2));
+        r->parts = floats(c, most(together * heads, (uint64_t)ds_gpu_part_rows(b)) * (width + 2));
         r->latent = floats(c, together * heads * rank);
         r->heads = floats(c, n * heads * (uint64_t)g->v_dim);
     }

@@ -77,6 +77,8 @@ typedef struct ds_gpu_backend {
 
 /* Tokens of a step of n_tok whose attention is computed together at most. */
 int ds_gpu_attend_together(const ds_gpu_backend *b, int n_tok);
+/* Rows of queries, of each part of their positions, that the room has at least: what all workgroups hold. */
+int ds_gpu_part_rows(const ds_gpu_backend *b);
 /* Room for steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err);
 void ds_gpu_room_release(ds_gpu_backend *b);
@@ -102,9 +104,18 @@ static inline ds_gpu_layer *ds_gpu_layer_of(const ds_gpu_backend *b, int il) {
 ds_status ds_gpu_do(ds_gpu_backend *b, const char *shader, const void *push, uint32_t bytes, uint32_t x, uint32_t y,
                     uint32_t z, ds_error *err);
 static inline void ds_gpu_then(ds_gpu_backend *b) { ds_gpu_barrier(b->gpu, &b->commands); }
+/* Rows that products read: of x as it is, or normalised on the way by a norm's weights; row: which, or 0. */
+typedef struct ds_gpu_input {
+    uint64_t x, norm, row;
+} ds_gpu_input;
+
+/* The norm of n rows of x, `width` values: that of one row is left to the products that read it, others are made in `to`.
+ * A barrier is behind it where it is needed. */
+ds_status ds_gpu_normed(ds_gpu_backend *b, uint64_t x, uint64_t w, uint64_t to, int n, int width, ds_gpu_input *out,
+                        ds_error *err);
 /* y = x W^T of n rows, ldx and ldy floats apart, flags as in product.h. */
-ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, uint64_t y, int n, int ldx, int ldy,
-                       uint32_t flags, ds_error *err);
+ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, ds_gpu_input x, uint64_t y, int n, int ldx,
+                       int ldy, uint32_t flags, ds_error *err);
 /* y (n, n_embd) = the norm of rows of x; row: which, or 0. */
 ds_status ds_gpu_norm(ds_gpu_backend *b, uint64_t x, uint64_t w, uint64_t y, uint64_t row, int n, int width, int ldx,
                       int ldy, ds_error *err);

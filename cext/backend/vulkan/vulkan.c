@@ -16,19 +16,31 @@ ds_status ds_gpu_do(ds_gpu_backend *b, const char *shader, const void *push, uin
     return st;
 }
 
-ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, uint64_t x, uint64_t y, int n, int ldx, int ldy,
-                       uint32_t flags, ds_error *err) {
+ds_status ds_gpu_normed(ds_gpu_backend *b, uint64_t x, uint64_t w, uint64_t to, int n, int width, ds_gpu_input *out,
+                        ds_error *err) {
+    *out = n == 1 ? (ds_gpu_input){x, w, 0} : (ds_gpu_input){to, 0, 0};
+    if (n == 1) return DS_OK;
+    const ds_status st = ds_gpu_norm(b, x, w, to, 0, n, width, width, width, err);
+    ds_gpu_then(b);
+    return st;
+}
+
+ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, ds_gpu_input x, uint64_t y, int n, int ldx,
+                       int ldy, uint32_t flags, ds_error *err) {
     const ds_gpu_product p = {.w = w,
-                              .x = x,
+                              .x = x.x,
                               .y = y,
+                              .slot_row = x.row,
                               .tables = b->w.tables,
+                              .norm = x.norm,
                               .ldx = (uint32_t)ldx,
                               .ldy = (uint32_t)ldy,
                               .row_bytes = (uint32_t)m->row_bytes,
                               .k = (uint32_t)m->k,
                               .rows = (uint32_t)m->rows,
                               .n_slots = (uint32_t)n,
-                              .flags = flags};
+                              .flags = flags,
+                              .eps = b->facts.config->rms_eps};
     return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, 1, err);
 }
 
@@ -115,12 +127,11 @@ static void take_copy(ds_gpu_backend *b, const ds_op *op) {
                n * (size_t)c->n_embd * sizeof(float));
 }
 
-/* Logits of rows [from, from + n) of those that are wanted. */
-static ds_status some_logits(ds_gpu_backend *b, int from, int n, ds_error *err) {
+/* Logits of n rows. */
+static ds_status some_logits(ds_gpu_backend *b, ds_gpu_input x, int n, ds_error *err) {
     const ds_config *c = b->facts.config;
-    return ds_gpu_times(b, &b->facts.weights->output, b->w.output,
-                        b->room.xn + (uint64_t)from * (uint64_t)c->n_embd * 4, b->room.logits.at, n, c->n_embd,
-                        c->n_vocab, 0, err);
+    return ds_gpu_times(b, &b->facts.weights->output, b->w.output, x, b->room.logits.at, n, c->n_embd, c->n_vocab, 0,
+                        err);
 }
 
 static int logits_together(const ds_gpu_backend *b, const ds_request *r, int from) {
@@ -131,16 +142,17 @@ static int logits_together(const ds_gpu_backend *b, const ds_request *r, int fro
 static ds_status head(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_request *r = ds_gpu_request(b, op);
     const int d = b->facts.config->n_embd;
+    const uint64_t x = b->room.x[op->tail];
     uint64_t rows = 0;
     if (!r->n_logits) return DS_OK;
     if (r->logit_rows) {
         memcpy(b->room.logit_rows.host, r->logit_rows, (size_t)r->n_logits * sizeof *r->logit_rows);
         rows = b->room.logit_rows.at;
     }
-    const ds_status st =
-        ds_gpu_norm(b, b->room.x[op->tail], b->w.output_norm, b->room.xn, rows, r->n_logits, d, d, d, err);
+    if (r->n_logits == 1) return some_logits(b, (ds_gpu_input){x, b->w.output_norm, rows}, 1, err);
+    const ds_status st = ds_gpu_norm(b, x, b->w.output_norm, b->room.xn, rows, r->n_logits, d, d, d, err);
     ds_gpu_then(b);
-    return st == DS_OK ? some_logits(b, 0, logits_together(b, r, 0), err) : st;
+    return st == DS_OK ? some_logits(b, (ds_gpu_input){b->room.xn, 0, 0}, logits_together(b, r, 0), err) : st;
 }
 
 /* What is there is taken, and the rest computed, a few rows at a time: it is the last operation. */
@@ -153,7 +165,8 @@ static ds_status take_logits(ds_gpu_backend *b, const ds_op *op, ds_error *err) 
         if (from) {
             b->commands.at = b->n_submitted; /* the list of the step's end stays as it is */
             st = ds_gpu_record(b->gpu, &b->commands, err);
-            if (st == DS_OK) st = some_logits(b, from, n, err);
+            const uint64_t x = b->room.xn + (uint64_t)from * (uint64_t)b->facts.config->n_embd * 4;
+            if (st == DS_OK) st = some_logits(b, (ds_gpu_input){x, 0, 0}, n, err);
             if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
             if (st == DS_OK) st = ds_gpu_submit(b->gpu, &b->commands, err);
             if (st == DS_OK) st = ds_gpu_wait(b->gpu, err);

@@ -1,5 +1,7 @@
-// latent_few.comp: latent_attend.comp for few tokens over rows of 16 or 8 bits: the same of it all, with less waiting. A thread
-// takes whole keys, sixteen bytes at a time, for some of the heads; then two values of every position for all of them.
+// latent_few.comp: latent_query.comp and latent_attend.comp for few tokens over rows of 16 or 8 bits: the same of it all, with
+// less waiting. Queries are made where they are used. SPLIT threads share two keys, sixteen bytes of each in turn, so that
+// they read them in order, for all heads; then a thread has two values of every position. What a thread reads is
+// asked for a few pieces at a time, the last again beyond the end.
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
@@ -9,48 +11,189 @@
 layout(local_size_x = 256) in;
 layout(constant_id = 0) const uint PAIRS = 1; // of values, of a thread: v / 512, rounded up
 layout(push_constant, scalar) uniform Push {
-    Tokens tokens; // (n_tok)
-    Floats q;      // (n_tok, n_head, width)
-    Floats to;     // (n_tok, n_head, n_parts, v + 2): acc, m, l
-    uint n_head, width, head, v, n_parts, at; // head: values of width that are the row's head; at: of the layer in a block
+    Tokens tokens;   // (n_tok)
+    Floats absorbed; // (n_tok, n_head, rank): of each head W_uk^T q_nope
+    Floats q;        // (n_tok, n_head, nope + n_tail)
+    Floats angles;   // (n_tok, n_tail)
+    Floats to;       // (n_tok, n_head, n_parts, v + 2): acc, m, l
+    uint n_head, rank, nope, n_tail, width, head, v, n_parts, at; // head: values of width that are the row's head; at: of the layer in a block
     Layout l;
 } p;
 
 layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Quads { uvec4 at; };
 
-const uint THREADS = 256, HEADS = 8, TILE = 64, GROUPS = THREADS / TILE, MINE = HEADS / GROUPS, MOST_WIDTH = 640;
-shared float queries[HEADS][MOST_WIDTH];
-shared float scores[TILE][HEADS], weights[TILE][HEADS];
-shared float scales[TILE], tail_scales[TILE];
+const uint THREADS = 256, HEADS = 8, TILE = 64, MOST_WIDTH = 640;
+const uint SPLIT = 8, KEYS = THREADS / SPLIT; // a thread's keys are KEYS apart
+const uint ASKED = 3, POSITIONS = 8; // pieces of a key, and positions, at a time
+shared vec4 queries[HEADS * MOST_WIDTH / 4];
+shared vec4 sums[SPLIT * KEYS * HEADS / 4];
+shared float scores[TILE][HEADS]; // then the weights
+shared float scales[TILE];
 shared float top[HEADS], sum[HEADS], shrink[HEADS];
 
 vec2 shorts(uint two) { return vec2(int(two << 16) >> 16, int(two) >> 16); }
 
-// Heads [first, first + MINE) of the queries by eight values of a key.
-void multiply8(uint first, uint at, vec4 a, vec4 b, inout float score[MINE]) {
-    [[unroll]] for (uint h = 0; h < MINE; h++)
-        for (uint i = 0; i < 4; i++) score[h] += queries[first + h][at + i] * a[i] + queries[first + h][at + 4 + i] * b[i];
-}
+// ---- Queries ----
 
-void multiply_shorts(uint first, uint at, uvec4 key, inout float score[MINE]) {
-    multiply8(first, at, vec4(shorts(key.x), shorts(key.y)), vec4(shorts(key.z), shorts(key.w)), score);
-}
-
-// A key's scores, without their scales.
-void score_key(uint64_t block, uint j, uint first, inout float score[MINE], inout float tail[MINE]) {
-    const uint64_t key = block + p.l.data + j * p.l.row_bytes;
+uint kept_at(uint i) {
 #if KIND == 1
-    for (uint i = 0; i < p.width; i += 8) multiply_shorts(first, i, Quads(key + 2 * i).at, score);
+    return place16(i);
 #else
-    for (uint i = 0; i < p.head; i += 16) {
-        const uvec4 q = Quads(key + i).at;
-        multiply8(first, i, vec4(unpack8(int(q.x))), vec4(unpack8(int(q.y))), score);
-        multiply8(first, i + 8, vec4(unpack8(int(q.z))), vec4(unpack8(int(q.w))), score);
-    }
-    const uint64_t rotary = block + p.l.tail + j * p.l.tail_bytes;
-    for (uint i = 0; i < p.width - p.head; i += 8) multiply_shorts(first, p.head + i, Quads(rotary + 2 * i).at, tail);
+    return i < p.rank ? place8(i) : p.head + place16(i - p.rank);
 #endif
 }
+
+void keep(uint h, uint i, float x) {
+    const uint at = h * p.width + kept_at(i);
+    queries[at / 4][at % 4] = x;
+}
+
+// Value i of a query behind its first `rank`: the rotary ones, rotated by the token's place; then 0.
+float rotary(uint t, uint h, uint i) {
+    if (i >= p.n_tail || h >= p.n_head) return 0.0;
+    const uint q = (t * p.n_head + h) * (p.nope + p.n_tail) + p.nope, pair = i & ~1u;
+    const float c = p.angles.at[t * p.n_tail + pair], s = p.angles.at[t * p.n_tail + pair + 1];
+    const float a = p.q.at[q + pair], b = p.q.at[q + pair + 1];
+    return i == pair ? a * c - b * s : a * s + b * c;
+}
+
+#if KIND == 2
+// As rotate.glsl has it, of all heads, in the order that they are kept in.
+void rotate_queries() {
+    const uint block = p.rank & (~p.rank + 1), pairs = p.rank / 2;
+    for (uint half_way = 1; half_way < block; half_way *= 2) {
+        barrier();
+        for (uint i = gl_LocalInvocationIndex; i < HEADS * pairs; i += THREADS) {
+            const uint first = i / pairs * p.width, r = i % pairs, a = r / half_way * 2 * half_way + r % half_way;
+            const uint at_a = first + place8(a), at_b = first + place8(a + half_way);
+            const float u = queries[at_a / 4][at_a % 4], v = queries[at_b / 4][at_b % 4];
+            queries[at_a / 4][at_a % 4] = u + v;
+            queries[at_b / 4][at_b % 4] = u - v;
+        }
+    }
+}
+#endif
+
+// Those of heads from h0 on, times the scores' scale; of heads behind the last, 0.
+void load_queries(uint h0, uint t, float token_scale) {
+    const uint me = gl_LocalInvocationIndex, n = HEADS * p.rank, there = (p.n_head - min(h0, p.n_head)) * p.rank;
+    const uint from = (t * p.n_head + h0) * p.rank, behind = p.width - p.rank;
+    float scale = token_scale;
+#if KIND == 2
+    scale /= sqrt(float(p.rank & (~p.rank + 1)));
+    for (uint i = me; i < HEADS * p.width / 4; i += THREADS) queries[i] = vec4(0.0);
+    barrier();
+#endif
+    for (uint i = me; i < n; i += 8 * THREADS) {
+        float x[8];
+        [[unroll]] for (uint k = 0; k < 8; k++) x[k] = p.absorbed.at[from + min(i + k * THREADS, min(n, there) - 1)];
+        [[unroll]] for (uint k = 0; k < 8; k++) {
+            const uint at = i + k * THREADS, h = at / p.rank;
+            if (at < n) keep(h, at - h * p.rank, at < there ? x[k] * scale : 0.0);
+        }
+    }
+#if KIND == 2
+    rotate_queries();
+    for (uint i = me; i < HEADS * p.n_tail; i += THREADS) {
+        const uint h = i / p.n_tail, c = i % p.n_tail;
+        keep(h, p.rank + c, rotary(t, h0 + h, c) * token_scale);
+    }
+#else
+    for (uint i = me; i < HEADS * behind; i += THREADS) {
+        const uint h = i / behind, c = i % behind;
+        keep(h, p.rank + c, rotary(t, h0 + h, c) * token_scale);
+    }
+#endif
+}
+
+// ---- Scores ----
+
+float score[2][HEADS]; // of a thread's part of its keys
+
+// All heads by four values of the thread's keys.
+void multiply4(uint at, vec4 a, vec4 b) {
+    [[unroll]] for (uint h = 0; h < HEADS; h++) {
+        const vec4 q = queries[(h * p.width + at) / 4];
+        score[0][h] += dot(q, a);
+        score[1][h] += dot(q, b);
+    }
+}
+
+// By the pieces of a key from `first` on, of which each has so many values, those at and behind `at` of the query.
+void multiply_keys(uint64_t first, uint64_t second, uint n, uint at, bool bytes, vec2 scale) {
+    const uint lane = gl_LocalInvocationIndex % SPLIT, each = bytes ? 16 : 8;
+    for (uint i = lane; i < n; i += ASKED * SPLIT) {
+        uvec4 a[ASKED], b[ASKED];
+        [[unroll]] for (uint k = 0; k < ASKED; k++) {
+            const uint piece = min(i + k * SPLIT, n - 1);
+            a[k] = Quads(first + 16 * piece).at;
+            b[k] = Quads(second + 16 * piece).at;
+        }
+        [[unroll]] for (uint k = 0; k < ASKED; k++) {
+            if (i + k * SPLIT >= n) break;
+            const uint from = at + (i + k * SPLIT) * each;
+            [[unroll]] for (uint w = 0; w < 4; w++) {
+                if (bytes) {
+                    multiply4(from + 4 * w, scale.x * vec4(unpack8(int(a[k][w]))), scale.y * vec4(unpack8(int(b[k][w]))));
+                } else if (w % 2 == 0) {
+                    multiply4(from + 2 * w, scale.x * vec4(shorts(a[k][w]), shorts(a[k][w + 1])),
+                              scale.y * vec4(shorts(b[k][w]), shorts(b[k][w + 1])));
+                }
+            }
+        }
+    }
+}
+
+// The scores of a tile's first `seen` positions; more are of no meaning. Leaves its scales.
+void score_tile(uint64_t block, uint seen) {
+    const uint me = gl_LocalInvocationIndex, lane = me % SPLIT, j = me / SPLIT;
+    const uint first = min(j, seen - 1), second = min(j + KEYS, seen - 1);
+    const uint64_t data = block + p.l.data;
+    const vec2 scale = vec2(Floats(block + p.l.scale).at[first], Floats(block + p.l.scale).at[second]);
+    [[unroll]] for (uint h = 0; h < HEADS; h++) score[0][h] = score[1][h] = 0.0;
+#if KIND == 1
+    multiply_keys(data + first * p.l.row_bytes, data + second * p.l.row_bytes, p.width / 8, 0, false, scale);
+#else
+    const vec2 tail = vec2(Floats(block + p.l.tail_scale).at[first], Floats(block + p.l.tail_scale).at[second]);
+    const uint64_t rotary = block + p.l.tail;
+    multiply_keys(data + first * p.l.row_bytes, data + second * p.l.row_bytes, p.head / 16, 0, true, scale);
+    multiply_keys(rotary + first * p.l.tail_bytes, rotary + second * p.l.tail_bytes, (p.width - p.head) / 8, p.head, false, tail);
+#endif
+    if (lane == 0) scales[j] = j < seen ? scale.x : 0.0, scales[j + KEYS] = j + KEYS < seen ? scale.y : 0.0;
+    [[unroll]] for (uint k = 0; k < 2; k++) {
+        barrier();
+        [[unroll]] for (uint h = 0; h < HEADS; h += 4)
+            sums[(lane * THREADS + j * HEADS + h) / 4] = vec4(score[k][h], score[k][h + 1], score[k][h + 2], score[k][h + 3]);
+        barrier();
+        float all = 0.0;
+        [[unroll]] for (uint s = 0; s < SPLIT; s++) all += sums[(s * THREADS + me) / 4][me % 4];
+        scores[k * KEYS + me / HEADS][me % HEADS] = all;
+    }
+    barrier();
+}
+
+// The weights of a tile's positions, by its largest score and those before, in the scores' place; 0 of those not seen.
+void soften(uint seen) {
+    const uint h = gl_LocalInvocationIndex % HEADS, c = gl_LocalInvocationIndex / HEADS;
+    const float before = top[h];
+    float most = before, weight[2];
+    [[unroll]] for (uint i = 0; i < TILE; i++) most = max(most, i < seen ? scores[i][h] : before);
+    [[unroll]] for (uint k = 0; k < 2; k++) {
+        const uint i = c + k * KEYS;
+        weight[k] = i < seen ? exp(scores[i][h] - most) : 0.0;
+    }
+    barrier();
+    [[unroll]] for (uint k = 0; k < 2; k++) scores[c + k * KEYS][h] = weight[k];
+    barrier();
+    if (c != 0) return;
+    float total = 0.0;
+    [[unroll]] for (uint i = 0; i < TILE; i++) total += scores[i][h];
+    shrink[h] = exp(before - most);
+    sum[h] = sum[h] * shrink[h] + total;
+    top[h] = most;
+}
+
+// ---- Values ----
 
 // Values d and d + 1 of row j, without its scale; d is even.
 vec2 value2(uint64_t block, uint j, uint d) {
@@ -62,79 +205,48 @@ vec2 value2(uint64_t block, uint j, uint d) {
 #endif
 }
 
-void load_queries(uint h0, uint n_heads, uint t) {
-    for (uint i = gl_LocalInvocationIndex; i < HEADS * p.width; i += THREADS) {
-        const uint h = i / p.width, c = i % p.width;
-        queries[h][c] = h < n_heads ? p.q.at[(t * p.n_head + h0 + h) * p.width + c] : 0.0;
-    }
-}
+vec2 acc[HEADS][PAIRS];
 
-// The weights of a tile's positions, by its largest score and those before.
-void soften(uint seen) {
-    const uint h = gl_LocalInvocationIndex % HEADS, c = gl_LocalInvocationIndex / HEADS;
-    const float before = top[h];
-    float most = before;
-    for (uint i = 0; i < seen; i++) most = max(most, scores[i][h]);
-    for (uint i = c; i < TILE; i += THREADS / HEADS) weights[i][h] = i < seen ? exp(scores[i][h] - most) : 0.0;
-    barrier();
-    if (c != 0) return;
-    float total = 0.0;
-    for (uint i = 0; i < seen; i++) total += weights[i][h];
-    shrink[h] = exp(before - most);
-    sum[h] = sum[h] * shrink[h] + total;
-    top[h] = most;
+void add_values(uint64_t block, uint seen) {
+    [[unroll]] for (uint s = 0; s < PAIRS; s++) {
+        const uint d = 2 * (gl_LocalInvocationIndex + s * THREADS);
+        if (d >= p.v) continue;
+        [[unroll]] for (uint h = 0; h < HEADS; h++) acc[h][s] *= shrink[h];
+        for (uint i = 0; i < seen; i += POSITIONS) {
+            vec2 v[POSITIONS];
+            [[unroll]] for (uint k = 0; k < POSITIONS; k++) v[k] = value2(block, min(i + k, seen - 1), d);
+            [[unroll]] for (uint k = 0; k < POSITIONS; k++) {
+                v[k] *= scales[i + k];
+                [[unroll]] for (uint h = 0; h < HEADS; h++) acc[h][s] += scores[i + k][h] * v[k];
+            }
+        }
+    }
 }
 
 void main() {
     const uint part = gl_WorkGroupID.x, h0 = gl_WorkGroupID.y * HEADS, t = gl_WorkGroupID.z;
-    const uint me = gl_LocalInvocationIndex, n_heads = min(HEADS, p.n_head - h0), n_pos = p.tokens.at[t].pos + 1;
+    const Token token = p.tokens.at[t];
+    const uint me = gl_LocalInvocationIndex, n_pos = token.pos + 1;
     const uint tiles = (n_pos + TILE - 1) / TILE, each = (tiles + p.n_parts - 1) / p.n_parts;
-    const uint end = min(tiles, (part + 1) * each), j = me % TILE, mine = me / TILE * MINE;
-    vec2 acc[HEADS][PAIRS];
+    const uint end = min(tiles, (part + 1) * each);
     [[unroll]] for (uint h = 0; h < HEADS; h++)
         [[unroll]] for (uint s = 0; s < PAIRS; s++) acc[h][s] = vec2(0.0);
     if (me < HEADS) top[me] = -1.0 / 0.0, sum[me] = 0.0;
-    load_queries(h0, n_heads, t);
+    load_queries(h0, t, token.scale);
     for (uint tile = part * each; tile < end; tile++) {
-        const uint64_t block = Longs(p.tokens.at[t].blocks).at[tile] + p.at;
+        const uint64_t block = Longs(token.blocks).at[tile] + p.at;
         const uint seen = min(TILE, n_pos - tile * TILE);
-        float score[MINE], tail[MINE];
-        [[unroll]] for (uint h = 0; h < MINE; h++) score[h] = tail[h] = 0.0;
-        barrier();
-        if (me < seen) {
-            scales[me] = Floats(block + p.l.scale).at[me];
-#if KIND == 2
-            tail_scales[me] = Floats(block + p.l.tail_scale).at[me];
-#endif
-        }
-        if (j < seen) score_key(block, j, mine, score, tail);
-        barrier();
-        if (j < seen) {
-#if KIND == 2
-            [[unroll]] for (uint h = 0; h < MINE; h++)
-                scores[j][mine + h] = score[h] * scales[j] + tail[h] * tail_scales[j];
-#else
-            [[unroll]] for (uint h = 0; h < MINE; h++) scores[j][mine + h] = score[h] * scales[j];
-#endif
-        }
-        barrier();
+        barrier(); // queries are there; the values before were added
+        score_tile(block, seen);
         soften(seen);
         barrier();
-        [[unroll]] for (uint s = 0; s < PAIRS; s++) {
-            const uint d = 2 * (me + s * THREADS);
-            if (d >= p.v) continue;
-            [[unroll]] for (uint h = 0; h < HEADS; h++) acc[h][s] *= shrink[h];
-            for (uint i = 0; i < seen; i++) {
-                const vec2 v = value2(block, i, d) * scales[i];
-                [[unroll]] for (uint h = 0; h < HEADS; h++) acc[h][s] += weights[i][h] * v;
-            }
-        }
+        add_values(block, seen);
     }
     barrier();
     [[unroll]] for (uint h = 0; h < HEADS; h++) {
-        if (h >= n_heads) break;
+        if (h0 + h >= p.n_head) break;
         const uint to = ((t * p.n_head + h0 + h) * p.n_parts + part) * (p.v + 2);
-        for (uint s = 0; s < PAIRS; s++) {
+        [[unroll]] for (uint s = 0; s < PAIRS; s++) {
             const uint d = 2 * (me + s * THREADS);
             if (d < p.v) p.to.at[to + d] = acc[h][s].x, p.to.at[to + d + 1] = acc[h][s].y;
         }

@@ -1,71 +1,325 @@
 #version 460
-/* mul_vec.comp: y = x W^T for few slots a block. A subgroup takes ROWS rows, its lanes their units in turn, so that it
- * reads them in order, once for SLOTS slots. Names as in product.glsl; grid (rows / GROUP_ROWS, slots / SLOTS,
- * blocks). With GATED, y = silu(x W^T) * (x Up^T); with DOT, x is packed (pack_q8.comp). */
+/* mul_vec.comp: y = x W^T for few slots a block. LANES threads share a row, each an item of it in turn: a unit, of floats
+ * four values, so that they read it in order; a workgroup takes as many rows as it has such threads, ROWS times, and goes on
+ * to those that its grid leaves. x lies in shared memory, CHUNK values of it at a time, and is read there once for
+ * SLOTS slots and all rows. What a thread has of weights is asked for before x is, and BATCH items at a time: a product of
+ * few rows is one round to memory. Names as in product.glsl; grid (rows, SLOTS, blocks). With GATED, y = silu(x W^T) *
+ * (x Up^T); with DOT, x is packed (pack_q8.comp), and read where it is; with NORMED, x is normalised on the way (norm.comp):
+ * times the norm's weights where it is kept, the sums over its root mean square where they are stored; with JOINED, x is the
+ * parts of a head's positions, joined on the way (latent_join.comp). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
 #extension GL_KHR_shader_subgroup_arithmetic : require
 #include "product.glsl"
 #define EXACT
 #include "unpack.glsl"
-#include "factors.glsl"
+#include "rows.glsl"
 
 layout(local_size_x_id = 0) in;
-layout(constant_id = 1) const uint ROWS = 2;
+layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES */
 layout(constant_id = 2) const uint SLOTS = 1;
-layout(constant_id = 3) const uint GROUP_ROWS = 8; /* of a workgroup */
+layout(constant_id = 3) const uint LANES = 32; /* a power of two that the workgroup's threads are a multiple of */
+layout(constant_id = 4) const uint CHUNK = 2048; /* a multiple of 256, and of LANES items */
+layout(constant_id = 5) const bool ALIGNED = false; /* x, norm and floats of W lie at multiples of 16 bytes, and k is one of 4 */
+layout(constant_id = 6) const bool NORMED = false; /* of one slot */
+layout(constant_id = 7) const uint JOINED = 0; /* of one slot, 1 + the kind of the cache's rows: usual parts, at most 64 */
 
 #if defined(GATED)
 const uint N_MATRICES = 2;
 #else
 const uint N_MATRICES = 1;
 #endif
+const uint N_ROWS = N_MATRICES * ROWS;
+const uint THREADS = gl_WorkGroupSize.x, PASS = THREADS / LANES * ROWS; /* rows of a workgroup at a time */
 
-/* Units that a subgroup takes at a time: gl_SubgroupSize is what a device may have, and of some more than it has. */
-uint lanes;
+/* gl_SubgroupSize is what a device may have, and of some more than it has. */
+uint lanes, me, lane;
 
-/* Rows [row, row + ROWS) of the block by slots [slot, slot + SLOTS). Beyond the last, the last is taken again. */
-void rows_by_slots(Block b, uint row, uint slot) {
-    float sum[N_MATRICES * ROWS * SLOTS];
-    [[unroll]] for (uint i = 0; i < N_MATRICES * ROWS * SLOTS; i++) sum[i] = 0.0;
-    const uint last_row = p.rows - 1, last_slot = b.first + b.count - 1;
-    uint64_t w_at[N_MATRICES * ROWS], x_at[SLOTS];
-    [[unroll]] for (uint r = 0; r < ROWS; r++) {
-        w_at[r] = weight_row(b.w, min(row + r, last_row));
-#if defined(GATED)
-        w_at[ROWS + r] = weight_row(b.up, min(row + r, last_row));
-#endif
-    }
-    [[unroll]] for (uint s = 0; s < SLOTS; s++) x_at[s] = input_row(b, min(slot + s, last_slot));
-    for (uint u = gl_SubgroupInvocationID; u < n_units(p.k); u += lanes) {
-        [[unroll]] for (uint h = 0; h < 2; h++) {
-            Weights w[N_MATRICES * ROWS];
-            [[unroll]] for (uint r = 0; r < N_MATRICES * ROWS; r++) w[r] = weights_of(w_at[r], u, h, p.k);
-            [[unroll]] for (uint s = 0; s < SLOTS; s++) {
-                const Inputs x = inputs_of(x_at[s], u, h, p.k);
-                [[unroll]] for (uint r = 0; r < N_MATRICES * ROWS; r++) sum[r * SLOTS + s] += multiply(w[r], x);
-            }
-        }
-    }
-    [[unroll]] for (uint i = 0; i < N_MATRICES * ROWS * SLOTS; i++) sum[i] = subgroupAdd(sum[i]);
-    if (!subgroupElect()) return;
-    [[unroll]] for (uint r = 0; r < ROWS; r++)
-        [[unroll]] for (uint s = 0; s < SLOTS; s++) {
-            if (row + r > last_row || slot + s > last_slot) continue;
-#if defined(GATED)
-            store(b, slot + s, row + r, silu(sum[r * SLOTS + s]) * sum[(ROWS + r) * SLOTS + s]);
+shared float partial[N_MATRICES * THREADS * ROWS];
+
+/* ---- x ---- */
+
+#if defined(DOT)
+#include "factors.glsl"
+uint64_t x_at[SLOTS];
+void keep_inputs(uint from, bool first) {}
+float squares = 0.0;
 #else
-            store(b, slot + s, row + r, sum[r * SLOTS + s]);
+
+/* Units, or what of them is read together, lie four floats off the banks of those before. */
+shared vec4 kept[SLOTS * (CHUNK / 4 + CHUNK / 32 + CHUNK / 64)];
+shared float squares_of[THREADS]; /* of a subgroup */
+uint64_t x_at[SLOTS];
+float squares = 0.0; /* of a thread's values */
+
+uint where(uint v) {
+#if defined(LAYOUT_K2)
+    return v + v / 8 + v / 32 * 2;
+#elif defined(LAYOUT_K4)
+    return v + v / 16;
+#else
+    return v + v / 8;
 #endif
+}
+
+uint input_at(uint s, uint v) { return s * (CHUNK / 4 + CHUNK / 32 + CHUNK / 64) + where(v); }
+
+/* Four values from `at` on, 0 from k on. */
+vec4 values4(uint64_t row, uint at) {
+    if (ALIGNED) return Vectors(row + 4 * at).v[0];
+    Floats f = Floats(row + 4 * at);
+    vec4 x = vec4(0.0);
+    [[unroll]] for (uint c = 0; c < 4; c++)
+        if (at + c < p.k) x[c] = f.v[c];
+    return x;
+}
+
+void keep4(uint s, uint from, uint v, bool first, vec4 x, vec4 w) {
+    if (NORMED && first) squares += dot(x, x);
+    kept[input_at(s, v)] = NORMED ? x * w : x;
+}
+
+float kept_value(uint i) { return kept[input_at(0, i / 4)][i % 4]; }
+void keep_value(uint i, float x) { kept[input_at(0, i / 4)][i % 4] = x; }
+
+/* As rotate.glsl has it. */
+void rotate_kept(uint n) {
+    const uint block = n & (~n + 1);
+    for (uint half_way = 1; half_way < block; half_way *= 2) {
+        for (uint i = me; i < n / 2; i += THREADS) {
+            const uint a = i / half_way * 2 * half_way + i % half_way, b = a + half_way;
+            const float u = kept_value(a), v = kept_value(b);
+            keep_value(a, u + v);
+            keep_value(b, u - v);
         }
+        barrier();
+    }
+}
+
+/* Where value i is among a part's sums: as the cache keeps rows. */
+uint joined_at(uint i) { return JOINED == 1 + ROWS_F32 ? i : JOINED == 1 + ROWS_I16 ? place16(i) : place8(i); }
+
+void keep_joined() {
+    const uint n_parts = p.usual, each = p.stride_x / n_parts, v = each - 2; /* a part: v sums, its maximum, its weight */
+    Floats parts = Floats(x_at[0]);
+    if (me < n_parts) {
+        partial[me] = parts.v[me * each + v];
+        partial[64 + me] = parts.v[me * each + v + 1];
+    }
+    barrier();
+    float top = -1.0 / 0.0, total = 0.0;
+    for (uint j = 0; j < n_parts; j++) top = max(top, partial[j]);
+    if (me < n_parts) partial[128 + me] = exp(partial[me] - top);
+    barrier();
+    for (uint j = 0; j < n_parts; j++) total += partial[64 + j] * partial[128 + j];
+    if (JOINED == 1 + ROWS_Q8) total *= sqrt(float(p.k & (~p.k + 1)));
+    for (uint i = me; i < p.k; i += 2 * THREADS) {
+        const uvec2 own = uvec2(i, min(i + THREADS, p.k - 1));
+        vec2 value = vec2(0.0);
+        for (uint from = 0; from < n_parts; from += 8) {
+            vec2 part[8];
+            [[unroll]] for (uint j = 0; j < 8; j++) {
+                const uint begin = min(from + j, n_parts - 1) * each;
+                part[j] = vec2(parts.v[begin + joined_at(own.x)], parts.v[begin + joined_at(own.y)]);
+            }
+            [[unroll]] for (uint j = 0; j < 8; j++)
+                if (from + j < n_parts) value += partial[128 + from + j] * part[j];
+        }
+        keep_value(own.x, value.x / total);
+        if (i + THREADS < p.k) keep_value(own.y, value.y / total);
+    }
+    barrier();
+    if (JOINED == 1 + ROWS_Q8) rotate_kept(p.k);
+}
+
+/* Values [from, from + CHUNK) of the slots. */
+void keep_inputs(uint from, bool first) {
+    const uint n = (min(p.k - from, CHUNK) + 3) / 4;
+    barrier(); /* the ones before were read */
+    if (JOINED != 0) {
+        keep_joined();
+        return;
+    }
+    [[unroll]] for (uint s = 0; s < SLOTS; s++)
+        for (uint v = me; v < n; v += 2 * THREADS) {
+            const uint next = min(v + THREADS, n - 1);
+            const vec4 a = values4(x_at[s], from + 4 * v), b = values4(x_at[s], from + 4 * next);
+            vec4 wa = vec4(1.0), wb = vec4(1.0);
+            if (NORMED) wa = values4(p.norm, from + 4 * v), wb = values4(p.norm, from + 4 * next);
+            keep4(s, from, v, first, a, wa);
+            if (v + THREADS < n) keep4(s, from, next, first, b, wb);
+        }
+    barrier();
+}
+
+#endif
+
+/* ---- Items of a row ---- */
+
+#if CODED
+
+const uint ITEM = 32, BATCH = N_ROWS * SLOTS >= 4 ? 1 : 4 / (N_ROWS * SLOTS);
+
+struct Item {
+    Codes half_[2];
+};
+
+Item item_of(uint64_t row, uint i) { return Item(Codes[2](unpack(row, i, 0), unpack(row, i, 1))); }
+
+#if defined(DOT)
+float times(Item w, uint s, uint i, uint from) {
+    return multiply(w.half_[0], inputs_of(x_at[s], i, 0, p.k)) + multiply(w.half_[1], inputs_of(x_at[s], i, 1, p.k));
+}
+#else
+/* Item i of a row by the slot's values. */
+float times(Item w, uint s, uint i, uint from) {
+    float sum = 0.0;
+    [[unroll]] for (uint h = 0; h < 2; h++) {
+        const uint at = input_at(s, (place(i, h) - from) / 4); /* of sixteen values that lie together */
+        vec4 total = vec4(0.0), low = vec4(0.0);
+        [[unroll]] for (uint j = 0; j < 4; j++) {
+            const vec4 x = kept[at + j];
+            total += bytes_to_floats(w.half_[h].q[j]) * x;
+            low += x;
+        }
+        sum += w.half_[h].scale * (total.x + total.y + (total.z + total.w));
+#if HAS_LOW
+        sum -= w.half_[h].low * (low.x + low.y + (low.z + low.w));
+#endif
+    }
+    return sum;
+}
+#endif
+
+#else
+
+const uint ITEM = 4, BATCH = N_ROWS * SLOTS >= 8 ? 1 : 8 / (N_ROWS * SLOTS);
+
+struct Item {
+    vec4 v;
+};
+
+Item item_of(uint64_t row, uint i) {
+#if defined(FORMAT_F32)
+    if (ALIGNED) return Item(Vectors(row + 16 * i).v[0]);
+#endif
+    if (ALIGNED || 4 * i + 4 <= p.k) return Item(weights4(row, 4 * i));
+    vec4 w = vec4(0.0);
+    [[unroll]] for (uint c = 0; c < 3; c++)
+        if (4 * i + c < p.k) w[c] = weight(row, 4 * i + c);
+    return Item(w);
+}
+
+float times(Item w, uint s, uint i, uint from) { return dot(w.v, kept[input_at(s, i - from / 4)]); }
+
+#endif
+
+/* ---- Rows ---- */
+
+/* A thread's rows, what is there of them, and its sums by slots. */
+uint64_t w_at[N_ROWS];
+Item items[N_ROWS * BATCH];
+float sums[SLOTS * N_ROWS];
+
+/* Items i, i + LANES, ... of each row; beyond the last, the last is taken again, and no branch is. */
+void ask(uint i, uint end) {
+    [[unroll]] for (uint j = 0; j < BATCH; j++)
+        [[unroll]] for (uint r = 0; r < N_ROWS; r++) items[j * N_ROWS + r] = item_of(w_at[r], min(i + j * LANES, end - 1));
+}
+
+/* Sums of slot s from the threads that share a row, and into y, where `old` is what was there. */
+void store_rows(Block b, uint row, uint slot, uint s, float old) {
+    const bool whole = LANES % lanes == 0; /* subgroups to a row */
+    const uint pieces = whole ? LANES / lanes : LANES, piece = whole ? lane / lanes : lane;
+    barrier();
+    [[unroll]] for (uint r = 0; r < N_ROWS; r++) {
+        const float sum = whole ? subgroupAdd(sums[s * N_ROWS + r]) : sums[s * N_ROWS + r];
+        if (whole && !subgroupElect()) continue;
+        partial[r / ROWS * THREADS * ROWS + piece * PASS + me / LANES * ROWS + r % ROWS] = sum;
+    }
+    barrier();
+    if (me >= PASS || row + me >= p.rows || slot >= b.first + b.count) return;
+    float sum[N_MATRICES];
+    [[unroll]] for (uint m = 0; m < N_MATRICES; m++) {
+        sum[m] = 0.0;
+        for (uint i = 0; i < pieces; i++) sum[m] += partial[m * THREADS * ROWS + i * PASS + me];
+    }
+#if !defined(DOT)
+    if (NORMED) {
+        float all = 0.0;
+        for (uint i = 0; i < gl_NumSubgroups; i++) all += squares_of[i];
+        const float scale = 1.0 / sqrt(all / float(p.k) + p.eps);
+        [[unroll]] for (uint m = 0; m < N_MATRICES; m++) sum[m] *= scale;
+    }
+#endif
+#if defined(GATED)
+    const float value = silu(sum[0]) * sum[1];
+#else
+    const float value = (p.flags & FLAG_GATE) != 0 ? sum[0] * silu(old) : sum[0];
+#endif
+    Results(b.y + 4 * (uint64_t(slot) * p.ldy + row + me)).v[0] = (p.flags & FLAG_ADD) != 0 ? value + old : value;
+}
+
+/* Rows [row, row + PASS) of the block by slots [slot, slot + SLOTS). Beyond the last, the last is taken again. */
+void rows_by_slots(Block b, uint row, uint slot, bool first) {
+    const uint n_items = (p.k + ITEM - 1) / ITEM, last_row = p.rows - 1, last_slot = b.first + b.count - 1;
+    float old[SLOTS];
+    [[unroll]] for (uint i = 0; i < SLOTS * N_ROWS; i++) sums[i] = 0.0;
+    [[unroll]] for (uint s = 0; s < SLOTS; s++) {
+        old[s] = 0.0;
+        if ((p.flags & (FLAG_ADD | FLAG_GATE)) != 0 && me < PASS)
+            old[s] = Results(b.y + 4 * (uint64_t(min(slot + s, last_slot)) * p.ldy + min(row + me, last_row))).v[0];
+    }
+    [[unroll]] for (uint r = 0; r < ROWS; r++) {
+        const uint own = min(row + me / LANES * ROWS + r, last_row);
+        w_at[r] = weight_row(b.w, own);
+#if defined(GATED)
+        w_at[ROWS + r] = weight_row(b.up, own);
+#endif
+    }
+    for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
+        const uint end = min(from + CHUNK / ITEM, n_items);
+        uint i = from + lane;
+        ask(i, end);
+        if (first || p.k > CHUNK) keep_inputs(from * ITEM, first);
+        for (;;) {
+            [[unroll]] for (uint j = 0; j < BATCH; j++)
+                [[unroll]] for (uint r = 0; r < N_ROWS; r++)
+                    [[unroll]] for (uint s = 0; s < SLOTS; s++) {
+                        const uint at = i + j * LANES;
+                        const float product = times(items[j * N_ROWS + r], s, min(at, end - 1), from * ITEM);
+                        sums[s * N_ROWS + r] += at < end ? product : 0.0;
+                    }
+            i += BATCH * LANES;
+            if (i >= end) break;
+            ask(i, end);
+        }
+    }
+#if !defined(DOT)
+    if (NORMED && first) {
+        squares = subgroupAdd(squares);
+        if (subgroupElect()) squares_of[gl_SubgroupID] = squares;
+    }
+#endif
+    [[unroll]] for (uint s = 0; s < SLOTS; s++) store_rows(b, row, slot + s, s, old[s]);
 }
 
 void main() {
     const Block b = block_of(gl_WorkGroupID.z);
+    const uint slot = b.first + gl_WorkGroupID.y * SLOTS;
     if (gl_WorkGroupID.y * SLOTS >= b.count) return;
     lanes = subgroupMax(gl_SubgroupInvocationID) + 1;
+    me = gl_SubgroupID * lanes + gl_SubgroupInvocationID;
+    lane = me % LANES;
     unpack_begin();
-    const uint begin = gl_WorkGroupID.x * GROUP_ROWS, end = min(begin + GROUP_ROWS, p.rows);
-    for (uint row = begin + gl_SubgroupID * ROWS; row < end; row += gl_NumSubgroups * ROWS)
-        rows_by_slots(b, row, b.first + gl_WorkGroupID.y * SLOTS);
+    [[unroll]] for (uint s = 0; s < SLOTS; s++) {
+        const uint own = min(slot + s, b.first + b.count - 1);
+#if defined(DOT)
+        x_at[s] = input_row(b, own);
+#else
+        x_at[s] = slot_input(b, own);
+#endif
+    }
+    for (uint row = gl_WorkGroupID.x * PASS; row < p.rows; row += gl_NumWorkGroups.x * PASS)
+        rows_by_slots(b, row, slot, row == gl_WorkGroupID.x * PASS);
 }

@@ -31,6 +31,7 @@ layout(push_constant, scalar) uniform Product {
     uint64_t tables;   /* the grids of the codebook formats (tables.glsl) */
     uint64_t up;       /* of a gated product: the rows of block 0 of `up`, or its Group[] where there are groups */
     uint64_t x_scale;  /* of activations of 8 bits: floats (.., ldx / 32); x then is bytes (.., ldx) */
+    uint64_t norm;     /* of x that is normalised on the way: the norm's weights (k) */
     uint64_t stride_w; /* bytes from block z's weights to z + 1's */
     uint stride_x, stride_y; /* floats from block z's to z + 1's */
     uint ldx, ldy;
@@ -38,6 +39,7 @@ layout(push_constant, scalar) uniform Product {
     uint n_slots;      /* of each block where there are no groups */
     uint flags;
     uint usual;        /* for the grid alone */
+    float eps;         /* of the norm */
 } p;
 
 const uint FLAG_ADD = 1u;  /* y += */

@@ -12,40 +12,22 @@ layout(push_constant, scalar) uniform Push {
     uint64_t bias;    // 0, or float (n_expert)
     Uints ids, copy;  // (n_tok, n_used), here and for the host
     Floats weights;   // (n_tok, n_used)
-    uint64_t blocks;  // 0, or Expert[] of the layer: fill groups and slot_row, slots in order
+    uint64_t blocks;  // 0, or Expert[] of the layer: fill groups, slots in order
     Groups groups;    // (3, n_slots)
-    Uints slot_row, slot_of; // (n_slots)
     uint n_expert, n_used, n_group, n_group_used, flags;
     float scale;
 } p;
 
 const uint SIGMOID = 1, NORMALISE = 2, MOST = 1024;
 shared float score[MOST], select[MOST], group_score[MOST];
-shared uint best_at[THREADS];
-shared float best[THREADS];
+shared uint chosen[MOST]; // (n_used)
 
-// The largest of select[0, n), the first of equals; NaN is never the largest. It is struck out.
-uint take_best(uint n) {
-    const uint me = gl_LocalInvocationIndex;
-    float most = -1.0 / 0.0;
-    uint at = n;
-    barrier();
-    for (uint i = me; i < n; i += THREADS)
-        if (at == n || select[i] > most) most = select[i], at = i;
-    const float of_subgroup = subgroupMax(most);
-    const uint at_subgroup = subgroupMin(most == of_subgroup ? at : n);
-    if (subgroupElect()) best[gl_SubgroupID] = of_subgroup, best_at[gl_SubgroupID] = at_subgroup;
-    barrier();
-    uint chosen = best_at[0];
-    for (uint i = 1, taken = 0; i < gl_NumSubgroups; i++) {
-        const uint j = best_at[i];
-        if (j < n && (chosen == n || best[i] > best[taken] || (best[i] == best[taken] && j < chosen)))
-            chosen = j, taken = i;
-    }
-    barrier();
-    if (me == 0) select[chosen] = -1.0 / 0.0;
-    barrier();
-    return chosen;
+// How many experts are chosen before e: of larger values, of equal ones the first.
+uint rank_of(uint e) {
+    const float own = select[e];
+    uint before = 0;
+    for (uint i = 0; i < p.n_expert; i++) before += select[i] > own || (select[i] == own && i < e) ? 1 : 0;
+    return before;
 }
 
 // A group's score: V2 takes its best expert, V3 its best two.
@@ -92,25 +74,24 @@ void main() {
     }
     barrier();
     if (p.n_group_used < p.n_group) limit_to_groups();
+    for (uint e = me; e < p.n_expert; e += THREADS) {
+        const uint k = rank_of(e);
+        if (k < p.n_used) chosen[k] = e;
+    }
+    barrier();
     float total = 0.0;
-    for (uint k = 0; k < p.n_used; k++) {
-        const uint e = take_best(p.n_expert), slot = t * p.n_used + k;
-        total += score[e];
-        if (me != 0) continue;
+    for (uint k = 0; k < p.n_used; k++) total += score[chosen[k]];
+    const uint n_slots = gl_NumWorkGroups.x * p.n_used;
+    for (uint k = me; k < p.n_used; k += THREADS) {
+        const uint e = chosen[k], slot = t * p.n_used + k;
+        const float w = score[e];
         p.ids.at[slot] = e;
         p.copy.at[slot] = e;
+        p.weights.at[slot] = ((p.flags & NORMALISE) != 0 ? w / (total + 1e-20) : w) * p.scale;
         if (p.blocks == 0) continue;
         const Expert x = Experts(p.blocks).at[e];
-        const uint n_slots = gl_NumWorkGroups.x * p.n_used;
         p.groups.at[slot] = Group(x.gate, slot, 1);
         p.groups.at[n_slots + slot] = Group(x.up, slot, 1);
         p.groups.at[2 * n_slots + slot] = Group(x.down, slot, 1);
-        p.slot_row.at[slot] = t;
-        p.slot_of.at[slot] = slot;
-    }
-    if (me != 0) return;
-    for (uint k = 0; k < p.n_used; k++) {
-        const float w = score[p.ids.at[t * p.n_used + k]];
-        p.weights.at[t * p.n_used + k] = ((p.flags & NORMALISE) != 0 ? w / (total + 1e-20) : w) * p.scale;
     }
 }

@@ -94,13 +94,14 @@ vec4 bytes_to_floats(uint q) { return vec4(unpack8(int(q))); }
 /* ---- Memory: `at` is the address of a block ---- */
 
 uint dword(uint64_t at, uint offset) {
-    at += offset;
 #if ALIGN == 2
-    Dwords d = Dwords(at & ~uint64_t(3));
-    const uint low = d.v[0];
-    return (uint(at) & 2u) == 0 ? low : low >> 16 | d.v[1] << 16;
+    /* No branch: loads of several blocks are under way at once. Addresses are common ones and constants. */
+    const uint odd = uint(at) >> 1 & 1u, shifted = (odd ^ offset / 2) & 1u;
+    Dwords d = Dwords((at & ~uint64_t(3)) + (offset & ~3u) + 4 * (odd & offset / 2 & 1u));
+    const uint low = d.v[0], high = d.v[shifted];
+    return shifted == 0 ? low : low >> 16 | high << 16;
 #else
-    return Dwords(at).v[0];
+    return Dwords(at + offset).v[0];
 #endif
 }
 
@@ -116,17 +117,17 @@ uint byte(uint64_t at, uint offset) {
 }
 
 uvec4 quad(uint64_t at, uint offset) {
-    at += offset;
 #if ALIGN == 16
-    return Quads(at).v[0];
+    return Quads(at + offset).v[0];
 #elif ALIGN == 4
-    Dwords d = Dwords(at);
+    Dwords d = Dwords(at + offset);
     return uvec4(d.v[0], d.v[1], d.v[2], d.v[3]);
 #else
-    Dwords d = Dwords(at & ~uint64_t(3));
+    const uint odd = uint(at) >> 1 & 1u, shifted = (odd ^ offset / 2) & 1u;
+    Dwords d = Dwords((at & ~uint64_t(3)) + (offset & ~3u) + 4 * (odd & offset / 2 & 1u));
     const uvec4 low = uvec4(d.v[0], d.v[1], d.v[2], d.v[3]);
-    if ((uint(at) & 2u) == 0) return low;
-    return low >> 16 | uvec4(low.yzw, d.v[4]) << 16;
+    const uint last = d.v[3 + shifted];
+    return shifted == 0 ? low : low >> 16 | uvec4(low.yzw, last) << 16;
 #endif
 }
 
