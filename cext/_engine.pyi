@@ -30,6 +30,16 @@ def gpu_run(
     specs: list[int],
 ) -> None: ...
 def gpu_tables() -> bytes: ...
+def gpu_share(
+    copied: tuple[int, int],
+    device: list[tuple[int, int, bool]],
+    processor: list[tuple[int, int, int]],
+    counts: list[int],
+    expert_bytes: int,
+    under_way: int,
+    slots: int,
+) -> tuple[int, float]: ...
+def gpu_copies(gpu: Handle, arrays: list[Buffer], threads: int, piece: int, out: Buffer) -> None: ...
 def gpu_product(
     gpu: Handle,
     operation: str,

@@ -1,4 +1,5 @@
 /* gpu.c: GPUs as they are found, and one shader run over arrays, for tests. */
+#include "backend/vulkan/share.h"
 #include "backend/vulkan/single.h"
 #include "python/py.h"
 
@@ -197,6 +198,65 @@ static PyObject *gpu_tables(PyObject *self, PyObject *args) {
     return PyBytes_FromStringAndSize((const char *)tables, sizeof tables);
 }
 
+/* gpu_copies(gpu, [array], threads, bytes of a piece, out uint8): see ds_gpu_run_copies */
+static PyObject *gpu_copies(void *gpu, PyObject *args) {
+    PyObject *capsule, *arrays, *out;
+    Py_buffer to = {0};
+    unsigned long long piece;
+    ds_gpu_single job = {0};
+    ds_error err;
+    ds_status st = DS_OK;
+    int n_threads;
+    if (!PyArg_ParseTuple(args, "OO!iKO", &capsule, &PyList_Type, &arrays, &n_threads, &piece, &out)) return NULL;
+    if (PyObject_GetBuffer(out, &to, PyBUF_CONTIG) != 0) return NULL;
+    Py_buffer *views = calloc((size_t)PyList_Size(arrays) + 1, sizeof *views);
+    job.arrays = calloc((size_t)PyList_Size(arrays) + 1, sizeof *job.arrays);
+    bool ok = views && job.arrays;
+    if (!ok) PyErr_NoMemory();
+    ok = ok && read_arrays(arrays, views, &job);
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        st = ds_gpu_run_copies(gpu, job.arrays, job.n_arrays, n_threads, piece, to.buf, (uint64_t)to.len, &err);
+        Py_END_ALLOW_THREADS
+    }
+    for (int i = 0; i < job.n_arrays; i++) PyBuffer_Release(&views[i]);
+    PyBuffer_Release(&to);
+    free(views);
+    free(job.arrays);
+    if (!ok) return NULL;
+    return st == DS_OK ? Py_NewRef(Py_None) : ds_py_raise(&err);
+}
+DS_PY_HELD(gpu_copies, DS_PY_GPU)
+
+/* gpu_share((bytes, ns) copied, [(slots, ns, waited)], [(experts, slots, ns)] of the processor, [counts], bytes of an expert,
+ * bytes under way, slots) -> (how many are copied, crossing): see share.h */
+static PyObject *gpu_share(PyObject *self, PyObject *args) {
+    PyObject *device, *processor, *list;
+    unsigned long long bytes, ns, slots, experts, expert_bytes, under_way;
+    ds_share share = {0};
+    int waited;
+    if (!PyArg_ParseTuple(args, "(KK)O!O!O!KKK", &bytes, &ns, &PyList_Type, &device, &PyList_Type, &processor,
+                          &PyList_Type, &list, &expert_bytes, &under_way, &slots))
+        return NULL;
+    const uint64_t n_slots = slots;
+    ds_share_copied(&share, bytes, ns);
+    for (Py_ssize_t i = 0; i < PyList_Size(device); i++) {
+        if (!PyArg_ParseTuple(PyList_GetItem(device, i), "KKp", &slots, &ns, &waited)) return NULL;
+        ds_share_device(&share, slots, ns, waited);
+    }
+    for (Py_ssize_t i = 0; i < PyList_Size(processor); i++) {
+        if (!PyArg_ParseTuple(PyList_GetItem(processor, i), "KKK", &experts, &slots, &ns)) return NULL;
+        ds_share_processor(&share, experts, slots, ns);
+    }
+    const int n = (int)PyList_Size(list);
+    int *counts = calloc((size_t)n + 1, sizeof *counts);
+    if (!counts) return PyErr_NoMemory();
+    for (int i = 0; i < n; i++) counts[i] = (int)PyLong_AsLong(PyList_GetItem(list, i));
+    const int chosen = ds_share_choose(&share, counts, n, expert_bytes, under_way, n_slots);
+    free(counts);
+    return Py_BuildValue("(id)", chosen, ds_share_crossing(&share, expert_bytes));
+}
+
 PyMethodDef ds_py_gpu_methods[] = {
     {"gpu_built", gpu_built, METH_NOARGS, NULL},
     {"gpu_list", gpu_list, METH_NOARGS, NULL},
@@ -205,6 +265,8 @@ PyMethodDef ds_py_gpu_methods[] = {
     {"gpu_run", gpu_run_held, METH_VARARGS, NULL},
     {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
     {"gpu_tables", gpu_tables, METH_NOARGS, NULL},
+    {"gpu_copies", gpu_copies_held, METH_VARARGS, NULL},
+    {"gpu_share", gpu_share, METH_VARARGS, NULL},
     {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
     {0},
 };

@@ -8,6 +8,8 @@ threads, is a process of its own with a limit to its time: what fails or hangs c
 as they come.
 
 card: all on the card. ram: all but the routed experts. 6g: as many layers' experts as 6 GB hold, too. cpu: nothing.
+copies: prompts with the experts of ram and of 6g in memory, computed by the processor alone (never), on the card alone
+(always) and shared out as is faster (auto), in turns: what is copied, at what rate, and how many experts each computes.
 Prompts are random tokens; depths are made by repeating the rows of a short prompt (Session.repeat).
 """
 
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
@@ -61,6 +63,53 @@ def places(path: Path, how: str) -> list[Place]:
     on = [Place("ends", 1), Place("attention", 1, range(n)), Place("feed_forward", 1, range(n))]
     first = {"card": n, "ram": dense, "6g": dense + expert_layers(path, SMALL_CARD - SPARE)}[how]
     return on + ([Place("experts", 0, range(first, n), experts)] if first < n else [])
+
+
+class Copies:
+    """Prompts with and without copies of experts, in turns; each has a model of its own."""
+
+    def __init__(self, options: argparse.Namespace, threads: int) -> None:
+        self.options, self.threads = options, threads
+        self.rng = np.random.default_rng(2)
+
+    def run(self) -> Iterator[Row]:
+        for how in ("ram", "6g"):
+            opened = {copies: self.opened(how, copies) for copies in ("never", "auto", "always")}
+            for n in self.options.prompts:
+                yield from self.prompts(how, opened, n)
+            for model in opened.values():
+                model.close()
+
+    def opened(self, how: str, copies: Literal["never", "auto", "always"]) -> Model:
+        device = Device("vulkan", name=self.options.gpu, copies=copies)
+        placement = places(self.options.model, how)
+        return Model(self.options.model, threads=self.threads or None, devices=[device], placement=placement)
+
+    def prompts(self, how: str, opened: dict[str, Model], n: int) -> Iterator[Row]:
+        sessions = {copies: model.session(n + 8, self.options.kv) for copies, model in opened.items()}
+        spent: dict[str, list[float]] = {copies: [] for copies in opened}
+        for i in range(self.options.rounds + 1):
+            for copies, session in sessions.items():
+                ids = self.rng.integers(0, session.model.hparams["n_vocab"], n, dtype=np.int32)
+                session.rewind(0)
+                if i == self.options.rounds:
+                    session.model.watch(1, times=False)
+                seconds = timed(lambda session=session, ids=ids: session.eval(ids))
+                if i:  # the first calibrates, and makes pipelines
+                    spent[copies].append(seconds)
+        for copies, model in opened.items():
+            work, test = model.watched(1), f"prefill{n}"
+            where, threads = f"{how} copies={copies}", model.threads
+            yield where, threads, test, "speed", n / median(spent[copies]), "tok/s"
+            yield where, threads, test, "best", n / min(spent[copies]), "tok/s"
+            yield where, threads, test, "worst", n / max(spent[copies]), "tok/s"
+            yield where, threads, test, "copied", work.copied_bytes / 1e9, "GB a prompt"
+            yield where, threads, test, "rate", work.copied_bytes / max(work.copy_ns, 1), "GB/s while copying"
+            yield where, threads, test, "experts on the card", work.copied_experts, "a prompt"
+            yield where, threads, test, "experts on the processor", work.kept_experts, "a prompt"
+            yield where, threads, test, "crossing", work.crossing, "tokens of an expert"
+            yield where, threads, test, "slots", work.slot_bytes / 1e9, "GB"
+            yield where, threads, test, "waiting", work.wait_ns / 1e6, "ms a prompt"
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -188,7 +237,10 @@ def device_rows(which: str | None) -> Iterator[Row]:
 
 def child(options: argparse.Namespace) -> None:
     how, threads = options.part.split(":")
-    rows = device_rows(options.gpu) if how == "device" else Part(options, how, int(threads)).run()
+    if how == "device":
+        rows = device_rows(options.gpu)
+    else:
+        rows = (Copies(options, int(threads)) if how == "copies" else Part(options, how, int(threads))).run()
     table = csv.writer(sys.stdout, lineterminator="\n")
     for placement, n, test, what, value, unit in rows:
         table.writerow((placement, n, test, what, f"{value:.6g}", unit))
@@ -225,7 +277,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("gpu.csv"))
     parser.add_argument("--gpu", default=None, help="number or letters of its name")
-    parser.add_argument("--placements", default="card,ram,6g,cpu")
+    parser.add_argument("--placements", default="card,ram,6g,copies,cpu")
     parser.add_argument("--threads", type=numbers, default=[0], help="0: what is fastest")
     parser.add_argument("--depths", type=numbers, default=[0, 4096, 16384])
     parser.add_argument("--prompts", type=numbers, default=[512, 2048])

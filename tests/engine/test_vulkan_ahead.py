@@ -11,9 +11,10 @@ from support.logits import assert_close, firm_prompt, reference
 from support.tiny import SPECS, Spec, spec_named, tokens, variant
 
 import cext
-from cext import Device, Model, Place
+from cext import Device, Model, Place, _engine
 
 LITE, PRO, V3 = SPECS[0], SPECS[1], spec_named("v3")
+DEEP = variant(LITE, n_layer=6)  # more layers with experts than slots
 BAR = 1e-4  # of the logits' range
 
 Open = Callable[..., Model]
@@ -43,7 +44,7 @@ def open_model(tiny_gguf: Callable[[Spec], Path]) -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("copies", ["auto", "never", "always"])
-@pytest.mark.parametrize("spec", [LITE, PRO, V3], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [LITE, PRO, V3, DEEP], ids=["lite", "pro", "v3", "deep"])
 def test_a_prompt_is_the_reference_s_wherever_experts_are_computed(open_model: Open, spec: Spec, copies: Any) -> None:
     ids, expected = firm_prompt(reference(spec), spec, 40, 7)
     model = open_model(spec, copies)
@@ -55,15 +56,18 @@ def test_a_prompt_is_the_reference_s_wherever_experts_are_computed(open_model: O
 
 
 def test_what_was_copied_is_counted(open_model: Open) -> None:
-    ids, moe = tokens(LITE, 400), LITE.n_layer - LITE.n_layer_dense
-    session = {copies: open_model(LITE, copies) for copies in ("never", "always", "auto")}
-    for model in session.values():
+    ids, moe = tokens(DEEP, 400), DEEP.n_layer - DEEP.n_layer_dense
+    opened = {copies: open_model(DEEP, copies) for copies in ("never", "always", "auto")}
+    for model in opened.values():
         model.session(512, "f32").eval(ids, "all")
-    never, always, auto = (model.watched(1) for model in session.values())
+    never, always, auto = (model.watched(1) for model in opened.values())
     assert (never.copied_bytes, never.copied_experts, never.kept_experts, never.slot_bytes) == (0, 0, 0, 0)
-    assert always.copied_experts == moe * LITE.n_expert and always.kept_experts == 0
-    assert always.slot_bytes > 0 and always.copied_bytes > 0 and always.copy_ns > 0
-    assert auto.copied_experts + auto.kept_experts == moe * LITE.n_expert
+    assert always.copied_experts == moe * DEEP.n_expert and always.kept_experts == 0
+    assert 0 < always.copied_bytes <= moe * always.slot_bytes / 2 and always.copy_ns > 0
+    opened["always"].watch(1, times=False)
+    opened["always"].session(512, "f32").eval(ids, "all")
+    assert opened["always"].watched(1).copied_bytes == always.copied_bytes  # by then other layers had the slots
+    assert auto.copied_experts + auto.kept_experts == moe * DEEP.n_expert
     assert auto.copied_experts > 0 and auto.kept_experts > 0  # half of the first layer's: nothing was known
 
 
@@ -140,9 +144,9 @@ def test_several_sequences_and_odd_pieces(open_model: Open, tiny_gguf: Callable[
         out.append(cext.eval_batch([(sessions[0], prompts[4]), (long, [1]), (long.fork(100), prompts[2])]))
         return out
 
-    with Model(tiny_gguf(LITE), threads=2) as processor:
+    with Model(tiny_gguf(DEEP), threads=2) as processor:
         expected = run(processor)
-    model = open_model(LITE, copies)
+    model = open_model(DEEP, copies)
     for _ in range(2):
         for got, want in zip(run(model), expected, strict=True):
             assert_close(got, want, BAR)
@@ -157,6 +161,80 @@ def test_a_step_that_fails_leaves_nothing_behind(open_model: Open) -> None:
         with pytest.raises(cext.UnsupportedError, match="only the experts' choice"):
             model.session(64, "f32").eval(ids, tap=cext.Tap({"l_out-0": None}))
         assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+
+
+@pytest.mark.parametrize(("threads", "piece"), [(1, 256), (3, 1000), (16, 4096), (2, 4 << 20)])
+def test_pieces_of_many_threads_make_the_whole(threads: int, piece: int) -> None:
+    """Arrays of all sizes, three to a copy, far smaller than a piece and of many; the order changes on the way."""
+    rng = np.random.default_rng(piece)
+    sizes = [1, 255, 256, 257, 4096, 4097, 3, 70_001, 12_288, 65_536, 2, 999, 200_000, *rng.integers(1, 9000, 40)]
+    arrays = [rng.integers(0, 256, size, np.uint8) for size in sizes]
+    places = [-(-size // 256) * 256 for size in sizes]
+    out = np.zeros(sum(places), np.uint8)
+    gpu = _engine.gpu_open(number())
+    try:
+        for _ in range(3):
+            out[:] = 0
+            _engine.gpu_copies(gpu, list(arrays), threads, piece, out)
+            at = 0
+            for array, place in zip(arrays, places, strict=True):
+                np.testing.assert_array_equal(out[at : at + len(array)], array)
+                at += place
+    finally:
+        _engine.gpu_close(gpu)
+
+
+def share(
+    counts: list[int],
+    *,
+    byte_ns: float = 1.0,
+    slot_ns: int = 0,
+    processor: tuple[int, int] = (5000, 500),
+    under_way: int = 0,
+    slots: int = 0,
+) -> tuple[int, float]:
+    """Of experts of 1,000 bytes; a processor that takes so many ns an expert and a slot, measured over three runs."""
+    runs = [(e, n, e * processor[0] + n * processor[1]) for e, n in ((10, 300), (7, 90), (12, 150))]
+    device = [(1000, 1000 * slot_ns, True)] if slot_ns else []
+    return _engine.gpu_share((10**6, int(byte_ns * 10**6)), device, runs, counts, 1000, under_way, slots)
+
+
+def test_both_end_together() -> None:
+    """Four copies of 1,000 ns and one expert of 4 tokens at 2,000 + 4 x 500: the fifth stays; and so on."""
+    assert share([4] * 5, processor=(2000, 500))[0] == 4
+    assert share([4] * 10, processor=(2000, 500))[0] == 8
+    assert share([100, 1, 1, 1], processor=(10, 5))[0] == 0  # all together take 555 ns, one copy 1,000
+    assert share([400, 1, 1, 1], processor=(10, 5))[0] == 1
+    assert share([4] * 5, processor=(2000, 500), under_way=6000)[0] == 3  # 9,000; with two 12,000, with four 10,000
+    assert share([4] * 5, processor=(2000, 500), under_way=3000, slots=20, slot_ns=500)[0] == 1
+
+
+def test_the_slower_gets_nothing() -> None:
+    assert share([6] * 8, byte_ns=1e3)[0] == 0  # a link that is worth nothing
+    assert share([6] * 8, byte_ns=1e-3)[0] == 8
+    assert share([6] * 8, byte_ns=1e-3, slot_ns=10**6)[0] == 0  # a device that is none
+    assert share([])[0] == 0
+
+
+def test_the_crossing_is_where_a_copy_takes_as_long() -> None:
+    assert share([1], byte_ns=10.0)[1] == pytest.approx((10_000 - 5000) / 500, rel=1e-3)
+    assert share([1], byte_ns=10.0, slot_ns=400)[1] == pytest.approx((10_000 - 5000) / 100, rel=1e-3)
+    assert share([1], byte_ns=1.0)[1] == 1  # never worth leaving it where it lies
+
+
+def test_half_where_nothing_is_known() -> None:
+    assert _engine.gpu_share((0, 0), [], [], [3] * 7, 1000, 0, 0) == (4, 0)
+    assert _engine.gpu_share((1000, 1000), [], [], [3] * 6, 1000, 0, 0) == (3, 0)
+    assert _engine.gpu_share((0, 0), [], [(3, 9, 10)], [3], 1000, 0, 0) == (1, 0)
+
+
+def test_runs_that_are_alike_tell_one_rate() -> None:
+    """Of experts and tokens in one proportion, the processor's time is by tokens; no runs make a time below nothing."""
+    _, crossing = _engine.gpu_share((1000, 1000), [], [(4, 40, 4000)] * 9, [1], 1000, 0, 0)
+    assert crossing == pytest.approx(10)
+    odd = [(1, 100, 1000), (10, 100, 500), (20, 100, 100)]  # more experts in less time
+    chosen, crossing = _engine.gpu_share((1000, 1000), [], odd, [9] * 5, 1000, 0, 0)
+    assert 0 <= chosen <= 5 and crossing > 0
 
 
 def test_other_copies_are_refused() -> None:

@@ -108,7 +108,7 @@ static ds_status make_slot(ds_ahead *a, slot *s, ds_error *err) {
 
 static ds_status make(ds_ahead *a, ds_error *err) {
     const size_t n = (size_t)a->facts.config->n_expert;
-    const int cores = ds_os_cores() * 3 / 4; /* the others keep what else there is going */
+    const int cores = ds_os_cores() / 2; /* the others keep what else there is going */
     a->expert = calloc(n, sizeof *a->expert);
     a->counts = calloc(n, sizeof *a->counts);
     a->begun = calloc(n, sizeof *a->begun);
@@ -247,6 +247,7 @@ void ds_ahead_begin(ds_ahead *a, const ds_request *whole, const ds_request *tail
     a->n_tok = whole->n_tok;
     a->n_tail = tail ? tail->n_tok : 0;
     if (a->unsettled) forget(a);
+    if (whole->n_tok <= DS_DECODED_TOKENS) return;
     const int il = next_layer(a, a->facts.weights->layer_begin);
     if (il < 0 || !whole->ids) return; /* a piece's later layer: what comes next was ordered */
     ds_copies_hold(a->copies, NULL, 0, NULL);

@@ -8,7 +8,7 @@
 enum {
     DS_COPY_PARTS = 3,
     DS_COPY_PIECE = 4 << 20, /* bytes of a piece at most; larger pieces gain nothing, below 2 MiB the link is slower */
-    DS_COPY_THREADS = 16, /* at most: as many as reach the pace of any link */
+    DS_COPY_THREADS = 16, /* at most */
 };
 
 typedef struct ds_copies ds_copies;

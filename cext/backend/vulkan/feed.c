@@ -119,8 +119,8 @@ typedef struct blocks {
 
 /* Where an expert that is computed here lies: for good, or for this step. */
 static ds_gpu_expert expert_at(const ds_gpu_backend *b, int il, int e) {
-    const ds_gpu_expert *there = &ds_gpu_layer_of(b, il)->expert[e];
-    return there->gate ? *there : ds_ahead_expert(b->ahead, il, e);
+    const bool stays = ds_residency_place(b->facts.residency, il)[e] == b->number;
+    return stays ? ds_gpu_layer_of(b, il)->expert[e] : ds_ahead_expert(b->ahead, il, e);
 }
 
 /* The host's plan of a split layer, of it what is computed here. */

@@ -134,16 +134,15 @@ int ds_vulkan_family(const ds_vulkan *v, vk_PhysicalDevice device) {
 }
 
 int ds_vulkan_copy_family(const ds_vulkan *v, vk_PhysicalDevice device, int *index) {
+    const uint32_t beside =
+        VKB_QUEUE_SPARSE_BINDING_BIT | VKB_QUEUE_PROTECTED_BIT; /* others compute, draw, read films */
     vk_QueueFamilyProperties families[32];
     uint32_t n = 32;
     const int compute = ds_vulkan_family(v, device);
     v->f.GetPhysicalDeviceQueueFamilyProperties(device, &n, families);
     *index = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        const uint32_t does =
-            families[i].queueFlags & (VKB_QUEUE_GRAPHICS_BIT | VKB_QUEUE_COMPUTE_BIT | VKB_QUEUE_TRANSFER_BIT);
-        if (does == VKB_QUEUE_TRANSFER_BIT && families[i].queueCount) return (int)i;
-    }
+    for (uint32_t i = 0; i < n; i++)
+        if ((families[i].queueFlags & ~beside) == VKB_QUEUE_TRANSFER_BIT && families[i].queueCount) return (int)i;
     if (families[compute].queueCount > 1) *index = 1;
     return compute;
 }

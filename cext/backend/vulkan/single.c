@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/vulkan/copies.h"
+
 static ds_status check(const ds_gpu_single *job, ds_error *err) {
     if (job->push_bytes > DS_GPU_PUSH || job->push_bytes % 4)
         return ds_fail(err, DS_EINVAL, "%u bytes of push constants, expected dwords of at most %d bytes",
@@ -81,5 +83,76 @@ ds_status ds_gpu_run_single(ds_gpu *g, const ds_gpu_single *job, ds_error *err) 
         if (job->arrays[i].changes) st = ds_gpu_read(g, &buffers[i], 0, job->arrays[i].data, job->arrays[i].bytes, err);
     for (int i = 0; i < job->n_arrays; i++) ds_gpu_buffer_release(g, &buffers[i]);
     free(buffers);
+    return st;
+}
+
+/* ---- Copies by threads ---- */
+
+static int lay_copies(const ds_gpu_array *arrays, int n, const ds_gpu_buffer *to, ds_copy *out) {
+    int n_copies = 0;
+    uint64_t used = 0;
+    for (int i = 0; i < n; i++) {
+        ds_copy *c = &out[i / DS_COPY_PARTS];
+        const int part = i % DS_COPY_PARTS;
+        if (!part) *c = (ds_copy){.to = to, .to_at = used}, n_copies++;
+        c->from[part] = arrays[i].data, c->part_bytes[part] = arrays[i].bytes, c->at[part] = used - c->to_at;
+        c->bytes = c->at[part] + arrays[i].bytes;
+        used += (arrays[i].bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    }
+    return n_copies;
+}
+
+/* Half of them are ordered, then all, the last first. */
+static ds_status order_copies(ds_gpu *g, ds_copies *copies, ds_copy **all, int n, const ds_gpu_commands *list,
+                              ds_error *err) {
+    ds_error other;
+    int64_t when = 0;
+    ds_copies_order(copies, all, (n + 1) / 2);
+    for (int i = 0; i < n / 2; i++) {
+        ds_copy *c = all[i];
+        all[i] = all[n - 1 - i], all[n - 1 - i] = c;
+    }
+    ds_copies_hold(copies, NULL, 0, NULL);
+    ds_copies_order(copies, all, n);
+    ds_copies_then(copies, all, n, list);
+    const ds_status st = ds_copies_submitted(copies, &when, err), run = ds_gpu_wait(g, st == DS_OK ? err : &other);
+    ds_copies_settle(copies, all, n);
+    return st == DS_OK ? run : st;
+}
+
+static ds_status run_copies(ds_gpu *g, const ds_gpu_array *arrays, int n, ds_copies *copies, ds_gpu_buffer buffers[2],
+                            ds_copy *copy, ds_copy **all, ds_error *err) {
+    ds_gpu_commands list = {0};
+    const int n_copies = lay_copies(arrays, n, &buffers[0], copy);
+    for (int i = 0; i < n_copies; i++) all[i] = &copy[i];
+    ds_status st = ds_gpu_record(g, &list, err);
+    ds_gpu_copy(g, &list, &buffers[0], 0, &buffers[1], 0, buffers[0].bytes);
+    if (st == DS_OK) st = ds_gpu_recorded(g, &list, err);
+    if (st == DS_OK) st = order_copies(g, copies, all, n_copies, &list, err);
+    ds_gpu_commands_release(g, &list);
+    return st;
+}
+
+ds_status ds_gpu_run_copies(ds_gpu *g, const ds_gpu_array *arrays, int n, int n_threads, uint64_t piece,
+                            unsigned char *out, uint64_t out_bytes, ds_error *err) {
+    ds_gpu_buffer buffers[2] = {0};
+    ds_copies *copies = NULL;
+    ds_copy *copy = calloc((size_t)n + 1, sizeof *copy), **all = calloc((size_t)n + 1, sizeof *all);
+    ds_status st = copy && all ? DS_OK : ds_fail(err, DS_ENOMEM, "no memory for %d arrays", n);
+    if (st == DS_OK && (n_threads < 1 || n_threads > DS_COPY_THREADS || !piece || piece > DS_COPY_PIECE))
+        st = ds_fail(err, DS_EINVAL, "%d threads and pieces of %llu bytes", n_threads, (unsigned long long)piece);
+    for (int i = 0; i < 2 && st == DS_OK; i++)
+        st = ds_gpu_buffer_new(g, out_bytes, i ? DS_GPU_OUT : DS_GPU_OWN, &buffers[i], err);
+    if (st == DS_OK) st = ds_copies_create(g, n_threads, piece, &copies, err);
+    for (int round = 0; round < 2 && st == DS_OK; round++) {
+        if (round) ds_copies_reset(copies);
+        st = run_copies(g, arrays, n, copies, buffers, copy, all, err);
+        if (st == DS_OK) memcpy(out, buffers[1].host, out_bytes);
+        if (st == DS_OK && !round) memset(buffers[1].host, 0, out_bytes);
+    }
+    if (copies) ds_copies_destroy(copies);
+    for (int i = 0; i < 2; i++) ds_gpu_buffer_release(g, &buffers[i]);
+    free(copy);
+    free(all);
     return st;
 }

@@ -1,4 +1,4 @@
-/* single.h: one shader, or one operation of product.h, run over arrays of the host's, for tests. */
+/* single.h: one shader, one operation of product.h, or copies by threads, run over arrays of the host's, for tests. */
 #pragma once
 
 #include "backend/vulkan/product.h"
@@ -39,3 +39,8 @@ typedef struct ds_gpu_single {
 
 /* Each array to a buffer of its own, the shader once, and back; what a link wrote into an array comes back with it. */
 ds_status ds_gpu_run_single(ds_gpu *gpu, const ds_gpu_single *job, ds_error *err);
+
+/* Arrays copied by threads (copies.h), three to a copy, into a buffer of the device, and the buffer back to `out`: each begins
+ * at a multiple of DS_GPU_ALIGN behind the one before. The order is changed on the way. out_bytes: of all, padded. */
+ds_status ds_gpu_run_copies(ds_gpu *gpu, const ds_gpu_array *arrays, int n, int n_threads, uint64_t piece,
+                            unsigned char *out, uint64_t out_bytes, ds_error *err);
