@@ -33,6 +33,7 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
         m->sum_32[b] = m->split_sum_32[b] = scale * (float)(sums[0] + sums[1]);
         for (int h = 0; h < 2; h++) {
             m->scale_16[2 * b + h] = scale;
+            m->split_16[2 * b + h] = scale / (float)(1 << b % 4 * 2);
             m->sum_16[2 * b + h] = scale * (float)sums[h];
         }
 #if DS_GRID_PAIRS

@@ -22,6 +22,7 @@ typedef struct act_meta {
     float split_sum_32[8];     /* sum_32 again, so that it stands behind split too */
     float scale_16[16];        /* each scale twice, for each 16 values */
     float sum_16[16];          /* scale times the sum of each 16 */
+    float split_16[16];        /* scale_16 over 1, 4, 16 and 64 in turn: for pairs of bits left where they are */
 #if DS_GRID_PAIRS
     int8_t pairs[4][64];       /* the values again, by pairs (simd_avx512_grid.h) */
 #endif

@@ -56,6 +56,9 @@ typedef struct attend_block {
     float *keep;            /* (n_rows): what the sums so far are worth under the new maximum */
     float *gain;            /* (shares, n_rows): what a unit of a weight is worth */
     float value_scale[DS_ATTEND_BLOCK_Q8]; /* (n) of the values; unset for floats */
+    bool ready;             /* the first run of keys is in cache */
+    const char *ahead;      /* bytes brought into cache while values are added up: of the block to come */
+    size_t ahead_bytes;
 } attend_block;
 
 /* The scales of a run of rows, brought into cache: too little for a processor to see them coming. */
@@ -80,7 +83,8 @@ DS_INLINE void attend_scores(const attend_block *b) {
         product_f32(&p);
         return;
     }
-    p.lead = 2 * DS_ROW_TILE;
+    p.lead = b->ready && b->keys.n > 1 ? b->keys.run[0].n : 2 * DS_ROW_TILE;
+    p.within = b->ahead_bytes;
     for (int i = 1; i < b->keys.n; i++) prefetch_scales(&b->keys.run[i].rows, b->keys.run[i].n);
     prefetch_scales(&b->keys.next, b->keys.run[0].n);
     if (kind == DS_ROWS_I16) {
@@ -90,6 +94,8 @@ DS_INLINE void attend_scores(const attend_block *b) {
     product_query(&p);
     if (!b->q.k_tail) return;
     p.tail = true;
+    p.lead = 2 * DS_ROW_TILE;
+    p.within = false;
     p.k = b->q.k_tail;
     p.panel = b->q.tail;
     p.col_scale = b->q.tail_scale;
@@ -216,17 +222,31 @@ DS_INLINE void value_panel(dot_type type, const ds_rows *values, int n, int v_di
     }
 }
 
-/* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
-DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
-                          size_t n_cols, const float *keep, const float *gain, float *acc, size_t ld) {
-    vi sums[DS_ROW_TILE][2];
-    DS_UNROLL
-    for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
+/* What is brought into cache beside other work, in even steps; a step of 0: nothing. */
+typedef struct prefetcher {
+    const char *at;
+    size_t step;
+} prefetcher;
+
+DS_INLINE void value_dots(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
+                          size_t n_cols, vi sums[DS_ROW_TILE][2], bool any, prefetcher *ahead) {
     for (int p = 0; p < k; p++, weights += n_rows, panel += n_cols) {
+        if (any) __builtin_prefetch(ahead->at += ahead->step, 0, 2);
         const vi columns[2] = {vi_load(panel), vi_load(panel + DS_LANES)};
         DS_UNROLL
         for (int i = 0; i < rows; i++) dot_vecs(type, 2, sums[i], vi_dword_load(weights + i), columns);
     }
+}
+
+/* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
+DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
+                          size_t n_cols, const float *keep, const float *gain, float *acc, size_t ld,
+                          prefetcher *ahead) {
+    vi sums[DS_ROW_TILE][2];
+    DS_UNROLL
+    for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
+    if (ahead->step) value_dots(type, rows, k, weights, n_rows, panel, n_cols, sums, true, ahead);
+    else value_dots(type, rows, k, weights, n_rows, panel, n_cols, sums, false, ahead);
     DS_UNROLL
     for (int i = 0; i < rows; i++, acc += ld) {
         DS_UNROLL
@@ -242,6 +262,8 @@ DS_INLINE void attend_values(dot_type type, const attend_block *b) {
     const int per_dword = type == DOT_F32 ? 1 : type == DOT_I16 ? 2 : 4;
     const size_t n_rows = (size_t)b->n_rows;
     DS_ALIGNED uint32_t panel[DS_ATTEND_BLOCK * VALUE_COLS];
+    const size_t tiles = ds_row_pad(b->job->v_dim) / (2 * DS_LANES) * (n_rows / DS_ROW_TILE);
+    prefetcher ahead = {b->ahead, b->ahead_bytes / (tiles * (size_t)(b->n / per_dword + 1))};
     for (int col = 0; col < b->job->v_dim; col += VALUE_COLS) {
         for (int i = 0; i < b->values.n; i++)
             value_panel(type, &b->values.run[i].rows, b->values.run[i].n, b->job->v_dim, col,
@@ -254,7 +276,7 @@ DS_INLINE void attend_values(dot_type type, const attend_block *b) {
                     value_tile(type, DS_ROW_TILE, k, weights + row, n_rows,
                                panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
                                s ? NULL : b->keep + row, b->gain + (size_t)s * n_rows + row,
-                               b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc);
+                               b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc, &ahead);
         }
     }
 }
@@ -292,10 +314,28 @@ DS_INLINE void attend_enter(attend_block *b, int at, int n) {
                (size_t)b->values.run[i].n * sizeof *b->value_scale);
 }
 
+/* What is to be brought into cache for the rows to come: those of the job, then what its caller names. */
+DS_INLINE void attend_look_ahead(attend_block *b, int at, int most) {
+    const ds_attend *job = b->job;
+    const int next = at + b->n;
+    b->ready = at ? b->ahead_bytes : job->ready;
+    b->ahead_bytes = 0;
+    if (b->kind == DS_ROWS_F32 || job->values.blocks) return;
+    if (next < most) {
+        const ds_rows rows = ds_table_rows(&job->keys, next);
+        b->ahead = rows.data;
+        b->ahead_bytes = (size_t)ds_table_run(&job->keys, next, most) * rows.row_bytes;
+    } else if (job->ahead) {
+        b->ahead = job->ahead;
+        b->ahead_bytes = job->ahead_bytes;
+    }
+}
+
 void DS_OF(attend)(const ds_attend *job) {
     const ds_row_kind kind = job->keys.layout.kind;
     const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
     attend_block b;
+    b.ahead = NULL, b.ahead_bytes = 0;
     b.job = job;
     b.kind = job->values.blocks ? job->values.layout.kind : kind;
     b.q = query_at(kind, n_rows, job->n, job->n_tail, job->q);
@@ -308,6 +348,7 @@ void DS_OF(attend)(const ds_attend *job) {
     attend_limits(job, &least, &most);
     for (int at = 0; at < most; at += size) {
         attend_enter(&b, at, most - at < size ? most - at : size);
+        attend_look_ahead(&b, at, most);
         b.visible = least < at + b.n ? job->visible : NULL;
         attend_scores(&b);
         for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);

@@ -257,12 +257,13 @@ typedef struct row_product {
     float *out;
     size_t ld;
     int lead; /* rows are brought into cache as many rows ahead of their turn; 0: not at all */
+    bool within; /* of these rows alone: somebody else brings those behind them */
 } row_product;
 
 /* One run of a product's rows. */
 typedef struct row_part {
     int n;
-    const char *rows, *next;
+    const char *rows, *next; /* next: NULL where nothing is to be brought into cache */
     size_t row_bytes;
     const float *scale; /* (n), or NULL: 1 */
     const int32_t *sum; /* (n) sums of the rows' values, where queries carry a bias */
@@ -280,6 +281,7 @@ DS_INLINE row_part row_part_of(const row_product *p, int i) {
         part.rows = rows->data, part.next = next->data;
         part.row_bytes = rows->row_bytes, part.scale = rows->scale, part.sum = rows->sum;
     }
+    if (p->within && i + 1 == p->rows->n) part.next = NULL;
     return part;
 }
 
@@ -320,9 +322,10 @@ DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int 
         DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, part, row + i);
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
     const int to = row + p->lead;
-    const char *ahead =
-        to < part->n ? part->rows + (size_t)to * row_bytes : part->next + (size_t)(to - part->n) * row_bytes;
-    const size_t step = p->lead ? (size_t)rows * row_bytes / (size_t)n : 0;
+    const bool here = to < part->n, any = p->lead && (here || part->next);
+    const char *ahead = here || !any ? part->rows + (size_t)(any ? to : row) * row_bytes
+                                     : part->next + (size_t)(to - part->n) * row_bytes;
+    const size_t step = any ? (size_t)rows * row_bytes / (size_t)n : 0;
     for (int k = 0; k < n; k++, a += paired ? 8 : 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
         const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};

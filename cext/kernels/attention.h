@@ -5,6 +5,7 @@
  * query pack is laid out is the table's own affair. Integer sums are bit-equal on every ISA. */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -139,6 +140,9 @@ typedef struct ds_attend {
     float *acc; /* (n_rows, ld_acc), ld_acc at least v_dim padded; over Q8 values it is rotated as they are */
     size_t ld_acc;
     void *scratch; /* ds_attend_scratch */
+    bool ready; /* the first block of keys is likely to be in cache */
+    const void *ahead; /* what to bring there meanwhile, for the job to come; NULL: nothing */
+    size_t ahead_bytes;
 } ds_attend;
 
 static inline size_t ds_attend_scratch(int n_rows) {

@@ -37,7 +37,7 @@ typedef struct row_format {
     size_t group_bytes;
     int block_elements;
     bool is_signed; /* q is signed, -128..127, plus DS_CODE_BIAS */
-    bool split; /* q of every second 32 values is 16 times as large */
+    bool split; /* q of every second 32 values is 16 times as large; per_16: 1, 4, 16 and 64 times in turn */
     bool per_16; /* scales are per 16 values, not per 32 */
     float min_factor; /* 0 where there is no minimum */
 } row_format;
@@ -126,13 +126,12 @@ ROW_SCALES(Q6_K) {
 }
 
 ROW_CODES(Q2_K) {
-    const ds_block_Q2_K *b = block;
-    return v64_and(v64_shift(v64_twice(b->qs + 32 * (j / 2)), j % 2 * 4, j % 2 * 4 + 2), 3);
+    const uint8_t *quarters = ((const ds_block_Q2_K *)block)->qs + 32 * (j / 2);
+    return v64_split_pairs(quarters, j % 2);
 }
 ROW_SCALES(Q2_K) {
     const ds_block_Q2_K *b = block;
-    const v16 scales = v16_load(b->scales);
-    return row_scales_16(v16_and(scales, v16_set(15)), f32_of_f16(b->d), v16_high_nibbles(scales), f32_of_f16(b->dmin));
+    return row_scales_nibbles(b->scales, &b->d);
 }
 
 ROW_CODES(Q3_K) {
@@ -297,7 +296,7 @@ MUL_ROWS(Q4_1, ROW_PARTS(Q4_1), .min_factor = -1)
 MUL_ROWS(Q5_0, ROW_PARTS(Q5_0), .min_factor = 16)
 MUL_ROWS(Q5_1, ROW_PARTS(Q5_1), .min_factor = -1)
 MUL_ROWS(Q8_0, ROW_PARTS(Q8_0), .is_signed = true)
-MUL_ROWS(Q2_K, ROW_PARTS(Q2_K), .per_16 = true, .min_factor = 1)
+MUL_ROWS(Q2_K, ROW_PARTS(Q2_K), .split = DS_ROW_SPLIT, .per_16 = true, .min_factor = 1)
 MUL_ROWS(Q3_K, ROW_PARTS(Q3_K), .per_16 = true, .min_factor = 4)
 MUL_ROWS(Q4_K, ROW_PARTS(Q4_K), .split = DS_ROW_SPLIT, .min_factor = 1)
 MUL_ROWS(Q5_K, ROW_PARTS(Q5_K), .min_factor = 1)

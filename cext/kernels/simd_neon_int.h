@@ -151,6 +151,10 @@ DS_INLINE v64 v64_split(const void *p) {
     const uint8x16_t a = vld1q_u8(p), b = vld1q_u8((const uint8_t *)p + 16);
     return (v64){{neon_low(a), neon_low(b), neon_high(a), neon_high(b)}};
 }
+/* Pairs of bits of 32 bytes at p, the lowest or, if high, the third; then those beside them. */
+DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
+    return v64_and(v64_shift(v64_twice(p), high ? 4 : 0, high ? 6 : 2), 3);
+}
 /* The low halves of the 16 bytes at p, the high halves of them, and the same of q. */
 DS_INLINE v64 v64_nibbles2(const void *p, const void *q) {
     const uint8x16_t a = vld1q_u8(p), b = vld1q_u8(q);
@@ -210,6 +214,13 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
                        f8_mul(neon_f8_signed(vget_high_s8(t)), f8_set(dmin))};
     return (row_scales){.scale = {scale[0].a, scale[0].b, scale[1].a, scale[1].b},
                         .min = {min[0].a, min[0].b, min[1].a, min[1].b}};
+}
+/* Of 16 bytes, the low halves times the half at p and the high ones times the half behind it. */
+DS_INLINE row_scales row_scales_nibbles(const uint8_t bytes[16], const void *p) {
+    const v16 both = v16_load(bytes);
+    uint16_t d[2];
+    memcpy(d, p, sizeof d);
+    return row_scales_16(v16_and(both, v16_set(15)), f32_of_f16(d[0]), v16_high_nibbles(both), f32_of_f16(d[1]));
 }
 /* The scales times a token's, a lane for each sum that row_sum_add makes; the minimums' part of the sums. */
 DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {

@@ -8,7 +8,7 @@
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define DS_CODE_BIAS 128 /* signed codes are used plus this: the dot instruction wants unsigned */
-#define DS_ROW_SPLIT 1   /* in rows, high halves of bytes are used where they are, 16 times as large */
+#define DS_ROW_SPLIT 1   /* in rows, parts of bytes are used where they are, up to 64 times as large */
 #else
 #define DS_CODE_BIAS 0
 #define DS_ROW_SPLIT 0
@@ -229,6 +229,11 @@ DS_INLINE v64 v64_split(const void *p) {
     const long long low = 0x0f0f0f0f0f0f0f0f, high = ~low;
     return _mm512_and_si512(v64_twice(p), _mm512_set_epi64(high, high, high, high, low, low, low, low));
 }
+/* Pairs of bits of 32 bytes at p, the lowest or, if high, the third; then those beside them. In their place if DS_ROW_SPLIT. */
+DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
+    const long long low = high ? 0x3030303030303030 : 0x0303030303030303, next = low << 2;
+    return _mm512_and_si512(v64_twice(p), _mm512_set_epi64(next, next, next, next, low, low, low, low));
+}
 /* The low halves of the 16 bytes at p, the high halves of them, and the same of q. */
 DS_INLINE v64 v64_nibbles2(const void *p, const void *q) {
     const v64 first = _mm512_broadcast_i32x4(_mm_loadu_si128(p));
@@ -277,11 +282,20 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
     return (row_scales){.scale = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sc)), _mm512_set1_ps(d)),
                         .min = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(m)), _mm512_set1_ps(dmin))};
 }
+/* Of 16 bytes, the low halves times the half at p and the high ones times the half behind it. */
+DS_INLINE row_scales row_scales_nibbles(const uint8_t bytes[16], const void *p) {
+    const __m512i both = _mm512_cvtepu8_epi32(v16_load(bytes));
+    const f16x d = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadu_si32(p)));
+    const f16x low = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+    const f16x high = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+    return (row_scales){.scale = _mm512_mul_ps(low, _mm512_permutexvar_ps(_mm512_setzero_si512(), d)),
+                        .min = _mm512_mul_ps(high, _mm512_permutexvar_ps(_mm512_set1_epi32(1), d))};
+}
 /* The scales times a token's; the minimums' part of the sums. */
 DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {
     if (per_16) {
         s->min = _mm512_fmadd_ps(w->min, _mm512_load_ps(x->sum_16), s->min);
-        out->scale = _mm512_mul_ps(w->scale, _mm512_load_ps(x->scale_16));
+        out->scale = _mm512_mul_ps(w->scale, _mm512_load_ps(split ? x->split_16 : x->scale_16));
         return;
     }
     const f16x scale = _mm512_mul_ps(w->scale, _mm512_load_ps(split ? x->split : x->scale)); /* and sum_32 behind it */
@@ -324,6 +338,15 @@ DS_INLINE v64 v64_split(const void *p) {
     const __m256i x = _mm256_loadu_si256(p), low = _mm256_set1_epi8(15);
     if (DS_ROW_SPLIT) return (v64){_mm256_and_si256(x, low), _mm256_andnot_si256(low, x)};
     return (v64){_mm256_and_si256(x, low), _mm256_and_si256(_mm256_srli_epi16(x, 4), low)};
+}
+DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
+    const __m256i x = _mm256_loadu_si256(p), low = _mm256_set1_epi8(3);
+    if (DS_ROW_SPLIT) {
+        const __m256i place = _mm256_set1_epi8(high ? 0x30 : 0x03), next = _mm256_set1_epi8((char)(high ? 0xc0 : 0x0c));
+        return (v64){_mm256_and_si256(x, place), _mm256_and_si256(x, next)};
+    }
+    return (v64){_mm256_and_si256(_mm256_srli_epi16(x, high ? 4 : 0), low),
+                 _mm256_and_si256(_mm256_srli_epi16(x, high ? 6 : 2), low)};
 }
 DS_INLINE __m256i x86_shift(__m256i a, int n) { return n < 0 ? _mm256_slli_epi16(a, -n) : _mm256_srli_epi16(a, n); }
 DS_INLINE v64 v64_shift(v64 v, int low, int high) { return (v64){x86_shift(v.a, low), x86_shift(v.b, high)}; }
@@ -386,11 +409,18 @@ DS_INLINE row_scales row_scales_16(v16 sc, float d, v16 m, float dmin) {
     }
     return s;
 }
+DS_INLINE row_scales row_scales_nibbles(const uint8_t bytes[16], const void *p) {
+    const v16 both = v16_load(bytes);
+    uint16_t d[2];
+    memcpy(d, p, sizeof d);
+    return row_scales_16(v16_and(both, v16_set(15)), f32_of_f16(d[0]), v16_high_nibbles(both), f32_of_f16(d[1]));
+}
 DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool split, const act_meta *x, row_scales *out) {
     if (per_16) {
+        const float *scales = split ? x->split_16 : x->scale_16;
         DS_UNROLL
         for (int i = 0; i < 16; i += 8) {
-            _mm256_store_ps(out->scale + i, f8_mul(f8_load(w->scale + i), f8_load(x->scale_16 + i)));
+            _mm256_store_ps(out->scale + i, f8_mul(f8_load(w->scale + i), f8_load(scales + i)));
             s->min = f8_fma(f8_load(w->min + i), f8_load(x->sum_16 + i), s->min);
         }
     } else {

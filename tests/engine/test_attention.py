@@ -382,6 +382,18 @@ def test_threads_do_not_change_a_bit(tiny_gguf, spec, kv_type):
         np.testing.assert_array_equal(got, results[0])
 
 
+def test_pieces_of_products_are_the_whole(tiny_gguf):
+    """Enough rows that their pieces halve from round to round, and jobs that no piece ends with."""
+    spec = variant(DENSE, name="broad", n_layer=1, n_layer_dense=1, n_ff_dense=20000)
+    ids = tokens(spec, 9)
+    results = []
+    for threads in (1, 2, 3, 16):
+        with cext.Model(tiny_gguf(spec), threads=threads) as model:
+            results.append(in_pieces(model.session(9, kv_type="f32"), ids, [7, 8]))
+    for got in results[1:]:
+        np.testing.assert_array_equal(got, results[0])
+
+
 @pytest.mark.parametrize("heads", (1, 5, 64, 65, 130))
 def test_any_number_of_heads(tiny_gguf, heads):
     """Heads are taken in blocks of up to 64, tokens together as far as they fit."""

@@ -145,18 +145,22 @@ static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int e
     }
 }
 
-/* One part of a group's positions: a running softmax into the part's m, l and acc. Parts begin at whole tiles. */
-static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, int part) {
+/* Where a part of a group's positions begins: at a whole tile. */
+static int part_begin(const ds_latent_group *g, int n_pos, int part) {
+    return part == g->n_parts ? n_pos : (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+}
+
+/* One part of a group's positions: a running softmax into the part's m, l and acc. The part that this worker most likely
+ * takes next is brought into cache meanwhile, as this one (`ready`) was. */
+static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, int part, bool ready) {
     const ds_step *s = lane->step;
     const ds_config *c = s->config;
     const ds_latent_room *room = ds_latent_room_of(s);
     const ds_kv *kv = s->spans[g->span].kv;
     const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
     const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
-    int begin = (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-    int end =
-        part + 1 == g->n_parts ? n_pos : (int)((int64_t)n_pos * (part + 1) / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-    const ds_attend job = {
+    const int begin = part_begin(g, n_pos, part), end = part_begin(g, n_pos, part + 1);
+    ds_attend job = {
         .n_rows = g->n_tok * g->n_heads,
         .n_pos = end - begin,
         .n = c->kv_lora_rank,
@@ -171,7 +175,15 @@ static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, i
         .acc = room->acc + slot * ld,
         .ld_acc = ld,
         .scratch = ds_latent_lane_of(lane)->scratch,
+        .ready = ready,
     };
+    const int next = part + lane->worker->nth;
+    if (next < g->n_parts) {
+        const int from = part_begin(g, n_pos, next);
+        const ds_row_table rows = ds_kv_table(kv, il - s->weights->layer_begin, 0, 0, from);
+        job.ahead = ds_table_rows(&rows, 0).data;
+        job.ahead_bytes = (size_t)ds_table_run(&rows, 0, n_pos - from) * rows.layout.row_bytes;
+    }
     for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
     memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);
     s->kern->attend(&job);
@@ -382,8 +394,11 @@ static void attend_all(const ds_lane *lane, const ds_layer *l, int il) {
     }
     for (int i = 0; i < plan->n_groups; i++) {
         const ds_latent_group *g = &plan->groups[i];
-        for (; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker))
-            attend_part(lane, il, g, (int)(claimed - base));
+        for (int part, ready = -1; claimed < base + (size_t)g->n_parts; claimed = ds_claim(lane->worker)) {
+            part = (int)(claimed - base);
+            attend_part(lane, il, g, part, part == ready);
+            ready = part + lane->worker->nth;
+        }
         base += (size_t)g->n_parts;
     }
 }

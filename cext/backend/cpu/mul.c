@@ -3,8 +3,7 @@
 enum {
     MIN_PIECE_COST =
         64 << 10, /* a claim costs a shared cache line: not worth it for less than some microseconds of work */
-    PIECES_PER_WORKER = 12,    /* enough that a worker which loses its core for a while does not hold up the rest */
-    PREFILL_COST_SHIFT = 4,    /* a byte read from memory costs about as much as 16 multiply-adds from cache */
+    PREFILL_COST_SHIFT = 4, /* a byte read from memory costs about as much as 16 multiply-adds from cache */
 };
 
 ds_job ds_cpu_job(const ds_mat *m, const void *block, const void *act, int n_tok, float *y, size_t ldy) {
@@ -26,29 +25,41 @@ static size_t panel_cost(const ds_mul *mul) {
 
 static int n_panels(const ds_mul *mul) { return (mul->row_end + DS_PANEL_ROWS - 1) / DS_PANEL_ROWS; }
 
-/* Panels of a piece of this job when pieces should cost about `target`. */
-static int piece_panels(const ds_mul *mul, size_t target) {
-    size_t panels = target / (panel_cost(mul) + 1);
-    return panels<1 ? 1 : panels>(size_t) n_panels(mul) ? n_panels(mul) : (int)panels;
+static size_t job_cost(const ds_mul *mul) { return panel_cost(mul) * (size_t)n_panels(mul); }
+
+/* Where piece c begins in work that costs `total`. A round of pieces, one for each worker, is half of what is left: large
+ * ones first, for where a piece begins memory is read slowly; small ones last, for a phase waits for all of them. */
+static size_t piece_begin(size_t total, size_t n_workers, size_t c) {
+    if (n_workers == 1) return c ? total : 0;
+    size_t left = total, size;
+    for (; (size = left / (2 * n_workers)) > MIN_PIECE_COST && c >= n_workers; c -= n_workers) left -= size * n_workers;
+    if (size < MIN_PIECE_COST) size = MIN_PIECE_COST;
+    return c > left / size ? total : total - left + c * size;
+}
+
+/* The job's panels that begin within [begin, end) of its cost. */
+static void run_panels(const ds_kernels *kern, const ds_job *job, size_t begin, size_t end) {
+    const size_t cost = panel_cost(&job->mul);
+    const int first = (int)((begin + cost - 1) / cost), past = (int)((end + cost - 1) / cost);
+    if (first == past) return;
+    ds_mul piece = job->mul;
+    piece.row_begin = first * DS_PANEL_ROWS;
+    if (past < n_panels(&job->mul)) piece.row_end = past * DS_PANEL_ROWS;
+    kern->mul[job->format](&piece);
 }
 
 void ds_cpu_mul(const ds_worker *worker, const ds_kernels *kern, const ds_job *jobs, int n_jobs) {
-    size_t total = 0, target, claimed, base = 0;
-    for (int j = 0; j < n_jobs; j++) total += panel_cost(&jobs[j].mul) * (size_t)n_panels(&jobs[j].mul);
-    target = total / ((size_t)worker->nth * PIECES_PER_WORKER);
-    if (target < MIN_PIECE_COST) target = MIN_PIECE_COST;
-    if (worker->nth == 1) target = total + 1;
-    claimed = ds_claim(worker);
-    for (int j = 0; j < n_jobs; j++) { /* claims only grow, so one walk over the jobs serves them all */
-        int panels = n_panels(&jobs[j].mul), step = piece_panels(&jobs[j].mul, target);
-        size_t pieces = (size_t)((panels + step - 1) / step);
-        for (; claimed < base + pieces; claimed = ds_claim(worker)) {
-            ds_mul piece = jobs[j].mul;
-            piece.row_begin = (int)(claimed - base) * step * DS_PANEL_ROWS;
-            if (piece.row_begin + step * DS_PANEL_ROWS < piece.row_end)
-                piece.row_end = piece.row_begin + step * DS_PANEL_ROWS;
-            kern->mul[jobs[j].format](&piece);
+    const size_t n_workers = (size_t)worker->nth;
+    size_t total = 0, begin, base = 0;
+    for (int j = 0; j < n_jobs; j++) total += job_cost(&jobs[j].mul);
+    for (size_t c = ds_claim(worker); (begin = piece_begin(total, n_workers, c)) < total; c = ds_claim(worker)) {
+        const size_t end = piece_begin(total, n_workers, c + 1);
+        for (; base + job_cost(&jobs->mul) <= begin; jobs++, n_jobs--) base += job_cost(&jobs->mul);
+        size_t at = base; /* claims only grow, so one walk over the jobs serves them all */
+        for (int j = 0; j < n_jobs && at < end; j++) {
+            const size_t cost = job_cost(&jobs[j].mul);
+            run_panels(kern, &jobs[j], at < begin ? begin - at : 0, end - at < cost ? end - at : cost);
+            at += cost;
         }
-        base += pieces;
     }
 }
