@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -93,21 +92,13 @@ def save(session: Session, path: str | PathLike[str]) -> None:
             identity(session.model),
         )
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                unfinished = Path(file.name)
-                try:
-                    _write(file, header, session)
-                    unfinished.replace(target)
-                except BaseException:
-                    unfinished.unlink(missing_ok=True)
-                    raise
-            system.sync_folder(target.parent)
+            with system.replaced(target) as file:
+                _write(file, header, session)
         except OSError as error:
             raise FileError(f"cannot write the session to `{target}`: {error.strerror or error}") from error
 
 
 def _write(file: IO[bytes], header: Header, session: Session) -> None:
-    """Everything, and on the disk."""
     seal = digest(header.pack())
     file.write(header.pack() + seal)
     block = bytearray(header.block_bytes)
@@ -116,8 +107,6 @@ def _write(file: IO[bytes], header: Header, session: Session) -> None:
         seal = digest(seal, block)
         file.write(block)
         file.write(seal)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def load(model: Model, path: str | PathLike[str], n_ctx: int | None, kv_type: str | None) -> Session:

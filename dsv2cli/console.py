@@ -90,17 +90,60 @@ def _spelt_out(found: re.Match[str]) -> str:
 
 # Log and errors, on stderr.
 
+_BREAKING: list[bool] = []  # blocks of breaking_lines
+
 
 def note(message: str, style: str | None = None, *, label: str = "") -> None:
     """One line of log. label: a style's name that stands before it, as in "warning: ..."."""
-    line = printable(message)
-    before = f"{styled(f'{label}:', label)} " if label else ""
-    _tell(before + (styled(line, style) if style else line) + "\n")
+    line, before = printable(message), f"{label}: " if label else ""
+    if _BREAKING and obeys(sys.stderr):
+        line = broken(before + line, width(sys.stderr))[len(before) :]
+    shown = styled(before[:-1], label) + " " if label else ""
+    _tell(shown + (styled(line, style) if style else line) + "\n")
 
 
 def note_text(text: str) -> None:
     """Text of several lines on stderr, as it is."""
-    _tell(printable_text(text) + "\n")
+    lines = printable_text(text).split("\n")
+    if _BREAKING and obeys(sys.stderr):
+        columns = width(sys.stderr)
+        lines = [broken(line, columns, indented=False) for line in lines]
+    _tell("\n".join(lines) + "\n")
+
+
+@contextlib.contextmanager
+def breaking_lines() -> Iterator[None]:
+    """Notes in this block break between words where a terminal would break them within: a conversation is read there.
+    Elsewhere a line is a line, which can be copied whole."""
+    _BREAKING.append(True)
+    try:
+        yield
+    finally:
+        _BREAKING.pop()
+
+
+def broken(line: str, columns: int, *, indented: bool = True) -> str:
+    """A line in lines that a window so wide holds, but for words that are wider. indented: the further ones stand below
+    its second column, or two further than its first where that leaves too little."""
+    from rich.cells import cell_len
+
+    if len(line) <= columns // 2 or cell_len(line) <= columns:
+        return line
+    begins = re.match(r" *(\S.*? {2,})?", line)
+    indent = len(begins[0]) if begins else 0
+    if indent > columns // 3:
+        indent = min(len(line) - len(line.lstrip()) + 2, columns // 3)
+    lines, taken = [""], 0
+    for space, word in re.findall(r"( *)([^ ]+)", line):
+        n = cell_len(word)
+        if taken + len(space) + n > columns and lines[-1].strip():
+            taken = indent if indented else 0
+            lines.append(" " * taken + word)
+        else:
+            taken += len(space)
+            lines[-1] += space + word
+        taken += n
+    return "\n".join(lines)
 
 
 def warn(message: str) -> None:

@@ -25,7 +25,7 @@ from quantize.base.errors import ArgumentError, UnsupportedError, disk_error
 from quantize.encode.grouped import GROUPS, unpacked
 from quantize.job import Options
 from quantize.meter import OnProgress
-from quantize.pipeline import quantize, report_path
+from quantize.pipeline import quantize, write_report
 from quantize.report import Report
 from quantize.source import files, tensors
 from quantize.source.arch import Arch
@@ -98,7 +98,7 @@ def export(
             _write(work / PARTS, opened, work / GGUF, format, group)
             parts = [path for path in (work / PARTS).rglob("*") if path.is_file()]
             made = replace(made, path=named, nbytes=sum(path.stat().st_size for path in parts))
-            _write_json(report_path(out), made.as_json())
+            write_report(made, out)
             (work / PARTS).replace(out)
             shutil.rmtree(work)
         except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
+from cext import system
 from quantize import recipe, report
 from quantize.base import heap
 from quantize.base.blas import employed
@@ -100,21 +101,24 @@ def _run(job: Job, budget: Budget, wanted: Room, out: Path) -> Report:
 
 def _leave(made: Report, journal: Journal, keep: bool) -> Report:
     """The file stands under its name: put the report beside it, and the work away."""
-    text = json.dumps(made.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    path = report_path(made.path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # A path in other bytes than UTF-8's: surrogates, which this spells as JSON does.
-        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+    write_report(made, made.path)
     if keep:
         journal.settle()
     else:
         journal.discard()
     return made
+
+
+def write_report(made: Report, out: Path) -> None:
+    """Beside what was made. OutputError."""
+    text = json.dumps(made.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    path = report_path(out)
+    try:
+        with system.replaced(path, mode=0o666) as file:
+            # A path in other bytes than UTF-8's: surrogates, which this spells as JSON does.
+            file.write((text + "\n").encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def report_path(out: Path) -> Path:

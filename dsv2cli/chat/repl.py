@@ -71,6 +71,10 @@ class Repl:
 
     def run(self) -> None:
         """Read and answer until /exit or the end of input."""
+        with console.breaking_lines():
+            self._run()
+
+    def _run(self) -> None:
         if not self.chat.quiet:
             console.note(f"{self.chat.headline()} /help lists the commands.", "dim")
         if self.keeping.tree.head:

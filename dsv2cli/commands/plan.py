@@ -9,7 +9,7 @@ import typer
 
 from dsv2cli import console, options
 from dsv2cli.commands.inspect import parts_table
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import CliError, UsageError
 from dsv2cli.options import Range, number
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ SPEED = typer.Option("--speed/--no-speed", help="Measure this machine for some s
 CHECK = typer.Option("--check", help="Run the file, which must be here, and print predicted beside measured.")
 
 
+VERDICTS = {"holds": "", "fails": "more than {allowed:.0%}", "unsettled": "drifted by {drift:.0%}"}
+
+
 def plan(
     model: Annotated[str | None, NAME] = None,
     context: Annotated[int | None, CONTEXT] = None,
@@ -78,6 +81,8 @@ def plan(
         elif measure:
             rates = "llama.cpp runs it, whose speed is not foretold" if found.found.engine else "no engine runs it"
         made = forecast.forecast(found, n_ctx=context, kv_type=kv, ram=n_ram, threads=threads, free=free, rates=rates)
+        if check and made.rates is None:
+            raise CliError(made.why_no_speed, "--check compares what is foretold from that: without it, nothing is run")
         compared = checked(made, threads, rounds) if check else ()
     if as_json:
         console.print_json(forecast.describe(made) | ({"check": describe(compared)} if check else {}))
@@ -140,7 +145,8 @@ def headline(made: Forecast) -> list[tuple[str, str]]:
                 "this machine",
                 f"{rates.threads} threads, {rates.isa}: decodes at {rates.bandwidth / 1e9:.1f} GB/s of weights, reads"
                 f" prompts at {rates.products / 1e9:.0f} billion multiply-adds a second"
-                f" (measured in {rates.seconds:.1f} s, rounds within {rates.spread:.0%})",
+                f" (measured in {rates.seconds:.1f} s, rounds within {rates.spread:.0%})"
+                + (f"; small pages make decoding take {rates.slowed:.2f} times as long" if rates.slowed > 1 else ""),
             )
         )
     elif made.why_no_speed:
@@ -259,7 +265,7 @@ def check_table(compared: Sequence[Compared]) -> console.Table:
             as_text(median(row.measured)),
             f"{row.error:+.1%}",
             f"{min(row.errors):+.1%} and {max(row.errors):+.1%}" if len(row.errors) > 1 else "",
-            "" if row.holds else f"more than {row.allowed:.0%}",
+            VERDICTS[row.verdict].format(allowed=row.allowed, drift=row.drift),
         )
     return table
 
@@ -267,17 +273,18 @@ def check_table(compared: Sequence[Compared]) -> console.Table:
 def check_lines(compared: Sequence[Compared]) -> list[tuple[str, str]]:
     """How far to trust the table."""
     rounds = max(len(row.measured) for row in compared)
-    if rounds == 1:
-        return [("drift", "unknown: one round")]
-    worst = max(compared, key=lambda row: row.spread)
-    held = sum(row.holds for row in compared)
+    worst = max(compared, key=lambda row: row.drift)
+    held, unsettled = (sum(row.verdict == verdict for row in compared) for verdict in ("holds", "unsettled"))
+    told = f"{held} of {len(compared)} forecasts hold"
+    if unsettled:
+        told += f", {unsettled} cannot be told from drift: more rounds (-r), or a machine with nothing else to do"
     return [
         (
             "in turns",
-            f"{rounds} rounds, the machine measured around each; off by: the median of the ratios",
+            f"the machine measured before and after each of {rounds}; off by: the median of the rounds' ratios",
         ),
-        ("drift", f"of what was measured up to {worst.spread:.0%} ({worst.name})"),
-        ("verdict", f"{held} of {len(compared)} forecasts hold"),
+        ("drift", f"the machine's own, from measurement to measurement: up to {worst.drift:.0%} ({worst.name})"),
+        ("verdict", told),
     ]
 
 
@@ -290,8 +297,10 @@ def describe(compared: Sequence[Compared]) -> list[dict[str, object]]:
             "error": round(row.error, 4),
             "errors": [round(error, 4) for error in row.errors],
             "spread": round(row.spread, 4),
+            "drift": round(row.drift, 4),
             "allowed": row.allowed,
             "holds": row.holds,
+            "verdict": row.verdict,
         }
         for row in compared
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ PROGRAM_BYTES = 67 << 20  # of an interpreter with what chat loads: 29 MiB its o
 TOKENIZER_BYTES = 370  # for each token: its text, its place in two tables, its merge
 LEAST_BAND = 0.15  # of a speed: what a machine's memory drifts by within minutes, and scaling a part to the whole
 MEMORY_BAND = 0.05
+NOTICED = 1.1  # times as fast
 DRIVES = (0.5e9, 3e9, 7e9)  # bytes a second: an SSD on SATA, one on PCIe 3, one on PCIe 4 or 5
 KV: tuple[KvType, ...] = ("f16", "q8_0", "f32")
 
@@ -241,6 +243,12 @@ def _make_fast(subject: Subject, memory: Memory, rates: Rates | None) -> str:
     found = subject.found
     if rates is None or not found.token_bytes:
         return ""
+    if rates.small_pages and rates.slowed > NOTICED:
+        drop = f"dd of={shlex.quote(str(found.path))} oflag=nocache conv=notrunc,fdatasync count=0"
+        return (
+            f"the system's cache holds {rates.small_pages:.0%} of the file in small pages, as another program read it;"
+            f" read anew it decodes {rates.slowed:.2f} times as fast: `{drop}` drops it there"
+        )
     n_layer = count(found.keys, "block_count")
     step = decode_seconds(found.token_bytes, n_layer, 0, rates)
     attention = memory.n_ctx * n_layer * rates.attention
@@ -290,7 +298,7 @@ def describe(made: Forecast) -> dict[str, Any]:
         "machine": None if made.rates is None else {
             "threads": made.rates.threads, "isa": made.rates.isa, "bytes_per_second": round(made.rates.bandwidth),
             "multiply_adds_per_second": round(made.rates.products), "spread": round(made.rates.spread, 3),
-            "seconds": round(made.rates.seconds, 2),
+            "seconds": round(made.rates.seconds, 2), "slowed_by_small_pages": round(made.rates.slowed, 3),
         },
         "why_no_speed": made.why_no_speed,
         "decode": [_speed(s) for s in made.decode],

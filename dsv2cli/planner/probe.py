@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dsv2cli.planner.hollow import PROMPT, SEED, Small, Work
+from dsv2cli.planner.hollow import FREE_SHARE, PROMPT, SEED, Small, Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from dsv2cli.anatomy import Anatomy
 
 LARGE_CACHE = 64 << 20  # what is read here would stay in a cache that is larger, as no larger model does
-DEPTH = 1 << 15  # tokens of context where attention is measured
+DEPTH, LEAST_DEPTH = 1 << 15, 1 << 12  # tokens of context where attention is measured
+CACHE_BYTES = 512 << 20  # of that context at most, as of attention that is not latent
 BLOCK_TOKENS = 256  # that a cache grows by
 ROUNDS, STEPS, DEEP_STEPS = 5, 4, 2
 SECONDS = 2.0  # after which no further round begins
 EMBEDDINGS, HEAD = "embeddings", "head"  # parts of an anatomy
 UNSAFE_SHARE = 0.5  # of the free memory, that a probe may touch
+PROBE = "probe{}.gguf"
 ROOM = 16 << 20  # beside what is touched, of the header and embeddings; tmpfs allots a hole's pages once they are read
 MOST_FIXED = 0.9  # of a layer's time, that is not its experts'
 
@@ -50,12 +52,14 @@ class Rates:
     spread: float
     seconds: float  # that measuring took
     scratch: int | None  # bytes of memory that steps of PROMPT tokens touched; None where the system does not tell
+    slowed: float = 1.0  # by what small pages of the file that is here, which bandwidth is of, make decoding longer
+    small_pages: float = 0.0  # the share of it that lies in such, and would not if it were read anew
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, of one round: a step of the first layer with the head and of all layers that are here, the latter at
-    DEPTH too; a prompt likewise, in the first layer also of PROMPT tokens where the others have fewer."""
+    """Seconds, of one round: a step of the first layer with the head and of all layers that are here, the latter in a
+    long context too; a prompt likewise, in the first layer also of PROMPT tokens where the others have fewer."""
 
     first_step: float
     step: float
@@ -74,15 +78,21 @@ def measure(found: Anatomy, kv_type: KvType, threads: int | None, free: int | No
     try:
         with Gguf(found.path) as gguf, TemporaryDirectory(prefix="dsv2-probe-") as folder:
             small = Small(list(gguf.tensors), found, free)
-            touched = small.all.touched + (small.first.touched if small.first else 0)
+            token_bytes = found.kv_bytes[kv_type] * small.all.work.n_layer // max(1, small.whole.n_layer)
+            depth = depth_of(token_bytes, CACHE_BYTES if free is None else min(CACHE_BYTES, free // FREE_SHARE))
+            caches = token_bytes * (depth + 2 * PROMPT)
+            files = small.all.touched + (small.first.touched if small.first else 0)
+            touched = files + caches
             if free is not None and touched > UNSAFE_SHARE * free:
                 return "too little memory is free to measure in"
-            if free_disk(Path(folder)) < touched + ROOM:
+            if free_disk(Path(folder)) < files + ROOM:
                 return f"too little is free in {Path(folder).parent} to measure in: TMPDIR names another folder"
             cold = _Cold(None if free is None else free - touched, found.tensor_bytes)
             with contextlib.ExitStack() as stack:
                 models = [_opened(stack, Path(folder), small, i, threads) for i in range(2 if small.first else 1)]
-                return _rates(models, small, kv_type, cold, begun)
+                rates = _rates(models, small, depth, kv_type, cold, begun)
+                rates = _of_its_pages(rates, found, small, models[0], Path(folder) / PROBE.format(0))
+                return replace(rates, seconds=time.perf_counter() - begun)
     except (OSError, EngineError) as error:
         return f"this machine could not be measured: {error}"
 
@@ -91,11 +101,22 @@ def _opened(stack: contextlib.ExitStack, folder: Path, small: Small, i: int, thr
     """All layers that are here, or (1) the first of them."""
     from cext import Model
 
-    path = folder / f"probe{i}.gguf"
+    path = folder / PROBE.format(i)
     hollow = small.first if i else small.all
     assert hollow is not None
     hollow.write(path)
     return stack.enter_context(Model(path, threads))
+
+
+def _of_its_pages(rates: Rates, found: Anatomy, small: Small, probe: Model, path: Path) -> Rates:
+    """The rates of what lies in such pages as the model's file, where that is here."""
+    from dsv2cli.planner import paging
+
+    pages = paging.cached(found.path, path)
+    if pages is None or not pages.matters:
+        return rates
+    slowed = paging.slowdown(found.path, small.whole.token_bytes, probe, small.all.work.token_bytes)
+    return replace(rates, bandwidth=rates.bandwidth / slowed, slowed=slowed, small_pages=pages.small)
 
 
 class _Cold:
@@ -114,21 +135,29 @@ class _Cold:
         self._words[::8].sum()  # of each line a word
 
 
-def _rates(models: list[Model], small: Small, kv_type: KvType, cold: _Cold, begun: float) -> Rates:
+def depth_of(token_bytes: int, most: float) -> int:
+    """Tokens of context, each of so many bytes of cache, where attention is measured."""
+    depth = DEPTH
+    while depth > LEAST_DEPTH and depth * token_bytes > most:
+        depth //= 2
+    return depth
+
+
+def _rates(models: list[Model], small: Small, depth: int, kv_type: KvType, cold: _Cold, begun: float) -> Rates:
     import numpy as np
 
     from cext.system import own_bytes
 
     rng = np.random.default_rng(SEED)
     ids = rng.integers(0, min(PROMPT, models[0].hparams["n_vocab"]), PROMPT, np.int32)
-    shallow, deep = models[0].session(PROMPT + 1, kv_type), models[0].session(DEPTH + 1, kv_type)
+    shallow, deep = models[0].session(PROMPT + 1, kv_type), models[0].session(depth + 1, kv_type)
     first = models[1].session(PROMPT + 1, kv_type) if small.first else None
     before = own_bytes()
     deep.eval(ids)
-    after, cache = own_bytes(), deep.kv_bytes * -(-PROMPT // BLOCK_TOKENS) * BLOCK_TOKENS // (DEPTH + 1)
+    after, cache = own_bytes(), deep.kv_bytes * -(-PROMPT // BLOCK_TOKENS) * BLOCK_TOKENS // (depth + 1)
     scratch = None if before is None or after is None else max(0, after - before - cache)
     deep.rewind(small.n_prompt)
-    deep.repeat(DEPTH)
+    deep.repeat(depth)
     rounds: list[Times] = []
     for i in range(ROUNDS + 1):  # the first touches every page
         prompt = ids[: small.n_prompt]
@@ -136,7 +165,7 @@ def _rates(models: list[Model], small: Small, kv_type: KvType, cold: _Cold, begu
         times = Times(
             first_step=_step_seconds(first, 0, ids, STEPS, cold) if first else 0.0,
             step=_step_seconds(shallow, 0, ids, STEPS, cold),
-            deep_step=_step_seconds(deep, DEPTH, ids, DEEP_STEPS, cold),
+            deep_step=_step_seconds(deep, depth, ids, DEEP_STEPS, cold),
             first_prompt=short,
             first_whole_prompt=_prompt_seconds(first, ids, cold) if first and len(prompt) < PROMPT else short,
             prompt=_prompt_seconds(shallow, prompt, cold),
@@ -155,7 +184,7 @@ def _rates(models: list[Model], small: Small, kv_type: KvType, cold: _Cold, begu
         isa=models[0].isa,
         bandwidth=bandwidth,
         products=PROMPT * whole.layer_products / without_head(prompt_seconds, whole, bandwidth),
-        attention=max(0.0, deeper) / DEPTH / max(1, here.n_layer),
+        attention=max(0.0, deeper) / depth / max(1, here.n_layer),
         spread=max(_spread([t.step for t in rounds]), _spread([t.prompt for t in rounds])),
         seconds=time.perf_counter() - begun,
         scratch=scratch,

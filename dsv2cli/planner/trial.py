@@ -26,6 +26,7 @@ from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dsv2cli.anatomy import Anatomy
     from dsv2cli.planner.forecast import Forecast
 
 N_DECODE = 24
@@ -40,12 +41,13 @@ CHECKED = {"decode": 0.15, "prefill": 0.15, "memory": 0.05}  # by how much a for
 class Compared:
     """A figure of both: bytes, or tokens a second. predicted, measured: of each round; allowed: by which the forecast
     may be off, relative to what was measured. A machine drifts from minute to minute, so a round's two are compared
-    with one another."""
+    with one another; steps: by how much the forecasts before and after each round differ, relative to the lesser."""
 
     name: str
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
     allowed: float
+    steps: tuple[float, ...] = ()
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -63,8 +65,18 @@ class Compared:
         return (max(self.measured) - min(self.measured)) / (statistics.median(self.measured) or 1.0)
 
     @property
+    def drift(self) -> float:
+        """What the machine drifted by while it was compared, as both tell."""
+        return max(self.spread, *self.steps, 0.0)
+
+    @property
     def holds(self) -> bool:
         return abs(self.error) <= self.allowed
+
+    @property
+    def verdict(self) -> str:
+        """ "holds"; "unsettled" where it does not, and the machine drifted by more than what is allowed; "fails"."""
+        return "holds" if self.holds else "unsettled" if self.drift > self.allowed else "fails"
 
 
 def run(
@@ -93,11 +105,12 @@ def run(
             told("this machine", done, total)
             done += 1
             foretold.append(_foretold(made, work, threads, len(depths)))
-    between = [[math.sqrt(b * a) for b, a in zip(*pair, strict=True)] for pair in itertools.pairwise(foretold)]
+    pairs = [list(zip(*pair, strict=True)) for pair in itertools.pairwise(foretold)]
     compared = [
         Compared(
             f"decode at {test.depth}" if test.kind == "decode" else test.name,
-            tuple(row[i] for row in between), tuple(row[i] for row in measured), CHECKED[test.kind],
+            tuple(math.sqrt(pair[i][0] * pair[i][1]) for pair in pairs), tuple(row[i] for row in measured),
+            CHECKED[test.kind], tuple(max(pair[i]) / min(pair[i]) - 1 for pair in pairs),
         )
         for i, test in enumerate(tests)
     ]  # fmt: skip
@@ -110,22 +123,32 @@ def _foretold(made: Forecast, work: Work, threads: int | None, n_depths: int) ->
     found = made.subject.found
     rates = probe.measure(found, made.memory.kv_type, threads, free_bytes(swap=False))
     if isinstance(rates, str):
-        raise CliError(rates)
+        raise CliError(rates, "it could be measured before: something else takes what was free")
     decode, prefill = speeds(found, work, rates)
     return [prefill.rate, *(speed.rate for speed in decode[:n_depths])]
+
+
+def _text(found: Anatomy, n_most: int) -> str:
+    """Of fewer tokens than so many, in the model's own vocabulary."""
+    from cext.tokenizer import Tokenizer
+    from quantize.source.corpus import DEFAULT_FILES
+
+    text = DEFAULT_FILES[0].read_text(encoding="utf-8")[:TEXT_CHARACTERS]
+    with Tokenizer(found.path) as tokenizer:
+        while text and len(tokenizer.prompt(text)) >= n_most:
+            text = text[: len(text) // 2]
+    return text
 
 
 def _memory(made: Forecast, threads: int | None) -> Compared:
     """Of a process that chats: it reads a text, which makes it touch the weights, and answers. Of a prompt the last
     layer computes the last token alone: its experts are touched by the answer, nearly all of them by so long a one."""
-    from quantize.source.corpus import DEFAULT_FILES
-
-    text = DEFAULT_FILES[0].read_text(encoding="utf-8")[:TEXT_CHARACTERS]
-    kv = made.memory.kv_type
-    keys = made.subject.found.keys
-    n_answer = 2 + ANSWERS * count(keys, "expert_count") // max(1, count(keys, "expert_used_count"))
-    asked = ["chat", str(made.subject.found.path), "--raw", "-p", text]
-    asked += ["-n", str(n_answer), "-c", str(CONTEXT), "--kv", kv]
+    found, kv = made.subject.found, made.memory.kv_type
+    trained, n_expert = count(found.keys, "context_length"), count(found.keys, "expert_count")
+    n_ctx = min(CONTEXT, trained or CONTEXT)
+    n_answer = min(n_ctx // 2, 2 + ANSWERS * n_expert // max(1, count(found.keys, "expert_used_count")))
+    asked = ["chat", str(found.path), "--raw", "-p", _text(found, n_ctx - n_answer)]
+    asked += ["-n", str(n_answer), "-c", str(n_ctx), "--kv", kv]
     command = [sys.executable, "-P", "-c", "from dsv2cli.app import main; main()", *asked, "--json"]
     command += ["-t", str(threads)] if threads else []
     done = subprocess.run(command, env=benchmark.environment(), capture_output=True, text=True, check=False)
@@ -133,10 +156,10 @@ def _memory(made: Forecast, threads: int | None) -> Compared:
         raise CliError("dsv2 chat failed where its memory was to be measured", console.fold(done.stderr[-200:]))
     answer = json.loads(done.stdout)
     n_held = -(-(answer["prompt_tokens"] + answer["answer_tokens"]) // BLOCK_TOKENS) * BLOCK_TOKENS
-    cache = made.subject.found.kv_bytes[kv] * n_held
+    cache = found.kv_bytes[kv] * n_held
     # A text touches the rows of its own tokens among the embeddings, a page each at most.
-    unread = sum(p.nbytes - min(p.nbytes, PAGE * n_held) for p in made.subject.found.parts if p.name == EMBEDDINGS)
-    if any(p.name == HEAD for p in made.subject.found.parts):  # else they are read whole as the head
+    unread = sum(p.nbytes - min(p.nbytes, PAGE * n_held) for p in found.parts if p.name == EMBEDDINGS)
+    if any(p.name == HEAD for p in found.parts):  # else they are read whole as the head
         cache -= unread
     predicted = made.memory.total - made.memory.cache + cache
     return Compared("memory", (predicted,), (answer["resident_bytes"],), CHECKED["memory"])

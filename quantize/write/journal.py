@@ -29,6 +29,7 @@ SUFFIX = ".work"
 HEADS_BYTES = 1 << 16  # of the names and shapes in a record of arrays
 PART_NAME = "model.gguf.part"  # the GGUF in the making
 LOCK_NAME = "lock"
+UNFINISHED = ".tmp"
 ROOM_NAME = "room"  # holds the disk that records to come will take
 IDENTITY, SOURCES, FINISHED = "identity", "sources", "finished"
 RESTART_HINT = "--restart throws it away and starts over, -o names another file"
@@ -117,6 +118,8 @@ class Journal(Closing):
         self._fd = _lock(out, self.folder)
         try:
             self._adopt(restart)
+            for left in self.folder.rglob(f"*{UNFINISHED}"):  # by a run that was killed as it wrote a record
+                left.unlink()
         except BaseException:
             self._release()
             raise
@@ -249,7 +252,7 @@ class Journal(Closing):
         stands = (self.folder / f"{IDENTITY}.json").exists()
         before = self._before(restart)
         if before is None:
-            names = {path.name for path in self.folder.iterdir() if path.suffix != ".tmp"}
+            names = {path.name for path in self.folder.iterdir() if path.suffix != UNFINISHED}
             others = names - {LOCK_NAME, ROOM_NAME}
             if others and not stands:
                 raise OutputError(f"`{self.folder}` is not a work folder of dsv2", "move it away, or choose another -o")
@@ -312,18 +315,11 @@ class Journal(Closing):
 
     def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
         path = self.folder / name
-        temporary = path.with_name(path.name + ".tmp")
         try:
             system.make_folder(path.parent)
-            with temporary.open("wb") as file:
+            with system.replaced(path, mode=0o666, prefix=f"{path.name}.", suffix=UNFINISHED) as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            system.sync_folder(path.parent)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise disk_error(self.folder, error) from error
 
 

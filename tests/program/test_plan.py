@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -22,10 +23,12 @@ from support.inprocess import run
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
+import cext
 from cext import Gguf, system
 from dsv2cli import anatomy, benchmark
+from dsv2cli.commands.plan import check_lines
 from dsv2cli.hub import cache
-from dsv2cli.planner import probe, quality, subject, trial, warning
+from dsv2cli.planner import paging, probe, quality, subject, trial, warning
 from dsv2cli.planner.forecast import forecast, longest_context
 from dsv2cli.planner.hollow import PROMPT, Small, Work
 from dsv2cli.planner.probe import Rates
@@ -451,6 +454,96 @@ def test_a_shorter_prompt_of_fewer_experts_is_scaled_up() -> None:
     assert foretold == pytest.approx(3 * dense * longer + 6 * (experts * 4 + fixed * longer))
 
 
+def test_the_context_is_as_long_as_memory_lets_it_be() -> None:
+    """Attention that is not latent takes 25 times as much for a token."""
+    assert probe.depth_of(3_468, probe.CACHE_BYTES) == probe.DEPTH
+    for token_bytes, most in ((25_000, probe.CACHE_BYTES), (8_000, 100 << 20)):
+        depth = probe.depth_of(token_bytes, most)
+        assert probe.LEAST_DEPTH < depth < probe.DEPTH and depth * token_bytes <= most < 2 * depth * token_bytes
+    assert probe.depth_of(10**9, 1) == probe.LEAST_DEPTH
+
+
+def test_a_context_that_does_not_fit_is_not_measured_in(model: Path) -> None:
+    found = anatomy.study(model)
+    wide = replace(found, kv_bytes={"f16": 10**6})
+    assert isinstance(probe.measure(found, "f16", 1, 1 << 30), Rates)
+    assert probe.measure(wide, "f16", 1, 1 << 30) == "too little memory is free to measure in"
+
+
+# Pages.
+
+
+def read_in_small_pages(path: Path) -> None:
+    """By a reader for whom nothing is read ahead."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        while file.read(1 << 20):
+            pass
+
+
+def test_pages_of_a_file_are_told_and_not_read(tmp_path: Path) -> None:
+    """Reading what is looked at would make of a cold file one that lies in small pages."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(8 * system.HUGE_PAGE)
+    before = system.cached_pages(path)
+    if before is None or before[0]:
+        pytest.skip("the system does not tell")
+    assert system.cached_pages(path) == (0.0, 0.0)
+    read_in_small_pages(path)
+    held, huge = system.cached_pages(path) or (0.0, 0.0)
+    assert huge == 0 and held in (0.0, 1.0)  # tmpfs holds nothing for a hole
+
+
+def test_a_file_smaller_than_a_huge_page_has_none(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(1000))
+    assert system.cached_pages(tmp_path / "small") is None
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_probe", "small"),
+    [
+        ((1.0, 0.25), (1.0, 0.9), 0.75),
+        ((1.0, 0.25), (1.0, 0.1), None),  # the probe's lies as the model does
+        ((0.5, 0.0), (1.0, 1.0), None),  # half of it would come from the drive
+        ((1.0, 0.98), (0.7, 0.7), None),
+        (None, (1.0, 1.0), None),
+        ((1.0, 0.0), None, None),
+        ((1.0, 0.0), (0.0, 0.0), None),
+    ],
+)
+def test_a_file_is_read_where_its_pages_are_not_the_probes(
+    monkeypatch: pytest.MonkeyPatch,
+    of_model: tuple[float, float] | None,
+    of_probe: tuple[float, float] | None,
+    small: float | None,
+) -> None:
+    monkeypatch.setattr(system, "cached_pages", lambda path: of_model if path == Path("model") else of_probe)
+    pages = paging.cached(Path("model"), Path("probe"))
+    assert (pages.small if pages is not None and pages.matters else None) == small
+
+
+@pytest.mark.parametrize(("own", "expected"), [(3.0, 1.5), (1.0, 1.0)])
+def test_small_pages_are_measured_and_their_remedy_is_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch, own: float, expected: float
+) -> None:
+    """In turns with the probe's file, by bytes; what is faster by chance is none of their doing."""
+    paces = itertools.cycle([2.0, own])
+    monkeypatch.setattr(paging, "cached", lambda *_: paging.Cached(1.0, 0.75))
+    monkeypatch.setattr(paging, "decode_seconds", lambda session, ids: next(paces))
+    rates = probe.measure(anatomy.study(model), "f16", 1, None)
+    assert isinstance(rates, Rates) and (rates.slowed, rates.small_pages) == (pytest.approx(expected, rel=0.01), 0.75)
+    with subject.opened(subject.Asked(str(model))) as asked:
+        advice = forecast(asked, free=10**12, rates=rates).advice
+    assert ("75% of the file" in advice and "1.50 times as fast" in advice and str(model) in advice) is (expected > 1)
+
+
+def test_decoding_from_the_file_itself_is_timed(model: Path) -> None:
+    with cext.Model(model, 1) as opened:
+        assert paging.slowdown(model, 10**9, opened, 1) == 1.0  # of bytes that cost nothing
+        assert paging.slowdown(model, 1, opened, 10**9) > 1e6
+
+
 def compared(predicted: tuple[float, ...], measured: tuple[float, ...]) -> trial.Compared:
     return trial.Compared("decode at 0", predicted, measured, 0.15)
 
@@ -487,10 +580,48 @@ def test_a_check_measures_machine_and_model_in_turns(model: Path, monkeypatch: p
     assert len(rows[1].measured) == 2 and all(n > 0 for n in rows[1].measured)
 
 
+def test_drift_is_told_from_a_wrong_forecast() -> None:
+    """One round beside a machine that is half as fast afterwards tells nothing of a forecast; a steady one does."""
+    steady = replace(compared((14.0,), (10.0,)), steps=(0.02,))
+    drifted = replace(compared((14.0,), (10.0,)), steps=(0.9,))
+    assert (steady.verdict, drifted.verdict) == ("fails", "unsettled")
+    assert replace(compared((10.5,), (10.0,)), steps=(0.9,)).verdict == "holds"
+    told = dict(check_lines([steady, drifted]))
+    assert "90%" in told["drift"] and "0 of 2 forecasts hold, 1 cannot be told" in told["verdict"]
+
+
+def test_a_check_without_a_forecast_ends_before_anything_is_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "measure", lambda *_: "too little memory is free to measure in")
+    monkeypatch.setattr(trial, "run", lambda *_: pytest.fail("the model was run"))
+    ran = run("plan", str(model), "--check")
+    assert ran.code == 1 and b"too little memory" in ran.err and b"--check" in ran.err
+
+
+@pytest.mark.parametrize("n_ctx", [48, 300, 4096])
+def test_the_answer_whose_memory_is_checked_fits_the_context(tmp_path: Path, n_ctx: int) -> None:
+    """Text and answer, of a vocabulary whose tokens are letters too."""
+    path = write_model(tmp_path / "m.gguf", variant(spec_named("lite"), n_ctx=n_ctx))
+    with subject.opened(subject.Asked(str(path))) as found:
+        made = forecast(found, n_ctx=n_ctx, free=10**12, rates=FAST)
+        row = trial._memory(made, 1)
+    assert row.name == "memory" and row.measured[0] > 1e6
+
+
 def test_a_hollow_file_takes_no_disk(tmp_path: Path, hub: Hub, env: dict[str, str]) -> None:
     """A hole is what makes it possible to plan for 671 billion weights; TMPDIR is left as it was."""
     published.add(hub, "deepseek-ai/DeepSeek-V3", 2 * TRUTH["deepseek-ai/DeepSeek-V3"][2])
     (tmp_path / "tmp").mkdir()
-    made = planned({**env, "TMPDIR": str(tmp_path / "tmp")}, "v3")
-    assert made["memory"]["weights"] > 3.5e11
+    code = (
+        "from dsv2cli.planner import subject\n"
+        "with subject.opened(subject.Asked('v3')) as s:\n"
+        "    stat = s.found.path.stat()\n"
+        "    print(s.found.path, stat.st_size, 512 * stat.st_blocks)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment(**env, TMPDIR=str(tmp_path / "tmp")), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    path, nbytes, taken = done.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "tmp")
+    assert int(nbytes) > 3.5e11 and int(taken) < 1 << 20
     assert os.listdir(tmp_path / "tmp") == []  # noqa: PTH208
