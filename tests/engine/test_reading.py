@@ -81,7 +81,7 @@ def test_what_was_not_computed_was_never_begun(model, n_run, ends):
     session, alone = model.session(128), model.session(128)
     session.eval(ids[:10])
     alone.eval(ids[:10])
-    n_blocks = model.cache_usage().n_blocks
+    n_blocks = model.cache_usage().blocks
     reading = cext.Reading([(session, ids[10:])])
     for _ in range(n_run):
         reading.run(1)
@@ -97,7 +97,7 @@ def test_what_was_not_computed_was_never_begun(model, n_run, ends):
     else:
         del reading
         gc.collect()
-    assert session.n_past == 10 and model.cache_usage().n_blocks == n_blocks
+    assert session.n_past == 10 and model.cache_usage().blocks == n_blocks
     np.testing.assert_array_equal(session.eval(ids[10:20]), alone.eval(ids[10:20]))
 
 
@@ -119,7 +119,7 @@ def test_a_step_goes_on_when_its_model_is_closed(tiny_gguf):
 def test_what_cannot_be_begun(model, tiny_gguf):
     session = model.session(3000)
     session.eval([1, 2])
-    n_blocks = model.cache_usage().n_blocks
+    n_blocks = model.cache_usage().blocks
     with cext.Model(tiny_gguf(LITE)) as another:
         batches = [
             ([], ValueError),
@@ -133,7 +133,7 @@ def test_what_cannot_be_begun(model, tiny_gguf):
         for batch, error in batches:
             with pytest.raises(error):
                 cext.Reading(batch)
-    assert session.n_past == 2 and model.cache_usage().n_blocks == n_blocks
+    assert session.n_past == 2 and model.cache_usage().blocks == n_blocks
     reading = cext.Reading([(session, [3])])
     for n in (0, -1):
         with pytest.raises((ValueError, cext.ArgumentError)):

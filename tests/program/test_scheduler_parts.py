@@ -99,7 +99,7 @@ def test_each_answers_as_alone(model: cext.Model, rows: bool) -> None:
             events += scheduler.step()
     events += scheduler.run()
     assert [said(events, one) for one in answers] == expected
-    assert slowly.readings and {len(reading.batch) for reading in slowly.readings} >= {1}
+    assert slowly.readings
 
 
 def test_answers_have_a_step_between_any_two_layers(model: cext.Model) -> None:
@@ -131,6 +131,38 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: cext.Model) -> None:
     assert not long.ended and len(slowly.readings[-1].batch) == 1
     while not long.ended:
         scheduler.step()
+
+
+def test_many_short_prompts_are_read_one_after_another(model: cext.Model) -> None:
+    """As many in a piece as it holds. Were all begun, all would end last."""
+    slowly = Slowly()
+    scheduler = slowly.scheduler()
+    first, many = answer(model, 3, 1, limit=900), [answer(model, 32, i, limit=900) for i in range(2, 17)]
+    begun(scheduler, first)
+    for one in many:
+        scheduler.add(one)
+    finished, most = list[int](), 0
+    while not all(one.answer for one in many):
+        scheduler.step()
+        most = max(most, len(scheduler._parts.under_way) if scheduler._parts else 0)
+        finished.append(sum(bool(one.answer) for one in many))
+    sizes = [len(reading.batch) for reading in slowly.readings]
+    assert most == 1 and sum(sizes) == 15 and sizes[0] == 3
+    assert sorted(set(finished)) == [0, *np.cumsum(sizes)]
+
+
+def test_two_long_prompts_have_their_turns(model: cext.Model) -> None:
+    slowly = Slowly()
+    scheduler = slowly.scheduler()
+    first = answer(model, 3, 1, limit=900)
+    long = [answer(model, 800, i, limit=1) for i in (2, 3)]
+    begun(scheduler, first)
+    for one in long:
+        scheduler.add(one)
+    while not all(one.ended for one in long):
+        scheduler.step()
+    turns = [[one.context.session for one in long].index(reading.batch[0][0]) for reading in slowly.readings]
+    assert turns[:6] == [0, 1, 0, 1, 0, 1] and all(len(reading.batch) == 1 for reading in slowly.readings)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "removed"])
