@@ -326,7 +326,8 @@ def write(rows: Sequence[Row], file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, list(asdict(rows[0])))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for row in rows:
+            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def tell(rows: Sequence[Row], name: str) -> None:
