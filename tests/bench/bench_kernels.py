@@ -125,7 +125,8 @@ class Ggml:
         call, n_tok = self.call, len(x)
         n = min(ring.n, max(2, (256 << 20) // (4 * n_tok * ROWS)))
         each = ROWS * ring.row_bytes + 4 * n_tok * ROWS + call["graph_overhead"]() + (4 << 10)
-        context = call["init"](InitParams(n * each + x.nbytes + (1 << 20), None, False))
+        memory = np.empty(n * each + x.nbytes + (1 << 20), np.uint8)  # huge pages, as ours
+        context = call["init"](InitParams(memory.nbytes, memory.ctypes.data, False))
         b = call["new_tensor_2d"](context, 0, K, n_tok)
         ctypes.memmove(call["get_data"](b), x.ctypes.data, x.nbytes)
         graphs, work = [], None
@@ -140,7 +141,7 @@ class Ggml:
             graphs.append((graph, plan))
         turns = cycle(graphs)
 
-        def run(work: object = work) -> None:  # the buffer lives as long as its user
+        def run(work: object = work, memory: object = memory) -> None:  # buffers live as long as their user
             graph, plan = next(turns)
             call["graph_compute"](graph, ctypes.byref(plan))
 
