@@ -62,7 +62,7 @@ def model_open(
     path: str | PathLike[str],
     threads: int,
     isa: str | None,
-    devices: tuple[tuple[str, int, str | None, str | None, int, int], ...],
+    devices: tuple[tuple[str, int, str | None, str | None, int, int, int], ...],
     rules: tuple[tuple[int, int, int, int, int, int], ...],
     ram: int,
     uses: Buffer | None,
@@ -73,7 +73,25 @@ def model_stop(model: Handle) -> None: ...
 def model_watch(model: Handle, device: int, times: bool) -> None: ...
 def model_watched(
     model: Handle, device: int
-) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, list[tuple[str, int, int]]]: ...
+) -> tuple[
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    float,
+    int,
+    int,
+    list[tuple[str, int, int]],
+    tuple[int, ...],
+]: ...
 def model_step_share(model: Handle) -> float: ...
 def model_expert_uses(model: Handle, out: Buffer) -> None: ...
 def model_close(model: Handle) -> None: ...

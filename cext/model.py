@@ -118,8 +118,27 @@ class DriveCounts:
 
 
 @dataclass(frozen=True)
+class HotExperts:
+    """Routed experts that come and go on a device: how many it has room for, and what became of them since it was
+    watched. chosen, held: choices of decoded tokens, and those of experts that were there; nbytes: of uploads."""
+
+    slots: int
+    tokens: int
+    chosen: int
+    held: int
+    uploads: int
+    nbytes: int
+
+    @property
+    def rate(self) -> float | None:
+        """The share of choices that were there; None where there were none."""
+        return self.held / self.chosen if self.chosen else None
+
+
+@dataclass(frozen=True)
 class DeviceWork:
-    """What a device did since it was watched. record_ns, wait_ns: of the host. times: of each shader, how often it ran
+    """What a device did since it was watched. record_ns, wait_ns: of the host. memory, memory_most: bytes of its own
+    that weights, copies, caches and steps take, now and at most since then. times: of each shader, how often it ran
     and the nanoseconds that it took from the end of what ran before.
 
     Of prompts' routed experts that lie in the host's memory: copied_bytes, copy_ns: what went to the device, and how
@@ -140,7 +159,10 @@ class DeviceWork:
     kept_experts: int
     slot_bytes: int
     crossing: float
+    memory: int
+    memory_most: int
     times: dict[str, tuple[int, int]]
+    hot: HotExperts
 
 
 @dataclass(frozen=True)
@@ -272,7 +294,8 @@ class Model:
     def watched(self, device: int) -> DeviceWork:
         """What it did since ``watch``."""
         work = _engine.model_watched(self._handle, device)
-        return DeviceWork(*work[:-1], {name: (n, ns) for name, n, ns in work[-1]})
+        *_, times, hot = work
+        return DeviceWork(*work[:-2], {name: (n, ns) for name, n, ns in times}, HotExperts(*hot))
 
     def needs(self) -> WeightNeeds:
         """What the weights take, mapped or within a budget."""

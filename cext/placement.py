@@ -22,9 +22,12 @@ class Device:
 
     threads: of the processor, None for the fastest number. isa: of the processor, None for the best. name: of a GPU,
     its number in ``gpus()`` or letters of its name, None for the best that is no software. memory: of a GPU, the bytes
-    of its own that weights may take, and room for copies of such, None for what there is. copies: whether a GPU
+    of its own that weights, copies, caches and steps may take together, None for what there is. copies: whether a GPU
     computes a prompt's routed experts that lie in the host's memory, by copying them: as many as that is faster for,
-    none, or all. It takes room for those of two layers; where there is none, none are copied.
+    none, or all. It takes room for those of two layers; where there is none, none are copied. hot: of its memory, the
+    bytes for routed experts that come and go: those that tokens choose of late, the others being the processor's. It
+    has the feed-forward of all layers then, and all routed experts are placed at 0. What lies where follows from the
+    steps that were taken, beginning with ``Model(uses=...)``, and logits with it, in their last bits.
     """
 
     kind: str = "cpu"
@@ -33,14 +36,16 @@ class Device:
     name: str | None = None
     memory: int | None = None
     copies: Copies = "auto"
+    hot: int | None = None
 
-    def record(self) -> tuple[str, int, str | None, str | None, int, int]:
+    def record(self) -> tuple[str, int, str | None, str | None, int, int, int]:
         """As the extension takes it. ArgumentError for fewer than one thread or byte, ValueError for other copies."""
         if self.copies not in _COPIES:
             raise ValueError(f"copies is {self.copies!r}, expected one of {', '.join(_COPIES)}")
         threads = 0 if self.threads is None else whole("threads", self.threads, low=1)
         memory = 0 if self.memory is None else whole("memory", self.memory, low=1, high=2**63 - 1)
-        return self.kind, threads, self.isa, self.name, memory, _COPIES.index(self.copies)
+        hot = 0 if self.hot is None else whole("hot", self.hot, low=1, high=2**63 - 1)
+        return self.kind, threads, self.isa, self.name, memory, _COPIES.index(self.copies), hot
 
 
 @dataclass(frozen=True)

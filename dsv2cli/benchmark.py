@@ -91,6 +91,7 @@ class Result:
     engines: list[str]  # the one that is measured, then its peers
     footprints: dict[str, Footprint]  # of those that run in a process of this program's
     notes: list[str]  # of the engines, on how they ran
+    is_on_gpu: bool = False  # a part of what is measured
 
 
 def tests(n_prefill: int, n_decode: int, depths: Sequence[int]) -> list[Test]:
@@ -147,7 +148,8 @@ def run(
         footprints = {name: runs.footprint() for name, runs in engines.items() if isinstance(runs, Contender)}
         isa = str(first.hello["isa"])
         notes = [note for runs in engines.values() for note in runs.hello["notes"]]
-    return Result(model, used, isa, machine(), rounds, rows, list(engines), footprints, notes)
+    is_on_gpu = bool(first.hello["is_on_gpu"])
+    return Result(model, used, isa, machine(), rounds, rows, list(engines), footprints, notes, is_on_gpu)
 
 
 class Launched:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dsv2cli import memory, runtime
 from dsv2cli.gpu import Wish
 from dsv2cli.llama_state import lengthened
-from dsv2cli.options import gpu_wish, memory_for_weights
+from dsv2cli.options import Kept, gpu_wish, memory_for_weights
 from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_placed
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Engine(Protocol):
     isa: str
     n_vocab: int
     notes: list[str]  # what a reader of the figures should know
+    is_on_gpu: bool  # a part of it
 
     def select(self, variant: str, sequences: int) -> None:
         """Run with this setting, so many sequences side by side, from now on."""
@@ -71,6 +72,7 @@ class Ours:
         runtime.tell(model, self._model.notes)
         self.notes = [self._plan.sentence(measured_rate(model))] if self._plan else []
         self.notes += [layout.sentence] if layout else []
+        self.is_on_gpu = layout is not None
         self._n_ctx = n_ctx
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
@@ -127,6 +129,7 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         params.use_extra_bufts = library.may_repack()
         self.notes = [] if params.use_extra_bufts else [NOT_REPACKED]
+        self.is_on_gpu = False
         self._model, _ = library.load(str(model), params)
         self.threads, self.isa = threads or cores(), f"llama.cpp {llama_cpp.__version__}"
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
@@ -250,7 +253,8 @@ def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights, gpu: W
 
     try:
         engine, seconds = load(name, model, n_ctx, threads, ram, gpu)
-        answer({"load_seconds": seconds, "threads": engine.threads, "isa": engine.isa, "notes": engine.notes})
+        told = {"threads": engine.threads, "isa": engine.isa, "notes": engine.notes, "is_on_gpu": engine.is_on_gpu}
+        answer({"load_seconds": seconds} | told)
         for line in sys.stdin:
             request = json.loads(line)
             if request["kind"] == "memory":
@@ -268,5 +272,5 @@ if __name__ == "__main__":
         int(sys.argv[3]),
         int(sys.argv[4]),
         memory_for_weights(sys.argv[5]),
-        gpu_wish(sys.argv[6], sys.argv[7] or None),
+        gpu_wish(Kept(sys.argv[6]), sys.argv[7] or None),  # the command that runs this one tells what is used
     )

@@ -4,7 +4,6 @@ by layer. The rest stays on the processor, which computes beside it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,46 @@ from dsv2cli import console
 if TYPE_CHECKING:
     from cext import Device, Gguf, Gpu, Place
     from cext.model import Hparams
-    from cext.placement import Part
+    from cext.placement import Copies, Part
 
 LEFT_SHARE, LEAST_LEFT = 16, 256 << 20  # of a device's free memory: for the display, and what other programs take
 LARGEST = 1 << 30  # bytes of a matrix: the engine's allocations
 STEP = 1024  # tokens of the longest step
 WIDEST_ROW, MOST_EXPERTS = 4608, 1024  # the shaders'
+# The engine's, of cext/backend/vulkan: what a piece of a buffer is rounded up to; what copies of caches grow by; what
+# goes through to memory that the host does not reach; tables, blocks' addresses and rounding of allocations.
+ALIGN, CACHE_CHUNK, STAGING, SUNDRY = 256, 64 << 20, 32 << 20, 4 << 20
+SLOT_ROUNDING, HOT_STAGED = 3 * 8192, 4  # of an expert that comes and goes; of these, how many are on their way at most
+TAKEN = "discrete"  # the kind of device that is taken where none is named: no other has been measured to pay
 
 
 @dataclass(frozen=True)
 class Wish:
-    """Which GPU: "off", "auto" (the best that is no software), a number or letters of a name; and the bytes of its
-    memory that may be taken, None for what is free."""
+    """Which GPU: "off", "auto" (a card with memory of its own, where one is there), a number or letters of a name; and
+    the bytes of its memory that may be taken, None for what is free. is_asked: somebody typed that, and is told where
+    there is none. steady: what lies there stays, so that the same steps give the same bits at any time."""
 
     which: str = "off"
     memory: int | None = None
+    is_asked: bool = True
+    steady: bool = False
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is one device, or else an error."""
+        return self.which not in ("off", "auto")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A device and what lies on it. sentence: the same in words."""
+    """A device and what lies on it. sentence: the same in words; weights: their bytes; experts: some routed ones are
+    among them."""
 
     device: Device
     placement: tuple[Place, ...]
     sentence: str
+    weights: int = 0
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,15 +69,16 @@ class Sizes:
 
 def find(wish: Wish) -> Gpu:
     """The device that is wished for. DeviceError."""
-    from cext import DeviceError, gpus
+    from cext import DeviceError, gpus, system
 
+    if wish.which == "auto" and not wish.is_asked and not system.has_graphics():
+        raise DeviceError("there is no GPU here")  # before a loader and drivers are loaded for nothing
     devices = gpus()
     if wish.which == "auto":
-        order = {"discrete": 0, "integrated": 1, "virtual": 2}
-        able = [gpu for gpu in devices if not gpu.missing and gpu.kind in order]
+        able = [gpu for gpu in devices if not gpu.missing and gpu.kind == TAKEN]
         if able:
-            return min(able, key=lambda gpu: order[gpu.kind])
-        raise DeviceError("there is no GPU here that can be used", _listed(devices))
+            return max(able, key=lambda gpu: gpu.free)
+        raise DeviceError("there is no card with memory of its own here that can be used", _listed(devices))
     named = [
         gpu
         for gpu in devices
@@ -82,6 +98,8 @@ def _listed(devices: Iterable[Gpu]) -> str:
 
 def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
     """From a file's header."""
+    from dsv2cli.anatomy import BLOCK
+
     layers = shape["n_layer"]
     found = Sizes([0] * layers, [0] * layers, [0] * layers, 0)
     keys = shape["n_head"] * shape["kv_lora_rank"] * shape["qk_nope_head_dim"]
@@ -92,60 +110,100 @@ def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
             head += tensor.nbytes
         if tensor.name == "token_embd.weight":
             tied = tensor.nbytes
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+?)(?:\.\w+)?", tensor.name)
-        if match is None or int(match[1]) >= layers:
+        block = BLOCK.match(tensor.name)
+        if block is None or (il := int(block[1])) >= layers:
             continue
-        part = found.attention if match[2].startswith("attn") else found.shared
-        if match[2].endswith("_exps"):
+        name = tensor.name[block.end() :].partition(".")[0]
+        part = found.attention if name.startswith("attn") else found.shared
+        if name.endswith("_exps"):
             part = found.experts
-        part[int(match[1])] += tensor.nbytes
-        if match[2] == "attn_kv_b" and f"blk.{match[1]}.attn_k_b.weight" not in named:
+        part[il] += tensor.nbytes
+        if name == "attn_kv_b" and f"{block[0]}attn_k_b.weight" not in named:
             # Its keys' part is held transposed beside it.
-            part[int(match[1])] += keys * (4 if tensor.type_name in ("f32", "bf16") else 2)
+            part[il] += keys * (4 if tensor.type_name in ("f32", "bf16") else 2)
     return Sizes(found.attention, found.shared, found.experts, head if "output.weight" in named else head + tied)
 
 
-def step_bytes(shape: Hparams, n_tok: int = STEP) -> int:
-    """About what a device takes for steps of n_tok tokens, beside weights and caches."""
-    d, heads, used = shape["n_embd"], shape["n_head"], shape["n_expert_used"]
-    row = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
-    query = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"]
+def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False) -> int:
+    """What a device takes for steps of n_tok tokens at most, beside weights and caches (cext/backend/vulkan/room.c).
+    shares: its memory is the host's, and what lies there for the host counts."""
+    d, heads, used, experts = shape["n_embd"], shape["n_head"], shape["n_expert_used"], shape["n_expert"]
+    rank, rope = shape["kv_lora_rank"], shape["qk_rope_head_dim"]
+    row = -(-rank // 64) * 64 + -(-rope // 64) * 64
+    query, slots = shape["qk_nope_head_dim"] + rope, n_tok * used
+    together = heads * min(n_tok, max(128, 8192 // heads))
     wide = max(shape["n_ff_dense"], shape["n_expert_shared"] * shape["n_ff_expert"])
-    each = 4 * d + row + shape["q_lora_rank"] + heads * (query + shape["v_head_dim"])
-    each += shape["n_expert"] + used * (4 + shape["n_ff_expert"] + d) + wide
-    return 4 * (n_tok * each + min(n_tok, 128) * heads * 5 * (row + 64))
+    attention = n_tok * (rank + rope + shape["q_lora_rank"] + heads * (query + shape["v_head_dim"]))
+    attention += 2 * together * (rank + row) + max(0, 2048 - together) * row + 2 * max(together, 2048)
+    feed = n_tok * (experts + wide + d) + slots * (4 + shape["n_ff_expert"] + d) + 12 * max(slots, experts)
+    host = n_tok * (2 * d + 2 * rope + 10) + 12 * experts + slots * (d + 2)
+    if shares:
+        host += (shape["n_layer"] + 1) * n_tok * (row + 4) + shape["n_layer"] * slots + n_tok * 2 * d + slots * d
+        host += min(n_tok, 64) * shape["n_vocab"]
+    return 4 * (3 * n_tok * d + attention + feed + host) + SUNDRY + (STAGING if shares else 0)
+
+
+class _Room:
+    """What is left of a device's memory, in bytes; where something does not fit, what comes later is left out too."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.taken = left, 0
+
+    def fill(self, parts: list[int]) -> int:
+        """How many of the first parts fit."""
+        for i, nbytes in enumerate(parts):
+            if nbytes > self.left:
+                self.left = 0
+                return i
+            self.left -= nbytes
+            self.taken += nbytes
+        return len(parts)
+
+
+def attends(shape: Hparams) -> bool:
+    """Whether a GPU computes the attention of such a model."""
+    return shape["attention"] == "latent" and shape["kv_lora_rank"] + shape["qk_rope_head_dim"] + 128 <= WIDEST_ROW
 
 
 def lay_out(
-    gguf: Gguf, shape: Hparams, gpu: Gpu, wish: Wish, *, cache_bytes: int, with_experts: bool = True
+    gguf: Gguf,
+    shape: Hparams,
+    gpu: Gpu,
+    wish: Wish,
+    *,
+    cache_bytes: int,
+    share: float = 1.0,
+    with_experts: bool = True,
+    steady: bool = False,
 ) -> Layout | None:
-    """Fill a device; None where it holds nothing of use. cache_bytes: what the contexts take, full."""
+    """Fill a device; None where it holds nothing of use. cache_bytes: what the contexts take, full; share: of the
+    device, or of what may be taken of it, this model's part. steady: routed experts that do not all fit are those of
+    the first layers, and stay; else those that are used most come and go."""
     from cext import Device, Place
 
     sizes = sizes_of(gguf, shape)
     most = gpu.free - max(gpu.free // LEFT_SHARE, min(LEAST_LEFT, gpu.free // 4))
-    left = (min(most, wish.memory) if wish.memory is not None else most) - step_bytes(shape)
+    shares = gpu.kind != TAKEN
     n, dense = shape["n_layer"], shape["n_layer_dense"]
-    latent = shape["attention"] == "latent" and shape["kv_lora_rank"] + shape["qk_rope_head_dim"] + 128 <= WIDEST_ROW
-    if shape["n_expert"] > MOST_EXPERTS or left <= 0:
+    given = None if wish.memory is None else int(wish.memory * share)
+    room = _Room(min(most, int(gpu.memory * share) if given is None else given) - step_bytes(shape, shares=shares))
+    if shape["n_expert"] > MOST_EXPERTS or room.left <= CACHE_CHUNK:
         return None
-    taken = 0
-
-    def fill(parts: list[int]) -> int:
-        """How many of the first layers fit: their bytes are taken, and where one does not, what comes later is left."""
-        nonlocal left, taken
-        for i, nbytes in enumerate(parts):
-            if nbytes > left:
-                left = 0
-                return i
-            left -= nbytes
-            taken += nbytes
-        return len(parts)
-
-    attention = fill([nbytes + cache_bytes // n for nbytes in sizes.attention]) if latent else 0
-    shared = fill(sizes.shared)
-    head = sizes.head <= LARGEST and bool(fill([sizes.head]))
-    expert = fill(sizes.experts[dense:shared]) if with_experts else 0
+    cached = -(-cache_bytes // n)
+    rounded = 16 * ALIGN + 3 * shape["n_expert"] * (ALIGN + 8)  # of a layer's matrices, and its table of experts
+    attention = 0
+    if attends(shape):
+        room.left -= CACHE_CHUNK
+        attention = room.fill([nbytes + cached + rounded for nbytes in sizes.attention])
+    shared = room.fill(sizes.shared)
+    head = sizes.head <= LARGEST and bool(room.fill([sizes.head]))
+    hot = copies = 0
+    if with_experts and shared == n and sum(sizes.experts[dense:]) > room.left:
+        copies = 0 if shares else room_for_copies(sizes.experts[dense:], shape["n_expert"], room.left)
+        room.left -= copies
+        hot = 0 if steady else room_for_hot(sizes.experts[dense:], shape["n_expert"], room.left, shares=shares)
+    room.taken += hot
+    expert = room.fill(sizes.experts[dense:shared]) if with_experts and not hot else 0
     places: list[Place] = []
 
     def place(part: Part, device: int, layers: range) -> None:
@@ -161,16 +219,40 @@ def lay_out(
     if not places:
         return None
     routed = max(0, n - dense)
-    device = Device("vulkan", name=str(gpu.number), memory=None)
-    return Layout(device, tuple(places), _sentence(gpu, n, attention, shared, routed, expert, taken, head=head))
+    copying: Copies = "auto" if copies else "never"
+    device = Device("vulkan", name=str(gpu.number), memory=given, copies=copying, hot=hot or None)
+    weights = room.taken - attention * (cached + rounded)
+    hot_share = hot / sum(sizes.experts[dense:]) if hot else 0.0
+    sentence = _sentence(gpu, n, attention, shared, routed, expert, room.taken, head=head, hot=hot_share)
+    return Layout(device, tuple(places), sentence, weights, bool(expert or hot))
+
+
+def room_for_copies(experts: list[int], n_expert: int, left: int) -> int:
+    """Bytes for those routed experts of two layers that prompts have copied (cext/backend/vulkan/ahead.c), of so many
+    that are left; 0 where they do not fit. experts: bytes of them all, by layer."""
+    each = max(experts) // n_expert + 3 * ALIGN
+    together = min(n_expert, max(1, LARGEST // each))
+    room = 2 * each * together * -(-n_expert // together)
+    return room if room <= left else 0
+
+
+def room_for_hot(experts: list[int], n_expert: int, left: int, *, shares: bool) -> int:
+    """Bytes for routed experts that come and go, of so many that are left; 0 where few would fit.
+
+    experts: bytes of them all, by layer."""
+    each = {nbytes // n_expert + SLOT_ROUNDING for nbytes in experts}
+    room = left - (HOT_STAGED * max(each) if shares else 0)
+    return room if room >= 2 * sum(each) else 0
 
 
 def offers(path: Path, kv_bytes: float, n_ctx: int) -> list[tuple[str, str]]:
     """What each GPU here would hold of a model: (its --gpu, in words). kv_bytes: of the cache, a token. Software is no
     offer. EngineError where the file is not one."""
-    from cext import DeviceError, Gguf, gpus
+    from cext import DeviceError, Gguf, gpus, system
     from cext.model import shape_of
 
+    if not system.has_graphics():
+        return []
     try:
         able = [gpu for gpu in gpus() if not gpu.missing and not gpu.software]
     except DeviceError:
@@ -181,13 +263,18 @@ def offers(path: Path, kv_bytes: float, n_ctx: int) -> list[tuple[str, str]]:
         shape, _ = shape_of(gguf)
         layouts = [lay_out(gguf, shape, one, Wish(), cache_bytes=int(kv_bytes * n_ctx)) for one in able]
     return [
-        (f"--gpu {one.number}", layout.sentence if layout else f"nothing fits on {one.name}")
+        (f"--gpu {one.number}", (layout.sentence if layout else f"nothing fits on {one.name}") + unless_named(one))
         for one, layout in zip(able, layouts, strict=True)
     ]
 
 
+def unless_named(gpu: Gpu) -> str:
+    """What to say of a device that is not taken where none is named."""
+    return "" if gpu.kind == TAKEN else f" ({gpu.kind}: used where --gpu {gpu.number} names it alone)"
+
+
 def _sentence(
-    gpu: Gpu, n: int, attention: int, shared: int, routed: int, expert: int, taken: int, *, head: bool
+    gpu: Gpu, n: int, attention: int, shared: int, routed: int, expert: int, taken: int, *, head: bool, hot: float
 ) -> str:
     def of(what: str, some: int, all_: int) -> list[str]:
         return [] if not some else [what if some == all_ else f"{what} of {some} of {all_} layers"]
@@ -198,5 +285,7 @@ def _sentence(
         *(["head"] if head else []),
     ]
     held += of("routed experts", expert, routed)
-    rest = "" if len(held) == 4 and attention == shared == n and expert == routed else "; the rest on the processor"
+    held += [f"{100 * hot:.0f} % of the routed experts, those used most of late"] if hot else []
+    is_all = len(held) == 4 and not hot and attention == shared == n and expert == routed
+    rest = "" if is_all else "; the rest on the processor"
     return f"on {gpu.name}: {', '.join(held)}, {console.format_bytes(taken)}{rest}"

@@ -129,6 +129,7 @@ def cores(system: Path) -> Iterator[Finding]:
 
 def graphics() -> Iterator[Finding]:
     import cext
+    from dsv2cli.gpu import TAKEN
 
     try:
         devices = cext.gpus()
@@ -141,10 +142,12 @@ def graphics() -> Iterator[Finding]:
         text += f" {format_bytes(gpu.memory)} free, subgroups of {gpu.subgroup}{''.join(f', {word}' for word in can)}"
         if gpu.missing:
             yield Finding("GPU", "note", f"{gpu.number}: {gpu.name}: {gpu.missing}")
-        elif gpu.software:
-            yield Finding("GPU", "fine", f"{text}; the processor in software: used where it is named alone")
         else:
-            yield Finding("GPU", "fine", text, "--gpu auto lets it compute")
+            what = "the processor in software" if gpu.software else f"{gpu.kind}, not measured"
+            unasked = "chat and others use it; --gpu off leaves it out"
+            alone = f"used where it is named alone: --gpu {gpu.number}"
+            is_taken = gpu.kind == TAKEN
+            yield Finding("GPU", "fine", text if is_taken else f"{text}; {what}", unasked if is_taken else alone)
     if not devices:
         yield Finding("GPU", "fine", "Vulkan knows none here")
 

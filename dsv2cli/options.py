@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -118,14 +118,15 @@ GpuLayers = Annotated[
 
 
 class Kept(str):
-    """What a file or the environment sets, and no command line."""
+    """What a file or the environment sets, or is so where nobody says, and no command line."""
 
     __slots__ = ()
 
 
-def _ram(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+def _kept(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
     source = context.get_parameter_source(str(parameter.name))
-    return Kept(value) if source is not None and source.name == "DEFAULT_MAP" else value
+    typed = source is None or source.name not in ("DEFAULT", "DEFAULT_MAP")
+    return value if typed or value is None else Kept(value)
 
 
 Ram = Annotated[
@@ -135,7 +136,7 @@ Ram = Annotated[
         metavar="SIZE|auto|all",
         help="Memory for the weights, as 12G or 9.5GiB: what it does not hold is read from the file as it is needed."
         " The context takes its own beside it. auto: what is free, where that does not hold all; all: map the file.",
-        callback=_ram,
+        callback=_kept,
     ),
 ]
 Gpu = Annotated[
@@ -143,8 +144,10 @@ Gpu = Annotated[
     typer.Option(
         "--gpu",
         metavar="auto|off|NAME|INDEX",
-        help="A GPU beside the processor, through Vulkan: the best, or by its number or letters of its name. It takes"
-        " what each token needs first, then routed experts; the rest is computed on the processor at the same time.",
+        help="A GPU beside the processor, through Vulkan: auto takes a card with memory of its own, where there is"
+        " one; others by number or letters of their names. It takes what each token needs first, then routed experts;"
+        " the rest is computed on the processor at the same time.",
+        callback=_kept,
     ),
 ]
 Vram = Annotated[
@@ -154,6 +157,7 @@ Vram = Annotated[
         metavar="SIZE",
         help="Of its memory at most so much, as 6G; what is free if left out.",
         show_default=False,
+        callback=_kept,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The figures as JSON.")]
@@ -224,9 +228,10 @@ def gpu_wish(which: str, vram: str | None) -> Wish:
 
     if not which.strip():
         raise UsageError("--gpu is empty", "auto, off, a number or letters of a name; dsv2 doctor lists the devices")
-    if vram is not None and which == "off":
-        raise UsageError("--vram without a GPU", "--gpu auto takes the best there is")
-    return Wish(which, None if vram is None else size("--vram", vram, "leave it out for what is free"))
+    if vram is not None and which == "off" and not isinstance(vram, Kept):
+        raise UsageError("--vram without a GPU", "--gpu auto takes a card that is there")
+    memory = None if vram is None else size("--vram", vram, "leave it out for what is free")
+    return Wish(which, memory, is_asked=not isinstance(which, Kept))
 
 
 def refuse_budget(ram: str) -> None:
@@ -239,10 +244,10 @@ def refuse_budget(ram: str) -> None:
 
 
 def refuse_gpu(which: str) -> None:
-    """For a model that llama.cpp runs. UsageError."""
+    """For a model that llama.cpp runs. UsageError where the command line names one: what is so without is left out."""
     from dsv2cli.errors import UsageError
 
-    if which != "off":
+    if not isinstance(which, Kept) and which != "off":
         raise UsageError("--gpu is of dsv2's own engine", "leave it out; llama.cpp's is --gpu-layers")
 
 
@@ -257,13 +262,14 @@ def wishes(
     beside: Beside | None = None,
     gpu: str = "off",
     vram: str | None = None,
+    steady: bool = False,
 ) -> Wishes:
     """How a model is to be run, from the options above. UsageError."""
     from dsv2cli.errors import UsageError
     from dsv2cli.residency import Beside
     from dsv2cli.runtime import Wishes
 
-    budget, wish = memory_for_weights(ram), gpu_wish(gpu, vram)
+    budget, wish = memory_for_weights(ram), replace(gpu_wish(gpu, vram), steady=steady)
     if rpc is not None or gpu_layers or engine == "llama.cpp":
         refuse_gpu(gpu)
     if engine == "dsv2" and (rpc is not None or gpu_layers):

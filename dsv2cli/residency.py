@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsv2cli import console, usage
-from dsv2cli.errors import UsageError
-from dsv2cli.gpu import Layout, Wish, find, lay_out
+from dsv2cli.errors import CliError, UsageError
+from dsv2cli.gpu import Layout, Wish, attends, find, lay_out
 from dsv2cli.options import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from cext import DriveCounts, EngineError, Gguf, Model, WeightNeeds
+    from cext import DriveCounts, EngineError, Gguf, Gpu, Model, WeightNeeds
     from cext.model import Hparams, KvType
     from dsv2cli.usage import Usage
 
@@ -69,6 +71,7 @@ class Plan:
     free: int | None
     ram: int | None
     usage: Usage | None = field(default=None, compare=False)
+    is_asked: bool = False  # the budget is what somebody asked for
 
     @property
     def knows(self) -> bool:
@@ -158,7 +161,7 @@ def plan(model: Model, ram: Weights, beside: Beside) -> Plan:
                 f" {spelt(needs.least)}, of which {console.format_bytes(needs.shared)} are what every token needs",
                 "more memory, or a file of fewer bits a weight; --ram all maps the file",
             )
-    return Plan(needs, model.hparams, taken, free, chosen)
+    return Plan(needs, model.hparams, taken, free, chosen, is_asked=ram != "auto")
 
 
 def spelt(nbytes: int) -> str:
@@ -215,24 +218,46 @@ def look(path: Path, beside: Beside) -> Plan | None:
     return replace(found, usage=usage.known(path)) if found.needs.experts else None
 
 
-def on_gpu(model: Model, wish: Wish, beside: Beside, *, within: bool) -> Layout | None:
-    """What of a model goes to a GPU; None, with a line that says why, where nothing does. within: its experts have a
-    budget of memory, and those stay where that is."""
-    from cext import EngineError, Gguf
+def on_gpu(model: Model, wish: Wish, sought: Callable[[], Gpu], beside: Beside, found: Plan | None) -> Layout | None:
+    """What of a model goes to a GPU; None where nothing does, with a line that says why, where that is worth one.
 
-    if wish.which == "off":
-        return None
+    found: the plan of the host's memory. Where that has a budget, experts are read from the file and stay on the
+    processor; unless nobody asked for the budget, and what the device takes leaves all else room. CliError where the
+    device is named and cannot be had."""
+    from cext import EngineError, Gguf, UnsupportedError
+
+    shape = model.hparams
     try:
-        gpu = find(wish)
+        gpu = sought()
+        if wish.which == "auto" and not attends(shape):
+            raise UnsupportedError("this model's attention is not computed on one", f"--gpu {gpu.number} has the rest")
         with Gguf(model.path) as gguf:
             caches = beside.cache_bytes(model)
-            layout = lay_out(gguf, model.hparams, gpu, wish, cache_bytes=caches, with_experts=not within)
+            fill = partial(lay_out, gguf, shape, gpu, wish, cache_bytes=caches, share=beside.share)
+            layout = fill(steady=wish.steady)
+            if found is not None and found.ram is not None:
+                layout = fill(steady=True)  # whose pages are not touched again
+                layout = layout if layout and is_enough(found, layout) else fill(with_experts=False)
     except EngineError as error:
-        not_used(error)
+        if wish.is_named:
+            raise CliError(str(error), error.hint or "dsv2 doctor lists the devices") from error
+        if wish.is_asked:
+            not_used(error)
         return None
     if layout is None:
-        console.warn(console.printable(f"no part of the model fits on {gpu.name}: the processor computes all of it"))
+        problem = f"no part of the model fits on {gpu.name}, of which {console.format_bytes(gpu.free)} are free"
+        if wish.is_named:
+            raise CliError(problem, "--gpu off leaves it out")
+        console.warn(console.printable(f"{problem}: the processor computes all of it"))
     return layout
+
+
+def is_enough(found: Plan, layout: Layout) -> bool:
+    """Whether memory has room for all that is not on a device, where it does not hold all: the file is mapped then."""
+    if found.free is None or found.is_asked or not layout.experts:
+        return False
+    touched = min(found.needs.all, found.needs.shared + found.needs.experts)
+    return found.free - found.beside - margin(found.free) >= touched - layout.weights
 
 
 def not_used(error: EngineError) -> None:
@@ -243,47 +268,52 @@ def not_used(error: EngineError) -> None:
 def open_placed(
     path: Path, threads: int | None, ram: Weights, beside: Beside, wish: Wish | None = None
 ) -> tuple[Model, Plan | None, Layout | None]:
-    """The model, the plan where it has a budget, and what is on a GPU. What ``cext.Model`` and ``plan`` raise."""
+    """The model, the plan where it has a budget, and what is on a GPU. What ``cext.Model`` and ``plan`` raise, and
+    ``on_gpu``."""
     from cext import EngineError, Model
 
-    model, found = open_within(path, threads, ram, beside)
-    try:
-        layout = on_gpu(model, wish, beside, within=found is not None) if wish else None
-    except BaseException:
-        model.close()
-        raise
-    if layout is None:
-        return model, found, None
+    wish = wish or Wish("off")
+    layout: Layout | None = None
+    with ThreadPoolExecutor(1) as pool:
+        # Loaders and drivers take a tenth of a second, and a model's header as long.
+        sought = None if wish.which == "off" else pool.submit(find, wish)
+        model = Model(path, threads)
+        try:
+            found = None if ram == "all" else plan(model, ram, beside)
+            if sought is not None:
+                layout = on_gpu(model, wish, sought.result, beside, found)
+        except BaseException:
+            model.close()
+            raise
+    if found is not None and layout is not None and is_enough(found, layout):
+        found = replace(found, ram=None)
+    elif found is not None and (problem := strain(found, ram)) is not None:
+        console.warn(console.printable(f"`{path}`: {problem}"))
+    budget = found.ram if found is not None else None
+    if budget is None and layout is None:
+        return model, None, None
     model.close()  # before the other takes memory
-    budget = found.ram if found else None
-    known = found.usage.counts if found and found.usage else None
+    known = None if budget is None else usage.known(path)
+    found = replace(found, usage=known) if found is not None and budget is not None else None
+    counts = known.counts if known else None
+    if layout is not None and layout.device.hot:  # not what was learnt: the same command is to give the same bits
+        counts = usage.calibrated(path)
+    if layout is None:
+        return Model(path, threads, ram=budget, uses=counts), found, None
     try:
-        placed = Model(path, threads, devices=[layout.device], placement=layout.placement, ram=budget, uses=known)
+        placed = Model(path, threads, devices=[layout.device], placement=layout.placement, ram=budget, uses=counts)
     except EngineError as error:
+        if wish.is_named:
+            raise CliError(str(error), error.hint or "--gpu off leaves it out") from error
         not_used(error)
-        return Model(path, threads, ram=budget, uses=known), found, None
+        return *open_within(path, threads, ram, beside), None
     return placed, found, layout
 
 
 def open_within(path: Path, threads: int | None, ram: Weights, beside: Beside) -> tuple[Model, Plan | None]:
-    """The model opened, and the plan where it has a budget. What ``cext.Model`` and ``plan`` raise."""
-    from cext import Model
-
-    model = Model(path, threads)
-    if ram == "all":
-        return model, None
-    try:
-        found = plan(model, ram, beside)
-    except BaseException:
-        model.close()
-        raise
-    if (problem := strain(found, ram)) is not None:
-        console.warn(console.printable(f"`{path}`: {problem}"))
-    if found.ram is None:
-        return model, None
-    model.close()  # before the other takes memory
-    known = usage.known(path)
-    return Model(path, threads, ram=found.ram, uses=known.counts if known else None), replace(found, usage=known)
+    """The model opened on the processor, and the plan where it has a budget. What ``cext.Model`` and ``plan`` raise."""
+    model, found, _ = open_placed(path, threads, ram, beside)
+    return model, found
 
 
 def drive_record(plan: Plan, decoding: DriveCounts, reading: DriveCounts) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from dsv2cli import console, usage
 from dsv2cli.engines.choice import LLAMA, OURS, Engine, Wanted, why_not_ours
 from dsv2cli.errors import CliError, UsageError
-from dsv2cli.gpu import Wish
+from dsv2cli.gpu import Layout, Wish
 from dsv2cli.options import refuse_budget, refuse_gpu
 from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_placed
 
 if TYPE_CHECKING:
     from cext import DriveCounts
     from cext import Model as Ours
-    from cext.model import KvType
+    from cext.model import DeviceWork, HotExperts, KvType
     from cext.tokenizer import Tokenizer
     from dsv2cli.engines.llamacpp.rpc import Endpoint
     from dsv2cli.engines.protocol import Model, Session
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Runtime:
     """An open model, its tokenizer, and how long opening took (seconds). evaluate: a step of several of its sessions;
     interrupt: ends the one under way, and begin: begins one that is computed in parts, both where the engine can. plan:
-    where its weights lie, if not all in memory."""
+    where its weights lie, if not all in memory; layout: what of it is on a GPU."""
 
     path: Path
     model: Model
@@ -44,6 +44,7 @@ class Runtime:
     engine: Engine
     plan: Plan | None = None
     begin: Begin | None = None
+    layout: Layout | None = None
 
     @property
     def name(self) -> str:
@@ -67,6 +68,20 @@ class Runtime:
             return None
         return drive_record(self.plan, *counts)
 
+    def device_work(self) -> DeviceWork | None:
+        """What its GPU did since it was opened; None without one."""
+        from cext import Model as Ours
+
+        return self.model.watched(1) if self.layout is not None and isinstance(self.model, Ours) else None
+
+    def gpu(self) -> dict[str, Any] | None:
+        """The same in short, for programs."""
+        work = self.device_work()
+        if work is None or self.layout is None:
+            return None
+        record: dict[str, Any] = {"placed": self.layout.sentence, "bytes": work.memory, "most_bytes": work.memory_most}
+        return record | {"experts": hot_record(work.hot)}
+
     def context(self, n_ctx: int | None) -> int:
         """``n_ctx``, or for 0 what the model was trained for; None: 4096, or that if less."""
         return context(self.n_ctx_train, n_ctx)
@@ -77,6 +92,14 @@ class Runtime:
         if trained and n_ctx > trained:
             console.warn(f"the model was trained for {trained} tokens of context; past them it may write nonsense")
         return self.model.session(n_ctx, kv_type)
+
+
+def hot_record(hot: HotExperts) -> dict[str, Any] | None:
+    """Of routed experts that come and go on a GPU; None where none do."""
+    if not hot.slots:
+        return None
+    per_token = hot.nbytes / hot.tokens if hot.tokens else None
+    return asdict(hot) | {"held_share": hot.rate, "bytes_per_token": per_token}
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,7 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
     begun = time.perf_counter()
     wants_llama = wishes.servers or wishes.gpu_layers or wishes.engine == LLAMA
     opened = None if wants_llama else _open_ours(path, threads, wishes)
-    model, tokenizer, evaluate, interrupt, engine, plan = opened or _open_llama(path, threads, wishes)
+    model, tokenizer, evaluate, interrupt, engine, plan, layout = opened or _open_llama(path, threads, wishes)
     with tokenizer:
         try:
             n_rows = model.hparams["n_vocab"]
@@ -113,7 +136,8 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
                     "the file was made with another model's tokenizer",
                 )
             seconds = time.perf_counter() - begun
-            yield Runtime(path, model, tokenizer, seconds, evaluate, interrupt, engine, plan, _parts_of(model))
+            begin = _parts_of(model)
+            yield Runtime(path, model, tokenizer, seconds, evaluate, interrupt, engine, plan, begin, layout)
         finally:
             if plan is not None:
                 usage.learn(plan.usage, cast("Ours", model))
@@ -127,7 +151,7 @@ def _parts_of(model: Model) -> Begin | None:
     return Reading if isinstance(model, Ours) and model.max_step == MAX_STEP else None
 
 
-Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine, Plan | None]
+Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine, Plan | None, Layout | None]
 
 
 def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None:
@@ -165,7 +189,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
         console.note(f"({plan.sentence(measured_rate(path))})", "dim")
     # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.
     evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > MAX_STEP else eval_batch
-    return model, tokenizer, evaluate, model.stop, OURS, plan
+    return model, tokenizer, evaluate, model.stop, OURS, plan, layout
 
 
 def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
@@ -196,7 +220,7 @@ def _open_llama(path: Path, threads: int | None, wishes: Wishes) -> Opened:
         told(1)
     known = " ".join(tokenizer.notes)
     tell(path, [*tokenizer.notes, *(note for note in model.notes if note.partition(": ")[2] not in known)])
-    return model, tokenizer, model.evaluate, model.interrupt, LLAMA, None
+    return model, tokenizer, model.evaluate, model.interrupt, LLAMA, None, None
 
 
 def tell(path: Path, notes: Iterable[str]) -> None:

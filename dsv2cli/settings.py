@@ -62,6 +62,8 @@ SETTINGS = {
         Setting("ram", unless=("--rpc", "--gpu-layers", "--engine")),
         Setting("gpu-layers", unless=("--engine", "--ram", "--gpu")),
         Setting("rpc", is_ours=True, unless=("--engine", "--ram", "--gpu")),
+        Setting("gpu"),
+        Setting("vram"),
         Setting("temp"),
         Setting("top-k"),
         Setting("top-p"),

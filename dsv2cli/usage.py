@@ -72,6 +72,20 @@ def known(path: Path) -> Usage | None:
     return Usage(file, learnt, tokens, learnt + prior if prior is not None else np.array(learnt))
 
 
+def calibrated(path: Path) -> Counts | None:
+    """What a GGUF says of its calibration alone, the same in every run; None where it says nothing that is sound."""
+    from cext import EngineError, Gguf
+    from cext.model import shape_of
+
+    try:
+        with Gguf(path) as gguf:
+            shape, _ = shape_of(gguf)
+            told = gguf.metadata.get("dsv2.expert_usage")
+    except EngineError:
+        return None
+    return _prior(told, (shape["n_layer"], shape["n_expert"]), shape["n_expert_used"])
+
+
 def learn(usage: Usage | None, model: Model) -> None:
     """Add what a model that reads its experts from the drive counted; for when it is about to be closed."""
     from cext import EngineError

@@ -107,6 +107,8 @@ typedef struct ds_facts {
     const ds_weights *weights;
     const ds_rope *rope;
     ds_residency *residency;
+    const uint64_t
+        *uses; /* (n_layer, n_expert) how often each routed expert was used so far, or NULL; the caller's own */
 } ds_facts;
 
 typedef struct ds_backend_ops {

@@ -18,9 +18,9 @@ typedef struct ds_device {
     int n_threads;    /* of the processor; 0: what is fastest here */
     const char *isa;  /* of the processor; NULL or "": the best */
     const char *name; /* of a GPU: its number, or letters of its name; NULL or "": the best that is no software */
-    uint64_t
-        memory; /* of a GPU: bytes of its own that weights, and room for copies of such, may take; 0: what there is */
+    uint64_t memory; /* of a GPU: bytes of its own that weights, copies, caches and steps may take; 0: what there is */
     ds_copying copying; /* of a GPU */
+    uint64_t hot; /* of a GPU: bytes of its own for routed experts that come and go (backend/vulkan/hot.h) */
 } ds_device;
 
 struct ds_facts;

@@ -419,6 +419,7 @@ ds_status ds_residency_disk(const ds_config *config, const ds_weights *weights, 
     d->trust = 1;
     if ((st = check_places(d, config, err)) == DS_OK)
         st = ds_slots_create(config, weights, bytes, budget->uses, &d->slots, err);
+    if (st == DS_OK) st = ds_slots_fill(&d->slots, err);
     if (st == DS_OK) {
         d->queue = calloc((size_t)d->slots.n + 1, sizeof *d->queue);
         d->missing = calloc(n_expert + 1, sizeof *d->missing);

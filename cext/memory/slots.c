@@ -60,7 +60,7 @@ static void share_out(ds_slots *s, size_t bytes) {
     }
 }
 
-static ds_status fill_pools(ds_slots *s, ds_error *err) {
+ds_status ds_slots_fill(ds_slots *s, ds_error *err) {
     for (int p = 0; p < s->n_pools; p++) {
         ds_slot_pool *pool = &s->pools[p];
         pool->bytes = pool->slot_bytes * (size_t)pool->n;
@@ -108,7 +108,6 @@ ds_status ds_slots_create(const ds_config *config, const ds_weights *weights, si
         if (!(s.slots = calloc((size_t)s.n + 1, sizeof *s.slots)))
             st = ds_fail(err, DS_ENOMEM, "no memory for %d slots", s.n);
     }
-    if (st == DS_OK) st = fill_pools(&s, err);
     if (st == DS_OK && uses) warm(&s, config, uses);
     if (st == DS_OK) *out = s;
     else ds_slots_release(&s);
@@ -125,11 +124,15 @@ void ds_slots_release(ds_slots *s) {
     *s = (ds_slots){0};
 }
 
-unsigned char *ds_slots_room(const ds_slots *s, const ds_slot *slot, int i) {
-    const ds_expert x = ds_residency_bound(s->weights, slot->il, slot->e);
+size_t ds_slots_offset(const ds_slots *s, int il, int i) {
+    const ds_expert x = ds_residency_bound(s->weights, il, 0);
     size_t at = 0;
     for (int j = 0; j < i; j++) at += ds_read_room(ds_piece_bytes(ds_expert_piece(&x, j)));
-    return slot->memory + at;
+    return at;
+}
+
+unsigned char *ds_slots_room(const ds_slots *s, const ds_slot *slot, int i) {
+    return slot->memory + ds_slots_offset(s, slot->il, i);
 }
 
 void ds_slots_step(ds_slots *s, int n_tok) {
@@ -148,10 +151,11 @@ void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok) {
 
 /* What an expert's place in memory is worth: its chance to be chosen by a token, as its uses tell it, less the usual chance
  * for the whole round of layers until its own layer's turn. Without that, layers to come are at a loss against those that
- * the token has been through, whose uses have just been counted (cext/NOTES.md). */
+ * the token has been through, whose uses have just been counted (cext/NOTES.md); between steps all are at one. */
 static double value(const ds_slots *s, const ds_slot *slot, int now, double chance_of_heat) {
     const int n = s->weights->layer_end - s->weights->layer_begin, ahead = (slot->il - now + n - 1) % n + 1;
-    return s->heat[ds_slots_at(s, slot->il, slot->e)] * chance_of_heat - s->usual * ahead / n;
+    const double chance = s->heat[ds_slots_at(s, slot->il, slot->e)] * chance_of_heat;
+    return now < 0 ? chance : chance - s->usual * ahead / n;
 }
 
 /* The slot of the least value that may be taken, or NULL. */

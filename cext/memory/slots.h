@@ -1,5 +1,6 @@
-/* slots.h: memory for routed experts that come and go: which expert each slot holds, and which goes next. Experts of a
- * size share a pool of slots that fit. Knows no drive and no lock: who asks holds one. */
+/* slots.h: slots for routed experts that come and go: which expert each holds, and which goes next. Experts of a size share
+ * a pool of slots that fit. Their memory is the host's (ds_slots_fill) or the caller's affair. Knows no drive and no lock:
+ * who asks holds one. */
 #pragma once
 
 #include "memory/residency.h"
@@ -24,7 +25,7 @@ typedef struct ds_slot {
     bool ahead; /* it was taken for that layer */
     bool failed;
     int n_begun, n_left; /* pieces: begun to be read, and not yet read */
-    unsigned char *memory;
+    unsigned char *memory; /* or NULL, where it is not the host's */
 } ds_slot;
 
 /* Slots of one size. */
@@ -37,10 +38,10 @@ typedef struct ds_slot_pool {
 typedef struct ds_slots {
     const ds_weights *weights;
     int n_expert, n, n_pools;
-    ds_slot *slots;      /* (n) */
+    ds_slot *slots; /* (n) */
     ds_slot_pool *pools; /* (n_pools) */
-    int *pool_of;        /* (layers) */
-    int *slot_of;        /* (layers, n_expert) or -1 */
+    int *pool_of; /* (layers) */
+    int *slot_of; /* (layers, n_expert) or -1 */
     /* How often an expert is used of late: its uses a token, each worth half of one DS_HEAT_TOKENS later. Not the uses
      * fade but new ones are worth more, until all are scaled down. */
     double *heat; /* (layers, n_expert) */
@@ -48,9 +49,12 @@ typedef struct ds_slots {
     double usual; /* chance that a token chooses an expert: n_expert_used / n_expert */
 } ds_slots;
 
-/* Slots for the routed experts of weights in `bytes` of memory, empty. DS_EINVAL where they hold not one of each size. */
+/* Slots for the routed experts of weights in `bytes` of memory, empty and without it. DS_EINVAL where they hold not one of
+ * each size. */
 ds_status ds_slots_create(const ds_config *config, const ds_weights *weights, size_t bytes, const uint64_t *uses,
                           ds_slots *out, ds_error *err);
+/* Give them memory. */
+ds_status ds_slots_fill(ds_slots *slots, ds_error *err);
 void ds_slots_release(ds_slots *slots);
 size_t ds_slots_least(const ds_config *config, const ds_weights *weights); /* bytes for one of each size */
 
@@ -65,7 +69,9 @@ static inline ds_slot *ds_slots_find(const ds_slots *s, int il, int e) {
     const int at = s->slot_of[ds_slots_at(s, il, e)];
     return at < 0 ? NULL : &s->slots[at];
 }
-/* Where piece i of the expert in a slot begins; whole blocks around it are read there. */
+/* Where in its slot piece i of an expert of layer il begins. */
+size_t ds_slots_offset(const ds_slots *s, int il, int i);
+/* Where it begins in memory; whole blocks around it are read there. */
 unsigned char *ds_slots_room(const ds_slots *s, const ds_slot *slot, int i);
 static inline const ds_mat *ds_expert_piece(const ds_expert *x, int i) {
     return i == 0 ? &x->gate : i == 1 ? &x->up : &x->down;
@@ -77,7 +83,8 @@ void ds_slots_step(ds_slots *s, int n_tok);
 /* Of its tokens, n chose expert e. */
 void ds_slots_use(ds_slots *s, int il, int e, int n, int n_tok);
 /* The slot to give to an expert of layer il, while layer `now` is under way: a free one, or of those that nobody needs the
- * one of the least worth; with force, also one that is promised or kept, and not being read. NULL where there is none. */
+ * one of the least worth; with force, also one that is promised or kept, and not being read. NULL where there is none.
+ * now -1: between steps, when no layer has had its turn before another. */
 ds_slot *ds_slots_victim(const ds_slots *s, int il, int now, bool force);
 /* A free slot is to hold an expert that has none: WAITING. */
 void ds_slots_give(ds_slots *s, ds_slot *slot, int il, int e);

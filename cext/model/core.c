@@ -9,8 +9,10 @@
 
 enum { DS_MAX_SLOTS = 1 << 30 /* of a plan: an int counts them */ };
 
-static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement, ds_error *err) {
-    const ds_facts facts = {&c->places, &c->config, &c->weights, &c->rope, c->residency};
+/* uses: as a budget has them, checked. */
+static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_placement *placement,
+                               const uint64_t *uses, ds_error *err) {
+    const ds_facts facts = {&c->places, &c->config, &c->weights, &c->rope, c->residency, uses};
     const int n = 1 + (placement ? placement->n_devices : 0);
     for (; c->n_backends < n; c->n_backends++) {
         const ds_device *device = c->n_backends ? &placement->devices[c->n_backends - 1] : processor;
@@ -51,9 +53,6 @@ static ds_status create_disk(ds_core *c, const ds_gguf *gguf, const ds_budget *b
                 ds_gguf_label(gguf), budget->ram, shared + least, shared);
         return ds_hint(err, "give it more memory, or take a file of fewer bits a weight");
     }
-    if (budget->uses && budget->n_uses != (size_t)c->config.n_layer * (size_t)c->config.n_expert)
-        return ds_fail(err, DS_EINVAL, "%s: uses of %zu experts, expected %d layers of %d", ds_gguf_label(gguf),
-                       budget->n_uses, c->config.n_layer, c->config.n_expert);
     if (c->loaded.cached)
         ds_note(&c->config.notes,
                 "its file system has no reads past the system's cache: they go through it, slower, and "
@@ -62,11 +61,19 @@ static ds_status create_disk(ds_core *c, const ds_gguf *gguf, const ds_budget *b
                              &c->residency, err);
 }
 
+static ds_status check_uses(const ds_core *c, const ds_gguf *gguf, const ds_budget *budget, ds_error *err) {
+    if (!budget || !budget->uses || budget->n_uses == (size_t)c->config.n_layer * (size_t)c->config.n_expert)
+        return DS_OK;
+    return ds_fail(err, DS_EINVAL, "%s: uses of %zu experts, expected %d layers of %d", ds_gguf_label(gguf),
+                   budget->n_uses, c->config.n_layer, c->config.n_expert);
+}
+
 /* Weights, and where the routed experts are. */
 static ds_status bind(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, int layer_end, ds_core *c,
                       ds_error *err) {
     const bool mapped = fits(metadata, spec->budget);
-    ds_status st = DS_OK;
+    ds_status st = check_uses(c, metadata, spec->budget, err);
+    if (st != DS_OK) return st;
     if (!mapped) {
         st = ds_loaded_open(metadata, &c->config, source, spec->budget, &c->loaded, err);
         if (st == DS_OK) source = ds_loaded_view(&c->loaded);
@@ -110,7 +117,8 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_cor
     st = bind(metadata, source, spec, layer_end, out, err);
     if (st == DS_OK) st = ds_rope_create(&out->config, &out->rope, err);
     if (st == DS_OK) st = ds_places_create(&out->config, spec->placement, out->residency, &out->places, err);
-    if (st == DS_OK) st = open_backends(out, spec->processor, spec->placement, err);
+    if (st == DS_OK)
+        st = open_backends(out, spec->processor, spec->placement, spec->budget ? spec->budget->uses : NULL, err);
     if (st == DS_OK) st = make_room(out, err);
     if (st != DS_OK) ds_core_release(out);
     return st;

@@ -42,7 +42,7 @@ PyObject *ds_py_notes(const ds_notes *notes) {
     return tuple;
 }
 
-/* A placement from [(kind, threads, isa, name, memory, copies)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
+/* A placement from [(kind, threads, isa, name, memory, copies, hot)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
  * own. Its arrays are the caller's to free; false with an exception. */
 static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out) {
     const Py_ssize_t n_devices = PyTuple_Size(devices), n_rules = PyTuple_Size(rules);
@@ -53,11 +53,11 @@ static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out
     if (!ok) PyErr_NoMemory();
     for (Py_ssize_t i = 0; ok && i < n_devices; i++) {
         ds_device *d = &device[i];
-        unsigned long long memory = 0;
+        unsigned long long memory = 0, hot = 0;
         int copying = 0;
-        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "sizzKi", &d->kind, &d->n_threads, &d->isa, &d->name,
-                              &memory, &copying);
-        d->memory = memory;
+        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "sizzKiK", &d->kind, &d->n_threads, &d->isa, &d->name,
+                              &memory, &copying, &hot);
+        d->memory = memory, d->hot = hot;
         d->copying = (ds_copying)copying;
     }
     for (Py_ssize_t i = 0; ok && i < n_rules; i++) {
@@ -142,7 +142,7 @@ DS_PY_HELD(model_needs, DS_PY_MODEL)
 
 /* model_watch(model, device, times); model_watched(model, device) -> (dispatches, barriers, recordings, submissions, waits,
  * nanoseconds of recording, of waiting, bytes copied, nanoseconds of copying, experts copied, kept, bytes of slots,
- * crossing, [(name, n, nanoseconds)]) */
+ * crossing, bytes taken, and at most, [(name, n, nanoseconds)], (slots, tokens, chosen, held, uploads, bytes of uploads)) */
 static PyObject *model_watch(void *model, PyObject *args) {
     PyObject *capsule;
     int device, times;
@@ -175,12 +175,17 @@ static PyObject *model_watched(void *model, PyObject *args) {
         if (!one) return Py_DECREF(list), NULL;
         PyList_SetItem(list, i, one);
     }
-    return Py_BuildValue("(KKKKKKKKKKKKdN)", (unsigned long long)w.dispatches, (unsigned long long)w.barriers,
+    PyObject *hot = Py_BuildValue("(KKKKKK)", (unsigned long long)w.hot.slots, (unsigned long long)w.hot.tokens,
+                                  (unsigned long long)w.hot.chosen, (unsigned long long)w.hot.held,
+                                  (unsigned long long)w.hot.uploads, (unsigned long long)w.hot.upload_bytes);
+    if (!hot) return Py_DECREF(list), NULL;
+    return Py_BuildValue("(KKKKKKKKKKKKdKKNN)", (unsigned long long)w.dispatches, (unsigned long long)w.barriers,
                          (unsigned long long)w.recordings, (unsigned long long)w.submissions,
                          (unsigned long long)w.waits, (unsigned long long)w.record_ns, (unsigned long long)w.wait_ns,
                          (unsigned long long)w.copied_bytes, (unsigned long long)w.copy_ns,
                          (unsigned long long)w.copied_experts, (unsigned long long)w.kept_experts,
-                         (unsigned long long)w.slot_bytes, w.crossing, list);
+                         (unsigned long long)w.slot_bytes, w.crossing, (unsigned long long)w.memory,
+                         (unsigned long long)w.memory_most, list, hot);
 }
 DS_PY_HELD(model_watched, DS_PY_MODEL)
 

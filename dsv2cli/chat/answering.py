@@ -23,6 +23,7 @@ from dsv2cli.scheduler import Event, Read, Stats, Token
 
 if TYPE_CHECKING:
     from cext import DriveCounts
+    from cext.model import HotExperts
     from dsv2cli.engines.protocol import Session
     from dsv2cli.runtime import Runtime
 
@@ -243,12 +244,15 @@ class LocalChat(Chat):
             "kv_bytes": self.session.kv_bytes,
             "resident_bytes": resident_bytes(),
             "drive": self.runtime.drive(),
+            "gpu": self.runtime.gpu(),
         }
 
     def tell_stats(self) -> None:
         console.note(describe(self.last, self.runtime.load_seconds), "dim")
         if counts := self.runtime.drive_counts():
             console.note(describe_drive(*counts), "dim")
+        if (work := self.runtime.device_work()) and work.hot.rate is not None:
+            console.note(describe_hot(work.hot), "dim")
 
 
 @dataclass
@@ -379,6 +383,14 @@ def describe_drive(decoding: DriveCounts, reading: DriveCounts) -> str:
         f" guessed ahead: {share(decoding.right, decoding.needed_told)}, of the guesses right:"
         f" {share(decoding.right, decoding.told)};"
         f" waited {(decoding.wait_ns + reading.wait_ns) / 1e9:.2f} s for the drive"
+    )
+
+
+def describe_hot(hot: HotExperts) -> str:
+    """The line about experts that come and go on a GPU, since it was opened."""
+    return (
+        f"choices of experts that were on the GPU: {100 * (hot.rate or 0):.0f} %;"
+        f" {console.format_bytes(hot.nbytes // max(hot.tokens, 1))} copied there a token"
     )
 
 

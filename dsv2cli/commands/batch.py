@@ -75,7 +75,7 @@ def batch(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
-    gpu: options.Gpu = "off",
+    gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     shard: Annotated[str, typer.Option("--shard", metavar="I/N", help=SHARD_HELP)] = "1/1",
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,
@@ -100,7 +100,16 @@ def batch(
 
     beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
     wishes = options.wishes(
-        engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside, gpu=gpu, vram=vram
+        engine,
+        rpc,
+        gpu_layers,
+        n_seq=parallel,
+        told=not quiet,
+        ram=ram,
+        beside=beside,
+        gpu=gpu,
+        vram=vram,
+        steady=deterministic,
     )
     part = Shard.parse(shard)
     path = locate.model(model)

@@ -58,7 +58,7 @@ def bench(
     against: Annotated[list[str] | None, AGAINST] = None,
     engine: options.Engine = "auto",
     ram: options.Ram = "auto",
-    gpu: options.Gpu = "off",
+    gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     share: Annotated[bool, typer.Option("--share/--no-share", help=SHARE_HELP)] = True,
     watts: Annotated[float | None, number("--watts", metavar="W", within=POWER, help=WATTS_HELP)] = None,
@@ -75,7 +75,7 @@ def bench(
         raise UsageError("-p 0 and -n 0 leave nothing to measure", "give one of them")
     if (longest := max(test.depth + test.n for test in wanted)) > MAX_CONTEXT:
         raise UsageError(f"{longest} tokens are asked for together", f"a context holds {MAX_CONTEXT} at most")
-    options.wishes(engine, None, 0, told=not quiet, ram=ram, gpu=gpu, vram=vram)  # refuses what cannot be
+    wished = options.wishes(engine, None, 0, told=not quiet, ram=ram, gpu=gpu, vram=vram)  # refuses what cannot be
     peers = parse_peers(against or [], kv)
     path = locate.model(model)
     runs = engine_for(path, engine, quiet=quiet)
@@ -85,9 +85,7 @@ def bench(
     if runs in peers:
         raise UsageError(f"llama.cpp runs `{path}`: there is nothing to compare it with", "leave out --against")
     beside = None
-    if share and gpu != "off":
-        console.note("(no share of the machine: what a GPU gives is not measured)", "dim")
-    elif share and runs == "dsv2" and not as_csv:
+    if share and runs == "dsv2" and not as_csv:
         from dsv2cli.planner.share import Measuring
 
         beside = Measuring(path, kv, threads)
@@ -112,6 +110,8 @@ def bench(
         result = measure() if beside is None else beside.around(measure)
     for note in result.notes:
         console.note(f"({note})", "dim")
+    if wished.gpu.is_asked and wished.gpu.which == "auto" and not result.is_on_gpu:
+        console.note("(no GPU is used: dsv2 doctor lists what is here)", "dim")
     yardstick = beside_it(beside, result)
     if as_json:
         console.print_json(describe(result, yardstick, Energy(watts, price)))
@@ -135,6 +135,9 @@ def beside_it(beside: Measuring | None, result: Result) -> Yardstick | None:
     """What this machine gives; None, with a line that says why, where that is not known or not what the model used."""
     drive = result.footprints[result.engines[0]].drive
     if beside is None or drive is not None:
+        return None
+    if result.is_on_gpu:
+        console.note("(no share of the machine: what a GPU gives is not measured)", "dim")
         return None
     if beside.why_not:
         console.note(f"(no share of the machine: {beside.why_not})", "dim")

@@ -105,7 +105,7 @@ def chat(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
-    gpu: options.Gpu = "off",
+    gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     lookup: Annotated[int, number("--lookup", within=Range(0, options.MAX_DRAFT), help=LOOKUP_HELP)] = 0,
     think: options.Think = "auto",

@@ -48,7 +48,7 @@ def perplexity(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
-    gpu: options.Gpu = "off",
+    gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

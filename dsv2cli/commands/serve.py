@@ -75,7 +75,7 @@ def serve(
     rpc: options.Rpc = None,
     gpu_layers: options.GpuLayers = 0,
     ram: options.Ram = "auto",
-    gpu: options.Gpu = "off",
+    gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     alias: Annotated[str | None, typer.Option("--alias", metavar="NAME,...", help=ALIAS_HELP)] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
@@ -122,7 +122,16 @@ def serve(
     name, others = names_in(alias)
     beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
     wishes = options.wishes(
-        engine, rpc, gpu_layers, n_seq=parallel, told=not quiet, ram=ram, beside=beside, gpu=gpu, vram=vram
+        engine,
+        rpc,
+        gpu_layers,
+        n_seq=parallel,
+        told=not quiet,
+        ram=ram,
+        beside=beside,
+        gpu=gpu,
+        vram=vram,
+        steady=deterministic,
     )
     settings = process.Settings(
         context,

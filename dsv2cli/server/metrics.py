@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 from starlette.requests import Request
 from starlette.responses import Response
 
 from dsv2cli.runtime import Runtime
 from dsv2cli.server.service import Service
+
+if TYPE_CHECKING:
+    from cext.model import DeviceWork
 
 Row = tuple[str, str, str, float]  # name, kind, what it is, value
 DRAFTS = ("drafts", "draft_tokens", "accepted_tokens")  # dashboards of llama-server's ask for them
@@ -42,7 +48,7 @@ async def metrics(service: Service, request: Request) -> Response:
         ("kept_prefixes", "gauge", "Prefixes kept for requests that begin alike.", len(engine.prefixes)),
     )
     rows += tuple((f"spec_decode_num_{what}_total", "counter", "Nothing is drafted here.", 0) for what in DRAFTS)
-    rows += drive_rows(engine.runtime)
+    rows += drive_rows(engine.runtime) + gpu_rows(await asyncio.to_thread(engine.runtime.device_work))
     lines = [
         f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value:g}\n"
         for name, kind, what, value in rows
@@ -75,6 +81,22 @@ def drive_rows(runtime: Runtime) -> tuple[Row, ...]:
             "Bytes read a token, writing.",
             _rate(counts[0].bytes_read, counts[0].tokens),
         ),
+    )
+
+
+def gpu_rows(work: DeviceWork | None) -> tuple[Row, ...]:
+    """Of a part on a GPU; none without."""
+    if work is None:
+        return ()
+    rows: tuple[Row, ...] = (("gpu_bytes", "gauge", "Memory that the model takes on its GPU.", work.memory),)
+    if not work.hot.slots:
+        return rows
+    return (
+        *rows,
+        ("gpu_experts", "gauge", "Routed experts that the GPU has room for.", work.hot.slots),
+        ("gpu_experts_chosen_total", "counter", "Choices of decoded tokens.", work.hot.chosen),
+        ("gpu_experts_held_total", "counter", "Of these, of experts that were on the GPU.", work.hot.held),
+        ("gpu_upload_bytes_total", "counter", "Bytes of experts copied to the GPU.", work.hot.nbytes),
     )
 
 

@@ -2,12 +2,17 @@
 
     python tests/bench/bench_gpu.py MODEL.gguf -o gpu.csv
     python tests/bench/bench_gpu.py MODEL.gguf --placements card,ram --threads 8,16 --depths 0,4096 --limit 120
+    python tests/bench/bench_gpu.py MODEL.gguf --skewed SKEWED.gguf --placements hot
+    python tests/bench/bench_gpu.py MODEL.gguf --minutes 10
 
 Needs a build of the engine with shaders on the path and numpy, nothing else. Each placement, with each number of
 threads, is a process of its own with a limit to its time: what fails or hangs costs its own figures. Rows are written
 as they come.
 
-card: all on the card. ram: all but the routed experts. 6g: as many layers' experts as 6 GB hold, too. cpu: nothing.
+card: all on the card. ram: all but the routed experts. 6g: as many layers' experts as 6 GB hold, too. hot: in as much,
+the experts that are used most come and go. cpu: nothing. --skewed: decoding of a copy whose routers prefer some experts
+(tests/bench/skew_routers.py), at 6g and hot, beside that of the model. --minutes: steps of mixed lengths for so long,
+at hot, and memory of the process and of the card at the beginning and the end.
 copies: prompts with the experts of ram and of 6g in memory, computed by the processor alone (never), on the card alone
 (always) and shared out as is faster (auto), in turns: what is copied, at what rate, and how many experts each computes.
 Prompts are random tokens; depths are made by repeating the rows of a short prompt (Session.repeat).
@@ -15,6 +20,7 @@ Prompts are random tokens; depths are made by repeating the rows of a short prom
 
 import argparse
 import csv
+import mmap
 import subprocess
 import sys
 import threading
@@ -33,10 +39,13 @@ Row = tuple[str, int, str, str, float, str]  # placement, threads, test, what, v
 HEAD = ("placement", "threads", "test", "what", "value", "unit")
 SMALL_CARD, SPARE = 6_000_000_000, 1_300_000_000  # bytes; of these for caches, steps and the driver
 TOP = 12
+SKEWED = "-skewed"  # behind a placement: of the other model
+WARM = 256  # tokens, until experts have come
+SEQUENCES, LONGEST = 8, 1024  # of mixed lengths: at once, and tokens of a prompt
 
 
-def expert_layers(path: Path, room: int) -> int:
-    """How many layers' routed experts fit beside all other weights."""
+def expert_layers(path: Path, room: int) -> tuple[int, int]:
+    """How many layers' routed experts fit beside all other weights; and the bytes that are left for them."""
     with Gguf(path) as gguf:
         layers: dict[int, int] = {}
         rest = 0
@@ -46,12 +55,16 @@ def expert_layers(path: Path, room: int) -> int:
                 layers[il] = layers.get(il, 0) + tensor.nbytes
             elif tensor.name != "token_embd.weight":
                 rest += tensor.nbytes
-    room -= rest
-    for n, il in enumerate(sorted(layers)):
-        room -= layers[il]
-        if room < 0:
-            return n
-    return len(layers)
+    left = room - rest
+    fit = np.cumsum([layers[il] for il in sorted(layers)]) <= left
+    return int(fit.sum()), left
+
+
+def devices(path: Path, how: str, which: str | None) -> list[Device]:
+    if how == "cpu":
+        return []
+    hot = expert_layers(path, SMALL_CARD - SPARE)[1] if how == "hot" else None
+    return [Device("vulkan", name=which, hot=hot)]
 
 
 def places(path: Path, how: str) -> list[Place]:
@@ -61,7 +74,8 @@ def places(path: Path, how: str) -> list[Place]:
     if how == "cpu":
         return []
     on = [Place("ends", 1), Place("attention", 1, range(n)), Place("feed_forward", 1, range(n))]
-    first = {"card": n, "ram": dense, "6g": dense + expert_layers(path, SMALL_CARD - SPARE)}[how]
+    layers = dense + expert_layers(path, SMALL_CARD - SPARE)[0]
+    first = {"card": n, "ram": dense, "hot": dense, "6g": layers}[how]
     return on + ([Place("experts", 0, range(first, n), experts)] if first < n else [])
 
 
@@ -123,6 +137,7 @@ class Part:
 
     def __init__(self, options: argparse.Namespace, how: str, threads: int) -> None:
         self.options, self.how, self.threads = options, how, threads
+        self.path = options.skewed if how.endswith(SKEWED) else options.model
         self.rng = np.random.default_rng(1)
 
     def row(self, test: str, what: str, value: float, unit: str) -> Row:
@@ -131,14 +146,19 @@ class Part:
     def ids(self, n: int) -> "np.ndarray[Any, Any]":
         return self.rng.integers(0, self.model.hparams["n_vocab"], n, dtype=np.int32)
 
-    def run(self) -> Iterator[Row]:
-        placement = places(self.options.model, self.how)
-        devices = [Device("vulkan", name=self.options.gpu)] if placement else []
+    def open(self, how: str) -> Iterator[Row]:
+        placed = {"devices": devices(self.path, how, self.options.gpu), "placement": places(self.path, how)}
         begin = time.perf_counter()
-        self.model = Model(self.options.model, threads=self.threads or None, devices=devices, placement=placement)
+        self.model = Model(self.path, threads=self.threads or None, **placed)
         self.threads = self.model.threads
         yield self.row("open", "seconds", time.perf_counter() - begin, "s")
+
+    def run(self) -> Iterator[Row]:
+        how, placement = self.how.removesuffix(SKEWED), self.how != "cpu"
+        yield from self.open(how)
         depths, prompts = self.options.depths, self.options.prompts
+        if self.how.endswith(SKEWED):
+            depths, prompts, self.options.batches = depths[:1], [], []
         self.session = self.model.session(max([*depths, *prompts]) + 700, self.options.kv)
         for depth in depths:
             yield from self.decode(depth, bool(placement))
@@ -161,11 +181,17 @@ class Part:
         test, n = f"decode@{depth}", self.options.steps
         self.at(depth)
         first = self.steps(1)[0]
-        self.steps(4)
+        self.steps(WARM if self.how.startswith("hot") else 4)
+        self.at(depth)
+        if watched:
+            self.model.watch(1, times=False)
         spent = self.steps(n)
         yield self.row(test, "speed", 1 / median(spent), "tok/s")
         yield self.row(test, "mean", n / sum(spent), "tok/s")
         yield self.row(test, "first", first * 1e3, "ms")
+        if watched and (hot := self.model.watched(1).hot).slots:
+            yield self.row(test, "choices that were there", 100 * (hot.rate or 0), "%")
+            yield self.row(test, "uploads", hot.nbytes / max(hot.tokens, 1) / 1e6, "MB a token")
         if watched:
             self.model.watch(1, times=False)
             self.steps(8)
@@ -205,6 +231,45 @@ class Part:
             spent.append(timed(lambda step=step: cext.eval_batch(step)))
         yield self.row(f"batch{n}", "speed", n / median(spent[2:]), "tok/s")
 
+    def mixed(self) -> Iterator[Row]:
+        """Prompts and answers of mixed lengths, in several sequences, for so long."""
+        yield from self.open("hot")
+        sessions = [self.model.session(2 * LONGEST, self.options.kv) for _ in range(SEQUENCES)]
+        self.round(sessions, LONGEST)  # as long as any: what grows has grown
+        begin, n = time.monotonic(), 0
+        yield from self.memory("start")
+        while time.monotonic() - begin < 60 * self.options.minutes:
+            n += self.round(sessions, int(self.rng.integers(1, LONGEST + 1)))
+        yield from self.memory("end")
+        yield self.row("mixed", "tokens", n, "")
+        yield self.row("mixed", "seconds", time.monotonic() - begin, "s")
+        self.model.close()
+
+    def round(self, sessions: list[Any], longest: int) -> int:
+        """New prompts for all, then an answer: the tokens that were evaluated."""
+        n = 0
+        for session in sessions:
+            session.rewind(0)
+            prompt = self.ids(int(self.rng.integers(1, longest)) if longest < LONGEST else LONGEST)
+            session.eval(prompt)
+            n += len(prompt)
+        for _ in range(int(self.rng.integers(1, 64))):
+            some = sessions[: int(self.rng.integers(1, SEQUENCES + 1))]
+            cext.eval_batch([(session, self.ids(1)) for session in some])
+            n += len(some)
+        return n
+
+    def memory(self, when: str) -> Iterator[Row]:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        kept = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[2])  # of files
+        page = mmap.PAGESIZE / 1e6
+        yield self.row("mixed", f"{when}: resident", pages * page, "MB")
+        yield self.row("mixed", f"{when}: of it the file's", kept * page, "MB")
+        yield self.row("mixed", f"{when}: on the card", self.model.watched(1).memory / 1e6, "MB")
+        which = (self.options.gpu or "").lower()
+        listed = [d for i, d in enumerate(_engine.gpu_list()) if which == str(i) or which in d["name"].lower()]
+        yield self.row("mixed", f"{when}: free there", listed[0]["free"] / 1e6 if listed else 0, "MB")
+
     def counted(self, test: str, steps: int) -> Iterator[Row]:
         work = self.model.watched(1)
         for name in ("dispatches", "barriers", "recordings", "submissions", "waits"):
@@ -237,10 +302,13 @@ def device_rows(which: str | None) -> Iterator[Row]:
 
 def child(options: argparse.Namespace) -> None:
     how, threads = options.part.split(":")
+    part = Part(options, how, int(threads))
     if how == "device":
         rows = device_rows(options.gpu)
+    elif how == "copies":
+        rows = Copies(options, int(threads)).run()
     else:
-        rows = (Copies(options, int(threads)) if how == "copies" else Part(options, how, int(threads))).run()
+        rows = part.mixed() if how == "mixed" else part.run()
     table = csv.writer(sys.stdout, lineterminator="\n")
     for placement, n, test, what, value, unit in rows:
         table.writerow((placement, n, test, what, f"{value:.6g}", unit))
@@ -277,7 +345,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("gpu.csv"))
     parser.add_argument("--gpu", default=None, help="number or letters of its name")
-    parser.add_argument("--placements", default="card,ram,6g,copies,cpu")
+    parser.add_argument("--placements", default="card,ram,6g,hot,copies,cpu")
+    parser.add_argument("--skewed", type=Path, help="a copy of the model whose routers prefer some experts")
+    parser.add_argument("--minutes", type=float, default=0, help="of steps of mixed lengths")
     parser.add_argument("--threads", type=numbers, default=[0], help="0: what is fastest")
     parser.add_argument("--depths", type=numbers, default=[0, 4096, 16384])
     parser.add_argument("--prompts", type=numbers, default=[512, 2048])
@@ -291,11 +361,15 @@ def main() -> None:
     if options.part:
         child(options)
         return
-    parts = ["device:0"] + [f"{how}:{n}" for how in options.placements.split(",") for n in options.threads]
+    hows = [how for how in options.placements.split(",") if how]
+    hows += [f"{how}{SKEWED}" for how in ("6g", "hot") if options.skewed]
+    parts = ["device:0"] + [f"{how}:{n}" for how in hows for n in options.threads]
+    parts += ["mixed:0"] if options.minutes else []
     with options.out.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(HEAD)
         for part in parts:
-            run_part(part, sys.argv[1:], options.limit, file)
+            more = 60 * options.minutes if part.startswith("mixed") else 0
+            run_part(part, sys.argv[1:], options.limit + more, file)
 
 
 if __name__ == "__main__":

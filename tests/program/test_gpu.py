@@ -1,20 +1,29 @@
 """--gpu: what each command says and does with a device, a software one where there is no other, and without any."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.cli import assert_fails, dsv2, dsv2_after
-from support.gpu import number, usable
-from support.tiny import SPECS, write_gguf
+from support.gpu import device, number, usable
+from support.tiny import SPECS, Spec, spec_named, variant, write_gguf
 
-from cext import Gguf, Gpu, Model
+import cext
+from cext import Device, Gguf, Gpu, Model, Place
 from dsv2cli import gpu, locate
 
 PACKAGED = locate.model(None)
 ASK = ("chat", "-p", "Tell me a story about a ship.", "-n", "4", "--temp", "0")
+
+
+GONE = "import cext; cext.gpus = lambda: (_ for _ in ()).throw(cext.DeviceError('no Vulkan loader', 'get one'))"
+THERE = (
+    "import cext, cext.system; cext.system.has_graphics = lambda: True;"
+    " cext.gpus = lambda: [cext.Gpu({number}, 'A Card', '', '1.3.0', '{kind}', '', 8 << 30, 8 << 30, 32, True, True)]"
+)
 
 
 def card(**given: Any) -> Gpu:
@@ -41,7 +50,8 @@ def test_a_card_is_filled_in_the_order_of_what_a_token_reads() -> None:
         n, dense, step = model.hparams["n_layer"], model.hparams["n_layer_dense"], gpu.step_bytes(model.hparams)
     everything = parts(laid_out(8 << 30))
     assert everything == {("attention", 1): n, ("feed_forward", 1): n, ("ends", 1): 0}
-    seen = [parts(laid_out(8 << 30, gpu.Wish("auto", step + size))) for size in range(10 << 20, 60 << 20, 1 << 20)]
+    budgets = [step + gpu.CACHE_CHUNK + size for size in range(10 << 20, 60 << 20, 1 << 20)]
+    seen = [parts(laid_out(8 << 30, gpu.Wish("auto", budget), steady=True)) for budget in budgets]
     held = [found.get(("feed_forward", 1), 0) - found.get(("experts", 0), 0) - dense for found in seen]
     assert held == sorted(held) and held[-1] == n - dense
     assert all(found[("attention", 1)] == n for found in seen if ("feed_forward", 1) in found)
@@ -76,44 +86,198 @@ def test_a_layout_tells_what_lies_where() -> None:
 def test_a_gpu_answers_as_the_processor(where: str) -> None:
     """Of the packaged model, whose likeliest tokens are clear; both arithmetics differ in their last bits."""
     which = number()
-    more = ("--gpu", which) if where == "all of it" else ("--gpu", which, "--vram", "400M")
+    with Model(PACKAGED) as model:
+        most = gpu.step_bytes(model.hparams, shares=device()["kind"] != gpu.TAKEN) + gpu.CACHE_CHUNK + (26 << 20)
+    more = ("--gpu", which) if where == "all of it" else ("--gpu", which, "--vram", str(most))
     placed = dsv2(*ASK, *more, "--json")
-    assert json.loads(placed.stdout)["answer"] == json.loads(dsv2(*ASK, "--json").stdout)["answer"]
+    told = json.loads(placed.stdout)
+    assert told["answer"] == json.loads(dsv2(*ASK, "--gpu", "off", "--json").stdout)["answer"]
     assert len([line for line in placed.stderr.splitlines() if line.startswith("(on ")]) == 1
+    if where == "a part":
+        hot = told["gpu"]["experts"]
+        assert hot["slots"] > 0 and 0 < hot["held"] <= hot["chosen"] and 0 < hot["held_share"] <= 1
+        assert told["gpu"]["bytes"] <= told["gpu"]["most_bytes"] <= most
+        assert "of experts that were on the GPU" in dsv2(*ASK, *more).stderr
+
+
+def test_experts_come_and_go_where_all_do_not_fit() -> None:
+    """On the part of a card that is left when what every token needs is there; unless they are to stay."""
+    with Model(PACKAGED) as model:
+        n, dense, step = model.hparams["n_layer"], model.hparams["n_layer_dense"], gpu.step_bytes(model.hparams)
+    hot = []
+    for size in range(10 << 20, 60 << 20, 1 << 20):
+        layout = laid_out(8 << 30, gpu.Wish("auto", step + gpu.CACHE_CHUNK + size))
+        found = parts(layout)
+        assert layout is not None and layout.device.memory == step + gpu.CACHE_CHUNK + size
+        if layout.device.hot:
+            assert found == {("attention", 1): n, ("feed_forward", 1): n, ("experts", 0): n - dense, ("ends", 1): 0}
+            assert "% of the routed experts, those used most of late, " in layout.sentence
+            assert layout.sentence.endswith("; the rest on the processor")
+        hot.append(layout.device.hot or 0)
+    first = next(i for i, nbytes in enumerate(hot) if nbytes)
+    last = len(hot) - next(i for i, nbytes in enumerate(reversed(hot)) if nbytes)
+    assert all(b - a == 1 << 20 for a, b in zip(hot[first:last], hot[first + 1 : last], strict=False))
+    assert last < len(hot) and parts(laid_out(8 << 30, gpu.Wish("auto"))) == {
+        ("attention", 1): n, ("feed_forward", 1): n, ("ends", 1): 0,
+    }  # fmt: skip
+
+
+TIERS = ("--gpu", "{}", "--ram", "20M", "--json")
+
+
+def test_experts_from_the_drive_beside_a_gpu() -> None:
+    """Three tiers: what every token needs on the device, experts in memory and in the file."""
+    placed = dsv2(*ASK, *(word.format(number()) for word in TIERS))
+    told = json.loads(placed.stdout)
+    assert told["answer"] == json.loads(dsv2(*ASK, "--gpu", "off", "--json").stdout)["answer"]
+    assert told["drive"]["ram"] == 20_000_000 and told["drive"]["decoding"]["needed"] > 0
+    assert told["gpu"]["experts"] is None and 0 < told["gpu"]["bytes"] <= told["gpu"]["most_bytes"]
+    assert "head, " in told["gpu"]["placed"] and "routed experts" not in told["gpu"]["placed"]
+
+
+def test_a_device_that_holds_experts_spares_the_drive() -> None:
+    """Where memory does not hold all weights, and does what is not on the device: the file is mapped."""
+    here = json.loads(dsv2("inspect", "--json").stdout)["ram"]
+    free = (here["auto"]["beside"] + 22_000_000) * 4 // 3
+    scarce = f"import cext.system; cext.system.free_bytes = lambda *root, swap=True: {free}"
+    told = json.loads(dsv2_after(scarce, *ASK, "--gpu", number(), "--json").stdout)
+    assert told["drive"] is None and "routed experts" in told["gpu"]["placed"]
+    asked = json.loads(dsv2_after(scarce, *ASK, "--gpu", number(), "--ram", "20M", "--json").stdout)
+    assert asked["drive"]["ram"] == 20_000_000
 
 
 def test_inspect_tells_what_a_card_would_hold() -> None:
-    made = "Gpu(0, 'A Card', '', '1.3.0', 'discrete', '', 8 << 30, 8 << 30, 32, True, True)"
-    there = f"import cext; from cext import Gpu; cext.gpus = lambda: [{made}]"
-    assert "--gpu 0       on A Card: attention, " in dsv2_after(there, "inspect").stdout
+    there = THERE.format(number=0, kind="discrete")
+    told = dsv2_after(there, "inspect").stdout
+    assert "--gpu 0       on A Card: attention, " in told and "names it alone" not in told
     assert json.loads(dsv2_after(there, "inspect", "--json").stdout)["gpu"][0].startswith("on A Card: ")
-    gone = "import cext; cext.gpus = lambda: (_ for _ in ()).throw(cext.DeviceError('none'))"
-    assert json.loads(dsv2_after(gone, "inspect", "--json").stdout)["gpu"] == []
+    other = json.loads(dsv2_after(THERE.format(number=1, kind="integrated"), "inspect", "--json").stdout)["gpu"]
+    assert other[0].endswith("(integrated: used where --gpu 1 names it alone)")
+    assert json.loads(dsv2_after(GONE, "inspect", "--json").stdout)["gpu"] == []
 
 
 def test_doctor_lists_the_devices() -> None:
     findings = json.loads(dsv2("doctor", "--json").stdout)["findings"]
     told = [one["text"] for one in findings if one["name"] == "GPU"]
     assert told
-    for device in usable():
-        assert any(device["name"] in text for text in told)
+    for there in usable():
+        assert any(there["name"] in text for text in told)
 
 
 @pytest.mark.parametrize("which", ["99", "no such card"])
-def test_a_device_that_is_not_there_is_one_line_and_the_processor(which: str) -> None:
+def test_a_device_that_is_named_and_not_there_is_an_error(which: str) -> None:
+    """Whether Vulkan has other devices, or there is no loader at all."""
     found = dsv2(*ASK, "--gpu", which)
-    said = [line for line in found.stderr.splitlines() if "no GPU is used" in line]
-    assert len(said) == 1 and found.stdout == dsv2(*ASK).stdout
+    assert found.returncode == 1 and found.stderr.startswith("error: ") and "hint: " in found.stderr
+    assert_fails(dsv2_after(GONE, *ASK, "--gpu", which), 1, "no Vulkan loader")
+
+
+def test_a_device_that_is_named_and_has_no_room_is_an_error() -> None:
+    assert_fails(dsv2(*ASK, "--gpu", number(), "--vram", "1M"), 1, "no part of the model fits on ")
 
 
 def test_without_a_loader_the_processor_computes() -> None:
-    gone = "import cext; cext.gpus = lambda: (_ for _ in ()).throw(cext.DeviceError('no Vulkan loader', 'get one'))"
-    found = dsv2_after(gone, *ASK, "--gpu", "auto")
+    expected = dsv2(*ASK, "--gpu", "off")
+    found = dsv2_after(GONE, *ASK, "--gpu", "auto")
     assert "no GPU is used: no Vulkan loader (get one)" in found.stderr
-    assert found.stdout == dsv2(*ASK).stdout
+    assert found.stdout == expected.stdout
+    unasked = dsv2_after(GONE + "; import cext.system; cext.system.has_graphics = lambda: True", *ASK)
+    assert unasked.stdout == expected.stdout and "GPU" not in unasked.stderr
+
+
+def test_where_there_is_no_device_vulkan_is_not_asked() -> None:
+    """It takes longer than all else that goes before the first answer."""
+    never = "import cext, cext.system; cext.system.has_graphics = lambda: False; cext.gpus = lambda: 1 / 0"
+    found = dsv2_after(never, *ASK)
+    assert found.returncode == 0 and "GPU" not in found.stderr
+    assert json.loads(dsv2_after(never, "inspect", "--json").stdout)["gpu"] == []
+
+
+def test_a_card_that_cannot_be_opened_is_one_line_and_the_processor() -> None:
+    """Found where nobody named it, and gone when it is opened: a driver that is broken."""
+    found = dsv2_after(THERE.format(number=77, kind="discrete"), *ASK)
+    assert found.stderr.count("no GPU is used: ") == 1
+    assert found.stdout == dsv2(*ASK, "--gpu", "off").stdout
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_only_cards_of_their_own_memory_are_taken_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, *, asked: bool
+) -> None:
+    kinds = ("software", "integrated", "virtual", "other")
+    there = [card(number=i, kind=kind) for i, kind in enumerate(kinds)]
+    monkeypatch.setattr(cext.system, "has_graphics", lambda: True)
+    monkeypatch.setattr(cext, "gpus", lambda: there)
+    with pytest.raises(cext.DeviceError):
+        gpu.find(gpu.Wish("auto", is_asked=asked))
+    for i in range(len(kinds)):
+        assert gpu.find(gpu.Wish(str(i))) is there[i]
+    there += [card(number=4, free=2 << 30), card(number=5), card(number=6, free=9 << 30, missing="something")]
+    assert gpu.find(gpu.Wish("auto", is_asked=asked)).number == 5
+
+
+def test_attention_that_a_gpu_does_not_compute_leaves_it_alone(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", spec_named("moe_shared"))
+    there = THERE.format(number=0, kind="discrete")
+    (tmp_path / "text").write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z" * 4)
+    more = ("perplexity", str(path), "--text", str(tmp_path / "text"), "-c", "16")
+    unasked = dsv2_after(there, *more)
+    assert unasked.returncode == 0 and "GPU" not in unasked.stderr
+    asked = dsv2_after(there, *more, "--gpu", "auto")
+    assert "no GPU is used: this model's attention is not computed on one (--gpu 0 has the rest)" in asked.stderr
+    assert asked.stdout == unasked.stdout
+
+
+def test_settings_choose_a_gpu_where_no_line_does(tmp_path: Path) -> None:
+    (tmp_path / "dsv2").mkdir()
+    (tmp_path / "dsv2" / "config.toml").write_text('gpu = "off"\nvram = "6G"\n')
+    home = {"XDG_CONFIG_HOME": str(tmp_path)}
+    there = THERE.format(number=77, kind="discrete")
+    assert "GPU" not in dsv2_after(there, *ASK, **home).stderr
+    assert "no GPU is used: " in dsv2_after(there, *ASK, "--gpu", "auto", **home).stderr
+    (tmp_path / "dsv2" / "config.toml").write_text('gpu = "no such card"\n')
+    assert_fails(dsv2_after(GONE, *ASK, **home), 1, "no Vulkan loader")
+    assert dsv2(*ASK, "--gpu", "off", **home).returncode == 0
+
+
+WIDE = variant(SPECS[0], n_layer=4, n_embd=128, n_ff_expert=128, n_expert=128, n_head=2)
+
+
+@pytest.mark.parametrize("vram", [130 << 20, 160 << 20, 180 << 20, 1 << 30])
+def test_a_budget_is_kept(tiny_gguf: Callable[[Spec], Path], vram: int) -> None:
+    """Of all that the engine takes: weights, caches that are full, the longest steps."""
+    path, wish = tiny_gguf(WIDE), gpu.Wish(number(), vram)
+    with Model(path) as model, Gguf(path) as gguf:
+        kv_bytes = model.session(1100).kv_bytes
+        layout = gpu.lay_out(gguf, model.hparams, gpu.find(wish), wish, cache_bytes=kv_bytes)
+        most = gguf.nbytes
+    assert layout is not None and layout.device.memory == vram
+    assert bool(layout.device.hot) == (vram < 1 << 30) and layout.weights <= most + (layout.device.hot or 0)
+    with Model(path, threads=2, devices=[layout.device], placement=layout.placement) as model:
+        session = model.session(1100)
+        session.eval(np.arange(1024) % WIDE.n_vocab)
+        session.eval(np.arange(40))
+        for i in range(4):
+            session.eval([i])
+        taken = model.watched(1)
+    assert 0 < taken.memory <= taken.memory_most <= vram
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], spec_named("v3")], ids=lambda s: s.name)
+def test_steps_take_no_more_than_is_reckoned(tmp_path: Path, spec: Spec) -> None:
+    path, layers = write_gguf(tmp_path / "m.gguf", spec), range(spec.n_layer)
+    split = Place("experts", 0, range(spec.n_layer_dense, spec.n_layer), range(spec.n_expert))
+    placement = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers), split]
+    with Model(path, threads=2, devices=[Device("vulkan", name=number())], placement=placement) as model:
+        held, shares = model.watched(1).memory, device()["kind"] != gpu.TAKEN
+        for n in (1, 64, 1024):
+            session = model.session(1024)
+            session.eval(np.zeros(n, np.int32))
+            grown = model.watched(1).memory_most - held
+            assert grown <= gpu.step_bytes(model.hparams, n, shares=shares) + gpu.CACHE_CHUNK
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
-    assert_fails(dsv2("chat", "-p", "x", "--vram", "6G"), 2, "--vram without a GPU")
+    assert_fails(dsv2("chat", "-p", "x", "--gpu", "off", "--vram", "6G"), 2, "--vram without a GPU")
     assert_fails(dsv2("chat", "-p", "x", "--gpu", "auto", "--vram", "lots"), 2, "--vram 'lots' is no size")
     assert_fails(dsv2("chat", "-p", "x", "--gpu", "auto", "--gpu-layers", "3"), 2, "--gpu is of dsv2's own engine")

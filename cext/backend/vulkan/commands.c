@@ -179,6 +179,25 @@ ds_status ds_gpu_submit_behind(ds_gpu *g, const ds_gpu_commands *c, vk_Semaphore
     return DS_OK;
 }
 
+/* A fence is for all that was submitted before it, too. */
+ds_status ds_gpu_submit_ahead(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
+    const ds_gpu_script *l = list_of(c);
+    const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &l->list};
+    if (!l->n) return DS_OK;
+    ds_lock_take(&g->turn);
+    const vk_Result result = g->v.f.QueueSubmit(g->queue, 1, &info, 0);
+    ds_lock_give(&g->turn);
+    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
+}
+
+uint64_t ds_gpu_waits(const ds_gpu *g) { return g->n_waits; }
+
+void ds_gpu_drain(ds_gpu *g) {
+    ds_lock_take(&g->turn);
+    g->v.f.DeviceWaitIdle(g->device);
+    ds_lock_give(&g->turn);
+}
+
 ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
     if (!g->busy) return DS_OK;
     const int64_t begin = ds_now_ns();
@@ -187,6 +206,7 @@ ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
     while (result == VKR_NOT_READY && ds_now_ns() - begin < DS_SPIN_NS);
     if (result == VKR_NOT_READY) result = g->v.f.WaitForFences(g->device, 1, &g->fence, 1, UINT64_MAX);
     g->busy = false;
+    g->n_waits++;
     g->work.waits++;
     g->work.wait_ns += (uint64_t)(ds_now_ns() - begin);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);

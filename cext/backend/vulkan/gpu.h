@@ -63,7 +63,11 @@ typedef struct ds_gpu_buffer {
     vk_DeviceMemory memory;
     uint64_t address, bytes;
     unsigned char *host; /* mapped, or NULL */
+    uint64_t own; /* bytes of the device's own memory that it takes */
 } ds_gpu_buffer;
+
+/* Take no more than so many bytes of the device's own memory in all, from now on; 0: what there is. */
+void ds_gpu_limit(ds_gpu *gpu, uint64_t bytes);
 
 /* At most DS_GPU_CHUNK bytes. DS_ENOMEM where the device has no room. */
 ds_status ds_gpu_buffer_new(ds_gpu *gpu, uint64_t bytes, ds_gpu_use use, ds_gpu_buffer *out, ds_error *err);
@@ -107,6 +111,10 @@ ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
  * thread than the others, while none of them is. */
 ds_status ds_gpu_submit_behind(ds_gpu *gpu, const ds_gpu_commands *c, vk_Semaphore semaphore, uint64_t value,
                                ds_error *err);
+/* Run a list ahead of what is submitted next, whose wait is for both. */
+ds_status ds_gpu_submit_ahead(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
+uint64_t ds_gpu_waits(const ds_gpu *gpu); /* that have ended since it was opened */
+void ds_gpu_drain(ds_gpu *gpu); /* until it has nothing to do; who has lost it hears that from a wait */
 /* Until it is done; the host then sees what it wrote. */
 ds_status ds_gpu_wait(ds_gpu *gpu, ds_error *err);
 

@@ -81,11 +81,14 @@ struct ds_gpu {
     vk_PipelineLayout layout;
     vk_Fence fence;
     vk_PhysicalDeviceMemoryProperties memory;
+    uint64_t limit; /* of its own memory; 0: none */
+    uint64_t own, own_most; /* bytes of that which are taken, and that ever were since it was watched */
     ds_gpu_made *made;
     int n_made, made_heads[DS_MADE_HEADS]; /* by hash, a number + 1 */
     ds_gpu_buffer staging; /* through which is copied what the host does not reach */
     ds_gpu_commands copies;
     bool busy; /* something was submitted, and not waited for */
+    uint64_t n_waits; /* that have ended */
     bool watched; /* lists are recorded with clocks */
     ds_work_time times[DS_WORK_TIMES];
     int n_times;

@@ -40,7 +40,13 @@ static uint32_t of_heap(const ds_gpu *g, int type) {
     return all;
 }
 
+static bool is_own(const ds_gpu *g, int type) {
+    return g->memory.memoryHeaps[g->memory.memoryTypes[type].heapIndex].flags & VKB_MEMORY_HEAP_DEVICE_LOCAL_BIT;
+}
+
 static vk_Result take(ds_gpu *g, uint64_t bytes, int type, vk_DeviceMemory *out) {
+    if (is_own(g, type) && g->limit && (g->own > g->limit || bytes > g->limit - g->own))
+        return VKR_ERROR_OUT_OF_DEVICE_MEMORY;
     const vk_MemoryAllocateFlagsInfo addressed = {.sType = VKS_MEMORY_ALLOCATE_FLAGS_INFO,
                                                   .flags = VKB_MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT};
     const vk_MemoryAllocateInfo info = {.sType = VKS_MEMORY_ALLOCATE_INFO,
@@ -48,6 +54,19 @@ static vk_Result take(ds_gpu *g, uint64_t bytes, int type, vk_DeviceMemory *out)
                                         .allocationSize = bytes,
                                         .memoryTypeIndex = (uint32_t)type};
     return g->v.f.AllocateMemory(g->device, &info, NULL, out);
+}
+
+static ds_status no_room(const ds_gpu *g, uint64_t bytes, ds_error *err) {
+    if (!g->limit) return ds_gpu_failed(err, VKR_ERROR_OUT_OF_DEVICE_MEMORY, g->info.name);
+    return ds_fail(err, DS_ENOMEM, "%s: %.1f MiB more, where it was given %.1f MiB and %.1f are taken", g->info.name,
+                   (double)bytes / (1 << 20), (double)g->limit / (1 << 20), (double)g->own / (1 << 20));
+}
+
+/* What the buffer takes of the device's own memory is counted. */
+static void count_own(ds_gpu *g, ds_gpu_buffer *b, uint64_t bytes) {
+    b->own = bytes;
+    g->own += bytes;
+    if (g->own > g->own_most) g->own_most = g->own;
 }
 
 static ds_status allocate(ds_gpu *g, ds_gpu_use use, ds_gpu_buffer *b, ds_error *err) {
@@ -65,7 +84,9 @@ static ds_status allocate(ds_gpu *g, ds_gpu_use use, ds_gpu_buffer *b, ds_error 
         allowed &= ~of_heap(g, type);
         next = use == DS_GPU_OWN ? -1 : type_for(g, allowed, use);
     }
+    if (result == VKR_ERROR_OUT_OF_DEVICE_MEMORY) return no_room(g, needs.size, err);
     const uint32_t flags = g->memory.memoryTypes[type].propertyFlags;
+    if (result == VKR_SUCCESS && is_own(g, type)) count_own(g, b, needs.size);
     if (result == VKR_SUCCESS) result = f->BindBufferMemory(g->device, b->buffer, b->memory, 0);
     const bool reached = flags & VKB_MEMORY_PROPERTY_HOST_VISIBLE_BIT && flags & VKB_MEMORY_PROPERTY_HOST_COHERENT_BIT;
     if (result == VKR_SUCCESS && reached && (use != DS_GPU_OWN || shares_memory(g)))
@@ -105,8 +126,11 @@ ds_status ds_gpu_buffer_new(ds_gpu *g, uint64_t bytes, ds_gpu_use use, ds_gpu_bu
 void ds_gpu_buffer_release(ds_gpu *g, ds_gpu_buffer *b) {
     if (b->buffer) g->v.f.DestroyBuffer(g->device, b->buffer, NULL);
     if (b->memory) g->v.f.FreeMemory(g->device, b->memory, NULL); /* and its mapping with it */
+    g->own -= b->own;
     *b = (ds_gpu_buffer){0};
 }
+
+void ds_gpu_limit(ds_gpu *g, uint64_t bytes) { g->limit = bytes; }
 
 static ds_status stage(ds_gpu *g, ds_error *err) {
     return g->staging.buffer ? DS_OK : ds_gpu_buffer_new(g, DS_STAGING, DS_GPU_OUT, &g->staging, err);

@@ -5,6 +5,7 @@
 #include "backend/backend.h"
 #include "backend/vulkan/ahead.h"
 #include "backend/vulkan/cache.h"
+#include "backend/vulkan/hot.h"
 #include "backend/vulkan/product.h"
 #include "backend/vulkan/weights.h"
 
@@ -62,6 +63,7 @@ typedef struct ds_gpu_backend {
     ds_gpu_weights w;
     ds_ahead *ahead; /* or NULL */
     bool behind; /* what was submitted last runs behind copies */
+    ds_gpu_hot hot;
     ds_gpu_cache caches[DS_KV_TYPES];
     bool cached[DS_KV_TYPES]; /* the cache of that type was made */
     int attend_begin, attend_end; /* layers whose attention this computes lie in here */

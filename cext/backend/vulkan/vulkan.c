@@ -251,8 +251,9 @@ static void begin(ds_backend *backend, const ds_request *whole, const ds_request
     b->requests[0] = whole, b->requests[1] = rest;
     b->table_used = 0;
     b->n_submitted = 0;
-    if (b->ahead) ds_ahead_begin(b->ahead, whole, rest);
     for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_step(&b->caches[type]);
+    ds_gpu_hot_step(b->gpu, &b->hot, whole->n_tok); /* before it is asked what is not there */
+    if (b->ahead) ds_ahead_begin(b->ahead, whole, rest);
 }
 
 static void destroy(ds_backend *backend) {
@@ -264,6 +265,7 @@ static void destroy(ds_backend *backend) {
         ds_ahead_destroy(b->ahead);
         for (int type = 0; type < DS_KV_TYPES; type++) ds_gpu_cache_release(b->gpu, &b->caches[type]);
         ds_gpu_room_release(b);
+        ds_gpu_hot_release(b->gpu, &b->hot);
         ds_gpu_weights_release(b->gpu, &b->w);
         ds_gpu_commands_release(b->gpu, &b->commands);
         ds_gpu_close(b->gpu);
@@ -280,6 +282,7 @@ static ds_status watch(ds_backend *backend, bool times, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     b->record_ns = 0;
     if (b->ahead) ds_ahead_watch(b->ahead);
+    b->hot.work = (ds_work_hot){0};
     return ds_gpu_watch_begin(b->gpu, times, err);
 }
 
@@ -288,6 +291,8 @@ static int watched(const ds_backend *backend, ds_work_time out[DS_WORK_TIMES], d
     const int n = ds_gpu_watched(b->gpu, out, work);
     work->record_ns = b->record_ns;
     if (b->ahead) ds_ahead_watched(b->ahead, work);
+    work->hot = b->hot.work;
+    work->hot.slots = (uint64_t)b->hot.slots.n;
     return n;
 }
 
@@ -342,9 +347,10 @@ static ds_status check(const ds_gpu_backend *b, ds_error *err) {
 }
 
 /* Bytes of the device that are free for copies: of what is not given to weights alone half stays for caches and steps. */
-static uint64_t room_for_copies(const ds_gpu_backend *b, uint64_t memory) {
-    const uint64_t all = memory ? memory : ds_gpu_told(b->gpu)->free, left = all > b->w.bytes ? all - b->w.bytes : 0;
-    return memory ? left : left / 2;
+static uint64_t room_for_copies(const ds_gpu_backend *b, const ds_device *device) {
+    const uint64_t all = device->memory ? device->memory : ds_gpu_told(b->gpu)->free, held = b->w.bytes + device->hot,
+                   left = all > held ? all - held : 0;
+    return device->memory ? left : left / 2;
 }
 
 ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_device *device, ds_backend **out,
@@ -357,10 +363,13 @@ ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_devi
     find_attention(b);
     ds_status st = ds_gpu_open(device->name, &b->gpu, err);
     if (st == DS_OK) st = check(b, err);
+    if (st == DS_OK) ds_gpu_limit(b->gpu, device->memory);
     if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, device->memory, &b->w, err);
+    /* Before any come and go: of every layer all may have to be copied. */
     if (st == DS_OK)
-        st =
-            ds_ahead_create(b->gpu, facts, number, room_for_copies(b, device->memory), device->copying, &b->ahead, err);
+        st = ds_ahead_create(b->gpu, facts, number, room_for_copies(b, device), device->copying, &b->ahead, err);
+    if (st == DS_OK && device->hot) st = ds_gpu_hot_create(b->gpu, facts, number, device->hot, &b->w, &b->hot, err);
+    b->facts.uses = NULL; /* the caller's own until this returns */
     if (st == DS_OK) *out = &b->head;
     else destroy(&b->head);
     return st;

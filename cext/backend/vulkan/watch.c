@@ -83,11 +83,13 @@ ds_status ds_gpu_watch_begin(ds_gpu *g, bool times, ds_error *err) {
     g->watched = times;
     g->n_times = 0;
     g->work = (ds_work){0};
+    g->own_most = g->own;
     return DS_OK;
 }
 
 int ds_gpu_watched(const ds_gpu *g, ds_work_time out[DS_WORK_TIMES], ds_work *work) {
     *work = g->work;
+    work->memory = g->own, work->memory_most = g->own_most;
     memcpy(out, g->times, (size_t)g->n_times * sizeof *out);
     return g->n_times;
 }
