@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ def test_a_card_is_filled_in_the_order_of_what_a_token_reads() -> None:
     everything = parts(laid_out(8 << 30))
     assert everything == {("attention", 1): n, ("feed_forward", 1): n, ("ends", 1): 0}
     budgets = [step + gpu.CACHE_CHUNK + size for size in range(10 << 20, 60 << 20, 1 << 20)]
-    seen = [parts(laid_out(8 << 30, gpu.Wish("auto", budget), steady=True)) for budget in budgets]
-    held = [found.get(("feed_forward", 1), 0) - found.get(("experts", 0), 0) - dense for found in seen]
-    assert held == sorted(held) and held[-1] == n - dense
+    seen, held = [], {"never": [-n], "auto": [-n]}  # whether there is room for what prompts have copied, too
+    for budget in budgets:
+        layout = laid_out(8 << 30, gpu.Wish("auto", budget), steady=True)
+        seen.append(found := parts(layout))
+        assert layout is not None
+        held[layout.device.copies] += [found.get(("feed_forward", 1), 0) - found.get(("experts", 0), 0) - dense]
+    assert all(layers == sorted(layers) and len(layers) > 2 for layers in held.values())
+    assert held["never"][-1] == n - dense
     assert all(found[("attention", 1)] == n for found in seen if ("feed_forward", 1) in found)
     assert parts(laid_out(8 << 30, with_experts=False))[("experts", 0)] == n - dense
     assert laid_out(step // 2) is None
@@ -104,7 +110,7 @@ def test_experts_come_and_go_where_all_do_not_fit() -> None:
     """On the part of a card that is left when what every token needs is there; unless they are to stay."""
     with Model(PACKAGED) as model:
         n, dense, step = model.hparams["n_layer"], model.hparams["n_layer_dense"], gpu.step_bytes(model.hparams)
-    hot = []
+    hot, copies = [], []
     for size in range(10 << 20, 60 << 20, 1 << 20):
         layout = laid_out(8 << 30, gpu.Wish("auto", step + gpu.CACHE_CHUNK + size))
         found = parts(layout)
@@ -114,12 +120,11 @@ def test_experts_come_and_go_where_all_do_not_fit() -> None:
             assert "% of the routed experts, those used most of late, " in layout.sentence
             assert layout.sentence.endswith("; the rest on the processor")
         hot.append(layout.device.hot or 0)
-    first = next(i for i, nbytes in enumerate(hot) if nbytes)
-    last = len(hot) - next(i for i, nbytes in enumerate(reversed(hot)) if nbytes)
-    assert all(b - a == 1 << 20 for a, b in zip(hot[first:last], hot[first + 1 : last], strict=False))
-    assert last < len(hot) and parts(laid_out(8 << 30, gpu.Wish("auto"))) == {
-        ("attention", 1): n, ("feed_forward", 1): n, ("ends", 1): 0,
-    }  # fmt: skip
+        copies.append(layout.device.copies == "auto")
+    grown = [b - a for a, b in pairwise(hot) if a and b]
+    assert grown.count(1 << 20) >= len(grown) - 1 and len(grown) > 5
+    assert any(copies) and not copies[0] and not (copies[-1] or hot[-1])  # at last all fit
+    assert all(a or not b for a, b in zip(copies[copies.index(True) :], hot[copies.index(True) :], strict=True))
 
 
 TIERS = ("--gpu", "{}", "--ram", "20M", "--json")
