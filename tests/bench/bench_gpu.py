@@ -45,7 +45,8 @@ SEQUENCES, LONGEST = 8, 1024  # of mixed lengths: at once, and tokens of a promp
 
 
 def expert_layers(path: Path, room: int) -> tuple[int, int]:
-    """How many layers' routed experts fit beside all other weights; and the bytes that are left for them."""
+    """How many layers' routed experts fit beside all other weights, and those of two layers that prompts have copied; and
+    the bytes that are left for them."""
     with Gguf(path) as gguf:
         layers: dict[int, int] = {}
         rest = 0
@@ -55,7 +56,7 @@ def expert_layers(path: Path, room: int) -> tuple[int, int]:
                 layers[il] = layers.get(il, 0) + tensor.nbytes
             elif tensor.name != "token_embd.weight":
                 rest += tensor.nbytes
-    left = room - rest
+    left = room - rest - 2 * max(layers.values(), default=0)
     fit = np.cumsum([layers[il] for il in sorted(layers)]) <= left
     return int(fit.sum()), left
 
