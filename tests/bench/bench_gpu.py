@@ -45,8 +45,8 @@ SEQUENCES, LONGEST = 8, 1024  # of mixed lengths: at once, and tokens of a promp
 
 
 def expert_layers(path: Path, room: int) -> tuple[int, int]:
-    """How many layers' routed experts fit beside all other weights, and those of two layers that prompts have copied; and
-    the bytes that are left for them."""
+    """How many layers' routed experts fit beside all other weights and two layers' copies for prompts, and the bytes
+    that are left for them."""
     with Gguf(path) as gguf:
         layers: dict[int, int] = {}
         rest = 0
