@@ -31,7 +31,8 @@ TAKEN = "discrete"  # the kind of device that is taken where none is named: no o
 class Wish:
     """Which GPU: "off", "auto" (a card with memory of its own, where one is there), a number or letters of a name; and
     the bytes of its memory that may be taken, None for what is free. is_asked: somebody typed that, and is told where
-    there is none. steady: what lies there stays, so that the same steps give the same bits at any time."""
+    there is none. steady: what is computed there follows from its memory alone, so that the same steps give the same
+    bits at any time."""
 
     which: str = "off"
     memory: int | None = None
@@ -199,9 +200,10 @@ def lay_out(
     head = sizes.head <= LARGEST and bool(room.fill([sizes.head]))
     hot = copies = 0
     if with_experts and shared == n and sum(sizes.experts[dense:]) > room.left:
-        copies = 0 if shares else room_for_copies(sizes.experts[dense:], shape["n_expert"], room.left)
+        copies = 0 if shares or wish.steady else room_for_copies(sizes.experts[dense:], shape["n_expert"], room.left)
         room.left -= copies
-        hot = 0 if steady else room_for_hot(sizes.experts[dense:], shape["n_expert"], room.left, shares=shares)
+        if not (steady or wish.steady):
+            hot = room_for_hot(sizes.experts[dense:], shape["n_expert"], room.left, shares=shares)
     room.taken += hot
     expert = room.fill(sizes.experts[dense:shared]) if with_experts and not hot else 0
     places: list[Place] = []

@@ -234,7 +234,7 @@ def on_gpu(model: Model, wish: Wish, sought: Callable[[], Gpu], beside: Beside, 
         with Gguf(model.path) as gguf:
             caches = beside.cache_bytes(model)
             fill = partial(lay_out, gguf, shape, gpu, wish, cache_bytes=caches, share=beside.share)
-            layout = fill(steady=wish.steady)
+            layout = fill()
             if found is not None and found.ram is not None:
                 layout = fill(steady=True)  # whose pages are not touched again
                 layout = layout if layout and is_enough(found, layout) else fill(with_experts=False)

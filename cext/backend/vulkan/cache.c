@@ -3,8 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DS_CACHE_CHUNK = 64 << 20 /* bytes that the copies grow by */ };
-
 void ds_gpu_cache_create(const ds_kv_store *store, int begin, int end, ds_gpu_cache *out) {
     *out = (ds_gpu_cache){.offset = store->layouts[0].data + (uint64_t)begin * store->layer_bytes,
                           .bytes = (uint64_t)(end - begin) * store->layer_bytes};

@@ -6,6 +6,8 @@
 #include "backend/vulkan/gpu.h"
 #include "memory/kv.h"
 
+enum { DS_CACHE_CHUNK = 64 << 20 /* bytes that the copies grow by */ };
+
 typedef struct ds_gpu_block {
     uint64_t serial; /* of the host's block; 0: free */
     uint64_t address;

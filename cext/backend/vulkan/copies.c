@@ -7,7 +7,6 @@
 #include "backend/vulkan/internal.h"
 
 enum {
-    AHEAD = 4, /* places beside one a thread: what the device copies while threads fill */
     LOOK_NS = 100 * 1000 * 1000, /* a wait for the device looks so often whether all is to end */
 };
 
@@ -226,7 +225,7 @@ ds_status ds_copies_create(ds_gpu *gpu, int n_threads, uint64_t piece, ds_copies
     if (!c) return ds_fail(err, DS_ENOMEM, "no memory for copies to a GPU");
     c->gpu = gpu;
     c->piece = (piece + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
-    c->n_places = n_threads + AHEAD;
+    c->n_places = n_threads + DS_COPY_AHEAD;
     c->places = calloc((size_t)c->n_places, sizeof *c->places);
     c->threads = calloc((size_t)n_threads, sizeof *c->threads);
     ds_status st = c->places && c->threads ? DS_OK : ds_fail(err, DS_ENOMEM, "no memory for copies to a GPU");

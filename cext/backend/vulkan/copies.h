@@ -8,6 +8,7 @@
 enum {
     DS_COPY_PARTS = 3,
     DS_COPY_PIECE = 4 << 20, /* bytes of a piece at most; larger pieces gain nothing, below 2 MiB the link is slower */
+    DS_COPY_AHEAD = 4, /* places of the ring beside one a thread: what the device copies while threads fill */
     DS_COPY_THREADS = 16, /* at most */
 };
 

@@ -148,6 +148,15 @@ void ds_gpu_room_release(ds_gpu_backend *b) {
     b->room = (ds_gpu_room){0};
 }
 
+uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok) {
+    ds_gpu_room r = {.n_tok = n_tok};
+    carver c = {0};
+    carve_own(b, &r, &c);
+    carve_in(b, &r, &c);
+    if (ds_gpu_told(b->gpu)->kind != VKB_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU) carve_out(b, &r, &c);
+    return c.used;
+}
+
 size_t ds_gpu_room_bytes(const ds_gpu_backend *b, int n_tok) {
     ds_gpu_room r = {.n_tok = n_tok};
     carver c = {0};

@@ -84,7 +84,9 @@ int ds_gpu_part_rows(const ds_gpu_backend *b);
 /* Room for steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err);
 void ds_gpu_room_release(ds_gpu_backend *b);
-/* Bytes of the host's memory that it takes. */
+/* Bytes of the device's memory that it takes at most; */
+uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok);
+/* of the host's. */
 size_t ds_gpu_room_bytes(const ds_gpu_backend *b, int n_tok);
 
 /* Whether this backend's attention, or any, is the operation's layer's in the cache: what a layer's rows are in the host's

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/vulkan/copies.h"
 #include "backend/vulkan/step.h"
 #include "base/os.h"
 
@@ -346,10 +347,14 @@ static ds_status check(const ds_gpu_backend *b, ds_error *err) {
     return DS_OK;
 }
 
-/* Bytes of the device that are free for copies: of what is not given to weights alone half stays for caches and steps. */
+/* Bytes of the device that are free for copies: what caches begin with and the longest steps take stays, and of what is not
+ * given to this model alone half. */
 static uint64_t room_for_copies(const ds_gpu_backend *b, const ds_device *device) {
-    const uint64_t all = device->memory ? device->memory : ds_gpu_told(b->gpu)->free, held = b->w.bytes + device->hot,
-                   left = all > held ? all - held : 0;
+    const bool shares = ds_gpu_told(b->gpu)->kind != VKB_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU; /* the ring is there, too */
+    const uint64_t all = device->memory ? device->memory : ds_gpu_told(b->gpu)->free,
+                   steps = ds_gpu_room_own(b, DS_CHUNK) + (b->attend_end ? DS_CACHE_CHUNK : 0),
+                   ring = shares ? (uint64_t)(DS_COPY_THREADS + DS_COPY_AHEAD) * DS_COPY_PIECE : 0,
+                   held = b->w.bytes + device->hot + steps + ring, left = all > held ? all - held : 0;
     return device->memory ? left : left / 2;
 }
 
