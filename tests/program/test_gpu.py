@@ -93,7 +93,7 @@ def test_a_gpu_answers_as_the_processor(where: str) -> None:
     """Of the packaged model, whose likeliest tokens are clear; both arithmetics differ in their last bits."""
     which = number()
     with Model(PACKAGED) as model:
-        most = gpu.step_bytes(model.hparams, shares=device()["kind"] != gpu.TAKEN) + gpu.CACHE_CHUNK + (26 << 20)
+        most = gpu.step_bytes(model.hparams, shares=device()["kind"] != gpu.TAKEN) + gpu.CACHE_CHUNK + (33 << 20)
     more = ("--gpu", which) if where == "all of it" else ("--gpu", which, "--vram", str(most))
     placed = dsv2(*ASK, *more, "--json")
     told = json.loads(placed.stdout)
