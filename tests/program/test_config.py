@@ -227,4 +227,4 @@ def test_what_is_set_for_llama_cpp_is_left_out_beside_a_gpu(
 ) -> None:
     put(tmp_path, kept + "\n")
     ran = run(*ASK, "--gpu", "no such card", env=env)
-    assert ran.code == 0 and "no GPU is used" in ran.told, ran.told
+    assert ran.code == 1 and "is of dsv2's own engine" not in ran.told, ran.told  # a card is looked for
