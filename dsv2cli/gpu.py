@@ -23,6 +23,7 @@ WIDEST_ROW, MOST_EXPERTS = 4608, 1024  # the shaders'
 # The engine's, of cext/backend/vulkan: what a piece of a buffer is rounded up to; what copies of caches grow by; what
 # goes through to memory that the host does not reach; tables, blocks' addresses and rounding of allocations.
 ALIGN, CACHE_CHUNK, STAGING, SUNDRY = 256, 64 << 20, 32 << 20, 4 << 20
+PARTS = 8192  # rows that positions of few tokens are shared out among at most
 SLOT_ROUNDING, HOT_STAGED = 3 * 8192, 4  # of an expert that comes and goes; of these, how many are on their way at most
 TAKEN = "discrete"  # the kind of device that is taken where none is named: no other has been measured to pay
 
@@ -135,7 +136,7 @@ def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False) -> in
     together = heads * min(n_tok, max(128, 8192 // heads))
     wide = max(shape["n_ff_dense"], shape["n_expert_shared"] * shape["n_ff_expert"])
     attention = n_tok * (rank + rope + shape["q_lora_rank"] + heads * (query + shape["v_head_dim"]))
-    attention += 2 * together * (rank + row) + max(0, 2048 - together) * row + 2 * max(together, 2048)
+    attention += 2 * together * (rank + row) + max(0, PARTS - together) * row + 2 * max(together, PARTS)
     feed = n_tok * (experts + wide + d) + slots * (4 + shape["n_ff_expert"] + d) + 12 * max(slots, experts)
     host = n_tok * (2 * d + 2 * rope + 10) + 12 * experts + slots * (d + 2)
     if shares:
