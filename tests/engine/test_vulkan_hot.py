@@ -132,12 +132,12 @@ def test_it_begins_with_those_that_were_used(tmp_path: Path) -> None:
 
 def test_all_of_it_is_within_the_budget(tmp_path: Path) -> None:
     path = skewed(tmp_path / "m.gguf", 1.0)
-    with opened(path, 40) as model:
+    with opened(path, 40, copies="never") as model:
         session = model.session(600)
         session.eval(tokens(500))
         decode(model, session, tokens(20))
         most = model.watched(1).memory_most
-    with opened(path, 40, memory=most) as model:
+    with opened(path, 40, copies="never", memory=most) as model:
         session = model.session(600)
         session.eval(tokens(500))
         decode(model, session, tokens(20))
