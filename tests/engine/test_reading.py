@@ -147,3 +147,21 @@ def test_experts_on_a_drive_are_read_for_all_layers(tiny_gguf):
         least = model.needs().least
     with cext.Model(path, ram=least) as model, pytest.raises(cext.UnsupportedError):
         cext.Reading([(model.session(8), [1])])
+
+
+@pytest.mark.parametrize("how", ["attention", "feed-forward", "ends", "experts"])
+def test_layers_on_other_devices(tiny_gguf, how):
+    """What goes on between devices begins anew with each part: a part ends where the residual stream is."""
+    spec, last = LITE, LITE.n_layer - 1
+    place = {
+        "attention": cext.Place("attention", 1, range(1, last + 1)),
+        "feed-forward": cext.Place("feed_forward", 1, range(spec.n_layer)),
+        "ends": cext.Place("ends", 1),
+        "experts": cext.Place("experts", 1, range(spec.n_layer_dense, spec.n_layer), range(spec.n_expert // 2)),
+    }[how]
+    ids = tokens(spec, 90, seed=8)
+    with cext.Model(tiny_gguf(spec), threads=2, devices=[cext.Device(threads=2)], placement=[place]) as model:
+        whole, parts, beside = (model.session(128) for _ in range(3))
+        expected = cext.eval_batch([(whole, ids)], [5])
+        np.testing.assert_array_equal(run(cext.Reading([(parts, ids)], [5]), 1, lambda: beside.eval([1])), expected)
+        np.testing.assert_array_equal(parts.eval([7]), whole.eval([7]))
