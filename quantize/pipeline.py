@@ -7,6 +7,7 @@ run that was killed goes on where it was.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +115,9 @@ def write_report(made: Report, out: Path) -> None:
     text = json.dumps(made.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     path = report_path(out)
     try:
-        with system.replaced(path, mode=0o666) as file:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed here
+            left.unlink()
+        with system.replaced(path, mode=0o666, prefix=f"{path.name}.", suffix=".tmp") as file:
             # A path in other bytes than UTF-8's: surrogates, which this spells as JSON does.
             file.write((text + "\n").encode("utf-8", "backslashreplace"))
     except OSError as error:
