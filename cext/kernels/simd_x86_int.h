@@ -231,8 +231,8 @@ DS_INLINE v64 v64_split(const void *p) {
 }
 /* Pairs of bits of 32 bytes at p, the lowest or, if high, the third; then those beside them. In their place if DS_ROW_SPLIT. */
 DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
-    const long long low = high ? 0x3030303030303030 : 0x0303030303030303, next = low << 2;
-    return _mm512_and_si512(v64_twice(p), _mm512_set_epi64(next, next, next, next, low, low, low, low));
+    const __m256i low = _mm256_set1_epi8(high ? 0x30 : 0x03), next = _mm256_slli_epi16(low, 2);
+    return _mm512_and_si512(v64_twice(p), _mm512_inserti64x4(_mm512_castsi256_si512(low), next, 1));
 }
 /* The low halves of the 16 bytes at p, the high halves of them, and the same of q. */
 DS_INLINE v64 v64_nibbles2(const void *p, const void *q) {
