@@ -13,11 +13,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import V2, write_checkpoint
 from support.cli import COMMAND, assert_fails, dsv2, environment, processor_seconds
-from support.tiny import (
-    spec_named,
-    variant,
-)
-from support.vocab import write_model, write_vocab
+from support.vocab import write_vocab
 
 from dsv2cli import locate
 from dsv2cli.commands import export
@@ -40,17 +36,6 @@ VERBS = [
     "perplexity",
     "bench",
 ]
-SPEC = variant(spec_named("lite"), n_ctx=4096)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return write_model(folder / "tiny.gguf", SPEC)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import io
 import json
 from pathlib import Path
 
-import pytest
 from support.cli import assert_fails, dsv2
 from support.tiny import (
     spec_named,
@@ -18,16 +17,6 @@ from support.vocab import write_model
 from dsv2cli.commands.bench import parse_depths
 
 SPEC = variant(spec_named("lite"), n_ctx=4096)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return write_model(folder / "tiny.gguf", SPEC)
 
 
 def test_bench_alone(model: Path) -> None:

@@ -28,16 +28,6 @@ LONG = ("-c", "200000", "--temp", "0")  # of the endless model's answers: none t
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return write_model(folder / "tiny.gguf", SPEC)
-
-
-@pytest.fixture(scope="module")
 def endless(folder: Path) -> Path:
     """A model whose greedy answers go on until something else ends them, for however long it says it was trained."""
     return write_model(folder / "endless.gguf", variant(SPEC, n_ctx=1 << 20), endless=True)

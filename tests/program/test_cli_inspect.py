@@ -24,16 +24,6 @@ import cext
 SPEC = variant(spec_named("lite"), n_ctx=4096)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return write_model(folder / "tiny.gguf", SPEC)
-
-
 def test_inspect_shows_the_shape(model: Path) -> None:
     shown = dsv2("inspect", model).stdout
     for words in (

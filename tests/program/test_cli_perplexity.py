@@ -29,16 +29,6 @@ SPEC = variant(spec_named("lite"), n_ctx=4096)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return write_model(folder / "tiny.gguf", SPEC)
-
-
-@pytest.fixture(scope="module")
 def half(folder: Path) -> Path:
     """The same model in f16."""
     return write_model(folder / "half.gguf", SPEC, dtype=np.float16)
