@@ -261,36 +261,86 @@ def cached_pages(path: Path, most: int = 256) -> tuple[float, float] | None:
     """How the system's cache holds a file: the share of it that is held, and that in huge pages where it is mapped as
     the engine maps it. Of so many places at most, nothing of which is read from the drive; None where the system
     does not tell, as of another's files."""
-    import ctypes  # noqa: PLC0415 - not for a command that measures nothing
-
     n_all = path.stat().st_size // HUGE_PAGE
     n, before = min(most, n_all), _in_huge_pages()
     if not n or before is None or not hasattr(mmap, "MADV_HUGEPAGE") or not os.access(path, os.W_OK):
         return None
-    libc, is_held = ctypes.CDLL(None), ctypes.c_ubyte()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as pages:
+    with path.open("rb") as file, _mapped(file) as pages:
+        held = [at for at in (i * n_all // n * HUGE_PAGE for i in range(n)) if _is_held(pages, at)]
+        for at in held:
+            pages[at]  # maps it
+        after = _in_huge_pages() or 0
+    return len(held) / n, max(0, after - before) / HUGE_PAGE / n
+
+
+def reread_rate(path: Path, n: int = 8) -> float | None:
+    """Bytes a second at which a file that the system's cache holds is read into huge pages, once they are dropped
+    there: so many are. None where most of them stay, since another program has mapped them or the file system lies in
+    memory, or come back in small ones, since kernel or file system have no others."""
+    n_all = path.stat().st_size // HUGE_PAGE
+    seconds, n_huge = 0.0, 0
+    with path.open("rb") as file, _mapped(file) as pages:
+        places = [at for at in ((2 * i + 1) * n_all // (2 * n) * HUGE_PAGE for i in range(n)) if _is_held(pages, at)]
+        for at in places:
+            drop_pages(file.fileno(), at, HUGE_PAGE)
+            if not _is_held(pages, at):
+                before, begun = _in_huge_pages() or 0, time.perf_counter()
+                pages[at]
+                seconds += time.perf_counter() - begun
+                n_huge += (_in_huge_pages() or 0) > before
+    return n_huge * HUGE_PAGE / seconds if n_huge > len(places) / 2 else None
+
+
+def read_again(path: Path) -> None:
+    """Drop a file from the system's cache and read it into huge pages, as the engine maps it. OSError."""
+    with path.open("rb") as file, _mapped(file) as pages:
+        with suppress(OSError):  # of another's drive
+            os.fsync(file.fileno())  # what is not on the disk yet would stay
+        drop_pages(file.fileno())
+        for at in range(0, len(pages), HUGE_PAGE):
+            pages[at]
+
+
+@contextmanager
+def _mapped(file: BinaryIO) -> Iterator[mmap.mmap]:
+    """A file as the engine maps it."""
+    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as pages:
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-        n_held = 0
-        for at in (i * n_all // n * HUGE_PAGE for i in range(n)):
-            if libc.mincore(ctypes.c_void_p(_address(pages) + at), ctypes.c_size_t(1), ctypes.byref(is_held)):
-                return None
-            if is_held.value & 1:
-                n_held += pages[at] >= 0  # maps it
-        after = _in_huge_pages() or 0
-    return n_held / n, max(0, after - before) / HUGE_PAGE / n
+        yield pages
 
 
-def _address(pages: mmap.mmap) -> int:
+def _is_held(pages: mmap.mmap, at: int) -> bool:
+    """Whether the page at an offset is in memory, as far as the system tells."""
+    import ctypes  # noqa: PLC0415 - not for a command that measures nothing
+
     import numpy as np  # noqa: PLC0415 - likewise
 
-    return int(np.frombuffer(pages, np.uint8).ctypes.data)
+    first, told = int(np.frombuffer(pages, np.uint8).ctypes.data), ctypes.c_ubyte()
+    failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(first + at), ctypes.c_size_t(1), ctypes.byref(told))
+    return not failed and bool(told.value & 1)
 
 
 def _in_huge_pages() -> int | None:
     """Bytes of files that this process has mapped by huge pages."""
     told = dict(_pairs(_read(Path("/proc/self/smaps_rollup")).replace(":", " ").replace(" kB", "")))
     return 1024 * told["FilePmdMapped"] if "FilePmdMapped" in told else None
+
+
+def drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Take a file's bytes out of the system's cache, 0: all behind the offset, but for those that are not on the disk
+    yet or that a program has mapped. Nothing where the system has no such call."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def sync_and_drop(fd: int) -> None:
+    """Return when all of a file is on the disk, and out of the system's cache where it is of weights' size: as it was
+    written it lies there in small pages, and models would be read from these. OSError."""
+    os.fsync(fd)
+    if os.fstat(fd).st_size >= HUGE_PAGE:
+        drop_pages(fd)
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from cext import system
 from quantize.base.errors import ArgumentError, UnsupportedError, disk_error
 from quantize.encode.grouped import GROUPS, unpacked
 from quantize.job import Options
@@ -298,7 +299,7 @@ def _write_shard(path: Path, entries: list[Entry]) -> None:
             assert data.nbytes == entry.nbytes, entry.name
             file.write(data.data)
         file.flush()
-        os.fsync(file.fileno())
+        system.sync_and_drop(file.fileno())
 
 
 def _write_json(path: Path, value: Any) -> None:

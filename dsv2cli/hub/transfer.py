@@ -100,7 +100,7 @@ class Transfer:
                         raise CorruptError(
                             f"`{target.final}` is not {target.file.nbytes} bytes any more", "the same command resumes"
                         )
-                    os.fsync(file.fileno())
+                    system.sync_and_drop(file.fileno())
                     target.final.unlink()
                     self.note(f"{Path(target.file.path).name}: joined")
         if joined.partial.is_file():  # else it has its name already
@@ -195,7 +195,7 @@ class Transfer:
                 f" (expected {target.file.etag}, got {sink.digest()})",
                 "run the command again; if it persists, something on the way (a proxy, a mirror) alters the file",
             )
-        os.fsync(file.fileno())
+        system.sync_and_drop(file.fileno())
 
     def _cached(self, target: Target) -> Path | None:
         """The same file in the shared cache, when the destination is another folder."""
@@ -311,6 +311,7 @@ def _hash_of(path: Path, remote: RemoteFile) -> str | None:
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
+        system.drop_pages(file.fileno())  # see sync_and_drop
     return str(digest.hexdigest())
 
 

@@ -246,8 +246,9 @@ def _make_fast(subject: Subject, memory: Memory, rates: Rates | None) -> str:
     if rates.small_pages and rates.slowed > NOTICED:
         drop = f"dd of={shlex.quote(str(found.path))} oflag=nocache conv=notrunc,fdatasync count=0"
         return (
-            f"the system's cache holds {rates.small_pages:.0%} of the file in small pages, as another program read it;"
-            f" read anew it decodes {rates.slowed:.2f} times as fast: `{drop}` drops it there"
+            f"the system's cache holds {rates.small_pages:.0%} of the file in small pages;"
+            f" read anew it decodes {rates.slowed:.2f} times as fast: `{drop}` drops it there, once no other program"
+            " has it mapped"
         )
     n_layer = count(found.keys, "block_count")
     step = decode_seconds(found.token_bytes, n_layer, 0, rates)

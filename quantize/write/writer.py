@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,7 @@ class Writer(Closing):
 
     def sync(self) -> None:
         """Return when all that was appended is on the disk."""
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise disk_error(self.part, error, self.nbytes) from error
+        self._settle(os.fsync)
 
     def finish(self, metadata: Mapping[str, object] | None = None) -> None:
         """Check that every tensor is whole and settle the header. metadata replaces the first, at the same length.
@@ -192,7 +189,13 @@ class Writer(Closing):
             if len(header) != self._n_header:
                 raise ValueError(f"the header grew from {self._n_header} to {len(header)} bytes")
             self._pwrite(0, header)
-        self.sync()
+        self._settle(system.sync_and_drop)
+
+    def _settle(self, sync: Callable[[int], None]) -> None:
+        try:
+            sync(self._fd)
+        except OSError as error:
+            raise disk_error(self.part, error, self.nbytes) from error
 
     def commit(self) -> None:
         """After finish(): make the file appear under its name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.page_cache import is_dropped, read_in_small_pages, skip_unless_dropped
 
 import cext
 from cext import system
@@ -159,3 +161,100 @@ def test_two_that_replace_a_file_do_not_mix(tmp_path: Path) -> None:
         one.write(b"one")
         other.write(b"other")
     assert path.read_bytes() == b"one" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def cold(path: Path) -> None:
+    with path.open("rb") as file:
+        system.sync_and_drop(file.fileno())
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A file of some huge pages, where the system drops files."""
+    skip_unless_dropped(tmp_path)
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(10 * system.HUGE_PAGE + 12345))
+    return path
+
+
+@pytest.fixture
+def small_paged(large: Path) -> Path:
+    """In small pages, where it can lie in huge ones; the test is skipped elsewhere."""
+    cold(large)
+    with large.open("rb") as file, system._mapped(file) as pages:
+        for at in range(0, len(pages), system.HUGE_PAGE):
+            pages[at]
+    held, huge = system.cached_pages(large) or (0.0, 0.0)
+    if huge < 0.9:
+        pytest.skip(f"huge pages hold {huge} of a file here")
+    assert held == 1
+    read_in_small_pages(large)
+    assert system.cached_pages(large) == (1.0, 0.0)
+    return large
+
+
+def test_what_is_on_the_disk_leaves_the_cache(large: Path) -> None:
+    assert not is_dropped(large)  # just written
+    cold(large)
+    assert is_dropped(large)
+
+
+@pytest.mark.parametrize("lacks", ["call", "file system"])
+def test_a_system_that_does_not_drop_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 << 20))
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    if lacks == "call":
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+        monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    cold(path)
+    assert path.read_bytes() == bytes(3 << 20)
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        cold(tmp_path / "file")
+
+
+def test_a_file_is_read_again_into_huge_pages(small_paged: Path) -> None:
+    before = small_paged.read_bytes()
+    rate = system.reread_rate(small_paged)
+    assert rate is not None and rate > 0
+    system.read_again(small_paged)
+    held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
+    assert held > 0.8 and huge > 0.5
+    assert small_paged.read_bytes() == before
+
+
+def test_what_is_not_on_the_disk_yet_is_read_again_too(small_paged: Path) -> None:
+    data = os.urandom(small_paged.stat().st_size)
+    small_paged.write_bytes(data)
+    system.read_again(small_paged)
+    held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
+    assert held > 0.8 and huge > 0.5
+    assert small_paged.read_bytes() == data
+
+
+def test_pages_that_another_has_mapped_are_not_read_again(small_paged: Path) -> None:
+    """They stay as they are: dropping the file would not help."""
+    with small_paged.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        assert sum(pages[at] for at in range(0, len(pages), mmap.PAGESIZE))
+        assert system.reread_rate(small_paged) is None
+        held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
+        assert held > 0.9 and huge == 0
+
+
+def test_a_file_that_is_not_in_memory_is_not_tried(large: Path) -> None:
+    cold(large)
+    assert system.reread_rate(large) is None
+    assert is_dropped(large)

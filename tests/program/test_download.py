@@ -16,6 +16,7 @@ import pytest
 from support import cli
 from support.cli import assert_fails
 from support.hub import Hub, Refusal, git_blob_id, serve
+from support.page_cache import is_dropped, skip_unless_dropped
 
 from dsv2cli import hub as hub_module
 from dsv2cli.errors import CliError
@@ -233,6 +234,26 @@ def test_to_a_folder(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:
     assert dsv2(env, *FETCH, REPO, "--to", str(to)).returncode == 0
     assert_complete(to)
     assert [r.path.rsplit("/", 1)[1] for r in hub.requests if "/resolve/" in r.path] == ["config.json"]
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["fetched", "verified"])
+@pytest.mark.parametrize("to_folder", [False, True], ids=["cache", "folder"])
+def test_weights_that_were_fetched_leave_the_cache(
+    hub: Hub, env: dict[str, str], tmp_path: Path, to_folder: bool, is_there: bool
+) -> None:
+    """Where they would lie in small pages."""
+    skip_unless_dropped(tmp_path)
+    to = tmp_path / "model"
+    to.mkdir()
+    if is_there:
+        (to / SHARD).write_bytes(CHECKPOINT[SHARD])
+        with (to / SHARD).open("rb") as file:
+            os.fsync(file.fileno())
+    result = dsv2(env, *FETCH, "lite", *(["--to", str(to)] if to_folder else []))
+    assert result.returncode == 0, result.stderr
+    shard = Path(result.stdout.strip()) / SHARD
+    assert is_dropped(shard)
+    assert shard.read_bytes() == CHECKPOINT[SHARD]
 
 
 def test_files_that_are_there_already_are_adopted(hub: Hub, env: dict[str, str], tmp_path: Path) -> None:

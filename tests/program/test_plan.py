@@ -20,6 +20,7 @@ from support import published
 from support.cli import assert_fails, dsv2, dsv2_after, environment
 from support.hub import Hub
 from support.inprocess import run
+from support.page_cache import read_in_small_pages
 from support.tiny import spec_named, variant
 from support.vocab import write_model
 
@@ -471,14 +472,6 @@ def test_a_context_that_does_not_fit_is_not_measured_in(model: Path) -> None:
 
 
 # Pages.
-
-
-def read_in_small_pages(path: Path) -> None:
-    """By a reader for whom nothing is read ahead."""
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        while file.read(1 << 20):
-            pass
 
 
 def test_pages_of_a_file_are_told_and_not_read(tmp_path: Path) -> None:

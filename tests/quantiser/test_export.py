@@ -17,9 +17,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from support.checkpoints import V2, bf16_bits, bf16_values, write_checkpoint, write_text
 from support.cli import assert_fails, dsv2
+from support.page_cache import is_dropped, skip_unless_dropped
 
 import quantize
-from quantize import ArgumentError, Options, OtherRunError, OutputError, Progress, UnsupportedError, export
+from quantize import ArgumentError, Options, OtherRunError, OutputError, Progress, UnsupportedError, export, exporter
 from quantize.encode import grouped
 from quantize.encode.encoder import Encoder
 from quantize.encode.feedback import Covariance
@@ -74,6 +75,15 @@ def test_what_is_in_integers(made: tuple[Path, Path, dict[str, F32]]) -> None:
     assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] == 128
     assert config["num_nextn_predict_layers"] == 0  # left out
     assert (made[1] / "tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
+
+
+def test_a_shard_that_was_written_leaves_the_cache(tmp_path: Path) -> None:
+    skip_unless_dropped(tmp_path)
+    data = np.random.default_rng(0).random(1 << 20, np.float32)
+    path = tmp_path / "model.safetensors"
+    exporter._write_shard(path, [exporter.Entry("w", "F32", data.shape, lambda: data)])
+    assert is_dropped(path)
+    assert path.read_bytes()[-data.nbytes :] == data.tobytes()
 
 
 def test_our_own_reader_reads_it(made: tuple[Path, Path, dict[str, F32]], tmp_path: Path) -> None:

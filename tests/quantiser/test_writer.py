@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from support.page_cache import is_dropped, skip_unless_dropped
 
 import cext
 from quantize.base.errors import OutputError
@@ -70,6 +71,21 @@ def test_reads_back(tmp_path: Path) -> None:
     assert ours.metadata["words"] == METADATA["words"] and ours.metadata["text"] == METADATA["text"]
     for name, expected in data.items():
         np.testing.assert_array_equal(ours.raw(name), expected, err_msg=name)
+
+
+def test_a_finished_file_leaves_the_cache(tmp_path: Path) -> None:
+    """Where it would lie in small pages; what is read of it before it has its name is read anew as well."""
+    skip_unless_dropped(tmp_path)
+    path = tmp_path / "m.gguf"
+    with Writer(path, tmp_path / "part", METADATA, [("w.weight", (1024, 4096), Type.Q8_0)]) as writer:
+        fill_one = np.random.default_rng(0).integers(0, 256, writer.slots["w.weight"].nbytes, np.uint8)
+        writer.append("w.weight", fill_one)
+        writer.sync()
+        writer.finish()
+        assert is_dropped(tmp_path / "part")
+        writer.commit()
+    assert is_dropped(path)
+    np.testing.assert_array_equal(cext.Gguf(path).raw("w.weight"), fill_one)
 
 
 def test_metadata_alone(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 import ctypes
 import mmap
+import os
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+MOSTLY = 0.1  # of a file, that may stay where it is dropped
 
 
 def cached_bytes(path: str | PathLike[str]) -> int:
@@ -17,6 +22,36 @@ def cached_bytes(path: str | PathLike[str]) -> int:
             return _resident(ctypes.addressof(first), len(pages))
         finally:
             del first
+
+
+def skip_unless_dropped(folder: Path) -> None:
+    """Skip where a file stays in memory that the system is asked to drop."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mincore is Linux's")
+    path = folder / "dropped"
+    path.write_bytes(os.urandom(4 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    left = cached_bytes(path)
+    path.unlink()
+    if left > MOSTLY * (4 << 20):
+        pytest.skip("this file system keeps files in memory")
+
+
+def is_dropped(path: Path) -> bool:
+    """Whether next to nothing of a file is in memory."""
+    return cached_bytes(path) <= MOSTLY * path.stat().st_size
+
+
+def read_in_small_pages(path: Path) -> None:
+    """By a reader for whom nothing is read ahead, from the drive."""
+    with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        while file.read(1 << 20):
+            pass
 
 
 def resident_bytes(array: np.ndarray[Any, Any]) -> int:
