@@ -9,6 +9,7 @@ turn   {"parent": n, "user": text, "reasoning": text or null, "answer": text, "i
        Turns count from 1; "system" stands where it is not the parent's. The ids are what the model sees again; the
        texts are what people read and search.
 head   {"head": n}: the next turn follows turn n
+model  {"model": {...}}: it goes on with another server, or with the same model, which lies elsewhere now
 
 Where it was with a server, the model's identity is "server", its path the server's address, and there are no ids: the
 texts are all that there is; "key_env" names the variable of the environment that held the key, where one was sent: the
@@ -25,7 +26,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def read(path: Path) -> Contents:
         else:
             try:
                 _take(contents, json.loads(found[1] + b"}"))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise JournalError(
                     f"`{path}`: line {number} is no part of a conversation", _hint(path, number)
                 ) from error
@@ -111,7 +112,7 @@ def read(path: Path) -> Contents:
 
 
 def beginning(path: Path) -> tuple[Model, str]:
-    """Whose conversation the file at ``path`` is, and its first message, if that is short. JournalError, OSError."""
+    """With whom the conversation at ``path`` began, and its first message, if that is short. JournalError, OSError."""
     with path.open("rb") as file:
         line, following = (file.readline(MAX_FIRST).removesuffix(b"\n") for _ in range(2))
     found = LINE.fullmatch(line)
@@ -135,11 +136,19 @@ def _first(path: Path, line: bytes, *, sealed: bool) -> Model:
     if not sealed:
         raise JournalError(f"`{path}` is damaged: line 1 has changed")
     try:
-        model = value["model"]
-        key_env = _text(model.get("key_env", ""))
-        return Model(_text(model["identity"]), _text(model["name"]), _text(model["path"]), key_env)
+        return _model(value["model"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise JournalError(f"`{path}`: line 1 names no model") from error
+
+
+def _model(value: Any) -> Model:
+    key_env = _text(value.get("key_env", ""))
+    return Model(_text(value["identity"]), _text(value["name"]), _text(value["path"]), key_env)
+
+
+def _named(model: Model) -> dict[str, str]:
+    named = {"identity": model.identity, "name": model.name, "path": model.path}
+    return named | ({"key_env": model.key_env} if model.key_env else {})
 
 
 def _hint(path: Path, number: int) -> str:
@@ -151,6 +160,12 @@ def _take(contents: Contents, value: Any) -> None:
     tree = contents.tree
     if "head" in value:
         tree.head = _place(tree, value["head"])
+        return
+    if "model" in value:
+        model = _model(value["model"])
+        if model.identity != contents.model.identity:
+            raise ValueError("another model")
+        contents.model = model
         return
     parent = _place(tree, value["parent"])
     system = _text_or_none(value["system"]) if "system" in value else tree.node(parent).setting.system
@@ -213,10 +228,7 @@ class Journal:
         journal = cls(path, fd, Contents(model))
         try:
             _lock(fd, path)
-            named = {"identity": model.identity, "name": model.name, "path": model.path}
-            if model.key_env:
-                named["key_env"] = model.key_env
-            journal.write({"format": FORMAT, "version": VERSION, "model": named})
+            journal.write({"format": FORMAT, "version": VERSION, "model": _named(model)})
             _name(unfinished, path)
         except BaseException:
             journal.close()
@@ -241,6 +253,13 @@ class Journal:
             os.close(fd)
             raise
         return cls(path, fd, contents)
+
+    def go_on_with(self, model: Model) -> None:
+        """Its next line is of this one, which is told with it: what is looked at only changes nothing."""
+        before = self.contents.model
+        if model != before and model != replace(before, key_env=""):  # a key that is missing today is no change
+            self.contents.model = model
+            self._waiting.append({"model": _named(model)})
 
     def add(self, node: Node, said: Answer) -> None:
         """A turn that the tree has got. OSError."""

@@ -121,6 +121,7 @@ class Keeping:
         journal = Journal.reopen(store.existing(name))
         try:
             self.partner.check(journal)
+            journal.go_on_with(self.partner.model())
             self._keep_more()
         except BaseException:
             journal.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cext.system import free_disk
 from dsv2cli import state
-from dsv2cli.chat.journal import JournalError, Model, beginning
+from dsv2cli.chat.journal import JournalError, Model, beginning, read
 from dsv2cli.errors import CliError, UsageError
 
 SUFFIX, CACHE = ".jsonl", ".cache"
@@ -82,9 +82,9 @@ def latest() -> str:
 
 
 def model_of(name: str) -> Model | None:
-    """Whom a conversation is with; None where its file cannot be read."""
+    """Whom a conversation is with; None where its file cannot be read. JournalError."""
     with contextlib.suppress(OSError):
-        return beginning(existing(name))[0]
+        return read(existing(name)).model
     return None
 
 

@@ -319,6 +319,32 @@ def test_a_conversation_with_another_server_is_not_loaded(stub: Stub) -> None:
     assert dsv2("chat", "--server", stub.url, "-r", "theirs", "-p", "x", "-q").stdout == "ok\n"
 
 
+def test_it_goes_on_where_it_went_last(stub: Stub) -> None:
+    """With another server, model or key: the file names them from the next turn on, and not before."""
+    path = store.path_of("moved")
+    first = journal.Model(journal.SERVER, "old", "https://h/v1", "")
+    journal.Journal.create(path, first).close()
+    before = path.read_bytes()
+    stub.answers.append((400, {"Content-Type": "application/json"}, b"{}"))
+    assert dsv2("chat", "--server", stub.url, "-r", "moved", "-p", "x", "-q").returncode == 1
+    assert path.read_bytes() == before
+    stub.streams(said("one"))
+    asked = ("chat", "--server", stub.url, "-r", "moved", "-p", "x", "-q", "--key-env", "MINE")
+    assert dsv2(*asked, MINE=KEY).stdout == "one\n"
+    there = journal.Model(journal.SERVER, "m", stub.url, "MINE")
+    assert journal.read(path).model == there and store.model_of("moved") == there
+    assert journal.beginning(path)[0] == first and KEY.encode() not in path.read_bytes()
+    n_lines = len(path.read_bytes().splitlines())
+    stub.streams(said("two"))
+    stub.keys.clear()
+    ran = dsv2("chat", "-r", "moved", "-p", "y", "-q", MINE=KEY)
+    assert ran.stdout == "two\n", ran.stderr
+    assert stub.keys == [f"Bearer {KEY}"] * 2
+    contents = journal.read(path)
+    assert contents.model == there and [node.turn.user for node in contents.tree.nodes] == ["x", "y"]
+    assert len(path.read_bytes().splitlines()) == n_lines + 1  # it is told once
+
+
 def test_events_and_names_are_bounded(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MAX_LINE", 1000)
     server = client.Server(client.address(stub.url))

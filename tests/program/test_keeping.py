@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -114,6 +115,35 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line.get("answer") for line in lines[1:]] == ["answer 0", "answer 1", "answer 2"]
     assert stat.S_IMODE((tmp_path / "a.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_file_tells_where_its_model_lies_now(tmp_path: Path) -> None:
+    """With the next turn; a cut before it leaves the place before. Not what has another identity."""
+    path, now = tmp_path / "a.jsonl", dataclasses.replace(MODEL, path="/elsewhere.gguf")
+    written(path)
+    before = path.read_bytes()
+    for model in (now, now, MODEL, now):  # told and left, told again: the last one counts
+        kept = Journal.reopen(path)
+        kept.go_on_with(model)
+        kept.close()
+    assert path.read_bytes() == before
+    kept = Journal.reopen(path)
+    kept.go_on_with(now)
+    kept.add(kept.tree.add(Turn("more", [1]), Setting("s"), "end"), Answer(None, "x"))
+    kept.close()
+    assert journal.read(path).model == now and journal.read(path).tree.nodes[-1].turn.user == "more"
+    data = path.read_bytes()
+    for n in range(len(before), len(data)):
+        path.write_bytes(data[:n])
+        contents = journal.read(path)
+        assert contents.model == (now if b"\n" in data[len(before) : n + 1] else MODEL)
+        assert len(contents.tree.nodes) == 3 + (n == len(data) - 1)
+    path.write_bytes(data)
+    kept = Journal.reopen(path)
+    kept.write({"model": {"identity": "f" * 64, "name": "m", "path": "/other.gguf"}})
+    kept.close()
+    with pytest.raises(JournalError, match="no part of a conversation"):
+        journal.read(path)
 
 
 @pytest.mark.parametrize("links", [True, False])
