@@ -90,27 +90,16 @@ def batch(
         raise UsageError("-o is missing", "it names the file that the answers go to")
     cache_bytes = options.cache_bytes(cache)
 
-    from cext import MAX_STEP
     from dsv2cli import locate
     from dsv2cli.batch.ledger import places
     from dsv2cli.batch.shards import Shard
-    from dsv2cli.residency import Beside
     from dsv2cli.server import offline, process
     from dsv2cli.server.generation import Params
 
-    beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
-    wishes = options.wishes(
-        engine,
-        rpc,
-        gpu_layers,
-        n_seq=parallel,
-        told=not quiet,
-        ram=ram,
-        beside=beside,
-        gpu=gpu,
-        vram=vram,
-        steady=deterministic,
+    settings = process.Settings(
+        context, parallel, LARGEST_QUEUE, cache_bytes, kv, None, deterministic, Params(temperature=temperature), limit
     )
+    wishes = settings.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, gpu=gpu, vram=vram)
     part = Shard.parse(shard)
     path = locate.model(model)
     out, errors = places(out, errors, [path, *_files_of(requests, template)])
@@ -119,9 +108,6 @@ def batch(
     if not lines and not bad:
         raise CliError(f"`{requests}` holds no line")
     mine = part.numbers(lines, bad)
-    settings = process.Settings(
-        context, parallel, LARGEST_QUEUE, cache_bytes, kv, None, deterministic, Params(temperature=temperature), limit
-    )
     origin = {
         "the input": f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}",
         "--template": _read(template).decode(errors="replace") if template and template.endswith(".json") else template,

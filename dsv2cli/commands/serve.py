@@ -113,26 +113,11 @@ def serve(
             "--api-key asks for one; --no-auth lets anybody in",
         )
 
-    from cext import MAX_STEP
     from dsv2cli import locate
-    from dsv2cli.residency import Beside
     from dsv2cli.server import app, process
     from dsv2cli.server.generation import Params
 
     name, others = names_in(alias)
-    beside = Beside(context, kv, n_seq=parallel, caches=cache_bytes, n_step=MAX_STEP)
-    wishes = options.wishes(
-        engine,
-        rpc,
-        gpu_layers,
-        n_seq=parallel,
-        told=not quiet,
-        ram=ram,
-        beside=beside,
-        gpu=gpu,
-        vram=vram,
-        steady=deterministic,
-    )
     settings = process.Settings(
         context,
         parallel,
@@ -150,6 +135,7 @@ def serve(
         template=template_in(template, template_file),
         verbose=verbose,
     )
+    wishes = settings.wishes(engine, rpc, gpu_layers, told=not quiet, ram=ram, gpu=gpu, vram=vram)
     path = locate.model(model)
     listening = process.listen_all(hosts, port)
     if not quiet:

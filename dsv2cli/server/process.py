@@ -15,15 +15,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import anyio
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cext import MAX_STEP
 from cext.errors import TemplateError
 from cext.template import free_variables
-from dsv2cli import console, runtime
+from dsv2cli import console, options, runtime
 from dsv2cli.errors import INTERRUPTED, CliError
+from dsv2cli.residency import Beside
 from dsv2cli.server import files
 from dsv2cli.server.app import State, build
 from dsv2cli.server.batches import Batches
@@ -48,8 +51,10 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A bound socket, before anything slow. shared: IPv6's :: leaves IPv4's addresses to others. CliError where the
     address cannot be had."""
     try:
-        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind)
+        tcp = socket.IPPROTO_TCP  # named, since asyncio sends at once (TCP_NODELAY) on sockets that say so alone
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=tcp, flags=socket.AI_PASSIVE)
+        family, kind, _, _, where = found[0]
+        bound = socket.socket(family, kind, tcp)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared and family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -222,6 +227,7 @@ class Serving:
             with self._plan.load() as service, files.opened(self._plan.files, files.Limits()) as kept:
                 service.batches = Batches(service, kept)
                 self._prepare_forms(service)
+                anyio.run(anyio.sleep, 0)  # else the first stream loads the rest of it, in the event loop
                 if self._is_alone:  # what stays is not gone through again and again, with all threads waiting
                     gc.collect()
                     gc.freeze()
@@ -308,3 +314,29 @@ class Settings:
     thinking: bool | None = None  # of chats that say nothing about it
     template: str | None = None  # in place of the file's
     verbose: bool = False  # every chat's answer tells its prompt
+
+    def wishes(
+        self,
+        engine: Literal["auto", "dsv2", "llama.cpp"],
+        rpc: str | None,
+        gpu_layers: int,
+        *,
+        told: bool,
+        ram: str,
+        gpu: str,
+        vram: str | None,
+    ) -> runtime.Wishes:
+        """How the model is run (``options.wishes``): all answers' caches are to have memory beside it. UsageError."""
+        beside = Beside(self.n_ctx, self.kv, n_seq=self.parallel, caches=self.cache_bytes, n_step=MAX_STEP)
+        return options.wishes(
+            engine,
+            rpc,
+            gpu_layers,
+            n_seq=self.parallel,
+            told=told,
+            ram=ram,
+            beside=beside,
+            gpu=gpu,
+            vram=vram,
+            steady=self.deterministic,
+        )

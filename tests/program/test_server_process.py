@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -30,6 +31,27 @@ STREAM = {"prompt": "Hi", "max_tokens": 100, "stream": True, "ignore_eos": True}
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = variant(spec_named("lite"), n_ctx=4096)
     return write_model(tmp_path_factory.mktemp("process") / "tiny.gguf", spec, endless=True)
+
+
+def test_what_is_sent_goes_at_once() -> None:
+    """Else an answer's body waits, 40 ms, for the client to say that its head has come; asyncio sees to it where it
+    knows that a socket is TCP's."""
+
+    async def connected() -> bool:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with serving.listen("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(hear, sock=listening):
+                _, writer = await asyncio.open_connection(*listening.getsockname())
+                writer.close()
+                return bool(await found)
+
+    assert asyncio.run(connected())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
