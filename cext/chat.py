@@ -242,7 +242,7 @@ class _Given:
 
     def _add(self, text: str, ids: Sequence[int] = (), cuts: Sequence[tuple[int, int]] = ()) -> Traced:
         self.leaves.append(_Leaf(self._next, text, self._message, ids, cuts))
-        origins = array("I", range(self._next, self._next + len(text)))
+        origins = array("I", np.arange(self._next, self._next + len(text), dtype=np.uint32).tobytes())
         self._next += len(text) + 1  # so that the end of one text and the beginning of the next are no neighbours
         return Traced(text, origins)
 
@@ -336,7 +336,7 @@ class _Assembly:
         token too, the text is taken for that message's; where none does, it can only be the template's (or put together
         from several messages): a prompt without it would be wrong, and one with it might not be safe.
         """
-        if UNKNOWN in self._origins:
+        if self._text and UNKNOWN in np.frombuffer(self._origins, np.uint32):
             for match in self._tokenizer.markers.finditer(self._text):
                 origins = self._origins[match.start() : match.end()]
                 is_lost = UNKNOWN in origins and max(origins) < FIRST_SOURCE

@@ -38,6 +38,7 @@ REASONING = frozenset(itertools.chain(*THINK_TAGS))
 # Warnings of llama.cpp's that are told in our own words, or are about what it guesses and we do not.
 TOLD = re.compile("missing pre-tokenizer|QUALITY WILL BE|CONSIDER REGEN|special_eo[stm]_id is not in|bad special token")
 MAX_TOLD = 4
+PIECE = 1 << 16  # tokens that are converted at once: other threads of the interpreter wait meanwhile
 MAX_TEXT_BYTES = 1 << 30  # llama.cpp counts bytes and tokens in 32 bits
 
 DEFAULT_TEMPLATE = """\
@@ -195,9 +196,12 @@ class Tokenizer:
             )
         return ids
 
-    def _spelt(self, ids: Iterable[int]) -> list[str]:
+    def _spelt(self, ids: Sequence[int]) -> list[str]:
         """The control tokens among ``ids``. What stands for a character that the vocabulary lacks is none."""
-        found = set(ids) - self._facts.unknown
+        found: set[int] = set()
+        for at in range(0, len(ids), PIECE):
+            found.update(ids[at : at + PIECE])
+        found -= self._facts.unknown
         return [spelling for token in found if (spelling := self.special_text(token)) is not None]
 
     def _tokenize(self, text: str) -> list[int]:
@@ -211,7 +215,7 @@ class Tokenizer:
         n = llama_cpp.llama_tokenize(vocab, data, len(data), ids, size, False, False)
         if n < 0:
             raise TokenizerError(f"`{self.path}`: the vocabulary cannot spell {text[:40]!r}")
-        return list(ids[:n])
+        return [token for at in range(0, n, PIECE) for token in ids[at : min(at + PIECE, n)]]
 
     @cached_property
     def _words(self) -> Words | None:
@@ -242,6 +246,11 @@ class Tokenizer:
                 piece = (self.special_text(token) or "").encode()
             self._pieces[token] = piece
         return self._pieces[token]
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token, and as many as a character may have where it has a token of none."""
+        return max(4, *(len(self.token_bytes(token)) for token in range(self.n_vocab)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""

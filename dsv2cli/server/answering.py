@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dsv2cli.server.service import Service
 
 ALIVE_SECONDS = 10.0  # clients and proxies give up on a silent connection
+LONG = 2048  # tokens of a prompt that is not spelt in the event loop
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 JSON_TYPE = "application/json"
 T = TypeVar("T")
@@ -81,7 +82,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             events = collecting.result()
             for heard in events:
                 raise_failure(heard)
-            return Response(await _built(build, events), media_type=JSON_TYPE)
+            return Response(await _built(tickets, build, events), media_type=JSON_TYPE)
     except BaseException:
         collecting.cancel()
         cancel(tickets)
@@ -98,7 +99,7 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
             try:
                 for heard in events:
                     raise_failure(heard)
-                yield await _built(build, events)
+                yield await _built(tickets, build, events)
             except ApiError as error:
                 yield dump(error.body(request.scope["path"]))
         finally:
@@ -108,9 +109,10 @@ async def whole(request: Request, tickets: list[Ticket], build: Callable[[list[l
     return StreamingResponse(body(), media_type=JSON_TYPE)
 
 
-async def _built(build: Callable[[list[list[Heard]]], Any], events: list[list[Heard]]) -> bytes:
-    """Prompts' log-probabilities are as long as the prompts."""
+async def _built(tickets: list[Ticket], build: Callable[[list[list[Heard]]], Any], events: list[list[Heard]]) -> bytes:
+    """Some dialects tell the prompts again, or their log-probabilities."""
     is_long = any(isinstance(event, Ended) and event.rows for heard in events for event in heard)
+    is_long |= sum(len(ticket.ids) for ticket in tickets) > LONG
     return await aside(lambda: dump(build(events))) if is_long else dump(build(events))
 
 
@@ -166,7 +168,8 @@ def streamed(
                         if event.error is not None:
                             yield on_error(failure(event.error))
                             return
-                    for line in say(event):
+                    is_long = isinstance(event, Ended) and len(ticket.ids) > LONG  # told again by some dialects
+                    for line in await aside(lambda event=event: list(say(event))) if is_long else say(event):
                         yield line
             for line in last():
                 yield line

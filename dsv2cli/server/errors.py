@@ -46,13 +46,14 @@ def no_such_model(name: str) -> ApiError:
     return ApiError(404, f"the model `{name[:200]}` is not served here", param="model", code="model_not_found")
 
 
-def too_long(n_prompt: int, n_ctx: int) -> ApiError:
-    """A prompt that the context does not hold; llama-server's names and words beside OpenAI's code: agents look for
-    them before they shorten a conversation."""
+def too_long(n_prompt: int, n_ctx: int, *, counted: bool = True) -> ApiError:
+    """A prompt that the context does not hold. counted: else it has so many tokens at least. llama-server's names and
+    words beside OpenAI's code: agents look for them before they shorten a conversation."""
+    least = "" if counted else "at least "
     return ApiError(
         400,
-        f"the prompt has {n_prompt} tokens, which exceeds the available context size of {n_ctx}: shorten it, or serve"
-        " with a larger --ctx",
+        f"the prompt has {least}{n_prompt} tokens, which exceeds the available context size of {n_ctx}: shorten"
+        " it, or serve with a larger --ctx",
         kind="exceed_context_size_error",
         code="context_length_exceeded",
         more={"n_prompt_tokens": n_prompt, "n_ctx": n_ctx},

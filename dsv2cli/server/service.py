@@ -220,9 +220,21 @@ class Service:
             raise bad_field(field, f"token ids go from 0 to {self.n_vocab - 1}")
 
     def text_prompt(self, text: str, *, special: bool = True) -> list[int]:
-        """A raw prompt. Whoever sends one owns all of it, control tokens too, unless told otherwise."""
+        """A raw prompt. Whoever sends one owns all of it, control tokens too, unless told otherwise. ApiError."""
+        self.check_length(len(text))
         ids = self.engine.runtime.tokenizer.prompt(text, special=special)
         return ids or self._begin()
+
+    def fill_in(self, before: str, after: str) -> list[int]:
+        """A prompt that asks for what stands between two texts. ApiError, TokenizerError."""
+        self.check_length(len(before) + len(after))
+        return self.engine.runtime.tokenizer.fill_in(before, after)
+
+    def check_length(self, n_characters: int) -> None:
+        """ApiError where the context holds no text of so many characters: to tokenise it takes long."""
+        fewest, n_ctx = -(-n_characters // self.engine.runtime.tokenizer.longest), self.engine.limits.n_ctx
+        if fewest > n_ctx:
+            raise errors.too_long(fewest, n_ctx, counted=False)
 
     def _begin(self) -> list[int]:
         """What an empty prompt is: the token that begins a text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from support.tiny import spec_named, variant
 from support.vocab import BOS, EOS, IDS, USER, V25_TEMPLATE, write_model
 
 from cext.tokenizer import Message, Tokenizer
+from dsv2cli.server.answering import LONG
+from dsv2cli.server.service import Service
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -218,3 +221,79 @@ def test_props_and_slots(server: Served, path: Path) -> None:
     assert props["model_path"] == "tiny.gguf"  # not where it lies
     slots = server.client.get("/slots").json()
     assert len(slots) == 4 and not any(slot["is_processing"] for slot in slots)
+
+
+def test_nothing_long_is_done_in_the_event_loop(long: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for what is: /health too. Of texts and prompts of thousands of tokens, in every dialect."""
+    seen: list[tuple[str, str]] = []
+
+    def watched(owner: type, name: str) -> None:
+        ours = getattr(owner, name)
+
+        def call(self: Any, *args: Any, **named: Any) -> Any:
+            if any(len(arg) > LONG for arg in args if isinstance(arg, str | list)):
+                seen.append((name, threading.current_thread().name))
+            return ours(self, *args, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("encode", "decode"):
+        watched(Tokenizer, name)
+    for name in ("spelt", "messages", "check_ids", "chat_prompt"):
+        watched(Service, name)
+    text = "Hi the " * (LONG // 2 + 100)
+    ids = long.asked("/tokenize", content=text)["tokens"]
+    assert LONG < len(ids) < 4000
+    said = [{"role": "user", "content": text}]
+    many = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}] * (LONG // 2 + 1)
+    for path, body in (
+        ("/tokenize", {"prompt": text}),
+        ("/tokenize", {"messages": said}),
+        ("/detokenize", {"tokens": ids}),
+        ("/apply-template", {"messages": said}),
+        ("/completion", {"prompt": text, "n_predict": 1}),
+        ("/completion", {"prompt": ids, "n_predict": 1}),
+        ("/completion", {"prompt": ids, "n_predict": 1, "stream": True}),
+        ("/v1/completions", {"prompt": text, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ids, "max_tokens": 1, "echo": True}),
+        ("/v1/completions", {"prompt": ids, "max_tokens": 1, "echo": True, "stream": True}),
+        ("/v1/chat/completions", {"messages": said, "max_tokens": 1, "verbose": True}),
+        ("/v1/chat/completions", {"messages": said, "max_tokens": 1, "verbose": True, "stream": True}),
+        ("/v1/chat/completions/input_tokens", {"messages": many}),
+        ("/v1/responses", {"input": text, "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": said, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": many}),
+        ("/api/generate", {"model": "tiny", "prompt": text, "raw": True, "options": {"num_predict": 1}}),
+        ("/api/chat", {"model": "tiny", "messages": said, "options": {"num_predict": 1}}),
+    ):
+        n_seen = len(seen)
+        assert long.post(path, **body).status_code == 200, path
+        assert len(seen) > n_seen, f"{path}: nothing long was done at all"
+    assert [one for one in seen if not one[1].startswith("asyncio_")] == []
+
+
+def test_what_no_context_holds_is_refused_before_it_is_tokenised(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_ctx, longest = server.engine.limits.n_ctx, server.engine.runtime.tokenizer.longest
+    text = "a" * (n_ctx * longest + 1)
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    for path, body in (
+        ("/completion", {"prompt": text}),
+        ("/completion", {"prompt": [1, text]}),
+        ("/infill", {"input_prefix": text}),
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/responses", {"input": text}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
+        ("/api/generate", {"model": "tiny", "prompt": text, "raw": True}),
+    ):
+        refused = server.post(path, **body)
+        assert refused.status_code == 400 and f"at least {n_ctx + 1} tokens" in refused.text, (path, refused.text)
+
+
+def test_no_token_is_longer_than_the_longest(path: Path) -> None:
+    with Tokenizer(path) as tokenizer:
+        assert tokenizer.longest >= max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.n_vocab))
+        for text in ("a" * 1000, "the " * 500, "né" * 300, "\x00\n" * 99, "一" * 200):
+            assert -(-len(text) // tokenizer.longest) <= len(tokenizer.encode(text))

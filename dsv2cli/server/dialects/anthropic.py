@@ -123,7 +123,7 @@ def _choice(given: Mapping[str, Any] | None) -> Any:
 
 async def messages(service: Service, request: Request) -> Response:
     body = await answering.body_of(request, MessagesRequest)
-    asked = await prepare(service, as_chat(body), request.state.salt)
+    asked = await prepare(service, await answering.aside(as_chat, body), request.state.salt)
     [ticket] = service.submit_all([asked.generation])
     name = body.model or service.name
     if body.stream:
@@ -138,7 +138,7 @@ async def messages(service: Service, request: Request) -> Response:
 
 async def count_tokens(service: Service, request: Request) -> Response:
     body = await answering.body_of(request, MessagesRequest)
-    prompt = await prompt_of(service, as_chat(body))
+    prompt = await prompt_of(service, await answering.aside(as_chat, body))
     return Response(dump({"input_tokens": len(prompt.ids)}), media_type=answering.JSON_TYPE)
 
 

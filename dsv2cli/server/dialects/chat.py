@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -64,8 +65,13 @@ def at_least_one(limit: int | None) -> int | None:
     return None if limit is None else max(limit, 1)
 
 
-async def prompt_of(service: Service, body: ChatRequest) -> Prompt:
-    """What a chat is answered from. ApiError."""
+async def prompt_of(service: Service, body: ChatRequest, *, fits: bool = False) -> Prompt:
+    """What a chat is answered from. fits: what the context does not hold is refused before it is all tokenised.
+    ApiError."""
+    return await answering.aside(_prompt, service, body, fits)
+
+
+def _prompt(service: Service, body: ChatRequest, fits: bool) -> Prompt:
     messages, thinking = service.messages(body.messages), _thinking(service, body)
     offer = parse_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = body.tools if offer.tools else None
@@ -74,8 +80,9 @@ async def prompt_of(service: Service, body: ChatRequest) -> Prompt:
         messages = messages[:-1] + ([Message("assistant", begun, messages[-1].fields)] if begun else [])
     if not service.tool_form.native:
         messages, described = with_told(messages, offer.tools), None
-    ids = await answering.aside(
-        service.chat_prompt,
+    if fits:
+        service.check_length(sum(len(message.content) for message in messages if isinstance(message.content, str)))
+    ids = service.chat_prompt(
         messages,
         tools=described,
         thinking=thinking,
@@ -87,7 +94,7 @@ async def prompt_of(service: Service, body: ChatRequest) -> Prompt:
 
 async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     """Prompt, constraint and sampling of a chat. ApiError."""
-    prompt = await prompt_of(service, body)
+    prompt = await prompt_of(service, body, fits=True)
     offer, begun = prompt.offer, prompt.begun or ""
     opening = () if begun else service.opening(prompt.ids)
     form = service.form(body, body.response_format)
@@ -139,8 +146,11 @@ async def job(service: Service, data: bytes, salt: bytes) -> Job:
 
 def _job(service: Service, body: ChatRequest, asked: Asked) -> Job:
     head = _head(service, body)
-    more = _verbose(service, body, asked)
-    return Job([asked.generation], lambda heard: chat_body(service, head, asked, heard[0]) | more)
+
+    def build(heard: list[list[Heard]]) -> dict[str, Any]:
+        return chat_body(service, head, asked, heard[0]) | _verbose(service, body, asked)
+
+    return Job([asked.generation], build)
 
 
 def _head(service: Service, body: ChatRequest) -> dict[str, Any]:
@@ -276,7 +286,7 @@ class ChatStream:
         self._head = head | {"object": "chat.completion.chunk"}
         self._wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._answers = [Answer(service, asked) for _ in range(self._n)]
-        self._verbose = _verbose(service, body, asked)
+        self._verbose = partial(_verbose, service, body, asked)
         self._watch = Watch(body)
         self._ended: list[Ended] = []
 
@@ -306,7 +316,7 @@ class ChatStream:
             yield self._chunk(event.choice, {"content": ""}, logprobs=logprobs, **told)
         if isinstance(event, Ended):
             self._ended.append(event)
-            more = {"timings": timings(event.stats)} | self._verbose
+            more = {"timings": timings(event.stats)} | self._verbose()
             yield self._chunk(event.choice, {}, finish=answer.finish(event), **more)
 
     def last(self) -> Iterable[bytes]:

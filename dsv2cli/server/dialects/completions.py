@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -49,8 +50,10 @@ async def completions(service: Service, request: Request) -> Response:
         return await answering.job(request, service, _job(asked))
     if len(asked.generations) > 1:
         raise bad_field("prompt", "several prompts cannot be streamed")
+    [writer] = asked.writers
+    await answering.aside(lambda: writer.prompt_text)  # which it keeps
     [ticket] = service.submit_all(asked.generations)
-    return _stream_text(asked.head, body, ticket, asked.writers[0])
+    return _stream_text(asked.head, body, ticket, writer)
 
 
 async def job(service: Service, data: bytes, salt: bytes) -> Job:
@@ -121,7 +124,7 @@ def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     if body.suffix and service.can_fill_in:
         if not all(isinstance(item, str) for item in items):
             raise bad_field("suffix", "needs prompts of text")
-        return [service.engine.runtime.tokenizer.fill_in(item, body.suffix) for item in items]
+        return [service.fill_in(item, body.suffix) for item in items]
     prompts = []
     for item in items:
         if isinstance(item, str):
@@ -154,7 +157,7 @@ class TextAnswers:
             self._tokens[event.choice].append((event.id, event.logprobs))
         return text, event.logprobs
 
-    @property
+    @cached_property
     def prompt_text(self) -> str:
         return self.service.engine.runtime.tokenizer.decode(self._asked.prompt) if self._echoes else ""
 

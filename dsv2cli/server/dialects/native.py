@@ -65,7 +65,9 @@ async def infill(service: Service, request: Request) -> Response:
     extra = "".join(f"{item.filename}\n{item.text}\n\n" for item in body.input_extra or ())
     before = extra + body.input_prefix + (body.prompt if isinstance(body.prompt, str) else "")
     try:
-        ids = await answering.aside(service.engine.runtime.tokenizer.fill_in, before, body.input_suffix)
+        ids = await answering.aside(service.fill_in, before, body.input_suffix)
+    except ApiError:
+        raise
     except Exception as error:
         raise ApiError(501, service.without_path(error), "not_supported_error") from None
     return await _answer(service, request, body, [ids], several=False)
@@ -91,6 +93,7 @@ def _prompt(service: Service, given: Any, body: CompletionRequest) -> list[int]:
         return service.text_prompt(given, special=special)
     if not isinstance(given, list) or not all(isinstance(item, int | str) for item in given):
         raise bad_field("prompt", "is neither text nor ids nor both mixed")
+    service.check_length(sum(len(item) for item in given if isinstance(item, str)))
     ids: list[int] = []
     for item in given:
         ids += [item] if isinstance(item, int) else service.engine.runtime.tokenizer.encode(item, special=special)
@@ -264,13 +267,14 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 async def tokenize(service: Service, request: Request) -> Response:
     body = await answering.body_of(request, TokenizeRequest)
-    if body.messages is not None:
-        ids = (await prompt_of(service, _as_chat(body, body.messages))).ids
-    else:
-        ids = await answering.aside(_tokenized, service, body)
-    shown: Any = [{"id": token, "piece": _piece(service, token)} for token in ids] if body.with_pieces else ids
-    answer = {"tokens": shown, "count": len(ids), "max_model_len": service.engine.limits.n_ctx}
-    return Response(dump(answer), media_type=answering.JSON_TYPE)
+    chat = None if body.messages is None else await prompt_of(service, _as_chat(body, body.messages))
+
+    def told() -> bytes:
+        ids = _tokenized(service, body) if chat is None else chat.ids
+        shown: Any = [{"id": token, "piece": _piece(service, token)} for token in ids] if body.with_pieces else ids
+        return dump({"tokens": shown, "count": len(ids), "max_model_len": service.engine.limits.n_ctx})
+
+    return Response(await answering.aside(told), media_type=answering.JSON_TYPE)
 
 
 def _as_chat(body: TokenizeRequest, messages: list[Any]) -> ChatRequest:
@@ -309,16 +313,21 @@ def _piece(service: Service, token: int) -> Any:
 
 async def detokenize(service: Service, request: Request) -> Response:
     body = await answering.body_of(request, DetokenizeRequest)
-    if body.tokens:
-        service.check_ids(body.tokens, "tokens")
-    text = service.spelt(body.tokens)
-    return Response(dump({"content": text, "prompt": text}), media_type=answering.JSON_TYPE)
+
+    def told() -> bytes:
+        if body.tokens:
+            service.check_ids(body.tokens, "tokens")
+        text = service.spelt(body.tokens)
+        return dump({"content": text, "prompt": text})
+
+    return Response(await answering.aside(told), media_type=answering.JSON_TYPE)
 
 
 async def apply_template(service: Service, request: Request) -> Response:
     """The prompt that a chat of the same body is answered from."""
     prompt = await prompt_of(service, await answering.body_of(request, ChatRequest))
-    return Response(dump({"prompt": service.spelt(prompt.ids)}), media_type=answering.JSON_TYPE)
+    text = await answering.aside(service.spelt, prompt.ids)
+    return Response(dump({"prompt": text}), media_type=answering.JSON_TYPE)
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:

@@ -146,9 +146,13 @@ async def _chat(
 
 async def _raw(service: Service, request: Request, body: GenerateBody) -> Response:
     """A prompt without a template."""
-    tokenizer = service.engine.runtime.tokenizer
     try:
-        ids = tokenizer.fill_in(body.prompt, body.suffix) if body.suffix else service.text_prompt(body.prompt)
+        if body.suffix:
+            ids = await answering.aside(service.fill_in, body.prompt, body.suffix)
+        else:
+            ids = await answering.aside(service.text_prompt, body.prompt)
+    except ApiError:
+        raise
     except Exception as error:
         raise ApiError(400, service.without_path(error)) from None
     sampled = Sampled(**{k: v for k, v in _sampling(body).items() if k != "max_tokens"}, json_schema=None)
