@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,14 @@ def test_no_cluster(path: Path, tmp_path: Path) -> None:
     assert ran.code == 1 and "no Ray cluster at" in ran.told
 
 
+def pid_when_there(actor: Any) -> int:
+    """The other actor may have answered all that was left before this one is back."""
+    while True:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return int(ray.get(actor.about.remote())[2])
+        time.sleep(0.05)
+
+
 def test_an_actor_is_killed(path: Path, tmp_path: Path) -> None:
     """Of two, in the middle: every line is answered once all the same."""
     lines, _ = check(numbered(save(tmp_path / "in.jsonl", short(60, max_tokens=100)).read_bytes()), JOBS)
@@ -71,5 +81,5 @@ def test_an_actor_is_killed(path: Path, tmp_path: Path) -> None:
         ledger.begin()
         asyncio.run(runner.run(spread, lines, ledger, at_once=answerer.n_parallel * 2, told=told))
         assert killed and ledger.n_failed == 0
-        assert victim not in [pid for _, _, pid in ray.get([actor.about.remote() for actor in spread.actors])]
+        assert victim not in [pid_when_there(actor) for actor in spread.actors]
     assert len(answers(tmp_path / "out")) == 60
