@@ -10,7 +10,8 @@ once (tokens a second of all, and their ratio); ``form``: a stream alone whose a
 one); ``gaps``: a stream while a prompt of --prompt tokens arrives; ``gone``: of two streams one goes away, again and
 again (how long, and how many steps, until the server counts it no more); ``mixed``: --clients that stream, ask for
 long prompts, go away in the middle and send what is refused, for --seconds. A time is from the request's first byte, or
-the token before, to a token's event; /health is asked ten times a second throughout.
+the token before, to a token's event; /health is asked every 20 ms throughout, from a process of its own: that of the
+clients is busy with their events.
 Prompts are token ids drawn anew, so that nothing is found in a cache, and answers do not stop at an end token. The
 latency of a model varies with the experts that tokens take: --seed draws other prompts.
 
@@ -23,14 +24,20 @@ import argparse
 import asyncio
 import csv
 import json
+import multiprocessing
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPConnection, HTTPException
+from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -54,7 +61,7 @@ FORM = {
     },
 }
 SHARES = (50.0, 99.0, 99.9)
-HEALTH_SECONDS = 0.1
+HEALTH_SECONDS = 0.02
 BAD: tuple[Any, ...] = (
     {"n_predict": -9},
     {"prompt": [-1]},
@@ -159,41 +166,69 @@ class Client:
             await self.stream(heard, self._random.randrange(8, 200), self._random.randrange(8, 100))
 
 
-async def watch_health(http: httpx.AsyncClient, heard: Heard) -> None:
+def ask_health(url: str, wanted: Connection) -> None:
+    """Ask without end, and hand out (status, seconds) of what was asked since, whenever that is wanted."""
+    parts = urlsplit(url)
+    http = HTTPConnection(parts.hostname or "", parts.port)
+    asked: list[tuple[int, float]] = []
+    due = time.perf_counter()
     while True:
-        begun = time.perf_counter()
+        due = max(due + HEALTH_SECONDS, time.perf_counter() - HEALTH_SECONDS)
+        if wanted.poll(max(0.0, due - time.perf_counter())):
+            if wanted.recv() is None:
+                return
+            wanted.send(asked)
+            asked = []
+        begun, status = time.perf_counter(), 0
         try:
-            heard.statuses[(await http.get("/health")).status_code] += 1
-        except httpx.TransportError:
-            heard.statuses[0] += 1
-        heard.health.append(time.perf_counter() - begun)
-        await asyncio.sleep(HEALTH_SECONDS)
+            http.request("GET", "/health")
+            response = http.getresponse()
+            response.read()
+            status = response.status
+        except (OSError, HTTPException):
+            http.close()
+        asked.append((status, time.perf_counter() - begun))
+
+
+@contextmanager
+def health_of(url: str) -> Iterator[Callable[[], list[tuple[int, float]]]]:
+    """What gives the (status, seconds) since it was called last."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=ask_health, args=(url, theirs), daemon=True)
+    process.start()
+
+    def asked() -> list[tuple[int, float]]:
+        ours.send("all")
+        return list(ours.recv())
+
+    try:
+        yield asked
+    finally:
+        ours.send(None)
+        process.join()
 
 
 async def scene(name: str, http: httpx.AsyncClient, options: argparse.Namespace, n_vocab: int) -> Heard:
     heard = Heard()
     clients = [Client(http, n_vocab, options.seed * 1000 + i) for i in range(options.clients)]
-    watching = asyncio.create_task(watch_health(http, heard))
     begun = time.perf_counter()
-    try:
-        if name == "one":
-            await clients[0].stream(heard, 32, options.tokens)
-        elif name == "many":
-            await asyncio.gather(*(client.stream(heard, 32, options.tokens) for client in clients))
-        elif name == "form":
-            async for _ in clients[0].tokens(heard, 32, options.tokens, json_schema=FORM):
-                pass
-        elif name == "gone":
-            await gone(clients[0], clients[-1], heard)
-        elif name == "gaps":
-            await gaps(clients[0], clients[-1], heard, options)
-        else:
-            until = begun + (60 * options.minutes or options.seconds)
-            await asyncio.gather(
-                *(client.mixed(heard, until, options.mixed_prompt or options.prompt) for client in clients)
-            )
-    finally:
-        watching.cancel()
+    if name == "one":
+        await clients[0].stream(heard, 32, options.tokens)
+    elif name == "many":
+        await asyncio.gather(*(client.stream(heard, 32, options.tokens) for client in clients))
+    elif name == "form":
+        async for _ in clients[0].tokens(heard, 32, options.tokens, json_schema=FORM):
+            pass
+    elif name == "gone":
+        await gone(clients[0], clients[-1], heard)
+    elif name == "gaps":
+        await gaps(clients[0], clients[-1], heard, options)
+    else:
+        until = begun + (60 * options.minutes or options.seconds)
+        await asyncio.gather(
+            *(client.mixed(heard, until, options.mixed_prompt or options.prompt) for client in clients)
+        )
     heard.seconds = time.perf_counter() - begun
     return heard
 
@@ -269,9 +304,9 @@ async def watch_memory(pid: int, seen: list[int]) -> None:
 
 
 def growth(seen: Sequence[int]) -> float:
-    """Percent, from the most of the second fifth of the time to the most of the last."""
+    """Percent, from the second fifth of the time to the last: the middle of each, since caches fill and are let go."""
     fifth = max(1, len(seen) // 5)
-    early, late = max(seen[fifth : 2 * fifth] or seen), max(seen[-fifth:])
+    early, late = median(seen[fifth : 2 * fifth] or seen), median(seen[-fifth:])
     return 100 * (late / early - 1) if early else 0.0
 
 
@@ -304,12 +339,17 @@ async def measure(options: argparse.Namespace) -> int:
             )
         memory = asyncio.create_task(watch_memory(options.pid, sizes)) if options.pid else None
         await Client(http, meta["n_vocab"], options.seed).stream(Heard(), 32, 8)  # warms up
-        for name in ("mixed",) if options.minutes else options.only.split(","):
-            heard[name] = await scene(name, http, options, meta["n_vocab"])
-            rows += rows_of(name, heard[name], options.clients if name in ("many", "mixed") else 1)
-            tell(rows, name)
-            if options.output:
-                write(rows, options.output)
+        with health_of(options.url) as health:
+            for name in ("mixed",) if options.minutes else options.only.split(","):
+                await asyncio.to_thread(health)
+                heard[name] = await scene(name, http, options, meta["n_vocab"])
+                for status, seconds in await asyncio.to_thread(health):
+                    heard[name].statuses[status] += 1
+                    heard[name].health.append(seconds)
+                rows += rows_of(name, heard[name], options.clients if name in ("many", "mixed") else 1)
+                tell(rows, name)
+                if options.output:
+                    write(rows, options.output)
         if memory is not None:
             memory.cancel()
     compare(heard)
