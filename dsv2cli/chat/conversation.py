@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cext import ContextFullError
-from cext.tokenizer import Answer, Message
+from cext.tokenizer import Answer, Message, TokenizerError
 from dsv2cli.options import MAX_CONTEXT
 from dsv2cli.scheduler import Context, End, Event, Lookup, Sampling, Scheduler, Sequence, Stats, Text, Token
 
@@ -28,13 +28,15 @@ class Turn:
     """What a person said and the tokens that answered it, without the token that ends an answer.
 
     opening: the end of the prompt that belongs to the answer: the tag that opens its reasoning, or nothing. said: the
-    answer's text, where its tokens are not known: a server's.
+    answer's text, where its tokens are not known: a server's; n_used: tokens of context up to its end, as the server
+    told them.
     """
 
     user: str
     answer: list[int] = field(default_factory=list)
     opening: list[int] = field(default_factory=list)
     said: Answer | None = None
+    n_used: int | None = field(default=None, compare=False)
 
 
 class Talk(Protocol):
@@ -54,8 +56,8 @@ class Talk(Protocol):
         """Tokens of context; 0 where that is not known."""
 
     @property
-    def n_used(self) -> int:
-        """Of them, those that are taken."""
+    def n_used(self) -> int | None:
+        """Of them, those that the turns take; None where that is not known."""
 
     def said(self) -> Answer:
         """The last answer in its two parts."""
@@ -110,6 +112,7 @@ class Conversation:
         self._interrupt = interrupt
         self.system = system
         self.turns: list[Turn] = []
+        self._counted: tuple[object, int] = (None, 0)  # what n_used was last counted of, and n_used
 
     @property
     def session(self) -> Session:
@@ -126,8 +129,21 @@ class Conversation:
 
     @property
     def n_used(self) -> int:
-        """Tokens in the cache."""
-        return self._context.session.n_past
+        """Tokens that the turns take, whatever the cache holds: more than them, another branch, or nothing yet."""
+        answer = self.turns[-1].answer if self.turns else []
+        counted = self.system, self.thinking, list(self.turns), len(answer)
+        if self._counted[0] != counted:
+            self._counted = counted, self._count(answer)
+        return self._counted[1]
+
+    def _count(self, answer: list[int]) -> int:
+        if not self.turns:
+            return 0
+        try:
+            n = len(self._prompt()) + len(answer)
+        except TokenizerError:  # a template that refuses what was set since
+            n = self.session.n_past
+        return min(n, self.n_ctx)  # the oldest are dropped before the next answer
 
     @property
     def thinking(self) -> bool | None:
@@ -248,35 +264,34 @@ class Conversation:
     def _make_room(self, answer: list[int], reserve: int) -> list[int]:
         """The prompt of as many of the latest turns as leave ``reserve`` tokens free, or of the last turn alone."""
         turns, n_dropped = self.turns, 0
-        prompt = self._prompt(answer)
-        if len(prompt) + reserve > self.n_ctx and len(turns) > 1:
+        prompt, room = self._prompt(), self.n_ctx - len(answer)
+        if len(prompt) + reserve > room and len(turns) > 1:
             n_dropped = bisect.bisect_left(
-                range(len(turns) - 1), True, key=lambda n: len(self._prompt(answer, n)) + reserve <= self.n_ctx
+                range(len(turns) - 1), True, key=lambda n: len(self._prompt(n)) + reserve <= room
             )
-            prompt = self._prompt(answer, n_dropped)
-        if len(prompt) > self.n_ctx:
+            prompt = self._prompt(n_dropped)
+        if (n := len(prompt) + len(answer)) > self.n_ctx:
             raise ContextFullError(
-                f"{len(prompt)} tokens do not fit in a context of {self.n_ctx}",
-                room_hint(len(prompt), self._n_ctx_train),
+                f"{n} tokens do not fit in a context of {self.n_ctx}", room_hint(n, self._n_ctx_train)
             )
         if n_dropped:
             del turns[:n_dropped]
             self._dropped(n_dropped)
-        return prompt
+        if self._suffix is None and not self._raw:
+            turns[-1].opening = self._tokenizer.opening(prompt)
+        return prompt + answer
 
-    def _prompt(self, answer: list[int], n_dropped: int = 0) -> list[int]:
-        """The ids of the turns; the last one's answer, as far as it goes, stands open."""
+    def _prompt(self, n_dropped: int = 0) -> list[int]:
+        """The ids of the turns, up to where the last one's answer begins."""
         *past, last = self.turns[n_dropped:]
         if self._suffix is not None:
-            return self._tokenizer.fill_in(last.user, self._suffix) + answer
+            return self._tokenizer.fill_in(last.user, self._suffix)
         if self._raw:
-            return self._tokenizer.prompt(last.user, special=self._special) + answer
+            return self._tokenizer.prompt(last.user, special=self._special)
         messages = [Message("system", self.system)] if self.system else []
         for turn in past:
             messages += [Message("user", turn.user), Message("assistant", turn.opening + turn.answer)]
-        prompt = self._tokenizer.chat([*messages, Message("user", last.user)], thinking=self.thinking)
-        last.opening = self._tokenizer.opening(prompt)
-        return prompt + answer
+        return self._tokenizer.chat([*messages, Message("user", last.user)], thinking=self.thinking)
 
 
 def round_up_context(n: int) -> int:

@@ -78,7 +78,10 @@ class RemoteConversation:
         self.thinking: bool | None = None
         self.turns: list[Turn] = []
         self.n_ctx = model.n_ctx
-        self.n_used = 0
+
+    @property
+    def n_used(self) -> int | None:
+        return self.turns[-1].n_used if self.turns else 0
 
     def said(self) -> Answer:
         said = self.turns[-1].said if self.turns else None
@@ -119,7 +122,7 @@ class RemoteConversation:
             stats.stop = "error"
             raise
         finally:
-            self.n_used = stats.n_prompt + stats.n_answer if stats.n_prompt else 0
+            turn.n_used = stats.n_prompt + stats.n_answer if stats.n_prompt else None
             nothing = turn.said == before
             if nothing and not (done and last is None) and self.turns and self.turns[-1] is turn:
                 self.turns[-1:] = [] if last is None else [last]
@@ -309,4 +312,4 @@ class Texts:
         """Nothing: the texts are in the file."""
 
     def let_go(self, *, empty: bool = False) -> None:
-        self._conversation.n_used = 0
+        """Nothing: the server has no past of its own."""

@@ -138,8 +138,7 @@ class Repl:
     def meter(self, typed: str) -> str:
         """How full the context is, and what files that are named would add."""
         conversation = self.chat.conversation
-        n = conversation.n_used if conversation.turns else 0
-        parts = [_share(n, conversation.n_ctx), *self.chat.sizes(typed), self.keeping.name]
+        parts = [_share(conversation.n_used, conversation.n_ctx), *self.chat.sizes(typed), self.keeping.name]
         return console.printable(" | ".join(part for part in parts if part))
 
     def take(self, text: str) -> bool:
@@ -242,6 +241,8 @@ class Repl:
         with self.keeping.answering_at(last.parent):
             self.chat.conversation.turns.append(last.turn)
             self.answer(None)
+        if self.chat.last.stop == "end" and not self.chat.last.n_answer:
+            console.note("(the answer had come to its end: there is no more of it)", "dim")
         return True
 
     def undo(self, _: str) -> bool:
@@ -290,13 +291,15 @@ class Repl:
             self.chat.markdown = words[1] == "on"
         elif len(words) == 2:
             self._set_sampling(settings.changed(self.chat.sampling, words[0].lower(), words[1]))
-        elif words:
+        elif len(words) > 2:
             raise UsageError("/set takes a name and a value", "/set alone shows what there is")
         else:
-            for line in [
-                *settings.shown(self.chat.sampling),
-                f"  markdown        {'on' if self.chat.markdown else 'off'}",
-            ]:
+            there = settings.shown(self.chat.sampling)
+            there.append(f"  markdown        {'on' if self.chat.markdown else 'off'}")
+            lines = [line for line in there if not words or line.split()[0] == words[0].lower()]
+            if not lines:
+                raise settings.unknown(words[0])
+            for line in lines:
                 console.note(line)
         return True
 
@@ -329,7 +332,7 @@ class Repl:
     # Conversations that are kept.
 
     def branch(self, text: str) -> bool:
-        tree = self.keeping.tree
+        tree, conversation = self.keeping.tree, self.chat.conversation
         tips = tree.tips()
         if not tips:
             console.note("no branches yet: /retry and /undo make them")
@@ -344,6 +347,8 @@ class Repl:
                 mark = "*" if tip.number in here else " "
                 n = len(tree.path(tip.number))
                 console.note(f"{mark} {i}  {_count(n, 'turn')}, the last: {_first_line(tip.turn.user)}")
+                if answer := conversation.text_of(tip.turn).strip():  # which tells branches of one question apart
+                    console.note(f"     {_first_line(answer)}", "dim")
         return True
 
     def clear(self, _: str) -> bool:
@@ -384,10 +389,9 @@ class Repl:
 
     def stats(self, _: str) -> bool:
         conversation = self.chat.conversation
-        n = len(conversation.turns)
-        n_used = conversation.n_used if n else 0  # the cache may still hold what is forgotten
+        share = _share(conversation.n_used, conversation.n_ctx)
         self.chat.tell_stats()
-        console.note(f"{_count(n, 'turn')}, {_share(n_used, conversation.n_ctx)} of context", "dim")
+        console.note(_count(len(conversation.turns), "turn") + (f", {share} of context" if share else ""), "dim")
         return True
 
     def leave(self, _: str) -> bool:
@@ -395,10 +399,14 @@ class Repl:
 
 
 def _first_line(text: str) -> str:
-    return console.cut(console.fold(text), SHOWN)
+    folded = console.fold(text)
+    return folded if len(folded) <= SHOWN else f"{folded[: SHOWN - 3].rstrip()}..."
 
 
-def _share(n: int, n_ctx: int) -> str:
+def _share(n: int | None, n_ctx: int) -> str:
+    """ "" where it is not known."""
+    if n is None:
+        return ""
     return f"{n} of {n_ctx} tokens" if n_ctx else _count(n, "token")
 
 

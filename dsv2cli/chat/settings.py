@@ -62,7 +62,7 @@ def changed(sampling: Sampling, name: str, word: str) -> Sampling:
     """With one figure changed. UsageError where there is no such one, or it is out of its range."""
     setting = SETTINGS.get(name)
     if setting is None:
-        raise UsageError(f"there is no setting `{name}`", f"there are {', '.join(SETTINGS)} and markdown")
+        raise unknown(name)
     try:
         value = setting.parse(word)
         if value not in setting.within:
@@ -74,6 +74,10 @@ def changed(sampling: Sampling, name: str, word: str) -> Sampling:
     if sampling.said is not None:
         made["said"] = sampling.said | {setting.field}
     return replace(sampling, **made)
+
+
+def unknown(name: str) -> UsageError:
+    return UsageError(f"there is no setting `{name}`", f"there are {', '.join(SETTINGS)} and markdown")
 
 
 def shown(sampling: Sampling) -> list[str]:

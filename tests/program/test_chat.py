@@ -411,7 +411,7 @@ def test_cancelled_between_pieces_of_a_long_prompt(model: cext.Model, endless: T
     talk, watched, _ = converse(model, endless, n_ctx=4096, system=None)
     watched.raises[1] = "after", talk.cancel
     assert answered(talk, "z" * 1500, greedy(), 5) == []
-    assert talk.n_used == CHUNK and talk.turns == []
+    assert talk.session.n_past == CHUNK and talk.turns == []
     stats = Stats()
     assert len(answered(talk, "z" * 1500, greedy(), 5, stats)) == 5
     assert stats.n_reused == CHUNK

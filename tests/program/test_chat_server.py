@@ -150,13 +150,16 @@ def test_our_own_server_s_answer_is_shown_and_gone_on_with(model: Path, state: P
 
 
 def test_a_conversation_is_kept_as_others_are(stub: Stub, state: Path) -> None:
-    stub.streams(*(said(f"{i} is", " said") for i in range(5)))
+    counts = [f'"prompt_tokens": {20 + 10 * i}'.encode() for i in range(5)]
+    stub.streams(*(said(f"{i} is", " said").replace(b'"prompt_tokens": 20', n) for i, n in enumerate(counts)))
     with talk(stub, state, "-s", "Be brief.") as screen:
         at = screen.wait_for(r"m at http://127.0.0.1:\d+/v1, 4096 tokens of context.*\n> $")
         for typed in ("one\n", "two\n", "/retry\n"):
             at = say(screen, typed, at, r"said\n> $")
-        at = say(screen, "/branch\n", at, r"  1  2 turns, the last: two\n\* 2  2 turns, the last: two\n> $")
+        listed = r"  1  2 turns, the last: two\n     1 is said\n\* 2  2 turns, the last: two\n     2 is said\n> $"
+        at = say(screen, "/branch\n", at, listed)
         at = say(screen, "/branch 1\n", at, r"2 turns; the last:\)\n> two\n1 is said\n> $")
+        at = say(screen, "/stats\n", at, r"2 turns, 35 of 4096 tokens of context\n> $")
         at = say(screen, "/save rome\n", at, r"kept as rome: .*\n> $")
         say(screen, "/exit\n", at, "")
         assert screen.exit_code() == 0
@@ -177,6 +180,7 @@ def test_a_conversation_is_kept_as_others_are(stub: Stub, state: Path) -> None:
         at = screen.wait_for(r"\(rome: 3 turns; the last:\)\n> three\n3 is said\n> $")
         at = say(screen, "/edit answer\n", at, "> 3 is said$")
         at = say(screen, "\x15Words of mine,\n", at, r"\(changed; .*\)\n> $")
+        at = say(screen, "/stats\n", at, r"\n3 turns\n> $")  # how many tokens they are the server has not said
         at = say(screen, "/continue\n", at, r"4 is said\n> $")
         say(screen, "/exit\n", at, "")
         assert screen.exit_code() == 0

@@ -22,7 +22,7 @@ from support.vocab import write_model
 
 import cext
 from cext import system
-from cext.tokenizer import Answer, Message
+from cext.tokenizer import Answer, Message, Tokenizer
 from dsv2cli import runtime
 from dsv2cli.chat import journal, store
 from dsv2cli.chat.caching import Caching
@@ -577,7 +577,7 @@ def test_a_loaded_conversation_takes_nothing_of_the_one_before(
     talk = Talk(opened, keeps=keeps)
     talk.say("a secret " * 20)
     talk.keeping.reopen(name)
-    assert talk.conversation.n_used == 0
+    assert talk.conversation.session.n_past == 0
     talk.keeping.leave()
     assert not cache.exists()
     again = reopened(opened, name)
@@ -624,7 +624,7 @@ def test_ctrl_c_while_one_is_loaded_comes_when_it_is(
         with pytest.raises(KeyboardInterrupt):
             talk.keeping.reopen(name)
     assert "the last turn was not whole" in capsys.readouterr().err
-    assert talk.keeping.name == name and talk.conversation.n_used > 200
+    assert talk.keeping.name == name and talk.conversation.session.n_past > 200
 
 
 def test_branches_and_settings_come_back(opened: runtime.Runtime) -> None:
@@ -642,6 +642,56 @@ def test_branches_and_settings_come_back(opened: runtime.Runtime) -> None:
     assert shape(again.keeping.tree) == before and again.keeping.tree.head == 2
     assert again.conversation.system == "Be long." and [t.user for t in again.conversation.turns] == ["one", "two"]
     assert store.cache_of(store.existing("a-name")).is_file()
+
+
+def test_how_full_the_context_is_before_anything_of_it_is_read(opened: runtime.Runtime) -> None:
+    """The cache still holds another branch, or nothing."""
+    talk, tokenizer = Talk(opened), opened.tokenizer
+    conversation = talk.conversation
+
+    def taken() -> int:
+        messages = [Message("system", conversation.system or "")]
+        for turn in conversation.turns:
+            messages += [Message("user", turn.user), Message("assistant", turn.answer)]
+        end = messages.pop().content if conversation.turns else []
+        return len(tokenizer.chat(messages)) + len(end) if conversation.turns else 0
+
+    assert conversation.n_used == 0
+    talk.say("one")
+    talk.say("two " * 50, limit=40)
+    assert conversation.n_used == taken()
+    talk.keeping.go_to(1)
+    assert conversation.n_used == taken() < 100
+    talk.say("three")
+    assert abs(conversation.n_used - conversation.session.n_past) <= 1  # the last token is not evaluated
+    talk.keeping.go_to(2)
+    assert conversation.n_used == taken() > conversation.session.n_past + 40
+    conversation.system = "Be very long. " * 20
+    assert conversation.n_used == taken()
+    talk.keeping.go_to(0)
+    assert conversation.n_used == 0
+    talk.keeping.go_to(2)
+    talk.keeping.rename("full")
+    n = conversation.n_used
+    talk.keeping.leave()
+    store.cache_of(store.existing("full")).unlink(missing_ok=True)
+    small = Talk(opened, n_ctx=128)
+    small.keeping.reopen("full")
+    assert small.conversation.session.n_past == 0
+    assert small.conversation.n_used == 128 < n  # the oldest turns go before the next answer
+
+
+def test_counting_a_context_changes_no_answer(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn's own opening stays as it was, whatever reasoning is set to since."""
+    talk = Talk(opened)
+    talk.say("one")
+    opening = list(talk.conversation.turns[0].opening)
+    monkeypatch.setattr(Tokenizer, "opening", lambda self, prompt: list(prompt[-2:]))
+    talk.conversation.system = "Be long."
+    assert talk.conversation.n_used > 0
+    assert talk.conversation.turns[0].opening == opening
+    talk.say("two")
+    assert len(talk.conversation.turns[1].opening) == 2
 
 
 def test_names(opened: runtime.Runtime, state: Path) -> None:

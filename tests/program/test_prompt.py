@@ -203,6 +203,30 @@ def test_settings() -> None:
             changed(sampling, name, word)
 
 
+def test_settings_are_shown_one_or_all(model: Path, state: Path) -> None:
+    with talk(model, state) as screen:
+        at = screen.wait_for("> $")
+        at = say(screen, "/set seed 5\n", at, "> $")
+        at = say(screen, "/set seed\n", at, r"/set seed\n  seed            5\n> $")
+        at = say(screen, "/set markdown\n", at, r"  markdown        on\n> $")
+        at = say(screen, "/set\n", at, r"  temp            0\n(.|\n)*  markdown        on\n> $")
+        at = say(screen, "/set colour\n", at, r"error: there is no setting `colour`\nhint: there are temp, .*\n> $")
+        say(screen, "/set temp 1 2\n", at, r"error: /set takes a name and a value\n.*\n> $")
+
+
+def test_an_answer_that_has_ended_is_not_gone_on_with_unsaid(state: Path) -> None:
+    with terminal("chat", "--temp", "0", size=(50, 160), XDG_STATE_HOME=str(state)) as screen:
+        at = screen.wait_for("> $")
+        at = say(screen, "Who are you?\n", at, r"model(.|\n)*\n> $")
+        at = say(screen, "/continue\n", at, r"\(the answer had come to its end: there is no more of it\)\n> $")
+        say(
+            screen,
+            "/branch\n",
+            at,
+            r"\* 1  1 turn, the last: Who are you\?\n     I am a small demonstration model.*\n> $",
+        )
+
+
 def test_a_window_of_30_columns_that_changes(model: Path, state: Path) -> None:
     with talk(model, state, size=(12, 30)) as screen:
         at = screen.wait_for("> $")
