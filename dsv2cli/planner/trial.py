@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsv2cli.anatomy import Anatomy
+    from dsv2cli.benchmark import Contender
     from dsv2cli.planner.forecast import Forecast
 
 N_DECODE = 24
+LEAST_SECONDS, MOST_RUNS = 0.5, 5  # of a test in a round: one of some milliseconds tells little by itself
 PAGE = 4096  # bytes
 CONTEXT, TEXT_CHARACTERS = 1024, 2500  # of the answer whose memory is measured: some 600 tokens
 ANSWERS = 4  # tokens for each expert of the last layer that one of them chooses
@@ -99,7 +101,7 @@ def run(
             for test in tests:
                 told(test.name, done, total)
                 done += 1
-                rates.append(runs.rate(test, f"kv={kv}"))
+                rates.append(_rate(runs, test, f"kv={kv}"))
             if i:  # the first warms up
                 measured.append(rates)
             told("this machine", done, total)
@@ -116,6 +118,14 @@ def run(
     ]  # fmt: skip
     told("memory", total, total)
     return (*compared, _memory(made, threads))
+
+
+def _rate(runs: Contender, test: Test, variant: str) -> float:
+    """The median of as many as take LEAST_SECONDS, at most MOST_RUNS."""
+    rates: list[float] = []
+    while len(rates) < MOST_RUNS and sum(test.n / rate for rate in rates) < LEAST_SECONDS:
+        rates.append(runs.rate(test, variant))
+    return statistics.median(rates)
 
 
 def _foretold(made: Forecast, work: Work, threads: int | None, n_depths: int) -> list[float]:

@@ -566,11 +566,26 @@ def test_a_check_measures_machine_and_model_in_turns(model: Path, monkeypatch: p
     with subject.opened(subject.Asked(str(model))) as found:
         made = forecast(found, free=10**12, rates=FAST)
         rows = trial.run(made, 1, 2, lambda what, done, n: None)
-    assert order == ["prefill", "decode", "machine"] * 3
+    assert [what for what, _ in itertools.groupby(order)] == ["prefill", "decode", "machine"] * 3
     token = found.found.token_bytes
     assert [row.name for row in rows] == [f"prefill {PROMPT}", "decode at 0", "memory"]
     assert rows[1].predicted == pytest.approx((20e9 / token, 20e9 / token))  # between the two beside it
     assert len(rows[1].measured) == 2 and all(n > 0 for n in rows[1].measured)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "n", "found"),
+    [((0.9, 0.1), 1, 0.9), ((0.3, 0.1, 0.2, 0.1), 3, 0.2), ((0.01, 0.05, 0.02, 0.03, 0.04, 9.0), 5, 0.03)],
+)
+def test_what_is_short_is_run_several_times_in_a_round(seconds: tuple[float, ...], n: int, found: float) -> None:
+    left = list(seconds)
+
+    class Runs:
+        def rate(self, test: benchmark.Test, variant: str) -> float:
+            return test.n / left.pop(0)
+
+    rate = trial._rate(cast("benchmark.Contender", Runs()), benchmark.Test("decode", 24), "kv=f16")
+    assert rate == pytest.approx(24 / found) and len(seconds) - len(left) == n
 
 
 def test_drift_is_told_from_a_wrong_forecast() -> None:
