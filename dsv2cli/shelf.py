@@ -191,7 +191,13 @@ def find(name: str) -> list[Held]:
     path = expanded(name)
     if path.exists() or path.is_symlink():
         return [_named_path(name, path, PACKAGED)]
-    reference = hub.resolve(name)
+    for held in _packaged(PACKAGED):
+        if held.name == name:
+            return [_named_path(name, held.path, PACKAGED)]
+    try:
+        reference = hub.resolve(name)
+    except UsageError as error:  # its hints are what could be downloaded
+        raise UsageError(f"`{name}` is nothing that is here", "dsv2 list shows what is") from error
     if reference.glob or reference.revision or name.strip().lower().endswith(":latest"):
         raise UsageError(
             f"`{name}` names a part of a repository",

@@ -136,7 +136,10 @@ def test_what_is_no_model_is_not_removed(root: Path) -> None:
     for name in ("notes.txt", "folder", "link.gguf", str(inside.parent / "M-Q4_K_M.gguf"), str(packaged), ".", "/"):
         ran = rm(name, "-y")
         assert ran.code == 2, (name, ran.told)
-    assert rm("owner/absent", "-y").code == 1 and rm("nonsense", "-y").code == 2
+    assert rm("owner/absent", "-y").code == 1
+    nothing, ours = rm("lite-cha", "-y"), rm(packaged.stem, "-y")
+    assert (nothing.code, ours.code) == (2, 2) and "package's own model" in ours.told
+    assert "`lite-cha` is nothing that is here" in nothing.told and "dsv2 list" in nothing.told
     assert inside.exists() and packaged.exists() and Path("real.gguf").exists() and Path("notes.txt").exists()
 
 
