@@ -170,7 +170,7 @@ class WeightNeeds:
     """What a model's weights take of memory, in bytes."""
 
     all: int  # every tensor of the file, as it has them
-    shared: int  # within a budget: what every token needs,
+    shared: int  # within a budget: what every token needs, but for what GPUs have copies of,
     slots: int  # and room for all routed experts
     experts: int  # these alone
     least: int  # the smallest budget

@@ -274,10 +274,10 @@ def not_used(error: EngineError) -> None:
 
 
 def open_placed(
-    path: Path, threads: int | None, ram: Weights, beside: Beside, wish: Wish | None = None
+    path: Path, threads: int | None, ram: Weights, beside: Beside, wish: Wish | None = None, *, warned: bool = False
 ) -> tuple[Model, Plan | None, Layout | None]:
-    """The model, the plan where it has a budget, and what is on a GPU. What ``cext.Model`` and ``plan`` raise, and
-    ``on_gpu``."""
+    """The model, the plan where it has a budget, and what is on a GPU. warned: it has been told already that memory is
+    scarce. What ``cext.Model`` and ``plan`` raise, and ``on_gpu``."""
     from cext import EngineError, Model
 
     wish = wish or Wish("off")
@@ -292,8 +292,9 @@ def open_placed(
                 layout = on_gpu(model, wish, sought.result, beside, found)
             if found is not None and layout is not None and is_enough(found, layout):
                 found = replace(found, ram=None)
-            elif found is not None and (problem := strain(found, ram)) is not None:
+            elif found is not None and not warned and (problem := strain(found, ram)) is not None:
                 console.warn(console.printable(f"`{path}`: {problem}"))
+                warned = True
             is_mapped = found is None or found.ram is None
             if is_mapped and (layout is None or layout.weights < model.needs().all / 2):
                 rereading.renew(path, room_for_files())
@@ -317,7 +318,9 @@ def open_placed(
         if wish.is_named:
             raise CliError(str(error), error.hint or "--gpu off leaves it out") from error
         not_used(error)
-        return *open_within(path, threads, ram, beside), None
+        return open_placed(path, threads, ram, beside, warned=warned)
+    if found is not None:
+        found = replace(found, needs=placed.needs())  # what lies on the device takes nothing here
     return placed, found, layout
 
 

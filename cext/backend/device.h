@@ -1,6 +1,7 @@
 /* device.h: what a model can compute on. */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/status.h"
@@ -22,6 +23,9 @@ typedef struct ds_device {
     ds_copying copying; /* of a GPU */
     uint64_t hot; /* of a GPU: bytes of its own for routed experts that come and go (backend/vulkan/hot.h) */
 } ds_device;
+
+/* Whether it computes from a copy of its weights, in memory of its own. */
+bool ds_device_copies(const ds_device *device);
 
 struct ds_facts;
 struct ds_backend;

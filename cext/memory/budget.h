@@ -22,7 +22,9 @@ typedef struct ds_budget {
 /* What the weights of a model take of memory. */
 typedef struct ds_needs {
     size_t all; /* every tensor of the file, as it has them */
-    size_t shared, slots; /* within a budget: what every token needs, and slots for all routed experts */
+    /* Within a budget: what every token needs, but for what devices have copies of (while it is opened that is there
+     * too), and slots for all routed experts. */
+    size_t shared, slots;
     size_t experts; /* the routed experts alone */
     size_t least; /* the smallest budget */
     size_t long_step; /* what the longest step takes then, beside that of one of its pieces */

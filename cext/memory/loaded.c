@@ -11,13 +11,22 @@ static bool is_shared(const ds_tensor *t, const ds_config *c) {
     return sscanf(t->name, "blk.%d.", &il) != 1 || il < c->n_layer;
 }
 
-size_t ds_loaded_bytes(const ds_gguf *gguf, const ds_config *config) {
+size_t ds_loaded_bytes_of(const ds_gguf *gguf, const ds_config *config, ds_loaded_which *which, const void *ctx) {
     size_t bytes = 0;
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) {
         const ds_tensor *t = ds_gguf_tensor_at(gguf, i);
-        if (is_shared(t, config)) bytes += ds_read_room(t->n_bytes);
+        if (is_shared(t, config) && which(ctx, t->name)) bytes += ds_read_room(t->n_bytes);
     }
     return bytes;
+}
+
+static bool any(const void *ctx, const char *name) {
+    (void)ctx, (void)name;
+    return true;
+}
+
+size_t ds_loaded_bytes(const ds_gguf *gguf, const ds_config *config) {
+    return ds_loaded_bytes_of(gguf, config, any, NULL);
 }
 
 /* ---- Reading ---- */
@@ -106,6 +115,19 @@ static const ds_tensor *find(const void *ctx, const char *name) {
 }
 
 ds_source ds_loaded_view(ds_loaded *loaded) { return (ds_source){find, loaded, loaded->under.label}; }
+
+void ds_loaded_forget(ds_loaded *l, ds_loaded_which *which, const void *ctx) {
+    const size_t page = ds_pages_size();
+    for (size_t i = 0; l->memory && i < ds_gguf_n_tensors(l->gguf); i++) {
+        const ds_tensor *t = &l->tensors[i];
+        if (!t->data || !which(ctx, t->name)) continue;
+        /* The room that it was read into, and of that whole pages: what is around them is another's. */
+        const size_t at = (size_t)((const unsigned char *)t->data - l->memory) / DS_DIRECT_ALIGN * DS_DIRECT_ALIGN,
+                     end = at + ds_read_room(t->n_bytes), first = (at + page - 1) / page * page,
+                     last = end / page * page;
+        if (first < last) ds_pages_forget(l->memory + first, last - first);
+    }
+}
 
 void ds_loaded_release(ds_loaded *loaded) {
     free(loaded->tensors);

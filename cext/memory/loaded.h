@@ -15,11 +15,15 @@ typedef struct ds_loaded {
     bool cached; /* read through the system's cache, which a file system has no way past */
 } ds_loaded;
 
-/* What reading them will take. */
+/* What reading them will take, or, of those that `which` is true of, did. */
 size_t ds_loaded_bytes(const ds_gguf *gguf, const ds_config *config);
+typedef bool ds_loaded_which(const void *ctx, const char *name);
+size_t ds_loaded_bytes_of(const ds_gguf *gguf, const ds_config *config, ds_loaded_which *which, const void *ctx);
 /* The file's mapping is left. DS_EIO, DS_ENOMEM, DS_ESTOPPED. */
 ds_status ds_loaded_open(const ds_gguf *gguf, const ds_config *config, ds_source under, const ds_budget *budget,
                          ds_loaded *out, ds_error *err);
 /* `under`, with data in memory where it was read. */
 ds_source ds_loaded_view(ds_loaded *loaded);
+/* Give the memory of these back: whoever reads them has a copy, and nothing here is read any more. */
+void ds_loaded_forget(ds_loaded *loaded, ds_loaded_which *which, const void *ctx);
 void ds_loaded_release(ds_loaded *loaded);

@@ -38,9 +38,9 @@ static bool fits(const ds_gguf *gguf, const ds_budget *budget) {
     return !budget || !budget->ram || budget->ram >= bytes_of_all(gguf);
 }
 
-/* What every token needs, in memory of our own. */
+/* What every token needs, in memory of our own, once the model is open. */
 static size_t shared_bytes(const ds_core *c, const ds_gguf *gguf) {
-    return ds_loaded_bytes(gguf, &c->config) + c->weights.owned_bytes;
+    return ds_loaded_bytes(gguf, &c->config) - c->copied_bytes + c->weights.owned_bytes;
 }
 
 /* The routed experts' part of a budget that the other weights have taken theirs of. */
@@ -72,6 +72,7 @@ static ds_status check_uses(const ds_core *c, const ds_gguf *gguf, const ds_budg
 static ds_status bind(const ds_gguf *metadata, ds_source source, const ds_core_spec *spec, int layer_end, ds_core *c,
                       ds_error *err) {
     const bool mapped = fits(metadata, spec->budget);
+    c->copied_bytes = ds_loaded_bytes_of(metadata, &c->config, ds_placement_takes, spec->placement);
     ds_status st = check_uses(c, metadata, spec->budget, err);
     if (st != DS_OK) return st;
     if (!mapped) {
@@ -120,7 +121,8 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_cor
     if (st == DS_OK)
         st = open_backends(out, spec->processor, spec->placement, spec->budget ? spec->budget->uses : NULL, err);
     if (st == DS_OK) st = make_room(out, err);
-    if (st != DS_OK) ds_core_release(out);
+    if (st == DS_OK) ds_loaded_forget(&out->loaded, ds_placement_takes, spec->placement);
+    else ds_core_release(out);
     return st;
 }
 

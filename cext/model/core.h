@@ -32,6 +32,7 @@ enum {
 typedef struct ds_core {
     ds_config config;
     ds_loaded loaded; /* where a budget does not hold all weights */
+    size_t copied_bytes; /* of what a budget has read, that only devices read, which have copies */
     ds_weights weights;
     ds_rope rope;
     ds_residency *residency;

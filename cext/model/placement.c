@@ -1,5 +1,6 @@
 #include "model/placement.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -39,6 +40,27 @@ static void carry_out(const ds_rule *r, ds_residency *residency, ds_places *p) {
         for (int e = begin; r->part != DS_PART_ATTENTION && e < end; e++)
             ds_residency_place(residency, il)[e] = (uint8_t)r->device;
     }
+}
+
+/* Whether a part, of layer il unless it is the ends, is on a device with memory of its own. */
+static bool is_copied(const ds_placement *p, ds_part part, int il) {
+    int device = 0;
+    for (int i = 0; i < p->n_rules; i++) {
+        const ds_rule *r = &p->rules[i];
+        if (r->part == part && (part == DS_PART_ENDS || (r->layer_begin <= il && il < r->layer_end)))
+            device = r->device;
+    }
+    return device > 0 && device <= p->n_devices && ds_device_copies(&p->devices[device - 1]);
+}
+
+bool ds_placement_takes(const void *placement, const char *name) {
+    const ds_placement *p = placement;
+    int il = 0, at = 0;
+    if (!p || strstr(name, "_norm.") || strstr(name, "_gate_inp.") || strstr(name, "_exps.")) return false;
+    if (strcmp(name, "output.weight") == 0) return is_copied(p, DS_PART_ENDS, 0);
+    if (sscanf(name, "blk.%d.%n", &il, &at) != 1 || !at) return false;
+    if (strncmp(name + at, "attn_", 5) == 0) return is_copied(p, DS_PART_ATTENTION, il);
+    return strncmp(name + at, "ffn_", 4) == 0 && is_copied(p, DS_PART_FEED_FORWARD, il);
 }
 
 ds_status ds_places_create(const ds_config *config, const ds_placement *placement, ds_residency *residency,

@@ -1,6 +1,7 @@
 /* placement.h: which device computes which part of a model. */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "arch/config.h"
@@ -29,6 +30,10 @@ typedef struct ds_placement {
     const ds_rule *rules;
     int n_rules;
 } ds_placement;
+
+/* Of a placement, or NULL: whether a device computes all that reads the tensor of this name, from a copy of its own.
+ * Small ones, which others look at, and routed experts, which have places of their own, are none. */
+bool ds_placement_takes(const void *placement, const char *name);
 
 struct ds_residency;
 

@@ -26,7 +26,7 @@ from support.tiny import (
 )
 
 import cext
-from cext import Device, Model, Place, Tap
+from cext import Device, Model, Place, Tap, system
 
 LITE, PRO, V3, MOE = SPECS[0], SPECS[1], spec_named("v3"), spec_named("moe_shared")
 BAR = 1e-4  # of the logits' range
@@ -271,3 +271,62 @@ def test_what_a_gpu_does_not_do_is_said(open_model: Open) -> None:
         Model(open_model(LITE, []).path, devices=[Device("vulkan", name=number(), memory=4096)], placement=whole(LITE))
     with pytest.raises(cext.DeviceError, match="`no such card`"):
         Model(open_model(LITE, []).path, devices=[Device("vulkan", name="no such card")])
+
+
+def but_experts(spec: Spec) -> list[Place]:
+    return [*whole(spec), Place("experts", 0, range(spec.n_layer_dense, spec.n_layer), range(spec.n_expert))]
+
+
+@pytest.mark.parametrize("spec", [LITE, PRO, V3], ids=lambda s: s.name)
+def test_what_a_gpu_has_takes_nothing_of_a_budget(
+    open_model: Open, tiny_gguf: Callable[[Spec], Path], spec: Spec
+) -> None:
+    """Experts come from the drive, and the memory of what was copied is theirs."""
+    ids, expected = firm_prompt(reference(spec), spec, 20, 7)
+    with Model(tiny_gguf(spec), threads=2) as model:
+        needs = model.needs()
+    found = [open_model(spec, how, ram=needs.least).needs() for how in ([], [Place("ends", 1)], but_experts(spec))]
+    assert [n.shared for n in found] == sorted((n.shared for n in found), reverse=True)
+    assert found[0].shared == needs.shared > found[1].shared > found[2].shared > 0
+    assert all((n.all, n.slots) == (needs.all, needs.slots) for n in found)
+    least = needs.least - needs.shared + found[2].shared
+    assert found[2].least == least
+    with pytest.raises(cext.ArgumentError, match=f"at least {least}"):
+        open_model(spec, but_experts(spec), ram=least - 1)
+    for ram in (least, needs.least):
+        model = open_model(spec, but_experts(spec), ram=ram)
+        assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+        session = model.session(64, "f32")
+        assert_close(np.stack([session.eval([i]) for i in ids]), expected, BAR)
+
+
+def test_another_processor_s_weights_stay(open_model: Open, tiny_gguf: Callable[[Spec], Path]) -> None:
+    """It reads the host's memory, and has no copy of it."""
+    ids, expected = firm_prompt(reference(LITE), LITE, 20, 7)
+    places = [Place(p.part, 2, p.layers, p.experts) for p in whole(LITE)]
+    with Model(tiny_gguf(LITE), threads=2) as model:
+        needs = model.needs()
+    model = open_model(LITE, [*whole(LITE), *places, Place("ends", 1)], ram=needs.least)
+    assert needs.shared > model.needs().shared > needs.shared // 2
+    assert_close(model.session(64, "f32").eval(ids, "all"), expected, BAR)
+
+
+def test_the_memory_of_what_was_copied_is_given_back(open_model: Open, tiny_gguf: Callable[[Spec], Path]) -> None:
+    spec = variant(LITE, name="wide_head", n_vocab=60_000)
+
+    def taken(**options: Any) -> int:
+        before = system.own_bytes()
+        model = open_model(spec, but_experts(spec), **options)
+        after = system.own_bytes()
+        assert before is not None and after is not None
+        model.close()
+        return after - before
+
+    with Model(tiny_gguf(spec), threads=2) as model:
+        needs = model.needs()
+    if system.own_bytes() is None:
+        pytest.skip("the system does not tell what a process holds")
+    taken()  # what is made once: shaders
+    head = 4 * spec.n_vocab * spec.n_embd
+    held = taken(ram=needs.least) - taken()
+    assert needs.shared > 2 * head and held < needs.shared - head // 2

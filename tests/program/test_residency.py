@@ -206,6 +206,10 @@ def test_what_a_gpu_does_not_take_is_opened_once_more_and_never_twice_at_a_time(
             assert layout is None and (plan.ram if plan else "all") == ram
             assert model.session(64).eval(tokens(SPEC, 5)).shape
     assert capsys.readouterr().err.count("no GPU is used") == 2
+    has_free(monkeypatch, least)  # which is scarce, and told once
+    residency.open_placed(path, 2, least, beside, Wish("auto"))[0].close()
+    said = capsys.readouterr().err
+    assert said.count("more than the") == said.count("no GPU is used") == 1
 
 
 def test_models_together_share_what_is_free(tiny_gguf: Callable[[Spec], Path], tmp_path: Path) -> None:
