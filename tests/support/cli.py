@@ -197,7 +197,8 @@ def terminal(
     if emulator is not None:
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     state = tempfile.TemporaryDirectory()
-    variables = environment(**{"TERM": "xterm", "XDG_STATE_HOME": state.name, **env})
+    sizes = {"COLUMNS": None, "LINES": None}  # which come before the terminal's own
+    variables = environment(**{"TERM": "xterm", "XDG_STATE_HOME": state.name, **sizes, **env})
     process = subprocess.Popen(
         [*IN_TERMINAL[:-1], before + IN_TERMINAL[-1], *map(str, args)],
         stdin=theirs,
