@@ -7,11 +7,18 @@ enum {
     ACT_TILE_BLOCK_BYTES = 32 + 4 * 4 /* of one token in a tile: q, scale, less[2], sum */
 };
 
-/* Whether grid formats want their activations by pairs: AVX-512's lookups do (simd_avx512_grid.h). */
+/* Whether grid formats want their activations in an order of their own: by pairs, as AVX-512's lookups do
+ * (simd_avx512_grid.h), or by eights, as AVX2's loads do (simd_avx2_grid.h). */
 #if defined(__AVX512F__)
 #define DS_GRID_PAIRS 1
+#define DS_GRID_EIGHTS 0
 #else
 #define DS_GRID_PAIRS 0
+#if defined(__AVX2__)
+#define DS_GRID_EIGHTS 1
+#else
+#define DS_GRID_EIGHTS 0
+#endif
 #endif
 
 /* Of one token and 256 values: what the primitives load whole vectors of. */
@@ -25,6 +32,9 @@ typedef struct act_meta {
     float split_16[16];        /* scale_16 over 1, 4, 16 and 64 in turn: for pairs of bits left where they are */
 #if DS_GRID_PAIRS
     int8_t pairs[4][64];       /* the values again, by pairs (simd_avx512_grid.h) */
+#endif
+#if DS_GRID_EIGHTS
+    int8_t eights[4][64];      /* the values again, by eights (simd_avx2_grid.h) */
 #endif
     int32_t less_128[64];      /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
 } act_meta;

@@ -213,10 +213,8 @@ DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
 DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
     row_group g;
     f.group(w, &g);
-#if DS_GRID_PAIRS
-    DS_UNROLL
-    for (int t = 0; t < n_tok; t++)
-        row_sum_add_grid(&sums[t], &g.codes, &g.scales, a->meta + (size_t)t * a->n_groups + group);
+#if DS_GRID_PAIRS || DS_GRID_EIGHTS
+    row_sums_add_grid(sums, f.per_16, &g.codes, &g.scales, n_tok, a->meta + group, a->n_groups);
 #else
     row_scales scales[DS_ROW_TOKENS];
     row_starts(f, &g.scales, n_tok, a, group, scales, sums);

@@ -1,106 +1,42 @@
-/* simd_avx2_grid.h: the grid formats with an entry's load for each index. Codes come in order without their signs,
- * which go to the activations. */
+/* simd_avx2_grid.h: the grid formats with an entry's load for each index.
+ *
+ * The 256 codes of a group lie in eight vectors "by eights": qword b of vectors 2 e and 2 e + 1 together holds values
+ * 32 b + 8 e to 32 b + 8 e + 7, so that sums over e stay apart by blocks of 32 and get their scales once for four vectors.
+ * Codes are without their signs, which go to the activations, packed in the same order (act_meta.eights). */
 #pragma once
 
 #include "kernels/grid_codes.h"
 
 DS_INLINE __m256i x86_load(const void *p) { return _mm256_loadu_si256(p); }
 
-/* 32 indices: bytes of the block where they are whole, or words made of several parts. */
-typedef struct grid_index {
-    const uint8_t *bytes; /* NULL: words */
-    int step; /* of bytes in a four; from one four to the next it is eight */
-    __m256i a, b;
-} grid_index;
+#include "kernels/simd_avx2_loads.h"
 
-DS_INLINE grid_index x86_index(__m256i a, __m256i b) { return (grid_index){.a = a, .b = b}; }
-/* Each of 4 bytes in four words. */
-DS_INLINE __m256i x86_fours(const uint8_t bytes[4]) {
-    int32_t four;
-    memcpy(&four, bytes, sizeof four);
-    const __m256i order = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
-    return _mm256_shuffle_epi8(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), order);
-}
-/* a, with `mask` of words that are copies of bytes times `factors`. */
-DS_INLINE __m256i x86_with_high(__m256i a, const uint8_t bytes[4], int64_t factors, int mask) {
-    const __m256i moved = _mm256_mullo_epi16(x86_fours(bytes), _mm256_set1_epi64x(factors));
-    return _mm256_or_si256(a, _mm256_and_si256(moved, _mm256_set1_epi16((short)mask)));
-}
-
-DS_INLINE grid_index grid_index_fours(const void *p) { return (grid_index){.bytes = p, .step = 1}; }
-DS_INLINE grid_index grid_index_nines(const void *p) {
-    const __m256i mask = _mm256_set1_epi16(511);
-    return x86_index(_mm256_and_si256(x86_load(p), mask), _mm256_and_si256(x86_load((const char *)p + 32), mask));
-}
-DS_INLINE __m256i x86_bytes16(const uint8_t *p) { return _mm256_cvtepu8_epi16(v16_load(p)); }
-DS_INLINE grid_index grid_index_tens(const uint8_t low[32], const uint8_t pairs[8]) {
-    const int64_t factors = 0x0004001000400100;
-    return x86_index(x86_with_high(x86_bytes16(low), pairs, factors, 0x300),
-                     x86_with_high(x86_bytes16(low + 16), pairs + 4, factors, 0x300));
-}
-DS_INLINE __m256i x86_seconds(const void *p, bool odd) {
-    return odd ? _mm256_srli_epi16(x86_load(p), 8) : _mm256_and_si256(x86_load(p), _mm256_set1_epi16(255));
-}
-DS_INLINE grid_index grid_index_seconds(const void *p, bool odd) {
-    return (grid_index){.bytes = (const uint8_t *)p + odd, .step = 2};
-}
-DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8], bool odd) {
-    const int64_t factors = odd ? 0x0002000800200080 : 0x0004001000400100;
-    return x86_index(x86_with_high(x86_seconds(p, odd), bits, factors, 0x100),
-                     x86_with_high(x86_seconds((const char *)p + 32, odd), bits + 4, factors, 0x100));
-}
-
-/* 256 codes, given by 64 just before they are used: registers hold no more. Indices and signs are loaded one by one, from
- * the block itself where it has them whole. */
+/* 256 codes, given by 32 just before they are used: registers hold no more. */
 typedef struct grid_codes {
     const grid8_entry *grid8; /* or NULL: grid4 */
     const grid4_entry *grid4;
-    const uint8_t *bytes[2]; /* the even and the odd indices, or NULL: words */
-    int step;
-    const uint16_t *words[2];
-    const char *signs; /* (8, 4) bytes */
-    DS_ALIGNED uint16_t made_words[2][32]; /* where words and signs are if they are not the block's */
-    DS_ALIGNED uint32_t made_signs[8];
+    grid_places index[2]; /* the even and the odd entries' where they are of four values */
+    const uint8_t *signs; /* (8, 4) bytes */
+    DS_ALIGNED uint8_t made_signs[32]; /* where they are if they are not the block's */
 } grid_codes;
 
-DS_INLINE void x86_put_index(grid_codes *codes, int odd, const grid_index *index) {
-    codes->bytes[odd] = index->bytes;
-    codes->step = index->step;
-    if (index->bytes) return;
-    _mm256_store_si256((__m256i *)codes->made_words[odd], index->a);
-    _mm256_store_si256((__m256i *)codes->made_words[odd] + 1, index->b);
-    codes->words[odd] = x86_memory(codes->made_words[odd]);
-}
 /* 32 entries of eight values. */
 DS_INLINE void grid_codes8(grid_codes *codes, const grid8_entry *grid, int n, const grid_index *index) {
     codes->grid8 = grid;
     codes->grid4 = NULL;
-    x86_put_index(codes, 0, index);
+    x86_put_index(&codes->index[0], index);
 }
 /* 64 entries of four values, the even ones and the odd ones. */
 DS_INLINE void grid_codes4(grid_codes *codes, const grid4_entry *grid, int n, int values, const grid_index index[2]) {
     codes->grid8 = NULL;
     codes->grid4 = grid;
-    x86_put_index(codes, 0, &index[0]);
-    x86_put_index(codes, 1, &index[1]);
+    x86_put_index(&codes->index[0], &index[0]);
+    x86_put_index(&codes->index[1], &index[1]);
 }
-DS_INLINE size_t x86_index_at(const grid_codes *codes, int odd, int i) {
-    if (codes->bytes[odd]) return codes->bytes[odd][i / 4 * 8 + i % 4 * codes->step];
-    return codes->words[odd][i];
-}
-/* 32 codes from the index i on. */
-DS_INLINE __m256i x86_entries(const grid_codes *codes, int i) {
-    if (codes->grid8) {
-        const grid8_entry *grid = codes->grid8;
-        return _mm256_setr_epi64x(
-            (long long)grid[x86_index_at(codes, 0, i)], (long long)grid[x86_index_at(codes, 0, i + 1)],
-            (long long)grid[x86_index_at(codes, 0, i + 2)], (long long)grid[x86_index_at(codes, 0, i + 3)]);
-    }
-    const grid4_entry *grid = codes->grid4;
-    int entry[8];
-    DS_UNROLL
-    for (int e = 0; e < 8; e++) entry[e] = (int)grid[x86_index_at(codes, e % 2, i + e / 2)];
-    return _mm256_setr_epi32(entry[0], entry[1], entry[2], entry[3], entry[4], entry[5], entry[6], entry[7]);
+/* 32 codes: eight e of blocks 4 half to 4 half + 3. */
+DS_INLINE __m256i x86_entries(const grid_codes *codes, int e, int half) {
+    return codes->grid8 ? x86_entries8(codes->grid8, &codes->index[0], e, half)
+                        : x86_entries4(codes->grid4, codes->index, e, half);
 }
 
 /* Bit j of byte i is the sign of value 8 i + j. */
@@ -130,13 +66,10 @@ DS_INLINE grid_tails grid_tails_seconds(const void *p) {
     return _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8);
 }
 DS_INLINE grid_signs grid_tails_signs(grid_tails a) {
-    const __m256i seven = _mm256_set1_epi32(127);
-    const __m256i first = _mm256_and_si256(a, seven), second = _mm256_and_si256(_mm256_srli_epi32(a, 7), seven);
-    const __m256i third = _mm256_and_si256(_mm256_srli_epi32(a, 14), seven);
-    const __m256i fourth = _mm256_and_si256(_mm256_srli_epi32(a, 21), seven);
-    const __m256i low = _mm256_or_si256(first, _mm256_slli_epi32(second, 8));
-    const __m256i high = _mm256_or_si256(third, _mm256_slli_epi32(fourth, 8));
-    return x86_sevens(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+    const __m256i twos = _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi32(0x3fff)),
+                                         _mm256_and_si256(_mm256_slli_epi32(a, 2), _mm256_set1_epi32(0x3fff0000)));
+    return x86_sevens(_mm256_or_si256(_mm256_and_si256(twos, _mm256_set1_epi16(0x7f)),
+                                      _mm256_and_si256(_mm256_add_epi16(twos, twos), _mm256_set1_epi16(0x7f00))));
 }
 DS_INLINE row_scales grid_tails_scales(grid_tails tails, float unit) {
     const f8 scale = f8_fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(tails, 28)), f8_set(2.0f * unit), f8_set(unit));
@@ -149,45 +82,86 @@ DS_INLINE void grid_codes_sign(grid_codes *codes, grid_signs signs) {
     if (!signs.bytes) _mm256_store_si256((__m256i *)codes->made_signs, signs.made);
     codes->signs = signs.bytes ? signs.bytes : x86_memory(codes->made_signs);
 }
-/* From 32 bits: bytes below zero where one is set, above it elsewhere. */
-DS_INLINE __m256i x86_minus(const void *p) {
-    int32_t bits;
-    memcpy(&bits, p, sizeof bits);
-    const __m256i order = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+/* For the codes of x86_entries: bytes below zero where one has its sign, above it elsewhere. */
+DS_INLINE __m256i x86_minus(const grid_codes *codes, int e, int half) {
+    const __m256i order = _mm256_set_epi64x(0x0c0c0c0c0c0c0c0c, 0x0808080808080808, 0x0404040404040404, 0);
     const __m256i mask = _mm256_set1_epi64x((long long)0x8040201008040201u);
-    const __m256i copies = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), order);
+    const __m256i bits = _mm256_broadcastsi128_si256(v16_load(codes->signs + 16 * half));
+    const __m256i copies = _mm256_shuffle_epi8(bits, _mm256_add_epi8(order, _mm256_set1_epi8((char)e)));
     return _mm256_add_epi8(_mm256_and_si256(copies, mask), _mm256_set1_epi8(127));
 }
-DS_INLINE v64 x86_signed(v64 a, v64 minus) {
-    return (v64){_mm256_sign_epi8(a.a, minus.a), _mm256_sign_epi8(a.b, minus.b)};
+
+/* dots + the products of 4 neighbours summed, of two vectors of codes below 64. */
+DS_INLINE __m256i x86_dots2(__m256i dots, const __m256i q[2], const __m256i x[2]) {
+#if defined(__AVXVNNI__)
+    return x86_dpbusd(x86_dpbusd(dots, q[0], x[0]), q[1], x[1]);
+#else
+    const __m256i words = _mm256_add_epi16(_mm256_maddubs_epi16(q[0], x[0]), _mm256_maddubs_epi16(q[1], x[1]));
+    return _mm256_add_epi32(dots, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+#endif
+}
+/* The scales of a group times a token's, in the order of dots: of blocks 4 half to 4 half + 3, each twice; of their halves
+ * with scales per 16. */
+DS_INLINE void x86_grid_scales(bool per_16, const row_scales *w, const act_meta *x, f8 scales[2][2]) {
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    const f8 all = f8_mul(f8_load(w->scale), f8_load(x->scale));
+    DS_UNROLL
+    for (int half = 0; half < 2; half++) {
+        if (per_16) {
+            const f8 own = f8_mul(f8_load(w->scale + 8 * half), f8_load(x->scale_16 + 8 * half));
+            scales[half][0] = _mm256_moveldup_ps(own);
+            scales[half][1] = _mm256_movehdup_ps(own);
+        } else {
+            scales[half][0] = scales[half][1] =
+                _mm256_permutevar8x32_ps(all, _mm256_add_epi32(twice, _mm256_set1_epi32(4 * half)));
+        }
+    }
 }
 
-/* 64 of the codes and their signs, the j-th of four. */
-typedef struct grid_part {
-    v64 q, minus;
-} grid_part;
-
-DS_INLINE grid_part grid_codes_part(const grid_codes *codes, int j) {
-    const char *signs = codes->signs + 8 * j;
-    return (grid_part){{x86_entries(codes, 8 * j), x86_entries(codes, 8 * j + 4)},
-                       {x86_minus(signs), x86_minus(signs + 4)}};
+/* Add the products of a group and the activations of n_tok tokens, those of one token `stride` after another's. */
+DS_INLINE void row_sums_add_grid(row_sum sums[], bool per_16, const grid_codes *codes, const row_scales *w, int n_tok,
+                                 const act_meta *meta, size_t stride) {
+    f8 scales[DS_ROW_TOKENS][2][2];
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++) x86_grid_scales(per_16, w, meta + (size_t)t * stride, scales[t]);
+    DS_UNROLL
+    for (int half = 0; half < 2; half++) {
+        __m256i dots[DS_ROW_TOKENS];
+        DS_UNROLL
+        for (int h = 0; h < 2; h++) {
+            const __m256i q[2] = {x86_entries(codes, 2 * h, half), x86_entries(codes, 2 * h + 1, half)};
+            const __m256i minus[2] = {x86_minus(codes, 2 * h, half), x86_minus(codes, 2 * h + 1, half)};
+            DS_UNROLL
+            for (int t = 0; t < n_tok; t++) {
+                const int8_t (*eights)[64] = (meta + (size_t)t * stride)->eights + 2 * h;
+                const __m256i x[2] = {_mm256_sign_epi8(x86_load(eights[0] + 32 * half), minus[0]),
+                                      _mm256_sign_epi8(x86_load(eights[1] + 32 * half), minus[1])};
+                dots[t] = x86_dots2(per_16 || !h ? _mm256_setzero_si256() : dots[t], q, x);
+                if (!per_16 && !h) continue;
+                f8 *y = &sums[t].y[half][h];
+                *y = f8_fma(_mm256_cvtepi32_ps(dots[t]), scales[t][half][h], *y);
+            }
+        }
+    }
 }
-/* Add their products. */
-DS_INLINE void row_sum_add_part(row_sum *s, bool per_16, grid_part part, const int8_t *x, const act_meta *meta,
-                                const row_scales *scales, int j) {
-    x86_add64(s, false, per_16, part.q, x86_signed(v64_load(x), part.minus), meta->less_128, scales, j);
-}
 
-DS_INLINE int grid_place(int i) { return i; }
+/* The codes of a group, biased, and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */
+DS_INLINE int grid_place(int i) { return i % 16 / 2 * 8 + i / 16 * 2 + i % 2; }
 enum { DS_GRID_SCALE_STEP = 1 };
 DS_INLINE void grid_store(const grid_codes *from, const row_scales *scales, uint8_t codes[256], float scale[16]) {
+    const __m256i bias = _mm256_set1_epi8((char)DS_CODE_BIAS);
     DS_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const grid_part part = grid_codes_part(from, j);
-        const v64 c = v64_bias(x86_signed(part.q, part.minus));
-        _mm256_storeu_si256((__m256i *)(codes + 64 * j), c.a);
-        _mm256_storeu_si256((__m256i *)(codes + 64 * j + 32), c.b);
-    }
+    for (int e = 0; e < 4; e++)
+        for (int half = 0; half < 2; half++) {
+            const __m256i q = _mm256_sign_epi8(x86_entries(from, e, half), x86_minus(from, e, half));
+            _mm256_storeu_si256((__m256i *)(codes + 64 * e + 32 * half), _mm256_xor_si256(q, bias));
+        }
     memcpy(scale, scales->scale, sizeof scales->scale);
 }
 DS_INLINE vi vi_add8(vi a, vi b) { return _mm256_add_epi8(a, b); }
+
+/* Pack 32 values, block b of a group, by eights. */
+DS_INLINE void i8_eights32(const int8_t q[32], int b, int8_t eights[4][64]) {
+    DS_UNROLL
+    for (int e = 0; e < 4; e++) memcpy(eights[e] + 8 * b, q + 8 * e, 8);
+}

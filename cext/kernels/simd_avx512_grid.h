@@ -157,14 +157,20 @@ DS_INLINE __mmask64 x86_minus(grid_signs signs, int s) {
 }
 DS_INLINE v64 x86_negate(v64 a, __mmask64 minus) { return _mm512_mask_sub_epi8(a, minus, _mm512_setzero_si512(), a); }
 
-/* Add the products of a group and one token's activations. */
-DS_INLINE void row_sum_add_grid(row_sum *sum, const grid_codes *codes, const row_scales *scales, const act_meta *x) {
-    __m512i dots = _mm512_setzero_si512();
+/* Add the products of a group and the activations of n_tok tokens, those of one token `stride` after another's. */
+DS_INLINE void row_sums_add_grid(row_sum sums[], bool per_16, const grid_codes *codes, const row_scales *scales,
+                                 int n_tok, const act_meta *meta, size_t stride) {
     DS_UNROLL
-    for (int s = 0; s < 4; s++)
-        dots = _mm512_dpbusd_epi32(dots, codes->q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(codes->signs, s)));
-    const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
-    sum->y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sum->y[0]);
+    for (int t = 0; t < n_tok; t++) {
+        const act_meta *x = meta + (size_t)t * stride;
+        __m512i dots = _mm512_setzero_si512();
+        DS_UNROLL
+        for (int s = 0; s < 4; s++)
+            dots =
+                _mm512_dpbusd_epi32(dots, codes->q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(codes->signs, s)));
+        const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
+        sums[t].y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t].y[0]);
+    }
 }
 
 /* The codes of a group, biased, and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */
