@@ -38,7 +38,7 @@ REASONING = frozenset(itertools.chain(*THINK_TAGS))
 # Warnings of llama.cpp's that are told in our own words, or are about what it guesses and we do not.
 TOLD = re.compile("missing pre-tokenizer|QUALITY WILL BE|CONSIDER REGEN|special_eo[stm]_id is not in|bad special token")
 MAX_TOLD = 4
-PIECE = 1 << 16  # tokens that are converted at once: other threads of the interpreter wait meanwhile
+PIECE = 1 << 16  # tokens or characters that are gone through at once: other threads of the interpreter wait meanwhile
 MAX_TEXT_BYTES = 1 << 30  # llama.cpp counts bytes and tokens in 32 bits
 
 DEFAULT_TEMPLATE = """\
@@ -361,7 +361,7 @@ def _utf8(text: str) -> bytes:
 def _cut_long_runs(text: str) -> Iterator[str]:
     """``text`` in pieces with no run of spaces, or of anything else, longer than MAX_RUN; short texts are one piece."""
     start = 0
-    for run in LONG_RUN.finditer(text):
+    for run in _long_runs(text):
         at = run.start()
         while run.end() - at > MAX_RUN:
             ends = [m.start() for m in WORD_END.finditer(text, at + 1, at + MAX_RUN)]
@@ -369,3 +369,14 @@ def _cut_long_runs(text: str) -> Iterator[str]:
             yield text[start:at]
             start = at
     yield text[start:]
+
+
+def _long_runs(text: str) -> Iterator[re.Match[str]]:
+    """As LONG_RUN.finditer, but never one search through all of a long text: other threads would wait for it."""
+    at = 0
+    while at < len(text):
+        found = LONG_RUN.search(text, at, at + PIECE)
+        run = found and LONG_RUN.match(text, found.start())
+        if run:
+            yield run
+        at = run.end() if run else at + PIECE - MAX_RUN

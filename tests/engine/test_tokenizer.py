@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import threading
 import time
@@ -15,6 +16,7 @@ from gguf import GGUFValueType, GGUFWriter
 from support.vocab import ASSISTANT, BOS, EOS, IDS, N_VOCAB, SPECIALS, vocabulary, write_vocab
 
 from cext import FormatError
+from cext import tokenizer as module
 from cext.tokenizer import MAX_RUN, Tokenizer, TokenizerError
 
 
@@ -314,3 +316,14 @@ def test_no_ordinary_token_ends_an_answer(tmp_path: Path) -> None:
     assert "nothing but -n or a full context ends an answer" in made.notes[0]
     named = Tokenizer(write_vocab(tmp_path / "w.gguf", ggml__tokens=tokens, ggml__eos_token_id=11))
     assert [token for token in range(named.n_vocab) if named.is_end(token)] == [11]
+
+
+@pytest.mark.parametrize("piece", [MAX_RUN + 1, MAX_RUN + 2, 2 * MAX_RUN, 1 << 16])
+def test_long_runs_are_found_wherever_a_search_begins(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", piece)
+    rng = random.Random(piece)
+    lengths = (1, 5, MAX_RUN - 1, MAX_RUN, MAX_RUN + 1, 2 * MAX_RUN, 3 * MAX_RUN + 7)
+    for _ in range(40):
+        text = "".join(rng.choice(("a", " ", "\n", "é")) * rng.choice(lengths) for _ in range(rng.randrange(12)))
+        found = [run.span() for run in module._long_runs(text)]
+        assert found == [run.span() for run in module.LONG_RUN.finditer(text)]
