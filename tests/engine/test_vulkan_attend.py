@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support.gpu import Gpu, number
+from support.gpu import Gpu, device, number
 from support.gpu_products import EXACT, JOIN, Job, replace, run
 from support.gpu_rows import Array, kept, pad, place, rotated
 from support.kernels import SENTINEL
@@ -36,10 +36,24 @@ def turned(x: Array, turns: Array) -> Array:
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
 
 
+def halves(made: Array, v: int) -> tuple[Array, list[int], int]:
+    """Queries (n_tok, n_head, width) as latent_coop.comp reads them, in whole rows and shares of depth, its constants
+    and the groups of rows, as attend.c has them."""
+    told, rows = device(), made.reshape(-1, made.shape[-1])
+    m, n, k = (int(c) for c in told["coop"].split("x"))
+    split = 8 * m * n // (32 * 16)
+    width, columns = -(-rows.shape[1] // (k * split)) * k * split, -(-v // (8 * n)) * 8 * n
+    groups = -(-len(rows) // 32)
+    padded = np.zeros((32 * groups, width), np.float16)
+    padded[: len(rows), : rows.shape[1]] = rows
+    return padded, [8 * int(told["subgroup"]), m, n, k, width, columns], groups
+
+
 def attend(
-    gpu: Gpu, kind: str, few: bool, n_head: int, rank: int, n_tail: int, positions: list[int], n_parts: int
+    gpu: Gpu, kind: str, way: str, n_head: int, rank: int, n_tail: int, positions: list[int], n_parts: int
 ) -> tuple[Array, Array]:
-    """What the shader gives, joined, and what numpy does: (n_tok, n_head, v), in the order that the cache has."""
+    """What the shader (few, attend, coop) gives, joined, and what numpy does: (n_tok, n_head, v), in the order that the
+    cache has."""
     width = pad(rank + n_tail) if kind == "i16" else pad(rank) + pad(n_tail)
     head, v = (width, -(-rank // 32) * 32) if kind == "i16" else (pad(rank), pad(rank))
     rng = np.random.default_rng(width + n_head)
@@ -71,18 +85,19 @@ def attend(
     made *= tokens["scale"][:, None, None]
     table = np.zeros(n_blocks, np.uint64)
     to = np.zeros((n_tok, n_head, n_parts, v + 2), np.float32)
-    offsets = np.array([0, scale - at, tail_at - at, tail_scale - at, 0, row_bytes, tail_bytes], np.uint32)
-    inputs = [absorbed, q, angles] if few else [made.astype(np.float32)]
-    counts = [n_head, rank, nope, n_tail, width, head, v, n_parts, at] if few else [n_head, width, head, v, n_parts, at]
-    arrays = [tokens.view(np.uint8), *inputs, to, table, blocks]
-    push = bytes(8 * (len(inputs) + 2)) + np.array(counts, np.uint32).tobytes() + offsets.tobytes()
-    links = [(-1, 8 * i, i, 0) for i in range(len(inputs) + 2)]
-    links += [(0, 16 * t, len(arrays) - 2, 0) for t in range(n_tok)]
-    links += [(len(arrays) - 2, 8 * i, len(arrays) - 1, i * blocks.shape[1]) for i in range(n_blocks)]
-    share = -(-v // 512) if few else -(-v // 128)
-    name = f"latent_{'few' if few else 'attend'}_{kind}"
-    groups = (n_parts, -(-n_head // 8), n_tok)
-    gpu.run(name, arrays, push, links, groups, [share])
+    offsets = [0, scale - at, tail_at - at, tail_scale - at, 0, row_bytes, tail_bytes]
+    groups, specs = (n_parts, -(-n_head // 8), n_tok), [-(-v // (512 if way == "few" else 128))]
+    queries = absorbed if way == "few" else made.astype(np.float32)
+    if way == "coop":
+        queries, specs, n_groups = halves(made, v)
+        groups = (n_groups, n_parts, 1)
+    arrays = [tokens.view(np.uint8), queries, q, angles, to, table, blocks]
+    counts = [n_head, rank, nope, n_tail, width, head, v, n_parts, at]
+    push = bytes(8 * 5) + np.array([*counts, *offsets, n_tok], np.uint32).tobytes()
+    links = [(-1, 8 * i, i, 0) for i in range(5)]
+    links += [(0, 16 * t, 5, 0) for t in range(n_tok)]
+    links += [(5, 8 * i, 6, i * blocks.shape[1]) for i in range(n_blocks)]
+    gpu.run(f"latent_{way}_{kind}", arrays, push, links, groups, specs)
     rows = data.reshape(-1, width).astype(np.float64)
     rows[:, :head] *= scales[0].reshape(-1, 1)
     rows[:, head:] *= scales[1].reshape(-1, 1)
@@ -106,11 +121,31 @@ def test_few_tokens(
     gpu: Gpu, kind: str, n_head: int, rank: int, n_tail: int, positions: list[int], n_parts: int
 ) -> None:
     """Queries and all; of any number of tokens, from the queries that numpy makes."""
-    got, expected = attend(gpu, kind, True, n_head, rank, n_tail, positions, n_parts)
+    got, expected = attend(gpu, kind, "few", n_head, rank, n_tail, positions, n_parts)
     bar = 1e-5 * np.abs(expected).max()
     assert np.abs(got - expected).max() <= bar
-    many, _ = attend(gpu, kind, False, n_head, rank, n_tail, positions, n_parts)
+    many, _ = attend(gpu, kind, "attend", n_head, rank, n_tail, positions, n_parts)
     assert np.abs(got - many).max() <= bar
+
+
+@pytest.mark.parametrize("kind", ["i16", "q8"])
+@pytest.mark.parametrize(
+    ("n_head", "rank", "n_tail", "first", "n_tok", "n_parts"),
+    [
+        (16, 512, 64, 0, 4, 1),
+        (16, 512, 64, 90, 3, 2),  # rows that are no whole tile; parts of several blocks
+        (5, 64, 32, 61, 7, 9),  # more parts than there are tiles; heads over tiles of rows
+        (3, 96, 8, 200, 11, 3),
+    ],
+)
+def test_many_tokens_in_halves(
+    gpu: Gpu, kind: str, n_head: int, rank: int, n_tail: int, first: int, n_tok: int, n_parts: int
+) -> None:
+    """Of one sequence, by matrix units."""
+    if not device()["coop"]:
+        pytest.skip("the device has no cooperative matrices of halves that are summed in floats")
+    got, expected = attend(gpu, kind, "coop", n_head, rank, n_tail, [first + t for t in range(n_tok)], n_parts)
+    assert np.abs(got - expected).max() <= 2.0**-8 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["f32", "i16", "q8"])

@@ -30,7 +30,7 @@ typedef struct widths {
     uint32_t all, head, v, query;
 } widths;
 
-static uint32_t up_to(uint32_t n, uint32_t of) { return (n + of - 1) / of * of; }
+static uint32_t up_to(uint32_t n, uint32_t of) { return ds_gpu_pieces(n, of) * of; }
 
 static widths widths_of(const ds_config *c, uint32_t kind) {
     const uint32_t rank = (uint32_t)c->kv_lora_rank, tail = (uint32_t)c->rope_dim;
@@ -105,6 +105,18 @@ static ds_status absorb(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attendi
     return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)c->n_head, err);
 }
 
+/* A workgroup a head of a token, which shares a row. */
+static ds_status by_rows(ds_gpu_backend *b, const char *shader, const ds_gpu_attending *a, const void *push,
+                         uint32_t bytes, ds_error *err) {
+    const ds_config *c = b->facts.config;
+    const uint32_t row = (uint32_t)(c->kv_lora_rank + c->rope_dim);
+    vk_Pipeline pipeline;
+    const ds_status st = ds_gpu_pipeline(b->gpu, shader, &row, 1, &pipeline, err);
+    if (st == DS_OK)
+        ds_gpu_dispatch(b->gpu, &b->commands, pipeline, push, bytes, (uint32_t)c->n_head, (uint32_t)a->n, 1);
+    return st;
+}
+
 static ds_status queries(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, bool halves,
                          ds_error *err) {
     const ds_config *c = b->facts.config;
@@ -124,8 +136,7 @@ static ds_status queries(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attend
               (uint32_t)c->nope_dim,
               (uint32_t)c->rope_dim,
               w->query};
-    return ds_gpu_do(b, halves ? "latent_query_half" : "latent_query", &push, 60, (uint32_t)c->n_head, (uint32_t)a->n,
-                     1, err);
+    return by_rows(b, halves ? "latent_query_half" : "latent_query", a, &push, 60, err);
 }
 
 /* Whether latent_few.comp takes them, which knows no floats and no longer rows. */
@@ -135,97 +146,87 @@ static bool are_few(int n, uint32_t kind, const widths *w) {
 
 /* Parts of few tokens' positions: a tile each, as long as the device has room for all groups at once. */
 static uint32_t parts_of_few(int n_pos, uint32_t groups) {
-    const uint32_t parts = DS_GPU_FEW_GROUPS / groups, tiles = up_to((uint32_t)n_pos, 64) / 64;
+    const uint32_t parts = DS_GPU_FEW_GROUPS / groups, tiles = ds_gpu_pieces((uint32_t)n_pos, 64);
     return parts < 1 ? 1 : parts < tiles ? parts : tiles;
 }
 
-/* Parts of positions, of heads a few at a time. */
-static ds_status in_floats(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
-                           uint32_t *parts, ds_error *err) {
-    static const char *const ATTEND[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"};
-    const uint32_t kind = ds_gpu_rows_kind(a->store), heads = (uint32_t)b->facts.config->n_head,
-                   each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS,
-                   share = up_to(w->v, DS_GPU_THREADS) / DS_GPU_THREADS;
-    *parts = parts_of(b, a->n, a->n_pos, (uint32_t)a->n * each);
-    const struct {
-        uint64_t tokens, q, to;
-        uint32_t n_head, width, head, v, n_parts, at;
-        ds_gpu_layout l;
-    } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
-              b->room.queries,
-              b->room.parts,
-              heads,
-              w->all,
-              w->head,
-              w->v,
-              *parts,
-              ds_gpu_layer_at(b, a->store, op->il),
-              ds_gpu_layout_of(a->store)};
-    vk_Pipeline pipeline;
-    const ds_status st = ds_gpu_pipeline(b->gpu, ATTEND[kind], &share, 1, &pipeline, err);
-    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 76, *parts, each, (uint32_t)a->n);
-    return st;
+/* How a shader is cut: groups of heads or rows, and parts of what they see. */
+typedef struct cut {
+    const char *shader;
+    uint32_t specs[6];
+    int n_specs;
+    uint64_t queries; /* what it reads as such */
+    uint32_t parts, grid[3];
+} cut;
+
+static uint32_t groups_of_heads(const ds_gpu_backend *b) {
+    return ds_gpu_pieces((uint32_t)b->facts.config->n_head, DS_GPU_ATTEND_HEADS);
+}
+
+/* Of heads a few at a time. */
+static cut in_floats(const ds_gpu_backend *b, const ds_gpu_attending *a, const widths *w) {
+    static const char *const SHADERS[] = {"latent_attend_f32", "latent_attend_i16", "latent_attend_q8"};
+    const uint32_t n = (uint32_t)a->n, each = groups_of_heads(b), parts = parts_of(b, a->n, a->n_pos, n * each);
+    return (cut){SHADERS[ds_gpu_rows_kind(a->store)],
+                 {ds_gpu_pieces(w->v, DS_GPU_THREADS)},
+                 1,
+                 b->room.queries,
+                 parts,
+                 {parts, each, n}};
 }
 
 /* The same of few tokens, whose queries are made on the way. */
-static ds_status of_few(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w, uint32_t *parts,
-                        ds_error *err) {
+static cut of_few(const ds_gpu_backend *b, const ds_gpu_attending *a, const widths *w) {
+    const bool shorts = ds_gpu_rows_kind(a->store) == DS_ROWS_I16;
+    const uint32_t n = (uint32_t)a->n, each = groups_of_heads(b), parts = parts_of_few(a->n_pos, n * each);
+    return (cut){shorts ? "latent_few_i16" : "latent_few_q8",
+                 {ds_gpu_pieces(w->v, DS_GPU_FEW_VALUES)},
+                 1,
+                 b->room.absorbed,
+                 parts,
+                 {parts, each, n}};
+}
+
+/* Of rows of queries ROWS at a time; the constants are there. */
+static void in_halves(const ds_gpu_backend *b, const ds_gpu_attending *a, cut *out) {
+    const uint32_t groups = ds_gpu_pieces((uint32_t)(a->n * b->facts.config->n_head), ROWS);
+    out->shader = ds_gpu_rows_kind(a->store) == DS_ROWS_I16 ? "latent_coop_i16" : "latent_coop_q8";
+    out->n_specs = 6;
+    out->queries = b->room.queries;
+    out->parts = parts_of(b, a->n, a->n_pos, groups);
+    out->grid[0] = groups, out->grid[1] = out->parts, out->grid[2] = 1;
+}
+
+/* Parts of positions, of each head: what the three shaders are told is in the same places. */
+static ds_status attend_by(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
+                           const cut *by, ds_error *err) {
     const ds_config *c = b->facts.config;
-    const uint32_t heads = (uint32_t)c->n_head, each = up_to(heads, DS_GPU_ATTEND_HEADS) / DS_GPU_ATTEND_HEADS,
-                   share = up_to(w->v, DS_GPU_FEW_VALUES) / DS_GPU_FEW_VALUES;
-    *parts = parts_of_few(a->n_pos, (uint32_t)a->n * each);
     const struct {
-        uint64_t tokens, absorbed, q, angles, to;
+        uint64_t tokens, queries, q, angles, to;
         uint32_t n_head, rank, nope, n_tail, width, head, v, n_parts, at;
         ds_gpu_layout l;
+        uint32_t n_tok;
     } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
-              b->room.absorbed,
+              by->queries,
               queries_at(b, a),
               b->room.angles[op->tail].at + (uint64_t)a->begin * (uint64_t)c->rope_dim * 4,
               b->room.parts,
-              heads,
+              (uint32_t)c->n_head,
               (uint32_t)c->kv_lora_rank,
               (uint32_t)c->nope_dim,
               (uint32_t)c->rope_dim,
               w->all,
               w->head,
               w->v,
-              *parts,
+              by->parts,
               ds_gpu_layer_at(b, a->store, op->il),
-              ds_gpu_layout_of(a->store)};
+              ds_gpu_layout_of(a->store),
+              (uint32_t)a->n};
     vk_Pipeline pipeline;
-    const ds_status st =
-        ds_gpu_pipeline(b->gpu, ds_gpu_rows_kind(a->store) == DS_ROWS_I16 ? "latent_few_i16" : "latent_few_q8", &share,
-                        1, &pipeline, err);
-    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 104, *parts, each, (uint32_t)a->n);
-    return st;
-}
-
-/* Parts of positions, of rows of queries ROWS at a time. */
-static ds_status in_halves(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const widths *w,
-                           const uint32_t specs[6], uint32_t *parts, ds_error *err) {
-    const uint32_t heads = (uint32_t)b->facts.config->n_head, groups = up_to((uint32_t)a->n * heads, ROWS) / ROWS;
-    *parts = parts_of(b, a->n, a->n_pos, groups);
-    const struct {
-        uint64_t tokens, q, to;
-        uint32_t n_head, n_tok, width, head, v, n_parts, at;
-        ds_gpu_layout l;
-    } push = {b->room.tokens[op->tail].at + (uint64_t)a->begin * sizeof(ds_gpu_token),
-              b->room.queries,
-              b->room.parts,
-              heads,
-              (uint32_t)a->n,
-              w->all,
-              w->head,
-              w->v,
-              *parts,
-              ds_gpu_layer_at(b, a->store, op->il),
-              ds_gpu_layout_of(a->store)};
-    vk_Pipeline pipeline;
-    const ds_status st =
-        ds_gpu_pipeline(b->gpu, ds_gpu_rows_kind(a->store) == DS_ROWS_I16 ? "latent_coop_i16" : "latent_coop_q8", specs,
-                        6, &pipeline, err);
-    if (st == DS_OK) ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, 80, groups, *parts, 1);
+    static_assert(sizeof push == 112, "the same bytes as in shaders/attend.glsl");
+    const ds_status st = ds_gpu_pipeline(b->gpu, by->shader, by->specs, by->n_specs, &pipeline, err);
+    if (st == DS_OK)
+        ds_gpu_dispatch(b->gpu, &b->commands, pipeline, &push, sizeof push, by->grid[0], by->grid[1], by->grid[2]);
     return st;
 }
 
@@ -250,8 +251,7 @@ static ds_status values(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attendi
         p.usual = parts;
         p.flags = DS_GPU_JOIN * (1 + kind);
     } else {
-        const ds_status st =
-            ds_gpu_do(b, "latent_join", &join, sizeof join, (uint32_t)c->n_head, (uint32_t)a->n, 1, err);
+        const ds_status st = by_rows(b, "latent_join", a, &join, sizeof join, err);
         if (st != DS_OK) return st;
         ds_gpu_then(b);
     }
@@ -260,18 +260,19 @@ static ds_status values(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attendi
 
 ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {
     const uint32_t kind = ds_gpu_rows_kind(a->store);
-    uint32_t parts, specs[6];
-    const bool halves = a->alone && takes_halves(b, kind, specs);
+    cut by = {0};
+    const bool halves = a->alone && takes_halves(b, kind, by.specs);
     widths w = widths_of(b->facts.config, kind);
-    if (halves) w.query = specs[4];
+    if (halves) w.query = by.specs[4];
     const bool few = !halves && are_few(a->n, kind, &w);
     ds_status st = absorb(b, op, a, err);
     if (st == DS_OK && !few) st = queries(b, op, a, &w, halves, err);
     if (st != DS_OK) return st;
+    if (halves) in_halves(b, a, &by);
+    else by = few ? of_few(b, a, &w) : in_floats(b, a, &w);
     ds_gpu_then(b);
-    if (few) st = of_few(b, op, a, &w, &parts, err);
-    else st = halves ? in_halves(b, op, a, &w, specs, &parts, err) : in_floats(b, op, a, &w, &parts, err);
+    st = attend_by(b, op, a, &w, &by, err);
     if (st != DS_OK) return st;
     ds_gpu_then(b);
-    return values(b, op, a, &w, parts, err);
+    return values(b, op, a, &w, by.parts, err);
 }

@@ -20,6 +20,9 @@ enum {
     DS_GPU_CHUNK = 1 << 30, /* bytes of an allocation at most: larger ones are refused by some drivers */
 };
 
+/* Pieces of that size that n are cut into. */
+static inline uint32_t ds_gpu_pieces(uint32_t n, uint32_t size) { return n / size + (n % size != 0); }
+
 /* A device as it is found. */
 typedef struct ds_gpu_info {
     char name[256], driver[256];

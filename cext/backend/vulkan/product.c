@@ -23,14 +23,16 @@ enum {
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
     LARGE_TILE = 128, /* these reuse more of what is read, */
     LARGE_FROM = 512, /* where groups of them still keep a large device at work */
+    COOP_STEP = 40, /* halves of a row of mul_coop.comp's tiles, and bytes of the largest grid that it shares */
+    COOP_GRID = 2048,
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
     VEC_MOST = 8, /* slots; more are tiles' work: of matrix units, */
     VEC_MOST_FLOATS = 32, /* without them, */
-    VEC_MOST_GROUPS = 64, /* and where they are shared out among groups */
+    VEC_MOST_GROUPS = 64, /* and where they are shared out among groups; */
+    VEC_MOST_ROWS = 256, /* and of so few rows of floats any, */
+    VEC_TILES = 128, /* where they would be fewer tiles than a large card runs at once */
     MAX_GROUPS = 65535, /* what every device has */
 };
-
-static uint32_t pieces(uint32_t n, uint32_t of) { return n / of + (n % of != 0); }
 
 void ds_gpu_tables(uint16_t out[DS_GPU_TABLES_BYTES / 2]) {
 #define PUT(grid) memcpy(out, grid, sizeof grid), out += sizeof grid / sizeof *grid
@@ -75,14 +77,29 @@ static const char *family(const ds_gpu_product *p, const char *floats, const cha
     return p->x_scale ? packed : floats;
 }
 
+/* Bytes that a workgroup of mul_coop.comp shares: two units of rows and slots, a matrix of each subgroup, and the largest
+ * grid where the format has one. */
+static uint32_t coop_shared(const ds_gpu_info *told, ds_format format, uint32_t tile) {
+    const bool grid = strncmp(ds_format_get(format)->name, "iq", 2) == 0;
+    return 2 * (tile + TILE) * COOP_STEP * 2 + 4 * told->coop[0] * told->coop[1] * 4 + (grid ? COOP_GRID : 0);
+}
+
 /* Halves serve where floats need not be kept: rows of floats are few. */
 static bool takes_halves(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
-    return ds_gpu_told(gpu)->coop[0] && !p->x_scale && format != DS_FORMAT_F32 && !(p->flags & DS_GPU_EXACT);
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    if (!told->coop[0] || p->x_scale || format == DS_FORMAT_F32 || p->flags & DS_GPU_EXACT) return false;
+    return coop_shared(told, format, TILE) <= told->shared_bytes;
+}
+
+/* Whether tiles are too few for a card: those of few rows of floats, a router's, whose slots others share out better. */
+static bool has_few_tiles(ds_format format, const ds_gpu_product *p) {
+    const uint64_t tiles = (uint64_t)ds_gpu_pieces(p->rows, TILE) * ds_gpu_pieces(p->n_slots, TILE);
+    return format == DS_FORMAT_F32 && !p->groups && p->rows <= VEC_MOST_ROWS && tiles < VEC_TILES;
 }
 
 static bool is_vec(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
     const uint32_t most = takes_halves(gpu, format, p) ? VEC_MOST : p->groups ? VEC_MOST_GROUPS : VEC_MOST_FLOATS;
-    return p->n_slots <= most;
+    return p->n_slots <= most || has_few_tiles(format, p);
 }
 
 /* How mul_vec.comp is cut: its specialization constants but for the threads. */
@@ -102,7 +119,8 @@ static bool is_aligned(ds_format format, const ds_gpu_product *p) {
 static uint32_t blocks_of(const ds_gpu_product *p, uint32_t n_blocks) { return p->groups ? VEC_BLOCKS : n_blocks; }
 
 static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matrices, uint32_t n_blocks) {
-    const uint32_t item = is_float(format) ? 4 : 32, items = pieces(p->k, item), under_way = is_float(format) ? 8 : 4;
+    const uint32_t item = is_float(format) ? 4 : 32, items = ds_gpu_pieces(p->k, item),
+                   under_way = is_float(format) ? 8 : 4;
     const uint64_t rows = (uint64_t)p->rows * blocks_of(p, n_blocks);
     shape s = {.rows = 1, .slots = 8, .lanes = 1, .chunk = 256};
     s.aligned = is_aligned(format, p);
@@ -121,23 +139,24 @@ static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_f
                          uint32_t n_matrices, uint32_t n_blocks, ds_error *err) {
     const shape s = shape_of(format, p, n_matrices, n_blocks);
     const uint32_t specs[] = {VEC_THREADS, s.rows, s.slots, s.lanes, s.chunk, s.aligned, s.normed, s.joined};
-    const uint32_t groups = pieces(p->rows, VEC_THREADS / s.lanes * s.rows), slots = pieces(p->n_slots, s.slots);
+    const uint32_t groups = ds_gpu_pieces(p->rows, VEC_THREADS / s.lanes * s.rows),
+                   slots = ds_gpu_pieces(p->n_slots, s.slots);
     const uint64_t passes = ((uint64_t)groups * slots * blocks_of(p, n_blocks) + VEC_GROUPS - 1) / VEC_GROUPS;
     return record(gpu, c, name, format, specs, 8, p,
-                  (uint32_t[]){passes < groups ? pieces(groups, (uint32_t)passes) : 1, slots, n_blocks}, err);
+                  (uint32_t[]){passes < groups ? ds_gpu_pieces(groups, (uint32_t)passes) : 1, slots, n_blocks}, err);
 }
 
 /* Tiles of slots in a grid: a block with more than is usual takes its own one after another, so that the others, of which
  * most have few, need not start as many groups for nothing. */
 static uint32_t slot_tiles(const ds_gpu_product *p) {
-    const uint32_t all = pieces(p->n_slots, TILE), usual = pieces(2 * p->usual, TILE);
+    const uint32_t all = ds_gpu_pieces(p->n_slots, TILE), usual = ds_gpu_pieces(2 * p->usual, TILE);
     return p->usual && usual < all ? usual : all;
 }
 
 static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          ds_error *err) {
     return record(gpu, c, family(p, "mul_mat", "dot_mat"), format, (uint32_t[]){MAT_THREADS}, 1, p,
-                  (uint32_t[]){pieces(p->rows, TILE), slot_tiles(p), n_blocks}, err);
+                  (uint32_t[]){ds_gpu_pieces(p->rows, TILE), slot_tiles(p), n_blocks}, err);
 }
 
 /* matrices: W alone, or W and Up in one tile. */
@@ -145,12 +164,13 @@ static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, uint32_t matrices, ds
                           uint32_t n_blocks, ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
     const uint32_t slots = slot_tiles(p), threads = 4 * told->subgroup;
-    const uint64_t large = (uint64_t)pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
-    const bool fits = told->coop[0] * told->coop[1] <= 256; /* what is shared, within DS_GPU_SHARED */
+    const uint64_t large = (uint64_t)ds_gpu_pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
+    const bool fits = coop_shared(told, format, LARGE_TILE) <= told->shared_bytes;
     const uint32_t tile = fits && large >= LARGE_FROM ? LARGE_TILE : TILE;
-    const uint32_t specs[] = {threads, told->coop[0], told->coop[1], told->coop[2], tile, threads};
-    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 6, p,
-                  (uint32_t[]){pieces(p->rows, tile / matrices), slots, n_blocks}, err);
+    const uint32_t specs[] = {threads, told->coop[0], told->coop[1],        told->coop[2],
+                              tile,    threads,       is_aligned(format, p)};
+    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 7, p,
+                  (uint32_t[]){ds_gpu_pieces(p->rows, tile / matrices), slots, n_blocks}, err);
 }
 
 /* Whether a quarter of the least tile, what a subgroup has of either, is whole matrices. */
@@ -183,10 +203,10 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds
 
 ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err) {
     return record(gpu, c, "pack_q8", DS_FORMAT_COUNT, (uint32_t[]){THREADS}, 1, p,
-                  (uint32_t[]){pieces(p->ldx, 4 * THREADS), p->n_slots, 1}, err);
+                  (uint32_t[]){ds_gpu_pieces(p->ldx, 4 * THREADS), p->n_slots, 1}, err);
 }
 
 ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, ds_error *err) {
     return record(gpu, c, "get_rows", format, (uint32_t[]){THREADS}, 1, p,
-                  (uint32_t[]){pieces(p->k, GATHER_VALUES), p->n_slots, 1}, err);
+                  (uint32_t[]){ds_gpu_pieces(p->k, GATHER_VALUES), p->n_slots, 1}, err);
 }

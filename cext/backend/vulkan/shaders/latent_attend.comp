@@ -6,16 +6,10 @@
 #extension GL_GOOGLE_include_directive : require
 #include "common.glsl"
 #include "rows.glsl"
+#include "attend.glsl"
 
 layout(local_size_x = 128) in;
 layout(constant_id = 0) const uint SHARE = 4; // values of a thread: v / 128, rounded up
-layout(push_constant, scalar) uniform Push {
-    Tokens tokens; // (n_tok)
-    Floats q;      // (n_tok, n_head, width)
-    Floats to;     // (n_tok, n_head, n_parts, v + 2): acc, m, l
-    uint n_head, width, head, v, n_parts, at; // head: values of width that are the row's head; at: of the layer in a block
-    Layout l;
-} p;
 
 const uint THREADS = 128, HEADS = 8, TILE = 64, CHUNK = 32;
 shared float keys[TILE][CHUNK + 1];
@@ -71,7 +65,7 @@ void main() {
             for (uint i = me; i < HEADS * CHUNK; i += THREADS) {
                 const uint h = i / CHUNK, c = i % CHUNK;
                 queries[h][c] =
-                    h < n_heads && from + c < p.width ? p.q.at[(t * p.n_head + h0 + h) * p.width + from + c] : 0.0;
+                    h < n_heads && from + c < p.width ? Floats(p.queries).at[(t * p.n_head + h0 + h) * p.width + from + c] : 0.0;
             }
             barrier();
             for (uint h = 0; h < HEADS / 2; h++) {

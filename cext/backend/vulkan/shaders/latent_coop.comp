@@ -12,6 +12,7 @@
 #extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
 #include "common.glsl"
 #include "rows.glsl"
+#include "attend.glsl"
 
 layout(local_size_x_id = 0) in; // eight subgroups
 layout(constant_id = 1) const uint M = 16; // the device's shape: rows, columns, depth
@@ -20,15 +21,7 @@ layout(constant_id = 3) const uint K = 16;
 layout(constant_id = 4) const uint WIDTH = 576; // of queries: whole shares of depth, 0 behind the row's values
 layout(constant_id = 5) const uint V = 512; // values: whole matrices of each subgroup
 layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Halves { float16_t at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Shorts4 { i16vec4 at[]; };
-layout(buffer_reference, scalar, buffer_reference_align = 4) readonly buffer Bytes4 { i8vec4 at[]; };
-layout(push_constant, scalar) uniform Push {
-    Tokens tokens; // (n_tok), of one sequence
-    Halves q;      // (n_tok, n_head, WIDTH), to whole ROWS
-    Floats to;     // (n_tok, n_head, n_parts, v + 2): acc, m, l
-    uint n_head, n_tok, width, head, v, n_parts, at; // as in latent_attend.comp
-    Layout l;
-} p;
+layout(buffer_reference, scalar, buffer_reference_align = 8) readonly buffer Pairs { uvec2 at; };
 
 const uint SUBGROUPS = 8, ROWS = 32, TAKEN = 16, BLOCK = 64; // positions of a block
 const uint SPLIT = SUBGROUPS * M * N / (ROWS * TAKEN); // subgroups that share one matrix of scores
@@ -41,31 +34,57 @@ shared f16vec4 keys[TAKEN * KEY];
 shared float sums[SUBGROUPS * M * N]; // of scores by share; then what rows shrink by, in each column; at the end values
 shared float score[ROWS][TAKEN + 1];
 shared float16_t weights[ROWS * WEIGHT];
-shared float top[ROWS], sum[ROWS], factor[ROWS];
+shared float top[2][ROWS], sum[ROWS];
 shared uint seen[ROWS]; // positions that a row sees
 
-f16vec4 key(uint64_t block, uint j, uint i) {
-    if (i >= p.width) return f16vec4(0.0);
-#if KIND == 1
-    const float scale = Floats(block + p.l.scale).at[j];
-    return f16vec4(scale * vec4(Shorts4(block + p.l.data + j * p.l.row_bytes + 2 * i).at[0]));
-#else
-    if (i < p.head) {
-        const float scale = Floats(block + p.l.scale).at[j];
-        return f16vec4(scale * vec4(Bytes4(block + p.l.data + j * p.l.row_bytes + i).at[0]));
-    }
-    const float scale = Floats(block + p.l.tail_scale).at[j];
-    return f16vec4(scale * vec4(Shorts4(block + p.l.tail + j * p.l.tail_bytes + 2 * (i - p.head)).at[0]));
+// ---- Keys: a thread has fours of one row, LANES apart. All are asked for at once and without a branch, before what came
+// before is multiplied, and taken into shared memory behind that. ----
+
+const uint LANES = gl_WorkGroupSize.x / TAKEN, FOURS = KEY - 2, EACH = (FOURS + LANES - 1) / LANES;
+uvec2 asked[EACH];
+float asked_scale, asked_tail_scale;
+
+uint64_t block_of(uint from) { return Longs(p.tokens.at[0].blocks).at[from / BLOCK] + p.at; }
+
+// Beyond the last position or value, the last is asked for: what it is multiplied by is 0.
+void ask_keys(uint64_t block, uint from, uint end) {
+    const uint lane = gl_LocalInvocationIndex % LANES, j = min(from + gl_LocalInvocationIndex / LANES, end - 1) % BLOCK;
+    const uint64_t data = block + p.l.data + j * p.l.row_bytes;
+    asked_scale = Floats(block + p.l.scale).at[j];
+#if KIND == 2
+    const uint64_t tail = block + p.l.tail + j * p.l.tail_bytes;
+    asked_tail_scale = Floats(block + p.l.tail_scale).at[j];
 #endif
+    [[unroll]] for (uint e = 0; e < EACH; e++) {
+        const uint i = min(4 * (lane + e * LANES), p.width - 4);
+#if KIND == 1
+        asked[e] = Pairs(data + 2 * i).at;
+#else
+        const bool head = i < p.head;
+        const uint64_t at = head ? data + i : tail + 2 * (i - p.head);
+        asked[e] = uvec2(Uints(at).at[0], Uints(at + (head ? 0 : 4)).at[0]);
+#endif
+    }
 }
 
-void take_keys(uint from, uint end) {
-    const uint64_t block = Longs(p.tokens.at[0].blocks).at[from / BLOCK] + p.at;
-    for (uint i = gl_LocalInvocationIndex; i < TAKEN * (KEY - 2); i += gl_WorkGroupSize.x) {
-        const uint j = i / (KEY - 2), c = i % (KEY - 2);
-        keys[j * KEY + c] = from + j < end ? key(block, from % BLOCK + j, 4 * c) : f16vec4(0.0);
+vec4 shorts(uvec2 four) {
+    return vec4(int(four.x << 16) >> 16, int(four.x) >> 16, int(four.y << 16) >> 16, int(four.y) >> 16);
+}
+
+void take_keys() {
+    const uint lane = gl_LocalInvocationIndex % LANES, j = gl_LocalInvocationIndex / LANES;
+    [[unroll]] for (uint e = 0; e < EACH; e++) {
+        const uint i = lane + e * LANES;
+        vec4 four = asked_scale * shorts(asked[e]);
+#if KIND == 2
+        if (4 * i < p.head) four = asked_scale * vec4(unpack8(int(asked[e].x)));
+        else four = asked_tail_scale * shorts(asked[e]);
+#endif
+        if (i < FOURS) keys[j * KEY + i] = f16vec4(four);
     }
 }
+
+// ---- Scores and weights ----
 
 // What the shares of depth give, together: the score of a row and a position.
 float joined(uint r, uint j) {
@@ -82,29 +101,26 @@ void join_scores(uint from) {
     }
 }
 
-void raise_tops() {
-    for (uint r = gl_LocalInvocationIndex; r < ROWS; r += gl_WorkGroupSize.x) {
-        float most = top[r];
-        [[unroll]] for (uint j = 0; j < TAKEN; j++) most = max(most, score[r][j]);
-        factor[r] = top[r] == most ? 1.0 : exp(top[r] - most);
-        top[r] = most;
-    }
-}
-
-void weigh(uint from) {
+// The weights of rows' positions by their largest score and those before, and what rows' sums shrink by. Tops are in turns
+// the ones before and the ones to come: a row's threads all find the same.
+void weigh(uint from, uint turn) {
     for (uint i = gl_LocalInvocationIndex; i < ROWS * TAKEN; i += gl_WorkGroupSize.x) {
         const uint r = i / TAKEN, j = i % TAKEN;
-        const float16_t w = from + j < seen[r] ? float16_t(exp(score[r][j] - top[r])) : float16_t(0.0);
-        weights[r * WEIGHT + j] = w;
-        score[r][j] = float(w); // sums are of what values are weighted by
+        const float before = top[turn][r];
+        float most = before;
+        [[unroll]] for (uint c = 0; c < TAKEN; c++) most = max(most, score[r][c]);
+        const float by = before == most ? 1.0 : exp(before - most);
+        weights[r * WEIGHT + j] = from + j < seen[r] ? float16_t(exp(score[r][j] - most)) : float16_t(0.0);
+        for (uint n = j; n < N; n += TAKEN) sums[r * N + n] = by;
+        if (j == 0) top[1 - turn][r] = most;
     }
-    for (uint i = gl_LocalInvocationIndex; i < ROWS * N; i += gl_WorkGroupSize.x) sums[i] = factor[i / N];
 }
 
+// Sums are of what values are weighted by.
 void add_sums() {
     for (uint r = gl_LocalInvocationIndex; r < ROWS; r += gl_WorkGroupSize.x) {
-        float total = sum[r] * factor[r];
-        [[unroll]] for (uint j = 0; j < TAKEN; j++) total += score[r][j];
+        float total = sum[r] * sums[r * N];
+        [[unroll]] for (uint j = 0; j < TAKEN; j++) total += float(weights[r * WEIGHT + j]);
         sum[r] = total;
     }
 }
@@ -116,21 +132,30 @@ void main() {
     const uint each = (pieces + p.n_parts - 1) / p.n_parts;
     const uint begin = gl_WorkGroupID.y * each * TAKEN, end = min(n_pos, begin + each * TAKEN);
     for (uint r = gl_LocalInvocationIndex; r < ROWS; r += gl_WorkGroupSize.x) {
-        top[r] = -1.0 / 0.0;
+        top[0][r] = -1.0 / 0.0;
         sum[r] = 0.0;
         seen[r] = row0 + r < n_rows ? p.tokens.at[(row0 + r) / p.n_head].pos + 1 : 0;
     }
     const uint me = gl_SubgroupID, share = me % SPLIT, row = me / SPLIT % (ROWS / M) * M, column = me / SPLIT / (ROWS / M) * N;
     coopmat<float16_t, gl_ScopeSubgroup, M, K, gl_MatrixUseA> q[DEEP];
     [[unroll]] for (uint d = 0; d < DEEP; d++)
-        coopMatLoad(q[d], p.q.at, (row0 + row) * WIDTH + (share * DEEP + d) * K, WIDTH, gl_CooperativeMatrixLayoutRowMajor);
+        coopMatLoad(q[d], Halves(p.queries).at, (row0 + row) * WIDTH + (share * DEEP + d) * K, WIDTH, gl_CooperativeMatrixLayoutRowMajor);
     coopmat<float, gl_ScopeSubgroup, M, N, gl_MatrixUseAccumulator> acc[(ROWS / M) * MINE];
     [[unroll]] for (uint i = 0; i < (ROWS / M) * MINE; i++)
         acc[i] = coopmat<float, gl_ScopeSubgroup, M, N, gl_MatrixUseAccumulator>(0.0);
+    const uint last_from = begin + (max(end, begin + 1) - begin - 1) / TAKEN * TAKEN;
+    uint64_t ahead = 0;
+    uint turn = 0;
+    if (begin < end) {
+        ask_keys(block_of(begin), begin, end);
+        ahead = block_of(min(begin + TAKEN, last_from));
+    }
     for (uint from = begin; from < end; from += TAKEN) {
         barrier();
-        take_keys(from, end);
+        take_keys();
         barrier();
+        ask_keys(ahead, min(from + TAKEN, last_from), end);
+        ahead = block_of(min(from + 2 * TAKEN, last_from));
         coopmat<float, gl_ScopeSubgroup, M, N, gl_MatrixUseAccumulator> s =
             coopmat<float, gl_ScopeSubgroup, M, N, gl_MatrixUseAccumulator>(0.0);
         [[unroll]] for (uint d = 0; d < DEEP; d++) {
@@ -142,11 +167,10 @@ void main() {
         barrier();
         join_scores(from);
         barrier();
-        raise_tops();
-        barrier();
-        weigh(from);
+        weigh(from, turn);
         barrier();
         add_sums();
+        turn = 1 - turn;
         [[unroll]] for (uint i = 0; i < ROWS / M; i++) {
             coopmat<float, gl_ScopeSubgroup, M, N, gl_MatrixUseAccumulator> by;
             coopMatLoad(by, sums, i * M * N, N, gl_CooperativeMatrixLayoutRowMajor);
@@ -177,7 +201,7 @@ void main() {
         }
     for (uint r = gl_LocalInvocationIndex; r < ROWS && row0 + r < n_rows; r += gl_WorkGroupSize.x) {
         const uint to = ((row0 + r) * p.n_parts + gl_WorkGroupID.y) * (p.v + 2) + p.v;
-        p.to.at[to] = top[r];
+        p.to.at[to] = top[turn][r];
         p.to.at[to + 1] = sum[r];
     }
 }

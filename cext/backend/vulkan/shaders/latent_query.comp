@@ -17,6 +17,7 @@ layout(buffer_reference, scalar, buffer_reference_align = 2) writeonly buffer Ha
 #endif
 
 layout(local_size_x = 128) in;
+layout(constant_id = 0) const uint ROW = MAX_ROW; // values of a row: no more is shared, so that many groups fit a processor
 layout(push_constant, scalar) uniform Push {
     Tokens tokens;   // (n_tok)
     Floats absorbed; // (n_tok, n_head, rank)
@@ -26,7 +27,7 @@ layout(push_constant, scalar) uniform Push {
     uint kind, rank, nope, n_tail, width;
 } p;
 
-shared float row[MAX_ROW];
+shared float row[ROW];
 #include "rotate.glsl"
 
 void main() {

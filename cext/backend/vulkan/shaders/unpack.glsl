@@ -287,14 +287,17 @@ Codes unpack(uint64_t row, uint u, uint h) {
 #endif
 }
 
+/* Weights 4 i to 4 i + 4 of sixteen. */
+vec4 decoded(Codes c, uint i) {
+    EXACT vec4 product = c.scale * bytes_to_floats(c.q[i]);
+    EXACT vec4 value = product - c.low;
+    return value;
+}
+
 /* Sixteen weights. */
 void decode(uint64_t row, uint u, uint h, uint k, out vec4 w[4]) {
     const Codes c = unpack(row, u, h);
-    [[unroll]] for (uint i = 0; i < 4; i++) {
-        EXACT vec4 product = c.scale * bytes_to_floats(c.q[i]);
-        EXACT vec4 value = product - c.low;
-        w[i] = value;
-    }
+    [[unroll]] for (uint i = 0; i < 4; i++) w[i] = decoded(c, i);
 }
 
 #else
