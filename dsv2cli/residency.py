@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsv2cli import console, rereading, usage
+from dsv2cli import console, reading, rereading, usage
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.gpu import Layout, Wish, attends, find, lay_out
 from dsv2cli.options import MAX_CONTEXT
@@ -239,6 +239,9 @@ def on_gpu(model: Model, wish: Wish, sought: Callable[[], Gpu], beside: Beside, 
         gpu = sought()
         if wish.which == "auto" and not attends(shape):
             raise UnsupportedError("this model's attention is not computed on one", f"--gpu {gpu.number} has the rest")
+        if wish.which == "auto" and (slow := too_slow(gpu, model.threads)) is not None:
+            not_used(slow)
+            return None
         with Gguf(model.path) as gguf:
             caches = beside.cache_bytes(model)
             fill = partial(lay_out, gguf, shape, gpu, wish, cache_bytes=caches, share=beside.share)
@@ -258,6 +261,17 @@ def on_gpu(model: Model, wish: Wish, sought: Callable[[], Gpu], beside: Beside, 
             raise CliError(problem, "--gpu off leaves it out")
         console.warn(console.printable(f"{problem}: the processor computes all of it"))
     return layout
+
+
+def too_slow(gpu: Gpu, threads: int) -> EngineError | None:
+    """What to say of a card that reads its memory no faster than so many threads of the processor read theirs."""
+    from cext import UnsupportedError
+
+    read = reading.measured(gpu, threads)
+    if read is None or read.pays:
+        return None
+    rates = f"{read.card / 1e9:.1f} GB/s, the processor at {read.processor / 1e9:.1f}"
+    return UnsupportedError(f"{gpu.name} reads its memory at {rates}", f"--gpu {gpu.number} takes it all the same")
 
 
 def is_enough(found: Plan, layout: Layout) -> bool:

@@ -93,6 +93,21 @@ static PyObject *gpu_link(void *gpu, PyObject *args) {
 }
 DS_PY_HELD(gpu_link, DS_PY_GPU)
 
+/* gpu_reads(gpu, bytes) -> bytes a second of a shader that reads so many of the device's own memory */
+static PyObject *gpu_reads(void *gpu, PyObject *args) {
+    PyObject *capsule;
+    unsigned long long bytes;
+    double rate;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "OK", &capsule, &bytes)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_gpu_reads(gpu, bytes, &rate, &err);
+    Py_END_ALLOW_THREADS
+    return st == DS_OK ? PyFloat_FromDouble(rate) : ds_py_raise(&err);
+}
+DS_PY_HELD(gpu_reads, DS_PY_GPU)
+
 /* The arrays of a job and their links, from lists; false with an exception. */
 static bool read_arrays(PyObject *list, Py_buffer *views, ds_gpu_single *job) {
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++, job->n_arrays++) {
@@ -258,15 +273,10 @@ static PyObject *gpu_share(PyObject *self, PyObject *args) {
 }
 
 PyMethodDef ds_py_gpu_methods[] = {
-    {"gpu_built", gpu_built, METH_NOARGS, NULL},
-    {"gpu_list", gpu_list, METH_NOARGS, NULL},
-    {"gpu_open", gpu_open, METH_VARARGS, NULL},
-    {"gpu_close", gpu_close, METH_O, NULL},
-    {"gpu_run", gpu_run_held, METH_VARARGS, NULL},
-    {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
-    {"gpu_tables", gpu_tables, METH_NOARGS, NULL},
-    {"gpu_copies", gpu_copies_held, METH_VARARGS, NULL},
-    {"gpu_share", gpu_share, METH_VARARGS, NULL},
-    {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
-    {0},
+    {"gpu_built", gpu_built, METH_NOARGS, NULL},       {"gpu_list", gpu_list, METH_NOARGS, NULL},
+    {"gpu_open", gpu_open, METH_VARARGS, NULL},        {"gpu_close", gpu_close, METH_O, NULL},
+    {"gpu_run", gpu_run_held, METH_VARARGS, NULL},     {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
+    {"gpu_tables", gpu_tables, METH_NOARGS, NULL},     {"gpu_copies", gpu_copies_held, METH_VARARGS, NULL},
+    {"gpu_share", gpu_share, METH_VARARGS, NULL},      {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
+    {"gpu_reads", gpu_reads_held, METH_VARARGS, NULL}, {0},
 };

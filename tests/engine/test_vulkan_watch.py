@@ -91,3 +91,14 @@ def test_the_link_has_a_rate() -> None:
         assert min(_engine.gpu_link(gpu, 1 << 20)) > 0
     finally:
         _engine.gpu_close(gpu)
+
+
+def test_a_device_reads_its_memory_at_a_rate() -> None:
+    gpu = _engine.gpu_open(number())
+    try:
+        assert _engine.gpu_reads(gpu, 1 << 20) > 0 and _engine.gpu_reads(gpu, 48) > 0
+        for nbytes in (0, 40, (1 << 30) + 16, 1 << 40):
+            with pytest.raises(cext.ArgumentError, match="bytes to read"):
+                _engine.gpu_reads(gpu, nbytes)
+    finally:
+        _engine.gpu_close(gpu)

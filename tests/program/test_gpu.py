@@ -14,7 +14,7 @@ from support.tiny import SPECS, Spec, spec_named, variant, write_gguf
 
 import cext
 from cext import Device, Gguf, Gpu, Model, Place
-from dsv2cli import gpu, locate
+from dsv2cli import gpu, locate, reading
 
 PACKAGED = locate.model(None)
 ASK = ("chat", "-p", "Tell me a story about a ship.", "-n", "4", "--temp", "0")
@@ -25,6 +25,9 @@ THERE = (
     "import cext, cext.system; cext.system.has_graphics = lambda: True;"
     " cext.gpus = lambda: [cext.Gpu({number}, 'A Card', '', '1.3.0', '{kind}', '', 8 << 30, 8 << 30, 32, True, True)]"
 )
+
+
+READS = "; import dsv2cli.reading as r; r.card_rate = lambda gpu: {card}e9; r.processor_rate = lambda n: 20e9"
 
 
 def card(**given: Any) -> Gpu:
@@ -203,6 +206,52 @@ def test_a_card_that_cannot_be_opened_is_one_line_and_the_processor() -> None:
     found = dsv2_after(THERE.format(number=77, kind="discrete"), *ASK)
     assert found.stderr.count("no GPU is used: ") == 1
     assert found.stdout == dsv2(*ASK, "--gpu", "off").stdout
+
+
+def test_a_card_that_reads_no_faster_than_the_processor_is_taken_by_its_name_alone(tmp_path: Path) -> None:
+    which = int(number())
+    slow, fast = (THERE.format(number=which, kind="discrete") + READS.format(card=n) for n in (20, 21))
+    plain, line = dsv2(*ASK, "--gpu", "off").stdout, "A Card reads its memory at 20.0 GB/s, the processor at 20.0"
+    found = dsv2_after(slow, *ASK, XDG_STATE_HOME=str(tmp_path / "slow"))
+    assert found.stdout == plain and found.stderr.count(line) == 1 and f"--gpu {which} takes it" in found.stderr
+    named = dsv2_after(slow, *ASK, "--gpu", str(which), XDG_STATE_HOME=str(tmp_path / "slow"))
+    assert "on A Card: " in named.stderr and line not in named.stderr
+    taken = dsv2_after(fast, *ASK, XDG_STATE_HOME=str(tmp_path / "fast"))
+    assert "on A Card: " in taken.stderr and "reads its memory" not in taken.stderr
+
+
+def test_what_was_measured_of_a_card_and_the_processor_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[object] = []
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(reading, "card_rate", lambda gpu: asked.append(gpu.driver) or 3e9)
+    monkeypatch.setattr(reading, "processor_rate", lambda threads: asked.append(threads) or 2e9)
+    for _ in range(2):
+        assert reading.measured(card(driver="a"), 2) == reading.Reading(3e9, 2e9)
+    assert asked == ["a", 2]
+    reading.measured(card(driver="b"), 2)
+    reading.measured(card(driver="a"), 3)
+    assert asked == ["a", 2, "b", 3]
+    file = tmp_path / "dsv2" / reading.FILE
+    for broken in (b"", b"[1]", b"\xff", b'{"A Card; a": -1}', b'{"A Card; a": NaN}', b'{"A Card; a": "3"}'):
+        file.write_bytes(broken)
+        asked.clear()
+        assert reading.measured(card(driver="a"), 2) == reading.Reading(3e9, 2e9) and asked == ["a", 2]
+    file.unlink()
+    file.parent.rmdir()
+    file.parent.write_text("no folder")
+    assert reading.measured(card(), 2) == reading.Reading(3e9, 2e9)
+
+
+def test_readings_are_of_the_device_and_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cext.system, "cache_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(cext.system, "free_bytes", lambda *, swap: 64 << 20)
+    assert reading.processor_rate(3) > 0
+    assert reading.card_rate(card(number=int(number()))) > 0
+
+
+def test_a_card_that_cannot_be_read_is_no_slow_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert reading.measured(card(number=77), 2) is None
 
 
 @pytest.mark.parametrize("asked", [False, True])

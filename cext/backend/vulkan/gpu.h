@@ -130,3 +130,5 @@ ds_status ds_gpu_watch_begin(ds_gpu *gpu, bool times, ds_error *err);
 int ds_gpu_watched(const ds_gpu *gpu, ds_work_time out[DS_WORK_TIMES], ds_work *work);
 /* Bytes a second of copies from and to the host's memory, by itself: two buffers of `bytes`. */
 ds_status ds_gpu_rates(ds_gpu *gpu, uint64_t bytes, double *in, double *out, ds_error *err);
+/* Bytes a second of a shader that reads the device's own memory, `bytes` of it, a multiple of 16: the best of some runs. */
+ds_status ds_gpu_reads(ds_gpu *gpu, uint64_t bytes, double *rate, ds_error *err);

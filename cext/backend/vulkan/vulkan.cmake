@@ -121,6 +121,7 @@ endif()
 # ---- The shaders ----
 
 dsv2_shader(fill fill.comp)
+dsv2_shader(read read.comp)
 dsv2_shader(pack_q8 pack_q8.comp)
 dsv2_shader_formats(get_rows get_rows.comp)
 dsv2_shader_formats(mul_vec mul_vec.comp)
