@@ -64,7 +64,7 @@ static ds_status gather(ds_gpu_backend *b, uint64_t x, uint64_t y, uint64_t row,
         uint64_t x, y, row;
         uint32_t n;
     } push = {x, y, row, d};
-    return ds_gpu_do(b, "gather", &push, 28, (d + DS_GPU_THREADS - 1) / DS_GPU_THREADS, (uint32_t)n, 1, err);
+    return ds_gpu_do(b, "gather", &push, 28, ds_gpu_pieces(d, DS_GPU_THREADS), (uint32_t)n, 1, err);
 }
 
 /* The host decodes the tokens' rows: that is little, and a table of them need not be in the device's memory. */
@@ -320,10 +320,10 @@ static void find_attention(ds_gpu_backend *b) {
 
 static bool has_experts(const ds_gpu_backend *b) {
     const ds_weights *w = b->facts.weights;
-    const size_t n = (size_t)(w->layer_end - w->layer_begin) * (size_t)b->facts.config->n_expert,
-                 dense = (size_t)b->facts.config->n_layer_dense * (size_t)b->facts.config->n_expert;
-    for (size_t i = dense; i < n; i++)
-        if (b->facts.residency->place[i] == b->number) return true;
+    const int n_expert = b->facts.config->n_expert, dense = b->facts.config->n_layer_dense;
+    for (int il = dense > w->layer_begin ? dense : w->layer_begin; il < w->layer_end; il++)
+        for (int e = 0; e < n_expert; e++)
+            if (ds_residency_place(b->facts.residency, il)[e] == b->number) return true;
     return false;
 }
 
