@@ -222,9 +222,18 @@ def test_a_card_that_reads_no_faster_than_the_processor_is_taken_by_its_name_alo
 
 def test_what_was_measured_of_a_card_and_the_processor_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[object] = []
+
+    def card_rate(gpu: Gpu) -> float:
+        asked.append(gpu.driver)
+        return 3e9
+
+    def processor_rate(threads: int) -> float:
+        asked.append(threads)
+        return 2e9
+
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(reading, "card_rate", lambda gpu: asked.append(gpu.driver) or 3e9)
-    monkeypatch.setattr(reading, "processor_rate", lambda threads: asked.append(threads) or 2e9)
+    monkeypatch.setattr(reading, "card_rate", card_rate)
+    monkeypatch.setattr(reading, "processor_rate", processor_rate)
     for _ in range(2):
         assert reading.measured(card(driver="a"), 2) == reading.Reading(3e9, 2e9)
     assert asked == ["a", 2]
