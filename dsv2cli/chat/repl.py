@@ -36,6 +36,7 @@ HELP = {
     "/stats": "speed, context and memory",
     "/exit": "leave (so does Ctrl-D)",
 }
+TAKING = {key.split()[0].removeprefix("/") for key in HELP if " " in key}  # commands that something may follow
 Presets = Callable[[], Mapping[str, Mapping[str, Value]]]
 SHOWN = 60  # characters of a message in a list
 
@@ -121,7 +122,7 @@ class Repl:
             yield from files.completions(begun)
             return
         words: dict[str | None, Iterable[str]] = {
-            None: [f"/{name}" for name in self.commands],
+            None: [f"/{name} " if name in TAKING else f"/{name}" for name in self.commands],
             "load": store.names(),
             "set": [*settings.SETTINGS, "markdown"],
             "think": ["on", "off", "auto", "show", "hide"],

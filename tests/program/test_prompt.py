@@ -175,6 +175,9 @@ def test_completion_of_commands_and_names(model: Path, state: Path) -> None:
         at = screen.wait_for("> $")
         say(screen, "/sess\t", at, "/sessions$")
         at = say(screen, "\n", at, r"no conversation is kept yet\n> $")
+        say(screen, "/lo\t", at, "/load ?$")
+        say(screen, "x", at, "/load x$")  # what takes a name is ready for one
+        at = say(screen, "\n", at, r"error: there is no conversation `x`(.|\n)*\n> $")
         say(screen, "/set repe\t", at, "/set repeat-penalty$")
         at = say(screen, " 2\n", at, r"/set repeat-penalty 2\n> $")
         at = say(screen, "/set\n", at, r"repeat-penalty  2\n(.|\n)*> $")
