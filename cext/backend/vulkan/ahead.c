@@ -47,12 +47,10 @@ struct ds_ahead {
     uint64_t from_bytes, from_ns, n_copied, n_kept; /* since it was watched */
 };
 
-static uint64_t padded(uint64_t n) { return (n + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN; }
-
 static uint64_t bytes_of(const ds_mat *m) { return (uint64_t)m->rows * m->row_bytes; }
 
 static uint64_t image_bytes(const ds_expert *x) {
-    return padded(bytes_of(&x->gate)) + padded(bytes_of(&x->up)) + padded(bytes_of(&x->down));
+    return ds_gpu_padded(bytes_of(&x->gate)) + ds_gpu_padded(bytes_of(&x->up)) + ds_gpu_padded(bytes_of(&x->down));
 }
 
 /* Experts of a layer that this may take over. */
@@ -188,7 +186,7 @@ static ds_copy *copy_for(ds_ahead *a, slot *s, int e) {
     c->to_at = (uint64_t)(s->n % a->per_chunk) * a->expert_bytes;
     for (int i = 0; i < DS_COPY_PARTS; i++) {
         c->from[i] = m[i]->data, c->at[i] = c->bytes, c->part_bytes[i] = bytes_of(m[i]);
-        c->bytes += padded(c->part_bytes[i]);
+        c->bytes += ds_gpu_padded(c->part_bytes[i]);
     }
     c->bytes = c->at[DS_COPY_PARTS - 1] + c->part_bytes[DS_COPY_PARTS - 1];
     s->copy_of[e] = s->n++;

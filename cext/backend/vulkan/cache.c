@@ -43,7 +43,7 @@ static void unlink_block(ds_gpu_cache *c, int i) {
 
 /* Room for more blocks, all free. */
 static ds_status grow(ds_gpu *gpu, ds_gpu_cache *c, ds_error *err) {
-    const uint64_t stride = (c->bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    const uint64_t stride = ds_gpu_padded(c->bytes);
     const int more = stride < DS_CACHE_CHUNK ? (int)(DS_CACHE_CHUNK / stride) : 1, all = c->n_blocks + more;
     int n_heads = c->n_heads ? c->n_heads : 64;
     ds_gpu_buffer chunk;

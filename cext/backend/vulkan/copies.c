@@ -224,7 +224,7 @@ ds_status ds_copies_create(ds_gpu *gpu, int n_threads, uint64_t piece, ds_copies
     ds_copies *c = calloc(1, sizeof *c);
     if (!c) return ds_fail(err, DS_ENOMEM, "no memory for copies to a GPU");
     c->gpu = gpu;
-    c->piece = (piece + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    c->piece = ds_gpu_padded(piece);
     c->n_places = n_threads + DS_COPY_AHEAD;
     c->places = calloc((size_t)c->n_places, sizeof *c->places);
     c->threads = calloc((size_t)n_threads, sizeof *c->threads);

@@ -263,6 +263,6 @@ ds_status ds_gpu_combine(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
               m->weights,
               (uint32_t)c->n_embd,
               (uint32_t)c->n_expert_used};
-    return ds_gpu_do(b, "combine", &push, sizeof push, ((uint32_t)c->n_embd + DS_GPU_THREADS - 1) / DS_GPU_THREADS,
+    return ds_gpu_do(b, "combine", &push, sizeof push, ds_gpu_pieces((uint32_t)c->n_embd, DS_GPU_THREADS),
                      (uint32_t)ds_gpu_request(b, op)->n_tok, 1, err);
 }

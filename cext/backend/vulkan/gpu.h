@@ -23,6 +23,11 @@ enum {
 /* Pieces of that size that n are cut into. */
 static inline uint32_t ds_gpu_pieces(uint32_t n, uint32_t size) { return n / size + (n % size != 0); }
 
+/* Bytes of a piece that is laid into a buffer. */
+static inline uint64_t ds_gpu_padded(uint64_t bytes) {
+    return (bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+}
+
 /* A device as it is found. */
 typedef struct ds_gpu_info {
     char name[256], driver[256];

@@ -11,7 +11,7 @@ typedef struct carver {
 
 static ds_gpu_span carve(carver *c, uint64_t n, uint64_t item) {
     const uint64_t at = c->used;
-    c->used += (n * item + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    c->used += ds_gpu_padded(n * item);
     if (!c->buffer) return (ds_gpu_span){0};
     return (ds_gpu_span){c->buffer->address + at, c->buffer->host ? c->buffer->host + at : NULL};
 }

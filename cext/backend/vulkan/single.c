@@ -97,7 +97,7 @@ static int lay_copies(const ds_gpu_array *arrays, int n, const ds_gpu_buffer *to
         if (!part) *c = (ds_copy){.to = to, .to_at = used}, n_copies++;
         c->from[part] = arrays[i].data, c->part_bytes[part] = arrays[i].bytes, c->at[part] = used - c->to_at;
         c->bytes = c->at[part] + arrays[i].bytes;
-        used += (arrays[i].bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+        used += ds_gpu_padded(arrays[i].bytes);
     }
     return n_copies;
 }

@@ -38,7 +38,7 @@ static void next_chunk(loader *l) {
 
 /* One piece; *address is set when it is copied. */
 static void piece(loader *l, const void *data, uint64_t bytes, uint64_t *address) {
-    const uint64_t room = (bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;
+    const uint64_t room = ds_gpu_padded(bytes);
     if (l->status != DS_OK || !data || !bytes) return;
     if (room > DS_GPU_CHUNK) {
         l->status =
