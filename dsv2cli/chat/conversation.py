@@ -112,7 +112,8 @@ class Conversation:
         self._interrupt = interrupt
         self.system = system
         self.turns: list[Turn] = []
-        self._counted: tuple[object, int] = (None, 0)  # what n_used was last counted of, and n_used
+        self._n_prompt = 0  # tokens of the last one
+        self._counted: tuple[object, int] = (None, 0)  # what n_used was last known of, and n_used
 
     @property
     def session(self) -> Session:
@@ -130,20 +131,24 @@ class Conversation:
     @property
     def n_used(self) -> int:
         """Tokens that the turns take, whatever the cache holds: more than them, another branch, or nothing yet."""
-        answer = self.turns[-1].answer if self.turns else []
-        counted = self.system, self.thinking, list(self.turns), len(answer)
-        if self._counted[0] != counted:
-            self._counted = counted, self._count(answer)
+        if self._counted[0] != self._countable():
+            self._count(None)
         return self._counted[1]
 
-    def _count(self, answer: list[int]) -> int:
-        if not self.turns:
-            return 0
-        try:
-            n = len(self._prompt()) + len(answer)
-        except TokenizerError:  # a template that refuses what was set since
-            n = self.session.n_past
-        return min(n, self.n_ctx)  # the oldest are dropped before the next answer
+    def _countable(self) -> tuple[object, ...]:
+        return self.system, self.thinking, list(self.turns), len(self.turns[-1].answer) if self.turns else 0
+
+    def _count(self, n_prompt: int | None) -> None:
+        """Find n_used. n_prompt: tokens up to where the last answer begins, where they are known: to find them takes
+        all that was said as tokens."""
+        n = 0
+        if self.turns:
+            try:
+                n_prompt = len(self._prompt()) if n_prompt is None else n_prompt
+                n = n_prompt + len(self.turns[-1].answer)
+            except TokenizerError:  # a template that refuses what was set since
+                n = self.session.n_past
+        self._counted = self._countable(), min(n, self.n_ctx)  # the oldest are dropped before the next answer
 
     @property
     def thinking(self) -> bool | None:
@@ -205,6 +210,8 @@ class Conversation:
                 self._sequence = None
             if not turn.answer and not done and self.turns and self.turns[-1] is turn:
                 del self.turns[-1]
+            elif done:
+                self._count(self._n_prompt)
 
     def cancel(self) -> bool:
         """Let the answer that is being written end before the next step; False where none is, or it does already."""
@@ -279,6 +286,7 @@ class Conversation:
             self._dropped(n_dropped)
         if self._suffix is None and not self._raw:
             turns[-1].opening = self._tokenizer.opening(prompt)
+        self._n_prompt = len(prompt)
         return prompt + answer
 
     def _prompt(self, n_dropped: int = 0) -> list[int]:

@@ -681,6 +681,18 @@ def test_how_full_the_context_is_before_anything_of_it_is_read(opened: runtime.R
     assert small.conversation.n_used == 128 < n  # the oldest turns go before the next answer
 
 
+def test_a_context_is_not_made_again_to_be_counted(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long one that takes a second."""
+    talk = Talk(opened)
+    for text in ("one", "two"):
+        talk.say(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(Conversation, "_prompt", lambda *_: pytest.fail("made again"))
+            n = talk.conversation.n_used
+        talk.conversation._counted = None, 0
+        assert talk.conversation.n_used == n > 0
+
+
 def test_counting_a_context_changes_no_answer(opened: runtime.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn's own opening stays as it was, whatever reasoning is set to since."""
     talk = Talk(opened)
