@@ -273,7 +273,7 @@ def cached_pages(path: Path, most: int = 256) -> tuple[float, float] | None:
     return len(held) / n, max(0, after - before) / HUGE_PAGE / n
 
 
-def reread_rate(path: Path, n: int = 8) -> float | None:
+def reread_rate(path: Path, n: int = 4) -> float | None:
     """Bytes a second at which a file that the system's cache holds is read into huge pages, once they are dropped
     there: so many are. None where most of them stay, since another program has mapped them or the file system lies in
     memory, or come back in small ones, since kernel or file system have no others."""
