@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cext import Gguf
-from cext.system import free_bytes
+from cext.system import HUGE_PAGE, cached_pages, free_bytes
 from dsv2cli import benchmark, console
 from dsv2cli.benchmark import Test
 from dsv2cli.engines.cache import count
@@ -21,7 +21,7 @@ from dsv2cli.errors import CliError
 from dsv2cli.planner import probe
 from dsv2cli.planner.forecast import speeds
 from dsv2cli.planner.hollow import PROMPT, Work, work_of
-from dsv2cli.planner.probe import BLOCK_TOKENS, EMBEDDINGS, HEAD
+from dsv2cli.planner.probe import BLOCK_TOKENS, HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 N_DECODE = 24
 LEAST_SECONDS, MOST_RUNS = 0.5, 5  # of a test in a round: one of some milliseconds tells little by itself
-PAGE = 4096  # bytes
+AROUND = 64 << 10  # bytes that Linux maps with a page of a file that is touched, where they are in the cache
 CONTEXT, TEXT_CHARACTERS = 1024, 2500  # of the answer whose memory is measured: some 600 tokens
 ANSWERS = 4  # tokens for each expert of the last layer that one of them chooses
 MOST_DEPTH = 16384  # of what is measured: the rest takes its time
@@ -157,7 +157,8 @@ def _memory(made: Forecast, threads: int | None) -> Compared:
     trained, n_expert = count(found.keys, "context_length"), count(found.keys, "expert_count")
     n_ctx = min(CONTEXT, trained or CONTEXT)
     n_answer = min(n_ctx // 2, 2 + ANSWERS * n_expert // max(1, count(found.keys, "expert_used_count")))
-    asked = ["chat", str(found.path), "--raw", "-p", _text(found, n_ctx - n_answer)]
+    text = _text(found, n_ctx - n_answer)
+    asked = ["chat", str(found.path), "--raw", "-p", text]
     asked += ["-n", str(n_answer), "-c", str(n_ctx), "--kv", kv]
     command = [sys.executable, "-P", "-c", "from dsv2cli.app import main; main()", *asked, "--json"]
     command += ["-t", str(threads)] if threads else []
@@ -167,9 +168,22 @@ def _memory(made: Forecast, threads: int | None) -> Compared:
     answer = json.loads(done.stdout)
     n_held = -(-(answer["prompt_tokens"] + answer["answer_tokens"]) // BLOCK_TOKENS) * BLOCK_TOKENS
     cache = found.kv_bytes[kv] * n_held
-    # A text touches the rows of its own tokens among the embeddings, a page each at most.
-    unread = sum(p.nbytes - min(p.nbytes, PAGE * n_held) for p in found.parts if p.name == EMBEDDINGS)
-    if any(p.name == HEAD for p in found.parts):  # else they are read whole as the head
-        cache -= unread
     predicted = made.memory.total - made.memory.cache + cache
+    if any(p.name == HEAD for p in found.parts):  # else the embeddings are read whole as the head
+        predicted -= _untouched(found, text + answer["answer"])
     return Compared("memory", (predicted,), (answer["resident_bytes"],), CHECKED["memory"])
+
+
+def _untouched(found: Anatomy, text: str) -> int:
+    """Bytes of the embeddings that lie in other pages than the rows of a text's tokens, as the system's cache holds
+    the file."""
+    from cext.tokenizer import Tokenizer
+
+    with Tokenizer(found.path) as tokenizer:
+        ids = set(tokenizer.prompt(text))
+    with Gguf(found.path) as gguf:
+        rows = next(t for t in gguf.tensors if t.name == "token_embd.weight")
+    held, huge = cached_pages(found.path) or (0.0, 0.0)
+    page, row = HUGE_PAGE if huge > held / 2 else AROUND, rows.nbytes // rows.shape[-1]
+    pages = {at // page for i in ids for at in (rows.offset + i * row, rows.offset + (i + 1) * row - 1)}
+    return max(0, rows.nbytes - page * len(pages))

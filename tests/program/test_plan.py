@@ -26,6 +26,7 @@ from support.vocab import write_model
 
 import cext
 from cext import Gguf, system
+from cext.tokenizer import Tokenizer
 from dsv2cli import anatomy, benchmark
 from dsv2cli.commands.plan import check_lines
 from dsv2cli.hub import cache
@@ -613,6 +614,22 @@ def test_the_answer_whose_memory_is_checked_fits_the_context(tmp_path: Path, n_c
         made = forecast(found, n_ctx=n_ctx, free=10**12, rates=FAST)
         row = trial._memory(made, 1)
     assert row.name == "memory" and row.measured[0] > 1e6
+
+
+def test_of_the_embeddings_pages_are_touched_and_not_rows(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row brings in the page around it: in huge pages most of them at once."""
+    found = anatomy.study(model)
+    with Gguf(model) as gguf:
+        rows = next(t for t in gguf.tensors if t.name == "token_embd.weight")
+    with Tokenizer(model) as tokenizer:
+        n = len(set(tokenizer.prompt("a fox and a fox")))
+    row = rows.nbytes // rows.shape[-1]
+    assert 1 < n < rows.shape[-1] / 4
+    monkeypatch.setattr(trial, "AROUND", row)
+    for pages, least, most in (((1.0, 1.0), 0, 0), ((1.0, 0.2), 2 * n, n), (None, 2 * n, n)):
+        monkeypatch.setattr(trial, "cached_pages", lambda path, pages=pages: pages)
+        left = trial._untouched(found, "a fox and a fox")
+        assert (rows.nbytes - least * row if least else 0) <= left <= (rows.nbytes - most * row if most else 0)
 
 
 def test_a_hollow_file_takes_no_disk(tmp_path: Path, hub: Hub, env: dict[str, str]) -> None:
