@@ -38,7 +38,8 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
         }
 #if DS_GRID_PAIRS
         i8_pairs32(q + i, b, m->pairs);
-#elif DS_GRID_EIGHTS
+#endif
+#if DS_GRID_EIGHTS
         i8_eights32(q + i, b, m->eights);
 #endif
         for (int j = 0; j < 8; j++)

@@ -7,41 +7,41 @@ enum {
     ACT_TILE_BLOCK_BYTES = 32 + 4 * 4 /* of one token in a tile: q, scale, less[2], sum */
 };
 
-/* Whether grid formats want their activations in an order of their own: by pairs, as AVX-512's lookups do
- * (simd_avx512_grid.h), or by eights, as AVX2's loads do (simd_avx2_grid.h). */
+/* How grid formats are multiplied: by eights, an entry's load for each index (simd_x86_eights.h), or in groups of 256 codes, on
+ * AVX-512 by pairs, found by lookups (simd_avx512_grid.h). Either has an order of activations of its own. */
 #if defined(__AVX512F__)
 #define DS_GRID_PAIRS 1
-#define DS_GRID_EIGHTS 0
 #else
 #define DS_GRID_PAIRS 0
+#endif
 #if defined(__AVX2__)
 #define DS_GRID_EIGHTS 1
 #else
 #define DS_GRID_EIGHTS 0
 #endif
-#endif
+#define DS_GRID_GROUPS (DS_GRID_PAIRS || !DS_GRID_EIGHTS)
 
 /* Of one token and 256 values: what the primitives load whole vectors of. */
 typedef struct act_meta {
     DS_ALIGNED float scale[8]; /* of each 32 values */
-    float sum_32[8];           /* scale times the sum of each 32 */
-    float split[8];            /* scale, of every second block over 16: for codes left in the high halves of bytes */
-    float split_sum_32[8];     /* sum_32 again, so that it stands behind split too */
-    float scale_16[16];        /* each scale twice, for each 16 values */
-    float sum_16[16];          /* scale times the sum of each 16 */
-    float split_16[16];        /* scale_16 over 1, 4, 16 and 64 in turn: for pairs of bits left where they are */
+    float sum_32[8]; /* scale times the sum of each 32 */
+    float split[8]; /* scale, of every second block over 16: for codes left in the high halves of bytes */
+    float split_sum_32[8]; /* sum_32 again, so that it stands behind split too */
+    float scale_16[16]; /* each scale twice, for each 16 values */
+    float sum_16[16]; /* scale times the sum of each 16 */
+    float split_16[16]; /* scale_16 over 1, 4, 16 and 64 in turn: for pairs of bits left where they are */
 #if DS_GRID_PAIRS
-    int8_t pairs[4][64];       /* the values again, by pairs (simd_avx512_grid.h) */
+    int8_t pairs[4][64]; /* the values again, by pairs (simd_avx512_grid.h) */
 #endif
 #if DS_GRID_EIGHTS
-    int8_t eights[4][64];      /* the values again, by eights (simd_avx2_grid.h) */
+    int8_t eights[4][64]; /* the values again, by eights (simd_x86_eights.h) */
 #endif
-    int32_t less_128[64];      /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
+    int32_t less_128[64]; /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
 } act_meta;
 
 /* The planes of a pack, each token's row padded with zeros to whole groups. */
 typedef struct act_rows {
-    int8_t *q;      /* (n_tok, n_groups * 256) */
+    int8_t *q; /* (n_tok, n_groups * 256) */
     act_meta *meta; /* (n_tok, n_groups) */
     size_t n_groups;
 } act_rows;

@@ -2,8 +2,6 @@
  * index. */
 #pragma once
 
-typedef uint64_t grid8_entry;
-typedef uint32_t grid4_entry;
 #define GRID_VALUE_IQ2(place) ((place) == 0 ? 8 : (place) == 1 ? 25 : 43)
 #define GRID_VALUE_IQ3_XXS(place) ((place) == 7 ? 62 : 8 * (place) + 4)
 #define GRID_VALUE_IQ3_S(place) (2 * (place) + 1)
@@ -13,9 +11,6 @@ typedef uint32_t grid4_entry;
 #define GRID_FOUR_3(value, e)                                                                   \
     (uint32_t)(GRID_BYTE_3(value, e, 0) | GRID_BYTE_3(value, e, 1) | GRID_BYTE_3(value, e, 2) | \
                GRID_BYTE_3(value, e, 3))
-#define GRID_ENTRY_IQ2(e)                                                                               \
+#define GRID_CODES_IQ2(e)                                                                               \
     GRID_BYTE_2(e, 0) | GRID_BYTE_2(e, 1) | GRID_BYTE_2(e, 2) | GRID_BYTE_2(e, 3) | GRID_BYTE_2(e, 4) | \
-        GRID_BYTE_2(e, 5) | GRID_BYTE_2(e, 6) | GRID_BYTE_2(e, 7),
-#define GRID_ENTRY_IQ3_XXS(e) GRID_FOUR_3(GRID_VALUE_IQ3_XXS, e),
-#define GRID_ENTRY_IQ3_S(e) GRID_FOUR_3(GRID_VALUE_IQ3_S, e),
-enum { grid_values_IQ3_XXS, grid_values_IQ3_S }; /* in the entries already */
+        GRID_BYTE_2(e, 5) | GRID_BYTE_2(e, 6) | GRID_BYTE_2(e, 7)

@@ -2,7 +2,7 @@
  * of it decoded into registers and used for each token: the pace is the memory's.
  *
  * A format plugs in as functions that decode the scales of 256 values and then 64 of them at a time; a grid format as one
- * that decodes all, or prepares that where an entry is loaded for each index. */
+ * that decodes all, or as those of mul_eights.h. */
 #pragma once
 
 /* Each half of four bytes in a byte of its own; each pair of bits of two bytes likewise. */
@@ -18,21 +18,27 @@ DS_INLINE uint64_t spread_pairs(uint16_t a) {
     return (x | x << 6) & 0x0303030303030303;
 }
 
-/* 256 values of a row of a grid format. */
-typedef struct row_group {
-    grid_codes codes;
-    row_scales scales;
-} row_group;
+#if DS_GRID_EIGHTS
+#include "kernels/mul_eights.h"
+#endif
+#if DS_GRID_GROUPS
+#include "kernels/mul_groups.h"
+#endif
 
-typedef void (*row_group_fn)(const void *block, row_group *g);
 typedef v64 (*row_codes_fn)(const void *block, int j);
 typedef row_scales (*row_scales_fn)(const void *block);
 
 /* What the loop needs to know of a format, w = scale * q - min_factor * min with scale and min per 32 or per 16 values;
  * constant where it is used, so that each is compiled for it alone. */
 typedef struct row_format {
-    row_group_fn group; /* grid formats; the others have codes and scales */
-    row_codes_fn codes; /* 64 values, the j-th of four */
+#if DS_GRID_EIGHTS
+    row_ahead_fn ahead; /* grid formats whose entries are loaded, */
+    row_eights_fn eights;
+#endif
+#if DS_GRID_GROUPS
+    row_group_fn group; /* other grid formats */
+#endif
+    row_codes_fn codes; /* formats without a grid: 64 values, the j-th of four */
     row_scales_fn scales;
     size_t group_bytes;
     int block_elements;
@@ -159,62 +165,17 @@ ROW_SCALES(IQ4_XS) {
     return row_scales_32(scale, scale);
 }
 
-/* ---- Grid formats ---- */
-
-DS_INLINE void row_group_IQ2_XXS(const void *block, row_group *g) {
-    const ds_block_IQ2_XXS *b = block;
-    const grid_tails tails = grid_tails_seconds(b->sub);
-    const grid_index index = grid_index_fours(b->sub);
-    g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 8.0f);
-    grid_codes8(&g->codes, grid_IQ2_XXS, 256, &index);
-    grid_codes_sign(&g->codes, grid_tails_signs(tails));
-}
-
-DS_INLINE void row_group_IQ2_XS(const void *block, row_group *g) {
-    const ds_block_IQ2_XS *b = block;
-    const grid_index index = grid_index_nines(b->qs);
-    g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
-    grid_codes8(&g->codes, grid_IQ2_XS, 512, &index);
-    grid_codes_sign(&g->codes, grid_signs_top(b->qs));
-}
-
-DS_INLINE void row_group_IQ2_S(const void *block, row_group *g) {
-    const ds_block_IQ2_S *b = block;
-    const grid_index index = grid_index_tens(b->qs, b->qh);
-    g->scales = grid_scales_16(v16_odd_nibbles(b->scales), f32_of_f16(b->d) / 8.0f);
-    grid_codes8(&g->codes, grid_IQ2_S, 1024, &index);
-    grid_codes_sign(&g->codes, grid_signs_load(b->signs));
-}
-
-DS_INLINE void row_group_IQ3_XXS(const void *block, row_group *g) {
-    const ds_block_IQ3_XXS *b = block;
-    const grid_tails tails = grid_tails_load(b->tail);
-    const grid_index index[2] = {grid_index_seconds(b->qs, false), grid_index_seconds(b->qs, true)};
-    g->scales = grid_tails_scales(tails, f32_of_f16(b->d) / 4.0f);
-    grid_codes4(&g->codes, grid_IQ3_XXS, 256, grid_values_IQ3_XXS, index);
-    grid_codes_sign(&g->codes, grid_tails_signs(tails));
-}
-
-DS_INLINE void row_group_IQ3_S(const void *block, row_group *g) {
-    const ds_block_IQ3_S *b = block;
-    const float d = f32_of_f16(b->d);
-    const grid_index index[2] = {grid_index_seconds_nine(b->qs, b->qh, false),
-                                 grid_index_seconds_nine(b->qs, b->qh, true)};
-    uint32_t packed;
-    memcpy(&packed, b->scales, sizeof packed);
-    g->scales = grid_scales_32(f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d)));
-    grid_codes4(&g->codes, grid_IQ3_S, 512, grid_values_IQ3_S, index);
-    grid_codes_sign(&g->codes, grid_signs_load(b->signs));
-}
-
 /* ---- The product ---- */
 
+#if DS_GRID_GROUPS
 /* The group at w of a grid format. */
 DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
     row_group g;
     f.group(w, &g);
-#if DS_GRID_PAIRS || DS_GRID_EIGHTS
-    row_sums_add_grid(sums, f.per_16, &g.codes, &g.scales, n_tok, a->meta + group, a->n_groups);
+#if DS_GRID_PAIRS
+    DS_UNROLL
+    for (int t = 0; t < n_tok; t++)
+        row_sum_add_grid(&sums[t], &g.codes, &g.scales, a->meta + (size_t)t * a->n_groups + group);
 #else
     row_scales scales[DS_ROW_TOKENS];
     row_starts(f, &g.scales, n_tok, a, group, scales, sums);
@@ -229,15 +190,18 @@ DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_
     }
 #endif
 }
+#endif
 
 /* Decode the group at w and add the products of its first n values, 64 at a time; grid formats always add all. Codes are
  * decoded just before they are used where registers would not hold all of them. */
 DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group,
                         row_sum sums[]) {
+#if DS_GRID_GROUPS
     if (f.group) {
         row_take_group(f, w, n_tok, a, group, sums);
         return;
     }
+#endif
     row_scales scales[DS_ROW_TOKENS];
     const row_scales own = f.scales(w);
     v64 q[4];
@@ -247,6 +211,41 @@ DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act
     DS_UNROLL
     for (int j = 0; j < n / 64; j++)
         row_add64(f, DS_ROW_AHEAD ? q[j] : f.codes(w, j), j, n_tok, a, group, scales, sums);
+}
+
+DS_INLINE void row_prefetch(row_format f, const char *w) {
+    DS_UNROLL
+    for (size_t line = 0; line < f.group_bytes; line += 64) __builtin_prefetch(w + DS_PREFETCH_BYTES + line);
+}
+
+#if DS_GRID_EIGHTS
+/* n groups at w of a grid format whose entries are loaded. */
+DS_INLINE void row_take_eights(row_format f, const char *w, size_t n, int n_tok, const act_rows *a, row_sum sums[]) {
+    for (size_t group = 0; group < n;) {
+        row_ahead ahead[DS_EIGHTS_AHEAD];
+        const size_t end = n - group < DS_EIGHTS_AHEAD ? n : group + DS_EIGHTS_AHEAD;
+        for (size_t i = group; i < end; i++, w += f.group_bytes) {
+            row_prefetch(f, w);
+            f.ahead(w, &ahead[i - group]);
+        }
+        for (const row_ahead *at = x86_memory(ahead); group < end; at++, group++)
+            row_sums_add_eights(sums, f.per_16, f.eights, at, n_tok, a->meta + group, a->n_groups);
+    }
+}
+#endif
+
+/* The whole groups of a row at w. */
+DS_INLINE void row_take_whole(row_format f, const char *w, size_t n, int n_tok, const act_rows *a, row_sum sums[]) {
+#if DS_GRID_EIGHTS
+    if (f.ahead) {
+        row_take_eights(f, w, n, n_tok, a, sums);
+        return;
+    }
+#endif
+    for (size_t group = 0; group < n; group++, w += f.group_bytes) {
+        row_prefetch(f, w);
+        row_take(f, w, ACT_GROUP, n_tok, a, group, sums);
+    }
 }
 
 DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
@@ -260,11 +259,8 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
         row_sum sums[DS_ROW_TOKENS];
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) row_sum_clear(&sums[t]);
-        for (int i = 0; i < whole; i += ACT_GROUP, w += f.group_bytes) {
-            DS_UNROLL
-            for (size_t line = 0; line < f.group_bytes; line += 64) __builtin_prefetch(w + DS_PREFETCH_BYTES + line);
-            row_take(f, w, ACT_GROUP, n_tok, &a, (size_t)i / ACT_GROUP, sums);
-        }
+        row_take_whole(f, w, (size_t)whole / ACT_GROUP, n_tok, &a, sums);
+        w += (size_t)whole / ACT_GROUP * f.group_bytes;
         if (left == ACT_GROUP / 2) { /* an expert's width is often an odd multiple of 128 */
             memcpy(tail, w, f.group_bytes / 2);
             row_take(f, tail, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
@@ -301,9 +297,37 @@ MUL_ROWS(Q5_K, ROW_PARTS(Q5_K), .min_factor = 1)
 MUL_ROWS(Q6_K, ROW_PARTS(Q6_K), .per_16 = true, .min_factor = 32)
 MUL_ROWS(IQ4_NL, ROW_PARTS(IQ4_NL), .is_signed = true)
 MUL_ROWS(IQ4_XS, ROW_PARTS(IQ4_XS), .is_signed = true)
-#define SIGNED_GRID(id) .group = row_group_##id, .is_signed = true
-MUL_ROWS(IQ2_XXS, SIGNED_GRID(IQ2_XXS))
-MUL_ROWS(IQ2_XS, SIGNED_GRID(IQ2_XS), .per_16 = true)
-MUL_ROWS(IQ2_S, SIGNED_GRID(IQ2_S), .per_16 = true)
-MUL_ROWS(IQ3_XXS, SIGNED_GRID(IQ3_XXS))
-MUL_ROWS(IQ3_S, SIGNED_GRID(IQ3_S))
+
+/* ---- Grid formats: and all codes of a block, biased, and its scales, in memory, for panels ---- */
+
+typedef void (*row_store_fn)(const void *block, uint8_t codes[256], float scale[16]);
+
+#define BY_GROUPS(id, ...)                                                                  \
+    DS_INLINE void row_store_##id(const void *block, uint8_t codes[256], float scale[16]) { \
+        row_group g;                                                                        \
+        row_group_##id(block, &g);                                                          \
+        grid_store(&g.codes, &g.scales, codes, scale);                                      \
+    }                                                                                       \
+    MUL_ROWS(id, .group = row_group_##id, .is_signed = true, __VA_ARGS__)
+#define BY_EIGHTS(id, ...)                                                                  \
+    DS_INLINE void row_store_##id(const void *block, uint8_t codes[256], float scale[16]) { \
+        row_ahead ahead;                                                                    \
+        row_ahead_##id(block, &ahead);                                                      \
+        eights_store(row_eights_##id, x86_memory(&ahead), codes, scale);                    \
+    }                                                                                       \
+    MUL_ROWS(id, .ahead = row_ahead_##id, .eights = row_eights_##id, __VA_ARGS__)
+#if DS_GRID_GROUPS
+#define SMALL_GRID BY_GROUPS
+#else
+#define SMALL_GRID BY_EIGHTS
+#endif
+#if DS_GRID_EIGHTS
+#define LARGE_GRID BY_EIGHTS
+#else
+#define LARGE_GRID BY_GROUPS
+#endif
+SMALL_GRID(IQ2_XXS, .per_16 = false)
+SMALL_GRID(IQ2_XS, .per_16 = true)
+LARGE_GRID(IQ2_S, .per_16 = true)
+SMALL_GRID(IQ3_XXS, .per_16 = false)
+SMALL_GRID(IQ3_S, .per_16 = false)

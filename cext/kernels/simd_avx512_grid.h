@@ -2,8 +2,11 @@
  *
  * The 256 codes of a group lie in four vectors "by pairs": word i of vector s holds values 8 i + 2 s and 8 i + 2 s + 1,
  * so that a shift alone brings them out of the packed entries, and dword L sums what values 16 L to 16 L + 15 give over
- * all four. Codes are without their signs, which go to the activations, packed in the same order (act_meta.pairs). */
+ * all four. Codes are without their signs, which go to the activations, packed in the same order (act_meta.pairs).
+ * IQ2_S is not among them: 16 permutes would find its entries more slowly than loads do (simd_x86_eights.h). */
 #pragma once
+
+#include "kernels/grid_codes.h"
 
 #define X86_VALUE(value) value,
 DS_ALIGNED static const int8_t grid_values_IQ2[16] = {DS_GRID_VALUES_IQ2(X86_VALUE)};
@@ -11,14 +14,16 @@ DS_ALIGNED static const int8_t grid_values_IQ3_XXS[16] = {DS_GRID_VALUES_IQ3_XXS
 DS_ALIGNED static const int8_t grid_values_IQ3_S[16] = {DS_GRID_VALUES_IQ3_S(X86_VALUE)};
 
 typedef uint16_t grid8_entry, grid4_entry;
+typedef uint64_t grid8_loaded;
 #define GRID_ENTRY_IQ2(entry) entry,
+#define GRID_LOADED_IQ2(entry) GRID_CODES_IQ2(entry),
 #define GRID_ENTRY_IQ3_XXS(entry) entry,
 #define GRID_ENTRY_IQ3_S(entry) entry,
 
-/* 32 indices: bits 0 to 7 in words, with anything above; bits 8 and 9 where a grid has as many entries. */
+/* 32 indices: bits 0 to 7 in words, with anything above; bit 8 where a grid has as many entries. */
 typedef struct grid_index {
     __m512i words;
-    __mmask32 bit_8, bit_9;
+    __mmask32 bit_8;
 } grid_index;
 
 /* Each of 8 bytes in four words. */
@@ -37,13 +42,6 @@ DS_INLINE grid_index grid_index_nines(const void *p) {
     const __m512i words = _mm512_loadu_si512(p);
     return (grid_index){.words = words, .bit_8 = _mm512_test_epi16_mask(words, _mm512_set1_epi16(256))};
 }
-/* Bytes, with bits 8 and 9 from pairs of bits. */
-DS_INLINE grid_index grid_index_tens(const uint8_t low[32], const uint8_t pairs[8]) {
-    const __m512i high = x86_fours(pairs);
-    return (grid_index){.words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)low)),
-                        .bit_8 = _mm512_test_epi16_mask(high, _mm512_set1_epi64(0x0040001000040001)),
-                        .bit_9 = _mm512_test_epi16_mask(high, _mm512_set1_epi64(0x0080002000080002))};
-}
 /* The even or the odd ones of 64 bytes. */
 DS_INLINE grid_index grid_index_seconds(const void *p, bool odd) {
     const __m512i bytes = _mm512_loadu_si512(p);
@@ -57,22 +55,21 @@ DS_INLINE grid_index grid_index_seconds_nine(const void *p, const uint8_t bits[8
     return index;
 }
 
-/* The entries of a grid of n, a power of two. Parts are blended as soon as two are there: all of them would not fit the
+/* The entries of a grid of 256 or 512. Parts are blended as soon as two are there: all of them would not fit the
  * registers. */
 DS_INLINE __m512i x86_grid_words(const uint16_t *grid, int n, const grid_index *index) {
-    const __mmask32 upper[4] = {_mm512_test_epi16_mask(index->words, _mm512_set1_epi16(64)),
-                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)), index->bit_8,
-                                index->bit_9};
-    __m512i parts[5]; /* [bit]: of 64 << bit entries */
+    const __mmask32 upper[3] = {_mm512_test_epi16_mask(index->words, _mm512_set1_epi16(64)),
+                                _mm512_test_epi16_mask(index->words, _mm512_set1_epi16(128)), index->bit_8};
+    __m512i parts[4]; /* [bit]: of 64 << bit entries */
     DS_UNROLL
     for (int i = 0; i < n / 64; i++) {
         const __m512i low = _mm512_load_si512(grid + 64 * i), high = _mm512_load_si512(grid + 64 * i + 32);
         __m512i part = _mm512_permutex2var_epi16(low, index->words, high);
         int bit = 0;
-        for (; bit < 4 && i >> bit & 1; bit++) part = _mm512_mask_blend_epi16(upper[bit], parts[bit], part);
+        for (; bit < 3 && i >> bit & 1; bit++) part = _mm512_mask_blend_epi16(upper[bit], parts[bit], part);
         parts[bit] = part;
     }
-    return parts[n == 256 ? 2 : n == 512 ? 3 : 4];
+    return parts[n == 256 ? 2 : 3];
 }
 
 /* Signs: bit j of both bytes of word i is the sign of value 8 i + j. */
@@ -157,20 +154,14 @@ DS_INLINE __mmask64 x86_minus(grid_signs signs, int s) {
 }
 DS_INLINE v64 x86_negate(v64 a, __mmask64 minus) { return _mm512_mask_sub_epi8(a, minus, _mm512_setzero_si512(), a); }
 
-/* Add the products of a group and the activations of n_tok tokens, those of one token `stride` after another's. */
-DS_INLINE void row_sums_add_grid(row_sum sums[], bool per_16, const grid_codes *codes, const row_scales *scales,
-                                 int n_tok, const act_meta *meta, size_t stride) {
+/* Add the products of a group and one token's activations. */
+DS_INLINE void row_sum_add_grid(row_sum *sum, const grid_codes *codes, const row_scales *scales, const act_meta *x) {
+    __m512i dots = _mm512_setzero_si512();
     DS_UNROLL
-    for (int t = 0; t < n_tok; t++) {
-        const act_meta *x = meta + (size_t)t * stride;
-        __m512i dots = _mm512_setzero_si512();
-        DS_UNROLL
-        for (int s = 0; s < 4; s++)
-            dots =
-                _mm512_dpbusd_epi32(dots, codes->q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(codes->signs, s)));
-        const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
-        sums[t].y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[t].y[0]);
-    }
+    for (int s = 0; s < 4; s++)
+        dots = _mm512_dpbusd_epi32(dots, codes->q[s], x86_negate(v64_load(x->pairs[s]), x86_minus(codes->signs, s)));
+    const f16x scale = _mm512_mul_ps(scales->scale, _mm512_load_ps(x->scale_16));
+    sum->y[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sum->y[0]);
 }
 
 /* The codes of a group, biased, and its scales, in memory: dword i is dword grid_place(i) of the 256 codes. */

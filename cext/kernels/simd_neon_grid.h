@@ -2,7 +2,9 @@
  * Codes come with their signs, in order. */
 #pragma once
 
-#include "kernels/grid_codes.h"
+#include "kernels/grid_loaded.h"
+
+enum { grid_values_IQ3_XXS, grid_values_IQ3_S }; /* in the entries already */
 
 /* 32 indices, in memory, because they are used one by one. */
 typedef struct grid_index {

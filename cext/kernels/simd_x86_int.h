@@ -183,6 +183,14 @@ DS_INLINE v16 v16_set(int x) { return _mm_set1_epi8((char)x); }
 DS_INLINE v16 v16_and(v16 a, v16 b) { return _mm_and_si128(a, b); }
 DS_INLINE v16 v16_high_nibbles(v16 a) { return _mm_and_si128(_mm_srli_epi16(a, 4), _mm_set1_epi8(15)); }
 
+DS_INLINE __m256i x86_load(const void *p) { return _mm256_loadu_si256(p); }
+/* p, as something that the compiler knows nothing about: or it would take single values out of the registers that were
+ * stored there, with two instructions each or more. */
+DS_INLINE const void *x86_memory(const void *p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
+
 /* The 6-bit scales of Q4_K or Q5_K as 8 bytes, then the minimums, from a block's first 16 bytes. */
 DS_INLINE v16 v16_scales_k4(const void *block) {
     const v16 p = _mm_loadu_si128(
@@ -443,12 +451,6 @@ DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, __m256i s, const int32_t *les
 DS_INLINE f8 row_scale_32(bool per_16, const float *of, int i) {
     if (!per_16) return f8_set(of[i]);
     return _mm256_blend_ps(f8_set(of[2 * i]), f8_set(of[2 * i + 1]), 0xf0);
-}
-/* p, as something that the compiler knows nothing about: or it would take single values out of the registers that were
- * stored there, with two instructions each or more. */
-DS_INLINE const void *x86_memory(const void *p) {
-    __asm__("" : "+r"(p));
-    return p;
 }
 DS_INLINE void x86_add64(row_sum *s, bool is_signed, bool per_16, v64 q, v64 x, const int32_t less[16],
                          const row_scales *scales, int j) {

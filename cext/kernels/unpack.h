@@ -271,14 +271,12 @@ DS_INLINE void unpack_IQ4_XS(const unpacker *u) {
 /* ---- Grid formats: decoded along rows, then turned ---- */
 
 /* Codes plus 2^offset_log2 without a sign, for ISAs that use signed codes as they are (DS_CODE_BIAS of 0). */
-DS_INLINE void unpack_rows(const unpacker *u, row_group_fn group, int n_scales, int offset_log2) {
+DS_INLINE void unpack_rows(const unpacker *u, row_store_fn store, int n_scales, int offset_log2) {
     DS_ALIGNED uint8_t q[DS_LANES][ACT_GROUP];
     DS_ALIGNED float scale[DS_LANES][16];
     const uint8_t *rows[DS_LANES], *scales[DS_LANES];
     for (int r = 0; r < DS_LANES; r++) {
-        row_group g;
-        group(u->rows[r], &g);
-        grid_store(&g.codes, &g.scales, q[r], scale[r]);
+        store(u->rows[r], q[r], scale[r]);
         rows[r] = q[r];
         scales[r] = (const uint8_t *)scale[r];
     }
@@ -298,8 +296,8 @@ DS_INLINE void unpack_rows(const unpacker *u, row_group_fn group, int n_scales, 
     }
 }
 
-DS_INLINE void unpack_IQ2_XXS(const unpacker *u) { unpack_rows(u, row_group_IQ2_XXS, 8, 6); }
-DS_INLINE void unpack_IQ2_XS(const unpacker *u) { unpack_rows(u, row_group_IQ2_XS, 16, 6); }
-DS_INLINE void unpack_IQ2_S(const unpacker *u) { unpack_rows(u, row_group_IQ2_S, 16, 6); }
-DS_INLINE void unpack_IQ3_XXS(const unpacker *u) { unpack_rows(u, row_group_IQ3_XXS, 8, 6); }
-DS_INLINE void unpack_IQ3_S(const unpacker *u) { unpack_rows(u, row_group_IQ3_S, 8, 4); }
+DS_INLINE void unpack_IQ2_XXS(const unpacker *u) { unpack_rows(u, row_store_IQ2_XXS, 8, 6); }
+DS_INLINE void unpack_IQ2_XS(const unpacker *u) { unpack_rows(u, row_store_IQ2_XS, 16, 6); }
+DS_INLINE void unpack_IQ2_S(const unpacker *u) { unpack_rows(u, row_store_IQ2_S, 16, 6); }
+DS_INLINE void unpack_IQ3_XXS(const unpacker *u) { unpack_rows(u, row_store_IQ3_XXS, 8, 6); }
+DS_INLINE void unpack_IQ3_S(const unpacker *u) { unpack_rows(u, row_store_IQ3_S, 8, 4); }
