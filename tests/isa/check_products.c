@@ -168,7 +168,7 @@ static void check_decoder(check *c, ds_format format, const weights *w) {
 
 static void check_format(check *c, ds_format format, const coded *f) {
     static const int TOKENS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 35}, ROWS[] = {1, 7, 33, 70};
-    static const int WIDTHS[3][2] = {{1, 250}, {32, 352}, {256, 512}};
+    static const int WIDTHS[3][2] = {{1, 250}, {32, 352}, {256, 2304}};
     const int elements = (int)ds_format_get(format)->block_elements, kind = elements == 1 ? 0 : elements == 32 ? 1 : 2;
     for (int i = 0; i < 2; i++)
         for (size_t r = 0; r < sizeof ROWS / sizeof *ROWS; r++) {
