@@ -226,6 +226,16 @@ def assert_in_halves(got: Floats, name: str, w: Bytes, x: Floats) -> None:
     assert_within(got, values @ weights.T, lost + bound(values, weights))
 
 
+def assert_gated_in_halves(got: Floats, name: str, gate: Bytes, up: Bytes, x: Floats) -> None:
+    """As the products of each in halves, and what silu makes of how far those may be."""
+    values, g, u = x.astype(np.float64), decode(name, gate), decode(name, up)
+    a, b = values @ g.T, values @ u.T
+    off_a, off_b = (2.0**-10 * (np.abs(values) @ np.abs(m).T) + 1e-4 for m in (g, u))
+    silu = a / (1 + np.exp(-a))
+    limit = 1.1 * off_a * (np.abs(b) + off_b) + np.abs(silu) * off_b  # silu's slope is at most 1.1
+    assert_within(got, silu * b, limit * (0.1 if name == "f32" else 1.0))
+
+
 @pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_slots_in_halves(gpu: Gpu, name: str) -> None:
@@ -266,18 +276,22 @@ def test_large_tiles_in_halves(gpu: Gpu, name: str) -> None:
     w, x = random_weights(name, blocks * n_rows, 256, rng).reshape(blocks, n_rows, -1), normal(rng, n, 256 * blocks)
     if name in CODED_FORMATS:
         w = with_halves(name, w.reshape(blocks * n_rows, -1), *[2.0**-6] * len(HALVES[name])).reshape(w.shape)
-    y = np.full((n, blocks * n_rows + 1), SENTINEL)
-    run(gpu, "mul", Job(name, w, x, 256, stride_x=256, stride_y=n_rows, flags=0), y)
+    y, gated = (np.full((n, blocks * n_rows + 1), SENTINEL) for _ in range(2))
+    job = Job(name, w, x, 256, stride_x=256, stride_y=n_rows, flags=0)
+    run(gpu, "mul", job, y)
+    run(gpu, "mul_gated", replace(job, up=w[::-1]), gated)
     for z in (0, 101, 259):
-        assert_in_halves(y[:, z * n_rows : (z + 1) * n_rows], name, w[z], x[:, z * 256 : (z + 1) * 256])
-    assert (y[:, -1] == SENTINEL).all()
+        rows_of, values = slice(z * n_rows, (z + 1) * n_rows), x[:, z * 256 : (z + 1) * 256]
+        assert_in_halves(y[:, rows_of], name, w[z], values)
+        assert_gated_in_halves(gated[:, rows_of], name, w[z], w[259 - z], values)
+    assert (y[:, -1] == SENTINEL).all() and (gated[:, -1] == SENTINEL).all()
 
 
 @pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gated_in_halves(gpu: Gpu, name: str, grouped: bool) -> None:
-    """Both matrices in one tile: as the products of each in halves, and what silu makes of how far those may be."""
+    """Both matrices in one tile."""
     rng = np.random.default_rng(20)
     k, count = widths(name)[-1], (70, 3, 0, 67)
     n, blocks = (sum(count), 4) if grouped else (70, 1)
@@ -293,13 +307,7 @@ def test_gated_in_halves(gpu: Gpu, name: str, grouped: bool) -> None:
         if part.start == part.stop:
             continue
         block = groups.block[i] if groups and groups.block[i] is not None else 0
-        values, g, u = x[part].astype(np.float64), decode(name, w[block]), decode(name, up[block])
-        a, b = values @ g.T, values @ u.T
-        off_a, off_b = (2.0**-10 * (np.abs(values) @ np.abs(m).T) + 1e-4 for m in (g, u))
-        gate = a / (1 + np.exp(-a))
-        exact = name == "f32"
-        limit = 1.1 * off_a * (np.abs(b) + off_b) + np.abs(gate) * off_b  # silu's slope is at most 1.1
-        assert_within(y[part, :45], gate * b, limit * (0.1 if exact else 1.0))
+        assert_gated_in_halves(y[part, :45], name, w[block], up[block], x[part])
     assert (y[:, 45:] == SENTINEL).all()
 
 

@@ -30,7 +30,8 @@ enum {
     VEC_MOST_FLOATS = 32, /* without them, */
     VEC_MOST_GROUPS = 64, /* and where they are shared out among groups; */
     VEC_MOST_ROWS = 256, /* and of so few rows of floats any, */
-    VEC_TILES = 128, /* where they would be fewer tiles than a large card runs at once */
+    VEC_TILES =
+        12, /* where they would be no more tiles: on an H200 114 us for 152 of 512 tokens, 216 for 148 of 1,024 */
     MAX_GROUPS = 65535, /* what every device has */
 };
 
@@ -77,11 +78,18 @@ static const char *family(const ds_gpu_product *p, const char *floats, const cha
     return p->x_scale ? packed : floats;
 }
 
+/* Subgroups that a tile of mul_coop.comp is cut into by its rows: large ones into more, since registers bound how many
+ * threads a processor has at work. */
+static uint32_t tall_of(const ds_gpu_info *told, uint32_t tile) {
+    return tile == LARGE_TILE && 8 * told->subgroup <= DS_GPU_WORKGROUP ? 4 : 2;
+}
+
 /* Bytes that a workgroup of mul_coop.comp shares: two units of rows and slots, a matrix of each subgroup, and the largest
  * grid where the format has one. */
 static uint32_t coop_shared(const ds_gpu_info *told, ds_format format, uint32_t tile) {
     const bool grid = strncmp(ds_format_get(format)->name, "iq", 2) == 0;
-    return 2 * (tile + TILE) * COOP_STEP * 2 + 4 * told->coop[0] * told->coop[1] * 4 + (grid ? COOP_GRID : 0);
+    return 2 * (tile + TILE) * COOP_STEP * 2 + 2 * tall_of(told, tile) * told->coop[0] * told->coop[1] * 4 +
+           (grid ? COOP_GRID : 0);
 }
 
 /* Halves serve where floats need not be kept: rows of floats are few. */
@@ -163,13 +171,14 @@ static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, cons
 static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, uint32_t matrices, ds_format format, const ds_gpu_product *p,
                           uint32_t n_blocks, ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
-    const uint32_t slots = slot_tiles(p), threads = 4 * told->subgroup;
+    const uint32_t slots = slot_tiles(p);
     const uint64_t large = (uint64_t)ds_gpu_pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
     const bool fits = coop_shared(told, format, LARGE_TILE) <= told->shared_bytes;
-    const uint32_t tile = fits && large >= LARGE_FROM ? LARGE_TILE : TILE;
-    const uint32_t specs[] = {threads, told->coop[0], told->coop[1],        told->coop[2],
-                              tile,    threads,       is_aligned(format, p)};
-    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 7, p,
+    const uint32_t tile = fits && large >= LARGE_FROM ? LARGE_TILE : TILE, tall = tall_of(told, tile);
+    const uint32_t threads = 2 * tall * told->subgroup;
+    const uint32_t specs[] = {threads, told->coop[0], told->coop[1],         told->coop[2],
+                              tile,    threads,       is_aligned(format, p), tall};
+    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 8, p,
                   (uint32_t[]){ds_gpu_pieces(p->rows, tile / matrices), slots, n_blocks}, err);
 }
 

@@ -1,8 +1,8 @@
 #version 460
 /* mul_coop.comp: y = x W^T for many slots a block by cooperative matrices of halves, summed in floats: weights and
- * activations keep 11 bits. Four subgroups compute ROWS by SLOTS, half of both each, a unit at a time: the next one is
- * asked for before a unit is multiplied, and decoded behind that into the other half of shared memory, so that a step has
- * one round to memory and one barrier. With GATED, y = silu(x W^T) * (x Up^T): the tile's rows are half of W's, half of
+ * activations keep 11 bits. TALL by two subgroups compute ROWS by SLOTS, a share of both each, a unit at a time: the
+ * next one is asked for before a unit is multiplied, and decoded behind that into the other half of shared memory, so that
+ * a step has one round to memory and one barrier. With GATED, y = silu(x W^T) * (x Up^T): the tile's rows are half of W's, half of
  * Up's. Names as in product.glsl; grid (rows / what a tile has of them, slots / SLOTS, blocks): where a block has more
  * slots than the grid, its groups go on. */
 #extension GL_GOOGLE_include_directive : require
@@ -14,13 +14,14 @@
 #define EXACT
 #include "unpack.glsl"
 
-layout(local_size_x_id = 0) in; /* four subgroups */
+layout(local_size_x_id = 0) in; /* TALL by two subgroups */
 layout(constant_id = 1) const uint M = 16; /* the device's shape: rows, slots, values */
 layout(constant_id = 2) const uint N = 16;
 layout(constant_id = 3) const uint K = 16;
 layout(constant_id = 4) const uint ROWS = 64; /* 64 or 128 */
 layout(constant_id = 5) const uint THREADS = 128; /* as many as constant 0 says: 16 or more */
 layout(constant_id = 6) const bool ALIGNED = false; /* x lies at multiples of 16 bytes, and k is one of 4 */
+layout(constant_id = 7) const uint TALL = 2; /* 2 or 4 */
 const uint SLOTS = 64;
 #if defined(GATED)
 const uint OWN = ROWS / 2; /* rows of y */
@@ -28,7 +29,7 @@ const uint OWN = ROWS / 2; /* rows of y */
 const uint OWN = ROWS;
 #endif
 const uint STEP = 40 / 4; /* of a row or slot's 32 halves, in fours: 8 more, so that rows begin in other banks */
-const uint DOWN = ROWS / 2 / M, ALONG = SLOTS / 2 / N; /* matrices of a subgroup */
+const uint DOWN = ROWS / TALL / M, ALONG = SLOTS / 2 / N; /* matrices of a subgroup */
 const uint W_EACH = (2 * ROWS + THREADS - 1) / THREADS; /* halves of units, and fours of x, that a thread reads */
 const uint X_EACH = (8 * SLOTS + THREADS - 1) / THREADS;
 
@@ -36,7 +37,7 @@ const uint X_EACH = (8 * SLOTS + THREADS - 1) / THREADS;
 const float SHRINK = 0.0625, GROW = 16.0;
 
 shared f16vec4 w_half[2 * ROWS * STEP], x_half[2 * SLOTS * STEP]; /* of a unit, and of the next */
-shared float part[4 * M * N];
+shared float part[2 * TALL * M * N];
 
 /* ---- What a thread reads: neighbours read what lies together, the same rows and slots all along ---- */
 
