@@ -481,6 +481,30 @@ def test_experts(gpu: Gpu, name: str, groups: Groups, packed: bool, request: pyt
         assert (y[part, 21:] == SENTINEL).all() and (gated[part, 21:] == SENTINEL).all()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_of_a_token_are_summed(gpu: Gpu, name: str) -> None:
+    """Any number of them, with what is beside them or nothing, into what is there; blocks in any order."""
+    rng = np.random.default_rng(24)
+    for k in (*widths(name), *((1408,) if block_size(name)[0] < 256 else ())):
+        for n, with_others in ((1, False), (6, True), (7, True), (13, False)):
+            block = tuple(int(i) for i in rng.integers(0, 4, n))
+            w = random_weights(name, 4 * 45, k, rng).reshape(4, 45, -1)
+            x, weights = normal(rng, n, k), rng.uniform(0, 1, n).astype(np.float32)
+            y = normal(rng, 1, 47)
+            others, before = normal(rng, 45) if with_others else None, y.copy()
+            groups = Groups(block=block, count=(1,) * n)
+            run(gpu, "mul_sum", Job(name, w, x, k, groups=groups, weights=weights, others=others, flags=0), y)
+            want, limit = before[0, :45].astype(np.float64), 4 * U * np.abs(before[0, :45])
+            if others is not None:
+                want, limit = want + others, limit + 4 * U * np.abs(others)
+            for i in range(n):
+                values, matrix = x[i : i + 1].astype(np.float64), decode(name, w[block[i]])
+                want = want + weights[i] * (values @ matrix.T)[0]
+                limit = limit + 2 * weights[i] * bound(values, matrix)[0] + 2 * n * U * np.abs(want)
+            assert_within(y[:1, :45], want[None], limit[None], f"{name} k={k} experts={n}")
+            assert (y[:, 45:] == before[:, 45:]).all()
+
+
 # ---- Packed activations ----
 
 

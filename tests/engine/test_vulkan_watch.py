@@ -51,8 +51,8 @@ def test_what_a_token_is_told_as(tiny_gguf: Callable[[Spec], Path], kv_type: Any
         model.watch(1, times=False)
         session.eval([3])
         work = model.watched(1)
-    assert work.dispatches == 2 + 7 * LITE.n_layer + 2 * dense + 7 * moe
-    assert work.barriers == 1 + 5 * LITE.n_layer + 2 * dense + 5 * moe
+    assert work.dispatches == 2 + 7 * LITE.n_layer + 2 * dense + 6 * moe
+    assert work.barriers == 1 + 5 * LITE.n_layer + 2 * dense + 4 * moe
 
 
 def test_steps_alike_are_recorded_once(tiny_gguf: Callable[[Spec], Path]) -> None:

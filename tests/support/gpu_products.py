@@ -59,6 +59,8 @@ class Job:
     flags: int = EXACT
     usual: int = 0
     norm: Floats | None = None
+    weights: Floats | None = None
+    others: Floats | None = None
     eps: float = 0.0
 
 
@@ -78,6 +80,8 @@ def run(gpu: Gpu, operation: str, job: Job, y: Floats) -> None:
     x, scale = pack(gpu, job.x) if job.packed else (job.x, None)
     w_at, up_at = put("w", np.ascontiguousarray(job.w)), -1
     for field, array in (("x", x), ("y", y), ("slot_row", job.slot_row), ("x_scale", scale), ("norm", job.norm)):
+        put(field, array)
+    for field, array in (("up", job.weights), ("x_scale", job.others)):
         put(field, array)
     put("tables", np.frombuffer(_engine.gpu_tables(), np.uint8))
     up_row_bytes = row_bytes

@@ -68,6 +68,11 @@ static ds_gpu_span chosen(const ds_gpu_backend *b, int il) {
 /* Whether each slot is a block of its own: few are, and need no plan. */
 static bool is_single(const ds_request *r) { return r->n_tok == 1; }
 
+/* Whether its experts' rows are summed as they are made, into the residual stream. */
+static bool is_summed(const ds_gpu_backend *b, const ds_op *op) {
+    return !op->split && is_single(ds_gpu_request(b, op));
+}
+
 static ds_status choose(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_config *c = b->facts.config;
     const ds_request *r = ds_gpu_request(b, op);
@@ -201,7 +206,11 @@ static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, d
                          .rows = (uint32_t)x->down.rows,
                          .n_slots = k->most,
                          .usual = k->usual};
-    return ds_gpu_mul(b->gpu, &b->commands, x->down.format, &p, k->n, err);
+    if (!is_summed(b, op)) return ds_gpu_mul(b->gpu, &b->commands, x->down.format, &p, k->n, err);
+    const bool shared = ds_weights_layer(b->facts.weights, op->il)->down_shared.data;
+    p.y = b->room.x[op->tail];
+    return ds_gpu_mul_sum(b->gpu, &b->commands, x->down.format, &p, k->n, b->room.weights, shared ? b->room.shared : 0,
+                          err);
 }
 
 ds_status ds_gpu_experts(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
@@ -249,6 +258,7 @@ ds_status ds_gpu_combine(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_config *c = b->facts.config;
     const ds_gpu_room *m = &b->room;
     const bool shared = ds_weights_layer(b->facts.weights, op->il)->down_shared.data;
+    if (is_summed(b, op)) return DS_OK;
     if (op->split) give_others(b, op);
     const struct {
         uint64_t x, y, rows, others, slot_of, weights;
@@ -257,9 +267,7 @@ ds_status ds_gpu_combine(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
               shared ? m->shared : 0,
               m->rows,
               m->others.at,
-              op->split                          ? m->split_of.at
-              : is_single(ds_gpu_request(b, op)) ? 0
-                                                 : m->slot_of,
+              op->split ? m->split_of.at : m->slot_of,
               m->weights,
               (uint32_t)c->n_embd,
               (uint32_t)c->n_expert_used};

@@ -18,6 +18,8 @@ enum {
     VEC_GROUPS = 1024, /* and workgroups that it need not have more than: each reads x for itself */
     VEC_BLOCKS = 8, /* experts that are counted on, however many come: sums are the same wherever they are */
     VEC_CHUNK = DS_GPU_JOIN_VALUES, /* values of x that a workgroup shares */
+    SUM_CHUNK = 2048, /* of each of three rows of x */
+    SUM_LANES = 64, /* threads to a row, of which each has an item of six experts under way */
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
     THREADS = 128, /* of the others */
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
@@ -208,6 +210,18 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds
     if (st != DS_OK) return st;
     ds_gpu_barrier(gpu, c);
     return ds_gpu_mul(gpu, c, up_format, &up, n_blocks, err);
+}
+
+ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
+                         uint64_t weights, uint64_t others, ds_error *err) {
+    const uint32_t item = is_float(format) ? 4 : 32, items = pieces(p->k, item);
+    const uint32_t chunk = p->k < SUM_CHUNK ? pieces(p->k, 256) * 256 : SUM_CHUNK;
+    ds_gpu_product sum = *p;
+    uint32_t lanes = 1;
+    while (lanes < items && lanes < SUM_LANES) lanes *= 2;
+    sum.up = weights, sum.x_scale = others, sum.n_slots = n_blocks;
+    return record(gpu, c, "mul_sum", format, (uint32_t[]){VEC_THREADS, lanes, chunk, is_aligned(format, p)}, 4, &sum,
+                  (uint32_t[]){pieces(p->rows, VEC_THREADS / lanes), n_blocks != 0, 1}, err);
 }
 
 ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err) {

@@ -44,6 +44,7 @@ static ds_status operate(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_operation *
     if (strcmp(o->name, "mul") == 0) return ds_gpu_mul(g, c, o->format, p, o->n_blocks, err);
     if (strcmp(o->name, "mul_gated") == 0)
         return ds_gpu_mul_gated(g, c, o->format, o->up_format, o->up_row_bytes, p, o->n_blocks, err);
+    if (strcmp(o->name, "mul_sum") == 0) return ds_gpu_mul_sum(g, c, o->format, p, o->n_blocks, p->up, p->x_scale, err);
     if (strcmp(o->name, "pack") == 0) return ds_gpu_pack(g, c, p, err);
     if (strcmp(o->name, "rows") == 0) return ds_gpu_rows(g, c, o->format, p, err);
     return ds_fail(err, DS_EINVAL, "there is no operation `%s`", o->name);

@@ -20,7 +20,7 @@ typedef struct ds_gpu_link {
 
 /* An operation of product.h; its ds_gpu_product are the push constants. */
 typedef struct ds_gpu_operation {
-    const char *name; /* "mul", "mul_gated", "pack", "rows" */
+    const char *name; /* "mul", "mul_gated", "mul_sum" (up: weights, x_scale: others), "pack", "rows" */
     ds_format format, up_format;
     uint32_t up_row_bytes, n_blocks;
 } ds_gpu_operation;

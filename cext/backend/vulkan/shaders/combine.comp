@@ -10,7 +10,7 @@ layout(push_constant, scalar) uniform Push {
     uint64_t y;     // 0, or float (n_tok, n)
     Floats rows;    // (n_slots, n)
     Floats others;  // (n_slots, n) of experts that another device computed
-    uint64_t slot_of; // uint (n_tok, n_used): the slot, with OTHER where its row is another's; 0: slots are in order
+    Uints slot_of;  // (n_tok, n_used): the slot, with OTHER where its row is another's
     Floats weights; // (n_tok, n_used)
     uint n, n_used;
 } p;
@@ -25,7 +25,7 @@ void main() {
     for (uint from = 0; from < p.n_used; from += TOGETHER) { // two rounds to memory, whatever their number
         float row[TOGETHER], w[TOGETHER];
         [[unroll]] for (uint k = 0; k < TOGETHER; k++) {
-            const uint at = t * p.n_used + min(from + k, p.n_used - 1), slot = p.slot_of == 0 ? at : Uints(p.slot_of).at[at];
+            const uint at = t * p.n_used + min(from + k, p.n_used - 1), slot = p.slot_of.at[at];
             w[k] = p.weights.at[at];
             row[k] = Floats((slot & OTHER) != 0 ? uint64_t(p.others) : uint64_t(p.rows)).at[(slot & ~OTHER) * p.n + i];
         }
