@@ -154,6 +154,23 @@ def test_several_sequences_and_odd_pieces(open_model: Open, tiny_gguf: Callable[
     assert model.watched(1).copied_experts > 0
 
 
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_steps_that_come_between_the_layers_of_another(open_model: Open, n_layers: int) -> None:
+    """Answers, and prompts, which take the slots: a step whose layers are computed a few at a time goes on."""
+    ids = tokens(DEEP, 120, seed=3)
+    expected = open_model(DEEP, "never").session(128, "f32").eval(ids, "all")
+    for copies in ("always", "auto"):
+        model = open_model(DEEP, copies)
+        for _ in range(2):
+            session, beside = model.session(128, "f32"), model.session(512, "f32")
+            reading, n, found = cext.Reading([(session, ids)], [len(ids)]), 0, None
+            while found is None:
+                found = reading.run(n_layers)
+                beside.eval(ids[: (1, 40, 60)[n % 3]])
+                n += 1
+            assert_close(found, expected, BAR)
+
+
 def test_a_step_that_fails_leaves_nothing_behind(open_model: Open) -> None:
     """By a tap that a device does not have: behind copies that are ordered."""
     ids, expected = firm_prompt(reference(LITE), LITE, 40, 7)

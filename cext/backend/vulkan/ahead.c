@@ -248,7 +248,7 @@ void ds_ahead_begin(ds_ahead *a, const ds_request *whole, const ds_request *tail
     if (whole->n_tok <= DS_DECODED_TOKENS) return;
     const int il = next_layer(a, a->facts.weights->layer_begin);
     if (il < 0 || !whole->ids) return; /* a piece's later layer: what comes next was ordered */
-    ds_copies_hold(a->copies, NULL, 0, NULL);
+    ds_copies_drop(a->copies, NULL, 0, NULL);
     ds_copies_order(a->copies, a->order, order_layer(a, il, 0));
 }
 
@@ -257,7 +257,7 @@ void ds_ahead_begin(ds_ahead *a, const ds_request *whole, const ds_request *tail
 static int sort_out(ds_ahead *a, slot *s, const ds_plan *plan, const uint8_t *owner, int *n, uint64_t *under_way) {
     int n_begun = 0, n_all = 0, n_known = 0;
     for (int i = 0; i < s->n; i++) a->begun[i] = false;
-    *under_way = ds_copies_hold(a->copies, s->all, s->n, a->begun);
+    *under_way = ds_copies_drop(a->copies, s->all, s->n, a->begun);
     for (int pass = 0; pass < 2; pass++)
         for (int i = 0, at; i < plan->n_active; i++) {
             const int e = plan->expert[i], k = s->copy_of[e];

@@ -31,7 +31,7 @@ struct ds_copies {
     ds_signal changed;
     ds_copy **order; /* (n_order) those from `next` on are not at their end */
     int n_order, room, next;
-    bool held, ending;
+    bool ending;
     bool idle; /* nothing was being copied since `mark` */
     uint64_t value; /* of the last submission */
     int n_filling;
@@ -101,8 +101,7 @@ static ds_copy *next_copy(ds_copies *c) {
     if (c->failure.status != DS_OK) return NULL;
     while (c->next < c->n_order && c->order[c->next]->begun == c->order[c->next]->bytes) c->next++;
     if (c->next == c->n_order) return NULL;
-    ds_copy *copy = c->order[c->next];
-    return c->held && !copy->begun ? NULL : copy;
+    return c->order[c->next];
 }
 
 /* A place that can be filled; NULL: *value is what the semaphore must reach for one, or 0 where a thread must go on. */
@@ -268,34 +267,33 @@ void ds_copies_destroy(ds_copies *c) {
 
 uint64_t ds_copies_ring_bytes(const ds_copies *c) { return c->ring.bytes; }
 
-uint64_t ds_copies_hold(ds_copies *c, ds_copy *const *some, int n, bool *begun) {
+uint64_t ds_copies_drop(ds_copies *c, ds_copy *const *some, int n, bool *begun) {
     uint64_t under_way = 0;
+    int kept = 0;
     ds_lock_take(&c->lock);
-    c->held = true;
     for (int i = 0; i < n; i++) begun[i] = some[i]->begun != 0;
-    for (int i = 0; i < c->n_order; i++) under_way += c->order[i]->begun ? c->order[i]->left : 0;
+    for (int i = 0; i < c->n_order; i++) {
+        if (!c->order[i]->begun || ended(c->order[i])) continue;
+        under_way += c->order[i]->left;
+        c->order[kept++] = c->order[i];
+    }
+    c->n_order = kept, c->next = 0;
     ds_lock_give(&c->lock);
     return under_way;
 }
 
-/* Those that are begun and not at their end go on, first. */
 void ds_copies_order(ds_copies *c, ds_copy *const *order, int n) {
-    int kept = 0;
     ds_lock_take(&c->lock);
-    for (int i = 0; i < c->n_order; i++)
-        if (c->order[i]->begun && !ended(c->order[i])) c->order[kept++] = c->order[i];
-    c->n_order = kept, c->next = 0;
-    if (kept + n > c->room) {
-        ds_copy **more = realloc(c->order, (size_t)(kept + n) * sizeof *more);
-        if (more) c->order = more, c->room = kept + n;
+    if (c->n_order + n > c->room) {
+        ds_copy **more = realloc(c->order, (size_t)(c->n_order + n) * sizeof *more);
+        if (more) c->order = more, c->room = c->n_order + n;
         else ds_fail(&c->failure, DS_ENOMEM, "no memory for a list of copies"), n = 0;
     }
     for (int i = 0; i < n; i++) {
-        if (order[i]->begun) continue; /* it is there, or among those */
+        if (order[i]->begun) continue; /* it is there, or was kept */
         order[i]->left = order[i]->bytes;
         c->order[c->n_order++] = order[i];
     }
-    c->held = false;
     ds_signal_send(&c->changed);
     ds_lock_give(&c->lock);
 }

@@ -34,10 +34,10 @@ void ds_copies_destroy(ds_copies *copies);
 /* Bytes of the host's memory that its ring takes. */
 uint64_t ds_copies_ring_bytes(const ds_copies *copies);
 
-/* Begin no further copy, until some are ordered. begun (n): which of these are, or are there; the bytes of all that are
- * begun and not submitted yet. */
-uint64_t ds_copies_hold(ds_copies *copies, ds_copy *const *some, int n, bool *begun);
-/* Copy these, in this order, behind what is begun; what was ordered before and is not begun is dropped. */
+/* Drop what is ordered and not begun. begun (n): which of these are, or are there; the bytes of all that are begun and not
+ * submitted yet. */
+uint64_t ds_copies_drop(ds_copies *copies, ds_copy *const *some, int n, bool *begun);
+/* Copy these, in this order, behind what was ordered before. */
 void ds_copies_order(ds_copies *copies, ds_copy *const *order, int n);
 /* Submit a list of commands once all these copies are submitted, to run behind them: now, or by the thread that submits the
  * last of them. */

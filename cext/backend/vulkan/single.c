@@ -113,7 +113,7 @@ static ds_status order_copies(ds_gpu *g, ds_copies *copies, ds_copy **all, int n
         ds_copy *c = all[i];
         all[i] = all[n - 1 - i], all[n - 1 - i] = c;
     }
-    ds_copies_hold(copies, NULL, 0, NULL);
+    ds_copies_drop(copies, NULL, 0, NULL);
     ds_copies_order(copies, all, n);
     ds_copies_then(copies, all, n, list);
     const ds_status st = ds_copies_submitted(copies, &when, err), run = ds_gpu_wait(g, st == DS_OK ? err : &other);
