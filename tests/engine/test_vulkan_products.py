@@ -8,7 +8,7 @@ import pytest
 from gguf.quants import dequantize
 from support.blocks import CODED_FORMATS, FLOAT_FORMATS, HALVES, WHOLE, block_size, random_blocks, type_of, with_halves
 from support.gpu import Gpu, device, number
-from support.gpu_products import ADD, EXACT, PRODUCT, Groups, Job, mul, pack, replace, rows, run
+from support.gpu_products import ADD, EXACT, LANES, PRODUCT, Groups, Job, mul, pack, replace, rows, run
 from support.kernels import (
     SENTINEL,
     Bytes,
@@ -79,9 +79,10 @@ def test_a_subgroup_that_is_not_full_sums_all_units(gpu: Gpu, lanes: int) -> Non
     rng = np.random.default_rng(5)
     w, x, k = normal(rng, 3, 1056), normal(rng, 1, 1056), 1056
     y = np.full((1, 4), SENTINEL, np.float32)
-    push = struct.pack(PRODUCT, 0, 0, 0, k, 4, 4 * k, k, 3, 1, EXACT, 0, 0.0, 0)
+    flags = EXACT + LANES * (lanes.bit_length() - 1)
+    push = struct.pack(PRODUCT, 0, 0, 0, k, 4, 4 * k, k, 3, 1, flags, 0, 0.0, 0)
     links = [(-1, 0, 0, 0), (-1, 8, 1, 0), (-1, 16, 2, 0)]
-    gpu.run("mul_vec_f32", [w, x, y], push, links, (3, 1, 1), (lanes, 1, 1, lanes, 2048, 0, 0))
+    gpu.run("mul_vec_f32", [w, x, y], push, links, (3, 1, 1), (lanes, 1, 1, 2048, 0, 0))
     assert_product(y[:, :3], "f32", w.view(np.uint8), x)
     assert y[0, 3] == SENTINEL
 

@@ -57,11 +57,17 @@ def test_rows_of_a_cache(gpu: Gpu, kind: int, rank: int, n_tail: int, zero: bool
     turns = rng.uniform(0, 6, (n_tok, n_tail // 2))
     angles = np.stack([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
     out, table = np.zeros((n_tok, out_bytes), np.uint8), np.zeros(n_blocks, np.uint64)
-    push = bytes(40) + struct.pack("<5If", kind, rank, n_tail, out_bytes, at, 1e-6)
+    push = bytes(40) + struct.pack("<4If", rank, n_tail, out_bytes, at, 1e-6)
     push += struct.pack("<7I", *(int(s) for s in starts), row_bytes, tail_bytes)
     links = [(-1, 8 * i, i, 0) for i in range(5)] + [(0, 16 * t, 5, 0) for t in range(n_tok)]
     links += [(5, 8 * i, 6, i * blocks.shape[1]) for i in range(n_blocks)]
-    gpu.run("latent_store", [tokens.view(np.uint8), kv_a, w, angles, out, table, blocks], push, links, (n_tok, 1, 1))
+    gpu.run(
+        ("latent_store_f32", "latent_store_i16", "latent_store_q8")[kind],
+        [tokens.view(np.uint8), kv_a, w, angles, out, table, blocks],
+        push,
+        links,
+        (n_tok, 1, 1),
+    )
     for t, pos in enumerate(positions):
         block, pair = blocks[pos // 64, at:], kv_a[t, rank:].astype(np.float64).reshape(-1, 2)
         tail = ((pair[:, 0] + 1j * pair[:, 1]) * np.exp(1j * turns[t])).view(np.float64)

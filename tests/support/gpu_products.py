@@ -15,7 +15,7 @@ from cext import _engine
 
 Ints = NDArray[np.uint32]
 
-ADD, EXACT, JOIN = 1, 4, 16
+ADD, EXACT, JOIN, LANES = 1, 4, 16, 256
 FIELDS = ("w", "x", "y", "groups", "slot_row", "tables", "up", "x_scale", "norm")
 """The addresses of a ds_gpu_product, in order."""
 PRODUCT = f"<{8 * len(FIELDS)}xQ10IfI"

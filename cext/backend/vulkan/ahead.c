@@ -287,7 +287,7 @@ void ds_ahead_share(ds_ahead *a, int il, const ds_plan *plan, uint8_t *owner) {
     a->n_awaited = 0, a->awaited_slots = 0;
     a->measures = n_tok > DS_DECODED_TOKENS && n_lent(a, il);
     if (!a->measures) return;
-    ds_copies_hold(a->copies, NULL, 0, NULL); /* what another step ordered may be of the slot that this layer gets */
+    ds_copies_drop(a->copies, NULL, 0, NULL); /* what another step ordered may be of the slot that this layer gets */
     slot *s = slot_for(a, il);
     assign(a, s, il);
     a->last = (int)(s - a->slots);

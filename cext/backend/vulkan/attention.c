@@ -101,6 +101,7 @@ ds_status ds_gpu_place(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
 /* ---- The cache's rows ---- */
 
 static ds_status store_rows(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    static const char *const STORE[] = {"latent_store_f32", "latent_store_i16", "latent_store_q8"};
     const ds_request *r = ds_gpu_request(b, op);
     const ds_config *c = b->facts.config;
     const ds_gpu_room *m = &b->room;
@@ -110,7 +111,7 @@ static ds_status store_rows(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
         const uint64_t n = (uint64_t)u.begin;
         const struct {
             uint64_t tokens, kv_a, w, angles, out;
-            uint32_t kind, rank, n_tail, out_bytes, at;
+            uint32_t rank, n_tail, out_bytes, at;
             float eps;
             ds_gpu_layout l;
         } push = {m->tokens[op->tail].at + n * sizeof(ds_gpu_token),
@@ -118,14 +119,13 @@ static ds_status store_rows(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
                   ds_gpu_layer_of(b, op->il)->kv_a_norm,
                   m->angles[op->tail].at + n * (uint64_t)c->rope_dim * 4,
                   ds_gpu_cached_rows(b, op).at + n * (m->cached_bytes / (uint64_t)m->n_tok),
-                  ds_gpu_rows_kind(u.store),
                   (uint32_t)c->kv_lora_rank,
                   (uint32_t)c->rope_dim,
                   out_bytes(u.store),
                   ds_gpu_layer_at(b, u.store, op->il),
                   c->rms_eps,
                   ds_gpu_layout_of(u.store)};
-        st = ds_gpu_do(b, "latent_store", &push, sizeof push, (uint32_t)(u.end - u.begin), 1, 1, err);
+        st = ds_gpu_do(b, STORE[ds_gpu_rows_kind(u.store)], &push, sizeof push, (uint32_t)(u.end - u.begin), 1, 1, err);
         i = span_behind(r, &u);
     }
     return st;

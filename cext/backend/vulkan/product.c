@@ -112,9 +112,9 @@ static bool is_vec(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p)
     return p->n_slots <= most || has_few_tiles(format, p);
 }
 
-/* How mul_vec.comp is cut: its specialization constants but for the threads. */
+/* How mul_vec.comp is cut: its specialization constants but for the threads, and lanes, a power of two. */
 typedef struct shape {
-    uint32_t rows, slots, lanes, chunk, aligned, normed, joined;
+    uint32_t rows, slots, lanes, chunk, aligned, joined;
 } shape;
 
 static bool is_float(ds_format format) { return ds_format_get(format)->block_elements == 1; }
@@ -132,12 +132,11 @@ static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matr
     const uint32_t item = is_float(format) ? 4 : 32, items = ds_gpu_pieces(p->k, item),
                    under_way = is_float(format) ? 8 : 4;
     const uint64_t rows = (uint64_t)p->rows * blocks_of(p, n_blocks);
-    shape s = {.rows = 1, .slots = 8, .lanes = 1, .chunk = 256};
+    shape s = {.rows = 1, .slots = 8, .lanes = 1};
     s.aligned = is_aligned(format, p);
-    s.normed = p->norm != 0;
     s.joined = p->flags / DS_GPU_JOIN;
     while (s.slots > 1 && s.slots / 2 >= p->n_slots) s.slots /= 2;
-    while (s.chunk < p->k && s.chunk * s.slots < VEC_CHUNK) s.chunk *= 2;
+    s.chunk = VEC_CHUNK / s.slots;
     const uint32_t most = s.chunk / item < VEC_THREADS ? s.chunk / item : VEC_THREADS;
     while (s.lanes < items && s.lanes < most && (items > under_way * s.lanes || rows * s.lanes < VEC_FULL))
         s.lanes *= 2;
@@ -148,11 +147,13 @@ static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matr
 static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_format format, const ds_gpu_product *p,
                          uint32_t n_matrices, uint32_t n_blocks, ds_error *err) {
     const shape s = shape_of(format, p, n_matrices, n_blocks);
-    const uint32_t specs[] = {VEC_THREADS, s.rows, s.slots, s.lanes, s.chunk, s.aligned, s.normed, s.joined};
+    const uint32_t specs[] = {VEC_THREADS, s.rows, s.slots, s.chunk, s.aligned, s.joined};
+    ds_gpu_product cut = *p;
     const uint32_t groups = ds_gpu_pieces(p->rows, VEC_THREADS / s.lanes * s.rows),
                    slots = ds_gpu_pieces(p->n_slots, s.slots);
     const uint64_t passes = ((uint64_t)groups * slots * blocks_of(p, n_blocks) + VEC_GROUPS - 1) / VEC_GROUPS;
-    return record(gpu, c, name, format, specs, 8, p,
+    for (uint32_t lanes = s.lanes; lanes > 1; lanes /= 2) cut.flags += DS_GPU_LANES;
+    return record(gpu, c, name, format, specs, 6, &cut,
                   (uint32_t[]){passes < groups ? ds_gpu_pieces(groups, (uint32_t)passes) : 1, slots, n_blocks}, err);
 }
 

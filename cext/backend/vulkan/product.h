@@ -39,6 +39,7 @@ enum {
         16, /* of one slot: x is a head's parts of positions, which latent_join.comp else joins, stride_x floats */
     DS_GPU_JOIN_PARTS = 64, /* at most so many, */
     DS_GPU_JOIN_VALUES = 4096, /* of as many values, k, of a head */
+    DS_GPU_LANES = 256, /* product.c's own */
     DS_GPU_EXACT = 4, /* in floats, where many slots would else be taken as halves on devices with matrix units */
 };
 

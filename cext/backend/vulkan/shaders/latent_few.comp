@@ -1,7 +1,7 @@
 // latent_few.comp: latent_query.comp and latent_attend.comp for few tokens over rows of 16 or 8 bits: the same of it all, with
 // less waiting. Queries are made where they are used. SPLIT threads share two keys, sixteen bytes of each in turn, so that
 // they read them in order, for all heads; then a thread has two values of every position. What a thread reads is
-// asked for a few pieces at a time, the last again beyond the end.
+// asked for a few pieces ahead, the last again beyond the end. Loops are not unrolled for their own sake (mul_vec.comp).
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
@@ -24,7 +24,8 @@ layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Qu
 
 const uint THREADS = 256, HEADS = 8, TILE = 64, MOST_WIDTH = 640;
 const uint SPLIT = 8, KEYS = THREADS / SPLIT; // a thread's keys are KEYS apart
-const uint ASKED = 3, POSITIONS = 8; // pieces of a key, and positions, at a time
+const uint ASKED = 3, POSITIONS = 8; // pieces of a key, and positions, under way
+const uint SHARE = 8; // of a tile, of loops that are unrolled in part
 shared vec4 queries[HEADS * MOST_WIDTH / 4];
 shared vec4 sums[SPLIT * KEYS * HEADS / 4];
 shared float scores[TILE][HEADS]; // then the weights
@@ -43,8 +44,8 @@ uint kept_at(uint i) {
 #endif
 }
 
-void keep(uint h, uint i, float x) {
-    const uint at = h * p.width + kept_at(i);
+void keep(uint h, uint at, float x) {
+    at += h * p.width;
     queries[at / 4][at % 4] = x;
 }
 
@@ -76,34 +77,28 @@ void rotate_queries() {
 
 // Those of heads from h0 on, times the scores' scale; of heads behind the last, 0.
 void load_queries(uint h0, uint t, float token_scale) {
-    const uint me = gl_LocalInvocationIndex, n = HEADS * p.rank, there = (p.n_head - min(h0, p.n_head)) * p.rank;
-    const uint from = (t * p.n_head + h0) * p.rank, behind = p.width - p.rank;
+    const uint me = gl_LocalInvocationIndex, from = (t * p.n_head + h0) * p.rank;
     float scale = token_scale;
 #if KIND == 2
     scale /= sqrt(float(p.rank & (~p.rank + 1)));
     for (uint i = me; i < HEADS * p.width / 4; i += THREADS) queries[i] = vec4(0.0);
     barrier();
 #endif
-    for (uint i = me; i < n; i += 8 * THREADS) {
-        float x[8];
-        [[unroll]] for (uint k = 0; k < 8; k++) x[k] = p.absorbed.at[from + min(i + k * THREADS, min(n, there) - 1)];
-        [[unroll]] for (uint k = 0; k < 8; k++) {
-            const uint at = i + k * THREADS, h = at / p.rank;
-            if (at < n) keep(h, at - h * p.rank, at < there ? x[k] * scale : 0.0);
-        }
+    [[dont_unroll]] for (uint i = me; i < p.rank; i += THREADS) {
+        const uint at = kept_at(i);
+        float x[HEADS];
+        [[unroll]] for (uint h = 0; h < HEADS; h++) x[h] = p.absorbed.at[from + min(h, p.n_head - 1 - h0) * p.rank + i];
+        [[unroll]] for (uint h = 0; h < HEADS; h++) keep(h, at, h0 + h < p.n_head ? x[h] * scale : 0.0);
     }
 #if KIND == 2
     rotate_queries();
-    for (uint i = me; i < HEADS * p.n_tail; i += THREADS) {
-        const uint h = i / p.n_tail, c = i % p.n_tail;
-        keep(h, p.rank + c, rotary(t, h0 + h, c) * token_scale);
-    }
+    const uint behind = p.n_tail;
 #else
-    for (uint i = me; i < HEADS * behind; i += THREADS) {
-        const uint h = i / behind, c = i % behind;
-        keep(h, p.rank + c, rotary(t, h0 + h, c) * token_scale);
-    }
+    const uint behind = p.width - p.rank;
 #endif
+    const uint h = me % HEADS;
+    [[dont_unroll]] for (uint c = me / HEADS; c < behind; c += THREADS / HEADS)
+        keep(h, kept_at(p.rank + c), rotary(t, h0 + h, c) * token_scale);
 }
 
 // ---- Scores ----
@@ -119,28 +114,34 @@ void multiply4(uint at, vec4 a, vec4 b) {
     }
 }
 
-// By the pieces of a key from `first` on, of which each has so many values, those at and behind `at` of the query.
+// All heads by a piece of either key, the values at and behind `at` of the query.
+void multiply_piece(uint at, uvec4 a, uvec4 b, bool bytes, vec2 scale) {
+    [[dont_unroll]] for (uint w = 0; w < 4; w += 2) {
+        const uvec2 two = w == 0 ? a.xy : a.zw, other = w == 0 ? b.xy : b.zw;
+        if (bytes) {
+            multiply4(at + 4 * w, scale.x * vec4(unpack8(int(two.x))), scale.y * vec4(unpack8(int(other.x))));
+            multiply4(at + 4 * w + 4, scale.x * vec4(unpack8(int(two.y))), scale.y * vec4(unpack8(int(other.y))));
+        } else {
+            multiply4(at + 2 * w, scale.x * vec4(shorts(two.x), shorts(two.y)), scale.y * vec4(shorts(other.x), shorts(other.y)));
+        }
+    }
+}
+
+// By the pieces of a key from `first` on, of which each has so many values. Those of the next rounds are under way.
 void multiply_keys(uint64_t first, uint64_t second, uint n, uint at, bool bytes, vec2 scale) {
     const uint lane = gl_LocalInvocationIndex % SPLIT, each = bytes ? 16 : 8;
-    for (uint i = lane; i < n; i += ASKED * SPLIT) {
-        uvec4 a[ASKED], b[ASKED];
-        [[unroll]] for (uint k = 0; k < ASKED; k++) {
-            const uint piece = min(i + k * SPLIT, n - 1);
-            a[k] = Quads(first + 16 * piece).at;
-            b[k] = Quads(second + 16 * piece).at;
-        }
-        [[unroll]] for (uint k = 0; k < ASKED; k++) {
-            if (i + k * SPLIT >= n) break;
-            const uint from = at + (i + k * SPLIT) * each;
-            [[unroll]] for (uint w = 0; w < 4; w++) {
-                if (bytes) {
-                    multiply4(from + 4 * w, scale.x * vec4(unpack8(int(a[k][w]))), scale.y * vec4(unpack8(int(b[k][w]))));
-                } else if (w % 2 == 0) {
-                    multiply4(from + 2 * w, scale.x * vec4(shorts(a[k][w]), shorts(a[k][w + 1])),
-                              scale.y * vec4(shorts(b[k][w]), shorts(b[k][w + 1])));
-                }
-            }
-        }
+    uvec4 a[ASKED], b[ASKED];
+    [[unroll]] for (uint k = 0; k < ASKED; k++) {
+        const uint piece = min(lane + k * SPLIT, n - 1);
+        a[k] = Quads(first + 16 * piece).at;
+        b[k] = Quads(second + 16 * piece).at;
+    }
+    [[dont_unroll]] for (uint i = lane; i < n; i += SPLIT) {
+        multiply_piece(at + i * each, a[0], b[0], bytes, scale);
+        [[unroll]] for (uint k = 1; k < ASKED; k++) a[k - 1] = a[k], b[k - 1] = b[k];
+        const uint piece = min(i + ASKED * SPLIT, n - 1);
+        a[ASKED - 1] = Quads(first + 16 * piece).at;
+        b[ASKED - 1] = Quads(second + 16 * piece).at;
     }
 }
 
@@ -177,7 +178,8 @@ void soften(uint seen) {
     const uint h = gl_LocalInvocationIndex % HEADS, c = gl_LocalInvocationIndex / HEADS;
     const float before = top[h];
     float most = before, weight[2];
-    [[unroll]] for (uint i = 0; i < TILE; i++) most = max(most, i < seen ? scores[i][h] : before);
+    [[dont_unroll]] for (uint i = 0; i < TILE; i += SHARE)
+        [[unroll]] for (uint k = 0; k < SHARE; k++) most = max(most, i + k < seen ? scores[i + k][h] : before);
     [[unroll]] for (uint k = 0; k < 2; k++) {
         const uint i = c + k * KEYS;
         weight[k] = i < seen ? exp(scores[i][h] - most) : 0.0;
@@ -187,7 +189,8 @@ void soften(uint seen) {
     barrier();
     if (c != 0) return;
     float total = 0.0;
-    [[unroll]] for (uint i = 0; i < TILE; i++) total += scores[i][h];
+    [[dont_unroll]] for (uint i = 0; i < TILE; i += SHARE)
+        [[unroll]] for (uint k = 0; k < SHARE; k++) total += scores[i + k][h];
     shrink[h] = exp(before - most);
     sum[h] = sum[h] * shrink[h] + total;
     top[h] = most;

@@ -1,5 +1,5 @@
 // latent_store.comp: a token's latent, normalised, and its rotary key, rotated, as a row of the cache: to its block here,
-// and to where the host takes it from. A token a workgroup.
+// and to where the host takes it from, a row of KIND. A token a workgroup.
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
@@ -16,7 +16,7 @@ layout(push_constant, scalar) uniform Push {
     Floats w;       // (rank)
     Floats angles;  // (n_tok, n_tail): cos, sin pairs
     uint64_t out_;  // (n_tok, out_bytes): data, tail, scale, tail_scale, sum
-    uint kind, rank, n_tail, out_bytes, at; // at: of the layer in a block, in bytes
+    uint rank, n_tail, out_bytes, at; // at: of the layer in a block, in bytes
     float eps;
     Layout l;
 } p;
@@ -110,16 +110,13 @@ void main() {
     barrier();
     const uint64_t data = block + p.l.data + uint64_t(pos) * p.l.row_bytes;
     const uint64_t scales = to + p.l.row_bytes + p.l.tail_bytes;
-    if (p.kind == ROWS_F32) {
-        for (uint i = first; i < width; i += THREADS) Floats(data).at[i] = Floats(to).at[i] = row[i];
-        return;
-    }
-    if (p.kind == ROWS_I16) {
-        const float s = scale16(max(scale * f.most_head, f.most_tail), scale * scale * f.head + f.tail);
-        put16(data, to, 0, width, s);
-        if (first == 0) Floats(block + p.l.scale).at[pos] = Floats(scales).at[0] = s;
-        return;
-    }
+#if KIND == 0
+    for (uint i = first; i < width; i += THREADS) Floats(data).at[i] = Floats(to).at[i] = row[i];
+#elif KIND == 1
+    const float s = scale16(max(scale * f.most_head, f.most_tail), scale * scale * f.head + f.tail);
+    put16(data, to, 0, width, s);
+    if (first == 0) Floats(block + p.l.scale).at[pos] = Floats(scales).at[0] = s;
+#else
     rotate_row(p.rank);
     float most = 0;
     for (uint i = first; i < p.rank; i += THREADS) most = max(most, abs(row[i]));
@@ -139,4 +136,5 @@ void main() {
     Floats(block + p.l.scale).at[pos] = Floats(scales).at[0] = s8;
     Floats(block + p.l.tail_scale).at[pos] = Floats(scales).at[1] = s16;
     Ints(block + p.l.sum).at[pos] = Ints(scales).at[2] = int(sum);
+#endif
 }

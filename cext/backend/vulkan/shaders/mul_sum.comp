@@ -1,7 +1,6 @@
 #version 460
 /* mul_sum.comp: y += others + sum over blocks z of weight_z x_z W_z^T: the experts of one token, summed with what their layer has
- * beside them, each block of one row. LANES threads share a row; a thread has an item of each of six blocks under way before
- * x is asked for. Names as in product.glsl, with `up` the weights (blocks), `x_scale` 0 or the others (rows), n_slots the
+ * beside them, each block of one row. LANES threads share a row and go from block to block. Names as in product.glsl, with `up` the weights (blocks), `x_scale` 0 or the others (rows), n_slots the
  * blocks; grid (rows, 1, 1). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
@@ -15,7 +14,7 @@ layout(constant_id = 1) const uint LANES = 32; /* a power of two that the workgr
 layout(constant_id = 2) const uint CHUNK = 2048; /* a multiple of 256 */
 layout(constant_id = 3) const bool ALIGNED = false; /* as in mul_vec.comp */
 
-const uint SLOTS = 3, TOGETHER = 2 * SLOTS; /* blocks whose x is kept, and whose items are asked for, at a time */
+const uint SLOTS = 1; /* blocks whose x is kept at a time */
 const uint THREADS = gl_WorkGroupSize.x, PASS = THREADS / LANES;
 
 shared float partial[THREADS];
@@ -23,52 +22,36 @@ shared float partial[THREADS];
 #include "items.glsl"
 
 uint me;
-uint64_t w_at[TOGETHER];
-float share[TOGETHER];
-Item items[TOGETHER];
 
-/* Blocks [z, z + TOGETHER): where the thread's row of each is; beyond the last, the last is taken again. */
-void find_blocks(uint z, uint row) {
-    [[unroll]] for (uint j = 0; j < TOGETHER; j++) {
-        const uint block = min(z + j, p.n_slots - 1);
-        const Group g = Groups(p.groups).v[block];
-        w_at[j] = weight_row(g.w, row);
-        share[j] = Floats(p.up).v[block];
-    }
-}
-
-/* Values [from, from + CHUNK) of SLOTS blocks' x. */
+/* Values [from, from + CHUNK) of block z's x. */
 void keep_inputs(uint z, uint from) {
     const uint n = (min(p.k - from, CHUNK) + 3) / 4;
+    const uint64_t x = p.x + 4 * (uint64_t(z) * p.ldx);
     barrier(); /* the ones before were read */
-    for (uint v = me; v < n; v += THREADS) {
-        vec4 x[SLOTS];
-        [[unroll]] for (uint s = 0; s < SLOTS; s++)
-            x[s] = values4(p.x + 4 * (uint64_t(min(z + s, p.n_slots - 1)) * p.ldx), from + 4 * v);
-        [[unroll]] for (uint s = 0; s < SLOTS; s++) kept[input_at(s, v)] = x[s];
-    }
+    for (uint v = me; v < n; v += THREADS) kept[input_at(0, v)] = values4(x, from + 4 * v);
     barrier();
 }
 
+/* A thread's part of the row by all blocks. */
 float sum_of_row(uint row, uint lane) {
     const uint n_items = (p.k + ITEM - 1) / ITEM;
     float sum = 0.0;
-    for (uint z = 0; z < p.n_slots; z += TOGETHER) {
-        find_blocks(z, row);
-        for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
-            const uint end = min(from + CHUNK / ITEM, n_items), first = from + lane;
-            [[unroll]] for (uint j = 0; j < TOGETHER; j++) items[j] = item_of(w_at[j], min(first, end - 1));
-            [[unroll]] for (uint half_ = 0; half_ < 2; half_++) {
-                keep_inputs(z + half_ * SLOTS, from * ITEM);
-                [[unroll]] for (uint s = 0; s < SLOTS; s++) {
-                    const uint j = half_ * SLOTS + s;
-                    float own = times(items[j], s, min(first, end - 1), from * ITEM);
-                    if (first >= end) own = 0.0;
-                    for (uint i = first + LANES; i < end; i += LANES) own += times(item_of(w_at[j], i), s, i, from * ITEM);
-                    if (z + j < p.n_slots) sum += share[j] * own;
-                }
+    [[dont_unroll]] for (uint z = 0; z < p.n_slots; z++) {
+        const uint64_t w = weight_row(Groups(p.groups).v[z].w, row);
+        float own = 0.0;
+        [[dont_unroll]] for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
+            const uint end = min(from + CHUNK / ITEM, n_items);
+            bool there = false;
+            [[dont_unroll]] for (uint i = from + lane; i < end || !there; i += LANES) {
+                const uint at = min(i, end - 1); /* for x alone: a thread without an item */
+                const Item item = item_of(w, at);
+                if (!there) keep_inputs(z, from * ITEM);
+                there = true;
+                const float product = times(item, 0, at, from * ITEM);
+                own += i < end ? product : 0.0;
             }
         }
+        sum += Floats(p.up).v[z] * own;
     }
     return sum;
 }

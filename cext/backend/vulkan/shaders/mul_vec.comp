@@ -2,8 +2,8 @@
 /* mul_vec.comp: y = x W^T for few slots a block. LANES threads share a row, each an item of it in turn: a unit, of floats
  * four values, so that they read it in order; a workgroup takes as many rows as it has such threads, ROWS times, and goes on
  * to those that its grid leaves. x lies in shared memory, CHUNK values of it at a time, and is read there once for
- * SLOTS slots and all rows. What a thread has of weights is asked for before x is, and BATCH items at a time: a product of
- * few rows is one round to memory. Names as in product.glsl; grid (rows, SLOTS, blocks). With GATED, y = silu(x W^T) *
+ * SLOTS slots and all rows. What a thread has of weights is asked for before x is. No loop is unrolled that need not be, and
+ * nothing is written twice: a step's shaders are to lie in the cache for instructions together (NOTES.md). Names as in product.glsl; grid (rows, SLOTS, blocks). With GATED, y = silu(x W^T) *
  * (x Up^T); with DOT, x is packed (pack_q8.comp), and read where it is; with NORMED, x is normalised on the way (norm.comp):
  * times the norm's weights where it is kept, the sums over its root mean square where they are stored; with JOINED, x is the
  * parts of a head's positions, joined on the way (latent_join.comp). */
@@ -16,13 +16,11 @@
 #include "rows.glsl"
 
 layout(local_size_x_id = 0) in;
-layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES */
+layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES. What of a shape is no constant is so for one pipeline to serve all */
 layout(constant_id = 2) const uint SLOTS = 1;
-layout(constant_id = 3) const uint LANES = 32; /* a power of two that the workgroup's threads are a multiple of */
-layout(constant_id = 4) const uint CHUNK = 2048; /* a multiple of 256, and of LANES items */
-layout(constant_id = 5) const bool ALIGNED = false; /* x, norm and floats of W lie at multiples of 16 bytes, and k is one of 4 */
-layout(constant_id = 6) const bool NORMED = false; /* of one slot */
-layout(constant_id = 7) const uint JOINED = 0; /* of one slot, 1 + the kind of the cache's rows: usual parts, at most 64 */
+layout(constant_id = 3) const uint CHUNK = 2048; /* a multiple of 256, and of LANES items */
+layout(constant_id = 4) const bool ALIGNED = false; /* x, norm and floats of W lie at multiples of 16 bytes, and k is one of 4 */
+layout(constant_id = 5) const uint JOINED = 0; /* of one slot, 1 + the kind of the cache's rows: usual parts, at most 64 */
 
 #if defined(GATED)
 const uint N_MATRICES = 2;
@@ -30,7 +28,10 @@ const uint N_MATRICES = 2;
 const uint N_MATRICES = 1;
 #endif
 const uint N_ROWS = N_MATRICES * ROWS;
-const uint THREADS = gl_WorkGroupSize.x, PASS = THREADS / LANES * ROWS; /* rows of a workgroup at a time */
+const uint THREADS = gl_WorkGroupSize.x;
+#define LANES (1u << p.flags / FLAG_LANES) /* a power of two that the workgroup's threads are a multiple of */
+#define PASS (THREADS / LANES * ROWS) /* rows of a workgroup at a time */
+#define NORMED (p.norm != 0) /* of one slot */
 
 /* gl_SubgroupSize is what a device may have, and of some more than it has. */
 uint lanes, me, lane;
@@ -38,13 +39,6 @@ uint lanes, me, lane;
 shared float partial[N_MATRICES * THREADS * ROWS];
 
 #include "items.glsl"
-
-/* Items of a row that a thread asks for together. */
-#if CODED
-const uint BATCH = N_ROWS * SLOTS >= 4 ? 1 : 4 / (N_ROWS * SLOTS);
-#else
-const uint BATCH = N_ROWS * SLOTS >= 8 ? 1 : 8 / (N_ROWS * SLOTS);
-#endif
 
 /* ---- x ---- */
 
@@ -137,16 +131,9 @@ void keep_inputs(uint from, bool first) {
 
 /* ---- Rows ---- */
 
-/* A thread's rows, what is there of them, and its sums by slots. */
+/* A thread's rows, and its sums by slots. */
 uint64_t w_at[N_ROWS];
-Item items[N_ROWS * BATCH];
 float sums[SLOTS * N_ROWS];
-
-/* Items i, i + LANES, ... of each row; beyond the last, the last is taken again, and no branch is. */
-void ask(uint i, uint end) {
-    [[unroll]] for (uint j = 0; j < BATCH; j++)
-        [[unroll]] for (uint r = 0; r < N_ROWS; r++) items[j * N_ROWS + r] = item_of(w_at[r], min(i + j * LANES, end - 1));
-}
 
 /* Sums of slot s from the threads that share a row, and into y, where `old` is what was there. */
 void store_rows(Block b, uint row, uint slot, uint s, float old) {
@@ -200,20 +187,18 @@ void rows_by_slots(Block b, uint row, uint slot, bool first) {
     }
     for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
         const uint end = min(from + CHUNK / ITEM, n_items);
-        uint i = from + lane;
-        ask(i, end);
-        if (first || p.k > CHUNK) keep_inputs(from * ITEM, first);
-        for (;;) {
-            [[unroll]] for (uint j = 0; j < BATCH; j++)
-                [[unroll]] for (uint r = 0; r < N_ROWS; r++)
-                    [[unroll]] for (uint s = 0; s < SLOTS; s++) {
-                        const uint at = i + j * LANES;
-                        const float product = times(items[j * N_ROWS + r], s, min(at, end - 1), from * ITEM);
-                        sums[s * N_ROWS + r] += at < end ? product : 0.0;
-                    }
-            i += BATCH * LANES;
-            if (i >= end) break;
-            ask(i, end);
+        bool there = !first && p.k <= CHUNK; /* x, from the rows before */
+        [[dont_unroll]] for (uint i = from + lane; i < end || !there; i += LANES) {
+            const uint at = min(i, end - 1); /* for x alone: a thread without an item */
+            Item items[N_ROWS];
+            [[unroll]] for (uint r = 0; r < N_ROWS; r++) items[r] = item_of(w_at[r], at);
+            if (!there) keep_inputs(from * ITEM, first);
+            there = true;
+            [[unroll]] for (uint r = 0; r < N_ROWS; r++)
+                [[unroll]] for (uint s = 0; s < SLOTS; s++) {
+                    const float product = times(items[r], s, at, from * ITEM);
+                    sums[s * N_ROWS + r] += i < end ? product : 0.0;
+                }
         }
     }
 #if !defined(DOT)

@@ -44,6 +44,7 @@ layout(push_constant, scalar) uniform Product {
 
 const uint FLAG_ADD = 1u;  /* y += */
 const uint FLAG_GATE = 2u; /* y = silu(y) * */
+const uint FLAG_LANES = 256u; /* of mul_vec.comp: times the logarithm of its LANES */
 
 /* A block: its weights and slots, or count 0 where it has none. */
 struct Block {
