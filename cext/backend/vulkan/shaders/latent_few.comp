@@ -24,7 +24,7 @@ layout(buffer_reference, scalar, buffer_reference_align = 16) readonly buffer Qu
 
 const uint THREADS = 256, HEADS = 8, TILE = 64, MOST_WIDTH = 640;
 const uint SPLIT = 8, KEYS = THREADS / SPLIT; // a thread's keys are KEYS apart
-const uint ASKED = 3, POSITIONS = 8; // pieces of a key, and positions, under way
+const uint ASKED = 2, POSITIONS = 8; // pieces of a key, and positions, under way
 const uint SHARE = 8; // of a tile, of loops that are unrolled in part
 shared vec4 queries[HEADS * MOST_WIDTH / 4];
 shared vec4 sums[SPLIT * KEYS * HEADS / 4];

@@ -1,7 +1,8 @@
 #version 460
 /* mul_sum.comp: y += others + sum over blocks z of weight_z x_z W_z^T: the experts of one token, summed with what their layer has
- * beside them, each block of one row. LANES threads share a row and go from block to block. Names as in product.glsl, with `up` the weights (blocks), `x_scale` 0 or the others (rows), n_slots the
- * blocks; grid (rows, 1, 1). */
+ * beside them, each block of one row. LANES threads share a row and go from block to block; an item is asked for before x
+ * is. Names as in product.glsl, with `up` the weights (blocks), `x_scale` 0 or the others (rows), n_slots the blocks; grid
+ * (rows, 1, 1). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
 #extension GL_KHR_shader_subgroup_arithmetic : require
@@ -41,12 +42,10 @@ float sum_of_row(uint row, uint lane) {
         float own = 0.0;
         [[dont_unroll]] for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
             const uint end = min(from + CHUNK / ITEM, n_items);
-            bool there = false;
-            [[dont_unroll]] for (uint i = from + lane; i < end || !there; i += LANES) {
-                const uint at = min(i, end - 1); /* for x alone: a thread without an item */
+            [[dont_unroll]] for (uint begin = from; begin < end; begin += LANES) { /* the same for all threads: barriers */
+                const uint i = begin + lane, at = min(i, end - 1);
                 const Item item = item_of(w, at);
-                if (!there) keep_inputs(z, from * ITEM);
-                there = true;
+                if (begin == from) keep_inputs(z, from * ITEM);
                 const float product = times(item, 0, at, from * ITEM);
                 own += i < end ? product : 0.0;
             }

@@ -16,11 +16,11 @@
 #include "rows.glsl"
 
 layout(local_size_x_id = 0) in;
-layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES. What of a shape is no constant is so for one pipeline to serve all */
+layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES. What is no constant is so for one pipeline to serve */
 layout(constant_id = 2) const uint SLOTS = 1;
 layout(constant_id = 3) const uint CHUNK = 2048; /* a multiple of 256, and of LANES items */
 layout(constant_id = 4) const bool ALIGNED = false; /* x, norm and floats of W lie at multiples of 16 bytes, and k is one of 4 */
-layout(constant_id = 5) const uint JOINED = 0; /* of one slot, 1 + the kind of the cache's rows: usual parts, at most 64 */
+layout(constant_id = 5) const uint JOINED = 0; /* of one slot, 1 + the kind of the cache's rows: usual parts, no more than threads */
 
 #if defined(GATED)
 const uint N_MATRICES = 2;
@@ -46,7 +46,7 @@ shared float partial[N_MATRICES * THREADS * ROWS];
 void keep_inputs(uint from, bool first) {}
 #else
 
-shared float squares_of[THREADS]; /* of a subgroup */
+shared float squares_of[THREADS]; /* of a subgroup; of joined parts what else it has */
 float squares = 0.0; /* of a thread's values */
 
 void keep4(uint s, uint from, uint v, bool first, vec4 x, vec4 w) {
@@ -74,19 +74,24 @@ void rotate_kept(uint n) {
 /* Where value i is among a part's sums: as the cache keeps rows. */
 uint joined_at(uint i) { return JOINED == 1 + ROWS_F32 ? i : JOINED == 1 + ROWS_I16 ? place16(i) : place8(i); }
 
+/* What `of_subgroup` sums up to or is at most, over all subgroups. */
+float over_all(float of_subgroup, bool sum) {
+    barrier();
+    if (subgroupElect()) squares_of[gl_SubgroupID] = of_subgroup;
+    barrier();
+    float all = squares_of[0];
+    for (uint i = 1; i < gl_NumSubgroups; i++) all = sum ? all + squares_of[i] : max(all, squares_of[i]);
+    return all;
+}
+
 void keep_joined() {
     const uint n_parts = p.usual, each = p.stride_x / n_parts, v = each - 2; /* a part: v sums, its maximum, its weight */
     Floats parts = Floats(x_at[0]);
-    if (me < n_parts) {
-        partial[me] = parts.v[me * each + v];
-        partial[64 + me] = parts.v[me * each + v + 1];
-    }
-    barrier();
-    float top = -1.0 / 0.0, total = 0.0;
-    for (uint j = 0; j < n_parts; j++) top = max(top, partial[j]);
-    if (me < n_parts) partial[128 + me] = exp(partial[me] - top);
-    barrier();
-    for (uint j = 0; j < n_parts; j++) total += partial[64 + j] * partial[128 + j];
+    const bool mine = me < n_parts;
+    const float most = mine ? parts.v[me * each + v] : -1.0 / 0.0, weight = mine ? parts.v[me * each + v + 1] : 0.0;
+    const float top = over_all(subgroupMax(most), false), share = mine ? exp(most - top) : 0.0;
+    if (mine) partial[me] = share;
+    float total = over_all(subgroupAdd(weight * share), true);
     if (JOINED == 1 + ROWS_Q8) total *= sqrt(float(p.k & (~p.k + 1)));
     for (uint i = me; i < p.k; i += 2 * THREADS) {
         const uvec2 own = uvec2(i, min(i + THREADS, p.k - 1));
@@ -98,7 +103,7 @@ void keep_joined() {
                 part[j] = vec2(parts.v[begin + joined_at(own.x)], parts.v[begin + joined_at(own.y)]);
             }
             [[unroll]] for (uint j = 0; j < 8; j++)
-                if (from + j < n_parts) value += partial[128 + from + j] * part[j];
+                if (from + j < n_parts) value += partial[from + j] * part[j];
         }
         keep_value(own.x, value.x / total);
         if (i + THREADS < p.k) keep_value(own.y, value.y / total);
@@ -188,8 +193,8 @@ void rows_by_slots(Block b, uint row, uint slot, bool first) {
     for (uint from = 0; from < n_items; from += CHUNK / ITEM) {
         const uint end = min(from + CHUNK / ITEM, n_items);
         bool there = !first && p.k <= CHUNK; /* x, from the rows before */
-        [[dont_unroll]] for (uint i = from + lane; i < end || !there; i += LANES) {
-            const uint at = min(i, end - 1); /* for x alone: a thread without an item */
+        [[dont_unroll]] for (uint begin = from; begin < end; begin += LANES) { /* the same for all threads: barriers */
+            const uint i = begin + lane, at = min(i, end - 1);
             Item items[N_ROWS];
             [[unroll]] for (uint r = 0; r < N_ROWS; r++) items[r] = item_of(w_at[r], at);
             if (!there) keep_inputs(from * ITEM, first);
