@@ -222,7 +222,7 @@ ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, cons
     while (lanes < items && lanes < SUM_LANES) lanes *= 2;
     sum.up = weights, sum.x_scale = others, sum.n_slots = n_blocks;
     return record(gpu, c, "mul_sum", format, (uint32_t[]){VEC_THREADS, lanes, chunk, is_aligned(format, p)}, 4, &sum,
-                  (uint32_t[]){pieces(p->rows, VEC_THREADS / lanes), n_blocks != 0, 1}, err);
+                  (uint32_t[]){ds_gpu_pieces(p->rows, VEC_THREADS / lanes), n_blocks != 0, 1}, err);
 }
 
 ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err) {
