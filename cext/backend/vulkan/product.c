@@ -17,7 +17,9 @@ enum {
     VEC_FULL = 65536, /* threads that a card should have at least, */
     VEC_GROUPS = 1024, /* and workgroups that it need not have more than: each reads x for itself */
     VEC_BLOCKS = 8, /* experts that are counted on, however many come: sums are the same wherever they are */
-    VEC_CHUNK = DS_GPU_JOIN_VALUES, /* values of x that a workgroup shares */
+    VEC_CHUNK =
+        2048, /* values of a row of x that a workgroup shares at most: with more a compiler takes more registers, */
+    VEC_KEPT = 4096, /* and of all rows */
     SUM_CHUNK = 2048, /* of each of three rows of x */
     SUM_LANES = 64, /* threads to a row, of which each has an item of six experts under way */
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
@@ -136,7 +138,7 @@ static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matr
     s.aligned = is_aligned(format, p);
     s.joined = p->flags / DS_GPU_JOIN;
     while (s.slots > 1 && s.slots / 2 >= p->n_slots) s.slots /= 2;
-    s.chunk = VEC_CHUNK / s.slots;
+    s.chunk = s.joined ? DS_GPU_JOIN_VALUES : s.slots * VEC_CHUNK > VEC_KEPT ? VEC_KEPT / s.slots : VEC_CHUNK;
     const uint32_t most = s.chunk / item < VEC_THREADS ? s.chunk / item : VEC_THREADS;
     while (s.lanes < items && s.lanes < most && (items > under_way * s.lanes || rows * s.lanes < VEC_FULL))
         s.lanes *= 2;
@@ -215,8 +217,8 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds
 
 ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          uint64_t weights, uint64_t others, ds_error *err) {
-    const uint32_t item = is_float(format) ? 4 : 32, items = pieces(p->k, item);
-    const uint32_t chunk = p->k < SUM_CHUNK ? pieces(p->k, 256) * 256 : SUM_CHUNK;
+    const uint32_t item = is_float(format) ? 4 : 32, items = ds_gpu_pieces(p->k, item);
+    const uint32_t chunk = p->k < SUM_CHUNK ? ds_gpu_pieces(p->k, 256) * 256 : SUM_CHUNK;
     ds_gpu_product sum = *p;
     uint32_t lanes = 1;
     while (lanes < items && lanes < SUM_LANES) lanes *= 2;
