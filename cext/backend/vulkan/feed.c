@@ -128,6 +128,9 @@ static ds_gpu_expert expert_at(const ds_gpu_backend *b, int il, int e) {
     return stays ? ds_gpu_layer_of(b, il)->expert[e] : ds_ahead_expert(b->ahead, il, e);
 }
 
+/* What an expert has about: by the step alone, so that products are cut the same wherever experts lie. */
+static uint32_t usual_slots(const ds_config *c, uint32_t n_slots) { return n_slots / (uint32_t)c->n_expert + 1; }
+
 /* The host's plan of a split layer, of it what is computed here. */
 static blocks split_blocks(ds_gpu_backend *b, const ds_op *op) {
     const ds_plan *plan = &op->split->plan;
@@ -135,7 +138,8 @@ static blocks split_blocks(ds_gpu_backend *b, const ds_op *op) {
     ds_gpu_group *groups = (ds_gpu_group *)(void *)b->room.split_groups.host;
     blocks to = {.groups = b->room.split_groups.at,
                  .slot_row = b->room.split_row.at,
-                 .stride = (uint32_t)b->facts.config->n_expert};
+                 .stride = (uint32_t)b->facts.config->n_expert,
+                 .usual = usual_slots(b->facts.config, (uint32_t)n_slots)};
     for (int a = 0; a < plan->n_active; a++) {
         const int e = plan->expert[a];
         const uint32_t first = (uint32_t)plan->first[a], count = (uint32_t)plan->count[a];
@@ -160,7 +164,7 @@ static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_
     if (is_single(r)) return out->slot_row = 0, DS_OK; /* all read the one row: nothing is asked before it */
     out->n = out->stride = (uint32_t)c->n_expert;
     out->most = (uint32_t)r->n_tok; /* a token has an expert once */
-    out->usual = n_slots / out->n + 1;
+    out->usual = usual_slots(c, n_slots);
     const struct {
         uint64_t ids, experts, groups, slot_row, slot_of;
         uint32_t n_expert, n_slots, n_used;

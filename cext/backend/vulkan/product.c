@@ -137,7 +137,8 @@ static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matr
     shape s = {.rows = 1, .slots = 8, .lanes = 1};
     s.aligned = is_aligned(format, p);
     s.joined = p->flags / DS_GPU_JOIN;
-    while (s.slots > 1 && s.slots / 2 >= p->n_slots) s.slots /= 2;
+    const uint32_t slots = p->groups && p->usual && 2 * p->usual < p->n_slots ? 2 * p->usual : p->n_slots;
+    while (s.slots > 1 && s.slots / 2 >= slots) s.slots /= 2;
     s.chunk = s.joined ? DS_GPU_JOIN_VALUES : s.slots * VEC_CHUNK > VEC_KEPT ? VEC_KEPT / s.slots : VEC_CHUNK;
     const uint32_t most = s.chunk / item < VEC_THREADS ? s.chunk / item : VEC_THREADS;
     while (s.lanes < items && s.lanes < most && (items > under_way * s.lanes || rows * s.lanes < VEC_FULL))

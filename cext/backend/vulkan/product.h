@@ -26,7 +26,7 @@ typedef struct ds_gpu_product {
     uint32_t n_slots; /* of each block: rows of x and y; with groups, the most that one may have */
     uint32_t flags; /* DS_GPU_ADD, DS_GPU_EXACT, DS_GPU_JOIN times 1 + the kind of the cache's rows */
     uint32_t
-        usual; /* of a block with groups: slots that most have about, or 0; for the grid alone. With DS_GPU_JOIN, parts */
+        usual; /* slots that most groups have about, or 0: the grid's, and how many go together. With DS_GPU_JOIN, parts */
     float eps; /* of the norm */
 } ds_gpu_product;
 
