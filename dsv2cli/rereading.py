@@ -16,13 +16,15 @@ from dsv2cli import console
 LEAST_BYTES = 512 << 20  # of a model: the tables of a smaller one are small too
 LOOKED_INTO = 64  # pages of a file, which takes milliseconds
 LEAST_HELD = 0.1  # of a file: what is not in memory is read into huge pages anyway
-MOST_SECONDS = 20.0  # that reading may take: decoding saves as much in less than a minute
+MOST_SECONDS = 20.0  # that reading may take: decoding saves as much in a minute or two
 
 
 def renew(path: Path, room: int | None) -> None:
     """Read files of a model again that lie in small pages, where that is worth it and works, and say so. room: bytes of
     memory that all of them may take; None where the system does not tell."""
-    with suppress(OSError):  # who opens it tells
+    from cext import EngineError
+
+    with suppress(EngineError, OSError):  # who opens it tells
         _renew(path, room)
 
 

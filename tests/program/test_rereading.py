@@ -11,7 +11,7 @@ from support.page_cache import read_in_small_pages, skip_unless_dropped
 from support.tiny import Spec, tokens
 
 from cext import Model, system
-from dsv2cli import rereading, residency
+from dsv2cli import benchmark, rereading, residency
 from dsv2cli.residency import Beside
 
 SPEC = Spec("rereading", seed=31, n_layer=4, n_embd=256, n_ff_expert=256, n_expert=12, n_used=4)
@@ -73,6 +73,13 @@ def test_a_small_model_is_not_looked_into(path: Path, again: list[Path], monkeyp
     assert not again
 
 
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"no model" * 100, None])
+def test_who_opens_a_file_tells_what_is_wrong_with_it(tmp_path: Path, data: bytes | None) -> None:
+    if data is not None:
+        (tmp_path / "m.gguf").write_bytes(data)
+    rereading.renew(tmp_path / "m.gguf", None)
+
+
 def test_parts_that_lie_in_small_pages_are_read(
     path: Path, again: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -120,6 +127,27 @@ def test_within_a_budget_nothing_is_read_again(path: Path, again: list[Path], mo
     assert not again
     residency.open_within(path, 2, "all", Beside(256))[0].close()
     assert again == [path]
+
+
+@pytest.mark.parametrize(
+    ("engine", "ram", "gpu", "n"),
+    [("dsv2", "all", "off", 1), ("dsv2", "auto", "off", 1), ("dsv2", "1G", "off", 0), ("dsv2", "all", "auto", 0),
+     ("llama.cpp", "all", "off", 0)],
+)  # fmt: skip
+def test_bench_reads_again_before_it_measures_loading(
+    path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, ram: str, gpu: str, n: int
+) -> None:
+    """And where its line is seen: what its processes say is not."""
+    seen: list[Path] = []
+
+    def begins(*_: object, **__: object) -> None:
+        raise RuntimeError("a process begins")
+
+    monkeypatch.setattr(rereading, "renew", lambda path, room: seen.append(path))
+    monkeypatch.setattr(benchmark, "contender", begins)
+    with pytest.raises(RuntimeError, match="begins"):
+        benchmark.run(path, benchmark.tests(0, 4, [0]), threads=1, rounds=1, engine=engine, ram=ram, gpu=gpu)
+    assert len(seen) == n
 
 
 def test_a_model_in_small_pages_is_opened_in_huge_ones(
