@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv2cli import rereading, residency
 from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import CliError
 from dsv2cli.llama_bench import LlamaBench
@@ -125,8 +124,6 @@ def run(
     rows = [Row(test) for test in wanted]
     total, done = (1 + len(against)) * len(rows) * (rounds + 1), 0
     with contextlib.ExitStack() as stack:
-        if engine == OURS and gpu == "off" and ram in ("all", "auto"):  # else in its process, where nobody hears of it
-            rereading.renew(model, residency.room_for_files())
         told("loading", 0, total)
         first = stack.enter_context(contender(engine, model, n_ctx, threads, ram, gpu=(gpu, vram)))
         used = int(first.hello["threads"])  # the others get as many as it chose

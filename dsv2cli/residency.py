@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsv2cli import console, reading, rereading, usage
+from dsv2cli import console, reading, usage
 from dsv2cli.errors import CliError, UsageError
 from dsv2cli.gpu import Layout, Wish, attends, find, lay_out
 from dsv2cli.options import MAX_CONTEXT
@@ -133,14 +133,6 @@ def context(trained: int, n_ctx: int | None) -> int:
 def margin(free: int) -> int:
     """What is left to the system, of so much that is free."""
     return max(free // MARGIN_SHARE, min(LEAST_MARGIN, free // 4))
-
-
-def room_for_files() -> int | None:
-    """Bytes of files that memory holds now beside the margin; None where the system does not tell."""
-    from cext.system import free_bytes
-
-    free = free_bytes(swap=False)
-    return None if free is None else free - margin(free)
 
 
 def choose(needs: WeightNeeds, left: int, kept: int) -> int | None:
@@ -309,9 +301,6 @@ def open_placed(
             elif found is not None and not warned and (problem := strain(found, ram)) is not None:
                 console.warn(console.printable(f"`{path}`: {problem}"))
                 warned = True
-            is_mapped = found is None or found.ram is None
-            if is_mapped and (layout is None or layout.weights < model.needs().all / 2):
-                rereading.renew(path, room_for_files())
         except BaseException:
             model.close()
             raise

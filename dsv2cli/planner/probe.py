@@ -109,12 +109,9 @@ def _opened(stack: contextlib.ExitStack, folder: Path, small: Small, i: int, thr
 
 
 def _of_its_pages(rates: Rates, found: Anatomy, small: Small, probe: Model, path: Path) -> Rates:
-    """The rates of what lies in such pages as the model's file, where that is here; in small ones only if running it
-    would leave it there."""
-    from dsv2cli import rereading, residency
+    """The rates of what lies in such pages as the model's file, where that is here."""
     from dsv2cli.planner import paging
 
-    rereading.renew(found.path, residency.room_for_files())
     pages = paging.cached(found.path, path)
     if pages is None or not pages.matters:
         return rates
