@@ -273,34 +273,6 @@ def cached_pages(path: Path, most: int = 256) -> tuple[float, float] | None:
     return len(held) / n, max(0, after - before) / HUGE_PAGE / n
 
 
-def reread_rate(path: Path, n: int = 4) -> float | None:
-    """Bytes a second at which a file that the system's cache holds is read into huge pages, once they are dropped
-    there: so many are. None where most of them stay, since another program has mapped them or the file system lies in
-    memory, or come back in small ones, since kernel or file system have no others."""
-    n_all = path.stat().st_size // HUGE_PAGE
-    seconds, n_huge = 0.0, 0
-    with path.open("rb") as file, _mapped(file) as pages:
-        places = [at for at in ((2 * i + 1) * n_all // (2 * n) * HUGE_PAGE for i in range(n)) if _is_held(pages, at)]
-        for at in places:
-            drop_pages(file.fileno(), at, HUGE_PAGE)
-            if not _is_held(pages, at):
-                before, begun = _in_huge_pages() or 0, time.perf_counter()
-                pages[at]
-                seconds += time.perf_counter() - begun
-                n_huge += (_in_huge_pages() or 0) > before
-    return n_huge * HUGE_PAGE / seconds if n_huge > len(places) / 2 else None
-
-
-def read_again(path: Path) -> None:
-    """Drop a file from the system's cache and read it into huge pages, as the engine maps it. OSError."""
-    with path.open("rb") as file, _mapped(file) as pages:
-        with suppress(OSError):  # of another's drive
-            os.fsync(file.fileno())  # what is not on the disk yet would stay
-        drop_pages(file.fileno())
-        for at in range(0, len(pages), HUGE_PAGE):
-            pages[at]
-
-
 @contextmanager
 def _mapped(file: BinaryIO) -> Iterator[mmap.mmap]:
     """A file as the engine maps it."""
@@ -327,12 +299,12 @@ def _in_huge_pages() -> int | None:
     return 1024 * told["FilePmdMapped"] if "FilePmdMapped" in told else None
 
 
-def drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Take a file's bytes out of the system's cache, 0: all behind the offset, but for those that are not on the disk
-    yet or that a program has mapped. Nothing where the system has no such call."""
+def drop_pages(fd: int) -> None:
+    """Take a file out of the system's cache, but for what is not on the disk yet or a program has mapped. Nothing where
+    the system has no such call."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
-            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_and_drop(fd: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import stat
@@ -177,9 +176,8 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def small_paged(large: Path) -> Path:
-    """In small pages, where it can lie in huge ones; the test is skipped elsewhere."""
+def test_the_pages_that_a_file_lies_in_are_told(large: Path) -> None:
+    """Where it can lie in huge ones; skipped elsewhere."""
     cold(large)
     with large.open("rb") as file, system._mapped(file) as pages:
         for at in range(0, len(pages), system.HUGE_PAGE):
@@ -190,7 +188,6 @@ def small_paged(large: Path) -> Path:
     assert held == 1
     read_in_small_pages(large)
     assert system.cached_pages(large) == (1.0, 0.0)
-    return large
 
 
 def test_what_is_on_the_disk_leaves_the_cache(large: Path) -> None:
@@ -224,37 +221,3 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         cold(tmp_path / "file")
-
-
-def test_a_file_is_read_again_into_huge_pages(small_paged: Path) -> None:
-    before = small_paged.read_bytes()
-    rate = system.reread_rate(small_paged)
-    assert rate is not None and rate > 0
-    system.read_again(small_paged)
-    held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
-    assert held > 0.8 and huge > 0.5
-    assert small_paged.read_bytes() == before
-
-
-def test_what_is_not_on_the_disk_yet_is_read_again_too(small_paged: Path) -> None:
-    data = os.urandom(small_paged.stat().st_size)
-    small_paged.write_bytes(data)
-    system.read_again(small_paged)
-    held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
-    assert held > 0.8 and huge > 0.5
-    assert small_paged.read_bytes() == data
-
-
-def test_pages_that_another_has_mapped_are_not_read_again(small_paged: Path) -> None:
-    """They stay as they are: dropping the file would not help."""
-    with small_paged.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
-        assert sum(pages[at] for at in range(0, len(pages), mmap.PAGESIZE))
-        assert system.reread_rate(small_paged) is None
-        held, huge = system.cached_pages(small_paged) or (0.0, 0.0)
-        assert held > 0.9 and huge == 0
-
-
-def test_a_file_that_is_not_in_memory_is_not_tried(large: Path) -> None:
-    cold(large)
-    assert system.reread_rate(large) is None
-    assert is_dropped(large)
