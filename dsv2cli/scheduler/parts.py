@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsv2cli.scheduler.sequence import Sequence
 
 LEAST_SHARE = 0.25  # of a step of answers that takes longer than a turn: what prompts have nevertheless
-FEWEST, FIRST, MOST = 32, 96, MAX_STEP // 2  # tokens of a piece
+FEWEST, FIRST, MOST = 32, 64, MAX_STEP // 2  # tokens of a piece
 LAYERS_A_TURN = 6  # at least, of a piece whose turn is a whole one: the time that a turn goes over is a layer's
 CALL_SECONDS = 0.01  # quicker layers are computed together
 
@@ -52,11 +52,6 @@ class Part:
     seconds: float = 0.0
     n_run: int = 0
 
-    @property
-    def ends(self) -> bool:
-        """With it all its prompts have been read."""
-        return all(len(ids) == sequence.n_waiting for sequence, ids, _ in self.shares)
-
 
 class Parts:
     """The pieces that are under way, and how much of them fits in a turn. A turn is a step of answers, which take what
@@ -72,12 +67,6 @@ class Parts:
         self._layer = 0.0  # seconds, of the piece that was computed last, and how many tokens it has
         self._layer_tok = 1
         self._n_runs = 0
-
-    @property
-    def takes_another(self) -> bool:
-        """Whether a piece may begin: beside one of a long prompt, so that the short ones do not wait for all of it.
-        More would share their turns, and all end late."""
-        return not self.under_way or (len(self.under_way) == 1 and not self.under_way[0].ends)
 
     @property
     def is_next(self) -> bool:

@@ -171,8 +171,6 @@ class Scheduler:
 
     def _begin_part(self, parts: Parts) -> bool:
         """A piece of the prompts of which none is under way. Whether there is one."""
-        if not parts.takes_another:
-            return False
         under_way = {sequence for part in parts.under_way for sequence, _, _ in part.shares}
         shares: list[Share] = []
         reading = [s for s in self._sequences if s.n_waiting > 1 and s not in under_way]

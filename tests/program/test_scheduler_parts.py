@@ -133,23 +133,6 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: cext.Model) -> None:
         scheduler.step()
 
 
-def test_many_short_prompts_are_read_one_after_another(model: cext.Model) -> None:
-    """As many in a piece as it holds. Were all begun, all would end last."""
-    slowly = Slowly()
-    scheduler = slowly.scheduler()
-    first, many = answer(model, 3, 1, limit=900), [answer(model, 32, i, limit=900) for i in range(2, 17)]
-    begun(scheduler, first)
-    for one in many:
-        scheduler.add(one)
-    finished, most = list[int](), 0
-    while not all(one.answer for one in many):
-        scheduler.step()
-        most = max(most, len(scheduler._parts.under_way) if scheduler._parts else 0)
-        finished.append(sum(bool(one.answer) for one in many))
-    assert most <= 2 and len(slowly.readings[0].batch) == 3
-    assert len(set(finished)) > 5  # some have long ended when the last begin
-
-
 def test_two_long_prompts_have_their_turns(model: cext.Model) -> None:
     slowly = Slowly()
     scheduler = slowly.scheduler()
