@@ -52,12 +52,12 @@ def test_a_conversation_keeps_the_opening_tag_with_its_answer(model: Path) -> No
         end = tokenizer.control_id("</think>") or 0
         talk.turns = [Turn("Hi", [*tokenizer.encode("because"), end, *tokenizer.encode("Yes")], turn.opening)]
         talk.turns.append(Turn("And?"))
-        said_next = tokenizer.decode(talk._prompt([]))
+        said_next = tokenizer.decode(talk._make_room([], 1))
         assert "because" not in said_next and "Yes" in said_next
         assert talk.turns[-1].opening == turn.opening
         talk.thinking = False
-        talk._prompt([])
-        assert talk.turns[-1].opening == [] and talk._prompt([])[-1] == end
+        talk._make_room([], 1)
+        assert talk.turns[-1].opening == [] and talk._make_room([], 1)[-1] == end
 
 
 def test_reasoning_is_a_part_of_its_own_in_json(model: Path) -> None:
