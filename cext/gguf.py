@@ -61,15 +61,6 @@ class Gguf:
             for name, kind, format_name, shape, offset, nbytes, part in _engine.gguf_tensors(self._handle)
         ]
 
-    @property
-    def paths(self) -> list[str]:
-        """Its files: of a split model the parts', whose names and number were checked."""
-        n = int(self.metadata.get("split.count", 1))
-        if n < 2:
-            return [self.path]
-        stem = self.path[: -len("-00001-of-00001.gguf")]
-        return [f"{stem}-{i:05}-of-{n:05}.gguf" for i in range(1, n + 1)]
-
     @cached_property
     def _index(self) -> dict[str, int]:
         return {tensor.name: i for i, tensor in enumerate(self.tensors)}
