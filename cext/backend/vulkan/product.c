@@ -8,7 +8,7 @@
  *
  * Chosen by counting registers, groups and operations: a product of few slots waits for memory, so that its threads are as
  * many as keep a large card's memory at work, as long as each has an item of its row left; a thread has up to four items
- * under way, of floats eight, and two rows that share what is read of x where there are enough. Sums of more than 8 (rows
+ * in turn, of floats eight, and two rows that share what is read of x where there are enough. Sums of more than 8 (rows
  * by slots) leave no registers for weights. A tile costs as much as its 64 slots whatever it holds, so that passes of 8
  * slots are cheaper up to half of them or so, and among experts, of which each has a few of the tokens, up to more; matrix
  * units make a tile's sums cheap. */
@@ -17,11 +17,10 @@ enum {
     VEC_FULL = 65536, /* threads that a card should have at least, */
     VEC_GROUPS = 1024, /* and workgroups that it need not have more than: each reads x for itself */
     VEC_BLOCKS = 8, /* experts that are counted on, however many come: sums are the same wherever they are */
-    VEC_CHUNK =
-        2048, /* values of a row of x that a workgroup shares at most: with more a compiler takes more registers, */
-    VEC_KEPT = 4096, /* and of all rows */
-    SUM_CHUNK = 2048, /* of each of three rows of x */
-    SUM_LANES = 64, /* threads to a row, of which each has an item of six experts under way */
+    VEC_CHUNK = 2048, /* values of a row of x that a workgroup keeps: with more a compiler takes more registers; */
+    VEC_KEPT = 4096, /* of all rows, at most */
+    SUM_CHUNK = 2048, /* of a row of x */
+    SUM_LANES = 64, /* threads to a row */
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
     THREADS = 128, /* of the others */
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
@@ -132,7 +131,7 @@ static uint32_t blocks_of(const ds_gpu_product *p, uint32_t n_blocks) { return p
 
 static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matrices, uint32_t n_blocks) {
     const uint32_t item = is_float(format) ? 4 : 32, items = ds_gpu_pieces(p->k, item),
-                   under_way = is_float(format) ? 8 : 4;
+                   each = is_float(format) ? 8 : 4; /* of a thread */
     const uint64_t rows = (uint64_t)p->rows * blocks_of(p, n_blocks);
     shape s = {.rows = 1, .slots = 8, .lanes = 1};
     s.aligned = is_aligned(format, p);
@@ -141,8 +140,7 @@ static shape shape_of(ds_format format, const ds_gpu_product *p, uint32_t n_matr
     while (s.slots > 1 && s.slots / 2 >= slots) s.slots /= 2;
     s.chunk = s.joined ? DS_GPU_JOIN_VALUES : s.slots * VEC_CHUNK > VEC_KEPT ? VEC_KEPT / s.slots : VEC_CHUNK;
     const uint32_t most = s.chunk / item < VEC_THREADS ? s.chunk / item : VEC_THREADS;
-    while (s.lanes < items && s.lanes < most && (items > under_way * s.lanes || rows * s.lanes < VEC_FULL))
-        s.lanes *= 2;
+    while (s.lanes < items && s.lanes < most && (items > each * s.lanes || rows * s.lanes < VEC_FULL)) s.lanes *= 2;
     if (n_matrices == 1 && s.slots <= 4 && s.lanes > 1 && rows * s.lanes >= 2 * VEC_FULL) s.rows = 2;
     return s;
 }

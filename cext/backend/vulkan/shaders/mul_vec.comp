@@ -3,10 +3,11 @@
  * four values, so that they read it in order; a workgroup takes as many rows as it has such threads, ROWS times, and goes on
  * to those that its grid leaves. x lies in shared memory, CHUNK values of it at a time, and is read there once for
  * SLOTS slots and all rows. What a thread has of weights is asked for before x is. No loop is unrolled that need not be, and
- * nothing is written twice: a step's shaders are to lie in the cache for instructions together (NOTES.md). Names as in product.glsl; grid (rows, SLOTS, blocks). With GATED, y = silu(x W^T) *
- * (x Up^T); with DOT, x is packed (pack_q8.comp), and read where it is; with NORMED, x is normalised on the way (norm.comp):
- * times the norm's weights where it is kept, the sums over its root mean square where they are stored; with JOINED, x is the
- * parts of a head's positions, joined on the way (latent_join.comp). */
+ * nothing is written twice: a step's shaders are to lie in the cache for instructions together (NOTES.md). Names as in
+ * product.glsl; grid (rows, SLOTS, blocks). With GATED, y = silu(x W^T) * (x Up^T); with DOT, x is packed (pack_q8.comp), and
+ * read where it is; with NORMED, x is normalised on the way (norm.comp): times the norm's weights where it is kept, the sums
+ * over its root mean square where they are stored; with JOINED, x is the parts of a head's positions, joined on the way
+ * (latent_join.comp). */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
 #extension GL_KHR_shader_subgroup_arithmetic : require
@@ -16,7 +17,7 @@
 #include "rows.glsl"
 
 layout(local_size_x_id = 0) in;
-layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES. What is no constant is so for one pipeline to serve */
+layout(constant_id = 1) const uint ROWS = 1; /* of a thread; no more than LANES */
 layout(constant_id = 2) const uint SLOTS = 1;
 layout(constant_id = 3) const uint CHUNK = 2048; /* a multiple of 256, and of LANES items */
 layout(constant_id = 4) const bool ALIGNED = false; /* x, norm and floats of W lie at multiples of 16 bytes, and k is one of 4 */
@@ -29,6 +30,7 @@ const uint N_MATRICES = 1;
 #endif
 const uint N_ROWS = N_MATRICES * ROWS;
 const uint THREADS = gl_WorkGroupSize.x;
+/* Not constants, so that one pipeline serves all shapes. */
 #define LANES (1u << p.flags / FLAG_LANES) /* a power of two that the workgroup's threads are a multiple of */
 #define PASS (THREADS / LANES * ROWS) /* rows of a workgroup at a time */
 #define NORMED (p.norm != 0) /* of one slot */
