@@ -563,7 +563,7 @@ def test_nothing_is_kept_where_that_is_asked_for(term: str, path: Path, state: P
 def test_kill_9_at_any_moment_loses_the_open_turn_at_most(n: int, path: Path, state: Path) -> None:
     """Closed turns are those that a prompt has followed. Greedy: what is there must be what an unbroken run says."""
     rng = random.Random(n)
-    options = ("-n", "5", "--temp", "0", "-c", "512")
+    options = ("-n", "5", "--temp", "0", "-c", "512", "--kv", "f32")  # what was rounded alike however it was read
     env = {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
     asked = 0
     for _ in range(n):
@@ -591,7 +591,7 @@ def test_kill_9_at_any_moment_loses_the_open_turn_at_most(n: int, path: Path, st
     found = journal.read(store.existing(store.latest())).tree
     assert [node.parent for node in found.nodes] == list(range(len(found.nodes)))
     with runtime.open_model(path, 1) as opened:
-        fresh = Talk(opened, 512, keeps=False)
+        fresh = Talk(opened, 512, "f32", keeps=False)
         fresh.conversation.system = None
         for node in found.nodes:
             assert fresh.say(node.turn.user, 5) == node.turn.answer
