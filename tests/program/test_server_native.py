@@ -286,10 +286,17 @@ def test_what_no_context_holds_is_refused_before_it_is_tokenised(
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
         ("/v1/responses", {"input": text}),
         ("/v1/messages", {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/chat/completions/input_tokens", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/responses/input_tokens", {"input": text}),
+        ("/tokenize", {"messages": [{"role": "user", "content": text}]}),
+        ("/apply-template", {"messages": [{"role": "user", "content": text}]}),
         ("/api/generate", {"model": "tiny", "prompt": text, "raw": True}),
     ):
         refused = server.post(path, **body)
         assert refused.status_code == 400 and f"at least {n_ctx + 1} tokens" in refused.text, (path, refused.text)
+        if path.startswith("/v1/messages"):
+            assert refused.json()["type"] == "error" and refused.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_no_token_is_longer_than_the_longest(path: Path) -> None:

@@ -65,13 +65,12 @@ def at_least_one(limit: int | None) -> int | None:
     return None if limit is None else max(limit, 1)
 
 
-async def prompt_of(service: Service, body: ChatRequest, *, fits: bool = False) -> Prompt:
-    """What a chat is answered from. fits: what the context does not hold is refused before it is all tokenised.
-    ApiError."""
-    return await answering.aside(_prompt, service, body, fits)
+async def prompt_of(service: Service, body: ChatRequest) -> Prompt:
+    """What a chat is answered from. ApiError; what the context does not hold is refused before it is all tokenised."""
+    return await answering.aside(_prompt, service, body)
 
 
-def _prompt(service: Service, body: ChatRequest, fits: bool) -> Prompt:
+def _prompt(service: Service, body: ChatRequest) -> Prompt:
     messages, thinking = service.messages(body.messages), _thinking(service, body)
     offer = parse_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = body.tools if offer.tools else None
@@ -80,8 +79,7 @@ def _prompt(service: Service, body: ChatRequest, fits: bool) -> Prompt:
         messages = messages[:-1] + ([Message("assistant", begun, messages[-1].fields)] if begun else [])
     if not service.tool_form.native:
         messages, described = with_told(messages, offer.tools), None
-    if fits:
-        service.check_length(sum(len(message.content) for message in messages if isinstance(message.content, str)))
+    service.check_length(sum(len(message.content) for message in messages if isinstance(message.content, str)))
     ids = service.chat_prompt(
         messages,
         tools=described,
@@ -94,7 +92,7 @@ def _prompt(service: Service, body: ChatRequest, fits: bool) -> Prompt:
 
 async def prepare(service: Service, body: ChatRequest, salt: bytes) -> Asked:
     """Prompt, constraint and sampling of a chat. ApiError."""
-    prompt = await prompt_of(service, body, fits=True)
+    prompt = await prompt_of(service, body)
     offer, begun = prompt.offer, prompt.begun or ""
     opening = () if begun else service.opening(prompt.ids)
     form = service.form(body, body.response_format)
