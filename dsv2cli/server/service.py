@@ -17,7 +17,7 @@ from dsv2cli.server.constraints import ANY_OBJECT, Grammars
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Generation, Params
 from dsv2cli.server.kept import Store
-from dsv2cli.server.tools import check_calls, form_of
+from dsv2cli.server.tools import History, check_calls, form_of, history_of
 from dsv2cli.server.wire import Sampled, StructuredOutputs
 
 if TYPE_CHECKING:
@@ -177,6 +177,12 @@ class Service:
                 raise bad_field(f"messages[{i}]", str(error)) from None
             check_calls(parsed[-1], f"messages[{i}]")
         return parsed
+
+    @cached_property
+    def history(self) -> History:
+        """How the model's template takes the calls of a chat."""
+        tokenizer = self.engine.runtime.tokenizer
+        return history_of(lambda messages: self.spelt(tokenizer.chat(messages)))
 
     @cached_property
     def can_fill_in(self) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cext.errors import TemplateError, TokenizerError
 from cext.template import free_variables
 from cext.tokenizer import Message
 from dsv2cli.scheduler.text import overlap
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 MAX_SCHEMA = 1 << 20  # characters of all tools
 CALL, CALL_END = "<tool_call>", "</tool_call>"
+NEWLINE, CLOSING = "\n", "}\n"  # what stands between two calls; behind a call's arguments
+OTHER_TAGS = ("<arg_key>", "<function=", "<parameter")  # GLM's and Qwen3-Coder's calls, which are no JSON
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 TOLD = """\
@@ -79,7 +82,7 @@ class Form:
     begin: what begins them, as ``Marked`` spells it; end: what closes each one, if anything; begin_id: begin's token.
     call: matches one call, with the groups name and arguments (or json). write: the body of a grammar's rule of a call,
     given a tool and the name of the rule of its arguments. around: what stands before the first call (after begin) and
-    behind the last one, as grammar. native: the template describes tools. several: a grammar can ask for more than one.
+    behind the last one, as grammar; again: before each further one. native: the template describes tools.
     """
 
     begin: str
@@ -88,17 +91,16 @@ class Form:
     call: re.Pattern[str]
     write: Callable[[Tool, str], str]
     around: tuple[str, str] = ("", "")
+    again: str = ""
     native: bool = True
-    several: bool = True
 
     def grammar(self, tools: Sequence[Tool], *, begun: bool, several: bool) -> str:
         """Lark: one call or more. begun: the token that begins them has come already."""
         rules = [f"args{i}: %json {json.dumps({**tool.schema, **TIGHT})}" for i, tool in enumerate(tools)]
         rules += [f"call{i}: {self.write(tool, f'args{i}')}" for i, tool in enumerate(tools)]
         begin = "" if begun else f"<[{self.begin_id}]>" if self.begin_id is not None else ""
-        calls = (
-            "(" + " | ".join(f"call{i}" for i in range(len(tools))) + ")" + ("+" if several and self.several else "")
-        )
+        calls = "(" + " | ".join(f"call{i}" for i in range(len(tools))) + ")"
+        calls += f" ({self.again} {calls})*" if several else ""
         return "\n".join([f"start: {begin} {self.around[0]} {calls} {self.around[1]}", *rules])
 
 
@@ -109,7 +111,7 @@ def _quoted(text: str) -> str:
 def form_of(tokenizer: Tokenizer) -> Form:
     """The form that a model's vocabulary and template speak of."""
     template = tokenizer.chat_template or ""
-    for make in (_deepseek, _kimi, _mistral):
+    for make in (_deepseek, _kimi, _mistral, _qwen):
         form = make(tokenizer, template)
         if form is not None and "tools" in free_variables(template):
             return form
@@ -197,7 +199,25 @@ def _mistral(tokenizer: Tokenizer, template: str) -> Form | None:
     def write(tool: Tool, arguments: str) -> str:
         return f"{_quoted(tool.name)} {marks.rules[1]} {arguments}"
 
-    return Form(_shown("[TOOL_CALLS]"), "", marks.ids[0], re.compile(pattern, re.DOTALL), write, several=False)
+    return Form(_shown("[TOOL_CALLS]"), "", marks.ids[0], re.compile(pattern, re.DOTALL), write, again=marks.rules[0])
+
+
+def _qwen(tokenizer: Tokenizer, template: str) -> Form | None:
+    """Qwen 2.5 and 3, Hermes: a JSON object between tags, which are tokens in most vocabularies. Not what writes
+    arguments in tags of their own."""
+    if CALL not in template or "arguments" not in template or any(tag in template for tag in OTHER_TAGS):
+        return None
+    marks = _Marks(tokenizer, CALL, CALL_END)
+    if not marks.are_there:
+        return replace(_told(), native=True)
+    begin, end = marks.shown
+    pattern = rf"{begin}\s*(?P<json>.*?)\s*(?:{end}|\Z)"
+
+    def write(tool: Tool, arguments: str) -> str:
+        return f"{_quoted(_call_begin(tool))} {arguments} {_quoted(CLOSING)} {marks.rules[1]}"
+
+    again = f"{_quoted(NEWLINE)} {marks.rules[0]}"
+    return Form(_shown(CALL), _shown(CALL_END), marks.ids[0], re.compile(pattern, re.DOTALL), write, again=again)
 
 
 def _told() -> Form:
@@ -205,11 +225,13 @@ def _told() -> Form:
     pattern = rf"{CALL}\s*(?P<json>.*?)\s*(?:{CALL_END}|\Z)"
 
     def write(tool: Tool, arguments: str) -> str:
-        begin = _quoted(f'{CALL}\n{{"name": {json.dumps(tool.name)}, "arguments": ')
-        end = _quoted("}\n" + CALL_END + "\n")
-        return f"{begin} {arguments} {end}"
+        return f"{_quoted(CALL + _call_begin(tool))} {arguments} {_quoted(CLOSING + CALL_END + NEWLINE)}"
 
     return Form(CALL, CALL_END, None, re.compile(pattern, re.DOTALL), write, native=False)
+
+
+def _call_begin(tool: Tool) -> str:
+    return f'\n{{"name": {json.dumps(tool.name)}, "arguments": '
 
 
 @dataclass(frozen=True)
@@ -283,6 +305,49 @@ def _as_text(message: Message) -> Message:
         for call in map(_given_call, calls)
     ]
     return Message(message.role, "\n".join(filter(None, [content_text(message), *written])))
+
+
+@dataclass(frozen=True)
+class History:
+    """How a template takes a call that was made: content beside it as "" in place of nothing; arguments as an object
+    in place of their JSON."""
+
+    empty: bool = False
+    objects: bool = False
+
+    def shown(self, message: Message) -> Message:
+        calls = message.fields.get("tool_calls")
+        if not calls:
+            return message
+        fields = {**message.fields, "tool_calls": [_with_object(call) for call in calls]} if self.objects else None
+        content = "" if self.empty and message.content is None else message.content
+        return Message(message.role, content, message.fields if fields is None else fields)
+
+
+def history_of(write: Callable[[list[Message]], str]) -> History:
+    """What the template is made for, by what it writes of a call; write may fail."""
+    function = {"name": "f", "arguments": '{"needle": "x"}'}
+    asked = Message("user", "Hi")
+    call = Message("assistant", None, {"tool_calls": [{"id": "call00000", "type": "function", "function": function}]})
+    answer = Message("tool", "y", {"tool_call_id": "call00000", "name": "f"})
+    for history in (History(), History(True), History(objects=True), History(True, True)):
+        try:
+            text = write([asked, history.shown(call), answer])
+        except (TemplateError, TokenizerError):
+            continue
+        if '"needle"' in text or ("needle" in text and history.objects):
+            return history
+    return History()
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call whose arguments are an object, if that is what their text is."""
+    function = call["function"]
+    try:
+        arguments = json.loads(function.get("arguments") or "{}")
+    except (TypeError, ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def check_calls(message: Message, field: str) -> None:

@@ -11,16 +11,38 @@ from typing import Any
 import llguidance
 import pytest
 from support.serving import USUAL, Served, served
+from support.templates import FAMILIES, write_family
 from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
 
-from cext.tokenizer import Message
+from cext.tokenizer import Message, Tokenizer
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.marked import CLOSE, MARK, OPEN
 from dsv2cli.server.splitting import Splitter
-from dsv2cli.server.tools import Call, CallReader, Tool, form_of, parse_offer, parse_tools, with_told
+from dsv2cli.server.tools import (
+    Call,
+    CallReader,
+    History,
+    Tool,
+    form_of,
+    history_of,
+    parse_offer,
+    parse_tools,
+    with_told,
+)
 
 CHAT = "/v1/chat/completions"
+QWEN_TEMPLATE = """\
+{%- if tools %}{{ '# Tools' }}{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n' }}{% endif %}
+{%- for m in messages %}
+{{- m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{ call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '\\n' }}
+{%- endfor %}
+"""
 HI = [{"role": "user", "content": "Hi"}]
 WEATHER = {
     "type": "function",
@@ -63,6 +85,8 @@ V3 = Vocabulary("{{ tools }}<｜tool▁call▁begin｜>```json", *DEEPSEEK, "<th
 V31 = Vocabulary("{{ tools }}<｜tool▁call▁begin｜>", *DEEPSEEK)
 K2 = Vocabulary("{{ tools }}", *KIMI)
 MISTRAL = Vocabulary("{{ tools }}", "[TOOL_CALLS]", "[ARGS]")
+QWEN = Vocabulary("{{ tools }}<tool_call>arguments", "<tool_call>", "</tool_call>")
+HERMES = Vocabulary("{{ tools }}<tool_call>arguments")  # the same as letters
 PLAIN = Vocabulary("{{ messages }}")
 
 ROME, NOW = Call("get_weather", '{"city": "Rome", "days": 2}'), Call("get_time", "{}")
@@ -98,6 +122,15 @@ ANSWERS: list[tuple[Any, str, list[Call], str]] = [
         [ROME, NOW],
         "",
     ),
+    (
+        QWEN,
+        'So.[<tool_call>]\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n[</tool_call>]\n'
+        '[<tool_call>]\n{"name": "get_time", "arguments": {}}\n[</tool_call>]',
+        [ROME, NOW],
+        "So.",
+    ),
+    (QWEN, 'typed <tool_call>\n{"name": "get_time"}\n</tool_call>', [], None),
+    (HERMES, '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>', [NOW], ""),
     (
         PLAIN,
         'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>',
@@ -180,11 +213,38 @@ def test_a_choice_among_some_tools() -> None:
     assert [tool.name for tool in loose.tools] == ["get_time"] and not loose.must and not loose.several
 
 
-@pytest.mark.parametrize("vocabulary", [V3, V31, K2, MISTRAL, PLAIN])
+@pytest.mark.parametrize("vocabulary", [V3, V31, K2, MISTRAL, QWEN, HERMES, PLAIN])
 @pytest.mark.parametrize("begun", [False, True])
 def test_grammars_are_grammars(vocabulary: Any, begun: bool) -> None:
     grammar = form_of(vocabulary).grammar(parse_tools([WEATHER, TIME]), begun=begun, several=True)
     assert llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(grammar)) == "", grammar
+
+
+def test_whose_form_is_whose() -> None:
+    for vocabulary, native in ((QWEN, True), (HERMES, True), (PLAIN, False)):
+        assert form_of(vocabulary).native is native
+    for other in ("<arg_key>", "<function=f>", "<parameter=p>"):  # calls in tags, which are told in our own form
+        assert not form_of(
+            Vocabulary(f"{{{{ tools }}}}<tool_call>arguments{other}", "<tool_call>", "</tool_call>")
+        ).native
+
+
+def test_a_call_is_shown_as_its_template_takes_it(tmp_path: Path) -> None:
+    """Arguments as their text, or as an object; content as nothing, or as ""."""
+    for family, wanted in (
+        (FAMILIES["k2"], History()),
+        (FAMILIES["k2-thinking"], History(objects=True)),
+        (FAMILIES["glm"], History(objects=True)),
+        (QWEN_TEMPLATE, History(objects=True)),
+        (QWEN_TEMPLATE.replace("m.content }}", "m.role + m.content }}"), History(empty=True, objects=True)),
+        ("{{ messages[0].content }}", History()),  # knows no calls
+    ):
+        tokenizer = Tokenizer(write_family(tmp_path / "v.gguf", family))
+        assert history_of(lambda messages, t=tokenizer: t.decode(t.chat(messages))) == wanted, family  # type: ignore[misc]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[1"}}
+    message = Message("assistant", None, {"tool_calls": [call]})
+    assert History(objects=True).shown(message) == message  # no JSON: as it came
+    assert History(empty=True).shown(message).content == ""
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +276,22 @@ def test_a_call_that_must_come(server: Served, choice: Any, seed: int) -> None:
     [streamed] = [c for chunk in chunks for c in chunk["choices"][0]["delta"].get("tool_calls", [])]
     assert streamed["function"] == call["function"] and streamed["index"] == 0
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_template_that_knows_qwens_calls(tmp_path: Path) -> None:
+    """It describes the tools and writes the calls itself; what must be called is called in its form."""
+    path: Path = write_model(tmp_path / "tiny.gguf", variant(spec_named("lite"), n_ctx=4096), QWEN_TEMPLATE)
+    call = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": '{"at":1}'}}
+    history = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history += [{"role": "tool", "tool_call_id": "c1", "content": "noon"}, *HI]
+    with served(path, dataclasses.replace(USUAL, n_ctx=2048)) as server:
+        prompt = server.asked("/apply-template", messages=history, tools=[TIME])["prompt"]
+        assert prompt.count("# Tools") == 1 and "You can call functions" not in prompt
+        assert '<tool_call>\n{"name": "get_time", "arguments": {"at": 1}}\n</tool_call>' in prompt and "noon" in prompt
+        asked = {"messages": history, "tools": [WEATHER, TIME], "tool_choice": "required", "max_tokens": 400}
+        [choice] = server.asked(CHAT, **asked, parallel_tool_calls=False, seed=1)["choices"]
+        [made] = choice["message"]["tool_calls"]
+        assert made["function"]["name"] in ("get_weather", "get_time") and choice["message"]["content"] is None
 
 
 def test_tools_cost_nothing_where_none_may_be_called(server: Served) -> None:

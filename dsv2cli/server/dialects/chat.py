@@ -77,7 +77,9 @@ def _prompt(service: Service, body: ChatRequest) -> Prompt:
     begun = _begun(body, messages)
     if begun is not None:
         messages = messages[:-1] + ([Message("assistant", begun, messages[-1].fields)] if begun else [])
-    if not service.tool_form.native:
+    if service.tool_form.native:
+        messages = [service.history.shown(message) for message in messages]
+    else:
         messages, described = with_told(messages, offer.tools), None
     service.check_length(sum(len(message.content) for message in messages if isinstance(message.content, str)))
     ids = service.chat_prompt(
