@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dsv2cli.server.errors import ApiError
+from dsv2cli.server.wire import QUICK
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -163,26 +164,29 @@ class Guard:
 
 
 async def _read_body(receive: Receive, headers: Mapping[str, str]) -> Receive:
-    """Read all of a body, and give a ``receive`` that hands it out and then waits for the client to go."""
+    """Read all of a body, and give a ``receive`` that hands it out at once and then waits for the client to go."""
     too_large = ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB")
     length = headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > MAX_BODY:
         raise too_large
-    body = bytearray()
+    pieces: list[bytes] = []
+    n_bytes = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
                     break
-                body += message.get("body", b"")
-                if len(body) > MAX_BODY:
+                pieces.append(message.get("body", b""))
+                n_bytes += len(pieces[-1])
+                if n_bytes > MAX_BODY:
                     raise too_large
                 if not message.get("more_body"):
                     break
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
-    pending: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+    body = b"".join(pieces) if n_bytes <= QUICK else await asyncio.to_thread(b"".join, pieces)
+    pending: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> MutableMapping[str, Any]:
         return pending.pop() if pending else await receive()

@@ -1,7 +1,12 @@
-"""Bodies of requests to typed values, and values to JSON. Unknown fields are ignored, wrong types refused by name."""
+"""Bodies of requests to typed values, and values to JSON. Unknown fields are ignored, wrong types refused by name.
+
+A large body is read in pieces: other threads have the interpreter between them, the event loop's above all, and the
+decoder holds it for as long as it is at work.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -12,6 +17,9 @@ from dsv2cli.server.errors import ApiError
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 19  # of a body: what they are made into takes a hundred times their bytes, and holds the interpreter
 QUICK = 1 << 16  # bytes of a body that is read in the event loop
+PIECE = 1 << 20  # bytes of JSON that are decoded at once
+DENSE = 8  # values of fewer bytes are decoded together: one by one they take long
+LOW_SURROGATE = re.compile(rb"\\u[dD][c-fC-F]")  # the second half of an escaped character
 T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -70,9 +78,9 @@ class Sampled(Struct, kw_only=True):
 
 def parse(body: bytes, kind: type[T]) -> T:
     """A body as ``kind``. ApiError 400 says what is wrong and where."""
-    check_values(body)
+    n_values = check_values(body)
     try:
-        raw = msgspec.json.decode(body or b"{}")
+        raw = msgspec.json.decode(body or b"{}") if n_values * DENSE > len(body) else decoded(body)
         check_depth(raw)
         return msgspec.convert(raw, kind, strict=True)
     except msgspec.ValidationError as error:
@@ -85,13 +93,50 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise ApiError(400, "the body is no JSON that can be read: nested too deeply, or not UTF-8") from None
 
 
-def check_values(body: bytes) -> None:
-    """ApiError where a body may hold more than MAX_VALUES: by its commas and brackets, those in its texts included."""
+def decoded(data: bytes) -> Any:
+    """A JSON value, at most PIECE of it at once. msgspec.DecodeError, RecursionError."""
+    if len(data) <= PIECE:
+        return msgspec.json.decode(data)
+    begin = data[:PIECE].lstrip()[:1]
+    if begin == b"{":
+        members = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return {name: decoded(bytes(member)) for name, member in members.items()}
+    if begin == b"[":
+        return [decoded(bytes(item)) for item in msgspec.json.decode(data, type=list[msgspec.Raw])]
+    return _text(data) if begin == b'"' else msgspec.json.decode(data)
+
+
+def _text(data: bytes) -> str:
+    """A JSON string, its quotes included."""
+    pieces, at, end = [], data.index(b'"') + 1, data.rindex(b'"')
+    while end - at > PIECE:
+        cut = _cut(data, at, at + PIECE)
+        pieces.append(msgspec.json.decode(b'"' + data[at:cut] + b'"', type=str))
+        at = cut
+    return "".join([*pieces, msgspec.json.decode(b'"' + data[at:], type=str)])
+
+
+def _cut(data: bytes, begin: int, end: int) -> int:
+    """The last place up to ``end`` where no character, and no escape, is cut in two."""
+    escape = data.rfind(b"\\", begin, end)
+    if escape >= end - len(r"\u0000"):
+        n_before = escape - len(data[begin:escape].rstrip(b"\\")) - begin
+        end = escape - n_before % 2  # a backslash that is escaped itself is the end of an escape, not its beginning
+        if LOW_SURROGATE.match(data, end):
+            end -= len(r"\u0000")
+    begun = (at for at in range(end, end - 4, -1) if not 0x80 <= data[at] < 0xC0)  # else within a character
+    return next(begun, end)
+
+
+def check_values(body: bytes) -> int:
+    """How many values a body may hold, by its commas and brackets, those in its texts included. ApiError where they are
+    more than MAX_VALUES."""
     piece, n = 1 << 20, 0
     for begin in range(0, len(body), piece):  # a dense one is refused at its beginning
         n += sum(body.count(mark, begin, begin + piece) for mark in b",[{")
         if n > MAX_VALUES:
             raise ApiError(413, f"the body holds more than {MAX_VALUES} values")
+    return n
 
 
 def check_depth(value: Any) -> None:
