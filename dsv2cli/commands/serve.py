@@ -32,7 +32,9 @@ HOST_NAME_HELP = "Answer requests for this host name beside localhost and addres
 ALIAS_HELP = "The model's name, in place of its own, and further names that it answers to."
 LIMIT_HELP = "Most tokens of an answer that asks for no number."
 VERBOSE_HELP = 'Tell with a chat\'s answer the prompt that it was written from; "verbose": true asks for one.'
-TEMPLATE_HELP = "How chats are written, in place of what the model's file says: a Jinja template."
+TEMPLATE_HELP = (
+    "How chats are written, in place of what the model's file says: a Jinja template, or a name (chatml, llama3)."
+)
 SAME_HELP = "The same answer to the bit whoever else is served: every sequence alone, nothing kept. Slower."
 DISK_HELP = "A folder where what has been read is kept too: found again after a restart, and where --cache is full."
 DISK_SIZE_HELP = "Most bytes in --cache-dir; what was used least recently goes first."
@@ -166,12 +168,14 @@ def names_in(alias: str | None) -> tuple[str | None, tuple[str, ...]]:
 
 def template_in(text: str | None, file: Path | None) -> str | None:
     """The chat template in place of the model's. CliError, UsageError."""
+    from dsv2cli.server.templates import NAMED
+
     if text is not None and file is not None:
         raise UsageError("--chat-template and --chat-template-file each name a template: give one of them")
+    if text in NAMED:
+        return NAMED[text].source
     if text is not None and "{" not in text:
-        raise UsageError(
-            f"--chat-template {text[:40]!r} is no template in Jinja", "names of templates are not known here"
-        )
+        raise UsageError(f"--chat-template {text[:40]!r} is neither Jinja nor a name", "known: " + ", ".join(NAMED))
     if file is None:
         return text
     try:

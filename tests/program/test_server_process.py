@@ -154,6 +154,7 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--host", "127.0.0.1,"], 2, "no list of addresses"),
         (["--alias", "a,,b"], 2, "name of nothing"),
         (["--chat-template", "{% if %}"], 1, "cannot be compiled"),
+        (["--chat-template", "llama9"], 2, "known: chatml"),
         (["--chat-template-file", "nowhere.jinja"], 1, "nowhere.jinja"),
         (["--chat-template", "{x}", "--chat-template-file", "y"], 2, "give one of them"),
         (["--think", "on"], 1, "cannot switch reasoning"),
