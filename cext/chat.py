@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import codecs
+import datetime
 import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 THINK_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))  # V3 and GLM, Mistral, Kimi-VL
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # transformers': names of the same thing
 SWITCHES = {"enable_thinking": (False, True), "thinking": (False, True), "reasoning_effort": ("none", "high")}
+DATES = {"date_string": "%d %b %Y", "datetime": "%b %d %Y"}  # llama.cpp's: templates' names of today
 MAX_OPENING = 8  # tokens of an opening tag with its line break
 
 Content = str | Sequence[int] | Sequence[Mapping[str, Any]] | None
@@ -106,7 +108,7 @@ def chat_ids(
         "add_generation_prompt": answer and not continues,
     }
     try:
-        variables |= switches(source, thinking)
+        variables |= switches(source, thinking) | _dates(source)
         text = render(source, variables)
         if continues:
             text = _up_to(text, given.content(len(messages) - 1))
@@ -148,6 +150,12 @@ def switches(source: str, thinking: bool | None) -> dict[str, Any]:
             f"the chat template cannot switch reasoning {word}", "--think auto leaves that to the template"
         )
     return found
+
+
+def _dates(source: str) -> dict[str, Traced]:
+    """Today, under the names that a template asks for: else Llama's say that it is in July 2024, others nothing."""
+    today = datetime.date.today()
+    return {name: written(today.strftime(form)) for name, form in DATES.items() if name in free_variables(source)}
 
 
 # What the template is shown.

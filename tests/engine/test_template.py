@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -16,6 +18,7 @@ import pytest
 from support.templates import FAMILIES, STRUCTURE, WITH_PARTS, WITH_TOOLS, write_family
 from support.vocab import ASSISTANT, BOS, EOS, USER
 
+from cext import chat as chat_module
 from cext import template as template_module
 from cext.template import free_variables, render
 from cext.tokenizer import Message, TemplateError, Tokenizer, TokenizerError
@@ -189,6 +192,24 @@ def test_the_switch_is_the_templates_own_variable(
     assert text != reference(FAMILIES[family], chat, **{variable: not thinking})
     assert tokenizers[family].chat(messages_of(chat), thinking=thinking) == parsed(tokenizers[family], text)
     assert tokenizers[family].can_switch_thinking
+
+
+def test_a_template_that_asks_for_the_date_is_told_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under llama.cpp's names. Llama's templates bring a date of their own for where nobody tells them."""
+
+    class Then(datetime.date):
+        @classmethod
+        def today(cls) -> Then:
+            return cls(2031, 2, 3)
+
+    monkeypatch.setattr(chat_module, "datetime", SimpleNamespace(date=Then))
+    llama = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    for source, says in (
+        (llama + "{{ date_string }}", "03 Feb 2031"),
+        ("{{ 'It is ' + datetime }}", "It is Feb 03 2031"),
+    ):
+        tokenizer = made(tmp_path, source + "{{ messages[0].content }}")
+        assert spelt(tokenizer, tokenizer.chat([Message("user", "Hi")])).endswith(says + "Hi")
 
 
 FEATURES = [
