@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe: nothing is cut to fit a screen that is not there
 NARROWEST, WIDEST = 20, 1000  # columns that COLUMNS may ask for
+BETWEEN = 3  # blanks between two columns of a table
 SHOWN_CHARACTERS = 4096  # of one text; a longer one is cut
 STYLES = {"error": "1;31", "hint": "36", "warning": "33", "dim": "2", "prompt": "1;32", "label": "1"}
 STYLES |= {"strong": "1", "emphasis": "3", "code": "36"}  # of an answer
@@ -214,15 +215,25 @@ def say(line: str = "") -> None:
     _put(printable(line) + "\n")
 
 
+def say_broken(line: str) -> None:
+    """A line of text that is read and not copied: it breaks between words where a terminal would break it within."""
+    _put(_broken_on(sys.stdout, printable(line)) + "\n")
+
+
+def _broken_on(stream: TextIO, line: str) -> str:
+    return broken(line, width(stream)) if obeys(stream) else line
+
+
 def say_text(text: str) -> None:
     """Text of several lines, as it is but for its control characters."""
     _put(printable_text(text) + "\n")
 
 
 def say_fields(fields: Iterable[tuple[str, str]], width: int) -> None:
-    """Lines of a label, ``width`` columns wide, and a value."""
+    """Lines of a label, ``width`` columns wide, and a value; they break as ``say_broken``'s."""
     for label, value in fields:
-        _put(f"{styled(f'{label:<{width}}', 'label', sys.stdout)} {printable(value)}\n")
+        line = _broken_on(sys.stdout, f"{label:<{width}} {printable(value)}")
+        _put(styled(label, "label", sys.stdout) + line.removeprefix(label) + "\n")
 
 
 def say_data(text: str) -> None:
@@ -290,11 +301,19 @@ class Table:
 
 
 def show(table: Table, stream: TextIO | None = None) -> None:
-    """A table on stdout, or on stderr as a part of the log."""
+    """A table on stdout, or on stderr as a part of the log. Where a terminal is too narrow for the longest word of each
+    column, a row is a name, and below it a line for each of its other cells."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    stream = stream or sys.stdout
+    widths: list[int] | None = None
+    if table.columns and is_terminal(stream):
+        widths = _widths(table, width(stream))
+        if widths is None:
+            _write("".join(line + "\n" for line in _stacked(table, width(stream))), stream)
+            return
     made = RichTable(
         title=Text(printable(table.title)) if table.title else None,
         title_justify="left",
@@ -305,13 +324,45 @@ def show(table: Table, stream: TextIO | None = None) -> None:
         show_edge=False,
     )
     for i, column in enumerate(table.columns):
-        made.add_column(Text(printable(column)), justify="right" if i else "left")
+        made.add_column(Text(printable(column)), justify="right" if i else "left", width=widths[i] if widths else None)
     if not table.columns:
         made.add_column(style="bold")
         made.add_column(overflow="fold")
     for row in table.rows:
         made.add_section() if row is None else made.add_row(*(Text(printable(cell)) for cell in row))
-    _show(made, stream or sys.stdout)
+    _show(made, stream)
+
+
+def _widths(table: Table, room: int) -> list[int] | None:
+    """Of the columns, with their words whole: together so many; None where they are more. The widest give way, their
+    names before their cells."""
+    from rich.cells import cell_len
+
+    def longest(texts: Iterable[str]) -> int:
+        return max((cell_len(printable(text)) for text in texts), default=0)
+
+    columns = [[row[i] for row in table.rows if row is not None] for i in range(len(table.columns))]
+    names = [longest(name.split()) for name in table.columns]
+    cells = [max(name, longest(column)) for name, column in zip(names, columns, strict=True)]
+    words = [max(name, longest(" ".join(column).split())) for name, column in zip(names, columns, strict=True)]
+    wide = [max(n, longest([name])) for n, name in zip(cells, table.columns, strict=True)]
+    room -= BETWEEN * (len(columns) - 1)
+    for least in (cells, words):
+        while sum(wide) > max(room, sum(least)):
+            wide[max((i for i in range(len(wide)) if wide[i] > least[i]), key=wide.__getitem__)] -= 1
+    return wide if sum(wide) <= room else None
+
+
+def _stacked(table: Table, columns: int) -> Iterator[str]:
+    """The lines of a table whose cells stand below one another."""
+    if table.title:
+        yield broken(printable(table.title), columns)
+    for row in table.rows:
+        name, *cells = row or ("",)
+        yield printable(name)
+        for column, cell in zip(table.columns[1:], cells, strict=False):
+            if cell:
+                yield broken(printable(f"  {column}: {cell}" if column else f"  {cell}"), columns)
 
 
 def show_drawing(lines: Iterable[Text]) -> None:
@@ -325,10 +376,14 @@ def _show(drawn: Any, stream: TextIO) -> None:
     out = _console(stream)
     with out.capture() as captured:
         out.print(drawn)
+    _write(captured.get(), stream)
+
+
+def _write(text: str, stream: TextIO) -> None:
     if stream is sys.stderr:
-        _tell(captured.get())
+        _tell(text)
     else:
-        _put(captured.get())
+        _put(text)
 
 
 def width(stream: TextIO | None = None) -> int:

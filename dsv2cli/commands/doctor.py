@@ -11,6 +11,7 @@ from dsv2cli import console, options
 
 HELP = "Look at this machine and installation; exits with 1 where something is broken."
 EXAMPLES = ("doctor", "doctor --online", "doctor --json")
+NARROW = 70  # columns of a terminal in which names have no column of their own
 MARKS = {"fine": "ok", "note": "note", "broken": "BROKEN"}
 
 
@@ -28,8 +29,10 @@ def doctor(
         console.print_json({"broken": broken, "findings": [asdict(one) for one in found]})
         return int(broken > 0)
     width = max(len(one.name) for one in found)
+    if console.width() < NARROW:
+        width = 0
     for one in found:
-        console.say(f"{MARKS[one.state]:<7} {one.name:<{width}}  {one.text}")
+        console.say_broken(f"{MARKS[one.state]:<7} {one.name:<{width}}  {one.text}")
         if one.hint:
-            console.say(f"{'':<7} {'':<{width}}  -> {one.hint}")
+            console.say_broken(f"{'':<7} {'':<{width}}  -> {one.hint}")
     return int(broken > 0)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import re
+import sys
+from collections.abc import Callable
 
-from dsv2cli.console import broken
+import pytest
+from support.inprocess import Terminal, environment
+
+from dsv2cli.console import Table, broken, say_fields, show
 
 HELP = "  /save NAME          give this conversation a name (it is kept as it goes)"
 
@@ -34,3 +40,47 @@ def test_nothing_is_lost() -> None:
             lines = broken(line, columns, indented=indented).split("\n")
             assert " ".join(lines).split() == line.split()
             assert all(len(it) <= max(columns, columns // 3 + 5) for it in lines), columns
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What a call writes to a terminal of so many columns, without what dresses it."""
+
+    def lines(columns: int, call: Callable[[], None]) -> list[str]:
+        out = Terminal(io.BytesIO(), encoding="utf-8", write_through=True)
+        with environment({"COLUMNS": str(columns), "TERM": "xterm"}):
+            monkeypatch.setattr(sys, "stdout", out)
+            call()
+            monkeypatch.undo()
+        written = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        return [line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", written).splitlines()]
+
+    return lines
+
+
+def test_no_word_of_a_table_is_cut(seen: Callable[..., list[str]]) -> None:
+    """In columns as long as the longest words of each fit beside one another, else below one another."""
+    table = Table("Sizes", ("type", "read a token", "KLD of storyteller-52m", ""))
+    table.add("q2_k", "1.06 GB", "0.109", "does not fit")
+    table.add_line()
+    table.add("all", "2.00 GB", "", "fits")
+    everything = sorted(
+        f"{table.title} {' '.join(table.columns)} q2_k 1.06 GB 0.109 does not fit all 2.00 GB fits".split()
+    )
+    assert "does not fit" in "".join(seen(55, lambda: show(table)))  # names break before cells
+    for columns in (40, 41, 44, 50, 60, 100):
+        lines = seen(columns, lambda: show(table))
+        assert all(len(line) <= columns for line in lines), columns
+        assert sorted(word for line in lines for word in line.split() if "\u2500" not in word) == everything, columns
+    assert seen(30, lambda: show(table)) == [
+        "Sizes", "q2_k", "  read a token: 1.06 GB", "  KLD of storyteller-52m:", "  0.109", "  does not fit", "",
+        "all", "  read a token: 2.00 GB", "  fits",
+    ]  # fmt: skip
+
+
+def test_values_of_fields_hang_below_one_another(seen: Callable[..., list[str]]) -> None:
+    fields = [("model", "one-name"), ("this machine", "reads prompts at a pace")]
+    assert seen(40, lambda: say_fields(fields, 8)) == ["model    one-name", "this machine reads prompts at a pace"]
+    assert seen(22, lambda: say_fields(fields, 13)) == [
+        "model         one-name", "this machine  reads", "  prompts at a pace",
+    ]  # fmt: skip

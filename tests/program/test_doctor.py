@@ -45,6 +45,25 @@ def test_a_machine_that_is_well(env: dict[str, str | None]) -> None:
     assert shown.code == 0 and b"BROKEN" not in shown.out and b"engine" in shown.out
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize("columns", [30, 40])
+def test_lines_break_between_words_of_a_narrow_terminal(env: dict[str, str | None], columns: int) -> None:
+    """Below the first word of a finding; nothing is lost, and only words that are wider are the terminal's to break."""
+    narrow = {"COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    shown = run("doctor", terminal=True, env=env | narrow).out.decode()
+    found = findings(run("doctor", "--json", env=env))
+    for line in shown.splitlines():
+        assert len(line) <= columns or len(words(line)) == 1, line
+        assert line[:8].strip() in ("ok", "note", "BROKEN", ""), line
+    for name, one in found.items():
+        told = words(f"{name} {one['text']}" + (f" -> {one['hint']}" if one["hint"] else ""))
+        if "measured" not in told and name != "memory":  # what is free changes
+            assert " ".join(told) in " ".join(words(shown)), name
+
+
 def test_no_compiler_is_no_fault_of_what_is_installed(env: dict[str, str | None], tmp_path: Path) -> None:
     ran = run("doctor", "--json", env=env | {"PATH": str(tmp_path / "nothing")})
     assert ran.code == 0

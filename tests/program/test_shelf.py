@@ -46,6 +46,19 @@ def rm(*args: str) -> Ran:
     return run("rm", *args)
 
 
+@pytest.mark.parametrize(("columns", "in_columns"), [(30, False), (60, False), (100, True)])
+def test_names_are_whole_on_a_narrow_terminal(root: Path, columns: int, in_columns: bool) -> None:
+    """What does not fit beside its size stands above it."""
+    name = "an-owner/A-Model-Of-A-Long-Name-GGUF"
+    put(root, name, "M-Q4_K_M.gguf", b"q" * 1000)
+    narrow = {"COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    lines = run("list", terminal=True, env=narrow).out.decode().splitlines()
+    at = next(i for i, line in enumerate(lines) if name in line)
+    assert ("1.00 kB" in lines[at]) is in_columns
+    if not in_columns:
+        assert lines[at : at + 3] == [f"{name}:Q4_K_M", "  kind: gguf", "  size: 1.00 kB"]
+
+
 def test_all_kinds_are_listed(root: Path) -> None:
     put(root, "owner/M-GGUF", "M-Q4_K_M.gguf", b"q" * 1000)
     put(root, "owner/M-GGUF", "M-Q8_0-00001-of-00002.gguf", b"r" * 600)
