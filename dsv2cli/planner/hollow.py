@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ENOUGH_BYTES = 160 << 20  # that a token reads of them: more than a share of most caches
 LAYER_BYTES = 384 << 20  # of the routed experts of a layer, all of which a prompt touches
 FREE_SHARE = 16  # and no more of the free memory than one part in so many
-MOST_BYTES = 1 << 30  # of all that is touched
+MOST_BYTES = 1 << 30  # of all that is touched, where it is more than three layers
 PROMPT = 512  # tokens read at once, as chat does
 LEAST_PROMPT = 32
 SEED = 20240507
@@ -120,6 +120,7 @@ class Small:
                 self._outside.append(t)
             elif int(block[1]) < n_layer:
                 self._by_layer.setdefault(int(block[1]), []).append(t)
+        self._by_layer = dict(sorted(self._by_layer.items()))
         self.n_dense = min(count(found.keys, "leading_dense_block_count"), n_layer)
         self._set_experts(count(found.keys, "expert_count"), count(found.keys, "expert_used_count"), free)
         self.chosen = self._choose()
@@ -170,7 +171,7 @@ class Small:
         n = 0
         while n < len(sparse) and (n < 2 or read < ENOUGH_BYTES):
             read, touched = read + self._read(layers[sparse[n]]), touched + self._touched(layers[sparse[n]])
-            if n and touched > MOST_BYTES:
+            if n > 1 and touched > MOST_BYTES:
                 break
             n += 1
         return sorted({*chosen, *(sparse[i * len(sparse) // n] for i in range(n))}) if n else chosen

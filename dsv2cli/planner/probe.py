@@ -1,8 +1,8 @@
 """probe.py: how fast this machine runs a model's layers, measured in a few seconds without the model.
 
 The hollow files of hollow.py are run: the first layer with the head, and a few layers. What a layer of each kind takes
-is told from the two, and scaled to all of that kind that the model has: by bytes where it decodes, by products where it
-reads a prompt.
+of a decoded token is told from the two, of a prompt from some layers at a time, and scaled to all of that kind that the
+model has: by bytes where it decodes, by products where it reads a prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cext import Model
+    from cext import Model, Reading
     from cext.model import KvType
     from dsv2cli.anatomy import Anatomy
 
@@ -57,16 +57,29 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Seconds of a prompt: in the first layer, in those between, in the last with the head. Of all tokens but its last
+    the last layer computes keys and values alone, as a model's does: that is no measure of the others."""
+
+    first: float
+    between: float
+    last: float
+
+    @property
+    def seconds(self) -> float:
+        return self.first + self.between + self.last
+
+
+@dataclass(frozen=True)
 class Times:
     """Seconds, of one round: a step of the first layer with the head and of all layers that are here, the latter in a
-    long context too; a prompt likewise, in the first layer also of PROMPT tokens where the others have fewer."""
+    long context too; a prompt in them, in the first layer also of PROMPT tokens where the others have fewer."""
 
     first_step: float
     step: float
     deep_step: float
-    first_prompt: float
-    first_whole_prompt: float
-    prompt: float
+    prompt: Prompt
+    first_whole: float
 
 
 def measure(found: Anatomy, kv_type: KvType, threads: int | None, free: int | None) -> Rates | str:
@@ -161,14 +174,13 @@ def _rates(models: list[Model], small: Small, depth: int, kv_type: KvType, cold:
     rounds: list[Times] = []
     for i in range(ROUNDS + 1):  # the first touches every page
         prompt = ids[: small.n_prompt]
-        short = _prompt_seconds(first, prompt, cold) if first else 0.0
+        read = _prompt_times(shallow, prompt, cold)
         times = Times(
             first_step=_step_seconds(first, 0, ids, STEPS, cold) if first else 0.0,
             step=_step_seconds(shallow, 0, ids, STEPS, cold),
             deep_step=_step_seconds(deep, depth, ids, DEEP_STEPS, cold),
-            first_prompt=short,
-            first_whole_prompt=_prompt_seconds(first, ids, cold) if first and len(prompt) < PROMPT else short,
-            prompt=_prompt_seconds(shallow, prompt, cold),
+            prompt=read,
+            first_whole=_first_seconds(shallow, ids, cold) if len(prompt) < PROMPT else read.first,
         )
         if i:
             rounds.append(times)
@@ -185,7 +197,7 @@ def _rates(models: list[Model], small: Small, depth: int, kv_type: KvType, cold:
         bandwidth=bandwidth,
         products=PROMPT * whole.layer_products / without_head(prompt_seconds, whole, bandwidth),
         attention=max(0.0, deeper) / depth / max(1, here.n_layer),
-        spread=max(_spread([t.step for t in rounds]), _spread([t.prompt for t in rounds])),
+        spread=max(_spread([t.step for t in rounds]), _spread([t.prompt.seconds for t in rounds])),
         seconds=time.perf_counter() - begun,
         scratch=scratch,
     )
@@ -213,25 +225,20 @@ def step_of_whole(small: Small, t: Times) -> float:
 
 def prompt_of_whole(small: Small, t: Times) -> float:
     """Seconds of PROMPT tokens read by the model into an empty context."""
-    longer = PROMPT / small.n_prompt
+    longer, read = PROMPT / small.n_prompt, t.prompt
     if small.first is None:
-        return t.prompt * longer * small.whole.layer_products / small.all.work.layer_products
+        return read.seconds * longer * small.whole.layer_products / small.all.work.layer_products
     first, alike = small.part(small.chosen[:1]), small.part(small.like_first)
-    here, others = small.part(small.chosen[1:]), small.part(small.like_others)
-    bandwidth = (first.layer_bytes + small.whole.head_bytes) / t.first_step
-    rest = max(0.0, t.prompt - t.first_prompt)
-    if not small.begins_dense:
-        return (t.first_prompt + rest * others.layer_products / here.layer_products) * longer
-    # What is not routed experts' runs as the dense layer does, of PROMPT tokens as of fewer; the experts have as many
-    # tokens each, and are more.
-    dense = without_head(t.first_prompt, small.whole, bandwidth)
-    whole_dense = without_head(t.first_whole_prompt, small.whole, bandwidth)
-    fixed = min(MOST_FIXED * rest, dense * here.fixed_products / first.layer_products)
-    whole_rest = rest
-    if longer > 1:
-        whole_rest = (rest - fixed) * longer + fixed * whole_dense / dense
-    more = whole_dense * (alike.layer_products / first.layer_products - 1)
-    return t.first_whole_prompt + more + whole_rest * others.layer_products / here.layer_products
+    here, others = small.part(small.chosen[1:-1]), small.part(small.like_others[:-1])
+    whole, between = read.first * longer, read.between * longer
+    if small.begins_dense and longer > 1:
+        # What is not routed experts' runs as the dense layer does, of PROMPT tokens as of fewer; the experts have as
+        # many tokens each, and are more.
+        fixed = min(MOST_FIXED * read.between, read.first * here.fixed_products / first.layer_products)
+        whole = t.first_whole
+        between = (read.between - fixed) * longer + fixed * whole / read.first
+    same = whole * alike.layer_products / first.layer_products
+    return same + between * others.layer_products / max(1, here.layer_products) + read.last
 
 
 def _step_seconds(session: Any, depth: int, ids: NDArray[np.int32], n: int, cold: _Cold) -> float:
@@ -248,9 +255,30 @@ def _step_seconds(session: Any, depth: int, ids: NDArray[np.int32], n: int, cold
     return statistics.median(times)
 
 
-def _prompt_seconds(session: Any, prompt: NDArray[np.int32], cold: _Cold) -> float:
+def _prompt_times(session: Any, prompt: NDArray[np.int32], cold: _Cold) -> Prompt:
+    with _begun(session, prompt, cold) as reading:
+        first = _seconds(reading, 1) if reading.left > 1 else 0.0
+        between = _seconds(reading, reading.left - 1) if reading.left > 1 else 0.0
+        return Prompt(first, between, _seconds(reading, 1))
+
+
+def _first_seconds(session: Any, prompt: NDArray[np.int32], cold: _Cold) -> float:
+    """Of a prompt in the first layer."""
+    with _begun(session, prompt, cold) as reading:
+        return _seconds(reading, 1)
+
+
+def _begun(session: Any, prompt: NDArray[np.int32], cold: _Cold) -> contextlib.closing[Reading]:
+    """A prompt of which no layer is computed yet."""
+    from cext import Reading
+
     session.rewind(0)
+    reading = Reading([(session, prompt)])
     cold()
+    return contextlib.closing(reading)
+
+
+def _seconds(reading: Reading, n_layers: int) -> float:
     begun = time.perf_counter()
-    session.eval(prompt)
+    reading.run(n_layers)
     return time.perf_counter() - begun

@@ -34,6 +34,10 @@ from dsv2cli.planner import paging, probe, quality, subject, trial, warning
 from dsv2cli.planner.forecast import forecast, longest_context
 from dsv2cli.planner.hollow import PROMPT, Small, Work
 from dsv2cli.planner.probe import Rates
+from quantize import recipe
+from quantize.source.arch import parse
+from quantize.source.tensors import model_tensors
+from quantize.write.writer import write_hollow
 
 QUALITY = Path(__file__).parents[1] / "bench" / "bench_quality.csv"
 
@@ -431,19 +435,19 @@ class Mixed:
         return Work(bytes_, fixed + routed, fixed, 0, len(list(layers)))
 
 
-def of_layers(dense: float, sparse: float, prompt: tuple[float, float], longer: float = 1.0) -> probe.Times:
-    """What layers of such seconds would be measured to take."""
-    return probe.Times(
-        dense, dense + 2 * sparse, 0.0, prompt[0], prompt[0] * longer, prompt[0] + 2 * prompt[1]
-    )  # fmt: skip
+def of_layers(dense: float, sparse: float, prompt: tuple[float, float, float], longer: float = 1.0) -> probe.Times:
+    """What layers of such seconds would be measured to take: a dense one, one with experts, the last."""
+    first, between, last = prompt
+    return probe.Times(dense, dense + 2 * sparse, 0.0, probe.Prompt(first, between, last), first * longer)
 
 
 @pytest.mark.parametrize(("dense", "sparse"), [(1.0, 1.0), (0.1, 2.0), (3.0, 0.5)])
 def test_each_kind_of_layer_is_scaled_by_itself(dense: float, sparse: float) -> None:
-    """A model has few dense layers, and the probe one of three: products alone would foretell the wrong mixture."""
-    small, times = Mixed(512), of_layers(dense, sparse, (dense, sparse))
+    """A model has few dense layers, and the probe one of three: products alone would foretell the wrong mixture. The
+    last, which computes little of a prompt, is the last of the model's too, and stands for no other."""
+    small, times = Mixed(512), of_layers(dense, sparse, (dense, sparse, 0.25))
     assert probe.step_of_whole(cast("Small", small), times) == pytest.approx(3 * dense + 6 * sparse)
-    assert probe.prompt_of_whole(cast("Small", small), times) == pytest.approx(3 * dense + 6 * sparse)
+    assert probe.prompt_of_whole(cast("Small", small), times) == pytest.approx(3 * dense + 5 * sparse + 0.25)
 
 
 def test_a_shorter_prompt_of_fewer_experts_is_scaled_up() -> None:
@@ -451,9 +455,22 @@ def test_a_shorter_prompt_of_fewer_experts_is_scaled_up() -> None:
     much longer as the dense layer was measured to take."""
     dense, experts, longer = 1.0, 2.0, 3.0
     fixed = 0.5  # of half the dense layer's products
-    times = of_layers(dense, 1.0, (dense, fixed + experts), longer)
+    times = of_layers(dense, 1.0, (dense, fixed + experts, 0.25), longer)
     foretold = probe.prompt_of_whole(cast("Small", Mixed(128)), times)
-    assert foretold == pytest.approx(3 * dense * longer + 6 * (experts * 4 + fixed * longer))
+    assert foretold == pytest.approx(3 * dense * longer + 5 * (experts * 4 + fixed * longer) + 0.25)
+
+
+@pytest.mark.parametrize("repo", TRUTH)
+def test_of_what_is_run_a_layer_with_experts_is_computed_whole(repo: str, tmp_path: Path) -> None:
+    """The last is not, of a prompt."""
+    arch = parse(published.CONFIGS[repo])
+    tensors = model_tensors(arch)
+    path, mix = tmp_path / "hollow.gguf", recipe.find("q4_k_m")
+    keys: dict[str, object] = {"general.architecture": arch.family.architecture, **arch.keys()}
+    write_hollow(path, keys, [(t.name, t.shape, recipe.type_of(mix, arch, t, weighted=False)) for t in tensors])
+    with Gguf(path) as gguf:
+        small = Small(list(gguf.tensors), anatomy.study(path), None)
+    assert any(il >= small.n_dense for il in small.chosen[1:-1]) and small.like_others[-1] == arch.n_layer - 1
 
 
 def test_the_context_is_as_long_as_memory_lets_it_be() -> None:
