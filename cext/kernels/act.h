@@ -42,6 +42,9 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
 #if DS_GRID_EIGHTS
         i8_eights32(q + i, b, m->eights);
 #endif
+#if DS_ROW_CROSSED
+        i8_crossed32(q + i, scale, sums, b, m);
+#endif
         for (int j = 0; j < 8; j++)
             m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
     }

@@ -21,6 +21,13 @@ enum {
 #endif
 #define DS_GRID_GROUPS (DS_GRID_PAIRS || !DS_GRID_EIGHTS)
 
+/* Without a 32-bit dot instruction some other formats have an order of their own too (simd_x86_crossed.h). */
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#define DS_ROW_CROSSED 1
+#else
+#define DS_ROW_CROSSED 0
+#endif
+
 /* Of one token and 256 values: what the primitives load whole vectors of. */
 typedef struct act_meta {
     DS_ALIGNED float scale[8]; /* of each 32 values */
@@ -35,6 +42,14 @@ typedef struct act_meta {
 #endif
 #if DS_GRID_EIGHTS
     int8_t eights[4][64]; /* the values again, by eights (simd_x86_eights.h) */
+#endif
+#if DS_ROW_CROSSED
+    int8_t crossed[4][2][32]; /* the values again: of blocks 2 j and 2 j + 1 the first halves, then the second ones */
+    int8_t crossed_abs[4][2][32]; /* without their signs */
+    int16_t crossed_sum[16]; /* sums of each 16, of blocks 0 2 4 6 1 3 5 7 */
+    float crossed_scale[8]; /* of these blocks */
+    float spread[4][8]; /* scale of block 2 j four times, then that of block 2 j + 1 */
+    float spread_pairs[4][8]; /* spread, of every second block over 4: for pairs of bits left where they are */
 #endif
     int32_t less_128[64]; /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
 } act_meta;

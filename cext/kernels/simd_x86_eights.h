@@ -110,8 +110,6 @@ DS_INLINE void eights_scales_16(row_ahead *a, v16 sc, float d) {
 
 /* ---- Entries: 32 codes, those of eight e of blocks 4 half to 4 half + 3 ---- */
 
-typedef __m256i v32;
-
 /* A value in all lanes is a load alone, and blends run where shuffles cannot. */
 DS_INLINE v32 eights_blend(const __m256i q[4]) {
     return _mm256_blend_epi32(_mm256_blend_epi32(q[0], q[1], 0x0c), _mm256_blend_epi32(q[2], q[3], 0xc0), 0xf0);

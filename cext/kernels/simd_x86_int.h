@@ -145,6 +145,7 @@ DS_INLINE void vi_columns(const uint8_t *const rows[DS_LANES], size_t at, vi out
 /* ---- Along a row: 64 bytes of one, and the 16 floats that their dots make ---- */
 
 typedef __m128i v16;
+typedef __m256i v32;
 typedef __m256 f8;
 
 DS_INLINE f8 f8_set(float x) { return _mm256_set1_ps(x); }
@@ -237,7 +238,7 @@ DS_INLINE v64 v64_split(const void *p) {
     const long long low = 0x0f0f0f0f0f0f0f0f, high = ~low;
     return _mm512_and_si512(v64_twice(p), _mm512_set_epi64(high, high, high, high, low, low, low, low));
 }
-/* Pairs of bits of 32 bytes at p, the lowest or, if high, the third; then those beside them. In their place if DS_ROW_SPLIT. */
+/* Pairs of bits of 32 bytes at p, the lowest or, if high, the third; then those beside them; all in their place. */
 DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
     const __m256i low = _mm256_set1_epi8(high ? 0x30 : 0x03), next = _mm256_slli_epi16(low, 2);
     return _mm512_and_si512(v64_twice(p), _mm512_inserti64x4(_mm512_castsi256_si512(low), next, 1));
@@ -348,13 +349,9 @@ DS_INLINE v64 v64_split(const void *p) {
     return (v64){_mm256_and_si256(x, low), _mm256_and_si256(_mm256_srli_epi16(x, 4), low)};
 }
 DS_INLINE v64 v64_split_pairs(const void *p, bool high) {
-    const __m256i x = _mm256_loadu_si256(p), low = _mm256_set1_epi8(3);
-    if (DS_ROW_SPLIT) {
-        const __m256i place = _mm256_set1_epi8(high ? 0x30 : 0x03), next = _mm256_set1_epi8((char)(high ? 0xc0 : 0x0c));
-        return (v64){_mm256_and_si256(x, place), _mm256_and_si256(x, next)};
-    }
-    return (v64){_mm256_and_si256(_mm256_srli_epi16(x, high ? 4 : 0), low),
-                 _mm256_and_si256(_mm256_srli_epi16(x, high ? 6 : 2), low)};
+    const __m256i x = _mm256_loadu_si256(p);
+    const __m256i place = _mm256_set1_epi8(high ? 0x30 : 0x03), next = _mm256_set1_epi8((char)(high ? 0xc0 : 0x0c));
+    return (v64){_mm256_and_si256(x, place), _mm256_and_si256(x, next)};
 }
 DS_INLINE __m256i x86_shift(__m256i a, int n) { return n < 0 ? _mm256_slli_epi16(a, -n) : _mm256_srli_epi16(a, n); }
 DS_INLINE v64 v64_shift(v64 v, int low, int high) { return (v64){x86_shift(v.a, low), x86_shift(v.b, high)}; }
