@@ -45,8 +45,10 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
 #if DS_ROW_CROSSED
         i8_crossed32(q + i, scale, sums, b, m);
 #endif
+#if DS_LESS_128
         for (int j = 0; j < 8; j++)
             m->less_128[8 * b + j] = -128 * (q[i + 4 * j] + q[i + 4 * j + 1] + q[i + 4 * j + 2] + q[i + 4 * j + 3]);
+#endif
     }
 }
 

@@ -21,8 +21,15 @@ enum {
 #endif
 #define DS_GRID_GROUPS (DS_GRID_PAIRS || !DS_GRID_EIGHTS)
 
+/* Where the dot instruction takes codes without a sign only. */
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define DS_LESS_128 1
+#else
+#define DS_LESS_128 0
+#endif
+
 /* Without a 32-bit dot instruction some other formats have an order of their own too (simd_x86_crossed.h). */
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(__AVX2__) && !DS_LESS_128
 #define DS_ROW_CROSSED 1
 #else
 #define DS_ROW_CROSSED 0
@@ -51,7 +58,9 @@ typedef struct act_meta {
     float spread[4][8]; /* scale of block 2 j four times, then that of block 2 j + 1 */
     float spread_pairs[4][8]; /* spread, of every second block over 4: for pairs of bits left where they are */
 #endif
+#if DS_LESS_128
     int32_t less_128[64]; /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */
+#endif
 } act_meta;
 
 /* The planes of a pack, each token's row padded with zeros to whole groups. */

@@ -433,10 +433,11 @@ DS_INLINE void row_start(row_sum *s, const row_scales *w, bool per_16, bool spli
         s->min = f8_fma(f8_load(w->min), f8_load(x->sum_32), s->min);
     }
 }
-/* Products of 4 neighbours summed, with q signed or not. */
-DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, __m256i s, const int32_t *less_128) {
+/* Products of 4 neighbours summed, with q signed or not, of the i-th 32 values of a group. */
+DS_INLINE f8 row_dot_32(bool is_signed, __m256i q, __m256i s, const act_meta *meta, int i) {
 #if defined(__AVXVNNI__)
-    const __m256i start = is_signed ? _mm256_load_si256((const __m256i *)less_128) : _mm256_setzero_si256();
+    const int32_t *less = meta->less_128 + 8 * i;
+    const __m256i start = is_signed ? _mm256_load_si256((const __m256i *)less) : _mm256_setzero_si256();
     return _mm256_cvtepi32_ps(x86_dpbusd(start, q, s));
 #else
     /* |q| times x with q's sign: two products of 128 * 127 just fit 16 bits. */
@@ -449,16 +450,13 @@ DS_INLINE f8 row_scale_32(bool per_16, const float *of, int i) {
     if (!per_16) return f8_set(of[i]);
     return _mm256_blend_ps(f8_set(of[2 * i]), f8_set(of[2 * i + 1]), 0xf0);
 }
-DS_INLINE void x86_add64(row_sum *s, bool is_signed, bool per_16, v64 q, v64 x, const int32_t less[16],
-                         const row_scales *scales, int j) {
-    const float *scale = x86_memory(scales->scale);
-    f8 *y = s->y[j % 2];
-    y[0] = f8_fma(row_dot_32(is_signed, q.a, x.a, less), row_scale_32(per_16, scale, 2 * j), y[0]);
-    y[1] = f8_fma(row_dot_32(is_signed, q.b, x.b, less + 8), row_scale_32(per_16, scale, 2 * j + 1), y[1]);
-}
 DS_INLINE void row_sum_add(row_sum *s, bool is_signed, bool per_16, v64 q, const int8_t *x, const act_meta *meta,
                            const row_scales *scales, int j) {
-    x86_add64(s, is_signed, per_16, q, v64_load(x), meta->less_128 + 16 * j, scales, j);
+    const float *scale = x86_memory(scales->scale);
+    const v64 own = v64_load(x);
+    f8 *y = s->y[j % 2];
+    y[0] = f8_fma(row_dot_32(is_signed, q.a, own.a, meta, 2 * j), row_scale_32(per_16, scale, 2 * j), y[0]);
+    y[1] = f8_fma(row_dot_32(is_signed, q.b, own.b, meta, 2 * j + 1), row_scale_32(per_16, scale, 2 * j + 1), y[1]);
 }
 
 #endif
