@@ -102,7 +102,7 @@ static ds_status absorb(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attendi
     const ds_mat *m = &ds_weights_layer(b->facts.weights, op->il)->latent.k_b;
     const ds_gpu_product p = by_heads(b, m, ds_gpu_layer_of(b, op->il)->k_b, queries_at(b, a), ds_qk_dim(c),
                                       b->room.absorbed, c->kv_lora_rank, a->n);
-    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, (uint32_t)c->n_head, err);
+    return ds_gpu_mul(b->gpu, &b->commands, &b->room.halves, m->format, &p, (uint32_t)c->n_head, err);
 }
 
 /* A workgroup a head of a token, which shares a row. */
@@ -255,7 +255,7 @@ static ds_status values(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attendi
         if (st != DS_OK) return st;
         ds_gpu_then(b);
     }
-    return ds_gpu_mul(b->gpu, &b->commands, v_b->format, &p, (uint32_t)c->n_head, err);
+    return ds_gpu_mul(b->gpu, &b->commands, &b->room.halves, v_b->format, &p, (uint32_t)c->n_head, err);
 }
 
 ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err) {

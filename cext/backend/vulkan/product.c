@@ -26,12 +26,13 @@ enum {
     TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
     LARGE_TILE = 128, /* these reuse more of what is read, */
     LARGE_FROM = 512, /* where groups of them still keep a large device at work */
-    COOP_STEP = 40, /* halves of a row of mul_coop.comp's tiles, and bytes of the largest grid that it shares */
-    COOP_GRID = 2048,
+    HALVES_THREADS = 256, /* of what makes halves of weights and activations, */
+    HALVES_VALUES = 256, /* values of a row that a group of it takes */
     GATHER_VALUES = 2048, /* of a row that a group of get_rows.comp decodes */
     VEC_MOST = 8, /* slots; more are tiles' work: of matrix units, */
     VEC_MOST_FLOATS = 32, /* without them, */
     VEC_MOST_GROUPS = 64, /* and where they are shared out among groups; */
+    VEC_MOST_USUAL = 4, /* of a group, where there are matrix units, which read all of its weights twice more; */
     VEC_MOST_ROWS = 256, /* and of so few rows of floats any, */
     VEC_TILES =
         12, /* where they would be no more tiles: on an H200 114 us for 152 of 512 tokens, 216 for 148 of 1,024 */
@@ -81,25 +82,39 @@ static const char *family(const ds_gpu_product *p, const char *floats, const cha
     return p->x_scale ? packed : floats;
 }
 
-/* Subgroups that a tile of mul_coop.comp is cut into by its rows: large ones into more, since registers bound how many
- * threads a processor has at work. */
-static uint32_t tall_of(const ds_gpu_info *told, uint32_t tile) {
-    return tile == LARGE_TILE && 8 * told->subgroup <= DS_GPU_WORKGROUP ? 4 : 2;
+/* ---- Halves: how many bytes they take ---- */
+
+static uint32_t whole_k(const ds_gpu_info *told, uint32_t k) {
+    return ds_gpu_pieces(k, 2 * told->coop[2]) * 2 * told->coop[2];
 }
 
-/* Bytes that a workgroup of mul_coop.comp shares: two units of rows and slots, a matrix of each subgroup, and the largest
- * grid where the format has one. */
-static uint32_t coop_shared(const ds_gpu_info *told, ds_format format, uint32_t tile) {
-    const bool grid = strncmp(ds_format_get(format)->name, "iq", 2) == 0;
-    return 2 * (tile + TILE) * COOP_STEP * 2 + 2 * tall_of(told, tile) * told->coop[0] * told->coop[1] * 4 +
-           (grid ? COOP_GRID : 0);
+static uint64_t weights_bytes(const ds_gpu_info *told, uint32_t rows, uint32_t k) {
+    return (uint64_t)ds_gpu_pieces(rows, told->coop[0]) * told->coop[0] * whole_k(told, k) * 2;
+}
+
+uint64_t ds_gpu_halved_weights(const ds_gpu *gpu, uint32_t rows, uint32_t k) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    return told->coop[0] ? weights_bytes(told, rows, k) : 0;
+}
+
+uint64_t ds_gpu_halved_rows(const ds_gpu *gpu, uint64_t n_slots, uint64_t n_blocks, uint32_t k) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    return told->coop[0] ? (n_slots / told->coop[1] + n_blocks) * told->coop[1] * whole_k(told, k) * 2 : 0;
+}
+
+/* Whether matrices of these rows, a block or a part of its rows at a time, find room: half of it is written while the other
+ * is read. */
+static bool find_room(const ds_gpu *gpu, const ds_gpu_halves *h, const ds_gpu_product *p, uint32_t matrices) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    const uint32_t rows = p->groups || p->rows < LARGE_TILE ? p->rows : LARGE_TILE;
+    return h && matrices * weights_bytes(told, rows, p->k) <= h->w_bytes / 2;
 }
 
 /* Halves serve where floats need not be kept: rows of floats are few. */
-static bool takes_halves(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
-    const ds_gpu_info *told = ds_gpu_told(gpu);
-    if (!told->coop[0] || p->x_scale || format == DS_FORMAT_F32 || p->flags & DS_GPU_EXACT) return false;
-    return coop_shared(told, format, TILE) <= told->shared_bytes;
+static bool takes_halves(const ds_gpu *gpu, const ds_gpu_halves *h, ds_format format, const ds_gpu_product *p,
+                         uint32_t matrices) {
+    if (!ds_gpu_told(gpu)->coop[0] || p->x_scale || format == DS_FORMAT_F32 || p->flags & DS_GPU_EXACT) return false;
+    return find_room(gpu, h, p, matrices);
 }
 
 /* Whether tiles are too few for a card: those of few rows of floats, a router's, whose slots others share out better. */
@@ -108,9 +123,10 @@ static bool has_few_tiles(ds_format format, const ds_gpu_product *p) {
     return format == DS_FORMAT_F32 && !p->groups && p->rows <= VEC_MOST_ROWS && tiles < VEC_TILES;
 }
 
-static bool is_vec(const ds_gpu *gpu, ds_format format, const ds_gpu_product *p) {
-    const uint32_t most = takes_halves(gpu, format, p) ? VEC_MOST : p->groups ? VEC_MOST_GROUPS : VEC_MOST_FLOATS;
-    return p->n_slots <= most || has_few_tiles(format, p);
+static bool is_vec(ds_format format, const ds_gpu_product *p, bool halves) {
+    const uint32_t most = halves ? VEC_MOST : p->groups ? VEC_MOST_GROUPS : VEC_MOST_FLOATS;
+    const bool few = halves && p->groups && p->usual && p->usual <= VEC_MOST_USUAL;
+    return p->n_slots <= most || few || has_few_tiles(format, p);
 }
 
 /* How mul_vec.comp is cut: its specialization constants but for the threads, and lanes, a power of two. */
@@ -160,58 +176,145 @@ static ds_status mul_vec(ds_gpu *gpu, ds_gpu_commands *c, const char *name, ds_f
 
 /* Tiles of slots in a grid: a block with more than is usual takes its own one after another, so that the others, of which
  * most have few, need not start as many groups for nothing. */
-static uint32_t slot_tiles(const ds_gpu_product *p) {
-    const uint32_t all = ds_gpu_pieces(p->n_slots, TILE), usual = ds_gpu_pieces(2 * p->usual, TILE);
+static uint32_t slot_tiles(const ds_gpu_product *p, uint32_t of) {
+    const uint32_t all = ds_gpu_pieces(p->n_slots, of), usual = ds_gpu_pieces(2 * p->usual, of);
     return p->usual && usual < all ? usual : all;
 }
 
 static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          ds_error *err) {
     return record(gpu, c, family(p, "mul_mat", "dot_mat"), format, (uint32_t[]){MAT_THREADS}, 1, p,
-                  (uint32_t[]){ds_gpu_pieces(p->rows, TILE), slot_tiles(p), n_blocks}, err);
+                  (uint32_t[]){ds_gpu_pieces(p->rows, TILE), slot_tiles(p, TILE), n_blocks}, err);
 }
 
-/* matrices: W alone, or W and Up in one tile. */
-static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, uint32_t matrices, ds_format format, const ds_gpu_product *p,
-                          uint32_t n_blocks, ds_error *err) {
+/* ---- Matrix units ---- */
+
+/* W, or W and Up, of a product in halves. */
+typedef struct factors {
+    uint32_t n;
+    ds_format format[2];
+    uint32_t row_bytes[2];
+} factors;
+
+/* What is multiplied at once: blocks, or rows of one. */
+typedef struct piece {
+    uint32_t block, n_blocks, row, n_rows;
+} piece;
+
+static piece next_piece(const ds_gpu_info *told, const ds_gpu_halves *h, const ds_gpu_product *p, uint32_t n,
+                        uint32_t n_blocks, piece was) {
+    const uint64_t room = h->w_bytes / 2, block = n * weights_bytes(told, p->rows, p->k);
+    piece next = {was.block + was.n_blocks, 1, 0, p->rows};
+    if (block <= room) {
+        next.n_blocks = room / block < n_blocks - next.block ? (uint32_t)(room / block) : n_blocks - next.block;
+        return next;
+    }
+    const uint32_t most = (uint32_t)(room / (n * weights_bytes(told, LARGE_TILE, p->k))) * LARGE_TILE;
+    next.row = was.n_rows && was.row + was.n_rows < p->rows ? was.row + was.n_rows : 0;
+    next.block = next.row ? was.block : was.n_rows ? was.block + 1 : 0;
+    next.n_rows = p->rows - next.row < most ? p->rows - next.row : most;
+    return next;
+}
+
+static uint64_t at_group(uint64_t groups, uint32_t block) {
+    return groups ? groups + (uint64_t)block * sizeof(ds_gpu_group) : 0;
+}
+
+static ds_status halve_weights(ds_gpu *gpu, ds_gpu_commands *c, const factors *f, const ds_gpu_product *p, piece at,
+                               uint64_t to, ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
-    const uint32_t slots = slot_tiles(p);
-    const uint64_t large = (uint64_t)ds_gpu_pieces(matrices * p->rows, LARGE_TILE) * slots * n_blocks;
-    const bool fits = coop_shared(told, format, LARGE_TILE) <= told->shared_bytes;
-    const uint32_t tile = fits && large >= LARGE_FROM ? LARGE_TILE : TILE, tall = tall_of(told, tile);
-    const uint32_t threads = 2 * tall * told->subgroup;
-    const uint32_t specs[] = {threads, told->coop[0], told->coop[1],         told->coop[2],
-                              tile,    threads,       is_aligned(format, p), tall};
-    return record(gpu, c, matrices == 2 ? "gated_coop" : "mul_coop", format, specs, 8, p,
-                  (uint32_t[]){ds_gpu_pieces(p->rows, tile / matrices), slots, n_blocks}, err);
+    ds_status st = DS_OK;
+    for (uint32_t i = 0; i < f->n && st == DS_OK; i++) {
+        ds_gpu_product cut = *p;
+        cut.y = to;
+        cut.rows = at.n_rows;
+        cut.row_bytes = f->row_bytes[i];
+        cut.groups = at_group(i ? p->up : p->groups, at.block);
+        if (!p->groups)
+            cut.groups = 0,
+            cut.w = (i ? p->up : p->w) + at.block * p->stride_w + (uint64_t)at.row * f->row_bytes[i];
+        const uint32_t specs[] = {HALVES_THREADS, told->coop[0], told->coop[2], f->n, i};
+        st = record(gpu, c, "halves", f->format[i], specs, 5, &cut,
+                    (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES),
+                                 ds_gpu_pieces(at.n_rows, told->coop[0]), at.n_blocks},
+                    err);
+    }
+    return st;
 }
 
-/* Whether a quarter of the least tile, what a subgroup has of either, is whole matrices. */
-static bool has_gated_coop(const ds_gpu *gpu) { return TILE / 4 % ds_gpu_told(gpu)->coop[0] == 0; }
-
-ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
-                     ds_error *err) {
-    if (is_vec(gpu, format, p)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, 1, n_blocks, err);
-    if (takes_halves(gpu, format, p)) return mul_coop(gpu, c, 1, format, p, n_blocks, err);
-    return mul_mat(gpu, c, format, p, n_blocks, err);
+static ds_status halve_rows(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, uint32_t n_blocks, uint64_t to,
+                            ds_error *err) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    ds_gpu_product cut = *p;
+    cut.y = to;
+    const uint32_t specs[] = {HALVES_THREADS, told->coop[1], told->coop[2], is_aligned(DS_FORMAT_F16, p)};
+    return record(gpu, c, "halve_rows", DS_FORMAT_COUNT, specs, 4, &cut,
+                  (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES), slot_tiles(p, told->coop[1]), n_blocks},
+                  err);
 }
 
-ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
+static ds_status mul_halves(ds_gpu *gpu, ds_gpu_commands *c, uint32_t n, const ds_gpu_product *p, piece at, uint32_t tile,
+                            uint64_t w, uint64_t x, ds_error *err) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    ds_gpu_product cut = *p;
+    cut.w = w;
+    cut.x = x + at.block * (p->groups ? 1 : (uint64_t)ds_gpu_pieces(p->n_slots, told->coop[1])) * told->coop[1] *
+                    whole_k(told, p->k) * 2;
+    cut.y = p->y + 4 * ((uint64_t)at.block * p->stride_y + at.row);
+    cut.groups = at_group(p->groups, at.block);
+    cut.stride_w = n * weights_bytes(told, at.n_rows, p->k);
+    cut.rows = at.n_rows;
+    const uint32_t specs[] = {4 * told->subgroup, told->coop[0], told->coop[1], told->coop[2], tile};
+    return record(gpu, c, n == 2 ? "gated_coop" : "mul_coop", DS_FORMAT_COUNT, specs, 5, &cut,
+                  (uint32_t[]){ds_gpu_pieces(at.n_rows, tile / n), slot_tiles(p, TILE), at.n_blocks}, err);
+}
+
+/* Piece by piece, the next one's weights beside the products of this one. */
+static ds_status mul_coop(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, const factors *f,
+                          const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
+    const ds_gpu_info *told = ds_gpu_told(gpu);
+    const uint64_t large = (uint64_t)ds_gpu_pieces(f->n * p->rows, LARGE_TILE) * slot_tiles(p, TILE) * n_blocks;
+    const uint32_t tile = large >= LARGE_FROM ? LARGE_TILE : TILE;
+    piece now = next_piece(told, h, p, f->n, n_blocks, (piece){0});
+    ds_gpu_barrier(gpu, c); /* what came before may read the room still */
+    ds_status st = halve_rows(gpu, c, p, n_blocks, h->x, err);
+    if (st == DS_OK) st = halve_weights(gpu, c, f, p, now, h->w, err);
+    for (uint32_t turn = 0; now.block < n_blocks && st == DS_OK; turn = 1 - turn) {
+        const piece next = next_piece(told, h, p, f->n, n_blocks, now);
+        ds_gpu_barrier(gpu, c);
+        st = mul_halves(gpu, c, f->n, p, now, tile, h->w + turn * (h->w_bytes / 2), h->x, err);
+        if (st == DS_OK && next.block < n_blocks)
+            st = halve_weights(gpu, c, f, p, next, h->w + (1 - turn) * (h->w_bytes / 2), err);
+        now = next;
+    }
+    return st;
+}
+
+ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, const ds_gpu_product *p,
+                     uint32_t n_blocks, ds_error *err) {
+    const bool halves = takes_halves(gpu, h, format, p, 1);
+    if (is_vec(format, p, halves)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, 1, n_blocks, err);
+    if (!halves) return mul_mat(gpu, c, format, p, n_blocks, err);
+    return mul_coop(gpu, c, h, &(factors){1, {format}, {p->row_bytes}}, p, n_blocks, err);
+}
+
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, ds_format up_format,
                            uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
     const bool alike = format == up_format && up_row_bytes == p->row_bytes;
-    if (alike && is_vec(gpu, format, p))
-        return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, 2, n_blocks, err);
-    if (alike && takes_halves(gpu, format, p) && has_gated_coop(gpu))
-        return mul_coop(gpu, c, 2, format, p, n_blocks, err);
+    const bool halves = takes_halves(gpu, h, format, p, 2) && takes_halves(gpu, h, up_format, p, 2);
+    const bool vec = is_vec(format, p, halves);
+    if (alike && vec) return mul_vec(gpu, c, family(p, "mul_gated", "dot_gated"), format, p, 2, n_blocks, err);
+    if (halves && !vec && (alike || p->groups || n_blocks == 1))
+        return mul_coop(gpu, c, h, &(factors){2, {format, up_format}, {p->row_bytes, up_row_bytes}}, p, n_blocks, err);
     ds_gpu_product up = *p;
     up.row_bytes = up_row_bytes;
     up.flags |= DS_GPU_GATE;
     if (p->groups) up.groups = p->up;
     else up.w = p->up;
-    const ds_status st = ds_gpu_mul(gpu, c, format, p, n_blocks, err);
+    const ds_status st = ds_gpu_mul(gpu, c, h, format, p, n_blocks, err);
     if (st != DS_OK) return st;
     ds_gpu_barrier(gpu, c);
-    return ds_gpu_mul(gpu, c, up_format, &up, n_blocks, err);
+    return ds_gpu_mul(gpu, c, h, up_format, &up, n_blocks, err);
 }
 
 ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,

@@ -43,13 +43,26 @@ enum {
     DS_GPU_EXACT = 4, /* in floats, where many slots would else be taken as halves on devices with matrix units */
 };
 
-/* Slots [first, first + count) are multiplied by the block at w, in memory of the device. w or count 0: nothing to do. */
+/* Slots [first, first + count) are multiplied by the block at w, in memory of the device, groups in the order of their slots.
+ * w or count 0: nothing to do. */
 typedef struct ds_gpu_group {
     uint64_t w;
     uint32_t first, count;
 } ds_gpu_group;
 
 static_assert(sizeof(ds_gpu_group) == 16, "the same bytes as in shaders/product.glsl");
+
+/* Memory of the device in which products of many slots by matrix units have their factors as halves: weights, a piece at a
+ * time, and all rows of x. NULL, or no bytes of w: they are computed in floats. */
+typedef struct ds_gpu_halves {
+    uint64_t w, x; /* addresses */
+    uint64_t w_bytes;
+} ds_gpu_halves;
+
+/* What a matrix takes of it, of which there is twice as much for pieces in turns. 0 on devices without matrix units. */
+uint64_t ds_gpu_halved_weights(const ds_gpu *gpu, uint32_t rows, uint32_t k);
+/* What x takes of it: n_slots rows of k values in n_blocks blocks or groups. 0 on devices without matrix units. */
+uint64_t ds_gpu_halved_rows(const ds_gpu *gpu, uint64_t n_slots, uint64_t n_blocks, uint32_t k);
 
 /* The grids of the codebook formats, which products read behind `tables`. */
 enum { DS_GPU_TABLES_BYTES = (256 + 512 + 1024 + 256 + 512) * 2 };
@@ -62,10 +75,10 @@ bool ds_gpu_packs(const ds_gpu *gpu, ds_format format);
 ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, ds_error *err);
 
 /* y = x W^T in each of n_blocks blocks. */
-ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
-                     ds_error *err);
+ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, const ds_gpu_product *p,
+                     uint32_t n_blocks, ds_error *err);
 /* y = silu(x W^T) * (x Up^T), up of the same shape as w; up_row_bytes: between its rows. No flags. */
-ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, ds_format up_format,
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, ds_format up_format,
                            uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err);
 /* y += others + the sum over n_blocks groups, each of one slot in order, of weights[i] x[i] W_i^T: what the experts of a token give
  * it. weights: float (n_blocks), others: 0 or float (rows), addresses both. No flags. */

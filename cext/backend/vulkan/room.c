@@ -69,6 +69,46 @@ static void carve_own(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     r->shared = floats(c, n * d);
 }
 
+/* Bytes of W's and x's factors in halves, of the product that takes the most of either. */
+typedef struct halved {
+    uint64_t w, x;
+} halved;
+
+static void count_halves(const ds_gpu_backend *b, halved *most_of, uint64_t n_slots, uint64_t n_blocks, int rows, int k) {
+    const uint64_t w = n_blocks * ds_gpu_halved_weights(b->gpu, (uint32_t)rows, (uint32_t)k),
+                   x = ds_gpu_halved_rows(b->gpu, n_slots, n_blocks, (uint32_t)k);
+    most_of->w = most(most_of->w, w);
+    most_of->x = most(most_of->x, x);
+}
+
+/* Products by matrix units: their pieces of weights take turns in two halves of the room. */
+static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
+    const ds_config *g = b->facts.config;
+    const roles role = roles_of(b);
+    const uint64_t n = (uint64_t)r->n_tok, heads = (uint64_t)g->n_head, experts = (uint64_t)g->n_expert,
+                   slots = n * (uint64_t)g->n_expert_used, together = (uint64_t)ds_gpu_attend_together(b, r->n_tok);
+    const int shared = g->n_expert_shared * g->n_ff_expert;
+    halved h = {0};
+    if (role.ends) count_halves(b, &h, n < DS_GPU_LOGIT_ROWS ? n : DS_GPU_LOGIT_ROWS, 1, g->n_vocab, g->n_embd);
+    if (role.attends) {
+        const int q = g->q_lora_rank ? g->q_lora_rank : g->n_embd;
+        count_halves(b, &h, n, 1, g->n_head * ds_qk_dim(g), q);
+        count_halves(b, &h, n, 1, ds_latent_width(g), g->n_embd);
+        count_halves(b, &h, n, 1, g->n_embd, g->n_head * g->v_dim);
+        count_halves(b, &h, together * heads, heads, g->kv_lora_rank, g->nope_dim);
+        count_halves(b, &h, together * heads, heads, g->v_dim, g->kv_lora_rank);
+    }
+    if (role.feeds || role.helps) {
+        count_halves(b, &h, n, 2, g->n_ff_dense > shared ? g->n_ff_dense : shared, g->n_embd);
+        count_halves(b, &h, n, 1, g->n_embd, g->n_ff_dense > shared ? g->n_ff_dense : shared);
+        count_halves(b, &h, slots, 2 * experts, g->n_ff_expert, g->n_embd);
+        count_halves(b, &h, slots, experts, g->n_embd, g->n_ff_expert);
+    }
+    r->halves.w_bytes = 2 * h.w < DS_GPU_HALVES ? 2 * h.w : DS_GPU_HALVES;
+    r->halves.x = carve(c, h.x, 1).at;
+    r->halves.w = carve(c, r->halves.w_bytes, 1).at;
+}
+
 static void carve_in(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     const ds_config *g = b->facts.config;
     const roles role = roles_of(b);
@@ -112,6 +152,7 @@ static ds_status make(ds_gpu_backend *b, ds_gpu_room *r, ds_gpu_use use, ds_gpu_
                       void (*lay)(const ds_gpu_backend *, ds_gpu_room *, carver *), ds_error *err) {
     carver c = {0};
     lay(b, r, &c);
+    if (!c.used) return DS_OK;
     const ds_status st = ds_gpu_buffer_new(b->gpu, c.used, use, buffer, err);
     if (st != DS_OK) return st;
     c = (carver){.buffer = buffer};
@@ -121,6 +162,7 @@ static ds_status make(ds_gpu_backend *b, ds_gpu_room *r, ds_gpu_use use, ds_gpu_
 
 static void release(ds_gpu *gpu, ds_gpu_room *r) {
     ds_gpu_buffer_release(gpu, &r->own);
+    ds_gpu_buffer_release(gpu, &r->halved);
     ds_gpu_buffer_release(gpu, &r->in);
     ds_gpu_buffer_release(gpu, &r->out);
 }
@@ -131,6 +173,7 @@ ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err) {
     release(b->gpu, &b->room); /* nothing is under way, and both need not fit */
     b->room = (ds_gpu_room){.table = next.table};
     ds_status st = make(b, &next, DS_GPU_OWN, &next.own, carve_own, err);
+    if (st == DS_OK) st = make(b, &next, DS_GPU_OWN, &next.halved, carve_halves, err);
     if (st == DS_OK) st = make(b, &next, DS_GPU_IN, &next.in, carve_in, err);
     if (st == DS_OK) st = make(b, &next, DS_GPU_OUT, &next.out, carve_out, err);
     if (st != DS_OK) {
@@ -152,6 +195,7 @@ uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok) {
     ds_gpu_room r = {.n_tok = n_tok};
     carver c = {0};
     carve_own(b, &r, &c);
+    carve_halves(b, &r, &c);
     carve_in(b, &r, &c);
     if (ds_gpu_told(b->gpu)->kind != VKB_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU) carve_out(b, &r, &c);
     return c.used;

@@ -5,6 +5,8 @@
 
 #include "backend/vulkan/copies.h"
 
+enum { HALVES_BYTES = 1 << 20 };
+
 static ds_status check(const ds_gpu_single *job, ds_error *err) {
     if (job->push_bytes > DS_GPU_PUSH || job->push_bytes % 4)
         return ds_fail(err, DS_EINVAL, "%u bytes of push constants, expected dwords of at most %d bytes",
@@ -39,11 +41,24 @@ static ds_status fill(ds_gpu *g, const ds_gpu_single *job, ds_gpu_buffer *buffer
     return st;
 }
 
-static ds_status operate(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_operation *o, const ds_gpu_product *p,
-                         ds_error *err) {
-    if (strcmp(o->name, "mul") == 0) return ds_gpu_mul(g, c, o->format, p, o->n_blocks, err);
+/* Room for factors in halves: of weights little, so that larger ones come piece by piece. */
+static ds_status make_halves(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_gpu_buffer *buffer,
+                             ds_gpu_halves *out, ds_error *err) {
+    ds_gpu_product p;
+    if (job->shader || !ds_gpu_told(g)->coop[0]) return DS_OK;
+    memcpy(&p, push, sizeof p);
+    const uint64_t n_blocks = job->operation.n_blocks, w = HALVES_BYTES,
+                   x = ds_gpu_padded(ds_gpu_halved_rows(g, p.n_slots * n_blocks, n_blocks, p.k));
+    const ds_status st = ds_gpu_buffer_new(g, x + w, DS_GPU_OWN, buffer, err);
+    *out = (ds_gpu_halves){buffer->address + x, buffer->address, w};
+    return st;
+}
+
+static ds_status operate(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_operation *o, const ds_gpu_halves *h,
+                         const ds_gpu_product *p, ds_error *err) {
+    if (strcmp(o->name, "mul") == 0) return ds_gpu_mul(g, c, h, o->format, p, o->n_blocks, err);
     if (strcmp(o->name, "mul_gated") == 0)
-        return ds_gpu_mul_gated(g, c, o->format, o->up_format, o->up_row_bytes, p, o->n_blocks, err);
+        return ds_gpu_mul_gated(g, c, h, o->format, o->up_format, o->up_row_bytes, p, o->n_blocks, err);
     if (strcmp(o->name, "mul_sum") == 0) return ds_gpu_mul_sum(g, c, o->format, p, o->n_blocks, p->up, p->x_scale, err);
     if (strcmp(o->name, "pack") == 0) return ds_gpu_pack(g, c, p, err);
     if (strcmp(o->name, "rows") == 0) return ds_gpu_rows(g, c, o->format, p, err);
@@ -51,10 +66,10 @@ static ds_status operate(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_operation *
 }
 
 static ds_status record(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_single *job, const unsigned char *push,
-                        ds_error *err) {
+                        const ds_gpu_halves *h, ds_error *err) {
     vk_Pipeline pipeline;
     ds_gpu_product product;
-    if (!job->shader) return memcpy(&product, push, sizeof product), operate(g, c, &job->operation, &product, err);
+    if (!job->shader) return memcpy(&product, push, sizeof product), operate(g, c, &job->operation, h, &product, err);
     const ds_status st = ds_gpu_pipeline(g, job->shader, job->specs, job->n_specs, &pipeline, err);
     if (st == DS_OK)
         ds_gpu_dispatch(g, c, pipeline, push, job->push_bytes, job->groups[0], job->groups[1], job->groups[2]);
@@ -63,12 +78,16 @@ static ds_status record(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_single *job,
 
 static ds_status run(ds_gpu *g, const ds_gpu_single *job, const unsigned char *push, ds_error *err) {
     ds_gpu_commands commands = {0};
-    ds_status st = ds_gpu_record(g, &commands, err);
-    if (st == DS_OK) st = record(g, &commands, job, push, err);
+    ds_gpu_buffer room = {0};
+    ds_gpu_halves halves = {0};
+    ds_status st = make_halves(g, job, push, &room, &halves, err);
+    if (st == DS_OK) st = ds_gpu_record(g, &commands, err);
+    if (st == DS_OK) st = record(g, &commands, job, push, &halves, err);
     if (st == DS_OK) st = ds_gpu_recorded(g, &commands, err);
     if (st == DS_OK) st = ds_gpu_submit(g, &commands, err);
     if (st == DS_OK) st = ds_gpu_wait(g, err);
     ds_gpu_commands_release(g, &commands);
+    ds_gpu_buffer_release(g, &room);
     return st;
 }
 

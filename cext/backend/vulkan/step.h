@@ -20,6 +20,7 @@ enum {
     DS_GPU_FEW_WIDTH = 640, /* values of a query that it holds, */
     DS_GPU_FEW_VALUES = 512, /* of a position that its groups take at a time, */
     DS_GPU_FEW_GROUPS = 128, /* and how many of these positions are shared out among, about what a card runs at once */
+    DS_GPU_HALVES = 256 << 20, /* bytes at most of weights as halves, for products by matrix units */
     DS_GPU_LOGIT_ROWS = 64, /* rows of logits that are computed together */
     DS_GPU_MAX_ROW = 4608, /* values of a row of the cache, padded: as rows.glsl has it */
     DS_GPU_MAX_EXPERTS = 1024, /* as route.comp and plan.comp have it */
@@ -42,7 +43,8 @@ typedef struct ds_gpu_token {
 /* The memory of a step, carved from three buffers. */
 typedef struct ds_gpu_room {
     int n_tok; /* what it was sized for */
-    ds_gpu_buffer own, in, out, table; /* table: grows with the caches */
+    ds_gpu_buffer own, halved, in, out, table; /* table: grows with the caches */
+    ds_gpu_halves halves;
     /* Of the device's own, floats but where said. */
     uint64_t x[DS_GPU_STEPS], xn, kv_a, q_a, q, absorbed, queries, parts, latent,
         heads; /* attention's: of ds_gpu_attend_together tokens */

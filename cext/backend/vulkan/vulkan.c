@@ -42,7 +42,7 @@ ds_status ds_gpu_times(ds_gpu_backend *b, const ds_mat *m, uint64_t w, ds_gpu_in
                               .n_slots = (uint32_t)n,
                               .flags = flags,
                               .eps = b->facts.config->rms_eps};
-    return ds_gpu_mul(b->gpu, &b->commands, m->format, &p, 1, err);
+    return ds_gpu_mul(b->gpu, &b->commands, &b->room.halves, m->format, &p, 1, err);
 }
 
 ds_status ds_gpu_norm(ds_gpu_backend *b, uint64_t x, uint64_t w, uint64_t y, uint64_t row, int n, int width, int ldx,

@@ -73,6 +73,11 @@ Block block_of(uint z) {
     return b;
 }
 
+/* In halves: values of a row, whole pairs of tiles of K; and the first of block z's tiles of N slots, groups being in the order
+ * of their slots. */
+uint whole_k(uint K) { return (p.k + 2 * K - 1) / (2 * K) * (2 * K); }
+uint first_tile(Block b, uint z, uint N) { return p.groups == 0 ? z * ((p.n_slots + N - 1) / N) : b.first / N + z; }
+
 uint64_t weight_row(uint64_t w, uint row) { return w + uint64_t(row) * p.row_bytes; }
 
 /* The row of x that a slot reads. */
