@@ -26,7 +26,8 @@ static ds_status gated(ds_gpu_backend *b, const ds_mat *gate, uint64_t gate_at, 
                               .k = (uint32_t)gate->k,
                               .rows = (uint32_t)gate->rows,
                               .n_slots = (uint32_t)n};
-    return ds_gpu_mul_gated(b->gpu, &b->commands, &b->room.halves, gate->format, up->format, (uint32_t)up->row_bytes, &p, 1, err);
+    return ds_gpu_mul_gated(b->gpu, &b->commands, &b->room.halves, gate->format, up->format, (uint32_t)up->row_bytes,
+                            &p, 1, err);
 }
 
 /* What the layer's products read, the residual stream normalised: of one token as they read it, but where others compute
@@ -195,8 +196,8 @@ static ds_status multiply(ds_gpu_backend *b, const ds_op *op, const blocks *k, d
                         .n_slots = k->most,
                         .usual = k->usual};
     if (!k->n) return DS_OK;
-    const ds_status st =
-        ds_gpu_mul_gated(b->gpu, &b->commands, &b->room.halves, x->gate.format, x->up.format, (uint32_t)x->up.row_bytes, &p, k->n, err);
+    const ds_status st = ds_gpu_mul_gated(b->gpu, &b->commands, &b->room.halves, x->gate.format, x->up.format,
+                                          (uint32_t)x->up.row_bytes, &p, k->n, err);
     if (st != DS_OK) return st;
     ds_gpu_then(b);
     p = (ds_gpu_product){.x = b->room.hidden_exps,

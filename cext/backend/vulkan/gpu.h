@@ -76,6 +76,8 @@ typedef struct ds_gpu_buffer {
 
 /* Take no more than so many bytes of the device's own memory in all, from now on; 0: what there is. */
 void ds_gpu_limit(ds_gpu *gpu, uint64_t bytes);
+/* Bytes of it that may be taken in all. */
+uint64_t ds_gpu_memory(const ds_gpu *gpu);
 
 /* At most DS_GPU_CHUNK bytes. DS_ENOMEM where the device has no room. */
 ds_status ds_gpu_buffer_new(ds_gpu *gpu, uint64_t bytes, ds_gpu_use use, ds_gpu_buffer *out, ds_error *err);

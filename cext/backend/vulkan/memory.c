@@ -132,6 +132,8 @@ void ds_gpu_buffer_release(ds_gpu *g, ds_gpu_buffer *b) {
 
 void ds_gpu_limit(ds_gpu *g, uint64_t bytes) { g->limit = bytes; }
 
+uint64_t ds_gpu_memory(const ds_gpu *g) { return g->limit && g->limit < g->info.memory ? g->limit : g->info.memory; }
+
 static ds_status stage(ds_gpu *g, ds_error *err) {
     return g->staging.buffer ? DS_OK : ds_gpu_buffer_new(g, DS_STAGING, DS_GPU_OUT, &g->staging, err);
 }

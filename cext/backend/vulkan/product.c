@@ -32,10 +32,10 @@ enum {
     VEC_MOST = 8, /* slots; more are tiles' work: of matrix units, */
     VEC_MOST_FLOATS = 32, /* without them, */
     VEC_MOST_GROUPS = 64, /* and where they are shared out among groups; */
-    VEC_MOST_USUAL = 4, /* of a group, where there are matrix units, which read all of its weights twice more; */
-    VEC_MOST_ROWS = 256, /* and of so few rows of floats any, */
-    VEC_TILES =
-        12, /* where they would be no more tiles: on an H200 114 us for 152 of 512 tokens, 216 for 148 of 1,024 */
+    VEC_MOST_USUAL = 2, /* of a group, where there are matrix units, which read all of its weights twice more; */
+    FEW_ROWS = 256, /* rows of floats at most that are taken as few, a router's: */
+    FEW_TILE = 64, /* of a group of mul_few.comp, */
+    FEW_SLOTS = 4, /* and its slots */
     MAX_GROUPS = 65535, /* what every device has */
 };
 
@@ -117,16 +117,15 @@ static bool takes_halves(const ds_gpu *gpu, const ds_gpu_halves *h, ds_format fo
     return find_room(gpu, h, p, matrices);
 }
 
-/* Whether tiles are too few for a card: those of few rows of floats, a router's, whose slots others share out better. */
-static bool has_few_tiles(ds_format format, const ds_gpu_product *p) {
-    const uint64_t tiles = (uint64_t)ds_gpu_pieces(p->rows, TILE) * ds_gpu_pieces(p->n_slots, TILE);
-    return format == DS_FORMAT_F32 && !p->groups && p->rows <= VEC_MOST_ROWS && tiles < VEC_TILES;
+/* Whether they are few rows of floats for many slots, of which tiles would be too few for a card. */
+static bool is_few(ds_format format, const ds_gpu_product *p) {
+    return format == DS_FORMAT_F32 && !p->groups && !p->norm && !p->slot_row && p->rows <= FEW_ROWS;
 }
 
 static bool is_vec(ds_format format, const ds_gpu_product *p, bool halves) {
     const uint32_t most = halves ? VEC_MOST : p->groups ? VEC_MOST_GROUPS : VEC_MOST_FLOATS;
     const bool few = halves && p->groups && p->usual && p->usual <= VEC_MOST_USUAL;
-    return p->n_slots <= most || few || has_few_tiles(format, p);
+    return p->n_slots <= most || few;
 }
 
 /* How mul_vec.comp is cut: its specialization constants but for the threads, and lanes, a power of two. */
@@ -187,6 +186,11 @@ static ds_status mul_mat(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, cons
                   (uint32_t[]){ds_gpu_pieces(p->rows, TILE), slot_tiles(p, TILE), n_blocks}, err);
 }
 
+static ds_status mul_few(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
+    return record(gpu, c, "mul_few", DS_FORMAT_COUNT, (uint32_t[]){VEC_THREADS, is_aligned(DS_FORMAT_F32, p)}, 2, p,
+                  (uint32_t[]){ds_gpu_pieces(p->rows, FEW_TILE), ds_gpu_pieces(p->n_slots, FEW_SLOTS), n_blocks}, err);
+}
+
 /* ---- Matrix units ---- */
 
 /* W, or W and Up, of a product in halves. */
@@ -205,8 +209,10 @@ static piece next_piece(const ds_gpu_info *told, const ds_gpu_halves *h, const d
                         uint32_t n_blocks, piece was) {
     const uint64_t room = h->w_bytes / 2, block = n * weights_bytes(told, p->rows, p->k);
     piece next = {was.block + was.n_blocks, 1, 0, p->rows};
-    if (block <= room) {
-        next.n_blocks = room / block < n_blocks - next.block ? (uint32_t)(room / block) : n_blocks - next.block;
+    if (block <= room) { /* pieces about alike */
+        const uint32_t pieces = ds_gpu_pieces(n_blocks, (uint32_t)(room / block < n_blocks ? room / block : n_blocks)),
+                       each = ds_gpu_pieces(n_blocks, pieces);
+        next.n_blocks = each < n_blocks - next.block ? each : n_blocks - next.block;
         return next;
     }
     const uint32_t most = (uint32_t)(room / (n * weights_bytes(told, LARGE_TILE, p->k))) * LARGE_TILE;
@@ -231,8 +237,7 @@ static ds_status halve_weights(ds_gpu *gpu, ds_gpu_commands *c, const factors *f
         cut.row_bytes = f->row_bytes[i];
         cut.groups = at_group(i ? p->up : p->groups, at.block);
         if (!p->groups)
-            cut.groups = 0,
-            cut.w = (i ? p->up : p->w) + at.block * p->stride_w + (uint64_t)at.row * f->row_bytes[i];
+            cut.groups = 0, cut.w = (i ? p->up : p->w) + at.block * p->stride_w + (uint64_t)at.row * f->row_bytes[i];
         const uint32_t specs[] = {HALVES_THREADS, told->coop[0], told->coop[2], f->n, i};
         st = record(gpu, c, "halves", f->format[i], specs, 5, &cut,
                     (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES),
@@ -248,13 +253,13 @@ static ds_status halve_rows(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_produc
     ds_gpu_product cut = *p;
     cut.y = to;
     const uint32_t specs[] = {HALVES_THREADS, told->coop[1], told->coop[2], is_aligned(DS_FORMAT_F16, p)};
-    return record(gpu, c, "halve_rows", DS_FORMAT_COUNT, specs, 4, &cut,
-                  (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES), slot_tiles(p, told->coop[1]), n_blocks},
-                  err);
+    return record(
+        gpu, c, "halve_rows", DS_FORMAT_COUNT, specs, 4, &cut,
+        (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES), slot_tiles(p, told->coop[1]), n_blocks}, err);
 }
 
-static ds_status mul_halves(ds_gpu *gpu, ds_gpu_commands *c, uint32_t n, const ds_gpu_product *p, piece at, uint32_t tile,
-                            uint64_t w, uint64_t x, ds_error *err) {
+static ds_status mul_halves(ds_gpu *gpu, ds_gpu_commands *c, uint32_t n, const ds_gpu_product *p, piece at,
+                            uint32_t tile, uint64_t w, uint64_t x, ds_error *err) {
     const ds_gpu_info *told = ds_gpu_told(gpu);
     ds_gpu_product cut = *p;
     cut.w = w;
@@ -294,12 +299,14 @@ ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds
                      uint32_t n_blocks, ds_error *err) {
     const bool halves = takes_halves(gpu, h, format, p, 1);
     if (is_vec(format, p, halves)) return mul_vec(gpu, c, family(p, "mul_vec", "dot_vec"), format, p, 1, n_blocks, err);
+    if (is_few(format, p)) return mul_few(gpu, c, p, n_blocks, err);
     if (!halves) return mul_mat(gpu, c, format, p, n_blocks, err);
     return mul_coop(gpu, c, h, &(factors){1, {format}, {p->row_bytes}}, p, n_blocks, err);
 }
 
-ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, ds_format up_format,
-                           uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err) {
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format,
+                           ds_format up_format, uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks,
+                           ds_error *err) {
     const bool alike = format == up_format && up_row_bytes == p->row_bytes;
     const bool halves = takes_halves(gpu, h, format, p, 2) && takes_halves(gpu, h, up_format, p, 2);
     const bool vec = is_vec(format, p, halves);

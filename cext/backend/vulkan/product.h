@@ -78,8 +78,9 @@ ds_status ds_gpu_pack(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_product *p, 
 ds_status ds_gpu_mul(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, const ds_gpu_product *p,
                      uint32_t n_blocks, ds_error *err);
 /* y = silu(x W^T) * (x Up^T), up of the same shape as w; up_row_bytes: between its rows. No flags. */
-ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format, ds_format up_format,
-                           uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks, ds_error *err);
+ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves *h, ds_format format,
+                           ds_format up_format, uint32_t up_row_bytes, const ds_gpu_product *p, uint32_t n_blocks,
+                           ds_error *err);
 /* y += others + the sum over n_blocks groups, each of one slot in order, of weights[i] x[i] W_i^T: what the experts of a token give
  * it. weights: float (n_blocks), others: 0 or float (rows), addresses both. No flags. */
 ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,

@@ -74,11 +74,18 @@ typedef struct halved {
     uint64_t w, x;
 } halved;
 
-static void count_halves(const ds_gpu_backend *b, halved *most_of, uint64_t n_slots, uint64_t n_blocks, int rows, int k) {
+static void count_halves(const ds_gpu_backend *b, halved *most_of, uint64_t n_slots, uint64_t n_blocks, int rows,
+                         int k) {
     const uint64_t w = n_blocks * ds_gpu_halved_weights(b->gpu, (uint32_t)rows, (uint32_t)k),
                    x = ds_gpu_halved_rows(b->gpu, n_slots, n_blocks, (uint32_t)k);
     most_of->w = most(most_of->w, w);
     most_of->x = most(most_of->x, x);
+}
+
+/* Of a card's memory a 32nd, but not so little that pieces leave it idle. */
+static uint64_t most_halves(const ds_gpu *gpu) {
+    const uint64_t share = ds_gpu_memory(gpu) / 32, least = DS_GPU_HALVES, all = DS_GPU_CHUNK / 8 * 7;
+    return share < least ? least : share < all ? share : all;
 }
 
 /* Products by matrix units: their pieces of weights take turns in two halves of the room. */
@@ -104,7 +111,7 @@ static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
         count_halves(b, &h, slots, 2 * experts, g->n_ff_expert, g->n_embd);
         count_halves(b, &h, slots, experts, g->n_embd, g->n_ff_expert);
     }
-    r->halves.w_bytes = 2 * h.w < DS_GPU_HALVES ? 2 * h.w : DS_GPU_HALVES;
+    r->halves.w_bytes = 2 * h.w < most_halves(b->gpu) ? 2 * h.w : most_halves(b->gpu);
     r->halves.x = carve(c, h.x, 1).at;
     r->halves.w = carve(c, r->halves.w_bytes, 1).at;
 }

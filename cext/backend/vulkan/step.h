@@ -20,7 +20,7 @@ enum {
     DS_GPU_FEW_WIDTH = 640, /* values of a query that it holds, */
     DS_GPU_FEW_VALUES = 512, /* of a position that its groups take at a time, */
     DS_GPU_FEW_GROUPS = 128, /* and how many of these positions are shared out among, about what a card runs at once */
-    DS_GPU_HALVES = 256 << 20, /* bytes at most of weights as halves, for products by matrix units */
+    DS_GPU_HALVES = 256 << 20, /* bytes at least that there may be of weights as halves, for products by matrix units */
     DS_GPU_LOGIT_ROWS = 64, /* rows of logits that are computed together */
     DS_GPU_MAX_ROW = 4608, /* values of a row of the cache, padded: as rows.glsl has it */
     DS_GPU_MAX_EXPERTS = 1024, /* as route.comp and plan.comp have it */

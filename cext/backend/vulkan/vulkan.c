@@ -67,16 +67,27 @@ static ds_status gather(ds_gpu_backend *b, uint64_t x, uint64_t y, uint64_t row,
     return ds_gpu_do(b, "gather", &push, 28, ds_gpu_pieces(d, DS_GPU_THREADS), (uint32_t)n, 1, err);
 }
 
-/* The host decodes the tokens' rows: that is little, and a table of them need not be in the device's memory. */
+/* The host hands in the tokens' rows as the file has them: that is little, and the table of them all need not be in the
+ * device's memory. */
 static ds_status embed(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     const ds_request *r = ds_gpu_request(b, op);
     const ds_mat *e = &b->facts.weights->token_embd;
     const size_t d = (size_t)b->facts.config->n_embd;
-    float *x = (float *)(void *)b->room.x_in.host;
-    if (!r->ids) memcpy(x, r->x, (size_t)r->n_tok * d * sizeof *x);
-    for (int t = 0; r->ids && t < r->n_tok; t++)
-        ds_dequantize_row(e->format, (int64_t)d, e->data + (size_t)r->ids[t] * e->row_bytes, x + (size_t)t * d);
-    return gather(b, b->room.x_in.at, b->room.x[op->tail], 0, r->n_tok, err);
+    unsigned char *to = b->room.x_in.host;
+    if (!r->ids) {
+        memcpy(to, r->x, (size_t)r->n_tok * d * sizeof(float));
+        return gather(b, b->room.x_in.at, b->room.x[op->tail], 0, r->n_tok, err);
+    }
+    for (int t = 0; t < r->n_tok; t++)
+        memcpy(to + (size_t)t * e->row_bytes, e->data + (size_t)r->ids[t] * e->row_bytes, e->row_bytes);
+    const ds_gpu_product p = {.w = b->room.x_in.at,
+                              .y = b->room.x[op->tail],
+                              .tables = b->w.tables,
+                              .ldy = (uint32_t)d,
+                              .row_bytes = (uint32_t)e->row_bytes,
+                              .k = (uint32_t)d,
+                              .n_slots = (uint32_t)r->n_tok};
+    return ds_gpu_rows(b->gpu, &b->commands, e->format, &p, err);
 }
 
 static ds_status tail(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
