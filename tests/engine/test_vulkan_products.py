@@ -289,6 +289,29 @@ def test_large_tiles_in_halves(gpu: Gpu, name: str) -> None:
 
 
 @pytest.mark.usefixtures("matrix_units")
+@pytest.mark.parametrize("name", ["q8_0", "q4_k"])
+def test_halves_come_in_pieces(gpu: Gpu, name: str) -> None:
+    """Of a matrix that is larger than the room for its halves, rows by rows; of many, blocks by blocks."""
+    rng = np.random.default_rng(22)
+    for blocks, n_rows in ((1, 1100), (5, 450)):
+        w, x = random_weights(name, blocks * n_rows, 512, rng), normal(rng, 20, 512 * blocks)
+        w = with_halves(name, w, *[2.0**-6] * len(HALVES[name])).reshape(blocks, n_rows, -1)
+        y = np.full((20, blocks * n_rows), SENTINEL)
+        run(gpu, "mul", Job(name, w, x, 512, stride_x=512, stride_y=n_rows, flags=0), y)
+        for z in range(blocks):
+            values = x[:, z * 512 : (z + 1) * 512]
+            assert_in_halves(y[:, z * n_rows : (z + 1) * n_rows], name, w[z], values)
+
+
+@pytest.mark.parametrize(("n_rows", "k", "n"), [(64, 2048, 70), (65, 1024, 33), (256, 1030, 34), (3, 7, 41)])
+def test_few_rows_of_floats(gpu: Gpu, n_rows: int, k: int, n: int) -> None:
+    """A router's."""
+    rng = np.random.default_rng(23)
+    w, x = random_weights("f32", n_rows, k, rng), normal(rng, n, k)
+    assert_product(mul(gpu, "f32", w, x), "f32", w, x)
+
+
+@pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gated_in_halves(gpu: Gpu, name: str, grouped: bool) -> None:

@@ -37,3 +37,7 @@ typedef struct ds_gpu_attending {
 
 /* What their queries give, of the heads' values: q to room.heads. At most ds_gpu_attend_together of them. */
 ds_status ds_gpu_attend(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err);
+/* Whether it takes fewer multiply-adds to make keys and values of the cache for each head first, and there is room for them; */
+bool ds_gpu_expands(const ds_gpu_backend *b, const ds_gpu_attending *a);
+/* then by these, of any number of tokens. */
+ds_status ds_gpu_attend_expanded(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, ds_error *err);

@@ -199,6 +199,13 @@ ds_status ds_gpu_attention(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
     for (int i = 0; i < r->n_spans && st == DS_OK;) {
         const run u = run_from(r, i, DS_GPU_ATTEND_MANY);
         const int most = ds_gpu_attend_together(b, r->n_tok);
+        const ds_gpu_attending whole = {u.store, u.begin, u.end - u.begin, u.n_pos, u.alone};
+        if (ds_gpu_expands(b, &whole)) {
+            if (i) ds_gpu_then(b);
+            st = ds_gpu_attend_expanded(b, op, &whole, err);
+            i = span_behind(r, &u);
+            continue;
+        }
         for (int t = u.begin; t < u.end && st == DS_OK; t += most) {
             const ds_gpu_attending a = {u.store, t, u.end - t < most ? u.end - t : most, u.n_pos, u.alone};
             if (i || t != u.begin) ds_gpu_then(b); /* what lies between is used again */

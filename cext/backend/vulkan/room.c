@@ -37,23 +37,37 @@ static roles roles_of(const ds_gpu_backend *b) {
     return r;
 }
 
+/* What lies between attention's queries and its heads' values. */
+static void carve_attend(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
+    const ds_config *g = b->facts.config;
+    const uint64_t heads = (uint64_t)g->n_head, together = (uint64_t)ds_gpu_attend_together(b, r->n_tok),
+                   rank = (uint64_t)g->kv_lora_rank, width = ds_row_pad(g->kv_lora_rank) + ds_row_pad(g->rope_dim);
+    r->absorbed = floats(c, together * heads * rank);
+    r->queries = floats(c, together * heads * width);
+    r->parts = floats(c, most(together * heads, (uint64_t)ds_gpu_part_rows(b)) * (width + 2));
+    r->latent = floats(c, together * heads * rank);
+}
+
+uint64_t ds_gpu_attend_bytes(const ds_gpu_backend *b, int n_tok) {
+    ds_gpu_room r = {.n_tok = n_tok};
+    carver c = {0};
+    carve_attend(b, &r, &c);
+    return c.used;
+}
+
 static void carve_own(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     const ds_config *g = b->facts.config;
     const roles role = roles_of(b);
     const uint64_t n = (uint64_t)r->n_tok, d = (uint64_t)g->n_embd, heads = (uint64_t)g->n_head,
-                   slots = n * (uint64_t)g->n_expert_used, together = (uint64_t)ds_gpu_attend_together(b, r->n_tok);
+                   slots = n * (uint64_t)g->n_expert_used;
     const uint64_t shared = (uint64_t)g->n_expert_shared * (uint64_t)g->n_ff_expert;
     for (int i = 0; i < DS_GPU_STEPS; i++) r->x[i] = floats(c, n * d);
     r->xn = floats(c, n * d);
     if (role.attends) {
-        const uint64_t rank = (uint64_t)g->kv_lora_rank, width = ds_row_pad(g->kv_lora_rank) + ds_row_pad(g->rope_dim);
         r->kv_a = floats(c, n * (uint64_t)ds_latent_width(g));
         r->q_a = floats(c, n * (uint64_t)g->q_lora_rank);
         r->q = floats(c, n * heads * (uint64_t)ds_qk_dim(g));
-        r->absorbed = floats(c, together * heads * rank);
-        r->queries = floats(c, together * heads * width);
-        r->parts = floats(c, most(together * heads, (uint64_t)ds_gpu_part_rows(b)) * (width + 2));
-        r->latent = floats(c, together * heads * rank);
+        carve_attend(b, r, c);
         r->heads = floats(c, n * heads * (uint64_t)g->v_dim);
     }
     if (!role.feeds && !role.helps) return;
@@ -104,6 +118,7 @@ static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
         count_halves(b, &h, n, 1, g->n_embd, g->n_head * g->v_dim);
         count_halves(b, &h, together * heads, heads, g->kv_lora_rank, g->nope_dim);
         count_halves(b, &h, together * heads, heads, g->v_dim, g->kv_lora_rank);
+        count_halves(b, &h, heads * ds_gpu_expand_most(b, r->n_tok), heads, g->v_dim, g->kv_lora_rank);
     }
     if (role.feeds || role.helps) {
         count_halves(b, &h, n, 2, g->n_ff_dense > shared ? g->n_ff_dense : shared, g->n_embd);

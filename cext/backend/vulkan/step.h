@@ -86,6 +86,10 @@ int ds_gpu_part_rows(const ds_gpu_backend *b);
 /* Room for steps of n_tok tokens; keeps what is large enough. */
 ds_status ds_gpu_room_reserve(ds_gpu_backend *b, int n_tok, ds_error *err);
 void ds_gpu_room_release(ds_gpu_backend *b);
+/* Bytes from room.absorbed on that attention of n_tok tokens has, at least. */
+uint64_t ds_gpu_attend_bytes(const ds_gpu_backend *b, int n_tok);
+/* Positions at most whose keys and values find room there. */
+uint64_t ds_gpu_expand_most(const ds_gpu_backend *b, int n_tok);
 /* Bytes of the device's memory that it takes at most; */
 uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok);
 /* of the host's. */
