@@ -92,12 +92,14 @@ def _spelt_out(found: re.Match[str]) -> str:
 # Log and errors, on stderr.
 
 _BREAKING: list[bool] = []  # blocks of breaking_lines
+COPIED = ("error", "hint")  # labels
 
 
 def note(message: str, style: str | None = None, *, label: str = "") -> None:
-    """One line of log. label: a style's name that stands before it, as in "warning: ..."."""
+    """One line of log; on a terminal it breaks between words, but for errors and hints, whose commands and paths are
+    copied. label: a style's name that stands before it, as in "warning: ..."."""
     line, before = printable(message), f"{label}: " if label else ""
-    if _BREAKING and obeys(sys.stderr):
+    if (_BREAKING or label not in COPIED) and obeys(sys.stderr):
         line = broken(before + line, width(sys.stderr))[len(before) :]
     shown = styled(before[:-1], label) + " " if label else ""
     _tell(shown + (styled(line, style) if style else line) + "\n")
@@ -114,8 +116,8 @@ def note_text(text: str) -> None:
 
 @contextlib.contextmanager
 def breaking_lines() -> Iterator[None]:
-    """Notes in this block break between words where a terminal would break them within: a conversation is read there.
-    Elsewhere a line is a line, which can be copied whole."""
+    """Errors, hints and texts in this block break between words as notes do: a conversation is read there. Elsewhere
+    a line of theirs is a line, which can be copied whole."""
     _BREAKING.append(True)
     try:
         yield

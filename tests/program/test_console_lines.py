@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from support.inprocess import Terminal, environment
 
-from dsv2cli.console import Table, broken, say_fields, show
+from dsv2cli.console import Table, breaking_lines, broken, note, print_error, say_fields, show
 
 HELP = "  /save NAME          give this conversation a name (it is kept as it goes)"
 
@@ -50,6 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         out = Terminal(io.BytesIO(), encoding="utf-8", write_through=True)
         with environment({"COLUMNS": str(columns), "TERM": "xterm"}):
             monkeypatch.setattr(sys, "stdout", out)
+            monkeypatch.setattr(sys, "stderr", out)
             call()
             monkeypatch.undo()
         written = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
@@ -84,3 +85,17 @@ def test_values_of_fields_hang_below_one_another(seen: Callable[..., list[str]])
     assert seen(22, lambda: say_fields(fields, 13)) == [
         "model         one-name", "this machine  reads", "  prompts at a pace",
     ]  # fmt: skip
+
+
+def test_notes_break_and_what_is_copied_does_not(seen: Callable[..., list[str]]) -> None:
+    """But in a conversation, which is read."""
+    assert seen(20, lambda: note("read 15 tokens at 145 tok/s")) == ["read 15 tokens at", "145 tok/s"]
+    command = "dsv2 download owner/name --to here"
+    failed = ["error: there is none", f"hint: {command}"]
+    assert seen(20, lambda: print_error("there is none", command)) == failed
+
+    def in_a_conversation() -> None:
+        with breaking_lines():
+            print_error("there is none", command)
+
+    assert seen(20, in_a_conversation) == [failed[0], "hint: dsv2 download", "owner/name --to here"]
