@@ -17,7 +17,7 @@ typedef struct ds_session ds_session;
 typedef struct ds_block ds_block;
 
 enum {
-    DS_MAX_STEP = 1024, /* most tokens in one ds_eval */
+    DS_MAX_STEP = 1024, /* most tokens in one ds_eval of a model that the processor alone computes */
     DS_MAX_LONG_STEP = 4096, /* the same where experts come from a drive: each is read once for all of them */
     DS_SESSION_BLOCK = 64, /* tokens of a block of cache: what sessions share, and what is saved of them */
 };
@@ -59,8 +59,10 @@ void ds_model_stop(ds_model *model);
 /* How much of a long step under way is computed, 0 to 1; 0 where none is. From any thread. */
 double ds_model_step_share(const ds_model *model);
 int ds_model_threads(const ds_model *model);
-/* DS_MAX_STEP or DS_MAX_LONG_STEP. */
+/* Most tokens in one ds_eval: as many as are computed together, or DS_MAX_LONG_STEP. */
 int ds_model_max_step(const ds_model *model);
+/* Most tokens that are computed together: DS_MAX_STEP, or 2,048 where a GPU routes all layers and has room for them. */
+int ds_model_together(const ds_model *model);
 /* Memory that steps of n_tok (1 to ds_model_max_step) tokens take in all, beside weights and caches; it is kept. piece: see
  * ds_eval. */
 size_t ds_model_step_bytes(const ds_model *model, int n_tok, int piece);
@@ -109,8 +111,8 @@ typedef struct ds_input {
     int n, n_logits; /* 0 <= n_logits <= n */
 } ds_input;
 
-/* Append tokens to sequences of one model, each session at most once, ds_model_max_step tokens in all. piece: how many are
- * computed together (1 to DS_MAX_STEP; 0: that): more are computed piece by piece, as steps of so many one after another
+/* Append tokens to sequences of one model, each session at most once, ds_model_max_step tokens in all, of DS_MAX_STEP sessions. piece: how many are
+ * computed together (1 to DS_MAX_STEP; 0: ds_model_together): more are computed piece by piece, as steps of so many one after another
  * would be, but layer by layer, so that experts are read once for all. logits (the sum of n_logits, n_vocab) takes their
  * rows, input by input; NULL where none are wanted. tap may be NULL, and is not where there are several pieces; its
  * entries' rows move on by the step's tokens. Nothing changes on failure. One step runs at a time per model: a second

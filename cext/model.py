@@ -196,8 +196,9 @@ class Model:
     A forked process opens its own: evaluating this one there raises ArgumentError. When the file is written to or cut
     short while it is open, evaluating raises FileError.
 
-    notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed. max_step: most
-    tokens in one step: MAX_STEP, or more where experts come from the drive: each is read once a step.
+    notes: sentences to tell the person who runs it: what the file leaves unsaid and what was assumed. together: most
+    tokens that are computed together: MAX_STEP, or twice as many where a GPU routes every layer and has room for them.
+    max_step: most tokens in one step: as many, or more where experts come from the drive: each is read once a step.
     """
 
     def __init__(
@@ -222,7 +223,8 @@ class Model:
             0 if ram is None else whole("ram", ram, low=1, high=MAX_RAM),
             None if uses is None else np.ascontiguousarray(uses, np.uint64),
         )
-        hparams, self.threads, self.isa, self.nbytes, self.notes, self.max_step = _engine.model_info(self._handle)
+        info = _engine.model_info(self._handle)
+        hparams, self.threads, self.isa, self.nbytes, self.notes, self.max_step, self.together = info
         self.hparams = cast(Hparams, hparams)
         # By address. No lock: a forked process could inherit it held; valuerefs lists them in one step.
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
@@ -410,7 +412,7 @@ class Session:
     ) -> NDArray[np.float32]:
         """Append tokens; the logits after the last, (n_vocab,), or after each, (n, n_vocab).
 
-        Runs in chunks of at most the model's max_step tokens (MAX_STEP with a tap) with the GIL released, and answers
+        Runs in chunks of at most the model's max_step tokens (together with a tap) with the GIL released, and answers
         Ctrl-C between chunks (the chunks before it stay evaluated: see n_past). ValueError for an id out of range or no
         ids; ContextFullError past n_ctx.
         """
@@ -438,7 +440,7 @@ class Session:
     def _eval_chunks(
         self, ids: NDArray[np.int32], every: bool, out: NDArray[np.float32], taps: list[tuple[str, Any]]
     ) -> None:
-        step = _engine.MAX_STEP if taps else self.model.max_step
+        step = self.model.together if taps else self.model.max_step
         for start in range(0, len(ids), step):
             chunk = ids[start : start + step]
             last = start + len(chunk) == len(ids)
@@ -510,10 +512,10 @@ def eval_batch(
     """Append to several sessions of one model in one step of at most its max_step tokens in all.
 
     Returns the logits after the last n_logits[i] tokens (0 to all) of each sequence, (sum(n_logits), n_vocab), sequence
-    by sequence; by default after each one's last token. piece: most tokens that are computed together, at most and by
-    default MAX_STEP: of more the logits are those of steps of so many one after another, and the memory is that of one,
-    but experts that come from the drive are read once for all. Nothing changes on failure. ValueError, TypeError,
-    ContextFullError, BusyError.
+    by sequence; by default after each one's last token. piece: most tokens that are computed together, at most MAX_STEP,
+    by default the model's ``together``: of more the logits are those of steps of so many one after another, and the
+    memory is that of one, but experts that come from the drive are read once for all. Nothing changes on failure.
+    ValueError, TypeError, ContextFullError, BusyError.
     """
     inputs, locks, n_rows = _inputs(batch := list(batch), n_logits)
     model = batch[0][0].model

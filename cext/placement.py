@@ -27,7 +27,9 @@ class Device:
     none, or all. It takes room for those of two layers; where there is none, none are copied. hot: of its memory, the
     bytes for routed experts that come and go: those that tokens choose of late, the others being the processor's. It
     has the feed-forward of all layers then, and all routed experts are placed at 0. What lies where follows from the
-    steps that were taken, beginning with ``Model(uses=...)``, and logits with it, in their last bits.
+    steps that were taken, beginning with ``Model(uses=...)``, and logits with it, in their last bits. short_steps: none
+    of more than MAX_STEP tokens; else a GPU that routes every layer, with experts in memory at most, computes twice as
+    many together where it has room for them: its own 0.2 MB a token and more.
     """
 
     kind: str = "cpu"
@@ -37,15 +39,16 @@ class Device:
     memory: int | None = None
     copies: Copies = "auto"
     hot: int | None = None
+    short_steps: bool = False
 
-    def record(self) -> tuple[str, int, str | None, str | None, int, int, int]:
+    def record(self) -> tuple[str, int, str | None, str | None, int, int, int, bool]:
         """As the extension takes it. ArgumentError for fewer than one thread or byte, ValueError for other copies."""
         if self.copies not in _COPIES:
             raise ValueError(f"copies is {self.copies!r}, expected one of {', '.join(_COPIES)}")
         threads = 0 if self.threads is None else whole("threads", self.threads, low=1)
         memory = 0 if self.memory is None else whole("memory", self.memory, low=1, high=2**63 - 1)
         hot = 0 if self.hot is None else whole("hot", self.hot, low=1, high=2**63 - 1)
-        return self.kind, threads, self.isa, self.name, memory, _COPIES.index(self.copies), hot
+        return self.kind, threads, self.isa, self.name, memory, _COPIES.index(self.copies), hot, self.short_steps
 
 
 @dataclass(frozen=True)

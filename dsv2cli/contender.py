@@ -81,13 +81,11 @@ class Ours:
 
     def select(self, variant: str, sequences: int) -> None:
         """CliError where the contexts do not fit in the memory that is free."""
-        from cext import MAX_STEP
-
         opened = self._opened.setdefault(variant, [])
         kv_type = cast("KvType", variant.removeprefix("kv="))
         new = [self._model.session(self._n_ctx, kv_type) for _ in range(len(opened), sequences)]
         if new:
-            memory.refuse(new, min(MAX_STEP, self._n_ctx))
+            memory.refuse(new, min(self._model.together, self._n_ctx))
         opened += new
         self._sessions = opened[:sequences]
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 LEFT_SHARE, LEAST_LEFT = 16, 256 << 20  # of a device's free memory: for the display, and what other programs take
 LARGEST = 1 << 30  # bytes of a matrix: the engine's allocations
-STEP = 1024  # tokens of the longest step
+STEP, LONG_STEP = 1024, 2048  # tokens of the longest step, and where it has room for more
+LONG_SHARE = 16  # of a device's memory one part in so many at most is for steps to be long rather than for experts
 WIDEST_ROW, MOST_EXPERTS = 4608, 1024  # the shaders'
 # The engine's, of cext/backend/vulkan: what a piece of a buffer is rounded up to; what copies of caches grow by; what
 # goes through to memory that the host does not reach; tables, blocks' addresses and rounding of allocations.
@@ -191,6 +192,9 @@ def lay_out(
     room = _Room(min(most, int(gpu.memory * share) if given is None else given) - step_bytes(shape, shares=shares))
     if shape["n_expert"] > MOST_EXPERTS or room.left <= CACHE_CHUNK:
         return None
+    longer = with_experts and attends(shape) and _pays_for_long_steps(sizes, shape, room.left - cache_bytes, shares)
+    if longer:
+        room.left -= step_bytes(shape, LONG_STEP, shares=shares) - step_bytes(shape, shares=shares)
     cached = -(-cache_bytes // n)
     rounded = 16 * ALIGN + 3 * shape["n_expert"] * (ALIGN + 8)  # of a layer's matrices, and its table of experts
     attention = 0
@@ -223,11 +227,19 @@ def lay_out(
         return None
     routed = max(0, n - dense)
     copying: Copies = "auto" if copies else "never"
-    device = Device("vulkan", name=str(gpu.number), memory=given, copies=copying, hot=hot or None)
+    device = Device("vulkan", name=str(gpu.number), memory=given, copies=copying, hot=hot or None, short_steps=not longer)
     weights = room.taken - attention * (cached + rounded)
     hot_share = hot / sum(sizes.experts[dense:]) if hot else 0.0
     sentence = _sentence(gpu, n, attention, shared, routed, expert, room.taken, head=head, hot=hot_share)
     return Layout(device, tuple(places), sentence, weights, bool(expert or hot))
+
+
+def _pays_for_long_steps(sizes: Sizes, shape: Hparams, left: int, shares: bool) -> bool:
+    """Whether of so many bytes, beside caches and short steps, some are better spent on long steps: few of them, and
+    not those that make the difference between all of a model and a part."""
+    extra = step_bytes(shape, LONG_STEP, shares=shares) - step_bytes(shape, shares=shares)
+    everything = sum(sizes.attention) + sum(sizes.shared) + sum(sizes.experts) + sizes.head + CACHE_CHUNK
+    return extra * LONG_SHARE <= left and not left - extra < everything <= left
 
 
 def room_for_copies(experts: list[int], n_expert: int, left: int) -> int:

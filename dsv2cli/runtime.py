@@ -145,10 +145,10 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
 
 
 def _parts_of(model: Model) -> Begin | None:
-    from cext import MAX_STEP, Reading
     from cext import Model as Ours
+    from cext import Reading
 
-    return Reading if isinstance(model, Ours) and model.max_step == MAX_STEP else None
+    return Reading if isinstance(model, Ours) and model.max_step == model.together else None
 
 
 Opened = tuple["Model", "Tokenizer", "Evaluate", Callable[[], None], Engine, Plan | None, Layout | None]
@@ -158,7 +158,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
     """With dsv2's own engine; None where it is left to llama.cpp."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, path)
-        from cext import MAX_STEP, EngineError, UnsupportedError, eval_batch
+        from cext import EngineError, UnsupportedError, eval_batch
         from dsv2cli.scheduler import Budget
 
         try:
@@ -188,7 +188,7 @@ def _open_ours(path: Path, threads: int | None, wishes: Wishes) -> Opened | None
     if plan is not None and wishes.told:
         console.note(f"({plan.sentence(measured_rate(path))})", "dim")
     # A long step's pieces are the steps that are taken where all weights are in memory: answers are the same.
-    evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > MAX_STEP else eval_batch
+    evaluate: Evaluate = partial(eval_batch, piece=Budget.alone) if model.max_step > model.together else eval_batch
     return model, tokenizer, evaluate, model.stop, OURS, plan, layout
 
 

@@ -19,7 +19,8 @@
 #include "memory/residency.h"
 
 enum {
-    DS_CHUNK = 1024,      /* most tokens in a step: bounds what backends hold */
+    DS_CHUNK = 1024,      /* most tokens that the processor computes together: bounds what it holds */
+    DS_WIDE_CHUNK = 2048, /* and a device that routes all layers: weights that are copied to it are copied for more */
     DS_MAX_BACKENDS = 16, /* of one model */
 };
 
@@ -137,4 +138,5 @@ struct ds_backend {
     const ds_backend_ops *ops;
     const char *isa; /* what its arithmetic is made of */
     int n_threads; /* of the processor */
+    int n_together; /* most tokens that it computes together: DS_CHUNK or DS_WIDE_CHUNK */
 };

@@ -21,6 +21,7 @@ typedef struct ds_device {
     const char *name; /* of a GPU: its number, or letters of its name; NULL or "": the best that is no software */
     uint64_t memory; /* of a GPU: bytes of its own that weights, copies, caches and steps may take; 0: what there is */
     ds_copying copying; /* of a GPU */
+    bool short_steps; /* of a GPU: none of more than DS_CHUNK tokens, whose room other parts of the model are to have */
     uint64_t hot; /* of a GPU: bytes of its own for routed experts that come and go (backend/vulkan/hot.h) */
 } ds_device;
 

@@ -22,6 +22,13 @@ static ds_status open_backends(ds_core *c, const ds_device *processor, const ds_
     return DS_OK;
 }
 
+static int together(const ds_core *c) {
+    int n = c->backends[c->n_backends > 1]->n_together;
+    for (int i = 2; i < c->n_backends; i++)
+        if (c->backends[i]->n_together < n) n = c->backends[i]->n_together;
+    return n;
+}
+
 static ds_status make_room(ds_core *c, ds_error *err) {
     c->program = calloc(ds_forward_max_ops(c), sizeof *c->program);
     c->tail_spans = calloc(DS_CHUNK, sizeof *c->tail_spans);
@@ -120,6 +127,7 @@ ds_status ds_core_create(const ds_gguf *metadata, ds_source source, const ds_cor
     if (st == DS_OK) st = ds_places_create(&out->config, spec->placement, out->residency, &out->places, err);
     if (st == DS_OK)
         st = open_backends(out, spec->processor, spec->placement, spec->budget ? spec->budget->uses : NULL, err);
+    if (st == DS_OK) out->n_together = together(out);
     if (st == DS_OK) st = make_room(out, err);
     if (st == DS_OK) ds_loaded_forget(&out->loaded, ds_placement_takes, spec->placement);
     else ds_core_release(out);

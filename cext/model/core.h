@@ -39,6 +39,7 @@ typedef struct ds_core {
     ds_places places;
     ds_backend *backends[DS_MAX_BACKENDS];
     int n_backends;
+    int n_together; /* most tokens that are computed together: the least of what further backends say, or the one's */
     ds_exchange exchange;
     ds_op *program;
     int n_ops;

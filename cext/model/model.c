@@ -144,7 +144,7 @@ ds_status ds_model_watched(ds_model *model, int device, ds_work_time out[DS_WORK
 
 ds_needs ds_model_needs(const ds_model *model) {
     ds_needs needs = ds_core_needs(&model->core, model->gguf);
-    needs.long_step = ds_core_pieces_bytes(&model->core, DS_MAX_LONG_STEP, DS_MAX_STEP);
+    needs.long_step = ds_core_pieces_bytes(&model->core, DS_MAX_LONG_STEP, model->core.n_together);
     return needs;
 }
 
@@ -163,11 +163,12 @@ bool ds_model_counts(ds_model *model, ds_residency_counts *decoding, ds_residenc
 }
 
 int ds_model_max_step(const ds_model *model) {
-    return ds_residency_is_settled(model->core.residency) ? DS_MAX_STEP : DS_MAX_LONG_STEP;
+    return ds_residency_is_settled(model->core.residency) ? model->core.n_together : DS_MAX_LONG_STEP;
 }
+int ds_model_together(const ds_model *model) { return model->core.n_together; }
 int ds_model_threads(const ds_model *model) { return model->core.backends[0]->n_threads; }
 size_t ds_model_step_bytes(const ds_model *model, int n_tok, int piece) {
-    return ds_core_step_bytes(&model->core, n_tok, piece ? piece : DS_MAX_STEP);
+    return ds_core_step_bytes(&model->core, n_tok, piece ? piece : model->core.n_together);
 }
 const char *ds_model_isa(const ds_model *model) { return model->core.backends[0]->isa; }
 

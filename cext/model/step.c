@@ -115,7 +115,7 @@ static ds_status check_inputs(const ds_model *model, const ds_input *inputs, int
 
 ds_status ds_eval(ds_model *model, const ds_input *inputs, int n_inputs, int piece, float *logits, ds_tap *tap,
                   ds_error *err) {
-    ds_request step = {.logits = logits, .tap = tap, .piece = piece ? piece : DS_MAX_STEP};
+    ds_request step = {.logits = logits, .tap = tap, .piece = piece ? piece : ds_model_together(model)};
     const int most = tap ? step.piece : ds_model_max_step(model);
     int n_tok;
     ds_status st = ds_core_check(&model->core, err);

@@ -42,7 +42,7 @@ PyObject *ds_py_notes(const ds_notes *notes) {
     return tuple;
 }
 
-/* A placement from [(kind, threads, isa, name, memory, copies, hot)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
+/* A placement from [(kind, threads, isa, name, memory, copies, hot, short steps)] and [(part, device, layer begin, end, expert begin, end)], tuples of the caller's
  * own. Its arrays are the caller's to free; false with an exception. */
 static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out) {
     const Py_ssize_t n_devices = PyTuple_Size(devices), n_rules = PyTuple_Size(rules);
@@ -54,9 +54,10 @@ static bool read_placement(PyObject *devices, PyObject *rules, ds_placement *out
     for (Py_ssize_t i = 0; ok && i < n_devices; i++) {
         ds_device *d = &device[i];
         unsigned long long memory = 0, hot = 0;
-        int copying = 0;
-        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "sizzKiK", &d->kind, &d->n_threads, &d->isa, &d->name,
-                              &memory, &copying, &hot);
+        int copying = 0, short_steps = 0;
+        ok = PyArg_ParseTuple(PyTuple_GetItem(devices, i), "sizzKiKp", &d->kind, &d->n_threads, &d->isa, &d->name,
+                              &memory, &copying, &hot, &short_steps);
+        d->short_steps = short_steps;
         d->memory = memory, d->hot = hot;
         d->copying = (ds_copying)copying;
     }
@@ -224,8 +225,8 @@ static PyObject *model_info(void *model, PyObject *args) {
     unsigned long long bytes = 0;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
-    return Py_BuildValue("(NisKNi)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
-                         bytes, ds_py_notes(&ds_model_config(model)->notes), ds_model_max_step(model));
+    return Py_BuildValue("(NisKNii)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
+                         bytes, ds_py_notes(&ds_model_config(model)->notes), ds_model_max_step(model), ds_model_together(model));
 }
 DS_PY_HELD(model_info, DS_PY_MODEL)
 

@@ -203,10 +203,10 @@ class LocalChat(Chat):
 
     def _watched(self, progress: Progress) -> AbstractContextManager[None]:
         """Where experts come from a drive, a step may be the whole prompt: how far it has come is told meanwhile."""
-        from cext import MAX_STEP, Model
+        from cext import Model
 
         model = self.runtime.model
-        if not isinstance(model, Model) or model.max_step <= MAX_STEP:
+        if not isinstance(model, Model) or model.max_step <= model.together:
             return contextlib.nullcontext()
         return watched(progress, model.step_share, model.max_step)
 

@@ -232,7 +232,7 @@ def here(
 
     with runtime.open_model(path, threads, wishes) as opened:
         session = opened.session(beside.n_ctx, beside.kv)
-        memory.warn([session], Budget().alone)
+        memory.warn([session], min(session.n_ctx, Budget().prompt_step(opened.model.max_step)))
         conversation = Conversation(
             session,
             opened.tokenizer,

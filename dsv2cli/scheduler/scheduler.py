@@ -24,7 +24,7 @@ Evaluate = Callable[[list[tuple[Any, list[int]]], list[int]], "NDArray[np.float3
 class Budget:
     """Tokens a step. Progress is told, and cancelling heard, between steps. ValueError where prompts fill a step."""
 
-    alone: int = 512  # of prompts, where nothing decodes; or as many as a step of a model on a drive can have
+    alone: int = 512  # of prompts, where nothing decodes; or as many as a step of a model on a drive or GPU can have
     beside: int = 64  # of prompts beside answers: what these wait for
     step: int = MAX_STEP  # of all together
     whole: int | None = None  # if given, prompts are read in pieces of just so many, the last one apart
@@ -32,6 +32,11 @@ class Budget:
     def __post_init__(self) -> None:
         if not 1 <= self.beside < self.step <= MAX_STEP or not 1 <= self.alone <= self.step:
             raise ValueError(f"{self}: expected 1 <= beside < step, 1 <= alone <= step <= {MAX_STEP}")
+
+    def prompt_step(self, most: int) -> int:
+        """Tokens of prompts where nothing decodes, of a model whose longest step is ``most``. Where experts come from
+        the drive, or are copied to a GPU, a step has them once."""
+        return most if most > MAX_STEP and self.whole is None else self.alone
 
 
 class Scheduler:
@@ -110,7 +115,7 @@ class Scheduler:
             (decoding if sequence.n_waiting == 1 else reading).append(sequence)
         budget = self.budget
         beside = budget.beside if self._parts is None else 0
-        for_prompts = (beside if decoding else self._alone(reading[0])) if reading else 0
+        for_prompts = (beside if decoding else self.budget.prompt_step(reading[0].context.session.model.max_step)) if reading else 0
         for_answers = budget.step - for_prompts
         shares: list[Share] = []
         most = max(1, for_answers // len(decoding)) if decoding else 0
@@ -197,11 +202,6 @@ class Scheduler:
         shares = [share for share in part.shares if share[0] in self._sequences]
         if shares:
             self._begin_failed(parts, shares, error)
-
-    def _alone(self, reading: Sequence) -> int:
-        """Tokens of prompts where nothing decodes. Where experts come from the drive, a step reads them once."""
-        most = reading.context.session.model.max_step
-        return most if most > MAX_STEP and self.budget.whole is None else self.budget.alone
 
     def _ask(self, sequence: Sequence, most: int, shares: list[Share]) -> int:
         """Append what the sequence wants of at most so many tokens, and return how many it is."""

@@ -213,6 +213,18 @@ void ds_gpu_room_release(ds_gpu_backend *b) {
     b->room = (ds_gpu_room){0};
 }
 
+bool ds_gpu_room_fits(const ds_gpu_backend *b, int n_tok) {
+    void (*const lays[])(const ds_gpu_backend *, ds_gpu_room *, carver *) = {carve_own, carve_in, carve_out};
+    bool fits = true;
+    for (size_t i = 0; i < sizeof lays / sizeof *lays; i++) {
+        ds_gpu_room r = {.n_tok = n_tok};
+        carver c = {0};
+        lays[i](b, &r, &c);
+        fits &= c.used <= DS_GPU_CHUNK;
+    }
+    return fits;
+}
+
 uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok) {
     ds_gpu_room r = {.n_tok = n_tok};
     carver c = {0};

@@ -90,6 +90,8 @@ void ds_gpu_room_release(ds_gpu_backend *b);
 uint64_t ds_gpu_attend_bytes(const ds_gpu_backend *b, int n_tok);
 /* Positions at most whose keys and values find room there. */
 uint64_t ds_gpu_expand_most(const ds_gpu_backend *b, int n_tok);
+/* Whether no part of it is larger than an allocation. */
+bool ds_gpu_room_fits(const ds_gpu_backend *b, int n_tok);
 /* Bytes of the device's memory that it takes at most; */
 uint64_t ds_gpu_room_own(const ds_gpu_backend *b, int n_tok);
 /* of the host's. */

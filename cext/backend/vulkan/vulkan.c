@@ -358,15 +358,43 @@ static ds_status check(const ds_gpu_backend *b, ds_error *err) {
     return DS_OK;
 }
 
-/* Bytes of the device that are free for copies: what caches begin with and the longest steps take stays, and of what is not
- * given to this model alone half. */
-static uint64_t room_for_copies(const ds_gpu_backend *b, const ds_device *device) {
+/* Bytes of the device that are left where caches begin, beside weights and steps of so many tokens. */
+static uint64_t left_beside(const ds_gpu_backend *b, const ds_device *device, int n_tok) {
     const bool shares = ds_gpu_told(b->gpu)->kind != VKB_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU; /* the ring is there, too */
     const uint64_t all = device->memory ? device->memory : ds_gpu_told(b->gpu)->free,
-                   steps = ds_gpu_room_own(b, DS_CHUNK) + (b->attend_end ? DS_CACHE_CHUNK : 0),
+                   steps = ds_gpu_room_own(b, n_tok) + (b->attend_end ? DS_CACHE_CHUNK : 0),
                    ring = shares ? (uint64_t)(DS_COPY_THREADS + DS_COPY_AHEAD) * DS_COPY_PIECE : 0,
-                   held = b->w.bytes + device->hot + steps + ring, left = all > held ? all - held : 0;
-    return device->memory ? left : left / 2;
+                   held = b->w.bytes + device->hot + steps + ring;
+    return all > held ? all - held : 0;
+}
+
+/* Whether it computes every layer but for routed experts that lie in memory: then the processor has little room to hold for
+ * longer steps, and what is copied for a prompt is copied for more of it. */
+static bool routes_all(const ds_gpu_backend *b) {
+    const ds_weights *w = b->facts.weights;
+    bool all = ds_residency_is_settled(b->facts.residency);
+    for (int i = 0; i < w->layer_end - w->layer_begin; i++)
+        all &= b->facts.places->attention[i] == b->number && b->facts.places->feed_forward[i] == b->number;
+    return all;
+}
+
+/* Copies through what is left where the longest steps are so long, and of what is not given to this model alone half. */
+static ds_status open_copies(ds_gpu_backend *b, const ds_device *device, int n_tok, ds_error *err) {
+    const uint64_t left = left_beside(b, device, n_tok);
+    b->head.n_together = n_tok;
+    return ds_ahead_create(b->gpu, &b->facts, b->number, device->memory ? left : left / 2, device->copying, &b->ahead,
+                           err);
+}
+
+/* How long steps are, and copies beside them: rather short steps than none. */
+static ds_status open_steps(ds_gpu_backend *b, const ds_device *device, ds_error *err) {
+    const bool wide = !device->short_steps && routes_all(b) && ds_gpu_room_fits(b, DS_WIDE_CHUNK) &&
+                      left_beside(b, device, DS_WIDE_CHUNK);
+    ds_status st = open_copies(b, device, wide ? DS_WIDE_CHUNK : DS_CHUNK, err);
+    if (st != DS_OK || b->ahead || !wide) return st;
+    st = open_copies(b, device, DS_CHUNK, err);
+    if (!b->ahead) b->head.n_together = DS_WIDE_CHUNK;
+    return st;
 }
 
 ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_device *device, ds_backend **out,
@@ -383,7 +411,7 @@ ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_devi
     if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, device->memory, &b->w, err);
     /* Before any come and go: of every layer all may have to be copied. */
     if (st == DS_OK)
-        st = ds_ahead_create(b->gpu, facts, number, room_for_copies(b, device), device->copying, &b->ahead, err);
+        st = open_steps(b, device, err);
     if (st == DS_OK && device->hot) st = ds_gpu_hot_create(b->gpu, facts, number, device->hot, &b->w, &b->hot, err);
     b->facts.uses = NULL; /* the caller's own until this returns */
     if (st == DS_OK) *out = &b->head;
