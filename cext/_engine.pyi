@@ -40,6 +40,9 @@ def gpu_share(
     under_way: int,
     slots: int,
 ) -> tuple[int, float]: ...
+def gpu_share_ways(
+    byte_ns: int, expert_ns: int, slot_ns: int, n: int, expert_bytes: int, steps: list[tuple[int, int, int]]
+) -> bytes: ...
 def gpu_copies(gpu: Handle, arrays: list[Buffer], threads: int, piece: int, out: Buffer) -> None: ...
 def gpu_product(
     gpu: Handle,

@@ -512,8 +512,8 @@ def eval_batch(
     """Append to several sessions of one model in one step of at most its max_step tokens in all.
 
     Returns the logits after the last n_logits[i] tokens (0 to all) of each sequence, (sum(n_logits), n_vocab), sequence
-    by sequence; by default after each one's last token. piece: most tokens that are computed together, at most MAX_STEP,
-    by default the model's ``together``: of more the logits are those of steps of so many one after another, and the
+    by sequence; by default after each one's last token. piece: most tokens computed together, at most MAX_STEP, by
+    default the model's ``together``: of more the logits are those of steps of so many one after another, and the
     memory is that of one, but experts that come from the drive are read once for all. Nothing changes on failure.
     ValueError, TypeError, ContextFullError, BusyError.
     """

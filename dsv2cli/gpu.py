@@ -227,7 +227,9 @@ def lay_out(
         return None
     routed = max(0, n - dense)
     copying: Copies = "auto" if copies else "never"
-    device = Device("vulkan", name=str(gpu.number), memory=given, copies=copying, hot=hot or None, short_steps=not longer)
+    device = Device(
+        "vulkan", name=str(gpu.number), memory=given, copies=copying, hot=hot or None, short_steps=not longer
+    )
     weights = room.taken - attention * (cached + rounded)
     hot_share = hot / sum(sizes.experts[dense:]) if hot else 0.0
     sentence = _sentence(gpu, n, attention, shared, routed, expert, room.taken, head=head, hot=hot_share)

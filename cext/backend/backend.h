@@ -117,7 +117,7 @@ typedef struct ds_backend_ops {
     ds_status (*reserve)(ds_backend *backend, int n_tok, ds_error *err);
     size_t (*bytes)(const ds_backend *backend,
                     int n_tok); /* that this takes, of the host's memory, once it is touched */
-    /* The step that the next operations belong to; tail NULL where there is none. Both stay until the last wait. */
+    /* The step that the next operations, which are written behind this, belong to; tail NULL where there is none. Both stay until the last wait. */
     void (*begin)(ds_backend *backend, const ds_request *whole, const ds_request *tail);
     /* Start operations in order; ops stay until wait. */
     ds_status (*submit)(ds_backend *backend, const ds_op *ops, int n, ds_error *err);
@@ -126,6 +126,9 @@ typedef struct ds_backend_ops {
     /* Of a layer that it routes and shares with others: take over experts of the plan for this step, by its number in
      * owner (n_expert). Asked once a layer, before the residency is; NULL: it never does. */
     void (*share)(ds_backend *backend, int il, const ds_plan *plan, uint8_t *owner);
+    /* Whether it computes all experts of such a layer for n_tok tokens of the step that was begun, whatever they choose: then
+     * they are not split, and nobody asks it to share. NULL: it never does. */
+    bool (*takes)(const ds_backend *backend, int il, int n_tok);
     /* Count its work from zero, from now on with times as well or not; then the number of kinds that were timed. NULL, both,
      * where nothing is counted. */
     ds_status (*watch)(ds_backend *backend, bool times, ds_error *err);

@@ -281,9 +281,9 @@ static ds_status run_program(ds_core *c, const ds_request *whole, const ds_reque
 ds_status ds_core_run_layers(ds_core *core, const ds_request *request, int begin, int end, ds_error *err) {
     ds_request tail;
     const bool cut = ds_forward_tail(request, core->tail_spans, &tail);
-    ds_forward(core, request, cut ? &tail : NULL, begin, end);
     for (int i = 0; i < core->n_backends; i++)
         core->backends[i]->ops->begin(core->backends[i], request, cut ? &tail : NULL);
+    ds_forward(core, request, cut ? &tail : NULL, begin, end);
     return run_program(core, request, cut ? &tail : NULL, err);
 }
 

@@ -5,7 +5,7 @@
 /* A program being written. */
 typedef struct writer {
     ds_core *core;
-    const ds_request *tail;
+    const ds_request *whole, *tail;
     bool in_tail;    /* only the tail goes on */
     int at;          /* the backend that holds the residual stream */
     uint32_t placed; /* bit i: backend i knows where the tokens stand */
@@ -69,11 +69,17 @@ static void split_experts(writer *w, int il, uint32_t helpers) {
     add(w, (ds_op){.kind = DS_OP_COMBINE, .backend = w->at, .il = il, .shared = true, .split = &x->split});
 }
 
+/* Whether who routes a split layer computes all of it in this step. */
+static bool takes_whole(const writer *w, int il) {
+    const ds_backend *b = w->core->backends[w->at];
+    return b->ops->takes && b->ops->takes(b, il, (w->in_tail ? w->tail : w->whole)->n_tok);
+}
+
 static void feed_forward(writer *w, int il) {
     const uint32_t helpers = w->core->places.helpers[il - w->core->weights.layer_begin];
     if (il < w->core->config.n_layer_dense) {
         add_at(w, DS_OP_DENSE, il);
-    } else if (helpers) {
+    } else if (helpers && !takes_whole(w, il)) {
         split_experts(w, il, helpers);
     } else {
         add_at(w, DS_OP_ROUTE, il);
@@ -85,7 +91,7 @@ static void feed_forward(writer *w, int il) {
 void ds_forward(ds_core *core, const ds_request *whole, const ds_request *tail, int begin, int end) {
     const ds_weights *weights = &core->weights;
     const ds_places *places = &core->places;
-    writer w = {.core = core, .tail = tail, .at = places->ends};
+    writer w = {.core = core, .whole = whole, .tail = tail, .at = places->ends};
     core->n_ops = 0;
     add_at(&w, DS_OP_EMBED, -1);
     for (int il = begin; il < end; il++) {

@@ -272,11 +272,41 @@ static PyObject *gpu_share(PyObject *self, PyObject *args) {
     return Py_BuildValue("(id)", chosen, ds_share_crossing(&share, expert_bytes));
 }
 
+/* gpu_share_ways(ns a byte, ns an expert and a slot of the processor, experts, bytes of one, [(tokens, ns where shared out,
+ * where all are copied)]) -> bytes: of each step, whether all were copied (share.h) */
+static PyObject *gpu_share_ways(PyObject *self, PyObject *args) {
+    PyObject *steps;
+    int byte_ns, expert_ns, slot_ns, n, n_tok;
+    unsigned long long expert_bytes, shared, whole;
+    ds_share share = {0};
+    if (!PyArg_ParseTuple(args, "iiiiKO!", &byte_ns, &expert_ns, &slot_ns, &n, &expert_bytes, &PyList_Type, &steps))
+        return NULL;
+    PyObject *out = PyBytes_FromStringAndSize(NULL, PyList_Size(steps));
+    for (Py_ssize_t i = 0; out && i < PyList_Size(steps); i++) {
+        if (!PyArg_ParseTuple(PyList_GetItem(steps, i), "iKK", &n_tok, &shared, &whole)) return Py_DECREF(out), NULL;
+        const bool all = ds_share_whole(&share, n_tok, n, (uint64_t)n_tok, expert_bytes);
+        ds_share_step(&share, n_tok, all, all ? whole : shared);
+        PyBytes_AsString(out)[i] = all;
+        if (all || !byte_ns) continue;
+        ds_share_copied(&share, 1000, 1000 * (uint64_t)byte_ns);
+        for (uint64_t e = 1; e < 3; e++)
+            ds_share_processor(&share, e, 10, e * (uint64_t)expert_ns + 10 * (uint64_t)slot_ns);
+    }
+    return out;
+}
+
 PyMethodDef ds_py_gpu_methods[] = {
-    {"gpu_built", gpu_built, METH_NOARGS, NULL},       {"gpu_list", gpu_list, METH_NOARGS, NULL},
-    {"gpu_open", gpu_open, METH_VARARGS, NULL},        {"gpu_close", gpu_close, METH_O, NULL},
-    {"gpu_run", gpu_run_held, METH_VARARGS, NULL},     {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
-    {"gpu_tables", gpu_tables, METH_NOARGS, NULL},     {"gpu_copies", gpu_copies_held, METH_VARARGS, NULL},
-    {"gpu_share", gpu_share, METH_VARARGS, NULL},      {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
-    {"gpu_reads", gpu_reads_held, METH_VARARGS, NULL}, {0},
+    {"gpu_built", gpu_built, METH_NOARGS, NULL},
+    {"gpu_list", gpu_list, METH_NOARGS, NULL},
+    {"gpu_open", gpu_open, METH_VARARGS, NULL},
+    {"gpu_close", gpu_close, METH_O, NULL},
+    {"gpu_run", gpu_run_held, METH_VARARGS, NULL},
+    {"gpu_product", gpu_product_held, METH_VARARGS, NULL},
+    {"gpu_tables", gpu_tables, METH_NOARGS, NULL},
+    {"gpu_copies", gpu_copies_held, METH_VARARGS, NULL},
+    {"gpu_share", gpu_share, METH_VARARGS, NULL},
+    {"gpu_link", gpu_link_held, METH_VARARGS, NULL},
+    {"gpu_reads", gpu_reads_held, METH_VARARGS, NULL},
+    {"gpu_share_ways", gpu_share_ways, METH_VARARGS, NULL},
+    {0},
 };

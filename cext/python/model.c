@@ -225,8 +225,9 @@ static PyObject *model_info(void *model, PyObject *args) {
     unsigned long long bytes = 0;
     const ds_gguf *gguf = ds_model_gguf(model);
     for (size_t i = 0; i < ds_gguf_n_tensors(gguf); i++) bytes += ds_gguf_tensor_at(gguf, i)->n_bytes;
-    return Py_BuildValue("(NisKNii)", ds_py_config(ds_model_config(model)), ds_model_threads(model), ds_model_isa(model),
-                         bytes, ds_py_notes(&ds_model_config(model)->notes), ds_model_max_step(model), ds_model_together(model));
+    return Py_BuildValue("(NisKNii)", ds_py_config(ds_model_config(model)), ds_model_threads(model),
+                         ds_model_isa(model), bytes, ds_py_notes(&ds_model_config(model)->notes),
+                         ds_model_max_step(model), ds_model_together(model));
 }
 DS_PY_HELD(model_info, DS_PY_MODEL)
 

@@ -115,7 +115,9 @@ class Scheduler:
             (decoding if sequence.n_waiting == 1 else reading).append(sequence)
         budget = self.budget
         beside = budget.beside if self._parts is None else 0
-        for_prompts = (beside if decoding else self.budget.prompt_step(reading[0].context.session.model.max_step)) if reading else 0
+        for_prompts = beside if reading else 0
+        if reading and not decoding:
+            for_prompts = budget.prompt_step(reading[0].context.session.model.max_step)
         for_answers = budget.step - for_prompts
         shares: list[Share] = []
         most = max(1, for_answers // len(decoding)) if decoding else 0

@@ -71,6 +71,22 @@ def test_what_was_copied_is_counted(open_model: Open) -> None:
     assert auto.copied_experts > 0 and auto.kept_experts > 0  # half of the first layer's: nothing was known
 
 
+def test_a_step_that_copies_all_waits_once(open_model: Open) -> None:
+    """Each layer's experts are a list that runs behind its copies, and the host waits for the last alone."""
+    ids, moe = tokens(DEEP, 60), DEEP.n_layer - DEEP.n_layer_dense
+    model = open_model(DEEP, "always")
+    model.session(64, "f32").eval(ids, "all")
+    once = model.watched(1)
+    assert (once.submissions, once.waits) == (1 + moe, 1)
+    model.watch(1, times=True)
+    model.session(64, "f32").eval(ids, "all")
+    timed = model.watched(1)
+    assert sum(n for n, _ in timed.times.values()) == timed.dispatches == once.dispatches
+    shared = open_model(DEEP, "never")
+    shared.session(64, "f32").eval(ids, "all")
+    assert shared.watched(1).waits > moe
+
+
 def test_nothing_is_copied_for_a_few_tokens(open_model: Open) -> None:
     model = open_model(LITE, "always")
     session = model.session(64, "f32")
@@ -253,6 +269,28 @@ def test_runs_that_are_alike_tell_one_rate() -> None:
     odd = [(1, 100, 1000), (10, 100, 500), (20, 100, 100)]  # more experts in less time
     chosen, crossing = _engine.gpu_share((1000, 1000), [], odd, [9] * 5, 1000, 0, 0)
     assert 0 <= chosen <= 5 and crossing > 0
+
+
+def ways(steps: list[tuple[int, int, int]], *, byte_ns: int = 1) -> list[int]:
+    """Of steps of (tokens, ns shared out, ns where all is copied), with 64 experts of 1,000 bytes and a processor that
+    takes 2,000 ns an expert and 10 a slot: which had all copied."""
+    return list(_engine.gpu_share_ways(byte_ns, 2000, 10, 64, 1000, steps))
+
+
+def test_all_is_copied_where_that_took_less() -> None:
+    """Each way once, then the faster; sizes are told apart."""
+    assert ways([(2048, 300, 200)] * 9) == [0] + 8 * [1]
+    assert ways([(2048, 200, 300)] * 9) == [0, 1] + 7 * [0]
+    assert ways([(512, 200, 300), (2048, 300, 200)] * 4) == [0, 0, 1, 1, 0, 1, 0, 1]
+    assert ways([(2048, 200, 210)] * 40).count(1) == 2  # and the slower again, once in 32
+    assert ways([(2048, 200, 300)] * 90).count(1) == 1  # unless it is much slower
+    changed = [(2048, 200, 210)] * 20 + [(2048, 200, 100)] * 300
+    assert sum(ways(changed)[-60:]) > 55
+
+
+def test_a_link_slower_than_the_processor_is_not_tried() -> None:
+    assert ways([(2048, 300, 200)] * 9, byte_ns=10) == [0] * 9
+    assert ways([(2048, 300, 200)] * 9, byte_ns=0) == [0] * 9  # nothing was copied yet: not known
 
 
 def test_other_copies_are_refused() -> None:

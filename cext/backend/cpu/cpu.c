@@ -199,7 +199,8 @@ ds_status ds_cpu_backend_create(const ds_facts *facts, int number, int n_threads
     if (apart && (st = start_apart(c, err)) != DS_OK) goto failed;
     c->apart = apart;
     c->process = ds_process_id();
-    c->head = (ds_backend){.ops = &OPS, .isa = c->kern->isa, .n_threads = ds_pool_size(c->pool), .n_together = DS_CHUNK};
+    c->head =
+        (ds_backend){.ops = &OPS, .isa = c->kern->isa, .n_threads = ds_pool_size(c->pool), .n_together = DS_CHUNK};
     *out = &c->head;
     return DS_OK;
 failed:

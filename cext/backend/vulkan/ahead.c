@@ -21,6 +21,7 @@ typedef struct slot {
     ds_copy *copies, **all; /* (capacity), n of them in use */
     int *copy_of; /* (n_expert) or -1 */
     int n;
+    uint64_t reader; /* 0, or the number of a list that was given to the copies and reads it */
 } slot;
 
 struct ds_ahead {
@@ -35,6 +36,9 @@ struct ds_ahead {
     int per_chunk, n_chunks; /* experts of a chunk, chunks of a slot */
     uint64_t expert_bytes; /* of the largest */
     int n_tok, n_tail; /* of the step */
+    bool whole; /* layers of which all that may be chosen is copied are computed without the host */
+    slot *read; /* of those, the last one's in this run of operations, or NULL */
+    int64_t since, until; /* of the step, whose time tells of the next; since 0: not known */
     int last; /* slot that was shared last */
     bool unsettled; /* a layer was shared, and its list has not run */
     int *expert, *counts; /* (n_expert) that may be taken over */
@@ -160,6 +164,7 @@ void ds_ahead_destroy(ds_ahead *a) {
 
 /* ---- Slots ---- */
 
+/* What is copied into it goes behind the list that reads what it holds. */
 static void assign(ds_ahead *a, slot *s, int il) {
     if (s->il == il) return;
     if (s->n) ds_copies_settle(a->copies, s->all, s->n); /* what was copied for nothing is under way as yet, maybe */
@@ -189,6 +194,7 @@ static ds_copy *copy_for(ds_ahead *a, slot *s, int e) {
         c->bytes += ds_gpu_padded(c->part_bytes[i]);
     }
     c->bytes = c->at[DS_COPY_PARTS - 1] + c->part_bytes[DS_COPY_PARTS - 1];
+    c->gate = s->reader;
     s->copy_of[e] = s->n++;
     return c;
 }
@@ -202,12 +208,22 @@ ds_gpu_expert ds_ahead_expert(const ds_ahead *a, int il, int e) {
 
 /* ---- Which ---- */
 
+/* Tokens of an expert, where all are chosen alike. */
+static int mean_of(const ds_ahead *a, int n_tok) {
+    const ds_config *c = a->facts.config;
+    return (int)((int64_t)n_tok * c->n_expert_used / c->n_expert);
+}
+
+/* Whether nearly all experts of a layer are chosen. */
+static bool chooses_all(const ds_ahead *a, int n_tok) {
+    return n_tok > DS_DECODED_TOKENS && mean_of(a, n_tok) >= LEAST_MEAN;
+}
+
 /* How many of n experts of a layer are worth copying before its router chooses, for a step of n_tok tokens. */
 static int worth_copying(ds_ahead *a, int n, int n_tok) {
-    const ds_config *c = a->facts.config;
-    const int mean = (int)((int64_t)n_tok * c->n_expert_used / c->n_expert);
-    if (n_tok <= DS_DECODED_TOKENS || mean < LEAST_MEAN) return 0;
-    if (a->mode == DS_COPY_ALWAYS) return n;
+    const int mean = mean_of(a, n_tok);
+    if (!chooses_all(a, n_tok)) return 0;
+    if (a->whole || a->mode == DS_COPY_ALWAYS) return n;
     for (int i = 0; i < n; i++) a->counts[i] = mean;
     if (!ds_share_choose(&a->share, a->counts, n, a->expert_bytes, 0, 0)) return 0;
     return ds_share_choose(&a->share, a->counts, n, 0, 0, 0); /* the link has time until then */
@@ -239,13 +255,37 @@ static void forget(ds_ahead *a) {
     for (int i = 0; i < SLOTS; i++) a->slots[i].il = -1, a->slots[i].n = 0;
     a->unsettled = a->measures = false;
     a->n_awaited = 0;
+    a->since = 0;
+}
+
+/* Whether all experts of the step's layers are copied, however they are chosen: then no layer waits for the host. */
+static bool takes_whole(ds_ahead *a, int n_tok) {
+    const ds_facts *f = &a->facts;
+    const int il = next_layer(a, f->weights->layer_begin), n = il < 0 ? 0 : n_lent(a, il);
+    if (!n || !chooses_all(a, n_tok)) return false;
+    return a->mode == DS_COPY_ALWAYS ||
+           ds_share_whole(&a->share, n_tok, n, (uint64_t)n_tok * (uint64_t)f->config->n_expert_used, a->expert_bytes);
+}
+
+/* What the step before took. */
+static void tell_step(ds_ahead *a) {
+    if (a->since && a->until > a->since && chooses_all(a, a->n_tok))
+        ds_share_step(&a->share, a->n_tok, a->whole, (uint64_t)(a->until - a->since));
+    if (a->whole) ds_copies_told(a->copies, &a->seen_bytes, &a->seen_ns); /* copies that waited for lists */
+    a->since = 0;
 }
 
 void ds_ahead_begin(ds_ahead *a, const ds_request *whole, const ds_request *tail) {
+    if (a->unsettled) forget(a);
+    tell_step(a);
     a->n_tok = whole->n_tok;
     a->n_tail = tail ? tail->n_tok : 0;
-    if (a->unsettled) forget(a);
+    a->read = NULL;
+    a->whole = takes_whole(a, whole->n_tok);
     if (whole->n_tok <= DS_DECODED_TOKENS) return;
+    if (whole->ids && !whole->x_out) a->since = ds_now_ns(); /* parts of a step have others between */
+    if (a->whole)
+        ds_copies_drop(a->copies, NULL, 0, NULL); /* another step's, which may be of a slot that a layer gets */
     const int il = next_layer(a, a->facts.weights->layer_begin);
     if (il < 0 || !whole->ids) return; /* a piece's later layer: what comes next was ordered */
     ds_copies_drop(a->copies, NULL, 0, NULL);
@@ -312,9 +352,42 @@ void ds_ahead_share(ds_ahead *a, int il, const ds_plan *plan, uint8_t *owner) {
     a->unsettled = a->n_awaited > 0;
 }
 
-bool ds_ahead_submit(ds_ahead *a, const ds_gpu_commands *list) {
+bool ds_ahead_takes(const ds_ahead *a, int il, int n_tok) {
+    const uint8_t *place = ds_residency_place(a->facts.residency, il);
+    if (!a->whole || !chooses_all(a, n_tok) || !n_lent(a, il)) return false;
+    for (int e = 0; e < a->facts.config->n_expert; e++)
+        if (place[e] != 0 && place[e] != a->number) return false;
+    return true;
+}
+
+/* Copy all of a layer's that are not there or on their way. */
+static void order_all(ds_ahead *a, int il) { ds_copies_order(a->copies, a->order, order_layer(a, il, 0)); }
+
+void ds_ahead_take(ds_ahead *a, int il) {
+    slot *s = slot_for(a, il);
+    order_all(a, il);
+    a->last = (int)(s - a->slots);
+    a->read = s;
+    a->n_copied += (uint64_t)s->n;
+    a->awaited_slots = 0;
+}
+
+uint64_t ds_ahead_then(ds_ahead *a, ds_gpu_script *list, bool more) {
+    slot *s = a->read;
+    const uint64_t number = ds_copies_then(a->copies, s ? s->all : NULL, s ? s->n : 0, list, more);
+    a->unsettled = true;
+    if (!s) return number;
+    s->reader = number;
+    a->read = NULL;
+    const int next = next_layer(a, s->il + 1);
+    if (next >= 0) order_all(a, next);
+    return number;
+}
+
+bool ds_ahead_submit(ds_ahead *a, ds_gpu_script *list) {
+    if (a->read) return ds_ahead_then(a, list, false), true;
     if (!a->n_awaited) return false;
-    ds_copies_then(a->copies, a->awaited, a->n_awaited, list);
+    ds_copies_then(a->copies, a->awaited, a->n_awaited, list, false);
     a->n_awaited = 0;
     return true;
 }
@@ -326,12 +399,22 @@ ds_status ds_ahead_wait(ds_ahead *a, ds_error *err) {
     const int64_t begin = ds_now_ns();
     const ds_status run = ds_gpu_wait(a->gpu, st == DS_OK ? err : &other);
     if (st == DS_OK) st = run;
-    if (st != DS_OK) return st;
+    if (st != DS_OK) return forget(a), st;
     const int64_t end = ds_now_ns();
     ds_share_device(&a->share, a->awaited_slots, (uint64_t)(end - submitted), end - begin > WAITED_NS);
     a->unsettled = false;
     return DS_OK;
 }
+
+ds_status ds_ahead_reached(ds_ahead *a, uint64_t number, ds_error *err) {
+    return ds_copies_reached(a->copies, number, err);
+}
+
+void ds_ahead_abandon(ds_ahead *a) {
+    if (a->unsettled) forget(a);
+}
+
+void ds_ahead_ended(ds_ahead *a) { a->until = ds_now_ns(); }
 
 void ds_ahead_measure(ds_ahead *a, const ds_split *split) {
     uint64_t n_experts = 0, n_slots = 0;

@@ -9,13 +9,16 @@ enum {
     DS_SPIN_NS = 200000 /* a wait looks so long before it sleeps: waking up costs more than most steps' parts take */
 };
 
-static ds_gpu_script *list_of(const ds_gpu_commands *c) { return &c->lists[c->at]; }
+ds_gpu_script *ds_gpu_list_of(const ds_gpu_commands *c) { return c->lists[c->at]; }
 
 void ds_gpu_commands_release(ds_gpu *g, ds_gpu_commands *c) {
     for (int i = 0; i < c->n; i++) {
-        ds_gpu_watch_forget(g, &c->lists[i]);
-        if (c->lists[i].list) g->v.f.FreeCommandBuffers(g->device, g->pool, 1, &c->lists[i].list);
-        free(c->lists[i].log);
+        ds_gpu_script *l = c->lists[i];
+        if (!l) continue;
+        ds_gpu_watch_forget(g, l);
+        if (l->list) g->v.f.FreeCommandBuffers(g->device, g->pool, 1, &l->list);
+        free(l->log);
+        free(l);
     }
     free(c->lists);
     *c = (ds_gpu_commands){0};
@@ -27,13 +30,15 @@ ds_status ds_gpu_record(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
                                                .level = VKB_COMMAND_BUFFER_LEVEL_PRIMARY,
                                                .commandBufferCount = 1};
     if (c->at >= c->n) {
-        ds_gpu_script *more = realloc(c->lists, (size_t)(c->at + 1) * sizeof *more);
+        ds_gpu_script **more = realloc(c->lists, (size_t)(c->at + 1) * sizeof *more);
         if (!more) return ds_fail(err, DS_ENOMEM, "no memory for a list of commands");
         memset(more + c->n, 0, (size_t)(c->at + 1 - c->n) * sizeof *more);
         c->lists = more;
         c->n = c->at + 1;
     }
-    ds_gpu_script *l = list_of(c);
+    if (!c->lists[c->at] && !(c->lists[c->at] = calloc(1, sizeof **c->lists)))
+        return ds_fail(err, DS_ENOMEM, "no memory for a list of commands");
+    ds_gpu_script *l = ds_gpu_list_of(c);
     if (!l->list) {
         const vk_Result result = g->v.f.AllocateCommandBuffers(g->device, &info, &l->list);
         if (result != VKR_SUCCESS) return l->list = NULL, ds_gpu_failed(err, result, g->info.name);
@@ -69,12 +74,12 @@ void ds_gpu_dispatch(ds_gpu *g, ds_gpu_commands *c, vk_Pipeline pipeline, const 
     command.kind = DS_GPU_DISPATCH;
     command.bytes = bytes, command.x = x, command.y = y, command.z = z, command.pipeline = pipeline;
     memcpy(command.push, push, bytes);
-    tell(list_of(c), &command);
+    tell(ds_gpu_list_of(c), &command);
 }
 
 void ds_gpu_barrier(ds_gpu *g, ds_gpu_commands *c) {
     ds_gpu_command command;
-    ds_gpu_script *l = list_of(c);
+    ds_gpu_script *l = ds_gpu_list_of(c);
     if (!l->at || l->log[l->at - 1].kind == DS_GPU_BARRIER) return;
     memset(&command, 0, sizeof command);
     command.kind = DS_GPU_BARRIER;
@@ -89,8 +94,8 @@ void ds_gpu_copy(ds_gpu *g, ds_gpu_commands *c, const ds_gpu_buffer *from, uint6
     command.kind = DS_GPU_COPY;
     command.from = from->buffer, command.to = to->buffer;
     command.region = (vk_BufferCopy){at, to_at, bytes};
-    list_of(c)->same = false; /* a buffer may be another one of the same number */
-    tell(list_of(c), &command);
+    ds_gpu_list_of(c)->same = false; /* a buffer may be another one of the same number */
+    tell(ds_gpu_list_of(c), &command);
 }
 
 /* ---- Recorded, and run ---- */
@@ -127,7 +132,7 @@ static void put(ds_gpu *g, ds_gpu_script *l, const ds_gpu_command *c) {
 
 ds_status ds_gpu_recorded(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
     const vk_CommandBufferBeginInfo info = {.sType = VKS_COMMAND_BUFFER_BEGIN_INFO};
-    ds_gpu_script *l = list_of(c);
+    ds_gpu_script *l = ds_gpu_list_of(c);
     if (l->full) return l->ready = false, ds_fail(err, DS_ENOMEM, "no memory for a list of commands");
     if (l->same && l->at == l->n) return DS_OK;
     l->n = l->at;
@@ -148,30 +153,35 @@ ds_status ds_gpu_recorded(ds_gpu *g, ds_gpu_commands *c, ds_error *err) {
 }
 
 ds_status ds_gpu_submit(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
-    return ds_gpu_submit_behind(g, c, 0, 0, err);
+    return ds_gpu_submit_in_turn(g, ds_gpu_list_of(c), &(ds_gpu_turn){0}, err);
 }
 
-/* The host's writes before a submission are seen by it: no barrier is needed. */
-ds_status ds_gpu_submit_behind(ds_gpu *g, const ds_gpu_commands *c, vk_Semaphore semaphore, uint64_t value,
-                               ds_error *err) {
-    const ds_gpu_script *l = list_of(c);
+/* The host's writes before a submission are seen by it: no barrier is needed. A fence is for all that was submitted before
+ * it, too. */
+ds_status ds_gpu_submit_in_turn(ds_gpu *g, ds_gpu_script *l, const ds_gpu_turn *turn, ds_error *err) {
     const uint32_t stages = VKB_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VKB_PIPELINE_STAGE_TRANSFER_BIT;
-    const vk_TimelineSemaphoreSubmitInfo behind = {
-        .sType = VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO, .waitSemaphoreValueCount = 1, .pWaitSemaphoreValues = &value};
+    const vk_TimelineSemaphoreSubmitInfo values = {.sType = VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO,
+                                                   .waitSemaphoreValueCount = turn->behind != 0,
+                                                   .pWaitSemaphoreValues = &turn->value,
+                                                   .signalSemaphoreValueCount = turn->raises != 0,
+                                                   .pSignalSemaphoreValues = &turn->raised};
     const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO,
-                                .pNext = semaphore ? &behind : NULL,
-                                .waitSemaphoreCount = semaphore ? 1 : 0,
-                                .pWaitSemaphores = &semaphore,
+                                .pNext = turn->behind || turn->raises ? &values : NULL,
+                                .waitSemaphoreCount = turn->behind != 0,
+                                .pWaitSemaphores = &turn->behind,
                                 .pWaitDstStageMask = &stages,
-                                .commandBufferCount = 1,
-                                .pCommandBuffers = &l->list};
-    if (!l->n) return DS_OK;
+                                .commandBufferCount = l->n != 0,
+                                .pCommandBuffers = &l->list,
+                                .signalSemaphoreCount = turn->raises != 0,
+                                .pSignalSemaphores = &turn->raises};
+    if (!l->n && !turn->raises) return DS_OK;
     ds_lock_take(&g->turn);
-    vk_Result result = g->v.f.ResetFences(g->device, 1, &g->fence);
-    if (result == VKR_SUCCESS) result = g->v.f.QueueSubmit(g->queue, 1, &info, g->fence);
+    vk_Result result = turn->more ? VKR_SUCCESS : g->v.f.ResetFences(g->device, 1, &g->fence);
+    if (result == VKR_SUCCESS) result = g->v.f.QueueSubmit(g->queue, 1, &info, turn->more ? 0 : g->fence);
     ds_lock_give(&g->turn);
     if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
-    g->busy = true;
+    g->busy |= !turn->more;
+    l->before = g->running;
     g->running = l;
     g->work.submissions++;
     g->work.dispatches += (uint64_t)l->n_dispatches;
@@ -179,9 +189,8 @@ ds_status ds_gpu_submit_behind(ds_gpu *g, const ds_gpu_commands *c, vk_Semaphore
     return DS_OK;
 }
 
-/* A fence is for all that was submitted before it, too. */
 ds_status ds_gpu_submit_ahead(ds_gpu *g, const ds_gpu_commands *c, ds_error *err) {
-    const ds_gpu_script *l = list_of(c);
+    const ds_gpu_script *l = ds_gpu_list_of(c);
     const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &l->list};
     if (!l->n) return DS_OK;
     ds_lock_take(&g->turn);
@@ -196,6 +205,7 @@ void ds_gpu_drain(ds_gpu *g) {
     ds_lock_take(&g->turn);
     g->v.f.DeviceWaitIdle(g->device);
     ds_lock_give(&g->turn);
+    g->running = NULL;
 }
 
 ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
@@ -209,7 +219,7 @@ ds_status ds_gpu_wait(ds_gpu *g, ds_error *err) {
     g->n_waits++;
     g->work.waits++;
     g->work.wait_ns += (uint64_t)(ds_now_ns() - begin);
-    if (result != VKR_SUCCESS) return ds_gpu_failed(err, result, g->info.name);
-    ds_gpu_watch_take(g, g->running);
-    return DS_OK;
+    for (const ds_gpu_script *l = g->running; l && result == VKR_SUCCESS; l = l->before) ds_gpu_watch_take(g, l);
+    g->running = NULL;
+    return result == VKR_SUCCESS ? DS_OK : ds_gpu_failed(err, result, g->info.name);
 }

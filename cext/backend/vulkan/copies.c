@@ -1,5 +1,6 @@
 /* copies.c: see copies.h. A place of the ring is filled by one thread, copied by the device, and free again when the
- * semaphore has the value of its submission: it rises by one with each. */
+ * semaphore has the value of its submission: it rises by one with each. Lists wait for their copies in the order in which
+ * they are given; another semaphore has the number of the last one that has run. */
 #include "backend/vulkan/copies.h"
 
 #include <string.h>
@@ -16,11 +17,19 @@ typedef struct place {
     bool filling;
 } place;
 
+/* A list that is to be submitted. */
+typedef struct list {
+    ds_gpu_script *script;
+    int n_awaited; /* copies, and the value of the semaphore that the last of those has which are submitted */
+    uint64_t value;
+    bool more;
+} list;
+
 struct ds_copies {
     ds_gpu *gpu;
     uint64_t piece;
     vk_CommandPool pool;
-    vk_Semaphore semaphore;
+    vk_Semaphore semaphore, done; /* done: by lists */
     ds_gpu_buffer ring;
     place *places;
     int n_places;
@@ -35,10 +44,10 @@ struct ds_copies {
     bool idle; /* nothing was being copied since `mark` */
     uint64_t value; /* of the last submission */
     int n_filling;
-    int n_awaited; /* copies that the list waits for */
-    bool has_list;
-    ds_gpu_commands list;
-    int64_t submitted; /* when the list was */
+    list *lists; /* (n_lists) given since all were submitted; those before next_list are */
+    int n_lists, lists_room, next_list;
+    uint64_t first_list; /* the number of lists[0] */
+    int64_t submitted; /* when the last one was */
     ds_error failure; /* DS_OK: none */
     uint64_t bytes, ns; /* that were copied */
     int64_t mark; /* when these were counted up to */
@@ -46,8 +55,8 @@ struct ds_copies {
 
 /* ---- The device, under the lock ---- */
 
-static bool reached(ds_copies *c, uint64_t *value) {
-    const vk_Result result = c->gpu->v.f.GetSemaphoreCounterValue(c->gpu->device, c->semaphore, value);
+static bool reached(ds_copies *c, vk_Semaphore semaphore, uint64_t *value) {
+    const vk_Result result = c->gpu->v.f.GetSemaphoreCounterValue(c->gpu->device, semaphore, value);
     if (result == VKR_SUCCESS) return true;
     if (c->failure.status == DS_OK) ds_gpu_failed(&c->failure, result, c->gpu->info.name);
     return false;
@@ -58,10 +67,17 @@ static ds_status submit(ds_copies *c, place *p, const ds_copy *copy, uint64_t at
     const vk_CommandBufferBeginInfo begin = {.sType = VKS_COMMAND_BUFFER_BEGIN_INFO};
     const vk_BufferCopy region = {(uint64_t)(p - c->places) * c->piece, copy->to_at + at, n};
     const uint64_t value = c->value + 1;
-    const vk_TimelineSemaphoreSubmitInfo raises = {
-        .sType = VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO, .signalSemaphoreValueCount = 1, .pSignalSemaphoreValues = &value};
+    const uint32_t stages = VKB_PIPELINE_STAGE_TRANSFER_BIT;
+    const vk_TimelineSemaphoreSubmitInfo values = {.sType = VKS_TIMELINE_SEMAPHORE_SUBMIT_INFO,
+                                                   .waitSemaphoreValueCount = copy->gate != 0,
+                                                   .pWaitSemaphoreValues = &copy->gate,
+                                                   .signalSemaphoreValueCount = 1,
+                                                   .pSignalSemaphoreValues = &value};
     const vk_SubmitInfo info = {.sType = VKS_SUBMIT_INFO,
-                                .pNext = &raises,
+                                .pNext = &values,
+                                .waitSemaphoreCount = copy->gate != 0,
+                                .pWaitSemaphores = &c->done,
+                                .pWaitDstStageMask = &stages,
                                 .commandBufferCount = 1,
                                 .pCommandBuffers = &p->list,
                                 .signalSemaphoreCount = 1,
@@ -81,10 +97,10 @@ static ds_status submit(ds_copies *c, place *p, const ds_copy *copy, uint64_t at
     return DS_OK;
 }
 
-/* Until the semaphore has a value; gives the lock meanwhile. */
-static void wait_value(ds_copies *c, uint64_t value) {
+/* Until a semaphore has a value; gives the lock meanwhile. */
+static void wait_value(ds_copies *c, vk_Semaphore semaphore, uint64_t value) {
     const vk_SemaphoreWaitInfo info = {
-        .sType = VKS_SEMAPHORE_WAIT_INFO, .semaphoreCount = 1, .pSemaphores = &c->semaphore, .pValues = &value};
+        .sType = VKS_SEMAPHORE_WAIT_INFO, .semaphoreCount = 1, .pSemaphores = &semaphore, .pValues = &value};
     ds_lock_give(&c->lock);
     const vk_Result result = c->gpu->v.f.WaitSemaphores(c->gpu->device, &info, LOOK_NS);
     ds_lock_take(&c->lock);
@@ -96,11 +112,15 @@ static void wait_value(ds_copies *c, uint64_t value) {
 
 static bool ended(const ds_copy *copy) { return copy->begun == copy->bytes && !copy->left; }
 
-/* The first copy that a piece can be taken of; NULL: none. */
+/* The number of the last list that is submitted. */
+static uint64_t last_list(const ds_copies *c) { return c->first_list + (uint64_t)c->next_list - 1; }
+
+/* The first copy that a piece can be taken of; NULL: none. What is behind a list waits until that is submitted: both may go
+ * to one queue. */
 static ds_copy *next_copy(ds_copies *c) {
     if (c->failure.status != DS_OK) return NULL;
     while (c->next < c->n_order && c->order[c->next]->begun == c->order[c->next]->bytes) c->next++;
-    if (c->next == c->n_order) return NULL;
+    if (c->next == c->n_order || c->order[c->next]->gate > last_list(c)) return NULL;
     return c->order[c->next];
 }
 
@@ -108,7 +128,7 @@ static ds_copy *next_copy(ds_copies *c) {
 static place *free_place(ds_copies *c, uint64_t *value) {
     uint64_t there = 0;
     *value = 0;
-    if (!reached(c, &there)) return NULL;
+    if (!reached(c, c->semaphore, &there)) return NULL;
     for (int i = 0; i < c->n_places; i++) {
         place *p = &c->places[i];
         if (p->filling) continue;
@@ -135,11 +155,30 @@ static void fill(unsigned char *to, const ds_copy *copy, uint64_t at, uint64_t n
     }
 }
 
-/* All that it waits for is submitted. */
-static void submit_list(ds_copies *c) {
-    const ds_status st = ds_gpu_submit_behind(c->gpu, &c->list, c->value ? c->semaphore : 0, c->value, &c->failure);
-    c->has_list = st != DS_OK;
-    c->submitted = ds_now_ns();
+/* Those of which all that they wait for is submitted, in order. */
+static void submit_lists(ds_copies *c) {
+    for (; c->next_list < c->n_lists && c->failure.status == DS_OK; c->next_list++) {
+        const list *l = &c->lists[c->next_list];
+        if (l->n_awaited) return;
+        const ds_gpu_turn turn = {.behind = l->value ? c->semaphore : 0,
+                                  .value = l->value,
+                                  .raises = c->done,
+                                  .raised = last_list(c) + 1,
+                                  .more = l->more};
+        if (ds_gpu_submit_in_turn(c->gpu, l->script, &turn, &c->failure) != DS_OK) return;
+        c->submitted = ds_now_ns();
+    }
+    if (c->next_list < c->n_lists) return;
+    c->first_list += (uint64_t)c->n_lists;
+    c->n_lists = c->next_list = 0;
+}
+
+/* A copy that a list waits for is submitted. */
+static void give(ds_copies *c, ds_copy *copy) {
+    list *l = &c->lists[copy->awaited - c->first_list];
+    copy->awaited = 0;
+    if (copy->value > l->value) l->value = copy->value;
+    if (!--l->n_awaited) submit_lists(c);
 }
 
 static void count(ds_copies *c, uint64_t bytes) {
@@ -166,7 +205,7 @@ static void take_on(ds_copies *c, ds_copy *copy, place *p) {
         count(c, n);
         copy->left -= n;
         copy->value = p->value;
-        if (!copy->left && copy->awaited && !--c->n_awaited && c->has_list) submit_list(c);
+        if (!copy->left && copy->awaited) give(c, copy);
     }
     ds_signal_send(&c->changed);
 }
@@ -180,7 +219,7 @@ static void *work(void *arg) {
         place *p = copy ? free_place(c, &value) : NULL;
         c->idle |= !copy && !c->n_filling;
         if (p) take_on(c, copy, p);
-        else if (copy && value) wait_value(c, value);
+        else if (copy && value) wait_value(c, c->semaphore, value);
         else if (!c->ending) ds_signal_wait(&c->changed, &c->lock);
     }
     ds_lock_give(&c->lock);
@@ -199,6 +238,7 @@ static ds_status make_lists(ds_copies *c, ds_error *err) {
     const vk_SemaphoreCreateInfo semaphore = {.sType = VKS_SEMAPHORE_CREATE_INFO, .pNext = &type};
     vk_Result result = f->CreateCommandPool(c->gpu->device, &pool, NULL, &c->pool);
     if (result == VKR_SUCCESS) result = f->CreateSemaphore(c->gpu->device, &semaphore, NULL, &c->semaphore);
+    if (result == VKR_SUCCESS) result = f->CreateSemaphore(c->gpu->device, &semaphore, NULL, &c->done);
     for (int i = 0; i < c->n_places && result == VKR_SUCCESS; i++) {
         const vk_CommandBufferAllocateInfo info = {.sType = VKS_COMMAND_BUFFER_ALLOCATE_INFO,
                                                    .commandPool = c->pool,
@@ -223,6 +263,7 @@ ds_status ds_copies_create(ds_gpu *gpu, int n_threads, uint64_t piece, ds_copies
     ds_copies *c = calloc(1, sizeof *c);
     if (!c) return ds_fail(err, DS_ENOMEM, "no memory for copies to a GPU");
     c->gpu = gpu;
+    c->first_list = 1;
     c->piece = ds_gpu_padded(piece);
     c->n_places = n_threads + DS_COPY_AHEAD;
     c->places = calloc((size_t)c->n_places, sizeof *c->places);
@@ -236,10 +277,16 @@ ds_status ds_copies_create(ds_gpu *gpu, int n_threads, uint64_t piece, ds_copies
     return st;
 }
 
+static void wait_all(ds_copies *c, vk_Semaphore semaphore, uint64_t value) {
+    uint64_t there = 0;
+    while (value && c->failure.status == DS_OK && reached(c, semaphore, &there) && there < value)
+        wait_value(c, semaphore, value);
+}
+
 /* Where something was submitted, until all of it is done: its lists and memory can be given back then. */
 static void drain(ds_copies *c) {
-    uint64_t there = 0;
-    while (c->value && reached(c, &there) && there < c->value && c->failure.status == DS_OK) wait_value(c, c->value);
+    wait_all(c, c->semaphore, c->value);
+    wait_all(c, c->done, last_list(c));
 }
 
 void ds_copies_destroy(ds_copies *c) {
@@ -249,17 +296,19 @@ void ds_copies_destroy(ds_copies *c) {
     if (c->has_signal) ds_signal_send(&c->changed);
     if (c->has_lock) ds_lock_give(&c->lock);
     for (int i = 0; i < c->n_threads; i++) ds_thread_join(c->threads[i]);
-    if (c->value) {
+    if (c->value || (c->done && last_list(c))) {
         ds_lock_take(&c->lock);
         drain(c);
         ds_lock_give(&c->lock);
     }
     if (c->pool) f->DestroyCommandPool(c->gpu->device, c->pool, NULL); /* and its lists */
     if (c->semaphore) f->DestroySemaphore(c->gpu->device, c->semaphore, NULL);
+    if (c->done) f->DestroySemaphore(c->gpu->device, c->done, NULL);
     ds_gpu_buffer_release(c->gpu, &c->ring);
     if (c->has_signal) ds_signal_free(&c->changed);
     if (c->has_lock) ds_lock_free(&c->lock);
     free(c->order);
+    free(c->lists);
     free(c->places);
     free(c->threads);
     free(c);
@@ -273,6 +322,7 @@ uint64_t ds_copies_drop(ds_copies *c, ds_copy *const *some, int n, bool *begun) 
     ds_lock_take(&c->lock);
     for (int i = 0; i < n; i++) begun[i] = some[i]->begun != 0;
     for (int i = 0; i < c->n_order; i++) {
+        if (!c->order[i]->begun) c->order[i]->ordered = false;
         if (!c->order[i]->begun || ended(c->order[i])) continue;
         under_way += c->order[i]->left;
         c->order[kept++] = c->order[i];
@@ -290,7 +340,8 @@ void ds_copies_order(ds_copies *c, ds_copy *const *order, int n) {
         else ds_fail(&c->failure, DS_ENOMEM, "no memory for a list of copies"), n = 0;
     }
     for (int i = 0; i < n; i++) {
-        if (order[i]->begun) continue; /* it is there, or was kept */
+        if (order[i]->ordered) continue; /* it is there, or will be */
+        order[i]->ordered = true;
         order[i]->left = order[i]->bytes;
         c->order[c->n_order++] = order[i];
     }
@@ -298,26 +349,50 @@ void ds_copies_order(ds_copies *c, ds_copy *const *order, int n) {
     ds_lock_give(&c->lock);
 }
 
-void ds_copies_then(ds_copies *c, ds_copy *const *awaited, int n, const ds_gpu_commands *list) {
+/* Room for another list; false, with a failure, where there is no memory. */
+static bool make_list(ds_copies *c) {
+    const int room = c->lists_room ? 2 * c->lists_room : 16;
+    if (c->n_lists < c->lists_room) return true;
+    list *more = realloc(c->lists, (size_t)room * sizeof *more);
+    if (!more) return ds_fail(&c->failure, DS_ENOMEM, "no memory for a list of commands"), false;
+    c->lists = more, c->lists_room = room;
+    return true;
+}
+
+uint64_t ds_copies_then(ds_copies *c, ds_copy *const *awaited, int n, ds_gpu_script *script, bool more) {
+    list l = {.script = script, .more = more};
     ds_lock_take(&c->lock);
-    c->n_awaited = 0;
-    for (int i = 0; i < n; i++) {
-        awaited[i]->awaited = !ended(awaited[i]);
-        c->n_awaited += awaited[i]->awaited;
+    const uint64_t number = c->first_list + (uint64_t)c->n_lists;
+    if (make_list(c)) {
+        for (int i = 0; i < n; i++) {
+            awaited[i]->awaited = ended(awaited[i]) ? 0 : number;
+            l.n_awaited += !ended(awaited[i]);
+            if (awaited[i]->value > l.value) l.value = awaited[i]->value;
+        }
+        c->lists[c->n_lists++] = l;
+        submit_lists(c);
+        ds_signal_send(&c->changed);
     }
-    c->list = *list;
-    c->has_list = true;
-    if (!c->n_awaited && c->failure.status == DS_OK) submit_list(c);
     ds_lock_give(&c->lock);
+    return number;
 }
 
 ds_status ds_copies_submitted(ds_copies *c, int64_t *when, ds_error *err) {
     ds_lock_take(&c->lock);
-    while (c->has_list && c->failure.status == DS_OK) ds_signal_wait(&c->changed, &c->lock);
-    const ds_status st = c->has_list ? c->failure.status : DS_OK; /* another copy's failure is the next list's */
+    while (c->n_lists && c->failure.status == DS_OK) ds_signal_wait(&c->changed, &c->lock);
+    const ds_status st = c->n_lists ? c->failure.status : DS_OK; /* another copy's failure is the next list's */
     if (st != DS_OK) *err = c->failure;
     else *when = c->submitted;
-    c->has_list = false;
+    ds_lock_give(&c->lock);
+    return st;
+}
+
+ds_status ds_copies_reached(ds_copies *c, uint64_t number, ds_error *err) {
+    ds_lock_take(&c->lock);
+    while (number > last_list(c) && c->failure.status == DS_OK) ds_signal_wait(&c->changed, &c->lock);
+    wait_all(c, c->done, number);
+    const ds_status st = c->failure.status;
+    if (st != DS_OK) *err = c->failure;
     ds_lock_give(&c->lock);
     return st;
 }
@@ -325,7 +400,7 @@ ds_status ds_copies_submitted(ds_copies *c, int64_t *when, ds_error *err) {
 static bool is_under_way(const ds_copies *c, ds_copy *const *all, int n, uint64_t *value) {
     bool under_way = false;
     for (int i = 0; i < n; i++) {
-        if (!all[i]->begun) continue;
+        if (!all[i]->ordered) continue;
         under_way |= !ended(all[i]);
         if (all[i]->value > *value) *value = all[i]->value;
     }
@@ -333,20 +408,21 @@ static bool is_under_way(const ds_copies *c, ds_copy *const *all, int n, uint64_
 }
 
 void ds_copies_settle(ds_copies *c, ds_copy *const *all, int n) {
-    uint64_t value = 0, there = 0;
+    uint64_t value = 0;
     ds_lock_take(&c->lock);
     while (is_under_way(c, all, n, &value)) ds_signal_wait(&c->changed, &c->lock);
     while (c->n_filling && c->failure.status != DS_OK) ds_signal_wait(&c->changed, &c->lock);
-    while (c->failure.status == DS_OK && reached(c, &there) && there < value) wait_value(c, value);
+    wait_all(c, c->semaphore, value);
     ds_lock_give(&c->lock);
 }
 
 void ds_copies_reset(ds_copies *c) {
     ds_lock_take(&c->lock);
     c->n_order = c->next = 0; /* what a thread fills it brings to its end; no further piece is taken */
-    c->has_list = false;
-    c->n_awaited = 0;
+    for (int i = 0; i < c->n_lists; i++) c->lists[i].n_awaited = -1; /* no copy lets one go */
     while (c->n_filling) ds_signal_wait(&c->changed, &c->lock);
+    c->first_list = last_list(c) + 1;
+    c->n_lists = c->next_list = 0;
     c->failure.status = DS_OK;
     drain(c);
     c->failure.status = DS_OK; /* a device that is lost says so again */

@@ -156,6 +156,16 @@ static blocks split_blocks(ds_gpu_backend *b, const ds_op *op) {
     return to;
 }
 
+/* Where a layer's experts lie, as plan.comp reads it. */
+static uint64_t experts_of(ds_gpu_backend *b, const ds_op *op) {
+    const int n = b->facts.config->n_expert, i = op->il - b->facts.weights->layer_begin;
+    const uint64_t at = (uint64_t)i * (uint64_t)n * sizeof(ds_gpu_expert);
+    if (!ds_gpu_is_taken(b, op)) return ds_gpu_layer_of(b, op->il)->experts;
+    ds_gpu_expert *table = (ds_gpu_expert *)(void *)(b->room.taken_experts.host + at);
+    for (int e = 0; e < n; e++) table[e] = expert_at(b, op->il, e);
+    return b->room.taken_experts.at + at;
+}
+
 static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_error *err) {
     const ds_config *c = b->facts.config;
     const ds_request *r = ds_gpu_request(b, op);
@@ -169,7 +179,7 @@ static ds_status own_blocks(ds_gpu_backend *b, const ds_op *op, blocks *out, ds_
     const struct {
         uint64_t ids, experts, groups, slot_row, slot_of;
         uint32_t n_expert, n_slots, n_used;
-    } push = {m->ids,  ds_gpu_layer_of(b, op->il)->experts, m->groups, m->slot_row, m->slot_of, out->n,
+    } push = {m->ids,  experts_of(b, op),         m->groups, m->slot_row, m->slot_of, out->n,
               n_slots, (uint32_t)c->n_expert_used};
     const ds_status st = ds_gpu_do(b, "plan", &push, 52, 1, 1, 1, err);
     ds_gpu_then(b);

@@ -100,7 +100,7 @@ typedef struct ds_gpu_script ds_gpu_script;
 /* Lists of commands, of which one is told at a time. A list that is told the commands that it holds from the time before is
  * not recorded again. */
 typedef struct ds_gpu_commands {
-    ds_gpu_script *lists;
+    ds_gpu_script **lists;
     int n;
     int at; /* the one that is told, submitted: the caller's to set before it is told */
 } ds_gpu_commands;
@@ -117,10 +117,21 @@ void ds_gpu_copy(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_buffer *from, uin
 ds_status ds_gpu_recorded(ds_gpu *gpu, ds_gpu_commands *c, ds_error *err);
 /* Run a list that was recorded; one at a time. What the host wrote before is seen. An empty one is not run. */
 ds_status ds_gpu_submit(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
-/* The same, once a timeline semaphore, which something submitted before raises, has the value. May be called by another
- * thread than the others, while none of them is. */
-ds_status ds_gpu_submit_behind(ds_gpu *gpu, const ds_gpu_commands *c, vk_Semaphore semaphore, uint64_t value,
-                               ds_error *err);
+/* The list that is told. */
+ds_gpu_script *ds_gpu_list_of(const ds_gpu_commands *c);
+
+/* When a list runs among others. */
+typedef struct ds_gpu_turn {
+    vk_Semaphore
+        behind; /* once this timeline semaphore, which something submitted before raises, has the value; 0: at once */
+    uint64_t value;
+    vk_Semaphore raises; /* and it raises this one to that, when it has run; 0: none */
+    uint64_t raised;
+    bool more; /* another one follows, whose wait is for both */
+} ds_gpu_turn;
+
+/* The same in its turn. May be called by another thread than the others, while none of them is but for recording. */
+ds_status ds_gpu_submit_in_turn(ds_gpu *gpu, ds_gpu_script *list, const ds_gpu_turn *turn, ds_error *err);
 /* Run a list ahead of what is submitted next, whose wait is for both. */
 ds_status ds_gpu_submit_ahead(ds_gpu *gpu, const ds_gpu_commands *c, ds_error *err);
 uint64_t ds_gpu_waits(const ds_gpu *gpu); /* that have ended since it was opened */

@@ -64,6 +64,7 @@ struct ds_gpu_script {
     bool same; /* and is what was told this time, as yet */
     bool full; /* no memory for one */
     bool watched; /* recorded with clocks */
+    struct ds_gpu_script *before; /* that runs before it, and was not waited for; or NULL */
     struct ds_gpu_watch *watch;
 };
 
@@ -93,7 +94,7 @@ struct ds_gpu {
     ds_work_time times[DS_WORK_TIMES];
     int n_times;
     ds_work work;
-    const ds_gpu_script *running; /* what was submitted last */
+    ds_gpu_script *running; /* what was submitted last, of what nobody has waited for */
     int64_t process; /* that opened it: a forked child has no part in it */
 };
 

@@ -96,10 +96,11 @@ static void count_halves(const ds_gpu_backend *b, halved *most_of, uint64_t n_sl
     most_of->x = most(most_of->x, x);
 }
 
-/* Of a card's memory a 32nd, but not so little that pieces leave it idle. */
-static uint64_t most_halves(const ds_gpu *gpu) {
-    const uint64_t share = ds_gpu_memory(gpu) / 32, least = DS_GPU_HALVES, all = DS_GPU_CHUNK / 8 * 7;
-    return share < least ? least : share < all ? share : all;
+/* Of a card's memory a 32nd for weights, but not so little that pieces leave it idle, and what an allocation has beside x. */
+static uint64_t most_halves(const ds_gpu *gpu, uint64_t x) {
+    const uint64_t share = ds_gpu_memory(gpu) / 32, least = DS_GPU_HALVES,
+                   all = x < DS_GPU_CHUNK ? DS_GPU_CHUNK - x : 0, wanted = share < least ? least : share;
+    return wanted < all ? wanted : all / 2 * 2;
 }
 
 /* Products by matrix units: their pieces of weights take turns in two halves of the room. */
@@ -126,8 +127,9 @@ static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
         count_halves(b, &h, slots, 2 * experts, g->n_ff_expert, g->n_embd);
         count_halves(b, &h, slots, experts, g->n_embd, g->n_ff_expert);
     }
-    r->halves.w_bytes = 2 * h.w < most_halves(b->gpu) ? 2 * h.w : most_halves(b->gpu);
     r->halves.x = carve(c, h.x, 1).at;
+    const uint64_t most_w = most_halves(b->gpu, c->used);
+    r->halves.w_bytes = 2 * h.w < most_w ? 2 * h.w : most_w;
     r->halves.w = carve(c, r->halves.w_bytes, 1).at;
 }
 
@@ -147,6 +149,8 @@ static void carve_in(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     r->split_groups = carve(c, 3 * (uint64_t)g->n_expert, sizeof(ds_gpu_group));
     r->split_row = carve(c, slots, sizeof(uint32_t));
     r->split_of = carve(c, slots, sizeof(uint32_t));
+    const uint64_t layers = (uint64_t)(b->facts.weights->layer_end - b->facts.weights->layer_begin);
+    if (role.splits) r->taken_experts = carve(c, layers * (uint64_t)g->n_expert, sizeof(ds_gpu_expert));
     if (role.splits) r->others = carve(c, slots * d, sizeof(float));
 }
 
@@ -214,7 +218,8 @@ void ds_gpu_room_release(ds_gpu_backend *b) {
 }
 
 bool ds_gpu_room_fits(const ds_gpu_backend *b, int n_tok) {
-    void (*const lays[])(const ds_gpu_backend *, ds_gpu_room *, carver *) = {carve_own, carve_in, carve_out};
+    void (*const lays[])(const ds_gpu_backend *, ds_gpu_room *, carver *) = {carve_own, carve_halves, carve_in,
+                                                                             carve_out};
     bool fits = true;
     for (size_t i = 0; i < sizeof lays / sizeof *lays; i++) {
         ds_gpu_room r = {.n_tok = n_tok};

@@ -2,6 +2,8 @@
 
 /* What was measured last counts for a quarter; a processor's runs for 0.9 of the next one. */
 static const double NEW = 0.25, OLD = 0.9, TRIED_AGAIN = 0.98;
+static const double NEAR = 1.25; /* what takes so much longer is not tried again */
+enum { TRIED_EVERY = 32 /* steps */ };
 
 static double mix(double known, double measured) { return known > 0 ? known + NEW * (measured - known) : measured; }
 
@@ -55,6 +57,30 @@ int ds_share_choose(const ds_share *s, const int *counts, int n, uint64_t expert
 void ds_share_chosen(ds_share *s, bool device, bool processor) {
     if (!device) s->byte_ns *= TRIED_AGAIN, s->slot_ns *= TRIED_AGAIN;
     if (!processor) s->et *= TRIED_AGAIN, s->st *= TRIED_AGAIN;
+}
+
+static ds_share_ways *ways_of(ds_share *s, int n_tok) {
+    int i = 0;
+    while (i + 1 < DS_SHARE_SIZES && n_tok >> (i + 1)) i++;
+    return &s->ways[i];
+}
+
+bool ds_share_whole(ds_share *s, int n_tok, int n, uint64_t n_slots, uint64_t expert_bytes) {
+    ds_share_ways *w = ways_of(s, n_tok);
+    double expert_ns, slot_ns;
+    if (!(s->byte_ns > 0) || !(w->shared_ns > 0) || !fit(s, &expert_ns, &slot_ns)) return false;
+    if (!(w->whole_ns > 0)) return s->byte_ns * n * (double)expert_bytes < expert_ns * n + slot_ns * (double)n_slots;
+    const bool whole = w->whole_ns <= w->shared_ns;
+    const double ratio = whole ? w->shared_ns / w->whole_ns : w->whole_ns / w->shared_ns;
+    if (ratio > NEAR || ++w->n_steps < TRIED_EVERY) return whole;
+    w->n_steps = 0;
+    return !whole;
+}
+
+void ds_share_step(ds_share *s, int n_tok, bool whole, uint64_t ns) {
+    ds_share_ways *w = ways_of(s, n_tok);
+    double *known = whole ? &w->whole_ns : &w->shared_ns;
+    if (n_tok > 0 && ns) *known = mix(*known, (double)ns / n_tok);
 }
 
 double ds_share_crossing(const ds_share *s, uint64_t expert_bytes) {

@@ -6,7 +6,17 @@
 #include <stdint.h>
 
 /* Slots: a token for each expert that it chose. */
+enum { DS_SHARE_SIZES = 16 };
+
+/* Steps of about as many tokens, within a factor of two: ns a token where experts were shared out, and where all were copied;
+ * 0: not known. */
+typedef struct ds_share_ways {
+    double shared_ns, whole_ns;
+    int n_steps; /* since the slower way was tried */
+} ds_share_ways;
+
 typedef struct ds_share {
+    ds_share_ways ways[DS_SHARE_SIZES];
     double byte_ns; /* of a copy; 0: not known */
     double slot_ns; /* on the device, behind the copies; 0: not known, or nothing */
     /* Sums over the processor's runs, which take about a ns an expert and b a slot: (n_experts n_experts), (n_experts
@@ -25,5 +35,11 @@ int ds_share_choose(const ds_share *share, const int *counts, int n, uint64_t ex
                     uint64_t n_slots);
 /* Whoever gets none for long is thought to be a little faster each time, so that it is tried again. */
 void ds_share_chosen(ds_share *share, bool device, bool processor);
+/* Whether a step has all copied: what took less in steps of about as many tokens, each way tried once, and the slower one
+ * again from time to time. Shared out first, by which rates are known; and always where the link would be slower than a
+ * processor that computes all n experts of a layer, with n_slots. */
+bool ds_share_whole(ds_share *share, int n_tok, int n, uint64_t n_slots, uint64_t expert_bytes);
+/* What such a step took. */
+void ds_share_step(ds_share *share, int n_tok, bool whole, uint64_t ns);
 /* Slots of an expert from which on copying it takes less than computing it where it lies; 0: not known. */
 double ds_share_crossing(const ds_share *share, uint64_t expert_bytes);

@@ -134,7 +134,7 @@ static ds_status order_copies(ds_gpu *g, ds_copies *copies, ds_copy **all, int n
     }
     ds_copies_drop(copies, NULL, 0, NULL);
     ds_copies_order(copies, all, n);
-    ds_copies_then(copies, all, n, list);
+    ds_copies_then(copies, all, n, ds_gpu_list_of(list), false);
     const ds_status st = ds_copies_submitted(copies, &when, err), run = ds_gpu_wait(g, st == DS_OK ? err : &other);
     ds_copies_settle(copies, all, n);
     return st == DS_OK ? run : st;

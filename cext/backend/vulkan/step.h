@@ -51,7 +51,7 @@ typedef struct ds_gpu_room {
     uint64_t router, ids, weights, groups, slot_row, slot_of, hidden, hidden_exps, rows, shared;
     /* The host writes. */
     ds_gpu_span tokens[DS_GPU_STEPS], angles[DS_GPU_STEPS], taken, logit_rows, x_in, input_in, split_groups, split_row,
-        split_of, others;
+        split_of, others, taken_experts; /* of layers that ahead.h takes whole, where they lie */
     /* The host reads. */
     ds_gpu_span cached, chosen, x_out, input_out, rows_out, logits;
     uint64_t cached_bytes; /* of a layer's rows */
@@ -65,6 +65,8 @@ typedef struct ds_gpu_backend {
     ds_gpu_weights w;
     ds_ahead *ahead; /* or NULL */
     bool behind; /* what was submitted last runs behind copies */
+    int n_cuts; /* lists of the run under way that others follow, and that nobody waited for */
+    uint64_t last_cut; /* the number of the last of them */
     ds_gpu_hot hot;
     ds_gpu_cache caches[DS_KV_TYPES];
     bool cached[DS_KV_TYPES]; /* the cache of that type was made */
@@ -110,6 +112,11 @@ static inline const ds_request *ds_gpu_request(const ds_gpu_backend *b, const ds
 }
 static inline ds_gpu_layer *ds_gpu_layer_of(const ds_gpu_backend *b, int il) {
     return &b->w.layers[il - b->facts.weights->layer_begin];
+}
+
+/* Whether it is for the experts of a layer that others have some of, and that is taken whole in this step (ahead.h). */
+static inline bool ds_gpu_is_taken(const ds_gpu_backend *b, const ds_op *op) {
+    return op->kind == DS_OP_EXPERTS && !op->split && b->facts.places->helpers[op->il - b->facts.weights->layer_begin];
 }
 
 /* One shader of this backend over a grid of workgroups. */

@@ -211,6 +211,22 @@ static ds_status (*const RECORD[DS_OP_COUNT])(ds_gpu_backend *b, const ds_op *op
 /* What is copied out behind a router is there before it chooses. */
 static bool beside_route(const ds_op *op) { return op->kind == DS_OP_COPY_OUT && op->state != DS_STATE_X; }
 
+static ds_status begin_list(ds_gpu_backend *b, ds_error *err) {
+    b->commands.at = b->n_submitted++;
+    return ds_gpu_record(b->gpu, &b->commands, err);
+}
+
+/* The experts of a layer that are copied for this step are computed in a list of its own, behind their copies. */
+static ds_status take_layer(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    ds_status st = ds_gpu_recorded(b->gpu, &b->commands, err);
+    if (st != DS_OK) return st;
+    b->last_cut = ds_ahead_then(b->ahead, ds_gpu_list_of(&b->commands), true);
+    b->n_cuts++;
+    st = begin_list(b, err);
+    if (st == DS_OK) ds_ahead_take(b->ahead, op->il);
+    return st;
+}
+
 static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     const ds_tap *tap = b->requests[0]->tap;
@@ -219,33 +235,51 @@ static ds_status submit(ds_backend *backend, const ds_op *ops, int n, ds_error *
             return ds_fail(err, DS_EUNSUPPORTED, "%s: of what a GPU computes only the experts' choice can be tapped",
                            ds_gpu_told(b->gpu)->name);
     const int64_t begin = ds_now_ns();
-    b->commands.at = b->n_submitted++;
-    ds_status st = ds_gpu_record(b->gpu, &b->commands, err);
+    b->n_cuts = 0;
+    ds_status st = begin_list(b, err);
     for (int i = 0; i < n && st == DS_OK; i++) {
+        if (ds_gpu_is_taken(b, &ops[i])) st = take_layer(b, &ops[i], err);
+        if (st != DS_OK) break;
         if (!beside_route(&ops[i])) ds_gpu_then(b);
         st = RECORD[ops[i].kind](b, &ops[i], err);
     }
     if (st == DS_OK) st = ds_gpu_recorded(b->gpu, &b->commands, err);
-    b->behind = st == DS_OK && b->ahead && ds_ahead_submit(b->ahead, &b->commands);
+    b->behind = st == DS_OK && b->ahead && ds_ahead_submit(b->ahead, ds_gpu_list_of(&b->commands));
     if (st == DS_OK && !b->behind) st = ds_gpu_submit(b->gpu, &b->commands, err);
+    if (st != DS_OK && b->ahead) ds_ahead_abandon(b->ahead);
     b->ops = ops, b->n_ops = n;
     b->record_ns += (uint64_t)(ds_now_ns() - begin);
     return st;
 }
 
+/* What the host takes of an operation that has run. */
+static ds_status take(ds_gpu_backend *b, const ds_op *op, ds_error *err) {
+    if (op->kind == DS_OP_ATTENTION || op->kind == DS_OP_REMEMBER) ds_gpu_take_rows(b, op);
+    if (op->kind == DS_OP_ROUTE) take_choice(b, op);
+    if (op->kind == DS_OP_EXPERTS) ds_gpu_take_experts(b, op);
+    if (op->kind == DS_OP_EXPERTS && op->split && op->shared && b->ahead) ds_ahead_measure(b->ahead, op->split);
+    if (op->kind == DS_OP_COPY_OUT) take_copy(b, op);
+    return op->kind == DS_OP_HEAD ? take_logits(b, op, err) : DS_OK;
+}
+
+/* Until the first list that was not waited for has run; that of the run's end, and all before it, where no other follows. */
+static ds_status wait_next(ds_gpu_backend *b, ds_error *err) {
+    if (b->n_cuts) return ds_ahead_reached(b->ahead, b->last_cut - (uint64_t)--b->n_cuts, err);
+    const ds_status st = b->behind ? ds_ahead_wait(b->ahead, err) : ds_gpu_wait(b->gpu, err);
+    if (b->ahead) ds_ahead_ended(b->ahead);
+    return st;
+}
+
+/* What a list left is taken while the next ones run. */
 static ds_status wait_for(ds_backend *backend, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
-    ds_status st = b->behind ? ds_ahead_wait(b->ahead, err) : ds_gpu_wait(b->gpu, err);
-    b->behind = false;
+    ds_status st = wait_next(b, err);
     for (int i = 0; i < b->n_ops && st == DS_OK; i++) {
-        const ds_op *op = &b->ops[i];
-        if (op->kind == DS_OP_ATTENTION || op->kind == DS_OP_REMEMBER) ds_gpu_take_rows(b, op);
-        if (op->kind == DS_OP_ROUTE) take_choice(b, op);
-        if (op->kind == DS_OP_EXPERTS) ds_gpu_take_experts(b, op);
-        if (op->kind == DS_OP_EXPERTS && op->split && op->shared && b->ahead) ds_ahead_measure(b->ahead, op->split);
-        if (op->kind == DS_OP_COPY_OUT) take_copy(b, op);
-        if (op->kind == DS_OP_HEAD) st = take_logits(b, op, err);
+        if (ds_gpu_is_taken(b, &b->ops[i])) st = wait_next(b, err);
+        if (st == DS_OK) st = take(b, &b->ops[i], err);
     }
+    if (st != DS_OK && b->ahead) ds_ahead_abandon(b->ahead);
+    b->behind = false;
     b->n_ops = 0;
     return st;
 }
@@ -290,6 +324,11 @@ static void share(ds_backend *backend, int il, const ds_plan *plan, uint8_t *own
     if (b->ahead) ds_ahead_share(b->ahead, il, plan, owner);
 }
 
+static bool takes(const ds_backend *backend, int il, int n_tok) {
+    const ds_gpu_backend *b = (const ds_gpu_backend *)backend;
+    return b->ahead && ds_ahead_takes(b->ahead, il, n_tok);
+}
+
 static ds_status watch(ds_backend *backend, bool times, ds_error *err) {
     ds_gpu_backend *b = (ds_gpu_backend *)backend;
     b->record_ns = 0;
@@ -314,6 +353,7 @@ static const ds_backend_ops OPS = {.watch = watch,
                                    .bytes = bytes,
                                    .begin = begin,
                                    .share = share,
+                                   .takes = takes,
                                    .submit = submit,
                                    .wait = wait_for,
                                    .destroy = destroy};
@@ -410,8 +450,7 @@ ds_status ds_gpu_backend_create(const ds_facts *facts, int number, const ds_devi
     if (st == DS_OK) ds_gpu_limit(b->gpu, device->memory);
     if (st == DS_OK) st = ds_gpu_weights_load(b->gpu, facts, number, device->memory, &b->w, err);
     /* Before any come and go: of every layer all may have to be copied. */
-    if (st == DS_OK)
-        st = open_steps(b, device, err);
+    if (st == DS_OK) st = open_steps(b, device, err);
     if (st == DS_OK && device->hot) st = ds_gpu_hot_create(b->gpu, facts, number, device->hot, &b->w, &b->hot, err);
     b->facts.uses = NULL; /* the caller's own until this returns */
     if (st == DS_OK) *out = &b->head;
