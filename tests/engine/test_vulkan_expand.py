@@ -129,7 +129,7 @@ def test_rows_of_the_cache(gpu: Gpu, kind: str, rank: int, n_tail: int, first: i
 
 
 @pytest.mark.parametrize("name", [*FLOAT_FORMATS, *CODED_FORMATS])
-def test_turned_weights(gpu: Gpu, name: str) -> None:
+def test_transposed_weights(gpu: Gpu, name: str) -> None:
     """Of three blocks of rows that are no whole workgroup, as halves."""
     blocks, rows, k = 3, 130, max(96 if block_size(name)[0] <= 32 else 256, block_size(name)[0])
     rng = np.random.default_rng(k)
@@ -141,7 +141,7 @@ def test_turned_weights(gpu: Gpu, name: str) -> None:
     counts = [0, k * rows // 2, 0, rows, w.shape[1], k, rows, 0, 0, 0, 0, 0]
     push = bytes(72) + np.array([rows * w.shape[1]], np.uint64).tobytes() + np.array(counts, np.uint32).tobytes()
     groups = (-(-rows // 128), 2 * -(-k // 32), blocks)
-    gpu.run(f"turned_{name}", [w, y, tables], push, [(-1, 0, 0, 0), (-1, 16, 1, 0), (-1, 40, 2, 0)], groups)
+    gpu.run(f"transpose_{name}", [w, y, tables], push, [(-1, 0, 0, 0), (-1, 16, 1, 0), (-1, 40, 2, 0)], groups)
     expected = dequantize(w, type_of(name)).reshape(blocks, rows, k).transpose(0, 2, 1)
     assert np.allclose(y, expected, rtol=2.0**-10, atol=1e-6)
 

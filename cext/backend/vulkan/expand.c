@@ -12,7 +12,7 @@ enum { SUBGROUPS = 4, TAKEN = 32, MOST_VALUES = 128, MOST_WIDTH = 192, LEAST_POS
 typedef struct plan {
     uint32_t taken, width, v;
     int n_tok, n_pos; /* that go together */
-    uint64_t queries, turned, sums, tops, latent, tails, keys, values;
+    uint64_t queries, transposed, sums, tops, latent, tails, keys, values;
 } plan;
 
 static uint32_t up_to(uint32_t n, uint32_t of) { return ds_gpu_pieces(n, of) * of; }
@@ -32,7 +32,7 @@ static uint64_t lay(const ds_config *c, uint32_t rows, uint64_t at, plan *p) {
     const uint64_t heads = (uint64_t)c->n_head, n_pos = (uint64_t)p->n_pos, rank = (uint64_t)c->kv_lora_rank,
                    n = up_to((uint32_t)p->n_tok, rows), from = at;
     p->queries = carve(&at, n * heads * p->width, 2);
-    p->turned = carve(&at, heads * (uint64_t)c->nope_dim * rank, 2);
+    p->transposed = carve(&at, heads * (uint64_t)c->nope_dim * rank, 2);
     p->sums = carve(&at, n * heads * p->v, 4);
     p->tops = carve(&at, n * heads * 2, 4);
     p->latent = carve(&at, n_pos * rank, 4);
@@ -103,20 +103,20 @@ static ds_status dispatch(ds_gpu_backend *b, const char *shader, const uint32_t 
     return st;
 }
 
-/* W_uk of each head (rank, nope) turned over, so that latents are what it is multiplied by. */
-static ds_status turn(ds_gpu_backend *b, const ds_op *op, const plan *p, ds_error *err) {
+/* W_uk of each head (rank, nope) transposed, so that latents are what it is multiplied by. */
+static ds_status transpose(ds_gpu_backend *b, const ds_op *op, const plan *p, ds_error *err) {
     const ds_config *c = b->facts.config;
     const ds_mat *k_b = &ds_weights_layer(b->facts.weights, op->il)->latent.k_b;
-    const ds_gpu_product turned = {.w = ds_gpu_layer_of(b, op->il)->k_b,
-                                   .y = p->turned,
-                                   .tables = b->w.tables,
-                                   .stride_w = k_b->stride,
-                                   .stride_y = (uint32_t)(c->nope_dim * c->kv_lora_rank / 2),
-                                   .ldy = (uint32_t)c->kv_lora_rank,
-                                   .row_bytes = (uint32_t)k_b->row_bytes,
-                                   .k = (uint32_t)k_b->k,
-                                   .rows = (uint32_t)k_b->rows};
-    return ds_gpu_turn(b->gpu, &b->commands, k_b->format, &turned, (uint32_t)c->n_head, err);
+    const ds_gpu_product transposed = {.w = ds_gpu_layer_of(b, op->il)->k_b,
+                                       .y = p->transposed,
+                                       .tables = b->w.tables,
+                                       .stride_w = k_b->stride,
+                                       .stride_y = (uint32_t)(c->nope_dim * c->kv_lora_rank / 2),
+                                       .ldy = (uint32_t)c->kv_lora_rank,
+                                       .row_bytes = (uint32_t)k_b->row_bytes,
+                                       .k = (uint32_t)k_b->k,
+                                       .rows = (uint32_t)k_b->rows};
+    return ds_gpu_transpose(b->gpu, &b->commands, k_b->format, &transposed, (uint32_t)c->n_head, err);
 }
 
 static ds_status queries(ds_gpu_backend *b, const ds_op *op, const plan *p, uint64_t first, int n, ds_error *err) {
@@ -180,7 +180,7 @@ static ds_status keys_and_values(ds_gpu_backend *b, const ds_op *op, const plan 
     const ds_config *c = b->facts.config;
     const ds_mat *v_b = &ds_weights_layer(b->facts.weights, op->il)->latent.v_b;
     const uint64_t head = (uint64_t)c->nope_dim * (uint64_t)c->kv_lora_rank * 2;
-    const ds_status st = expand(b, p, DS_FORMAT_F16, p->turned, head, (uint32_t)c->kv_lora_rank * 2,
+    const ds_status st = expand(b, p, DS_FORMAT_F16, p->transposed, head, (uint32_t)c->kv_lora_rank * 2,
                                 (uint32_t)c->nope_dim, p->keys, n, err);
     if (st != DS_OK) return st;
     return expand(b, p, v_b->format, ds_gpu_layer_of(b, op->il)->v_b, v_b->stride, (uint32_t)v_b->row_bytes,
@@ -219,7 +219,7 @@ static ds_status attend(ds_gpu_backend *b, const ds_op *op, const plan *p, uint6
 static ds_status attend_tokens(ds_gpu_backend *b, const ds_op *op, const ds_gpu_attending *a, const plan *p, int token,
                                int n, ds_error *err) {
     ds_status st = queries(b, op, p, (uint64_t)token, n, err);
-    if (st == DS_OK && token == a->begin) st = turn(b, op, p, err);
+    if (st == DS_OK && token == a->begin) st = transpose(b, op, p, err);
     const int n_pos = a->n_pos - (a->begin + a->n - token - n); /* what the last of them sees */
     for (int first = 0; first < n_pos && st == DS_OK; first += p->n_pos) {
         const int taken = n_pos - first < p->n_pos ? n_pos - first : p->n_pos;

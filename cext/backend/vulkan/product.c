@@ -346,8 +346,8 @@ ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const d
                   (uint32_t[]){ds_gpu_pieces(p->k, GATHER_VALUES), p->n_slots, 1}, err);
 }
 
-ds_status ds_gpu_turn(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
-                      ds_error *err) {
-    return record(gpu, c, "turned", format, (uint32_t[]){THREADS}, 1, p,
+ds_status ds_gpu_transpose(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p,
+                           uint32_t n_blocks, ds_error *err) {
+    return record(gpu, c, "transpose", format, (uint32_t[]){THREADS}, 1, p,
                   (uint32_t[]){ds_gpu_pieces(p->rows, THREADS), 2 * ds_gpu_pieces(p->k, 32), n_blocks}, err);
 }

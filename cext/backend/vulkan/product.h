@@ -86,7 +86,7 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves 
 ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          uint64_t weights, uint64_t others, ds_error *err);
 /* y[j][i] = W[i][j] of each of n_blocks blocks, as halves: rows of y ldy halves apart, blocks stride_y times 4 bytes; x is not read. */
-ds_status ds_gpu_turn(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
-                      ds_error *err);
+ds_status ds_gpu_transpose(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p,
+                           uint32_t n_blocks, ds_error *err);
 /* y[i] = row slot_row[i] of W decoded, n_slots of them; x and groups are not read. */
 ds_status ds_gpu_rows(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, ds_error *err);

@@ -1,5 +1,5 @@
 #version 460
-/* turned.comp: W turned over, as halves: y[j][i] = W[i][j] of each block, rows of y ldy halves apart. Names as in product.glsl;
+/* transpose.comp: W transposed, as halves: y[j][i] = W[i][j] of each block, rows of y ldy halves apart. Names as in product.glsl;
  * grid (rows / threads, halves of units, blocks): a thread decodes the same columns of its row as its neighbours. */
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
