@@ -24,6 +24,7 @@ WIDEST_ROW, MOST_EXPERTS = 4608, 1024  # the shaders'
 # The engine's, of cext/backend/vulkan: what a piece of a buffer is rounded up to; what copies of caches grow by; what
 # goes through to memory that the host does not reach; tables, blocks' addresses and rounding of allocations.
 ALIGN, CACHE_CHUNK, STAGING, SUNDRY = 256, 64 << 20, 32 << 20, 4 << 20
+HALVES, HALVES_SHARE = 256 << 20, 32  # of weights in halves: bytes, or of its memory one part in so many
 PARTS = 8192  # rows that positions of few tokens are shared out among at most
 SLOT_ROUNDING, HOT_STAGED = 3 * 8192, 4  # of an expert that comes and goes; of these, how many are on their way at most
 TAKEN = "discrete"  # the kind of device that is taken where none is named: no other has been measured to pay
@@ -127,9 +128,9 @@ def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
     return Sizes(found.attention, found.shared, found.experts, head if "output.weight" in named else head + tied)
 
 
-def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False) -> int:
+def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False, memory: int = 0) -> int:
     """What a device takes for steps of n_tok tokens at most, beside weights and caches (cext/backend/vulkan/room.c).
-    shares: its memory is the host's, and what lies there for the host counts."""
+    shares: its memory is the host's, and what lies there for the host counts; memory: what it has, or may take."""
     d, heads, used, experts = shape["n_embd"], shape["n_head"], shape["n_expert_used"], shape["n_expert"]
     rank, rope = shape["kv_lora_rank"], shape["qk_rope_head_dim"]
     row = -(-rank // 64) * 64 + -(-rope // 64) * 64
@@ -143,7 +144,20 @@ def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False) -> in
     if shares:
         host += (shape["n_layer"] + 1) * n_tok * (row + 4) + shape["n_layer"] * slots + n_tok * 2 * d + slots * d
         host += min(n_tok, 64) * shape["n_vocab"]
-    return 4 * (3 * n_tok * d + attention + feed + host) + SUNDRY + (STAGING if shares else 0)
+    others = 4 * (3 * n_tok * d + attention + feed + host) + SUNDRY + (STAGING if shares else 0)
+    return others + _halves_bytes(shape, n_tok, 4 * together * 2 * (rank + row), memory)
+
+
+def _halves_bytes(shape: Hparams, n_tok: int, attend: int, memory: int) -> int:
+    """Of that, what matrix units read in halves at most: a product's rows and twice its weights, or as much as a share
+    of the memory. attend: bytes between attention's queries and its heads' values."""
+    d, heads, wide = shape["n_embd"], shape["n_head"], shape["n_expert_shared"] * shape["n_ff_expert"]
+    head, rank = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"], shape["kv_lora_rank"]
+    wide = max(wide, shape["n_ff_dense"])
+    values = [2 * shape["n_expert"] * shape["n_ff_expert"], shape["n_vocab"], 2 * wide, heads * head]
+    expanded = attend * rank // max(1, head + shape["v_head_dim"])
+    rows = max(2 * n_tok * shape["n_expert_used"] * d, 2 * n_tok * wide, expanded)
+    return min(4 * max(values) * d, max(HALVES, memory // HALVES_SHARE), LARGEST) + rows * 9 // 8
 
 
 class _Room:
@@ -189,7 +203,9 @@ def lay_out(
     shares = gpu.kind != TAKEN
     n, dense = shape["n_layer"], shape["n_layer_dense"]
     given = None if wish.memory is None else int(wish.memory * share)
-    room = _Room(min(most, int(gpu.memory * share) if given is None else given) - step_bytes(shape, shares=shares))
+    most = min(most, int(gpu.memory * share) if given is None else given)
+    steps = step_bytes(shape, shares=shares, memory=given or gpu.memory)
+    room = _Room(most - steps)
     if shape["n_expert"] > MOST_EXPERTS or room.left <= CACHE_CHUNK:
         return None
     longer = with_experts and attends(shape) and _pays_for_long_steps(sizes, shape, room.left - cache_bytes, shares)
