@@ -1,7 +1,7 @@
-/* attend.c: latent attention of tokens together, always absorbed (backend/cpu/latent_attend.c has the equations): queries
+/* attend.c: latent attention of tokens together, absorbed (backend/cpu/latent_attend.c has the equations): queries
  * over the latents, the positions of few tokens shared out among workgroups and joined.
  *
- * Prompts take matrix units where there are any, over caches that keep 16 bits or fewer: in halves, whose 11 bits each are
+ * Prompts whose keys and values are not made first (expand.c) take matrix units where there are any, over caches that keep 16 bits or fewer: in halves, whose 11 bits each are
  * about what those hold. A cache of floats is there for who wants them kept, and is read in floats. */
 #include "backend/vulkan/attend.h"
 

@@ -23,8 +23,8 @@ enum {
     SUM_LANES = 64, /* threads to a row */
     MAT_THREADS = 128, /* mul_mat.comp is written for it */
     THREADS = 128, /* of the others */
-    TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes; slots of mul_coop.comp, of whose rows */
-    LARGE_TILE = 128, /* these reuse more of what is read, */
+    TILE = 64, /* rows, and slots, that a group of mul_mat.comp computes, and one of mul_coop.comp; */
+    LARGE_TILE = 128, /* so many rows reuse more of what is read, */
     LARGE_FROM = 512, /* where groups of them still keep a large device at work */
     HALVES_THREADS = 256, /* of what makes halves of weights and activations, */
     HALVES_VALUES = 256, /* values of a row that a group of it takes */
