@@ -25,11 +25,15 @@ from support.emulator import Emulator
 import dsv2cli
 
 PACKAGES = Path(dsv2cli.__file__).parents[1]  # the ones under test: installed, or a checkout on PYTHONPATH
-# A shell's background job, as a CI run may be, ignores Ctrl-C, and its children would inherit that.
-HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+# A shell's background job, as a CI run may be, ignores Ctrl-C, one of nohup a terminal's end too, and its children would
+# inherit that.
+HEAR_SIGNALS = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+)
 # What is drawn without a seed is the same in every run of a test: no answer holds an odd piece of text by chance.
 SAME_DRAWS = "import random, secrets; secrets.randbits = random.Random(1).getrandbits"
-RUN_MAIN = f"{HEAR_CTRL_C}; {SAME_DRAWS}; from dsv2cli.app import main; main()"
+RUN_MAIN = f"{HEAR_SIGNALS}; {SAME_DRAWS}; from dsv2cli.app import main; main()"
 COMMAND = [sys.executable, "-P", "-c", RUN_MAIN]  # -P: not what lies in the working folder
 # In a new session, takes the terminal on stdin for its own, so that Ctrl-C reaches it.
 IN_TERMINAL = [sys.executable, "-P", "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {RUN_MAIN}"]
