@@ -25,7 +25,7 @@ from support.emulator import Emulator
 import dsv2cli
 
 PACKAGES = Path(dsv2cli.__file__).parents[1]  # the ones under test: installed, or a checkout on PYTHONPATH
-# A shell's background job, as a CI run may be, ignores Ctrl-C, one of nohup a terminal's end too, and its children would
+# A shell's background job, as a CI run may be, ignores Ctrl-C, one of nohup a terminal's end too; its children would
 # inherit that.
 HEAR_SIGNALS = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
