@@ -376,7 +376,8 @@ def show_drawing(lines: Iterable[Text]) -> None:
 def _show(drawn: Any, stream: TextIO) -> None:
     """Drawn first and written as a whole, so that a stream that breaks is met here and not inside rich."""
     out = _console(stream)
-    with out.capture() as captured:
+    # At the end of a capture rich flushes the stream, with what was put there before.
+    with _putting() if stream is sys.stdout else contextlib.nullcontext(), out.capture() as captured:
         out.print(drawn)
     _write(captured.get(), stream)
 

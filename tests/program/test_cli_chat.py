@@ -143,10 +143,11 @@ def test_output_that_cannot_be_encoded(model: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a Linux device")
-def test_stdout_on_a_full_disk(model: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [None, "1"])
+def test_stdout_on_a_full_disk(model: Path, unbuffered: str | None) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [*COMMAND, "inspect", str(model)]
-        result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        command, env = [*COMMAND, "inspect", str(model)], environment(PYTHONUNBUFFERED=unbuffered)
+        result = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 1 and result.stderr == "error: cannot write the output: No space left on device\n"
 
 
