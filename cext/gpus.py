@@ -12,7 +12,8 @@ from cext import _engine
 class Gpu:
     """A device as its driver tells of it. number: what ``Device.name`` takes; missing: what the engine needs and it
     lacks, "" where it can be used; memory, free: bytes of its own, and of these what this program may have now.
-    software: the processor in a GPU's place, for tests."""
+    coop: rows, columns and depth of its matrices of halves, "" without. software: the processor in a GPU's place, for
+    tests."""
 
     number: int
     name: str
@@ -25,6 +26,7 @@ class Gpu:
     subgroup: int
     int_dot: bool
     float16: bool
+    coop: str
 
     @property
     def software(self) -> bool:

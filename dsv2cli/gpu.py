@@ -130,7 +130,8 @@ def sizes_of(gguf: Gguf, shape: Hparams) -> Sizes:
 
 def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False, memory: int = 0) -> int:
     """What a device takes for steps of n_tok tokens at most, beside weights and caches (cext/backend/vulkan/room.c).
-    shares: its memory is the host's, and what lies there for the host counts; memory: what it has, or may take."""
+    shares: its memory is the host's, and what lies there for the host counts; memory: what one with matrix units
+    has, or may take."""
     d, heads, used, experts = shape["n_embd"], shape["n_head"], shape["n_expert_used"], shape["n_expert"]
     rank, rope = shape["kv_lora_rank"], shape["qk_rope_head_dim"]
     row = -(-rank // 64) * 64 + -(-rope // 64) * 64
@@ -145,7 +146,7 @@ def step_bytes(shape: Hparams, n_tok: int = STEP, *, shares: bool = False, memor
         host += (shape["n_layer"] + 1) * n_tok * (row + 4) + shape["n_layer"] * slots + n_tok * 2 * d + slots * d
         host += min(n_tok, 64) * shape["n_vocab"]
     others = 4 * (3 * n_tok * d + attention + feed + host) + SUNDRY + (STAGING if shares else 0)
-    return others + _halves_bytes(shape, n_tok, 4 * together * 2 * (rank + row), memory)
+    return others + (_halves_bytes(shape, n_tok, 4 * together * 2 * (rank + row), memory) if memory else 0)
 
 
 def _halves_bytes(shape: Hparams, n_tok: int, attend: int, memory: int) -> int:
@@ -204,13 +205,15 @@ def lay_out(
     n, dense = shape["n_layer"], shape["n_layer_dense"]
     given = None if wish.memory is None else int(wish.memory * share)
     most = min(most, int(gpu.memory * share) if given is None else given)
-    steps = step_bytes(shape, shares=shares, memory=given or gpu.memory)
+    halves = (given or gpu.memory) if gpu.coop else 0
+    steps, long_steps = (step_bytes(shape, n_tok, shares=shares, memory=halves) for n_tok in (STEP, LONG_STEP))
     room = _Room(most - steps)
     if shape["n_expert"] > MOST_EXPERTS or room.left <= CACHE_CHUNK:
         return None
-    longer = with_experts and attends(shape) and _pays_for_long_steps(sizes, shape, room.left - cache_bytes, shares)
+    pays = _pays_for_long_steps(sizes, room.left - cache_bytes, long_steps - steps)
+    longer = with_experts and attends(shape) and pays
     if longer:
-        room.left -= step_bytes(shape, LONG_STEP, shares=shares) - step_bytes(shape, shares=shares)
+        room.left -= long_steps - steps
     cached = -(-cache_bytes // n)
     rounded = 16 * ALIGN + 3 * shape["n_expert"] * (ALIGN + 8)  # of a layer's matrices, and its table of experts
     attention = 0
@@ -252,10 +255,9 @@ def lay_out(
     return Layout(device, tuple(places), sentence, weights, bool(expert or hot))
 
 
-def _pays_for_long_steps(sizes: Sizes, shape: Hparams, left: int, shares: bool) -> bool:
-    """Whether of so many bytes, beside caches and short steps, some are better spent on long steps: few of them, and
+def _pays_for_long_steps(sizes: Sizes, left: int, extra: int) -> bool:
+    """Whether of so many bytes, beside caches and short steps, these are better spent on long steps: few of them, and
     not those that make the difference between all of a model and a part."""
-    extra = step_bytes(shape, LONG_STEP, shares=shares) - step_bytes(shape, shares=shares)
     everything = sum(sizes.attention) + sum(sizes.shared) + sum(sizes.experts) + sizes.head + CACHE_CHUNK
     return extra * LONG_SHARE <= left and not left - extra < everything <= left
 

@@ -23,7 +23,8 @@ ASK = ("chat", "-p", "Tell me a story about a ship.", "-n", "4", "--temp", "0")
 GONE = "import cext; cext.gpus = lambda: (_ for _ in ()).throw(cext.DeviceError('no Vulkan loader', 'get one'))"
 THERE = (
     "import cext, cext.system; cext.system.has_graphics = lambda: True;"
-    " cext.gpus = lambda: [cext.Gpu({number}, 'A Card', '', '1.3.0', '{kind}', '', 8 << 30, 8 << 30, 32, True, True)]"
+    " card = cext.Gpu({number}, 'A Card', '', '1.3.0', '{kind}', '', 8 << 30, 8 << 30, 32, True, True, '');"
+    " cext.gpus = lambda: [card]"
 )
 
 
@@ -33,7 +34,7 @@ READS = "; import dsv2cli.reading as r; r.card_rate = lambda gpu: {card}e9; r.pr
 def card(**given: Any) -> Gpu:
     told: dict[str, Any] = {
         "number": 0, "name": "A Card", "driver": "", "api": "1.3.0", "kind": "discrete", "missing": "",
-        "memory": 8 << 30, "free": 8 << 30, "subgroup": 32, "int_dot": True, "float16": True,
+        "memory": 8 << 30, "free": 8 << 30, "subgroup": 32, "int_dot": True, "float16": True, "coop": "",
     }  # fmt: skip
     return Gpu(**told | given)
 
@@ -41,6 +42,12 @@ def card(**given: Any) -> Gpu:
 def laid_out(free: int, wish: gpu.Wish | None = None, **more: Any) -> gpu.Layout | None:
     with Gguf(PACKAGED) as gguf, Model(PACKAGED) as model:
         return gpu.lay_out(gguf, model.hparams, card(free=free), wish or gpu.Wish("auto"), cache_bytes=8 << 20, **more)
+
+
+def longest_steps(shape: Any, n_tok: int = gpu.STEP) -> int:
+    """Bytes of the device that is there."""
+    told = device()
+    return gpu.step_bytes(shape, n_tok, shares=told["kind"] != gpu.TAKEN, memory=told["memory"] if told["coop"] else 0)
 
 
 def parts(layout: gpu.Layout | None) -> dict[tuple[str, int], int]:
@@ -96,7 +103,7 @@ def test_a_gpu_answers_as_the_processor(where: str) -> None:
     """Of the packaged model, whose likeliest tokens are clear; both arithmetics differ in their last bits."""
     which = number()
     with Model(PACKAGED) as model:
-        most = gpu.step_bytes(model.hparams, shares=device()["kind"] != gpu.TAKEN) + gpu.CACHE_CHUNK + (33 << 20)
+        most = longest_steps(model.hparams) + gpu.CACHE_CHUNK + (33 << 20)
     more = ("--gpu", which) if where == "all of it" else ("--gpu", which, "--vram", str(most))
     placed = dsv2(*ASK, *more, "--json")
     told = json.loads(placed.stdout)
@@ -306,17 +313,20 @@ def test_settings_choose_a_gpu_where_no_line_does(tmp_path: Path) -> None:
 WIDE = variant(SPECS[0], n_layer=4, n_embd=128, n_ff_expert=128, n_expert=128, n_head=2)
 
 
-@pytest.mark.parametrize("vram", [130 << 20, 160 << 20, 180 << 20, 1 << 30])
-def test_a_budget_is_kept(tiny_gguf: Callable[[Spec], Path], vram: int) -> None:
-    """Of all that the engine takes: weights, caches that are full, the longest steps."""
-    path, wish = tiny_gguf(WIDE), gpu.Wish(number(), vram)
+@pytest.mark.parametrize("size", [130 << 20, 160 << 20, 180 << 20, 1 << 30])
+def test_a_budget_is_kept(tiny_gguf: Callable[[Spec], Path], size: int) -> None:
+    """Of all that the engine takes: weights, caches that are full, the longest steps, and what matrix units read."""
+    path = tiny_gguf(WIDE)
     with Model(path) as model, Gguf(path) as gguf:
+        shares = device()["kind"] != gpu.TAKEN
+        vram = size + longest_steps(model.hparams) - gpu.step_bytes(model.hparams, shares=shares)
+        wish = gpu.Wish(number(), vram)
         kv_bytes = model.session(1100).kv_bytes
         layout = gpu.lay_out(gguf, model.hparams, gpu.find(wish), wish, cache_bytes=kv_bytes)
         most = gguf.nbytes
     assert layout is not None and layout.device.memory == vram
     assert layout.weights <= most + (layout.device.hot or 0)
-    assert vram not in (130 << 20, 1 << 30) or bool(layout.device.hot) == (vram < 1 << 30)  # between, devices differ
+    assert size not in (130 << 20, 1 << 30) or bool(layout.device.hot) == (size < 1 << 30)  # between, devices differ
     with Model(path, threads=2, devices=[layout.device], placement=layout.placement) as model:
         session = model.session(1100)
         session.eval(np.arange(1024) % WIDE.n_vocab)
@@ -333,12 +343,12 @@ def test_steps_take_no_more_than_is_reckoned(tmp_path: Path, spec: Spec) -> None
     split = Place("experts", 0, range(spec.n_layer_dense, spec.n_layer), range(spec.n_expert))
     placement = [Place("ends", 1), Place("attention", 1, layers), Place("feed_forward", 1, layers), split]
     with Model(path, threads=2, devices=[Device("vulkan", name=number())], placement=placement) as model:
-        held, shares = model.watched(1).memory, device()["kind"] != gpu.TAKEN
+        held = model.watched(1).memory
         for n in (1, 64, 1024):
             session = model.session(1024)
             session.eval(np.zeros(n, np.int32))
             grown = model.watched(1).memory_most - held
-            assert grown <= gpu.step_bytes(model.hparams, n, shares=shares) + gpu.CACHE_CHUNK
+            assert grown <= longest_steps(model.hparams, n) + gpu.CACHE_CHUNK
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
