@@ -30,14 +30,12 @@ typedef struct widths {
     uint32_t all, head, v, query;
 } widths;
 
-static uint32_t up_to(uint32_t n, uint32_t of) { return ds_gpu_pieces(n, of) * of; }
-
 static widths widths_of(const ds_config *c, uint32_t kind) {
     const uint32_t rank = (uint32_t)c->kv_lora_rank, tail = (uint32_t)c->rope_dim;
     if (kind == DS_ROWS_F32) return (widths){rank + tail, rank + tail, rank, rank + tail};
     if (kind == DS_ROWS_I16) {
         const uint32_t all = (uint32_t)ds_row_pad((int)(rank + tail));
-        return (widths){all, all, up_to(rank, 32), all};
+        return (widths){all, all, ds_gpu_whole(rank, 32), all};
     }
     const uint32_t head = (uint32_t)ds_row_pad((int)rank), all = head + (uint32_t)ds_row_pad((int)tail);
     return (widths){all, head, head, all};
@@ -62,7 +60,7 @@ static bool takes_halves(const ds_gpu_backend *b, uint32_t kind, uint32_t specs[
     if (!m || kind == DS_ROWS_F32 || SUBGROUPS * d->subgroup > MOST_THREADS) return false;
     if (ROWS % m || TAKEN % n || TAKEN % k || !split || SUBGROUPS * m * n % (ROWS * TAKEN)) return false;
     const widths w = widths_of(b->facts.config, kind);
-    const uint32_t width = up_to(w.all, k * split), v = up_to(w.v, SUBGROUPS * n);
+    const uint32_t width = ds_gpu_whole(w.all, k * split), v = ds_gpu_whole(w.v, SUBGROUPS * n);
     if (v > MOST_VALUES || width > MOST_WIDTH || shared_bytes(d, width, v) > d->shared_bytes) return false;
     const uint32_t all[] = {SUBGROUPS * d->subgroup, m, n, k, width, v};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) specs[i] = all[i];

@@ -15,8 +15,6 @@ typedef struct plan {
     uint64_t queries, transposed, sums, tops, latent, tails, keys, values;
 } plan;
 
-static uint32_t up_to(uint32_t n, uint32_t of) { return ds_gpu_pieces(n, of) * of; }
-
 static uint32_t shared_bytes(const plan *p, uint32_t m) {
     return p->taken * (p->width + 8 + p->v + 8) * 2 + SUBGROUPS * m * (p->taken * 4 + (p->taken + 8) * 2);
 }
@@ -30,7 +28,7 @@ static uint64_t carve(uint64_t *at, uint64_t n, uint64_t item) {
 /* Bytes of the plan's tokens and positions, which are laid from `at` on. */
 static uint64_t lay(const ds_config *c, uint32_t rows, uint64_t at, plan *p) {
     const uint64_t heads = (uint64_t)c->n_head, n_pos = (uint64_t)p->n_pos, rank = (uint64_t)c->kv_lora_rank,
-                   n = up_to((uint32_t)p->n_tok, rows), from = at;
+                   n = ds_gpu_whole((uint32_t)p->n_tok, rows), from = at;
     p->queries = carve(&at, n * heads * p->width, 2);
     p->transposed = carve(&at, heads * (uint64_t)c->nope_dim * rank, 2);
     p->sums = carve(&at, n * heads * p->v, 4);
@@ -84,7 +82,7 @@ static bool plan_of(const ds_gpu_backend *b, const ds_gpu_attending *a, plan *p)
     if (!m || !a->alone || ds_gpu_rows_kind(a->store) == DS_ROWS_F32 || d->subgroup % m || m % 8 || n % 8 || k % 8)
         return false;
     if (c->nope_dim % 8 || c->rope_dim % 8 || c->v_dim % 8) return false;
-    *p = (plan){.width = up_to((uint32_t)ds_qk_dim(c), k), .v = up_to((uint32_t)c->v_dim, n)};
+    *p = (plan){.width = ds_gpu_whole((uint32_t)ds_qk_dim(c), k), .v = ds_gpu_whole((uint32_t)c->v_dim, n)};
     if (p->width > MOST_WIDTH || p->v > MOST_VALUES) return false;
     if ((uint32_t)a->n < SUBGROUPS * m / 2) return false; /* most of a workgroup would be idle */
     p->taken = TAKEN;

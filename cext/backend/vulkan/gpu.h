@@ -23,6 +23,9 @@ enum {
 /* Pieces of that size that n are cut into. */
 static inline uint32_t ds_gpu_pieces(uint32_t n, uint32_t size) { return n / size + (n % size != 0); }
 
+/* The least multiple of a size that n are. */
+static inline uint32_t ds_gpu_whole(uint32_t n, uint32_t size) { return ds_gpu_pieces(n, size) * size; }
+
 /* Bytes of a piece that is laid into a buffer. */
 static inline uint64_t ds_gpu_padded(uint64_t bytes) {
     return (bytes + DS_GPU_ALIGN - 1) / DS_GPU_ALIGN * DS_GPU_ALIGN;

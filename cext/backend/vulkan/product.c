@@ -84,12 +84,10 @@ static const char *family(const ds_gpu_product *p, const char *floats, const cha
 
 /* ---- Halves: how many bytes they take ---- */
 
-static uint32_t whole_k(const ds_gpu_info *told, uint32_t k) {
-    return ds_gpu_pieces(k, 2 * told->coop[2]) * 2 * told->coop[2];
-}
+static uint32_t whole_k(const ds_gpu_info *told, uint32_t k) { return ds_gpu_whole(k, 2 * told->coop[2]); }
 
 static uint64_t weights_bytes(const ds_gpu_info *told, uint32_t rows, uint32_t k) {
-    return (uint64_t)ds_gpu_pieces(rows, told->coop[0]) * told->coop[0] * whole_k(told, k) * 2;
+    return (uint64_t)ds_gpu_whole(rows, told->coop[0]) * whole_k(told, k) * 2;
 }
 
 uint64_t ds_gpu_halved_weights(const ds_gpu *gpu, uint32_t rows, uint32_t k) {
@@ -235,9 +233,8 @@ static ds_status halve_weights(ds_gpu *gpu, ds_gpu_commands *c, const factors *f
         cut.y = to;
         cut.rows = at.n_rows;
         cut.row_bytes = f->row_bytes[i];
-        cut.groups = at_group(i ? p->up : p->groups, at.block);
-        if (!p->groups)
-            cut.groups = 0, cut.w = (i ? p->up : p->w) + at.block * p->stride_w + (uint64_t)at.row * f->row_bytes[i];
+        if (p->groups) cut.groups = at_group(i ? p->up : p->groups, at.block);
+        else cut.w = (i ? p->up : p->w) + at.block * p->stride_w + (uint64_t)at.row * f->row_bytes[i];
         const uint32_t specs[] = {HALVES_THREADS, told->coop[0], told->coop[2], f->n, i};
         st = record(gpu, c, "halves", f->format[i], specs, 5, &cut,
                     (uint32_t[]){ds_gpu_pieces(whole_k(told, p->k), HALVES_VALUES),
@@ -327,7 +324,7 @@ ds_status ds_gpu_mul_gated(ds_gpu *gpu, ds_gpu_commands *c, const ds_gpu_halves 
 ds_status ds_gpu_mul_sum(ds_gpu *gpu, ds_gpu_commands *c, ds_format format, const ds_gpu_product *p, uint32_t n_blocks,
                          uint64_t weights, uint64_t others, ds_error *err) {
     const uint32_t item = is_float(format) ? 4 : 32, items = ds_gpu_pieces(p->k, item);
-    const uint32_t chunk = p->k < SUM_CHUNK ? ds_gpu_pieces(p->k, 256) * 256 : SUM_CHUNK;
+    const uint32_t chunk = p->k < SUM_CHUNK ? ds_gpu_whole(p->k, 256) : SUM_CHUNK;
     ds_gpu_product sum = *p;
     uint32_t lanes = 1;
     while (lanes < items && lanes < SUM_LANES) lanes *= 2;

@@ -109,7 +109,7 @@ static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
     const roles role = roles_of(b);
     const uint64_t n = (uint64_t)r->n_tok, heads = (uint64_t)g->n_head, experts = (uint64_t)g->n_expert,
                    slots = n * (uint64_t)g->n_expert_used, together = (uint64_t)ds_gpu_attend_together(b, r->n_tok);
-    const int shared = g->n_expert_shared * g->n_ff_expert;
+    const int shared = g->n_expert_shared * g->n_ff_expert, wide = g->n_ff_dense > shared ? g->n_ff_dense : shared;
     halved h = {0};
     if (role.ends) count_halves(b, &h, n < DS_GPU_LOGIT_ROWS ? n : DS_GPU_LOGIT_ROWS, 1, g->n_vocab, g->n_embd);
     if (role.attends) {
@@ -122,8 +122,8 @@ static void carve_halves(const ds_gpu_backend *b, ds_gpu_room *r, carver *c) {
         count_halves(b, &h, heads * ds_gpu_expand_most(b, r->n_tok), heads, g->v_dim, g->kv_lora_rank);
     }
     if (role.feeds || role.helps) {
-        count_halves(b, &h, n, 2, g->n_ff_dense > shared ? g->n_ff_dense : shared, g->n_embd);
-        count_halves(b, &h, n, 1, g->n_embd, g->n_ff_dense > shared ? g->n_ff_dense : shared);
+        count_halves(b, &h, n, 2, wide, g->n_embd);
+        count_halves(b, &h, n, 1, g->n_embd, wide);
         count_halves(b, &h, slots, 2 * experts, g->n_ff_expert, g->n_embd);
         count_halves(b, &h, slots, experts, g->n_embd, g->n_ff_expert);
     }
