@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,9 @@ LOCAL = "localhost"
 UPLOAD = "/v1/files"  # where a form comes in place of JSON, which is read as it comes: see dialects/batches.py
 MAX_BODY = 32 << 20
 BODY_SECONDS = 30.0
-ALLOWED_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
-PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600"}
+USUAL_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
+HEADER_NAMES = re.compile(r"[\w-]{1,100}(, ?[\w-]{1,100}){0,99}", re.ASCII)
+PREFLIGHT = {"Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Guard:
         try:
             self._check(scope, headers)
             if scope["method"] == "OPTIONS":
-                await _answer(send, 200, PREFLIGHT | {"Access-Control-Allow-Headers": ALLOWED_HEADERS})
+                await _answer(send, 200, self._preflight(headers))
                 return
             if scope["method"] == "POST" and scope["path"] != UPLOAD:
                 receive = await _read_body(receive, headers)
@@ -137,9 +139,9 @@ class Guard:
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         host = headers.get("host")
         check_host(host, self._rules.hosts)
-        check_origin(headers.get("origin"), host, self._rules.origins)
         if scope["method"] == "OPTIONS":
             return
+        check_origin(headers.get("origin"), host, self._rules.origins)
         if scope["path"] not in PUBLIC:
             check_key(headers, self._rules.keys)
         if scope["method"] == "POST":
@@ -150,13 +152,28 @@ class Guard:
             elif kind != "application/json" and not (kind == "" and headers.get("content-length", "0") == "0"):
                 raise ApiError(415, "the Content-Type must be application/json")
 
+    def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What a page's browser is told before the page asks: of a page that is not allowed nothing, which means no.
+        Clients in pages send headers of their own (X-Stainless-...): any may come, and none but the usual is read."""
+        if not is_allowed(headers.get("origin", ""), self._rules.origins):
+            return {}
+        asked = headers.get("access-control-request-headers", "")
+        names = asked if HEADER_NAMES.fullmatch(asked) else USUAL_HEADERS
+        return PREFLIGHT | {"Access-Control-Allow-Headers": names}
+
     def _with_cors(self, send: Send, origin: str | None) -> Send:
+        """With the origin by its name, never all of them: so a page may also ask with its credentials, as those behind
+        a proxy that has people log in do."""
         if origin is None or not is_allowed(origin, self._rules.origins):
             return send
 
         async def marked(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                allow = [(b"Access-Control-Allow-Origin", origin.encode()), (b"Vary", b"Origin")]
+                allow = [
+                    (b"Access-Control-Allow-Origin", origin.encode()),
+                    (b"Access-Control-Allow-Credentials", b"true"),
+                    (b"Vary", b"Origin"),
+                ]
                 message["headers"] = [*message.get("headers", []), *allow]
             await send(message)
 

@@ -65,14 +65,40 @@ def test_origins(server: Served, origin: str | None, status: int) -> None:
     assert server.engine.figures.requests - before == (status == 200)  # refused before any work
     allowed = response.headers.get("access-control-allow-origin")
     assert allowed == (origin if origin == "https://chat.example" else None)
+    assert response.headers.get("access-control-allow-credentials") == ("true" if allowed else None)
 
 
 def test_preflights(server: Served) -> None:
     asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
     answer = server.client.options(CHAT, headers=asked)
     assert answer.status_code == 200 and "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-allow-origin"] == "https://chat.example"
     assert "access-control-allow-private-network" not in answer.headers
-    assert server.client.options(CHAT, headers=asked | {"origin": "http://evil.example"}).status_code == 403
+    assert server.client.options(CHAT, headers=asked | {"host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://chat.example.evil.example", "null", None])
+def test_preflights_of_other_pages_are_told_nothing(server: Served, origin: str | None) -> None:
+    """A browser takes that for a no, and says why where the page's author looks."""
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    answer = server.client.options(CHAT, headers=asked | ({"origin": origin} if origin else {}))
+    assert answer.status_code == 200 and not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("authorization,x-stainless-lang,x-stainless-os", "authorization,x-stainless-lang,x-stainless-os"),
+        ("Authorization", "Authorization"), (None, "authorization, content-type"), ("", "authorization, content-type"),
+        ("a b", "authorization, content-type"), ("x" * 5000, "authorization, content-type"),
+    ],
+)  # fmt: skip
+def test_headers_that_a_page_may_send(server: Served, asked: str | None, told: str) -> None:
+    """OpenAI's client in a page sends a dozen of its own, and asks for each."""
+    headers = {"origin": "https://chat.example", "access-control-request-method": "POST"}
+    headers |= {} if asked is None else {"access-control-request-headers": asked}
+    answer = server.client.options(CHAT, headers=headers)
+    assert answer.headers["access-control-allow-headers"].startswith(told)
 
 
 @pytest.mark.parametrize(
