@@ -35,6 +35,7 @@ THINK_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("◁think▷", 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # transformers': names of the same thing
 SWITCHES = {"enable_thinking": (False, True), "thinking": (False, True), "reasoning_effort": ("none", "high")}
 DATES = {"date_string": "%d %b %Y", "datetime": "%b %d %Y"}  # llama.cpp's: templates' names of today
+FUNCTIONS = "functions"  # what Firefunction's template writes of tools, as text: they are told in another way
 MAX_OPENING = 8  # tokens of an opening tag with its line break
 
 Content = str | Sequence[int] | Sequence[Mapping[str, Any]] | None
@@ -108,7 +109,7 @@ def chat_ids(
         "add_generation_prompt": answer and not continues,
     }
     try:
-        variables |= switches(source, thinking) | _dates(source)
+        variables |= switches(source, thinking) | _dates(source) | _functions(source)
         text = render(source, variables)
         if continues:
             text = _up_to(text, given.content(len(messages) - 1))
@@ -156,6 +157,11 @@ def _dates(source: str) -> dict[str, Traced]:
     """Today, under the names that a template asks for: else Llama's say that it is in July 2024, others nothing."""
     today = datetime.date.today()
     return {name: written(today.strftime(form)) for name, form in DATES.items() if name in free_variables(source)}
+
+
+def _functions(source: str) -> dict[str, Traced]:
+    """No tools, for a template that fails where nobody names them."""
+    return {FUNCTIONS: written("[]")} if FUNCTIONS in free_variables(source) else {}
 
 
 # What the template is shown.

@@ -30,6 +30,7 @@ ORIGIN_HELP = (
 )
 HOST_NAME_HELP = "Answer requests for this host name beside localhost and addresses (may be repeated)."
 ALIAS_HELP = "The model's name, in place of its own, and further names that it answers to."
+TAGS_HELP = "Words that the list of models tells of this one, for programs that choose by them."
 LIMIT_HELP = "Most tokens of an answer that asks for no number."
 VERBOSE_HELP = 'Tell with a chat\'s answer the prompt that it was written from; "verbose": true asks for one.'
 TEMPLATE_HELP = (
@@ -80,6 +81,7 @@ def serve(
     gpu: options.Gpu = "auto",
     vram: options.Vram = None,
     alias: Annotated[str | None, typer.Option("--alias", metavar="NAME,...", help=ALIAS_HELP)] = None,
+    tags: Annotated[str | None, typer.Option("--tags", metavar="WORD,...", help=TAGS_HELP)] = None,
     api_key: Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", help=KEY_HELP)] = None,
     api_key_file: Annotated[
         Path | None, options.place("--api-key-file", metavar="FILE", help="Keys, one a line.")
@@ -119,20 +121,21 @@ def serve(
     from dsv2cli.server import app, process
     from dsv2cli.server.generation import Params
 
-    name, others = names_in(alias)
+    names = names_in("--alias", alias)
     settings = process.Settings(
         context,
         parallel,
         queue,
         cache_bytes,
         kv,
-        name,
+        names[0] if names else None,
         deterministic,
         params=Params(temperature, top_k, top_p, min_p, repeat_penalty, seed=seed),
         n_predict=limit,
         disk=disk,
         slot_folder=slot_save_path,
-        aliases=others,
+        aliases=tuple(names[1:]),
+        tags=tuple(names_in("--tags", tags)),
         thinking=options.THINKING[think],
         template=template_in(template, template_file),
         verbose=verbose,
@@ -156,14 +159,12 @@ def hosts_in(text: str) -> list[str]:
     return hosts
 
 
-def names_in(alias: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """(the name that --alias gives, further ones); None: the model's own. UsageError."""
-    if alias is None:
-        return None, ()
-    first, *others = dict.fromkeys(name.strip() for name in alias.split(","))
-    if not first or not all(others):
-        raise UsageError(f"--alias {alias!r} holds a name of nothing")
-    return first, tuple(others)
+def names_in(option: str, text: str | None) -> list[str]:
+    """The names that an option lists, each once. UsageError."""
+    names = [] if text is None else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise UsageError(f"{option} {text!r} holds a name of nothing")
+    return names
 
 
 def template_in(text: str | None, file: Path | None) -> str | None:

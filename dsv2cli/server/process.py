@@ -260,6 +260,7 @@ def load(
                 settings.name or model.name,
                 settings.params,
                 settings.aliases,
+                settings.tags,
                 settings.verbose,
                 settings.thinking,
                 n_predict=settings.n_predict,
@@ -311,6 +312,7 @@ class Settings:
     disk: tuple[Path, int] | None = None
     slot_folder: Path | None = None
     aliases: tuple[str, ...] = ()  # names beside it
+    tags: tuple[str, ...] = ()  # what the list of models tells of it
     thinking: bool | None = None  # of chats that say nothing about it
     template: str | None = None  # in place of the file's
     verbose: bool = False  # every chat's answer tells its prompt

@@ -51,6 +51,7 @@ class Service:
     name: str
     defaults: Params
     aliases: tuple[str, ...] = ()  # further names
+    tags: tuple[str, ...] = ()  # told in the list of models
     verbose: bool = False  # every chat's answer tells its prompt
     thinking: bool | None = None  # of chats that say nothing about it; None: as the template has it
     fingerprint: str = "b1-dsv2"  # llama-server's form: clients look at its b

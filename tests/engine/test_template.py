@@ -207,6 +207,7 @@ def test_a_template_that_asks_for_the_date_is_told_todays(tmp_path: Path, monkey
     for source, says in (
         (llama + "{{ date_string }}", "03 Feb 2031"),
         ("{{ 'It is ' + datetime }}", "It is Feb 03 2031"),
+        ("{{ 'Functions: ' + functions + '\\nToday is ' + datetime }}", "Functions: []\nToday is Feb 03 2031"),
     ):
         tokenizer = made(tmp_path, source + "{{ messages[0].content }}")
         assert spelt(tokenizer, tokenizer.chat([Message("user", "Hi")])).endswith(says + "Hi")

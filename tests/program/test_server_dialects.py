@@ -89,6 +89,14 @@ def test_anthropic_s_refusals(server: Served, body: dict[str, Any]) -> None:
     assert response.status_code == 400 and told["type"] == "error" and told["error"]["type"] == "invalid_request_error"
 
 
+def test_an_empty_chat_is_answered(server: Served) -> None:
+    """Some clients send one to see that a server is there; the system's text alone may be one."""
+    body = server.asked("/v1/messages", messages=[], max_tokens=3, **GREEDY)
+    assert body["type"] == "message" and body["usage"]["output_tokens"] == 3
+    told = server.asked("/v1/messages", messages=[], system="Go on, and on.", max_tokens=3, **GREEDY)
+    assert told["usage"]["input_tokens"] > body["usage"]["input_tokens"]
+
+
 def test_ollama(server: Served, said: str) -> None:
     options = {"temperature": 0, "num_predict": 9}
     body = server.asked("/api/chat", model="tiny", messages=HI, stream=False, options=options)

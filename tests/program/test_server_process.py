@@ -168,7 +168,7 @@ def test_what_does_not_start(path: Path, options: list[str], code: int, says: st
 
 def test_what_a_server_is_started_with(path: Path) -> None:
     """Names, defaults and a template of its own; parts that are not wanted are not there."""
-    options = ["--alias", "small, tiny,small", "--temp", "0.25", "--top-k", "7", "--seed", "11", "-n", "3"]
+    options = ["--alias", "small, tiny,small", "--tags", "chat, fim", "--temp", "0.25", "--top-k", "7", "--seed", "11", "-n", "3"]
     options += [
         "--no-slots",
         "--no-metrics",
@@ -180,6 +180,7 @@ def test_what_a_server_is_started_with(path: Path) -> None:
     with running(path, *options) as (_, address), httpx.Client(base_url=address, timeout=SECONDS) as client:
         [listed] = client.get("/v1/models").json()["data"]
         assert listed["id"] == "small" and listed["aliases"] == ["small", "tiny"]
+        assert listed["tags"] == ["chat", "fim"]
         assert [client.get(f"/v1/models/{name}").status_code for name in ("small", "tiny", "other")] == [200, 200, 404]
         params = client.get("/props").json()["default_generation_settings"]["params"]
         assert (params["temperature"], params["top_k"], params["seed"]) == (0.25, 7, 11)

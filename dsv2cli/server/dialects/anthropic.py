@@ -46,6 +46,8 @@ def as_chat(body: MessagesRequest) -> ChatRequest:
         messages.append({"role": "system", "content": system})
     for i, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{i}]")
+    if not body.messages:  # some clients send nothing, to see that a server answers
+        messages.append({"role": "user", "content": ""})
     thinks = body.thinking and body.thinking.get("type") != "disabled"
     return ChatRequest(
         messages=messages,

@@ -18,6 +18,7 @@ def model_entry(service: Service) -> dict[str, Any]:
     return {
         "id": service.name,
         "aliases": [service.name, *service.aliases],
+        "tags": list(service.tags),
         "object": "model",
         "created": service.began,
         "owned_by": "dsv2",
