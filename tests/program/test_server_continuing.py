@@ -69,6 +69,25 @@ def test_the_answer_goes_on(server: Served, path: Path, text: str) -> None:
     assert ollama["message"]["content"] == wanted
 
 
+def test_parts_that_are_gone_on_with_are_paragraphs(server: Served, path: Path) -> None:
+    parts = [{"type": "text", "text": "Sure"}, {"type": "text", "text": "so"}]
+    assert content(server, begun(parts)) == raw(server, path, "Sure\n\nso")
+
+
+def test_two_answers_at_the_end_are_not_guessed_about(server: Served) -> None:
+    """Which of them is to be continued, if any, has to be said; dialects without a word for it go on with the last."""
+    twice = [*begun("Sure,"), {"role": "assistant", "content": "and"}]
+    refused = server.post(CHAT, messages=twice, max_tokens=1)
+    assert refused.status_code == 400 and "continue_final_message" in refused.json()["error"]["message"]
+    on = content(server, twice, continue_final_message=True)
+    assert on != content(server, twice, add_generation_prompt=True)
+    assert content(server, [*twice, HI])
+    anthropic = server.asked("/v1/messages", messages=twice, max_tokens=8, **GREEDY)
+    assert anthropic["content"][0]["text"] == on
+    ollama = server.asked("/api/chat", messages=twice, stream=False, options={"num_predict": 8, **GREEDY})
+    assert ollama["message"]["content"] == on
+
+
 def test_a_turn_of_its_own_where_one_is_asked_for(server: Served, path: Path) -> None:
     wanted = raw(server, path, "Sure,", ended=True)
     assert content(server, begun("Sure,"), add_generation_prompt=True) == wanted

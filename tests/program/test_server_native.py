@@ -138,7 +138,7 @@ def test_the_chunk_of_usage_has_timings(server: Served) -> None:
 def test_verbose_tells_the_prompt(server: Served) -> None:
     asked: dict[str, Any] = {"messages": HI, "max_tokens": 2, "temperature": 0, "verbose": True}
     told = server.asked("/chat/completions", **asked)["__verbose"]
-    assert told["prompt"] == server.asked("/apply-template", messages=HI)["prompt"]
+    assert told["prompt"] == BOS + server.asked("/apply-template", messages=HI)["prompt"]
     assert told["generation_settings"]["temperature"] == 0
     assert "__verbose" not in server.asked("/chat/completions", **(asked | {"verbose": False}))
     streamed = [event for event in server.events("/chat/completions", **asked, stream=True) if event != "[DONE]"]
@@ -173,7 +173,9 @@ def test_tokens_there_and_back(server: Served, path: Path) -> None:
 def test_templates(server: Served) -> None:
     messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}]
     prompt = server.asked("/apply-template", messages=messages)["prompt"]
-    assert prompt == f"{BOS}Short.{USER}Hi<｜Assistant｜>"
+    assert prompt == f"Short.{USER}Hi<｜Assistant｜>"  # /completion begins it as it begins every text
+    told = server.asked("/completion", prompt=prompt, n_predict=1)["tokens_evaluated"]
+    assert told == len(server.asked("/tokenize", messages=messages)["tokens"])
     assert server.asked("/apply-template", messages=messages, add_generation_prompt=False)["prompt"] == prompt[:-13]
 
 
@@ -182,16 +184,16 @@ def test_templates_go_on_with_the_last_message(server: Served, text: str) -> Non
     """What is told of a chat's prompt is what the chat is answered from."""
     begun = [*HI, {"role": "assistant", "content": text}]
     prompt = server.asked("/apply-template", messages=begun)["prompt"]
-    assert prompt == f"{BOS}{USER}Hi<｜Assistant｜>{text}"
+    assert prompt == f"{USER}Hi<｜Assistant｜>{text}"
     whole = server.asked("/apply-template", messages=begun, add_generation_prompt=False)["prompt"]
-    assert whole == f"{BOS}{USER}Hi<｜Assistant｜>{text}{EOS}"
+    assert whole == f"{USER}Hi<｜Assistant｜>{text}{EOS}"
     asked = [{}, {"continue_final_message": True, "add_generation_prompt": False}, {"add_generation_prompt": True}]
     for more in asked:
         answer = server.asked("/v1/chat/completions", messages=begun, max_tokens=1, verbose=True, **more)
         ids = server.asked("/tokenize", messages=begun, **more)["tokens"]
         assert len(ids) == answer["usage"]["prompt_tokens"]
         told = server.asked("/apply-template", messages=begun, **more)["prompt"]
-        assert told == answer["__verbose"]["prompt"] == server.asked("/detokenize", tokens=ids)["content"]
+        assert BOS + told == answer["__verbose"]["prompt"] == server.asked("/detokenize", tokens=ids)["content"]
     both = {"continue_final_message": True, "add_generation_prompt": True}
     for way in ("/apply-template", "/tokenize"):
         assert server.post(way, messages=begun, **both).status_code == 400
@@ -203,7 +205,7 @@ def test_templates_are_told_of_tools(server: Served) -> None:
     asked: dict[str, Any] = {"messages": HI, "tools": tools}
     told = server.asked("/apply-template", **asked)["prompt"]
     answer = server.asked("/v1/chat/completions", **asked, max_tokens=1, verbose=True)
-    assert "look_at_it" in told and told == answer["__verbose"]["prompt"]
+    assert "look_at_it" in told and BOS + told == answer["__verbose"]["prompt"]
     assert len(server.asked("/tokenize", **asked)["tokens"]) == answer["usage"]["prompt_tokens"]
 
 

@@ -168,7 +168,8 @@ def test_what_does_not_start(path: Path, options: list[str], code: int, says: st
 
 def test_what_a_server_is_started_with(path: Path) -> None:
     """Names, defaults and a template of its own; parts that are not wanted are not there."""
-    options = ["--alias", "small, tiny,small", "--tags", "chat, fim", "--temp", "0.25", "--top-k", "7", "--seed", "11", "-n", "3"]
+    options = ["--alias", "small, tiny,small", "--tags", "chat, fim", "--temp", "0.25", "--top-k", "7"]
+    options += ["--seed", "11", "-n", "3"]
     options += [
         "--no-slots",
         "--no-metrics",

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dsv2cli.server import answering
 from dsv2cli.server.answering import sse
-from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, prepare, prompt_of
+from dsv2cli.server.dialects.chat import Answer, Asked, ChatRequest, goes_on, prepare, prompt_of
 from dsv2cli.server.errors import ApiError, bad_field
 from dsv2cli.server.generation import Began, Ended, Heard, Piece, take_all
 from dsv2cli.server.service import Service, new_id
@@ -61,6 +61,7 @@ def as_chat(body: MessagesRequest) -> ChatRequest:
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use"),
         reasoning_effort=None if body.thinking is None else "high" if thinks else "none",
+        continue_final_message=goes_on(messages),
     )
 
 

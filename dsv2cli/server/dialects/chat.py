@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from dsv2cli.server.errors import bad_field
 from dsv2cli.server.generation import Ended, Generation, Heard, Job, Piece
 from dsv2cli.server.service import MAX_TOP, Service, new_id
 from dsv2cli.server.splitting import Part, Splitter
-from dsv2cli.server.tools import Call, CallReader, Offer, content_text, parse_offer, with_told
+from dsv2cli.server.tools import Call, CallReader, Offer, parse_offer, with_told
 from dsv2cli.server.wire import Sampled, dump, parse
 
 
@@ -186,7 +186,7 @@ def _thinking(service: Service, body: ChatRequest) -> bool | None:
 
 def _begun(body: ChatRequest, messages: Sequence[Message]) -> str | None:
     """The text of the assistant's that is to be continued; None where an answer of its own is asked for. Without a word
-    about it, as llama-server: the last message is continued if it is the assistant's."""
+    about it, as llama-server: the last message is continued if it is the assistant's, behind one that is not."""
     last, wanted = messages[-1], body.continue_final_message
     if wanted and body.add_generation_prompt:
         raise bad_field("continue_final_message", "and add_generation_prompt cannot both be true")
@@ -195,7 +195,24 @@ def _begun(body: ChatRequest, messages: Sequence[Message]) -> str | None:
         raise bad_field("continue_final_message", "the last message is no text of the assistant's")
     if wanted is None and body.add_generation_prompt is None:
         wanted = is_text
-    return content_text(last) if wanted else None
+        if is_text and len(messages) > 1 and messages[-2].role == "assistant":
+            raise bad_field(
+                "messages",
+                "end in two of the assistant's: continue_final_message goes on with the last,"
+                " add_generation_prompt begins another",
+            )
+    return _in_parts(body.messages[-1]["content"]) if wanted else None
+
+
+def goes_on(messages: Sequence[Any]) -> bool:
+    """Whether a chat of a dialect that has no word for it ends in text of the assistant's, which is continued."""
+    last = messages[-1]
+    return isinstance(last, Mapping) and last.get("role") == "assistant" and not last.get("tool_calls")
+
+
+def _in_parts(content: Any) -> str:
+    """The text that an answer goes on with: parts of it are paragraphs, as for llama-server."""
+    return content if isinstance(content, str) else "\n\n".join(part.get("text", "") for part in content or ())
 
 
 class Answer:

@@ -324,9 +324,12 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 
 async def apply_template(service: Service, request: Request) -> Response:
-    """The prompt that a chat of the same body is answered from."""
+    """The prompt that a chat of the same body is answered from, but for the token that prompts of text begin with
+    anyhow: /completion puts it there."""
     prompt = await prompt_of(service, await answering.body_of(request, ChatRequest))
-    text = await answering.aside(service.spelt, prompt.ids)
+    tokenizer = service.engine.runtime.tokenizer
+    is_put = tokenizer.add_bos and prompt.ids[:1] == [tokenizer.bos]
+    text = await answering.aside(service.spelt, prompt.ids[is_put:])
     return Response(dump({"prompt": text}), media_type=answering.JSON_TYPE)
 
 

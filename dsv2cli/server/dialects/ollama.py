@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from dsv2cli.scheduler import Stats
 from dsv2cli.server import answering
-from dsv2cli.server.dialects.chat import Answer, ChatRequest, at_least_one, prepare
+from dsv2cli.server.dialects.chat import Answer, ChatRequest, at_least_one, goes_on, prepare
 from dsv2cli.server.errors import ApiError
 from dsv2cli.server.generation import Ended, Generation, Heard, Piece, take_all
 from dsv2cli.server.marked import plain
@@ -136,7 +136,12 @@ async def _chat(
 ) -> Response:
     effort = None if body.think is None else "high" if body.think else "none"
     given = ChatRequest(
-        messages=messages, tools=tools, response_format=_form(body.format), reasoning_effort=effort, **_sampling(body)
+        messages=messages,
+        tools=tools,
+        response_format=_form(body.format),
+        reasoning_effort=effort,
+        continue_final_message=goes_on(messages),
+        **_sampling(body),
     )
     asked = await prepare(service, given, request.state.salt)
     [ticket] = service.submit_all([asked.generation])
