@@ -22,6 +22,7 @@ from dsv2cli.scheduler.text import overlap
 from dsv2cli.server.errors import bad_field
 from dsv2cli.server.marked import CLOSE, MARK, OPEN
 from dsv2cli.server.splitting import Part
+from dsv2cli.server.tagged import MAYBE_NEWLINE, TIGHT, Style, Tag, glm, quoted, qwen_coder
 
 if TYPE_CHECKING:
     from cext.tokenizer import Tokenizer
@@ -30,9 +31,8 @@ NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 MAX_SCHEMA = 1 << 20  # characters of all tools
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 NEWLINE, CLOSING = "\n", "}\n"  # what stands between two calls; behind a call's arguments
-OTHER_TAGS = ("<arg_key>", "<function=", "<parameter")  # GLM's and Qwen3-Coder's calls, which are no JSON
+GLM_TAG, CODER_TAGS = "<arg_key>", ("<function=", "<parameter=")  # of calls that are no JSON
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 TOLD = """\
 You can call functions. To call one, answer with nothing but
 <tool_call>
@@ -82,7 +82,8 @@ class Form:
     begin: what begins them, as ``Marked`` spells it; end: what closes each one, if anything; begin_id: begin's token.
     call: matches one call, with the groups name and arguments (or json). write: the body of a grammar's rule of a call,
     given a tool and the name of the rule of its arguments. around: what stands before the first call (after begin) and
-    behind the last one, as grammar; again: before each further one. native: the template describes tools.
+    behind the last one, as grammar; again: before each further one. native: the template describes tools. style: of
+    arguments that are no JSON.
     """
 
     begin: str
@@ -93,25 +94,27 @@ class Form:
     around: tuple[str, str] = ("", "")
     again: str = ""
     native: bool = True
+    style: Style | None = None
 
     def grammar(self, tools: Sequence[Tool], *, begun: bool, several: bool) -> str:
         """Lark: one call or more. begun: the token that begins them has come already."""
-        rules = [f"args{i}: %json {json.dumps({**tool.schema, **TIGHT})}" for i, tool in enumerate(tools)]
+        rules = [rule for i, tool in enumerate(tools) for rule in self._arguments(tool, f"args{i}")]
         rules += [f"call{i}: {self.write(tool, f'args{i}')}" for i, tool in enumerate(tools)]
         begin = "" if begun else f"<[{self.begin_id}]>" if self.begin_id is not None else ""
         calls = "(" + " | ".join(f"call{i}" for i in range(len(tools))) + ")"
         calls += f" ({self.again} {calls})*" if several else ""
         return "\n".join([f"start: {begin} {self.around[0]} {calls} {self.around[1]}", *rules])
 
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    def _arguments(self, tool: Tool, name: str) -> list[str]:
+        if self.style is not None:
+            return self.style.rules(tool.schema, name)
+        return [f"{name}: %json {json.dumps({**tool.schema, **TIGHT})}"]
 
 
 def form_of(tokenizer: Tokenizer) -> Form:
     """The form that a model's vocabulary and template speak of."""
     template = tokenizer.chat_template or ""
-    for make in (_deepseek, _kimi, _mistral, _qwen):
+    for make in (_deepseek, _kimi, _mistral, _tagged, _qwen):
         form = make(tokenizer, template)
         if form is not None and "tools" in free_variables(template):
             return form
@@ -151,9 +154,9 @@ def _deepseek(tokenizer: Tokenizer, template: str) -> Form | None:
 
     def write(tool: Tool, arguments: str) -> str:
         if fenced:
-            name = _quoted(f"{tool.name}\n```json\n")
+            name = quoted(f"{tool.name}\n```json\n")
             return f'{begin_rule} "function" {sep_rule} {name} {arguments} "\\n```" {end_rule}'
-        return f"{begin_rule} {_quoted(tool.name)} {sep_rule} {arguments} {end_rule}"
+        return f"{begin_rule} {quoted(tool.name)} {sep_rule} {arguments} {end_rule}"
 
     return Form(
         _shown("<｜tool▁calls▁begin｜>"),
@@ -176,7 +179,7 @@ def _kimi(tokenizer: Tokenizer, template: str) -> Form | None:
     pattern = rf"{begin}\s*(?:functions\.)?(?P<name>.*?)(?::\d+)?\s*{sep}(?P<arguments>.*?){end}"
 
     def write(tool: Tool, arguments: str) -> str:
-        return f"{begin_rule} {_quoted(f'functions.{tool.name}:')} /[0-9]+/ {sep_rule} {arguments} {end_rule}"
+        return f"{begin_rule} {quoted(f'functions.{tool.name}:')} /[0-9]+/ {sep_rule} {arguments} {end_rule}"
 
     return Form(
         _shown("<|tool_calls_section_begin|>"),
@@ -197,15 +200,47 @@ def _mistral(tokenizer: Tokenizer, template: str) -> Form | None:
     pattern = rf"{begin}(?P<name>.*?){sep}(?P<arguments>.*?)(?={begin}|\Z)"
 
     def write(tool: Tool, arguments: str) -> str:
-        return f"{_quoted(tool.name)} {marks.rules[1]} {arguments}"
+        return f"{quoted(tool.name)} {marks.rules[1]} {arguments}"
 
     return Form(_shown("[TOOL_CALLS]"), "", marks.ids[0], re.compile(pattern, re.DOTALL), write, again=marks.rules[0])
 
 
+def _tagged(tokenizer: Tokenizer, template: str) -> Form | None:
+    """GLM from 4.5 on, Qwen3-Coder: a name, and each argument in tags of its own."""
+    is_glm = GLM_TAG in template
+    if CALL not in template or not (is_glm or all(tag in template for tag in CODER_TAGS)):
+        return None
+    begin, end = Tag.of(tokenizer, CALL), Tag.of(tokenizer, CALL_END)
+    style = glm(tokenizer) if is_glm else qwen_coder()
+    if is_glm:
+        first = Tag.of(tokenizer, GLM_TAG).shown
+        pattern = rf"{begin.shown}(?P<name>.*?)\s*(?P<tagged>{first}.*?)?{end.shown}"
+    else:
+        pattern = rf"{begin.shown}\s*<function=(?P<name>[^>\n]+)>\s*(?P<tagged>.*?)</function>\s*{end.shown}"
+    opening = "" if begin.is_token else begin.rule
+
+    def write(tool: Tool, arguments: str) -> str:
+        if is_glm:
+            return f"{opening} {quoted(tool.name)} {MAYBE_NEWLINE} {arguments} {end.rule}"
+        function = quoted(f"\n<function={tool.name}>\n")
+        return f'{opening} {function} {arguments} "</function>\\n" {end.rule}'
+
+    return Form(
+        _shown(CALL) if begin.is_token else CALL,
+        _shown(CALL_END) if end.is_token else CALL_END,
+        tokenizer.control_id(CALL),
+        re.compile(pattern, re.DOTALL),
+        write,
+        again=f"{MAYBE_NEWLINE} {begin.rule if begin.is_token else ''}",
+        style=style,
+    )
+
+
 def _qwen(tokenizer: Tokenizer, template: str) -> Form | None:
     """Qwen 2.5 and 3, Hermes: a JSON object between tags, which are tokens in most vocabularies. Not what writes
-    arguments in tags of their own."""
-    if CALL not in template or "arguments" not in template or any(tag in template for tag in OTHER_TAGS):
+    arguments in tags that are neither GLM's nor Qwen3-Coder's."""
+    others = (GLM_TAG, *CODER_TAGS)
+    if CALL not in template or "arguments" not in template or any(tag in template for tag in others):
         return None
     marks = _Marks(tokenizer, CALL, CALL_END)
     if not marks.are_there:
@@ -214,9 +249,9 @@ def _qwen(tokenizer: Tokenizer, template: str) -> Form | None:
     pattern = rf"{begin}\s*(?P<json>.*?)\s*(?:{end}|\Z)"
 
     def write(tool: Tool, arguments: str) -> str:
-        return f"{_quoted(_call_begin(tool))} {arguments} {_quoted(CLOSING)} {marks.rules[1]}"
+        return f"{quoted(_call_begin(tool))} {arguments} {quoted(CLOSING)} {marks.rules[1]}"
 
-    again = f"{_quoted(NEWLINE)} {marks.rules[0]}"
+    again = f"{quoted(NEWLINE)} {marks.rules[0]}"
     return Form(_shown(CALL), _shown(CALL_END), marks.ids[0], re.compile(pattern, re.DOTALL), write, again=again)
 
 
@@ -225,7 +260,7 @@ def _told() -> Form:
     pattern = rf"{CALL}\s*(?P<json>.*?)\s*(?:{CALL_END}|\Z)"
 
     def write(tool: Tool, arguments: str) -> str:
-        return f"{_quoted(CALL + _call_begin(tool))} {arguments} {_quoted(CLOSING + CALL_END + NEWLINE)}"
+        return f"{quoted(CALL + _call_begin(tool))} {arguments} {quoted(CLOSING + CALL_END + NEWLINE)}"
 
     return Form(CALL, CALL_END, None, re.compile(pattern, re.DOTALL), write, native=False)
 
@@ -383,8 +418,8 @@ class _Told(msgspec.Struct):
 class CallReader:
     """An answer's parts with its calls read out of them, each as soon as it is complete."""
 
-    def __init__(self, form: Form, names: Sequence[str]) -> None:
-        self._form, self._names = form, frozenset(names)
+    def __init__(self, form: Form, tools: Sequence[Tool]) -> None:
+        self._form, self._schemas = form, {tool.name: tool.schema for tool in tools}
         self._calling = ""  # everything from the mark that begins calls on
         self._at = 0  # how much of it has been read
         self._held = ""  # content that may be the beginning of that mark
@@ -451,7 +486,11 @@ class CallReader:
     def _read(self, match: re.Match[str]) -> Call | None:
         groups = match.groupdict()
         try:
-            if "json" in groups:
+            if "tagged" in groups:
+                name, style = groups["name"].strip(), self._form.style
+                assert style is not None
+                arguments = style.read(groups["tagged"] or "", self._schemas.get(name, {}))
+            elif "json" in groups:
                 call = msgspec.json.decode(groups["json"], type=_Told)
                 name, arguments = call.name, bytes(call.arguments).decode()
             else:
@@ -459,4 +498,4 @@ class CallReader:
                 json.loads(arguments)
         except (ValueError, RecursionError):
             return None
-        return Call(name, arguments) if name in self._names else None
+        return Call(name, arguments) if name in self._schemas else None

@@ -16,9 +16,10 @@ from support.tiny import spec_named, variant
 from support.vocab import V25_TEMPLATE, write_model
 
 from cext.tokenizer import Message, Tokenizer
+from dsv2cli.server.constraints import Grammars
 from dsv2cli.server.errors import ApiError
-from dsv2cli.server.marked import CLOSE, MARK, OPEN
-from dsv2cli.server.splitting import Splitter
+from dsv2cli.server.marked import CLOSE, MARK, OPEN, Marked
+from dsv2cli.server.splitting import Part, Splitter
 from dsv2cli.server.tools import (
     Call,
     CallReader,
@@ -43,6 +44,20 @@ QWEN_TEMPLATE = """\
 {{- '\\n' }}
 {%- endfor %}
 """
+CODER_TEMPLATE = """\
+{%- if tools %}{{ '# Tools' }}{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n' }}{% endif %}
+{%- for m in messages %}
+{{- m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+{%- for name, value in call.function.arguments | items %}
+{{- '<parameter=' + name + '>\\n' }}{{ value if value is string else value | tojson }}{{ '\\n</parameter>\\n' }}
+{%- endfor %}
+{{- '</function>\\n</tool_call>' }}
+{%- endfor %}
+{{- '\\n' }}
+{%- endfor %}
+"""
 HI = [{"role": "user", "content": "Hi"}]
 WEATHER = {
     "type": "function",
@@ -57,6 +72,26 @@ WEATHER = {
     },
 }
 TIME = {"type": "function", "function": {"name": "get_time"}}
+EDIT = {
+    "type": "function",
+    "function": {
+        "name": "edit",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "path": {"type": "string", "maxLength": 12},
+                "text": {"type": "string"},
+                "lines": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+                "mode": {"$ref": "#/$defs/mode"},
+                "dry": {"type": "boolean"},
+                "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            },
+            "required": ["path", "text", "lines"],
+            "additionalProperties": False,
+            "$defs": {"mode": {"type": "string", "enum": ["a", "w"]}},
+        },
+    },
+}
 
 
 class Vocabulary:
@@ -87,6 +122,12 @@ K2 = Vocabulary("{{ tools }}", *KIMI)
 MISTRAL = Vocabulary("{{ tools }}", "[TOOL_CALLS]", "[ARGS]")
 QWEN = Vocabulary("{{ tools }}<tool_call>arguments", "<tool_call>", "</tool_call>")
 HERMES = Vocabulary("{{ tools }}<tool_call>arguments")  # the same as letters
+GLM_TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+GLM = Vocabulary("{{ tools }}<tool_call>arguments<arg_key>", *GLM_TAGS)
+GLM_LETTERS = Vocabulary("{{ tools }}<tool_call>arguments<arg_key>")
+CODER = Vocabulary("{{ tools }}<tool_call><function=f><parameter=p>", "<tool_call>", "</tool_call>")
+CODER_LETTERS = Vocabulary("{{ tools }}<tool_call><function=f><parameter=p>")
+TAGGED = [GLM, GLM_LETTERS, CODER, CODER_LETTERS]
 PLAIN = Vocabulary("{{ messages }}")
 
 ROME, NOW = Call("get_weather", '{"city": "Rome", "days": 2}'), Call("get_time", "{}")
@@ -129,6 +170,48 @@ ANSWERS: list[tuple[Any, str, list[Call], str]] = [
         [ROME, NOW],
         "So.",
     ),
+    (
+        GLM,
+        "So.[<tool_call>]get_weather\n[<arg_key>]city[</arg_key>]\n[<arg_value>]Rome[</arg_value>]\n"
+        "[<arg_key>]days[</arg_key>]\n[<arg_value>]2[</arg_value>]\n[</tool_call>]\n[<tool_call>]get_time[</tool_call>]",
+        [ROME, NOW],
+        "So.",
+    ),
+    (
+        GLM,  # 4.7's, and letters that spell a tag
+        "[<tool_call>]edit[<arg_key>]path[</arg_key>][<arg_value>]1[</arg_value>]"
+        '[<arg_key>]text[</arg_key>][<arg_value>] </arg_value> {"a": 1}\n[</arg_value>]'
+        "[<arg_key>]lines[</arg_key>][<arg_value>][1, 2][</arg_value>][<arg_key>]note[</arg_key>]"
+        "[<arg_value>]null[</arg_value>][</tool_call>]",
+        [Call("edit", '{"path": "1", "text": " </arg_value> {\\"a\\": 1}\\n", "lines": [1, 2], "note": null}')],
+        "",
+    ),
+    (
+        GLM_LETTERS,
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value>"
+        "<arg_key>days</arg_key><arg_value>two</arg_value></tool_call> then",
+        [Call("get_weather", '{"city": "Rome", "days": "two"}')],  # no number: the client is told what was written
+        " then",
+    ),
+    (
+        CODER,
+        "So.\n[<tool_call>]\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n"
+        "</parameter>\n</function>\n[</tool_call>]\n[<tool_call>]\n<function=get_time>\n</function>\n[</tool_call>]",
+        [ROME, NOW],
+        "So.\n",
+    ),
+    (
+        CODER_LETTERS,
+        "<tool_call>\n<function=edit>\n<parameter=path>\na\n</parameter>\n<parameter=text>\n\nif x:\n    y\n\n"
+        "</parameter>\n"
+        "<parameter=lines>\n[]\n</parameter>\n<parameter=dry>\nTrue\n</parameter>\n<parameter=note>\n5\n</parameter>\n"
+        "</function>\n</tool_call>",
+        [Call("edit", '{"path": "a", "text": "\\nif x:\\n    y\\n", "lines": [], "dry": true, "note": "5"}')],
+        "",
+    ),
+    (CODER, "[<tool_call>]\n<function=get_time>\nnonsense\n</function>\n[</tool_call>]", [], None),
+    (CODER, "[<tool_call>]\n<function=get_time>\n</func", [], None),
+    (GLM, "[<tool_call>]nobody[</tool_call>]", [], None),
     (QWEN, 'typed <tool_call>\n{"name": "get_time"}\n</tool_call>', [], None),
     (HERMES, '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>', [NOW], ""),
     (
@@ -176,7 +259,7 @@ def pieces(text: str, size: int) -> Iterator[str]:
 @pytest.mark.parametrize("size", [1, 3, 1000])
 @pytest.mark.parametrize(("vocabulary", "answer", "calls", "content"), ANSWERS)
 def test_calls_are_read(vocabulary: Any, answer: str, calls: list[Call], content: str | None, size: int) -> None:
-    splitter, reader = Splitter(vocabulary), CallReader(form_of(vocabulary), ["get_weather", "get_time"])
+    splitter, reader = Splitter(vocabulary), CallReader(form_of(vocabulary), parse_tools([WEATHER, TIME, EDIT]))
     said, found = "", []
     for piece in pieces(marked(vocabulary, answer), size):
         parts, new = reader.feed(splitter.feed(piece))
@@ -213,17 +296,18 @@ def test_a_choice_among_some_tools() -> None:
     assert [tool.name for tool in loose.tools] == ["get_time"] and not loose.must and not loose.several
 
 
-@pytest.mark.parametrize("vocabulary", [V3, V31, K2, MISTRAL, QWEN, HERMES, PLAIN])
+@pytest.mark.parametrize("vocabulary", [V3, V31, K2, MISTRAL, QWEN, HERMES, PLAIN, *TAGGED])
 @pytest.mark.parametrize("begun", [False, True])
 def test_grammars_are_grammars(vocabulary: Any, begun: bool) -> None:
-    grammar = form_of(vocabulary).grammar(parse_tools([WEATHER, TIME]), begun=begun, several=True)
+    grammar = form_of(vocabulary).grammar(parse_tools([WEATHER, TIME, EDIT]), begun=begun, several=True)
     assert llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(grammar)) == "", grammar
 
 
 def test_whose_form_is_whose() -> None:
-    for vocabulary, native in ((QWEN, True), (HERMES, True), (PLAIN, False)):
+    for vocabulary, native in ((QWEN, True), (HERMES, True), (PLAIN, False), *((one, True) for one in TAGGED)):
         assert form_of(vocabulary).native is native
-    for other in ("<arg_key>", "<function=f>", "<parameter=p>"):  # calls in tags, which are told in our own form
+        assert (form_of(vocabulary).style is not None) == (vocabulary in TAGGED)
+    for other in ("<function=f>", "<parameter=p>"):  # calls in other tags, which are told in our own form
         assert not form_of(
             Vocabulary(f"{{{{ tools }}}}<tool_call>arguments{other}", "<tool_call>", "</tool_call>")
         ).native
@@ -245,6 +329,60 @@ def test_a_call_is_shown_as_its_template_takes_it(tmp_path: Path) -> None:
     message = Message("assistant", None, {"tool_calls": [call]})
     assert History(objects=True).shown(message) == message  # no JSON: as it came
     assert History(empty=True).shown(message).content == ""
+
+
+EDITED = {"path": "a b.py", "text": "\nif <x>:\n    '\"'\n", "lines": [1, 2], "mode": "w", "dry": False, "note": "é"}
+
+
+@pytest.mark.parametrize("template", [FAMILIES["glm"], CODER_TEMPLATE], ids=["glm", "coder"])
+def test_calls_in_tags_there_and_back(tmp_path: Path, template: str) -> None:
+    """What the template writes of a call is read as that call, and is what the grammar holds an answer to."""
+    tokenizer = Tokenizer(write_family(tmp_path / "v.gguf", template))
+    form, tools = form_of(tokenizer), parse_tools([EDIT, TIME])
+    assert form.begin_id is not None and form.style is not None
+    grammars = Grammars(tokenizer, [tokenizer.eos or 0])
+
+    def written(arguments: dict[str, Any]) -> list[int]:
+        function = {"name": "edit", "arguments": json.dumps(arguments)}
+        call = Message("assistant", "", {"tool_calls": [{"id": "c", "type": "function", "function": function}]})
+        ids = tokenizer.chat([Message("user", "Hi"), History(objects=True).shown(call)], answer=False)
+        at = ids.index(form.begin_id or 0)
+        return ids[at : ids.index(tokenizer.control_id("</tool_call>") or 0, at) + 1]
+
+    def is_followed(ids: list[int], begun: bool) -> bool:
+        grammar = grammars.lark(form.grammar(tools, begun=begun, several=True))
+        matcher = llguidance.LLMatcher(grammars.prepare(), grammar, log_level=0)
+        ids = ids[begun:]
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    ids, stream = written(EDITED), Marked(tokenizer)
+    reader = CallReader(form, tools)
+    reader.feed([Part("control", "<tool_call>")])
+    _, calls = reader.feed([Part("content", "".join(map(stream.feed, ids[1:])))])
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("edit", EDITED)]
+    for begun in (False, True):
+        assert is_followed(ids, begun) and is_followed(ids + ids, begun)
+        assert is_followed(written({name: EDITED[name] for name in ("path", "text", "lines")}), begun)
+        for wrong in ({"path": "longer than it may be"}, {"mode": "x"}, {"lines": ["a"]}, {"dry": 1}, {"other": 1}):
+            assert not is_followed(written(EDITED | wrong), begun), wrong
+        assert not is_followed(written({"path": "a"}), begun)
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, {}, {"type": "object", "properties": 5}])
+@pytest.mark.parametrize("vocabulary", TAGGED)
+def test_arguments_that_no_schema_names(vocabulary: Any, schema: dict[str, Any]) -> None:
+    form = form_of(vocabulary)
+    grammar = form.grammar([Tool("f", schema)], begun=False, several=True)
+    assert llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(grammar)) == "", grammar
+    values = {'["a"]': ["a"], "5": 5, "a 5": "a 5", "NaN": "NaN", "1e400": "1e400", "[" * 9000: "[" * 9000}
+    assert form.style is not None
+    for text, value in values.items():
+        written = f"<parameter=k>\n{text}\n</parameter>"
+        if vocabulary is GLM:
+            written = marked(vocabulary, f"[<arg_key>]k[</arg_key>][<arg_value>]{text}[</arg_value>]")
+        elif vocabulary is GLM_LETTERS:
+            written = f"<arg_key>k</arg_key><arg_value>{text}</arg_value>"
+        assert json.loads(form.style.read(written, schema)) == {"k": value}
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +430,23 @@ def test_a_template_that_knows_qwens_calls(tmp_path: Path) -> None:
         [choice] = server.asked(CHAT, **asked, parallel_tool_calls=False, seed=1)["choices"]
         [made] = choice["message"]["tool_calls"]
         assert made["function"]["name"] in ("get_weather", "get_time") and choice["message"]["content"] is None
+
+
+@pytest.mark.parametrize("template", [FAMILIES["glm"], CODER_TEMPLATE], ids=["glm", "coder"])
+def test_a_call_in_tags_that_must_come(tmp_path: Path, template: str) -> None:
+    """Of a random model, in letters: whole and streamed."""
+    path: Path = write_model(tmp_path / "tiny.gguf", variant(spec_named("lite"), n_ctx=4096), template)
+    asked: dict[str, Any] = {"messages": HI, "tools": [WEATHER, TIME], "max_tokens": 400, "seed": 3}
+    asked |= {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}, "temperature": 1.5}
+    with served(path, dataclasses.replace(USUAL, n_ctx=2048)) as server:
+        [choice] = server.asked(CHAT, **asked)["choices"]
+        [call] = choice["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["city"] in ("Rome", "Oslo") and 1 <= arguments["days"] <= 9
+        assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
+        *chunks, _ = server.events(CHAT, **asked, stream=True)
+        [streamed] = [c for chunk in chunks for c in chunk["choices"][0]["delta"].get("tool_calls", [])]
+        assert streamed["function"] == call["function"]
 
 
 def test_tools_cost_nothing_where_none_may_be_called(server: Served) -> None:

@@ -222,10 +222,9 @@ class Answer:
         tokenizer = service.engine.runtime.tokenizer
         self._service = service
         self._splitter = Splitter(tokenizer, tokenizer.decode(asked.generation.opening))
-        names = [tool.name for tool in asked.offer.tools]
         if asked.begun:
             self._splitter.begin(asked.begun)
-        self._calls = CallReader(service.tool_form, names) if names else None
+        self._calls = CallReader(service.tool_form, asked.offer.tools) if asked.offer.tools else None
         self.content, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
