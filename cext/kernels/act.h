@@ -43,7 +43,8 @@ static void act_pack_row(int t, int n_tok, int k, const float *x, void *act) {
         i8_eights32(q + i, b, m->eights);
 #endif
 #if DS_ROW_CROSSED
-        i8_crossed32(q + i, scale, sums, b, m);
+        i8_crossed32(q + i, scale, b, m);
+        i8_woven32(q + i, scale, sums, b, m);
 #endif
 #if DS_LESS_128
         for (int j = 0; j < 8; j++)

@@ -28,7 +28,8 @@ enum {
 #define DS_LESS_128 0
 #endif
 
-/* Without a 32-bit dot instruction some other formats have an order of their own too (simd_x86_crossed.h). */
+/* Without a 32-bit dot instruction some other formats have orders of their own too (simd_x86_crossed.h,
+ * simd_x86_woven.h). */
 #if defined(__AVX2__) && !DS_LESS_128
 #define DS_ROW_CROSSED 1
 #else
@@ -53,10 +54,11 @@ typedef struct act_meta {
 #if DS_ROW_CROSSED
     int8_t crossed[4][2][32]; /* the values again: of blocks 2 j and 2 j + 1 the first halves, then the second ones */
     int8_t crossed_abs[4][2][32]; /* without their signs */
-    int16_t crossed_sum[16]; /* sums of each 16, of blocks 0 2 4 6 1 3 5 7 */
-    float crossed_scale[8]; /* of these blocks */
     float spread[4][8]; /* scale of block 2 j four times, then that of block 2 j + 1 */
-    float spread_pairs[4][8]; /* spread, of every second block over 4: for pairs of bits left where they are */
+    int8_t woven[4][2][32]; /* the values again: of these blocks the even dwords in turns, then the odd ones */
+    float woven_scale[4][8]; /* their scales in turns */
+    float woven_pairs[4][8]; /* woven_scale, of every second block over 4: for pairs of bits left where they are */
+    int16_t woven_sum[16]; /* sums of each 16 */
 #endif
 #if DS_LESS_128
     int32_t less_128[64]; /* -128 times the sum of each 4: takes 128 off signed codes made unsigned */

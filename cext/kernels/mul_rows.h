@@ -2,7 +2,7 @@
  * of it decoded into registers and used for each token: the pace is the memory's.
  *
  * A format plugs in as functions that decode the scales of 256 values and then 64 of them at a time, or as those of
- * mul_crossed.h; a grid format as one that decodes all, or as those of mul_eights.h. */
+ * mul_crossed.h or mul_woven.h; a grid format as one that decodes all, or as those of mul_eights.h. */
 #pragma once
 
 /* Each half of four bytes in a byte of its own; each pair of bits of two bytes likewise. */
@@ -33,6 +33,7 @@ DS_INLINE uint64_t scales_iq4_xs(const ds_block_IQ4_XS *b) {
 #endif
 #if DS_ROW_CROSSED
 #include "kernels/mul_crossed.h"
+#include "kernels/mul_woven.h"
 #endif
 
 typedef v64 (*row_codes_fn)(const void *block, int j);
@@ -51,6 +52,8 @@ typedef struct row_format {
 #if DS_ROW_CROSSED
     crossed_codes_fn crossed; /* formats whose values lie crossed */
     crossed_scales_fn crossed_scales;
+    woven_codes_fn woven; /* formats whose values lie woven */
+    woven_scales_fn woven_scales;
 #endif
     row_codes_fn codes; /* formats without a grid: 64 values, the j-th of four */
     row_scales_fn scales;
@@ -204,35 +207,44 @@ DS_INLINE void row_take_group(row_format f, const char *w, int n_tok, const act_
 #endif
 
 #if DS_ROW_CROSSED
-/* The scales of half h of blocks 2 j and 2 j + 1, and what of the float ones they share. */
-DS_INLINE v32 row_crossed_scale(row_format f, const row_crossed *w, int j, int h) {
-    return f.block_elements < ACT_GROUP ? w->scale : crossed_scale(w->scale, f.per_16 ? 2 * j + h : j);
-}
-DS_INLINE f8 row_crossed_d(row_format f, const row_crossed *w, int j) {
-    return f.block_elements < ACT_GROUP ? crossed_spread(w->d, j) : w->d;
-}
-
 /* Add the products of the first n values of the group at w. */
 DS_INLINE void row_take_crossed(row_format f, const char *w, int n, int n_tok, const act_rows *a, size_t group,
                                 row_sum sums[]) {
     const row_crossed own = f.crossed_scales(w);
+    const bool small = f.block_elements < ACT_GROUP;
     DS_UNROLL
     for (int j = 0; j < n / 64; j++) {
         const v32 q[2] = {f.crossed(w, j, 0), f.crossed(w, j, 1)};
-        const v32 scale[2] = {row_crossed_scale(f, &own, j, 0), row_crossed_scale(f, &own, j, 1)};
-        const f8 d = row_crossed_d(f, &own, j);
+        const v32 scale = small ? own.scale : crossed_scale(own.scale, j);
+        const f8 d = small ? crossed_spread(own.d, j) : own.d;
         DS_UNROLL
         for (int t = 0; t < n_tok; t++) {
             const act_meta *x = a->meta + (size_t)t * a->n_groups + group;
-            const f8 unit = f8_mul(d, f8_load(f.split ? x->spread_pairs[j] : x->spread[j]));
             f8 *y = &sums[t].y[j / 2][j % 2];
-            *y = f8_fma(crossed_dots(f.is_signed, q, x, j, scale), unit, *y);
+            *y = f8_fma(crossed_dots(q, x, j, scale), f8_mul(d, f8_load(x->spread[j])), *y);
         }
     }
-    if (f.min_factor == 0.0f) return;
+}
+
+/* Add the products of the group at w. */
+DS_INLINE void row_take_woven(row_format f, const char *w, int n_tok, const act_rows *a, size_t group, row_sum sums[]) {
+    const row_woven own = f.woven_scales(w);
+    f8 y[DS_ROW_TOKENS];
+    DS_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const v32 q[2] = {f.woven(w, j, 0), f.woven(w, j, 1)};
+        const v32 scale = woven_scale(own.scale, j);
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) {
+            const act_meta *x = a->meta + (size_t)t * a->n_groups + group;
+            const f8 dots = woven_dots(q, x, j, scale), unit = f8_load(f.split ? x->woven_pairs[j] : x->woven_scale[j]);
+            y[t] = j ? f8_fma(dots, unit, y[t]) : f8_mul(dots, unit);
+        }
+    }
     DS_UNROLL
     for (int t = 0; t < n_tok; t++) {
-        const f8 min = crossed_min(own.min, a->meta + (size_t)t * a->n_groups + group);
+        const f8 min = woven_min(own.min, a->meta + (size_t)t * a->n_groups + group);
+        sums[t].y[0][0] = f8_fma(y[t], own.d, sums[t].y[0][0]);
         sums[t].min = f8_fma(min, own.dmin, sums[t].min);
     }
 }
@@ -251,6 +263,10 @@ DS_INLINE void row_take(row_format f, const char *w, int n, int n_tok, const act
 #if DS_ROW_CROSSED
     if (f.crossed) {
         row_take_crossed(f, w, n, n_tok, a, group, sums);
+        return;
+    }
+    if (f.woven) {
+        row_take_woven(f, w, n_tok, a, group, sums);
         return;
     }
 #endif
@@ -339,19 +355,21 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
 #define ROW_PARTS(id) .codes = row_codes_##id, .scales = row_scales_##id
 #if DS_ROW_CROSSED
 #define ROW_PARTS_CROSSED(id) .crossed = crossed_codes_##id, .crossed_scales = crossed_scales_##id
+#define ROW_PARTS_WOVEN(id) .woven = woven_codes_##id, .woven_scales = woven_scales_##id
 #else
 #define ROW_PARTS_CROSSED ROW_PARTS
+#define ROW_PARTS_WOVEN ROW_PARTS
 #endif
 MUL_ROWS(Q4_0, ROW_PARTS(Q4_0), .min_factor = 8)
 MUL_ROWS(Q4_1, ROW_PARTS(Q4_1), .min_factor = -1)
 MUL_ROWS(Q5_0, ROW_PARTS(Q5_0), .min_factor = 16)
 MUL_ROWS(Q5_1, ROW_PARTS(Q5_1), .min_factor = -1)
 MUL_ROWS(Q8_0, ROW_PARTS(Q8_0), .is_signed = true)
-MUL_ROWS(Q2_K, ROW_PARTS_CROSSED(Q2_K), .split = DS_ROW_SPLIT || DS_ROW_CROSSED, .per_16 = true, .min_factor = 1)
-MUL_ROWS(Q3_K, ROW_PARTS_CROSSED(Q3_K), .split = DS_ROW_CROSSED, .per_16 = true, .min_factor = 4)
+MUL_ROWS(Q2_K, ROW_PARTS_WOVEN(Q2_K), .split = DS_ROW_SPLIT || DS_ROW_CROSSED, .per_16 = true, .min_factor = 1)
+MUL_ROWS(Q3_K, ROW_PARTS_WOVEN(Q3_K), .split = DS_ROW_CROSSED, .per_16 = true, .min_factor = 4)
 MUL_ROWS(Q4_K, ROW_PARTS(Q4_K), .split = DS_ROW_SPLIT, .min_factor = 1)
 MUL_ROWS(Q5_K, ROW_PARTS(Q5_K), .min_factor = 1)
-MUL_ROWS(Q6_K, ROW_PARTS(Q6_K), .per_16 = true, .min_factor = 32)
+MUL_ROWS(Q6_K, ROW_PARTS_WOVEN(Q6_K), .per_16 = true, .min_factor = 32)
 MUL_ROWS(IQ4_NL, ROW_PARTS_CROSSED(IQ4_NL), .is_signed = true)
 MUL_ROWS(IQ4_XS, ROW_PARTS_CROSSED(IQ4_XS), .is_signed = true)
 

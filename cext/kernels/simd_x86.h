@@ -151,4 +151,5 @@ DS_INLINE void vf_transpose(vf v[8]) {
 #include "kernels/simd_x86_grid.h"
 #if DS_ROW_CROSSED
 #include "kernels/simd_x86_crossed.h"
+#include "kernels/simd_x86_woven.h"
 #endif

@@ -1,29 +1,16 @@
-/* simd_x86_crossed.h: products along a row without a 32-bit dot instruction.
+/* simd_x86_crossed.h: products along a row, without a 32-bit dot instruction, of signed codes.
  *
  * 64 values, blocks 2 j and 2 j + 1 of 32, lie "crossed" in two vectors: the first halves of both blocks, then the second ones. Sums
  * of two products get scales that are whole numbers in the step that makes 32 bits of 16, and a vector of sums is of two blocks,
  * so that half as many are made floats. Activations are packed in the same order (act_meta.crossed). */
 #pragma once
 
-/* Of 256 values: scales that are whole numbers, and minimums; d and dmin. */
+/* Of 256 values: scales that are whole numbers, and d. */
 typedef struct row_crossed {
-    v32 scale; /* words: of each 16 values in the order of crossed_bytes; of each 32 values 0 2 4 6, then the others */
-    v32 min; /* words, of each 16 values in that order */
+    v32 scale; /* words: of each 32 values 0 2 4 6, then the others */
     f8 d; /* alike, or of each 32 values where blocks are no larger: then scales are 1 */
-    f8 dmin;
 } row_crossed;
 
-/* 16 bytes as 0 1 4 5 8 9 12 13, then the others. */
-DS_INLINE v16 crossed_bytes(v16 bytes) {
-    return _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-}
-/* So ordered, as words: signed bytes, and the halves of bytes. */
-DS_INLINE v32 crossed_words(v16 bytes) { return _mm256_cvtepi8_epi16(crossed_bytes(bytes)); }
-DS_INLINE void crossed_nibbles(v16 bytes, v32 *low, v32 *high) {
-    const v32 words = _mm256_cvtepu8_epi16(crossed_bytes(bytes));
-    *low = _mm256_and_si256(words, _mm256_set1_epi16(15));
-    *high = _mm256_srli_epi16(words, 4);
-}
 /* Eight signed bytes, of each 32 values, as words in the order of row_crossed.scale. */
 DS_INLINE v32 crossed_words_32(v16 bytes) {
     const v16 order = _mm_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7);
@@ -49,57 +36,34 @@ DS_INLINE v16 v16_sub(v16 a, v16 b) { return _mm_sub_epi8(a, b); }
 DS_INLINE v16 v16_bytes(uint64_t bytes) { return _mm_cvtsi64_si128((long long)bytes); }
 DS_INLINE v32 v32_or(v32 a, v32 b) { return _mm256_or_si256(a, b); }
 DS_INLINE v32 v32_lookup(const int8_t table[16], v32 index) { return vi_lookup(table, index); }
-DS_INLINE v32 v32_words(int x) { return _mm256_set1_epi16((short)x); }
-/* 16 bytes in both lanes; 16 at p, then 16 at q. */
-DS_INLINE v32 v32_twice(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
+DS_INLINE v32 v32_ones(void) { return _mm256_set1_epi16(1); }
+DS_INLINE v32 v32_nibbles(v32 a, bool high) {
+    return _mm256_and_si256(high ? _mm256_srli_epi16(a, 4) : a, _mm256_set1_epi8(15));
+}
+/* 16 bytes at p, then 16 at q. */
 DS_INLINE v32 v32_two(const void *p, const void *q) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(p)), _mm_loadu_si128(q), 1);
 }
-/* Of every byte the bits of `low`, in the second lane those of `high`. */
-DS_INLINE v32 v32_and(v32 a, int low, int high) {
-    return _mm256_and_si256(a, _mm256_set_m128i(_mm_set1_epi8((char)high), _mm_set1_epi8((char)low)));
-}
-/* Bits moved down by `low`, in the second lane by `high`, up where either is negative; what comes in from neighbours is for the
- * caller to mask away. */
-DS_INLINE v32 v32_shift(v32 a, int low, int high) {
-    if (low == high) return low ? x86_shift(a, low) : a;
-    if (low < 0 || high < 0) return _mm256_sllv_epi64(a, _mm256_set_epi64x(-high, -high, -low, -low));
-    return _mm256_srlv_epi64(a, _mm256_set_epi64x(high, high, low, low));
-}
-
-/* The products of 64 values times their scales, summed by fours: of block 2 j, then of 2 j + 1. Signed codes are above -128 and
- * get the activations' signs. */
-DS_INLINE f8 crossed_dots(bool is_signed, const v32 q[2], const act_meta *x, int j, const v32 scale[2]) {
+/* The products of 64 values times their scales, summed by fours: of block 2 j, then of 2 j + 1. Codes are above -128 and get the
+ * activations' signs. */
+DS_INLINE f8 crossed_dots(const v32 q[2], const act_meta *x, int j, v32 scale) {
     v32 sums[2];
     DS_UNROLL
     for (int h = 0; h < 2; h++) {
-        const v32 own = x86_load(x->crossed[j][h]);
-        const v32 words = is_signed ? _mm256_maddubs_epi16(x86_load(x->crossed_abs[j][h]), _mm256_sign_epi8(q[h], own))
-                                    : _mm256_maddubs_epi16(q[h], own);
-        sums[h] = _mm256_madd_epi16(words, scale[h]);
+        const v32 own = _mm256_sign_epi8(q[h], x86_load(x->crossed[j][h]));
+        sums[h] = _mm256_madd_epi16(_mm256_maddubs_epi16(x86_load(x->crossed_abs[j][h]), own), scale);
     }
     return _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
 }
-/* The minimums' part over dmin; a lane is a block. */
-DS_INLINE f8 crossed_min(v32 min, const act_meta *x) {
-    const f8 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(min, x86_load(x->crossed_sum)));
-    return f8_mul(sums, f8_load(x->crossed_scale));
-}
 
-/* Pack 32 values, block b of a group, their scale and the sums of their halves. */
-DS_INLINE void i8_crossed32(const int8_t q[32], float scale, const int sums[2], int b, act_meta *m) {
-    const int place = b / 2 + 4 * (b % 2);
-    m->crossed_scale[place] = scale;
+/* Pack 32 values, block b of a group, and their scale. */
+DS_INLINE void i8_crossed32(const int8_t q[32], float scale, int b, act_meta *m) {
     DS_UNROLL
     for (int h = 0; h < 2; h++) {
         const v16 half = v16_load(q + 16 * h);
         _mm_store_si128((__m128i *)m->crossed[b / 2][h] + b % 2, half);
         _mm_store_si128((__m128i *)m->crossed_abs[b / 2][h] + b % 2, _mm_abs_epi8(half));
-        m->crossed_sum[2 * place + h] = (int16_t)sums[h];
     }
     DS_UNROLL
-    for (int i = 4 * (b % 2); i < 4 * (b % 2) + 4; i++) {
-        m->spread[b / 2][i] = scale;
-        m->spread_pairs[b / 2][i] = b % 2 ? scale / 4.0f : scale;
-    }
+    for (int i = 4 * (b % 2); i < 4 * (b % 2) + 4; i++) m->spread[b / 2][i] = scale;
 }
