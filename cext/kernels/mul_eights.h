@@ -34,7 +34,7 @@ ROW_EIGHTS(IQ2_XS) { return eights_entries8(a, grid_IQ2_XS, 16, 511, e, half); }
 
 ROW_AHEAD(IQ3_XXS) {
     const ds_block_IQ3_XXS *b = block;
-    a->index[0] = a->index[1] = b->qs;
+    a->index[0] = b->qs;
     eights_take_tails(a, x86_load(b->tail), f32_of_f16(b->d) / 4.0f);
 }
 ROW_EIGHTS(IQ3_XXS) { return eights_entries4(a, grid_IQ3_XXS, 8, 255, e, half); }
@@ -48,6 +48,6 @@ ROW_AHEAD(IQ3_S) {
     eights_signs_load(a, b->signs);
     eights_scales_32(a, f8_fma(f8_bytes(spread_nibbles(packed)), f8_set(2.0f * d), f8_set(d)));
 }
-ROW_EIGHTS(IQ3_S) { return eights_entries4(a, grid_IQ3_S, 0, 0xffff, e, half); }
+ROW_EIGHTS(IQ3_S) { return eights_entries4(a, grid_IQ3_S, 16, 0xffff, e, half); }
 
 #endif

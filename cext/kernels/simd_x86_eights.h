@@ -114,30 +114,39 @@ DS_INLINE void eights_scales_16(row_ahead *a, v16 sc, float d) {
 DS_INLINE v32 eights_blend(const __m256i q[4]) {
     return _mm256_blend_epi32(_mm256_blend_epi32(q[0], q[1], 0x0c), _mm256_blend_epi32(q[2], q[3], 0xc0), 0xf0);
 }
-/* Entries of eight values by indices of `bits` (8 or 16). */
+/* The e-th index at p, of `bits`; loaded by itself, or taken out of all of eight bytes in a register. */
+DS_INLINE size_t eights_index(const uint8_t *p, int bits, int mask, int e, bool in_register) {
+    uint64_t all;
+    uint16_t word;
+    if (in_register) {
+        memcpy(&all, p, sizeof all);
+        return all >> bits * e & (unsigned)mask;
+    }
+    if (mask < 256) return p[bits / 8 * e];
+    memcpy(&word, p + bits / 8 * e, sizeof word);
+    return word & (unsigned)mask;
+}
+/* Entries of eight values by indices of `bits` (8 or 16). Of bytes a quarter and else half are taken out of registers: more
+ * wait for instructions, fewer for loads. */
 DS_INLINE v32 eights_entries8(const row_ahead *a, const uint64_t *grid, int bits, int mask, int e, int half) {
     __m256i q[4];
     DS_UNROLL
     for (int b = 0; b < 4; b++) {
-        const uint8_t *at = a->index[0] + 32 * half + 8 * b + bits / 8 * e;
-        uint16_t index = *at;
-        if (bits == 16) memcpy(&index, at, sizeof index);
-        q[b] = _mm256_set1_epi64x((long long)grid[index & mask]);
+        const uint8_t *at = a->index[0] + 32 * half + 8 * b;
+        q[b] = _mm256_set1_epi64x((long long)grid[eights_index(at, bits, mask, e, b < bits / 8)]);
     }
     return eights_blend(q);
 }
-/* Pairs of entries of four values, by indices of 16 bits, whose first begins at bit 0 or, of odd ones, at `odd`. They are taken
- * out of general registers: there are so many that loads are what is scarce. */
-DS_INLINE v32 eights_entries4(const row_ahead *a, const uint32_t *grid, int odd, int mask, int e, int half) {
+/* Pairs of entries of four values, by indices of 16 bits of two planes, or by bytes. */
+DS_INLINE v32 eights_entries4(const row_ahead *a, const uint32_t *grid, int bits, int mask, int e, int half) {
     __m256i q[4];
     DS_UNROLL
     for (int b = 0; b < 4; b++) {
-        uint64_t qword[2];
-        DS_UNROLL
-        for (int i = 0; i < 2; i++) memcpy(&qword[i], a->index[i] + 32 * half + 8 * b, sizeof *qword);
-        const uint32_t first = grid[qword[0] >> 16 * e & (unsigned)mask];
-        const uint32_t second = grid[qword[1] >> (16 * e + odd) & (unsigned)mask];
-        q[b] = _mm256_blend_epi32(_mm256_set1_epi32((int)first), _mm256_set1_epi32((int)second), 0xaa);
+        const size_t at = 32 * (size_t)half + 8 * (size_t)b;
+        const bool bytes = bits == 8;
+        const size_t first = eights_index(a->index[0] + at, bits, mask, bytes ? 2 * e : e, b < 2);
+        const size_t second = eights_index(a->index[!bytes] + at, bits, mask, bytes ? 2 * e + 1 : e, b < 2);
+        q[b] = _mm256_blend_epi32(_mm256_set1_epi32((int)grid[first]), _mm256_set1_epi32((int)grid[second]), 0xaa);
     }
     return eights_blend(q);
 }
