@@ -9,7 +9,7 @@ speed drifts: a figure is the median of the rounds, the spread their range over 
 of them, which other work on the machine changes less). The limits (the dot instruction on data in L1, a plain read of
 memory, the clock) are measured in the same rounds. Cycles are of 256 values of a row, with its share of a row's
 beginning and end. `ggml` is the same product by the libggml that llama-cpp-python brings, which also quantises the
-activations each time.
+activations each time; `--ggml avx2=FOLDER` adds `ggml-avx2`, by a libggml built for that instruction set alone.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from support.kernels import aligned, pack
 
 import cext
 from cext import _engine
+from dsv2cli import benchmark
 
 ROWS, K = 1408, 2048
 MIB = 1024  # of all experts: more than the largest caches hold
@@ -43,11 +44,11 @@ PEAK_ROUNDS = 50_000
 CLOCK_ROUNDS = 1_000_000
 MEMORY, L1 = "memory", "L1"
 Typical = Callable[[list[float]], float]  # of the rounds, the one that is told
-GGML = "ggml"  # beside the instruction sets
+GGML = "ggml"  # beside the instruction sets; one built for a set is GGML-SET
 TOKENS = (1, 4, 8, 32, 128, 512)
 COLUMNS = (
-    "format", "isa", "weights_in", "tokens", "gops", "percent_of_peak", "gb_s", "percent_of_read", "cycles_per_256",
-    "bytes_per_cycle", "ghz", "read_gb_s", "spread_percent",
+    "machine", "format", "isa", "weights_in", "tokens", "gops", "percent_of_peak", "gb_s", "percent_of_read",
+    "cycles_per_256", "bytes_per_cycle", "ghz", "read_gb_s", "spread_percent",
 )  # fmt: skip
 
 
@@ -96,8 +97,7 @@ class Plan(ctypes.Structure):
 class Ggml:
     """ggml's matrix product on one thread, through its public functions."""
 
-    def __init__(self) -> None:
-        folder = Path(llama_cpp.__file__).parent / "lib"
+    def __init__(self, folder: Path) -> None:
         base, cpu = (
             ctypes.CDLL(str(next(p for p in sorted(folder.iterdir()) if p.name.startswith(name))))
             for name in ("libggml-base.", "libggml-cpu.")
@@ -164,26 +164,30 @@ def seconds(run: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
+def own_isa(isa: str) -> str:
+    """The instruction set whose limits a row is held against."""
+    return cext.isas()[0] if isa == GGML else isa.removeprefix(f"{GGML}-")
+
+
 def products(
-    ring: Ring, isas: list[str], tokens: list[int], places: list[str]
+    ring: Ring, isas: list[str], ggmls: dict[str, Ggml], tokens: list[int], places: list[str]
 ) -> Iterator[tuple[Case, Callable[[], object]]]:
     """What runs a product of each instruction set and number of tokens."""
-    ggml = Ggml() if GGML in isas else None
     rng = np.random.default_rng(1)
     for n_tok in tokens:
         x = rng.normal(0.0, 1.0, (n_tok, K)).astype(np.float32)
         for isa in isas:
             for where in places:
-                if isa != GGML:
+                if isa not in ggmls:
                     yield Case(ring.name, isa, n_tok, where), ours(isa, ring, x, where)
-                elif ggml and where == MEMORY:
-                    yield Case(ring.name, isa, n_tok), ggml.product(ring, x)
+                elif where == MEMORY:
+                    yield Case(ring.name, isa, n_tok), ggmls[isa].product(ring, x)
 
 
 def limits(ring: Ring, isas: list[str]) -> Iterator[tuple[Case, Callable[[], object]]]:
     """The dot instruction, a plain read and the clock. ggml is held against the best instruction set's."""
     for isa in isas:
-        own = cext.isas()[0] if isa == GGML else isa
+        own = own_isa(isa)
         yield Case("peak", isa, 0), lambda own=own: _engine._dot_peak(own, PEAK_ROUNDS)
         yield Case("read", isa, 0), lambda own=own: _engine._read_all(own, ring.next())
         yield Case("clock", isa, 0), lambda own=own: _engine._chain(own, CLOCK_ROUNDS)
@@ -202,7 +206,7 @@ def in_rounds(runs: dict[Case, Callable[[], object]], n_rounds: int) -> dict[Cas
 def row_of(case: Case, times: dict[Case, list[float]], row_bytes: int, typical: Typical) -> tuple[object, ...]:
     """The columns of a case."""
     middle = {c: typical(t) for c, t in times.items()}
-    own = cext.isas()[0] if case.isa == GGML else case.isa
+    own = own_isa(case.isa)
     peak = 2 * _engine._dot_peak(own, PEAK_ROUNDS) / middle[Case("peak", case.isa, 0)]
     read = ROWS * row_bytes / middle[Case("read", case.isa, 0)]
     hertz = _engine._chain(own, CLOCK_ROUNDS) / middle[Case("clock", case.isa, 0)]
@@ -212,7 +216,7 @@ def row_of(case: Case, times: dict[Case, list[float]], row_bytes: int, typical: 
     spread = (max(times[case]) - min(times[case])) / middle[case]
     rates = (ops / 1e9, 100 * ops / peak, rate / 1e9, 100 * rate / read)
     figures = (*rates, cycles, rate / hertz, hertz / 1e9, read / 1e9, 100 * spread)
-    return (case.format, case.isa, case.where, case.n_tok, *(f"{x:.1f}" for x in figures))
+    return (benchmark.machine(), case.format, case.isa, case.where, case.n_tok, *(f"{x:.1f}" for x in figures))
 
 
 def main() -> None:
@@ -226,14 +230,20 @@ def main() -> None:
     parser.add_argument("--least", action="store_true", help="the shortest of the rounds, not their median")
     parser.add_argument("--l1", action="store_true", help="also with a row in L1")
     parser.add_argument("--mib", type=int, default=MIB, help="of weights, through which products go in turn")
+    parser.add_argument("--ggml", action="append", default=[], metavar="ISA=FOLDER", help="also of the libggml there")
     options = parser.parse_args()
+    folders = {f"{GGML}-{isa}": Path(folder) for isa, folder in (pair.split("=", 1) for pair in options.ggml)}
+    chosen = [*(options.isa or isas), *folders]
+    if GGML in chosen:
+        folders[GGML] = Path(llama_cpp.__file__).parent / "lib"
+    ggmls = {name: Ggml(folder) for name, folder in folders.items()}
     out = options.output.open("w", encoding="utf-8", newline="") if options.output else sys.stdout
     table = csv.writer(out)
     table.writerow(COLUMNS)
     for name in options.format or CODED_FORMATS:
-        ring, chosen = Ring(name, options.mib << 20), options.isa or isas
+        ring = Ring(name, options.mib << 20)
         places = [MEMORY, L1] if options.l1 else [MEMORY]
-        runs = dict(limits(ring, chosen)) | dict(products(ring, chosen, options.tokens or list(TOKENS), places))
+        runs = dict(limits(ring, chosen)) | dict(products(ring, chosen, ggmls, options.tokens or list(TOKENS), places))
         times = in_rounds(runs, options.rounds)
         for case in runs:
             if case.format == name:
