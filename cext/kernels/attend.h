@@ -56,9 +56,10 @@ typedef struct attend_block {
     float *keep;            /* (n_rows): what the sums so far are worth under the new maximum */
     float *gain;            /* (shares, n_rows): what a unit of a weight is worth */
     float value_scale[DS_ATTEND_BLOCK_Q8]; /* (n) of the values; unset for floats */
-    bool ready;             /* the first run of keys is in cache */
-    const char *ahead;      /* bytes brought into cache while values are added up: of the block to come */
-    size_t ahead_bytes;
+    bool ready;             /* the keys are in cache */
+    row_runs next;          /* of the block to come, brought into cache meanwhile */
+    size_t
+        in_scores; /* bytes of each of its rows that come while scores are made; the rest, while values are added up */
 } attend_block;
 
 /* The scales of a run of rows, brought into cache: too little for a processor to see them coming. */
@@ -83,8 +84,9 @@ DS_INLINE void attend_scores(const attend_block *b) {
         product_f32(&p);
         return;
     }
-    p.lead = b->ready && b->keys.n > 1 ? b->keys.run[0].n : 2 * DS_ROW_TILE;
-    p.within = b->ahead_bytes;
+    p.lead = 2 * DS_ROW_TILE;
+    p.within = b->next.n;
+    if (b->ready) p.next = &b->next, p.next_bytes = b->in_scores;
     for (int i = 1; i < b->keys.n; i++) prefetch_scales(&b->keys.run[i].rows, b->keys.run[i].n);
     prefetch_scales(&b->keys.next, b->keys.run[0].n);
     if (kind == DS_ROWS_I16) {
@@ -94,8 +96,7 @@ DS_INLINE void attend_scores(const attend_block *b) {
     product_query(&p);
     if (!b->q.k_tail) return;
     p.tail = true;
-    p.lead = 2 * DS_ROW_TILE;
-    p.within = false;
+    p.next = NULL;
     p.k = b->q.k_tail;
     p.panel = b->q.tail;
     p.col_scale = b->q.tail_scale;
@@ -141,16 +142,31 @@ DS_INLINE void attend_weights8(const attend_block *b, int lane) {
     }
 }
 
+/* The largest scores of one vector of queries; what a query does not see becomes -infinity. */
+DS_INLINE vf attend_top(const attend_block *b, int lane) {
+    enum { CHAINS = 4 }; /* one would wait for each maximum */
+    float *s = b->scores + lane;
+    vf top[CHAINS];
+    DS_UNROLL
+    for (int i = 0; i < CHAINS; i++) top[i] = vf_set(-INFINITY);
+    if (b->visible)
+        for (int j = 0; j < b->n; j++) {
+            float *at = s + (size_t)j * (size_t)b->n_rows;
+            vf_store(at, vf_below(vf_load(at), b->first_pos + j, vi_load(b->visible + lane)));
+        }
+    int j = 0;
+    for (; j + CHAINS <= b->n; j += CHAINS)
+        DS_UNROLL for (int i = 0; i < CHAINS; i++) top[i] =
+            vf_max(vf_load(s + (size_t)(j + i) * (size_t)b->n_rows), top[i]);
+    for (; j < b->n; j++) top[0] = vf_max(vf_load(s + (size_t)j * (size_t)b->n_rows), top[0]);
+    return vf_max(vf_max(top[0], top[1]), vf_max(top[2], top[3]));
+}
+
 /* Softmax of one vector of queries over the block: weights into the place of scores, m and l brought up to date. */
 DS_INLINE void attend_softmax(const attend_block *b, int lane) {
     const ds_attend *job = b->job;
     const float *value_scale = b->kind == DS_ROWS_F32 ? NULL : b->value_scale;
-    vf top = vf_set(-INFINITY);
-    for (int j = 0; j < b->n; j++) {
-        float *s = b->scores + (size_t)j * (size_t)b->n_rows + lane;
-        if (b->visible) vf_store(s, vf_below(vf_load(s), b->first_pos + j, vi_load(b->visible + lane)));
-        top = vf_max(vf_load(s), top);
-    }
+    const vf top = attend_top(b, lane);
     /* A query that sees nothing yet has a maximum of -infinity: shifted by the lowest float, its weights are 0. */
     const vf old = vf_load(job->m + lane), lowest = vf_set(-FLT_MAX);
     const vf new_max = vf_max(top, old), shift = vf_max(top, lowest), base = vf_max(new_max, lowest);
@@ -222,48 +238,72 @@ DS_INLINE void value_panel(dot_type type, const ds_rows *values, int n, int v_di
     }
 }
 
+enum { VALUE_ROWS = 2 * DS_ROW_TILE / DS_VALUE_VECS /* rows of sums that a tile keeps in registers */ };
+
 /* What is brought into cache beside other work, in even steps; a step of 0: nothing. */
 typedef struct prefetcher {
     const char *at;
     size_t step;
 } prefetcher;
 
-DS_INLINE void value_dots(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
-                          size_t n_cols, vi sums[DS_ROW_TILE][2], bool any, prefetcher *ahead) {
-    for (int p = 0; p < k; p++, weights += n_rows, panel += n_cols) {
-        if (any) __builtin_prefetch(ahead->at += ahead->step, 0, 2);
-        const vi columns[2] = {vi_load(panel), vi_load(panel + DS_LANES)};
+/* What tile `tile` of n_tiles, of n_steps steps each, brings: its share of what scores have left of the block to come. */
+DS_INLINE prefetcher value_ahead(const attend_block *b, size_t tile, size_t n_tiles, size_t n_steps) {
+    if (!b->next.n) return (prefetcher){0};
+    const size_t per_run = n_tiles > (size_t)b->next.n ? n_tiles / (size_t)b->next.n : 1, run = tile / per_run;
+    if (run >= (size_t)b->next.n) return (prefetcher){0};
+    const ds_rows *rows = &b->next.run[run].rows;
+    const size_t n = (size_t)b->next.run[run].n, data = n * rows->row_bytes, begin = n * b->in_scores;
+    const size_t piece = (data + n * b->job->keys.layout.tail_bytes - begin) / per_run;
+    const size_t at = begin + tile % per_run * piece;
+    return (prefetcher){at < data ? (const char *)rows->data + at : (const char *)rows->tail + (at - data),
+                        (piece + n_steps - 1) / n_steps};
+}
+
+DS_INLINE void value_dots(dot_type type, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
+                          vi sums[VALUE_ROWS][DS_VALUE_VECS], bool any, prefetcher ahead) {
+    for (int p = 0; p < k; p++, weights += n_rows, panel += VALUE_COLS) {
+        if (any) {
+            __builtin_prefetch(ahead.at, 0, 2);
+            ahead.at += ahead.step;
+        }
+        vi columns[DS_VALUE_VECS];
         DS_UNROLL
-        for (int i = 0; i < rows; i++) dot_vecs(type, 2, sums[i], vi_dword_load(weights + i), columns);
+        for (int v = 0; v < DS_VALUE_VECS; v++) columns[v] = vi_load(panel + v * DS_LANES);
+        DS_UNROLL
+        for (int i = 0; i < VALUE_ROWS; i++)
+            dot_vecs(type, DS_VALUE_VECS, sums[i], vi_dword_load(weights + i), columns);
     }
 }
 
-/* acc rows [row, row + rows) of two vectors of columns: times keep (NULL: 1), plus gain times weights . values. */
-DS_INLINE void value_tile(dot_type type, int rows, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
-                          size_t n_cols, const float *keep, const float *gain, float *acc, size_t ld,
-                          prefetcher *ahead) {
-    vi sums[DS_ROW_TILE][2];
+/* acc rows [0, VALUE_ROWS) of a tile's columns: times keep (NULL: 1), plus gain times weights . values. */
+DS_INLINE void value_tile(dot_type type, int k, const uint32_t *weights, size_t n_rows, const uint32_t *panel,
+                          const float *keep, const float *gain, float *acc, size_t ld, prefetcher ahead) {
+    vi sums[VALUE_ROWS][DS_VALUE_VECS];
     DS_UNROLL
-    for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = vi_set(0);
-    if (ahead->step) value_dots(type, rows, k, weights, n_rows, panel, n_cols, sums, true, ahead);
-    else value_dots(type, rows, k, weights, n_rows, panel, n_cols, sums, false, ahead);
+    for (int i = 0; i < VALUE_ROWS; i++) DS_UNROLL for (int v = 0; v < DS_VALUE_VECS; v++) sums[i][v] = vi_set(0);
+    if (ahead.step) value_dots(type, k, weights, n_rows, panel, sums, true, ahead);
+    else value_dots(type, k, weights, n_rows, panel, sums, false, ahead);
+    /* All is loaded before anything is stored: rows lie 2 KB apart, and a load waits for a store that is as far into its
+     * page of 4 KB. */
     DS_UNROLL
-    for (int i = 0; i < rows; i++, acc += ld) {
-        DS_UNROLL
-        for (int v = 0; v < 2; v++) {
-            float *out = acc + v * DS_LANES;
-            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]), old = vf_load(out);
-            vf_store(out, vf_fma(x, vf_set(gain[i]), keep ? vf_mul(old, vf_set(keep[i])) : old));
+    for (int i = 0; i < VALUE_ROWS; i++) DS_UNROLL for (int v = 0; v < DS_VALUE_VECS; v++) {
+            const vf x = type == DOT_F32 ? vi_as_float(sums[i][v]) : vi_to_float(sums[i][v]);
+            const vf old = vf_load(acc + (size_t)i * ld + (size_t)(v * DS_LANES));
+            sums[i][v] = vf_as_int(vf_fma(x, vf_set(gain[i]), keep ? vf_mul(old, vf_set(keep[i])) : old));
         }
-    }
+    DS_UNROLL
+    for (int i = 0; i < VALUE_ROWS; i++)
+        DS_UNROLL for (int v = 0; v < DS_VALUE_VECS; v++)
+            vf_store(acc + (size_t)i * ld + (size_t)(v * DS_LANES), vi_as_float(sums[i][v]));
 }
 
 DS_INLINE void attend_values(dot_type type, const attend_block *b) {
     const int per_dword = type == DOT_F32 ? 1 : type == DOT_I16 ? 2 : 4;
     const size_t n_rows = (size_t)b->n_rows;
     DS_ALIGNED uint32_t panel[DS_ATTEND_BLOCK * VALUE_COLS];
-    const size_t tiles = ds_row_pad(b->job->v_dim) / (2 * DS_LANES) * (n_rows / DS_ROW_TILE);
-    prefetcher ahead = {b->ahead, b->ahead_bytes / (tiles * (size_t)(b->n / per_dword + 1))};
+    const size_t n_shares = (size_t)((b->n + b->share - 1) / b->share), n_cols = ds_row_pad(b->job->v_dim);
+    const size_t n_tiles = n_shares * n_cols / (DS_VALUE_VECS * DS_LANES) * (n_rows / VALUE_ROWS);
+    size_t tile = 0;
     for (int col = 0; col < b->job->v_dim; col += VALUE_COLS) {
         for (int i = 0; i < b->values.n; i++)
             value_panel(type, &b->values.run[i].rows, b->values.run[i].n, b->job->v_dim, col,
@@ -271,12 +311,12 @@ DS_INLINE void attend_values(dot_type type, const attend_block *b) {
         for (int begin = 0, s = 0; begin < b->n; begin += b->share, s++) {
             const int n = b->n - begin < b->share ? b->n - begin : b->share, k = (n + per_dword - 1) / per_dword;
             const uint32_t *weights = (const uint32_t *)(const void *)b->scores + (size_t)(begin / per_dword) * n_rows;
-            for (int c = 0; c < VALUE_COLS; c += 2 * DS_LANES)
-                for (int row = 0; row < b->n_rows; row += DS_ROW_TILE)
-                    value_tile(type, DS_ROW_TILE, k, weights + row, n_rows,
-                               panel + (size_t)(begin / per_dword) * VALUE_COLS + c, VALUE_COLS,
+            for (int c = 0; c < VALUE_COLS; c += DS_VALUE_VECS * DS_LANES)
+                for (int row = 0; row < b->n_rows; row += VALUE_ROWS, tile++)
+                    value_tile(type, k, weights + row, n_rows, panel + (size_t)(begin / per_dword) * VALUE_COLS + c,
                                s ? NULL : b->keep + row, b->gain + (size_t)s * n_rows + row,
-                               b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc, &ahead);
+                               b->job->acc + (size_t)row * b->job->ld_acc + (size_t)(col + c), b->job->ld_acc,
+                               value_ahead(b, tile, n_tiles, (size_t)k));
         }
     }
 }
@@ -314,28 +354,24 @@ DS_INLINE void attend_enter(attend_block *b, int at, int n) {
                (size_t)b->values.run[i].n * sizeof *b->value_scale);
 }
 
-/* What is to be brought into cache for the rows to come: those of the job, then what its caller names. */
-DS_INLINE void attend_look_ahead(attend_block *b, int at, int most) {
+/* What is to be brought into cache: the rows of the job's next block, or of the job to come. Half of it comes while
+ * scores are made, unless they wait for rows of their own. */
+DS_INLINE void attend_look_ahead(attend_block *b, int at, int most, int size) {
     const ds_attend *job = b->job;
-    const int next = at + b->n;
-    b->ready = at ? b->ahead_bytes : job->ready;
-    b->ahead_bytes = 0;
-    if (b->kind == DS_ROWS_F32 || job->values.blocks) return;
-    if (next < most) {
-        const ds_rows rows = ds_table_rows(&job->keys, next);
-        b->ahead = rows.data;
-        b->ahead_bytes = (size_t)ds_table_run(&job->keys, next, most) * rows.row_bytes;
-    } else if (job->ahead) {
-        b->ahead = job->ahead;
-        b->ahead_bytes = job->ahead_bytes;
-    }
+    const int next = at + b->n, left = next < most ? most - next : job->n_next;
+    b->ready = at ? b->next.n : job->ready;
+    b->next.n = 0;
+    b->in_scores = b->ready ? (job->keys.layout.row_bytes + job->keys.layout.tail_bytes) / 2 : 0;
+    if (b->kind == DS_ROWS_F32 || job->values.blocks || left <= 0) return;
+    const ds_row_table *rows = next < most ? &job->keys : &job->next;
+    row_runs_of(rows, next < most ? next : 0, left < size ? left : size, 0, &b->next);
 }
 
 void DS_OF(attend)(const ds_attend *job) {
     const ds_row_kind kind = job->keys.layout.kind;
     const int n_rows = ds_attend_pad(job->n_rows), size = kind == DS_ROWS_Q8 ? DS_ATTEND_BLOCK_Q8 : DS_ATTEND_BLOCK;
     attend_block b;
-    b.ahead = NULL, b.ahead_bytes = 0;
+    b.next.n = 0;
     b.job = job;
     b.kind = job->values.blocks ? job->values.layout.kind : kind;
     b.q = query_at(kind, n_rows, job->n, job->n_tail, job->q);
@@ -348,7 +384,7 @@ void DS_OF(attend)(const ds_attend *job) {
     attend_limits(job, &least, &most);
     for (int at = 0; at < most; at += size) {
         attend_enter(&b, at, most - at < size ? most - at : size);
-        attend_look_ahead(&b, at, most);
+        attend_look_ahead(&b, at, most, size);
         b.visible = least < at + b.n ? job->visible : NULL;
         attend_scores(&b);
         for (int lane = 0; lane < n_rows; lane += DS_LANES) attend_softmax(&b, lane);

@@ -215,7 +215,7 @@ typedef enum dot_type {
 } dot_type;
 
 /* sums[v] + a . b[v], where a is a dword for all lanes: broadcast once, for loads are as scarce as dots. */
-DS_INLINE void dot_vecs(dot_type type, int vecs, vi sums[2], vi_dword a, const vi b[2]) {
+DS_INLINE void dot_vecs(dot_type type, int vecs, vi *sums, vi_dword a, const vi *b) {
     DS_UNROLL
     for (int v = 0; v < vecs; v++) {
         if (type == DOT_F32) sums[v] = vf_as_int(vf_fma(vi_dword_as_float(a), vi_as_float(b[v]), vi_as_float(sums[v])));
@@ -258,13 +258,16 @@ typedef struct row_product {
     size_t ld;
     int lead; /* rows are brought into cache as many rows ahead of their turn; 0: not at all */
     bool within; /* of these rows alone: somebody else brings those behind them */
+    const row_runs *next; /* NULL, or rows that are brought there instead, run by run: */
+    size_t next_bytes;    /* so many bytes a row, from the run's start */
 } row_product;
 
 /* One run of a product's rows. */
 typedef struct row_part {
     int n;
     const char *rows, *next; /* next: NULL where nothing is to be brought into cache */
-    size_t row_bytes;
+    size_t row_bytes, next_bytes;
+    int lead;
     const float *scale; /* (n), or NULL: 1 */
     const int32_t *sum; /* (n) sums of the rows' values, where queries carry a bias */
     float *out;
@@ -281,7 +284,12 @@ DS_INLINE row_part row_part_of(const row_product *p, int i) {
         part.rows = rows->data, part.next = next->data;
         part.row_bytes = rows->row_bytes, part.scale = rows->scale, part.sum = rows->sum;
     }
+    part.lead = p->lead, part.next_bytes = part.row_bytes;
     if (p->within && i + 1 == p->rows->n) part.next = NULL;
+    if (p->next) {
+        part.next = i < p->next->n ? p->next->run[i].rows.data : NULL;
+        part.lead = part.n, part.next_bytes = p->next_bytes;
+    }
     return part;
 }
 
@@ -321,11 +329,11 @@ DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int 
     for (int i = 0; i < rows; i++)
         DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, part, row + i);
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
-    const int to = row + p->lead;
-    const bool here = to < part->n, any = p->lead && (here || part->next);
+    const int to = row + part->lead;
+    const bool here = to < part->n, any = part->lead && (here || part->next);
     const char *ahead = here || !any ? part->rows + (size_t)(any ? to : row) * row_bytes
-                                     : part->next + (size_t)(to - part->n) * row_bytes;
-    const size_t step = any ? (size_t)rows * row_bytes / (size_t)n : 0;
+                                     : part->next + (size_t)(to - part->n) * part->next_bytes;
+    const size_t step = any ? (size_t)rows * (here ? row_bytes : part->next_bytes) / (size_t)n : 0;
     for (int k = 0; k < n; k++, a += paired ? 8 : 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
         const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};

@@ -141,8 +141,8 @@ typedef struct ds_attend {
     size_t ld_acc;
     void *scratch; /* ds_attend_scratch */
     bool ready; /* the first block of keys is likely to be in cache */
-    const void *ahead; /* what to bring there meanwhile, for the job to come; NULL: nothing */
-    size_t ahead_bytes;
+    ds_row_table next; /* keys of the job to come, n_next of them: their first block is brought there meanwhile */
+    int n_next;
 } ds_attend;
 
 static inline size_t ds_attend_scratch(int n_rows) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #define DS_ROW_TILE 8   /* rows by two vectors of sums in registers */
+#define DS_VALUE_VECS 2 /* vectors of values by rows of sums */
 #define DS_QUERY_BIAS 0 /* both sides of the dot instruction are signed */
 
 DS_INLINE vi vf_to_int(vf a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); } /* to the nearest, ties to even */

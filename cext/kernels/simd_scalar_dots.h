@@ -2,6 +2,7 @@
 #pragma once
 
 #define DS_ROW_TILE 4
+#define DS_VALUE_VECS 2
 #define DS_QUERY_BIAS 0
 
 typedef uint32_t vi, vi_dword;

@@ -180,9 +180,8 @@ static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, i
     const int next = part + lane->worker->nth;
     if (next < g->n_parts) {
         const int from = part_begin(g, n_pos, next);
-        const ds_row_table rows = ds_kv_table(kv, il - s->weights->layer_begin, 0, 0, from);
-        job.ahead = ds_table_rows(&rows, 0).data;
-        job.ahead_bytes = (size_t)ds_table_run(&rows, 0, n_pos - from) * rows.layout.row_bytes;
+        job.next = ds_kv_table(kv, il - s->weights->layer_begin, 0, 0, from);
+        job.n_next = part_begin(g, n_pos, next + 1) - from;
     }
     for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
     memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);
