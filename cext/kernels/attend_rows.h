@@ -159,16 +159,16 @@ void DS_OF(rows_put)(const ds_rows *rows, int i, int n, int n_tail, float *x) {
 /* ---- Panels: columns of dwords, in groups of ROW_COLS ----
  *
  * A last group of DS_LANES columns would leave a tile one vector of columns for each broadcast dword. Where the ISA can
- * broadcast two dwords (DS_PAIRED), such a group is kept in pairs, neighbouring dwords of a column side by side, so that
- * two vectors of half the columns each share a broadcast. */
+ * broadcast four dwords (DS_FOURS), such a group is kept in fours, neighbouring dwords of a column side by side, so that
+ * four vectors of a quarter of the columns each share a broadcast. */
 
 /* Where dword i of a column of k dwords lies in a panel of n_cols columns. */
-DS_INLINE size_t panel_place(bool paired, int k, int n_cols, int col, int i) {
-    const int group = col / ROW_COLS * ROW_COLS, c = col - group, half = (DS_LANES + 1) / 2;
+DS_INLINE size_t panel_place(bool fours, int k, int n_cols, int col, int i) {
+    const int group = col / ROW_COLS * ROW_COLS, c = col - group;
     const size_t base = (size_t)group * (size_t)k;
     if (n_cols - group >= ROW_COLS) return base + (size_t)(i * ROW_COLS + c);
-    if (!paired) return base + (size_t)(i * DS_LANES + c);
-    return base + (size_t)(i / 2 * ROW_COLS + c / half * DS_LANES + c % half * 2 + i % 2);
+    if (!fours) return base + (size_t)(i * DS_LANES + c);
+    return base + (size_t)((i / 4 * 4 + c % 4) * DS_LANES + c / 4 * 4 + i % 4); /* vi_join_fours sets them in order */
 }
 
 DS_INLINE void panel_put_f32(int n, int n_cols, int col, const float *x, uint32_t *panel) {
@@ -183,7 +183,7 @@ DS_INLINE float panel_put_i16(int n, int n_cols, int col, const float *x, uint32
         i16_pack_part(n, i, x, inverse, part);
         DS_UNROLL
         for (int j = 0; j < ROW_ORDER16; j += 2)
-            i16_put_pair(panel, panel_place(DS_PAIRED, n_pad / 2, n_cols, col, (i + j) / 2), part + j);
+            i16_put_pair(panel, panel_place(DS_FOURS, n_pad / 2, n_cols, col, (i + j) / 2), part + j);
     }
     return scale;
 }
@@ -198,7 +198,7 @@ DS_INLINE float panel_put_i8(int n, int n_cols, int col, const float *x, uint32_
         for (int j = 0; j < ROW_ORDER8; j += 4) {
             uint32_t four;
             memcpy(&four, part + j, sizeof four);
-            panel[panel_place(DS_PAIRED, k, n_cols, col, (i + j) / 4)] = four ^ DS_BYTES(DS_QUERY_BIAS);
+            panel[panel_place(DS_FOURS, k, n_cols, col, (i + j) / 4)] = four ^ DS_BYTES(DS_QUERY_BIAS);
         }
     }
     return scale;
@@ -295,7 +295,7 @@ DS_INLINE row_part row_part_of(const row_product *p, int i) {
 
 /* Sums of a tile, scaled and stored, or added to what is there. */
 DS_INLINE void product_store(dot_type type, bool add, int rows, int vecs, const row_product *p, const row_part *part,
-                             int row, int col, vi sums[2 * DS_ROW_TILE][2]) {
+                             int row, int col, vi sums[2 * DS_ROW_TILE][4]) {
     const float *row_scale = part->scale ? part->scale + row : NULL;
     const size_t ld = p->ld;
     float *out = part->out + (size_t)row * ld + (size_t)col;
@@ -318,55 +318,56 @@ DS_INLINE vi product_start(dot_type type, const row_part *part, int row) {
     return vi_set(type == DOT_QUERY && DS_QUERY_BIAS != 0 ? (uint32_t)-DS_QUERY_BIAS * (uint32_t)part->sum[row] : 0);
 }
 
-/* rows by vecs vectors of columns (constants); paired: two vectors that become one. */
-DS_INLINE void product_tile(dot_type type, bool add, bool paired, int rows, int vecs, const row_product *p,
+/* rows by vecs vectors of columns (constants); fours: four vectors that become one. */
+DS_INLINE void product_tile(dot_type type, bool add, bool fours, int rows, int vecs, const row_product *p,
                             const row_part *part, int row, int col, const uint32_t *b) {
-    vi sums[2 * DS_ROW_TILE][2];
+    vi sums[2 * DS_ROW_TILE][4];
     const size_t row_bytes = part->row_bytes;
     const char *a = part->rows + (size_t)row * row_bytes;
-    const int n = paired ? p->k / 2 : p->k;
+    const int n = fours ? p->k / 4 : p->k;
     DS_UNROLL
     for (int i = 0; i < rows; i++)
-        DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = paired ? vi_set(0) : product_start(type, part, row + i);
+        DS_UNROLL for (int v = 0; v < vecs; v++) sums[i][v] = fours ? vi_set(0) : product_start(type, part, row + i);
     /* The tile's share of what is to come, spread evenly; without any, one line again and again. */
     const int to = row + part->lead;
     const bool here = to < part->n, any = part->lead && (here || part->next);
     const char *ahead = here || !any ? part->rows + (size_t)(any ? to : row) * row_bytes
                                      : part->next + (size_t)(to - part->n) * part->next_bytes;
     const size_t step = any ? (size_t)rows * (here ? row_bytes : part->next_bytes) / (size_t)n : 0;
-    for (int k = 0; k < n; k++, a += paired ? 8 : 4, b += vecs * DS_LANES, ahead += step) {
+    for (int k = 0; k < n; k++, a += fours ? 16 : 4, b += vecs * DS_LANES, ahead += step) {
         __builtin_prefetch(ahead, 0, 2); /* into L2: in L1 it would push out the panel */
-        const vi columns[2] = {vi_load(b), vi_load(b + (vecs - 1) * DS_LANES)};
+        vi columns[4];
+        DS_UNROLL
+        for (int v = 0; v < vecs; v++) columns[v] = vi_load(b + v * DS_LANES);
         DS_UNROLL
         for (int i = 0; i < rows; i++) {
             const char *at = a + (size_t)i * row_bytes;
-            dot_vecs(type, vecs, sums[i], paired ? vi_two_dwords_load(at) : vi_dword_load(at), columns);
+            dot_vecs(type, vecs, sums[i], fours ? vi_four_dwords_load(at) : vi_dword_load(at), columns);
         }
     }
     DS_UNROLL
     for (int i = 0; i < rows; i++)
-        if (paired) sums[i][0] = vi_add(vi_join_pairs(sums[i][0], sums[i][1]), product_start(type, part, row + i));
-    product_store(type, add, rows, paired ? 1 : vecs, p, part, row, col, sums);
+        if (fours) sums[i][0] = vi_add(vi_join_fours(sums[i]), product_start(type, part, row + i));
+    product_store(type, add, rows, fours ? 1 : vecs, p, part, row, col, sums);
 }
 
 /* All columns of one group against all rows: whole tiles, then single rows. */
-DS_INLINE void product_group(dot_type type, bool add, bool paired, int vecs, const row_product *p, int col) {
+DS_INLINE void product_group(dot_type type, bool add, bool fours, int vecs, const row_product *p, int col) {
     const int tile = 2 * DS_ROW_TILE / vecs;
     const uint32_t *panel = p->panel + (size_t)col * (size_t)p->k;
     for (int i = 0; i < p->rows->n; i++) {
         const row_part part = row_part_of(p, i);
         int row = 0;
-        for (; row + tile <= part.n; row += tile)
-            product_tile(type, add, paired, tile, vecs, p, &part, row, col, panel);
-        for (; row < part.n; row++) product_tile(type, add, paired, 1, vecs, p, &part, row, col, panel);
+        for (; row + tile <= part.n; row += tile) product_tile(type, add, fours, tile, vecs, p, &part, row, col, panel);
+        for (; row < part.n; row++) product_tile(type, add, fours, 1, vecs, p, &part, row, col, panel);
     }
 }
 
 DS_INLINE void product(dot_type type, bool add, const row_product *p) {
-    const bool paired = DS_PAIRED && type != DOT_F32;
+    const bool fours = DS_FOURS && type != DOT_F32;
     for (int col = 0; col < p->n_cols; col += ROW_COLS) {
         if (p->n_cols - col >= ROW_COLS) product_group(type, add, false, 2, p, col);
-        else if (paired) product_group(type, add, true, 2, p, col);
+        else if (fours) product_group(type, add, true, 4, p, col);
         else product_group(type, add, false, 1, p, col);
     }
 }

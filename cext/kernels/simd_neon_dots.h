@@ -25,9 +25,9 @@ DS_INLINE vi_dword vi_dword_load(const void *p) {
 
 DS_INLINE vf vi_dword_as_float(vi_dword a) { return vreinterpretq_f32_s32(vdupq_lane_s32(a, 0)); }
 
-#define DS_PAIRED false /* no panel has half a group */
-DS_INLINE vi_dword vi_two_dwords_load(const void *p) { return vi_dword_load(p); }
-DS_INLINE vi vi_join_pairs(vi a, vi b) { return a; }
+#define DS_FOURS false /* no panel has half a group */
+DS_INLINE vi_dword vi_four_dwords_load(const void *p) { return vi_dword_load(p); }
+DS_INLINE vi vi_join_fours(const vi x[4]) { return x[0]; }
 
 /* sums + a . b over the two int16 of each column. */
 DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {

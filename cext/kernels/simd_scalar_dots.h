@@ -33,9 +33,9 @@ DS_INLINE vi vi_add(vi a, vi b) { return a + b; }
 DS_INLINE vi_dword vi_dword_load(const void *p) { return vi_load(p); }
 DS_INLINE vf vi_dword_as_float(vi_dword a) { return vi_as_float(a); }
 
-#define DS_PAIRED false /* no panel has half a group */
-DS_INLINE vi_dword vi_two_dwords_load(const void *p) { return vi_load(p); }
-DS_INLINE vi vi_join_pairs(vi a, vi b) { return a; }
+#define DS_FOURS false /* no panel has half a group */
+DS_INLINE vi_dword vi_four_dwords_load(const void *p) { return vi_load(p); }
+DS_INLINE vi vi_join_fours(const vi x[4]) { return x[0]; }
 
 DS_INLINE vi vi_dot16(vi sums, vi a, vi_dword b) {
     return sums + (vi)((int16_t)a * (int16_t)b) + (vi)((int16_t)(a >> 16) * (int16_t)(b >> 16));

@@ -50,26 +50,22 @@ DS_INLINE vf vi_dword_as_float(vi_dword a) { return vi_as_float(a); }
 
 #if defined(__AVX512F__)
 
-#define DS_PAIRED true
+#define DS_FOURS true
 
-/* Two dwords of memory, in even and in odd lanes. */
-DS_INLINE vi_dword vi_two_dwords_load(const void *dwords) {
-    int64_t x;
-    memcpy(&x, dwords, sizeof x);
-    return _mm512_set1_epi64(x);
-}
-/* Sums of neighbouring lanes: of a, then of b. */
-DS_INLINE vi vi_join_pairs(vi a, vi b) {
-    const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const vi odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+/* Four dwords of memory, again and again. */
+DS_INLINE vi_dword vi_four_dwords_load(const void *dwords) { return _mm512_broadcast_i32x4(_mm_loadu_si128(dwords)); }
+/* Sums of each four neighbouring lanes: lane 4 L + v is of the L-th four of x[v]. */
+DS_INLINE vi vi_join_fours(const vi x[4]) {
+    const vi a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const vi b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
 #else
 
-#define DS_PAIRED false /* no panel has half a group */
-DS_INLINE vi_dword vi_two_dwords_load(const void *dwords) { return vi_dword_load(dwords); }
-DS_INLINE vi vi_join_pairs(vi a, vi b) { return a; }
+#define DS_FOURS false /* no panel has half a group */
+DS_INLINE vi_dword vi_four_dwords_load(const void *dwords) { return vi_dword_load(dwords); }
+DS_INLINE vi vi_join_fours(const vi x[4]) { return x[0]; }
 
 #endif
 
