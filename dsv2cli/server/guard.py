@@ -213,7 +213,7 @@ async def _read_body(receive: Receive, headers: Mapping[str, str]) -> Receive:
 
 async def _answer(send: Send, status: int, headers: Mapping[str, str], body: object = None) -> None:
     data = b"" if body is None else json.dumps(body).encode()
-    named = {"content-length": str(len(data)), "content-type": "application/json", **headers}
-    lines = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    named = {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}
+    lines = [(name.encode(), value.encode()) for name, value in named.items()]
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": data})

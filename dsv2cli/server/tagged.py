@@ -26,6 +26,7 @@ TEXT = "(?s:.*)"
 ANY_NAME = r"/[^<>\s]{1,100}/"
 MAX_COUNTED = 4096  # characters of a text whose length a grammar counts
 MAX_REFS = 8
+TEXT_ALONE = frozenset({"string"})
 MAYBE_NEWLINE = '("\\n")?'
 TIGHT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
@@ -83,16 +84,16 @@ class Style:
 
     def _rule(self, name: str, given: Any, root: Schema) -> str:
         kinds, given = _kinds(given, root), _resolved(given, root)
-        if kinds is None or (kinds != {"string"} and "string" in kinds):
+        if kinds is None or (kinds != TEXT_ALONE and "string" in kinds):
             return self._text(name, TEXT)
-        if kinds != {"string"}:
+        if kinds != TEXT_ALONE:
             definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{name}: %json {json.dumps({**definitions, **given, **TIGHT})} {self.end.rule} {self.behind}"
         if words := _words(given):
             return f"{name}: ({' | '.join(map(quoted, words))}) {self.end.rule} {self.behind}"
         least, most = (given.get(bound) for bound in ("minLength", "maxLength"))
-        least = least if isinstance(least, int) and 0 < least <= MAX_COUNTED else 0
-        most = most if isinstance(most, int) and least <= most <= MAX_COUNTED else ""
+        least = least if type(least) is int and 0 < least <= MAX_COUNTED else 0
+        most = most if type(most) is int and least <= most <= MAX_COUNTED else ""
         return self._text(name, f"(?s:.{{{least},{most}}})" if least or most != "" else TEXT)
 
     def _text(self, name: str, pattern: str) -> str:
@@ -127,12 +128,13 @@ def qwen_coder() -> Style:
 
 
 def quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """As grammar. Halves of characters, which no answer can hold, are question marks."""
+    return json.dumps(text.encode(errors="replace").decode(), ensure_ascii=False)
 
 
 def _value(text: str, kinds: frozenset[str] | None) -> Any:
     """JSON where the schema allows what it says, else the text itself."""
-    if kinds == {"string"}:
+    if kinds == TEXT_ALONE:
         return text
     try:
         value = PYTHON[text.strip()] if text.strip() in PYTHON else msgspec.json.decode(text)

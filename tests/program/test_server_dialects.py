@@ -80,6 +80,7 @@ def test_anthropic_s_blocks(server: Served) -> None:
         {}, {"messages": "x", "max_tokens": 1}, {"messages": HI, "max_tokens": 0}, {"messages": [{}], "max_tokens": 1},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1},
         {"messages": HI, "max_tokens": 1, "tool_choice": {"type": "maybe"}},
+        {"messages": [{"role": "user", "content": []}], "max_tokens": 1},
         {"messages": HI, "max_tokens": 1, "tools": [{"description": "no name"}]},
     ],
 )  # fmt: skip

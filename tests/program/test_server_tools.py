@@ -385,6 +385,33 @@ def test_arguments_that_no_schema_names(vocabulary: Any, schema: dict[str, Any])
         assert json.loads(form.style.read(written, schema)) == {"k": value}
 
 
+@pytest.mark.parametrize("vocabulary", TAGGED)
+def test_odd_schemas_of_tagged_arguments(vocabulary: Any) -> None:
+    """They make a grammar, or what llguidance refuses as one: nothing else."""
+    values: list[Any] = [
+        *(None, 5, True, "string", [], {}, {"type": 5}, {"type": []}, {"type": [5, None]}, {"type": "nothing"}),
+        *({"enum": [None, 1, 1.5, True, "a", [], {}]}, {"enum": []}, {"const": {}}, {"const": "\ud800"}),
+        *({"type": "string", "enum": ["\ud800", "", 5]}, {"type": "string", "minLength": True, "maxLength": -1}),
+        *({"type": "string", "maxLength": 0}, {"type": "string", "minLength": 10**30}, {"$ref": "#"}, {"$ref": 5}),
+        *({"$ref": "#/properties/p"}, {"$ref": "http://x"}, {"anyOf": [{"$ref": "#/properties/p"}]}, {"oneOf": [5]}),
+        *(
+            {"type": "integer", "minimum": "x"},
+            {"type": "object", "$defs": 5},
+            {"type": "array", "items": {"$ref": "#"}},
+        ),
+    ]
+    odd: list[Any] = [["p"], 5, [[]]]
+    schemas: list[dict[str, Any]] = [{"properties": {"p": value}, "required": each} for value in values for each in odd]
+    schemas += [{"properties": {key: {}}} for key in ("", "\ud800", '"', "\\", "\n", "\0", ">", "é" * 9000)]
+    for schema in schemas:
+        grammar = form_of(vocabulary).grammar([Tool("f", schema)], begun=False, several=True)
+        llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(grammar))
+        for text in ("<parameter=p>\n[1e999]\n</parameter>", "x", "<arg_key>p</arg_key><arg_value>\ud800</arg_value>"):
+            CallReader(form_of(vocabulary), [Tool("f", schema)]).feed(
+                [Part("content", f"<tool_call>{text}</tool_call>")]
+            )
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     spec = variant(spec_named("lite"), n_ctx=4096)

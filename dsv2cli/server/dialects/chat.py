@@ -206,7 +206,7 @@ def _begun(body: ChatRequest, messages: Sequence[Message]) -> str | None:
 
 def goes_on(messages: Sequence[Any]) -> bool:
     """Whether a chat of a dialect that has no word for it ends in text of the assistant's, which is continued."""
-    last = messages[-1]
+    last = messages[-1] if messages else None
     return isinstance(last, Mapping) and last.get("role") == "assistant" and not last.get("tool_calls")
 
 
