@@ -330,8 +330,9 @@ DS_INLINE void mul_rows(row_format f, int n_tok, const ds_mul *job) {
         row_take_whole(f, w, (size_t)whole / ACT_GROUP, n_tok, &a, sums);
         w += (size_t)whole / ACT_GROUP * f.group_bytes;
         if (left == ACT_GROUP / 2) { /* an expert's width is often an odd multiple of 128 */
-            memcpy(tail, w, f.group_bytes / 2);
-            row_take(f, tail, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
+            /* Behind it lies the next row, whose codes are not taken and whose scales meet zeros; behind the last, nothing. */
+            if (r + 1 == job->row_end) w = memcpy(tail, w, f.group_bytes / 2);
+            row_take(f, w, ACT_GROUP / 2, n_tok, &a, (size_t)whole / ACT_GROUP, sums);
         } else if (left) {
             memcpy(tail, w, (size_t)left * f.group_bytes / ACT_GROUP);
             row_take(f, tail, ACT_GROUP, n_tok, &a, (size_t)whole / ACT_GROUP, sums);

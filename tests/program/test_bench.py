@@ -11,6 +11,7 @@ from pathlib import Path
 import bench_context
 import bench_reopen
 import bench_rows
+import bench_threads
 import numpy as np
 import pytest
 from support import llama
@@ -203,6 +204,17 @@ def test_figures_survive_their_csv(tmp_path: Path) -> None:
         "| decode 4 at 1024 | 25.0 [20.0, 30.0] | 3.00 | 50.0 [40.0, 60.0] | 6.00 | 10.0 [5.0, 10.0] fa=0 |",
         "| decode 4 x 4 | 7.0 [7.0, 7.0] | - | - | - | - |",
     ]
+
+
+def test_threads_are_measured_in_turn_beside_a_plain_read(model: Path, tmp_path: Path) -> None:
+    options = argparse.Namespace(model=model, threads=(2, 1), prefill=8, decode=4, rounds=1)
+    path = tmp_path / "threads.csv"
+    rows = bench_rows.write(bench_threads.Row, bench_threads.run(options), path)
+    assert bench_rows.read(bench_threads.Row, path) == rows
+    assert [(r.threads, r.round, r.model) for r in rows] == [(2, 0, model.name), (1, 0, model.name)]
+    assert all(r.prefill_tok_s > 0 and r.decode_tok_s > 0 and r.read_gb_s > 0 for r in rows)
+    size = model.stat().st_size / 1e9  # a token reads some of the weights, never more than all
+    assert all(0 < r.decode_gb_s / r.decode_tok_s < size for r in rows)
 
 
 def test_llama_cpp_runs_where_it_can() -> None:

@@ -1,8 +1,10 @@
 #include "backend/cpu/mul.h"
 
 enum {
-    MIN_PIECE_COST =
-        64 << 10, /* a claim costs a shared cache line: not worth it for less than some microseconds of work */
+    /* A claim costs a shared cache line: not worth it for less than some microseconds of work. */
+    MIN_PIECE_COST = 8 << 10,
+    MAX_LAST_COST = 64 << 10, /* of the last pieces; smaller where each worker would have few of them */
+    LAST_PER_WORKER = 8,
     PREFILL_COST_SHIFT = 4, /* a byte read from memory costs about as much as 16 multiply-adds from cache */
 };
 
@@ -27,13 +29,16 @@ static int n_panels(const ds_mul *mul) { return (mul->row_end + DS_PANEL_ROWS - 
 
 static size_t job_cost(const ds_mul *mul) { return panel_cost(mul) * (size_t)n_panels(mul); }
 
+static size_t clamp(size_t x, size_t low, size_t high) { return x < low ? low : x > high ? high : x; }
+
 /* Where piece c begins in work that costs `total`. A round of pieces, one for each worker, is half of what is left: large
  * ones first, for where a piece begins memory is read slowly; small ones last, for a phase waits for all of them. */
 static size_t piece_begin(size_t total, size_t n_workers, size_t c) {
     if (n_workers == 1) return c ? total : 0;
+    const size_t least = clamp(total / (LAST_PER_WORKER * n_workers), MIN_PIECE_COST, MAX_LAST_COST);
     size_t left = total, size;
-    for (; (size = left / (2 * n_workers)) > MIN_PIECE_COST && c >= n_workers; c -= n_workers) left -= size * n_workers;
-    if (size < MIN_PIECE_COST) size = MIN_PIECE_COST;
+    for (; (size = left / (2 * n_workers)) > least && c >= n_workers; c -= n_workers) left -= size * n_workers;
+    if (size < least) size = least;
     return c > left / size ? total : total - left + c * size;
 }
 
