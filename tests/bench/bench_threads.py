@@ -25,7 +25,6 @@ from typing import Any
 import bench_rows
 import numpy as np
 
-import dsv2cli
 from cext import _engine
 
 try:
@@ -68,7 +67,8 @@ def bench(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     enter = "from dsv2cli.entry import main; main()"
     command = [sys.executable, "-P", "-c", enter, "bench", str(options.model), "--json", "--quiet", "--gpu", "off"]
     counts = ["-t", str(threads), "-r", "1", "-p", str(options.prefill), "-n", str(options.decode)]
-    here = {**os.environ, "PYTHONPATH": str(Path(dsv2cli.__file__).parents[1])}  # the same program as this one's
+    # The same program as this one's, wherever it was found.
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     told = subprocess.run([*command, *counts], stdout=subprocess.PIPE, env=here, check=True).stdout
     return dict(json.loads(told))
 
