@@ -179,27 +179,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("-o", "--output", type=Path, help="CSV; stdout if left out")
-    parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--read", type=Path, metavar="CSV", help="figures taken before: measure nothing")
+    parser = bench_rows.parser(__doc__)
     parser.add_argument("--engines", type=lambda s: tuple(s.split(",")), default=(OURS, LLAMA))
-    parser.add_argument("--depths", type=numbers, default=(0, 1024, 4096, 16384), help="up to 131072")
+    parser.add_argument("--depths", type=bench_rows.numbers, default=(0, 1024, 4096, 16384), help="up to 131072")
     parser.add_argument("--llama-depth", type=int, default=16384, metavar="N", help="its deepest context")
-    parser.add_argument("--threads", type=numbers, default=(0,), help="0: what dsv2 chooses")
-    parser.add_argument("--sequences", type=numbers, default=(1,), help="decoded side by side at the least depth")
+    parser.add_argument("--threads", type=bench_rows.numbers, default=(0,), help="0: what dsv2 chooses")
+    parser.add_argument(
+        "--sequences", type=bench_rows.numbers, default=(1,), help="decoded side by side at the least depth"
+    )
     parser.add_argument("--prefill", type=int, default=512, metavar="N")
     parser.add_argument("--decode", type=int, default=32, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    options = parser.parse_args()
-    if (options.model is None) == (options.read is None):
-        parser.error("give a model to measure, or --read with figures taken before")
+    options = bench_rows.parse(parser)
     if unknown := set(options.engines) - set(SETTINGS):
         parser.error(f"--engines takes {' and '.join(SETTINGS)}, got {', '.join(sorted(unknown))}")
     return options

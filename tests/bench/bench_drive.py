@@ -306,13 +306,9 @@ def plot(rows: Sequence[Row], path: Path, recall: Path | None) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
+    parser = bench_rows.parser(__doc__)
     parser.add_argument("--skewed", type=Path, metavar="GGUF", help="the model with skewed routers")
-    parser.add_argument("-o", "--output", type=Path, help="CSV; stdout if left out")
-    parser.add_argument("--plot", type=Path, metavar="SVG")
     parser.add_argument("--recall", type=Path, metavar="CSV", help="of bench_residency.py --recall: a panel more")
-    parser.add_argument("--read", type=Path, metavar="CSV", help="figures taken before: measure nothing")
     parser.add_argument("--engines", type=lambda s: tuple(s.split(",")), default=(OURS, LLAMA))
     parser.add_argument(
         "--memory", type=lambda s: tuple(s.split(",")), default=("3", "4", "5", "6", "7", "8", "10", ALL)
@@ -322,9 +318,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=32, metavar="N")
     parser.add_argument("--prefill", type=int, default=2048, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    options = parser.parse_args()
-    if (options.model is None) == (options.read is None):
-        parser.error("give a model to measure, or --read with figures taken before")
+    options = bench_rows.parse(parser)
     if unknown := set(options.engines) - set(SETTINGS):
         parser.error(f"--engines takes {' and '.join(SETTINGS)}, got {', '.join(sorted(unknown))}")
     if not (options.decode or options.prefill):

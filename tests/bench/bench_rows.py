@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 from collections.abc import Iterable
@@ -27,3 +28,26 @@ def write(kind: Any, rows: Iterable[Any], path: Path | None) -> list[Any]:
         out.flush()
         written.append(row)
     return written
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Of an option that lists them."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a script that measures a model, or draws figures taken before: ``parse`` reads its options."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model", type=Path, nargs="?")
+    made.add_argument("-o", "--output", type=Path, help="CSV; stdout if left out")
+    made.add_argument("--plot", type=Path, metavar="SVG")
+    made.add_argument("--read", type=Path, metavar="CSV", help="figures taken before: measure nothing")
+    return made
+
+
+def parse(given: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; it ends with an error unless there is either a model or figures."""
+    options = given.parse_args()
+    if (options.model is None) == (options.read is None):
+        given.error("give a model to measure, or --read with figures taken before")
+    return options

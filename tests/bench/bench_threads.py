@@ -128,19 +128,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("-o", "--output", type=Path, help="CSV; stdout if left out")
-    parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--read", type=Path, metavar="CSV", help="figures taken before: measure nothing")
-    parser.add_argument("--threads", type=lambda s: tuple(map(int, s.split(","))), default=(1, 2))
+    parser = bench_rows.parser(__doc__)
+    parser.add_argument("--threads", type=bench_rows.numbers, default=(1, 2))
     parser.add_argument("--prefill", type=int, default=512, metavar="N")
     parser.add_argument("--decode", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    options = parser.parse_args()
-    if (options.model is None) == (options.read is None):
-        parser.error("give a model to measure, or --read with figures taken before")
-    return options
+    return bench_rows.parse(parser)
 
 
 def main() -> None:
