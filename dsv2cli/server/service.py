@@ -232,6 +232,11 @@ class Service:
         ids = self.engine.runtime.tokenizer.prompt(text, special=special)
         return ids or self._begin()
 
+    def begins(self, text: str, ids: Sequence[int], *, special: bool = True) -> bool:
+        """Whether the first of a raw prompt's tokens was put before its text: nobody spelt it."""
+        spelling = self.engine.runtime.tokenizer.special_text(ids[0])
+        return not text or (spelling is not None and not (special and text.startswith(spelling)))
+
     def fill_in(self, before: str, after: str) -> list[int]:
         """A prompt that asks for what stands between two texts. ApiError, TokenizerError."""
         self.check_length(len(before) + len(after))
@@ -257,9 +262,11 @@ class Service:
 
     def spelt(self, ids: Sequence[int]) -> str:
         """The text of a sequence, its control tokens as they are spelt."""
+        return b"".join(map(self.spelt_bytes, ids)).decode("utf-8", "replace")
+
+    def spelt_bytes(self, token: int) -> bytes:
         tokenizer = self.engine.runtime.tokenizer
-        pieces = ((tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token) for token in ids)
-        return b"".join(pieces).decode("utf-8", "replace")
+        return (tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token)
 
     def token_text(self, token: int) -> str:
         """A token alone: a control token's spelling; part of a character as OpenAI spells it, bytes:\\xf0."""

@@ -15,7 +15,7 @@ import pytest
 from support.cli import SECONDS, wait_until
 from support.serving import ENDLESS, LONG, USUAL, Served, served
 from support.tiny import spec_named, variant
-from support.vocab import IDS, USER, V25_TEMPLATE, write_model
+from support.vocab import BOS, IDS, USER, V25_TEMPLATE, write_model
 
 import cext
 from cext.tokenizer import Message, Tokenizer
@@ -108,6 +108,34 @@ def test_prompt_logprobs_with_the_cache_on(server: Served, path: Path) -> None:
             assert value in top.values() and max(top.values()) >= value
         assert len(told["tokens"]) == len(ids) + 1
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] >= 199  # the endings read their own tokens alone
+
+
+@pytest.mark.parametrize("text", ["Hi the ant, é 日本 the", f"the ant{USER} Hi", "H"])
+def test_an_echo_is_the_text_that_was_sent(server: Served, path: Path, text: str) -> None:
+    """The token that is put before a text is no part of it, so that the text's own first token has a probability."""
+    asked: dict[str, Any] = {"max_tokens": 4, "echo": True, "logprobs": 2, "temperature": 0}
+    [choice] = server.asked(TEXT, prompt=text, **asked)["choices"]
+    ids = Tokenizer(path).prompt(text, special=True)
+    own, told = len(ids) - 1, choice["logprobs"]
+    assert ids[0] == IDS[BOS] and choice["text"].startswith(text)
+    assert len(told["tokens"]) == own + 4 and None not in told["token_logprobs"] + told["top_logprobs"]
+    np.testing.assert_allclose(told["token_logprobs"][:own], prompt_logprobs(path, ids), atol=2e-5)
+    for token, at in zip(told["tokens"][:own], told["text_offset"], strict=False):
+        assert token.startswith("bytes:") or choice["text"][at : at + len(token)] == token
+    assert told["text_offset"][own] == len(text)  # as lm-eval's gguf finds where a context ends
+    as_ids = server.asked(TEXT, prompt=ids, **asked)["choices"][0]
+    assert as_ids["text"] == BOS + choice["text"]
+    first, *others = as_ids["logprobs"]["token_logprobs"]
+    assert first is None
+    np.testing.assert_allclose(others, told["token_logprobs"], atol=2e-5)
+
+
+@pytest.mark.parametrize(("text", "first"), [(BOS, [None]), (f"{BOS}Hi", [None, "H", "i"]), ("", [])])
+def test_a_beginning_that_was_sent_is_echoed(server: Served, text: str, first: list[str | None]) -> None:
+    [choice] = server.asked(TEXT, prompt=text, max_tokens=0, echo=True, logprobs=0)["choices"]
+    values, tokens = choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
+    assert choice["text"] == text == "".join(tokens)
+    assert [value and token for value, token in zip(values, tokens, strict=True)] == first
 
 
 def test_turns_are_read_once(server: Served) -> None:

@@ -35,6 +35,16 @@ class CompletionRequest(Sampled, kw_only=True):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A raw prompt as the model reads it. own: those of its tokens that the client sent; text: what they are echoed as,
+    None until somebody wants it."""
+
+    ids: list[int]
+    own: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class Asked:
     """Prompts that are ready to be answered; writers: what makes the choices of each."""
 
@@ -74,7 +84,7 @@ async def prepare(service: Service, body: CompletionRequest, salt: bytes) -> Ask
     generations = [
         Generation(
             constraint=constraint,
-            prompt=ids,
+            prompt=prompt.ids,
             params=service.params(body),
             limit=None if limit is None else max(limit, 1),
             n=body.n or 1,
@@ -86,15 +96,17 @@ async def prepare(service: Service, body: CompletionRequest, salt: bytes) -> Ask
             slot=body.id_slot,
             ignore_end=bool(body.ignore_eos),
         )
-        for ids in prompts
+        for prompt in prompts
+    ]
+    writers = [
+        TextAnswers(service, one, prompt if echoes else None, writes=limit != 0)
+        for one, prompt in zip(generations, prompts, strict=True)
     ]
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time())}
     head |= {"model": body.model or service.name, "system_fingerprint": service.fingerprint}
     if body.suffix and not service.can_fill_in:
         head |= {"warnings": ["suffix was not used: the vocabulary has no tokens for filling in"]}
-    return Asked(
-        generations, [TextAnswers(service, one, echoes=echoes, writes=limit != 0) for one in generations], head
-    )
+    return Asked(generations, writers, head)
 
 
 def _job(asked: Asked) -> Job:
@@ -111,7 +123,7 @@ def _job(asked: Asked) -> Job:
     return Job(asked.generations, build)
 
 
-def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+def text_prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     """The prompts of a request: one, or several, each as text or as ids."""
     given = body.prompt
     items: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
@@ -124,22 +136,24 @@ def text_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     if body.suffix and service.can_fill_in:
         if not all(isinstance(item, str) for item in items):
             raise bad_field("suffix", "needs prompts of text")
-        return [service.fill_in(item, body.suffix) for item in items]
-    prompts = []
+        filled = [(item, service.fill_in(item, body.suffix)) for item in items]
+        return [Prompt(ids, ids[service.begins(item, ids) :]) for item, ids in filled]
+    prompts, special = [], body.parse_special is not False
     for item in items:
         if isinstance(item, str):
-            prompts.append(service.text_prompt(item, special=body.parse_special is not False))
+            ids = service.text_prompt(item, special=special)
+            prompts.append(Prompt(ids, ids[service.begins(item, ids, special=special) :], item))
         else:
             service.check_ids(item, "prompt")
-            prompts.append(item)
+            prompts.append(Prompt(item, item))
     return prompts
 
 
 class TextAnswers:
-    """All answers to one prompt. echoes: the prompt stands before each; writes: anything is written at all."""
+    """All answers to one prompt. echoed: the prompt, if it stands before each; writes: anything is written at all."""
 
-    def __init__(self, service: Service, asked: Generation, *, echoes: bool, writes: bool) -> None:
-        self.service, self._asked, self._echoes, self._writes = service, asked, echoes, writes
+    def __init__(self, service: Service, asked: Generation, echoed: Prompt | None, *, writes: bool) -> None:
+        self.service, self._asked, self._echoed, self._writes = service, asked, echoed, writes
         self._texts = [""] * asked.n
         self._tokens: list[list[tuple[int, Logprobs]]] = [[] for _ in range(asked.n)]
         self.ended: list[Ended] = []
@@ -159,7 +173,9 @@ class TextAnswers:
 
     @cached_property
     def prompt_text(self) -> str:
-        return self.service.engine.runtime.tokenizer.decode(self._asked.prompt) if self._echoes else ""
+        if self._echoed is None:
+            return ""
+        return self.service.spelt(self._echoed.own) if self._echoed.text is None else self._echoed.text
 
     def choices(self) -> list[dict[str, Any]]:
         rows = next((e.rows for e in self.ended if e.rows is not None), None)
@@ -178,9 +194,12 @@ class TextAnswers:
         if self._asked.n_top is None:
             return None
         told: list[tuple[int, Logprobs | None]] = []
-        if self._echoes and rows is not None:
-            told += list(zip(self._asked.prompt, rows, strict=True))
-        return text_logprobs(self.service, [*told, *self._tokens[choice]], self._asked.n_top)
+        offset = 0
+        if self._echoed is not None and rows is not None:
+            own = self._echoed.own
+            told += zip(own, rows[len(rows) - len(own) :], strict=True)
+            offset = len(self.prompt_text) - len(self.service.spelt(own))  # -1 where a text's first space is put there
+        return text_logprobs(self.service, [*told, *self._tokens[choice]], self._asked.n_top, offset)
 
 
 def _stream_text(head: dict[str, Any], body: CompletionRequest, ticket: Any, writer: TextAnswers) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -128,13 +129,15 @@ def text_logprobs(
     service: Service, tokens: Sequence[tuple[int, Logprobs | None]], n_top: int, offset: int = 0
 ) -> dict[str, Any]:
     """OpenAI's older form. A token's figure is the same number where it stands among the likeliest as where it stands
-    alone, which lm-eval compares."""
+    alone, which lm-eval compares. Offsets count characters of the text that the tokens spell, the first at ``offset``;
+    a part of a character stands where the character begins."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, logprobs in tokens:
         text = service.token_text(token)
         found["tokens"].append(text)
-        found["text_offset"].append(offset)
-        offset += len(text)
+        found["text_offset"].append(max(offset, 0))
+        offset += len(characters.decode(service.spelt_bytes(token)))
         found["token_logprobs"].append(None if logprobs is None else _finite(logprobs.chosen))
         if logprobs is None:
             found["top_logprobs"].append(None)
