@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 stopped with Ctrl-C.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -164,12 +165,18 @@ def defaults(root: Any, args: Sequence[str]) -> dict[str, Any]:
     return settings.defaults(root, args)
 
 
+@functools.cache
+def commands() -> Any:
+    """The commands as typer makes them of their functions, which takes it a tenth of a second."""
+    return typer.main.get_command(app)
+
+
 def run(args: list[str] | None = None) -> int:
     """Run the command line on ``args`` (sys.argv) and return the exit code."""
     prepare_streams()
     try:
         words = sys.argv[1:] if args is None else args
-        root = typer.main.get_command(app)
+        root = commands()
         result = root.main(args=words, prog_name="dsv2", standalone_mode=False, default_map=defaults(root, words))
         console.flush()
         return result if isinstance(result, int) else 0

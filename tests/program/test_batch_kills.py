@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import forks
 from support.batches import answers, results, save, short
 from support.cli import COMMAND, RUN_MAIN, SECONDS, environment
 from support.inprocess import run
@@ -123,11 +124,9 @@ def whole_results(out: Path) -> list[Any]:
 def killed(args: list[str], out: Path, rng: random.Random) -> int:
     if rng.random() < 0.7:
         script = [sys.executable, "-P", "-c", KILLED + RUN_MAIN, str(rng.randint(1, 20)), str(rng.random())]
-        return subprocess.run(
-            [*script, *args], env=environment(), capture_output=True, timeout=SECONDS, check=False
-        ).returncode
+        return forks.run([*script, *args], environment(), SECONDS).returncode
     size = (out.stat().st_size if out.exists() else 0) + rng.randint(0, 6000)
-    process = subprocess.Popen([*COMMAND, *args], env=environment(), stderr=subprocess.DEVNULL)
+    process = forks.popen([*COMMAND, *args], environment(), stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out.exists() and out.stat().st_size >= size):
         time.sleep(0.002)
     process.kill()
@@ -152,9 +151,7 @@ def test_told_to_end(path: Path, tmp_path: Path, signals: list[str], code: int) 
     given, out = save(tmp_path / "in.jsonl", short(60, max_tokens=150)), tmp_path / "out"
     args = ["batch", str(given), str(path), "-o", str(out), *OPTIONS[:-2], "--parallel", "2"]
     script = [sys.executable, "-P", "-c", AT_THE_FIRST + RUN_MAIN, " ".join(f"SIG{name}" for name in signals)]
-    ended = subprocess.run(
-        [*script, *args], env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+    ended = forks.run([*script, *args], environment(), SECONDS, text=True)
     told = ended.stderr
     assert ended.returncode == code, told
     assert "Traceback" not in told and ("of 60 lines are done" in told) == (signals == ["TERM"])
@@ -168,7 +165,7 @@ def test_two_processes_on_one_file(path: Path, tmp_path: Path) -> None:
     given, out = save(tmp_path / "in.jsonl", short(60)), tmp_path / "out"
     args = ["batch", str(given), str(path), "-o", str(out), *OPTIONS]
     script = [sys.executable, "-P", "-c", AT_THE_FIRST + RUN_MAIN, ""]
-    with subprocess.Popen([*script, *args], env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with forks.popen([*script, *args], environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         refused = run(*args)
         process.kill()

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from support import forks
 from support.cli import PACKAGES, SECONDS, wait_until
 from support.serving import RUN, USUAL, Served, running, served
 from support.tiny import spec_named, variant
@@ -272,7 +273,7 @@ def test_what_does_not_start(path: Path, tmp_path: Path, options: list[str], cod
     (tmp_path / "file").write_bytes(b"")
     given = [option.format(tmp_path) for option in options]
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *given]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
+    ended = forks.run(command, os.environ, SECONDS, text=True, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support import forks
 from support.cli import PACKAGES, SECONDS, wait_until
 from support.serving import RUN, running, served
 from support.tiny import spec_named, variant
@@ -162,7 +164,7 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_does_not_start(path: Path, options: list[str], code: int, says: str) -> None:
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
+    ended = forks.run(command, os.environ, SECONDS, text=True, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
 
 
@@ -237,6 +239,6 @@ def test_a_port_that_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF but no more")
     command = [sys.executable, "-P", "-c", RUN, "serve", str(tmp_path / "no.gguf"), "--port", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=PACKAGES)
+    ended = forks.run(command, os.environ, SECONDS, text=True, cwd=PACKAGES)
     assert ended.returncode == 1 and "no.gguf" in ended.stderr and "Traceback" not in ended.stderr
     assert json.dumps(ended.stdout) == '""'

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import checkpoints as make
+from support import forks
 
 import cext
 import quantize
@@ -65,7 +66,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(source: Path, out: Path, text: Path, mix: str, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
     """mix: "plain" types, or "surveyed"."""
     command = [sys.executable, "-P", "-c", RUN, str(source), str(out), str(text), str(kill_at), mix]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = forks.run(command, os.environ, 600, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done
 

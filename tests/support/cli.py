@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support import forks
 from support.emulator import Emulator
 
 import dsv2cli
@@ -55,14 +56,7 @@ def environment(**extra: str | None) -> dict[str, str]:
 def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr as text."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [*COMMAND, *map(str, args)],
-        input=data,
-        env=environment(**env),
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = forks.run([*COMMAND, *map(str, args)], environment(**env), SECONDS, data)
     out, err = (text.decode("utf-8") for text in (done.stdout, done.stderr))
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
@@ -70,7 +64,7 @@ def dsv2(*args: str | Path, stdin: str | bytes = b"", **env: str) -> subprocess.
 def dsv2_after(script: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process that a script has prepared."""
     command = [sys.executable, "-P", "-c", f"{script}; {RUN_MAIN}", *args]
-    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=SECONDS, check=False)
+    return forks.run(command, environment(**env), SECONDS, text=True)
 
 
 def wait_until(what: Callable[[], object], seconds: float = SECONDS) -> None:
@@ -203,12 +197,12 @@ def terminal(
     state = tempfile.TemporaryDirectory()
     sizes = {"COLUMNS": None, "LINES": None}  # which come before the terminal's own
     variables = environment(**{"TERM": "xterm", "XDG_STATE_HOME": state.name, **sizes, **env})
-    process = subprocess.Popen(
+    process = forks.popen(
         [*IN_TERMINAL[:-1], before + IN_TERMINAL[-1], *map(str, args)],
+        variables,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=variables,
         start_new_session=True,
     )
     if not keep:

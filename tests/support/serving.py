@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support import forks
 from support.cli import PACKAGES, SAME_DRAWS, SECONDS
 
 from cext.tokenizer import Tokenizer
@@ -135,7 +137,7 @@ def scripted(server: Served, *answers: str) -> Iterator[None]:
 def running(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(the process, its address), when it listens."""
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
+    process = forks.popen(command, os.environ, stderr=subprocess.PIPE, text=True, cwd=PACKAGES)
     try:
         assert process.stderr is not None
         found = re.search(r"http://[^/]+", process.stderr.readline())
