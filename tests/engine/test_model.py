@@ -95,13 +95,13 @@ def test_threads_do_not_change_a_bit(open_model, spec):
 
 
 @pytest.mark.parametrize("spec", (LITE, PRO, V3, spec_named("all_odd"), MOE, MOE_SHARED), ids=lambda s: s.name)
-@pytest.mark.parametrize("legacy", (False, True), ids=("split", "legacy"))
-def test_longer_than_a_chunk(open_model, spec, legacy):
+def test_longer_than_a_chunk(open_model, spec):
     """Prompts over the chunk of 512 and over the switch from the absorbed to the expanded form, and decode at depth."""
-    model = open_model(spec, legacy)
     ids, logits = firm_prompt(reference(spec), spec, 700, seed=0)
-    for cuts in ([], [1], [127, 255], [128], [511, 512, 640], [600, *range(601, 620)]):
-        assert_close(in_pieces(model.session(700, kv_type="f32"), ids, cuts), logits)
+    for legacy in (False, True):
+        model = open_model(spec, legacy)
+        for cuts in ([], [1], [127, 255], [128], [511, 512, 640], [600, *range(601, 620)]):
+            assert_close(in_pieces(model.session(700, kv_type="f32"), ids, cuts), logits)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)

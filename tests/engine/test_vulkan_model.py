@@ -57,6 +57,12 @@ def spread(spec: Spec) -> dict[str, list[Place]]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def there() -> None:
+    """Skips where there is no device, before models are made for it."""
+    number()
+
+
 @pytest.fixture
 def open_model(tiny_gguf: Callable[[Spec], Path]) -> Iterator[Open]:
     opened: list[Model] = []
