@@ -47,6 +47,18 @@ DS_INLINE tile_meta tile_meta_at(const char *block, int n_tok) {
 /* The start of integer sums: what an offset of 2^log2 in all codes adds up to, taken off. */
 DS_INLINE vi panel_start(int log2, vi less) { return log2 ? vi_shl(less, log2) : vi_set(0); }
 
+/* Dots of 32 values: acc grows. */
+DS_INLINE void panel_dots(code_range range, int n_tok, const panel *p, int row, int b, const char *act,
+                          vi acc[DS_TILE_TOKENS][2]) {
+#if DS_PANEL_WIDE
+    if (range == CODES_SIGNED) {
+        panel_dot_wide(n_tok, p->wide[8 * b][0][row], (const int8_t *)act, acc);
+        return;
+    }
+#endif
+    panel_dot(range, 8, n_tok, p->q[8 * b][row], (const int8_t *)act, acc);
+}
+
 /* 32 values with one scale: y += w_scale x_scale dots - w_min x_sum. */
 DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, int b, const char *act,
                            vf y[DS_TILE_TOKENS][2]) {
@@ -55,7 +67,7 @@ DS_INLINE void panel_block(panel_format f, int n_tok, const panel *p, int row, i
     vi acc[DS_TILE_TOKENS][2];
     DS_UNROLL
     for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = panel_start(f.offset_log2, tile_ints2(m.less[0], m.less[1], t));
-    panel_dot(f.range, 8, n_tok, p->q[8 * b][row], (const int8_t *)act, acc);
+    panel_dots(f.range, n_tok, p, row, b, act, acc);
     DS_UNROLL
     for (int v = 0; v < 2; v++) {
         DS_UNROLL

@@ -526,10 +526,19 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
 
 #define DS_TILE_TOKENS 4
 
+#define DS_PANEL_WIDE 1 /* codes with a sign are multiplied in 16 bits */
+
+/* The first or the last two bytes of each dword, with their signs. */
+DS_INLINE vi vi_widen_bytes(vi a, bool last) {
+    const __m256i dwords =
+        _mm256_setr_epi32(0, 0x04000400, 0x08000800, 0x0c000c00, 0, 0x04000400, 0x08000800, 0x0c000c00);
+    const __m256i high = _mm256_or_si256(dwords, vi_set(last ? 0x03800280u : 0x01800080u));
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(a, high), 8);
+}
+
 /* Products of w and x, two neighbours summed, added to 16-bit sums. */
-DS_INLINE __m256i x86_add_pairs(__m256i words, bool is_signed, bool first, __m256i w, __m256i x) {
-    const __m256i p =
-        is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+DS_INLINE __m256i x86_add_pairs(__m256i words, bool first, __m256i w, __m256i x) {
+    const __m256i p = _mm256_maddubs_epi16(w, x);
     words = first ? p : _mm256_add_epi16(words, p);
     /* Keeps the compiler from reordering the sums, which would need more registers than there are. */
     __asm__("" : "+x"(words));
@@ -555,14 +564,39 @@ DS_INLINE void panel_dot(code_range range, int n_k4, int n_tok, const uint8_t *w
             for (int t = 0; t < n_tok; t++) {
                 const vi x = _mm256_castps_si256(
                     _mm256_broadcast_ss((const float *)(const void *)(a + 4 * ((i0 + i) * n_tok + t))));
-                words[t][0] = x86_add_pairs(words[t][0], range == CODES_SIGNED, i == 0, w0, x);
-                words[t][1] = x86_add_pairs(words[t][1], range == CODES_SIGNED, i == 0, w1, x);
+                words[t][0] = x86_add_pairs(words[t][0], i == 0, w0, x);
+                words[t][1] = x86_add_pairs(words[t][1], i == 0, w1, x);
             }
         }
         DS_UNROLL
         for (int t = 0; t < n_tok; t++)
             DS_UNROLL for (int v = 0; v < 2; v++) acc[t][v] =
                 _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(words[t][v], _mm256_set1_epi16(1)));
+    }
+}
+
+/* The same of 32 values whose codes have signs: w is (8, 2, DS_PANEL_ROWS) pairs of int16. With magnitudes and signs of
+ * bytes, products would have to be widened each by itself. */
+DS_INLINE void panel_dot_wide(int n_tok, const int16_t *w, const int8_t *a, vi acc[DS_TILE_TOKENS][2]) {
+    DS_ALIGNED int16_t wide[8 * DS_TILE_TOKENS * 4];
+    DS_UNROLL
+    for (int i = 0; i < 2 * n_tok; i++)
+        vi_store(wide + 16 * i, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(a + 16 * i))));
+    const char *x16 = (const char *)wide;
+    __asm__("" : "+r"(x16) : "m"(wide)); /* one register, not one for each place in it */
+    DS_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const int16_t *rows = w + (size_t)i * 2 * DS_PANEL_ROWS;
+        const vi w0 = vi_load(rows), w1 = vi_load(rows + 2 * DS_LANES);
+        DS_UNROLL
+        for (int t = 0; t < n_tok; t++) {
+            int32_t two;
+            memcpy(&two, x16 + 8 * (i / 2 * n_tok + t) + 4 * (i % 2), sizeof two);
+            const vi x = vi_set((uint32_t)two);
+            acc[t][0] = _mm256_add_epi32(acc[t][0], _mm256_madd_epi16(w0, x));
+            acc[t][1] = _mm256_add_epi32(acc[t][1], _mm256_madd_epi16(w1, x));
+            __asm__("" : "+x"(acc[t][0]), "+x"(acc[t][1])); /* as above */
+        }
     }
 }
 

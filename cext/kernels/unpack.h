@@ -5,9 +5,15 @@
 #pragma once
 
 /* A panel in L1: 32 rows by 256 values. Dword [k / 4][row] holds four consecutive codes of a row. Codes are unsigned with
- * the format's offset still in, or signed plus DS_CODE_BIAS. */
+ * the format's offset still in, or signed plus DS_CODE_BIAS; or, where DS_PANEL_WIDE, signed ones of 16 bits: the first two
+ * of the four of all rows, then the other two. */
 typedef struct panel {
-    DS_ALIGNED uint8_t q[ACT_GROUP / 4][DS_PANEL_ROWS][4];
+    union {
+        DS_ALIGNED uint8_t q[ACT_GROUP / 4][DS_PANEL_ROWS][4];
+#if DS_PANEL_WIDE
+        DS_ALIGNED int16_t wide[ACT_GROUP / 4][2][DS_PANEL_ROWS][2];
+#endif
+    };
     DS_ALIGNED float scale[16][DS_PANEL_ROWS]; /* per 32 values of a row, or per 16 */
     DS_ALIGNED float min[16][DS_PANEL_ROWS];
 } panel;
@@ -37,7 +43,15 @@ DS_INLINE vi one_bit(vi a, int at, int to) {
 DS_INLINE vf byte_to_float(vi a, int i) { return vi_to_float(vi_and(vi_shr(a, 8 * i), vi_set(255))); }
 DS_INLINE vf signed_byte_to_float(vi a, int i) { return vi_to_float(vi_sar(vi_shl(a, 24 - 8 * i), 24)); }
 
-DS_INLINE vi signed_codes(vi a) { return vi_xor(a, vi_set(DS_BYTES(DS_CODE_BIAS))); }
+/* Codes with a sign, DS_CODE_BIAS in them already. */
+DS_INLINE void put_signed_codes(const unpacker *u, int k4, vi codes) {
+#if DS_PANEL_WIDE
+    vi_store(u->p->wide[k4][0][u->lane0], vi_widen_bytes(codes, false));
+    vi_store(u->p->wide[k4][1][u->lane0], vi_widen_bytes(codes, true));
+#else
+    put_codes(u, k4, codes);
+#endif
+}
 
 /* ---- Formats of 32 values ---- */
 
@@ -93,7 +107,7 @@ DS_INLINE void unpack_Q8_0(const unpacker *u) {
         vi_columns4(u->rows, at + 18, qs + 4);
         put_scale(u, b, vi_low_f16(head[0]));
         DS_UNROLL
-        for (int i = 0; i < 8; i++) put_codes(u, 8 * b + i, signed_codes(qs[i]));
+        for (int i = 0; i < 8; i++) put_signed_codes(u, 8 * b + i, vi_xor(qs[i], vi_set(DS_BYTES(DS_CODE_BIAS))));
     }
 }
 
@@ -106,8 +120,8 @@ DS_INLINE void unpack_IQ4_NL(const unpacker *u) {
         put_scale(u, b, vi_low_f16(head[0]));
         DS_UNROLL
         for (int i = 0; i < 4; i++) {
-            put_codes(u, 8 * b + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
-            put_codes(u, 8 * b + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
+            put_signed_codes(u, 8 * b + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
+            put_signed_codes(u, 8 * b + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
         }
     }
 }
@@ -262,8 +276,8 @@ DS_INLINE void unpack_IQ4_XS(const unpacker *u) {
         vi_columns4(u->rows, offsetof(ds_block_IQ4_XS, qs) + 16 * (size_t)j, qs);
         DS_UNROLL
         for (int i = 0; i < 4; i++) {
-            put_codes(u, 8 * j + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
-            put_codes(u, 8 * j + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
+            put_signed_codes(u, 8 * j + i, vi_lookup(iq4_codes, low_nibbles(qs[i])));
+            put_signed_codes(u, 8 * j + 4 + i, vi_lookup(iq4_codes, high_nibbles(qs[i])));
         }
     }
 }
