@@ -1,7 +1,14 @@
-"""Shared fixtures. Helper modules live in tests/support and tests/ref: ``from support import tiny``."""
+"""Shared fixtures. Helper modules live in tests/support and tests/ref: ``from support import tiny``.
 
+A file's tests run one after another, in as many processes as there are cores (pytest-xdist, ``-n``): 0 runs all in one,
+for a debugger and to see what they print (-s).
+"""
+
+import fcntl
+import os
 import random
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +17,28 @@ from support.hub import Hub, serve
 from support.tiny import Spec, write_gguf
 
 TESTS = Path(__file__).parent
+MOST = 8  # processes: tests have threads of their own, and hundreds of megabytes of modules and models
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    return min(os.cpu_count() or 1, MOST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone_on_a_gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of files that measure a device's memory, one at a time."""
+    if not request.path.name.startswith(("test_vulkan_", "test_gpu")):
+        yield
+        return
+    with (tmp_path_factory.getbasetemp().parent / "gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hears_ctrl_c() -> None:
+    """As what runs in a terminal does; pytest-xdist's processes, like a shell's background job, begin without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
