@@ -45,3 +45,8 @@ def typed(text: str) -> str:
 def plain(text: str) -> str:
     """Without its control tokens, but for reasoning tags, which are part of a text."""
     return MARK.sub(lambda match: match[1] if match[1] in REASONING else "", text)
+
+
+def spelt(text: str) -> str:
+    """With its control tokens as they are spelt."""
+    return MARK.sub(r"\1", text)

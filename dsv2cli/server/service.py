@@ -262,11 +262,9 @@ class Service:
 
     def spelt(self, ids: Sequence[int]) -> str:
         """The text of a sequence, its control tokens as they are spelt."""
-        return b"".join(map(self.spelt_bytes, ids)).decode("utf-8", "replace")
-
-    def spelt_bytes(self, token: int) -> bytes:
         tokenizer = self.engine.runtime.tokenizer
-        return (tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token)
+        pieces = ((tokenizer.special_text(token) or "").encode() or tokenizer.token_bytes(token) for token in ids)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def token_text(self, token: int) -> str:
         """A token alone: a control token's spelling; part of a character as OpenAI spells it, bytes:\\xf0."""

@@ -128,6 +128,8 @@ def test_an_echo_is_the_text_that_was_sent(server: Served, path: Path, text: str
     first, *others = as_ids["logprobs"]["token_logprobs"]
     assert first is None
     np.testing.assert_allclose(others, told["token_logprobs"], atol=2e-5)
+    [silent] = server.asked(TEXT, prompt=text, **asked, logit_bias={str(IDS[USER]): 100})["choices"]
+    assert silent["text"] == text and silent["logprobs"]["text_offset"][own:] == [len(text)] * 4
 
 
 @pytest.mark.parametrize(("text", "first"), [(BOS, [None]), (f"{BOS}Hi", [None, "H", "i"]), ("", [])])

@@ -199,7 +199,7 @@ class TextAnswers:
             own = self._echoed.own
             told += zip(own, rows[len(rows) - len(own) :], strict=True)
             offset = len(self.prompt_text) - len(self.service.spelt(own))  # -1 where a text's first space is put there
-        return text_logprobs(self.service, [*told, *self._tokens[choice]], self._asked.n_top, offset)
+        return text_logprobs(self.service, [*told, *self._tokens[choice]], self._asked.n_top, offset, len(told))
 
 
 def _stream_text(head: dict[str, Any], body: CompletionRequest, ticket: Any, writer: TextAnswers) -> Response:

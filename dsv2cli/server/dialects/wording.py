@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from dsv2cli.scheduler import Logprobs, Stats
 from dsv2cli.server.generation import Began, Ended, Generation, Heard, Piece
+from dsv2cli.server.marked import Marked, plain, spelt
 from dsv2cli.server.service import Service
 from dsv2cli.server.wire import Sampled
 
@@ -126,18 +126,18 @@ def chat_logprob(service: Service, event: Piece) -> dict[str, Any]:
 
 
 def text_logprobs(
-    service: Service, tokens: Sequence[tuple[int, Logprobs | None]], n_top: int, offset: int = 0
+    service: Service, tokens: Sequence[tuple[int, Logprobs | None]], n_top: int, offset: int = 0, n_echoed: int = 0
 ) -> dict[str, Any]:
     """OpenAI's older form. A token's figure is the same number where it stands among the likeliest as where it stands
-    alone, which lm-eval compares. Offsets count characters of the text that the tokens spell, the first at ``offset``;
-    a part of a character stands where the character begins."""
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    alone, which lm-eval compares. Offsets count characters of the text, in which the first token is at ``offset`` and a
+    part of a character where the character begins; a control token has some among the first ``n_echoed`` alone."""
+    stream = Marked(service.engine.runtime.tokenizer)
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, logprobs in tokens:
+    for i, (token, logprobs) in enumerate(tokens):
         text = service.token_text(token)
         found["tokens"].append(text)
         found["text_offset"].append(max(offset, 0))
-        offset += len(characters.decode(service.spelt_bytes(token)))
+        offset += len((spelt if i < n_echoed else plain)(stream.feed(token)))
         found["token_logprobs"].append(None if logprobs is None else _finite(logprobs.chosen))
         if logprobs is None:
             found["top_logprobs"].append(None)
