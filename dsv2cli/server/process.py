@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -44,6 +45,10 @@ MAX_HEADERS = 16 << 10  # bytes (CVE-2025-48956)
 MAX_CONNECTIONS = 512
 IDLE_SECONDS = 30
 HEAD_SECONDS = 30.0
+NO_LISTENING = {
+    errno.EADDRINUSE: "--port 0 takes any that is free",
+    errno.EACCES: "ports below 1024 are the administrator's: --port takes another",
+}
 SWITCH_SECONDS = 0.001  # the engine's thread lets the others have the interpreter so soon
 
 
@@ -61,9 +66,8 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
         bound.bind(where)
         bound.listen(128)
     except OSError as error:
-        raise CliError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}", "--port 0 takes any that is free"
-        ) from None
+        hint = NO_LISTENING.get(error.errno or 0, "--host takes a name or an address of this machine")
+        raise CliError(f"cannot listen on {host}, port {port}: {error.strerror or error}", hint) from None
     return bound
 
 

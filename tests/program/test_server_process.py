@@ -146,7 +146,7 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("options", "code", "says"),
     [
         (["--host", "0.0.0.0"], 2, "no key is asked for"),
-        (["--host", "203.0.113.1", "--no-auth"], 1, "cannot listen on 203.0.113.1"),
+        (["--host", "203.0.113.1", "--no-auth"], 1, "hint: --host takes a name or an address of this machine"),
         (["--cors-origin", "*"], 2, "every web page"),
         (["--api-key", ""], 2, "empty"),
         (["--cache", "lots"], 2, "no size"),
@@ -166,6 +166,12 @@ def test_what_does_not_start(path: Path, options: list[str], code: int, says: st
     command = [sys.executable, "-P", "-c", RUN, "serve", str(path), "--port", "0", *options]
     ended = forks.run(command, os.environ, SECONDS, text=True, cwd=PACKAGES)
     assert ended.returncode == code and says in ended.stderr, ended.stderr
+
+
+def test_a_port_that_is_taken() -> None:
+    with serving.listen("127.0.0.1", 0) as taken, pytest.raises(CliError, match="in use") as refused:
+        serving.listen("127.0.0.1", taken.getsockname()[1])
+    assert "--port 0" in (refused.value.hint or "")
 
 
 def test_what_a_server_is_started_with(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_what_is_refused(server: Served, tmp_path: Path, monkeypatch: pytest.Mon
     assert act(server, 0, "save", "first").status_code == 200
     assert act(server, 0, "save", "second").status_code == 400
     assert act(server, 0, "save", "first").status_code == 200  # one that is there is replaced
+
+
+def test_what_killed_servers_left_half_written(server: Served, tmp_path: Path) -> None:
+    server.asked("/completion", **BODY, id_slot=0)
+    assert act(server, 0, "save", "one.bin").status_code == 200
+    whole = (tmp_path / "one.bin").read_bytes()
+    kept = {".one.bin.0123abcd": whole[:99], ".letter.0123abcd": b"Dear reader", ".one.bin": whole}  # one is new
+    left = {".one.bin.89abcdef": whole[:99], ".two.89abcdef": b""}
+    for name, content in (kept | left).items():
+        (tmp_path / name).write_bytes(content)
+        if name != ".one.bin.0123abcd":
+            os.utime(tmp_path / name, (1, 1))
+    assert act(server, 0, "save", "one.bin").status_code == 200
+    assert {file.name for file in tmp_path.iterdir()} == {"one.bin", *kept}
 
 
 def test_files_of_another_type_and_damaged_ones(server: Served, path: Path, tmp_path: Path) -> None:

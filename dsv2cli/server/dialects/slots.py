@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dsv2cli.server.slots import Held
 from dsv2cli.server.wire import dump, parse
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+UNFINISHED = re.compile(rf"\.{NAME.pattern}\.[0-9a-f]{{8}}")
+UNFINISHED_SECONDS = 3600  # no file is written for so long
 MAGIC = b"DSV2SESS"
 MAX_FILES = 256  # of one key
 
@@ -73,6 +76,7 @@ def _save(service: Service, slot: int, salt: bytes, body: bytes) -> dict[str, An
         raise bad_field("slot", "what it had read has been let go of; a larger --cache keeps more")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        _tidy(path.parent)
         if not path.exists() and sum(1 for _ in path.parent.iterdir()) >= MAX_FILES:
             raise bad_field("filename", f"{MAX_FILES} files are saved already")
         if path.exists() and not _is_session(path):
@@ -133,6 +137,17 @@ def _path(service: Service, salt: bytes, body: bytes) -> Path:
         raise bad_field("filename", "is no plain name: letters, digits, '.', '_' and '-', at most 128, no '.' first")
     assert service.slot_folder is not None
     return (service.slot_folder / salt.hex()[:32] if salt else service.slot_folder) / name
+
+
+def _tidy(folder: Path) -> None:
+    """Take away what servers that were killed have left half written."""
+    long_ago = time.time() - UNFINISHED_SECONDS
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # another server was here first
+                about = path.stat()
+                if about.st_mtime < long_ago and (not about.st_size or _is_session(path)):
+                    path.unlink()
 
 
 def _is_session(path: Path) -> bool:
