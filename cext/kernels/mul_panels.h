@@ -191,6 +191,14 @@ DS_INLINE void panel_mul(panel_format f, const ds_mul *job, int row, int tile_be
     }
 }
 
+/* The first n_rows sums of a tile's token t. A whole panel's by vectors: copies of unknown length begin slowly. */
+DS_INLINE void panel_store(const float *sums, int t, size_t n_rows, float *y) {
+    float own[DS_PANEL_ROWS];
+    const float *line = tile_line(sums, t, own);
+    if (n_rows == DS_PANEL_ROWS) memcpy(y, line, DS_PANEL_ROWS * sizeof *line);
+    else memcpy(y, line, n_rows * sizeof *line);
+}
+
 DS_INLINE void mul_panels(panel_format f, const ds_mul *job) {
     DS_ALIGNED float sums[PANEL_TOKENS * DS_PANEL_ROWS];
     const int n_tiles = act_n_tiles(job->n_tok);
@@ -203,10 +211,9 @@ DS_INLINE void mul_panels(panel_format f, const ds_mul *job) {
             panel_mul(f, job, row, tile, end, sums);
             for (int i = tile; i < end; i++) {
                 const int t0 = act_tile_begin(i, job->n_tok, n_tiles), t1 = act_tile_begin(i + 1, job->n_tok, n_tiles);
-                float line[DS_PANEL_ROWS];
                 for (int t = t0; t < t1; t++)
-                    memcpy(job->y + (size_t)t * job->ldy + (size_t)row,
-                           tile_line(sums + (i - tile) * TILE_SUMS, t - t0, line), n_rows * sizeof *line);
+                    panel_store(sums + (i - tile) * TILE_SUMS, t - t0, n_rows,
+                                job->y + (size_t)t * job->ldy + (size_t)row);
             }
         }
     }

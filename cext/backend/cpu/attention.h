@@ -6,7 +6,7 @@
 enum {
     DS_GROUP_ROWS = 64, /* most query rows (a token's heads) that share a pass over the cache */
     DS_MIN_PART = 256, /* positions below which splitting a pass does not pay */
-    DS_MAX_PARTS = 32, /* tasks that a step of few tokens is split into */
+    DS_MAX_PARTS = 48, /* tasks that a step of few tokens is split into */
 };
 
 typedef struct ds_cpu_attention_kind {
@@ -28,6 +28,9 @@ const ds_cpu_attention_kind *ds_cpu_attention_of(const ds_config *c);
 
 /* The input of a layer's attention, normalised and packed for the kinds of products asked for. */
 const ds_act *ds_attend_input(const ds_lane *lane, const ds_layer *layer, int il, unsigned kinds);
+
+/* Where a part of n_pos positions begins, of n_parts that workers claim in their order; n_pos for part n_parts. */
+int ds_attend_part_begin(int n_pos, int n_parts, int part);
 
 /* Join the parts of one query row's positions, `stride` rows apart, into out (n). */
 void ds_attend_join(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l,

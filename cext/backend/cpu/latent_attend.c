@@ -145,11 +145,6 @@ static void absorb_head(const ds_lane *lane, const ds_layer *l, int begin, int e
     }
 }
 
-/* Where a part of a group's positions begins: at a whole tile. */
-static int part_begin(const ds_latent_group *g, int n_pos, int part) {
-    return part == g->n_parts ? n_pos : (int)((int64_t)n_pos * part / g->n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-}
-
 /* One part of a group's positions: a running softmax into the part's m, l and acc. The part that this worker most likely
  * takes next is brought into cache meanwhile, as this one (`ready`) was. */
 static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, int part, bool ready) {
@@ -159,7 +154,8 @@ static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, i
     const ds_kv *kv = s->spans[g->span].kv;
     const int n_pos = room->plan.visible[g->row + g->n_tok * g->n_heads - 1];
     const size_t ld = ds_row_pad(c->kv_lora_rank), slot = (size_t)g->slot + (size_t)part * (size_t)g->n_rows;
-    const int begin = part_begin(g, n_pos, part), end = part_begin(g, n_pos, part + 1);
+    const int begin = ds_attend_part_begin(n_pos, g->n_parts, part),
+              end = ds_attend_part_begin(n_pos, g->n_parts, part + 1);
     ds_attend job = {
         .n_rows = g->n_tok * g->n_heads,
         .n_pos = end - begin,
@@ -179,9 +175,9 @@ static void attend_part(const ds_lane *lane, int il, const ds_latent_group *g, i
     };
     const int next = part + lane->worker->nth;
     if (next < g->n_parts) {
-        const int from = part_begin(g, n_pos, next);
+        const int from = ds_attend_part_begin(n_pos, g->n_parts, next);
         job.next = ds_kv_table(kv, il - s->weights->layer_begin, 0, 0, from);
-        job.n_next = part_begin(g, n_pos, next + 1) - from;
+        job.n_next = ds_attend_part_begin(n_pos, g->n_parts, next + 1) - from;
     }
     for (int r = 0; r < g->n_rows; r++) job.m[r] = -INFINITY, job.l[r] = 0;
     memset(job.acc, 0, (size_t)g->n_rows * ld * sizeof *job.acc);

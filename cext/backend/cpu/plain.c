@@ -202,9 +202,8 @@ static void attend_part(const ds_lane *lane, int il, int i, int index, int part)
     const ds_span *span = &s->spans[i];
     const group g = group_at(c, span, index);
     const int n_parts = room_of(s)->routes[i].n_parts, layer = il - s->weights->layer_begin;
-    const int begin = (int)((int64_t)g.n_pos * part / n_parts) / DS_ROW_PAD * DS_ROW_PAD;
-    const int end =
-        part + 1 == n_parts ? g.n_pos : (int)((int64_t)g.n_pos * (part + 1) / n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    const int begin = ds_attend_part_begin(g.n_pos, n_parts, part),
+              end = ds_attend_part_begin(g.n_pos, n_parts, part + 1);
     const group_sums sums = sums_of(lane, i, index, part);
     const ds_attend job = {
         .n_rows = g.n_tok * g.n_heads,
