@@ -20,6 +20,7 @@ TESTS = Path(__file__).parent
 MOST = 8  # processes: tests have threads of their own, and hundreds of megabytes of modules and models
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, MOST)
 
