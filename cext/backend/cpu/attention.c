@@ -23,19 +23,19 @@ const ds_act *ds_attend_input(const ds_lane *lane, const ds_layer *layer, int il
     return act;
 }
 
+static int min2(int a, int b) { return a < b ? a : b; }
+
+/* Lengths of the parts before `part`, the last third's as the unit: the second third's are twice and the first's four times
+ * as long, so that who is done first waits for less. */
+static int part_units(int n_parts, int part) {
+    return part + min2(part, n_parts * 2 / 3) + 2 * min2(part, n_parts / 3);
+}
+
 int ds_attend_part_begin(int n_pos, int n_parts, int part) {
+    int at = part_units(n_parts, part), all = part_units(n_parts, n_parts);
     if (part == n_parts) return n_pos;
-    /* The first third are four times as long as the last and the second twice, so that who is done first waits for less; but
-     * none is short: each costs a pass over its sums. */
-    const int medium = n_parts / 3, small = n_parts * 2 / 3,
-              units = 4 * medium + 2 * (small - medium) + n_parts - small;
-    if (n_pos / units >= DS_MIN_PART / 2) {
-        int at = 4 * (part < medium ? part : medium);
-        if (part > medium) at += 2 * ((part < small ? part : small) - medium);
-        if (part > small) at += part - small;
-        return (int)((int64_t)n_pos * at / units) / DS_ROW_PAD * DS_ROW_PAD;
-    }
-    return (int)((int64_t)n_pos * part / n_parts) / DS_ROW_PAD * DS_ROW_PAD;
+    if (n_pos / all < DS_MIN_PART / 2) at = part, all = n_parts; /* none is short: each costs a pass over its sums */
+    return (int)((int64_t)n_pos * at / all) / DS_ROW_PAD * DS_ROW_PAD;
 }
 
 void ds_attend_join(const ds_kernels *kern, int n_parts, size_t stride, const float *m, const float *l,
