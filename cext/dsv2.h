@@ -54,6 +54,9 @@ ds_status ds_model_watched(ds_model *model, int device, ds_work_time out[DS_WORK
                            ds_error *err);
 /* What its weights take, whether they are mapped or within a budget. */
 ds_needs ds_model_needs(const ds_model *model);
+/* Have its weights lie in huge pages of memory, where they are mapped: see ds_gguf_settle. From any thread, while others
+ * evaluate. DS_EUNSUPPORTED too where a budget holds only some. */
+ds_status ds_model_settle(const ds_model *model, size_t *from, size_t n, ds_error *err);
 /* End the step under way, from another thread or a signal's handler: where it waits for a drive it fails with DS_ESTOPPED. */
 void ds_model_stop(ds_model *model);
 /* How much of a long step under way is computed, 0 to 1; 0 where none is. From any thread. */

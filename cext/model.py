@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, cast
@@ -21,6 +21,7 @@ from cext.placement import Device, Place
 KvType = Literal["f16", "q8_0", "f32"]
 MAX_ID = np.iinfo(np.int32).max
 MAX_RAM = 2**63 - 1
+SETTLED = 64 << 20  # bytes that are moved to huge pages at a time
 
 
 class Hparams(TypedDict):
@@ -302,6 +303,19 @@ class Model:
     def needs(self) -> WeightNeeds:
         """What the weights take, mapped or within a budget."""
         return WeightNeeds(*_engine.model_needs(self._handle))
+
+    def settle(self, stop: Callable[[], bool] = lambda: False) -> int:
+        """Have the weights lie in huge pages of memory in place of the file's, which may be small ones: the same bytes
+        at the same addresses, for whoever computes meanwhile. Piece by piece, before each of which ``stop`` is asked;
+        the bytes that were gone through. The memory is taken beside the system's cache of the file, and not shared with
+        others who have it open.
+
+        UnsupportedError where not all are mapped or the system has no way to, OutOfMemoryError, FileError.
+        """
+        begin, end = 0, -1
+        while begin != end and not stop():
+            begin, end = _engine.model_settle(self._handle, begin, SETTLED), begin
+        return begin
 
     def stop(self) -> None:
         """Let a step under way raise StoppedError where it waits for the drive; for other threads and handlers."""

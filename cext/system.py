@@ -293,10 +293,24 @@ def _is_held(pages: mmap.mmap, at: int) -> bool:
     return not failed and bool(told.value & 1)
 
 
+def _mappings(root: Path = ROOT) -> dict[str, int]:
+    """KiB of this process's memory by kind; empty where the system does not tell."""
+    return dict(_pairs(_read(root / "proc/self/smaps_rollup").replace(":", " ").replace(" kB", "")))
+
+
 def _in_huge_pages() -> int | None:
     """Bytes of files that this process has mapped by huge pages."""
-    told = dict(_pairs(_read(Path("/proc/self/smaps_rollup")).replace(":", " ").replace(" kB", "")))
+    told = _mappings()
     return 1024 * told["FilePmdMapped"] if "FilePmdMapped" in told else None
+
+
+def small_file_bytes(root: Path = ROOT) -> int | None:
+    """Bytes of files that this process has mapped, has read, and finds by small pages; None where the system does not
+    tell."""
+    told = _mappings(root)
+    if not {"Rss", "Anonymous", "FilePmdMapped"} <= told.keys():
+        return None
+    return 1024 * max(0, told["Rss"] - told["Anonymous"] - told["FilePmdMapped"])
 
 
 def drop_pages(fd: int) -> None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv2cli.console import format_bytes
 from dsv2cli.engines.choice import LLAMA, OURS
 from dsv2cli.errors import CliError
 from dsv2cli.llama_bench import LlamaBench
@@ -133,6 +134,7 @@ def run(
                 engines[peer.name] = Launched(peer, model, used)
             else:
                 engines[peer] = stack.enter_context(contender(peer, model, n_ctx, used))
+        settled = first.settle() if ram == "auto" and not against else 0  # others take memory for copies of their own
         for row in rows:  # a deeper context is kept from test to test: depth by depth, then round by round
             for round_ in range(rounds + 1):
                 for name, runs in engines.items():
@@ -148,6 +150,8 @@ def run(
         footprints = {name: runs.footprint() for name, runs in engines.items() if isinstance(runs, Contender)}
         isa = str(first.hello["isa"])
         notes = [note for runs in engines.values() for note in runs.hello["notes"]]
+        if settled:
+            notes.append(f"{format_bytes(settled)} of weights were copied to huge pages of memory first")
     is_on_gpu = bool(first.hello["is_on_gpu"])
     return Result(model, used, isa, machine(), rounds, rows, list(engines), footprints, notes, is_on_gpu)
 
@@ -192,6 +196,10 @@ class Contender:
     def fastest(self, test: Test, variants: Sequence[str]) -> str:
         """The setting that does this test best."""
         return max(variants, key=lambda variant: self.rate(test, variant))
+
+    def settle(self) -> int:
+        """See ``contender.Engine``."""
+        return int(self._ask({"kind": "settle"})["bytes"])
 
     def footprint(self) -> Footprint:
         answer = self._ask({"kind": "memory"})

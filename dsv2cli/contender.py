@@ -22,6 +22,7 @@ from dsv2cli.gpu import Wish
 from dsv2cli.llama_state import lengthened
 from dsv2cli.options import Kept, gpu_wish, memory_for_weights
 from dsv2cli.residency import Beside, Weights, drive_record, measured_rate, open_placed
+from dsv2cli.settling import settle
 
 if TYPE_CHECKING:
     from cext.model import KvType
@@ -53,6 +54,9 @@ class Engine(Protocol):
     def eval(self, ids: Ids) -> None:
         """Append to the first sequence."""
 
+    def settle(self) -> int:
+        """Bytes of weights that are moved to huge pages of memory now, as after a first answer: settling.py."""
+
     def drive(self) -> dict[str, Any] | None:
         """What was read from the file for experts that memory does not hold; None where all are there, or it does not
         tell."""
@@ -73,7 +77,7 @@ class Ours:
         self.notes = [self._plan.sentence(measured_rate(model))] if self._plan else []
         self.notes += [layout.sentence] if layout else []
         self.is_on_gpu = layout is not None
-        self._n_ctx = n_ctx
+        self._n_ctx, self._is_mapped = n_ctx, self._plan is None and layout is None
         self._opened: dict[str, list[Session]] = {}
         self.threads, self.isa = self._model.threads, self._model.isa
         self.n_vocab = self._model.hparams["n_vocab"]
@@ -100,6 +104,9 @@ class Ours:
 
     def eval(self, ids: Ids) -> None:
         self._sessions[0].eval(ids)
+
+    def settle(self) -> int:
+        return settle(self._model) if self._is_mapped else 0
 
     def drive(self) -> dict[str, Any] | None:
         counts = self._model.drive_counts()
@@ -172,6 +179,9 @@ class LlamaCpp:
             if self._lib.llama_state_seq_set_data(context, buffer, len(longer), 0) != len(longer):
                 raise RuntimeError(f"llama.cpp does not take a context lengthened to {depth}")
             self._positions[self._variant] = depth
+
+    def settle(self) -> int:
+        return 0
 
     def drive(self) -> None:
         return None
@@ -257,6 +267,8 @@ def serve(name: str, model: Path, n_ctx: int, threads: int, ram: Weights, gpu: W
             request = json.loads(line)
             if request["kind"] == "memory":
                 answer(footprint() | {"drive": engine.drive()})
+            elif request["kind"] == "settle":
+                answer({"bytes": engine.settle()})
             else:
                 answer({"seconds": measure(engine, **request)})
     except Exception as error:

@@ -18,6 +18,7 @@ from dsv2cli.errors import CliError, UsageError
 from dsv2cli.gpu import Layout, Wish
 from dsv2cli.options import refuse_budget, refuse_gpu
 from dsv2cli.residency import Beside, Plan, Weights, context, drive_record, measured_rate, open_placed
+from dsv2cli.settling import Settling
 
 if TYPE_CHECKING:
     from cext import DriveCounts
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class Runtime:
     """An open model, its tokenizer, and how long opening took (seconds). evaluate: a step of several of its sessions;
     interrupt: ends the one under way, and begin: begins one that is computed in parts, both where the engine can. plan:
-    where its weights lie, if not all in memory; layout: what of it is on a GPU."""
+    where its weights lie, if not all in memory; layout: what of it is on a GPU; settling: see ``settle``."""
 
     path: Path
     model: Model
@@ -45,6 +46,7 @@ class Runtime:
     plan: Plan | None = None
     begin: Begin | None = None
     layout: Layout | None = None
+    settling: Settling | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +83,11 @@ class Runtime:
             return None
         record: dict[str, Any] = {"placed": self.layout.sentence, "bytes": work.memory, "most_bytes": work.memory_most}
         return record | {"experts": hot_record(work.hot)}
+
+    def settle(self) -> None:
+        """After an answer: see settling.py, where the weights are mapped and nobody asked for that."""
+        if self.settling is not None:
+            self.settling.begin()
 
     def context(self, n_ctx: int | None) -> int:
         """``n_ctx``, or for 0 what the model was trained for; None: 4096, or that if less."""
@@ -127,6 +134,8 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
     wants_llama = wishes.servers or wishes.gpu_layers or wishes.engine == LLAMA
     opened = None if wants_llama else _open_ours(path, threads, wishes)
     model, tokenizer, evaluate, interrupt, engine, plan, layout = opened or _open_llama(path, threads, wishes)
+    settles = engine == OURS and plan is None and layout is None and wishes.ram == "auto"
+    settling = Settling(cast("Ours", model)) if settles else None
     with tokenizer:
         try:
             n_rows = model.hparams["n_vocab"]
@@ -137,8 +146,10 @@ def open_model(path: Path, threads: int | None, wishes: Wishes | None = None) ->
                 )
             seconds = time.perf_counter() - begun
             begin = _parts_of(model)
-            yield Runtime(path, model, tokenizer, seconds, evaluate, interrupt, engine, plan, begin, layout)
+            yield Runtime(path, model, tokenizer, seconds, evaluate, interrupt, engine, plan, begin, layout, settling)
         finally:
+            if settling is not None:
+                settling.end()
             if plan is not None:
                 usage.learn(plan.usage, cast("Ours", model))
             model.close()

@@ -105,6 +105,10 @@ enum { DS_HUGE_PAGE = 2 << 20 };
 void *ds_pages_map(ds_file file, size_t size);
 /* Of a mapping that is read here and there and not as a whole: no pages ahead, none larger than usual, none kept so far. */
 void ds_pages_sparse(void *pages, size_t size);
+/* Have some of such a mapping lie in huge pages of memory and no more in the file's, which may be small ones: the same bytes
+ * at the same addresses for who reads them meanwhile. pages, size: multiples of DS_HUGE_PAGE; offset: theirs in the file.
+ * False with errno set, and all as it was, where that fails: ENOSYS where the system has no way to. */
+bool ds_pages_settle(ds_file file, void *pages, size_t size, int64_t offset);
 /* size zeroed bytes that take memory once they are touched; NULL with errno set where that fails. */
 void *ds_pages_new(size_t size);
 /* The same in pages of the usual size: for pieces much smaller than a huge page, each of which would take a whole one. */

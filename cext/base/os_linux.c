@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "base/os.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <sched.h>
@@ -11,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,6 +25,24 @@ void ds_word_wake(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_
 bool ds_file_direct(ds_file file, bool on) {
     const int flags = fcntl((int)file, F_GETFL);
     return flags >= 0 && fcntl((int)file, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+}
+
+/* A copy in memory of our own, aligned as huge pages are, that then takes the mapping's place: who reads while that happens
+ * waits in the page fault. */
+bool ds_pages_settle(ds_file file, void *pages, size_t size, int64_t offset) {
+    const size_t room = size + DS_HUGE_PAGE;
+    char *all = ds_pages_new(room);
+    if (!all) return false;
+    char *copy = all + (DS_HUGE_PAGE - (uintptr_t)all % DS_HUGE_PAGE) % DS_HUGE_PAGE;
+    const int64_t got = ds_file_read(file, copy, size, offset);
+    bool ok = got == (int64_t)size && mprotect(copy, size, PROT_READ) == 0;
+    ok = ok && mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, pages) != MAP_FAILED;
+    const int why = got < 0 || ok ? errno : got < (int64_t)size ? EIO : errno;
+    if (ok && copy > all) munmap(all, (size_t)(copy - all));
+    if (ok) munmap(copy + size, room - size - (size_t)(copy - all));
+    else munmap(all, room);
+    errno = why;
+    return ok;
 }
 
 #if defined(__aarch64__)

@@ -153,6 +153,14 @@ void ds_pages_release(void *pages, size_t size) {
     if (pages) munmap(pages, size);
 }
 
+#if !defined(__linux__)
+bool ds_pages_settle(ds_file file, void *pages, size_t size, int64_t offset) {
+    (void)file, (void)pages, (void)size, (void)offset;
+    errno = ENOSYS;
+    return false;
+}
+#endif
+
 #if !defined(__linux__) && !defined(__APPLE__)
 int ds_os_cores(void) { return ds_os_processors(); }
 bool ds_file_direct(ds_file file, bool on) { return !on; }

@@ -154,6 +154,37 @@ bool ds_gguf_leave_mapping(const ds_gguf *gguf, bool direct) {
     return all;
 }
 
+/* Of one file. Where its first and last bytes share a huge page with something else they stay. */
+static ds_status settle_one(const ds_gguf *g, size_t from, size_t n, ds_error *err) {
+    const uintptr_t base = (uintptr_t)g->base, page = DS_HUGE_PAGE;
+    const uintptr_t first = (base + from + page - 1) / page * page, end = (base + from + n) / page * page;
+    if (first >= end || ds_pages_settle(g->file, (void *)first, end - first, (int64_t)(first - base))) {
+        return DS_OK;
+    }
+    const int code = errno;
+    if (check_one(g, err) != DS_OK) {
+        return err->status;
+    }
+    const ds_status st = code == ENOMEM ? DS_ENOMEM : code == ENOSYS ? DS_EUNSUPPORTED : DS_EIO;
+    return DS_GGUF_FAIL(g, err, st, "cannot move it to huge pages of memory: %s", strerror(code));
+}
+
+ds_status ds_gguf_settle(const ds_gguf *gguf, size_t *from, size_t n, ds_error *err) {
+    size_t begin = 0;
+    for (int64_t i = 0; i < n_parts(gguf); begin += part_of(gguf, i++)->size) {
+        const ds_gguf *part = part_of(gguf, i);
+        const size_t at = *from - begin;
+        if (at >= part->size) continue;
+        const size_t left = part->size - at, end = at + (n < left ? n / DS_HUGE_PAGE * DS_HUGE_PAGE : left);
+        ds_status st = part->mapped ? check_one(part, err) : DS_OK;
+        if (st == DS_OK && part->mapped) st = settle_one(part, at, end - at, err);
+        if (st == DS_OK) *from = begin + end;
+        return st;
+    }
+    *from = begin;
+    return DS_OK;
+}
+
 ds_status ds_gguf_open_one(const char *path, ds_gguf **out, ds_error *err) {
     ds_gguf *g = NULL;
     ds_status st = gguf_new(path, &g, err);

@@ -78,6 +78,12 @@ bool ds_gguf_locate(const ds_gguf *gguf, const void *data, size_t n, ds_gguf_pla
  * system's cache if `direct`. False where a file system does not read past it: all then go through it. */
 bool ds_gguf_leave_mapping(const ds_gguf *gguf, bool direct);
 
+/* Have the mapping lie in huge pages of memory, which are found faster than a file's small ones: n bytes (in whole
+ * huge pages) from byte *from on of all files one after another, and *from behind them: at the end it is ds_gguf_size. Tensors stay where
+ * they are, whoever reads them. DS_EIO where a file has changed, DS_ENOMEM, DS_EUNSUPPORTED where the system has no way to:
+ * what is moved stays so. */
+ds_status ds_gguf_settle(const ds_gguf *gguf, size_t *from, size_t n, ds_error *err);
+
 const char *ds_gguf_label(const ds_gguf *gguf); /* the path or label, for errors */
 size_t ds_gguf_size(const ds_gguf *gguf); /* bytes of the file, or of all parts */
 

@@ -99,6 +99,12 @@ void ds_model_close(ds_model *model) {
 const ds_config *ds_model_config(const ds_model *model) { return &model->core.config; }
 const ds_gguf *ds_model_gguf(const ds_model *model) { return model->gguf; }
 
+ds_status ds_model_settle(const ds_model *model, size_t *from, size_t n, ds_error *err) {
+    if (model->core.loaded.tensors)
+        return ds_fail(err, DS_EUNSUPPORTED, "%s: within a budget it is not mapped", ds_gguf_label(model->gguf));
+    return ds_gguf_settle(model->gguf, from, n, err);
+}
+
 ds_status ds_model_expert_uses(ds_model *model, uint64_t *out, ds_error *err) {
     const ds_config *c = &model->core.config;
     ds_status st = ds_core_check(&model->core, err); /* in a forked child the lock may be held for ever */

@@ -141,6 +141,22 @@ static PyObject *model_needs(void *model, PyObject *args) {
 }
 DS_PY_HELD(model_needs, DS_PY_MODEL)
 
+/* model_settle(model, from, n) -> from where to go on: see ds_model_settle */
+static PyObject *model_settle(void *model, PyObject *args) {
+    PyObject *capsule;
+    Py_ssize_t from, n;
+    ds_error err;
+    ds_status st;
+    if (!PyArg_ParseTuple(args, "Onn", &capsule, &from, &n)) return NULL;
+    if (from < 0 || n < 0) return PyErr_Format(PyExc_ValueError, "%zd bytes from byte %zd", n, from);
+    size_t at = (size_t)from;
+    Py_BEGIN_ALLOW_THREADS
+    st = ds_model_settle(model, &at, (size_t)n, &err);
+    Py_END_ALLOW_THREADS
+    return st == DS_OK ? PyLong_FromSize_t(at) : ds_py_raise(&err);
+}
+DS_PY_HELD(model_settle, DS_PY_MODEL)
+
 /* model_watch(model, device, times); model_watched(model, device) -> (dispatches, barriers, recordings, submissions, waits,
  * nanoseconds of recording, of waiting, bytes copied, nanoseconds of copying, experts copied, kept, bytes of slots,
  * crossing, bytes taken, and at most, [(name, n, nanoseconds)], (slots, tokens, chosen, held, uploads, bytes of uploads)) */
@@ -447,6 +463,7 @@ PyMethodDef ds_py_model_methods[] = {
     {"model_close", model_close, METH_O, NULL},
     {"model_counts", model_counts_held, METH_O, NULL},
     {"model_needs", model_needs_held, METH_O, NULL},
+    {"model_settle", model_settle_held, METH_VARARGS, NULL},
     {"model_stop", model_stop_held, METH_O, NULL},
     {"model_watch", model_watch_held, METH_VARARGS, NULL},
     {"model_watched", model_watched_held, METH_VARARGS, NULL},

@@ -77,6 +77,10 @@ class Chat(ABC):
         self._tell_stop()
         return "".join(written)
 
+    @abstractmethod
+    def rest(self) -> None:
+        """An answer is there, and the next message is being written: time for what makes the next one faster."""
+
     def collect(self, text: str) -> str:
         """One answer, as a string and nowhere else; Ctrl-C ends it."""
         self.last = Stats()
@@ -155,6 +159,9 @@ class LocalChat(Chat):
     @property
     def session(self) -> Session:
         return self.conversation.session
+
+    def rest(self) -> None:
+        self.runtime.settle()
 
     def pieces(self, text: str | None, progress: Progress) -> tuple[Thought, Generator[Piece, None, None]]:
         reasoning = Reasoning(self.runtime.tokenizer)

@@ -236,6 +236,9 @@ class RemoteChat(Chat):
         thought = Thinking()
         return thought, self.conversation.reply(text, self.sampling, self.last, thought, progress)
 
+    def rest(self) -> None:
+        """The server's affair."""
+
     def headline(self) -> str:
         model, url = self.conversation.model, self.conversation.server.address.url
         return f"{model.name} at {url}{f', {model.n_ctx} tokens of context' if model.n_ctx else ''}."

@@ -185,6 +185,7 @@ class Repl:
             console.print_error(str(error), error.hint)
         finally:
             self.keeping.close_turn(self.chat.last.stop or "cancelled")
+            self.chat.rest()
 
     def help(self, _: str) -> bool:
         width = max(map(len, HELP))

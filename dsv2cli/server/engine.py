@@ -569,6 +569,7 @@ class Engine:
             except Exception:  # the answer is whole all the same: what was kept makes room
                 self.prefixes.clear()
         self._count(event, choice)
+        self.runtime.settle()
         return Ended(choice, event.reason, event.text, sequence.stop, sequence.stats, rows, event.error)
 
     def _count(self, event: End, choice: int) -> None:

@@ -221,3 +221,17 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         cold(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("told", "small"),
+    [
+        ("Rss: 100 kB\nAnonymous: 30 kB\nFilePmdMapped: 60 kB\n", 10 << 10),
+        ("Rss: 100 kB\nAnonymous: 30 kB\n", None),
+        ("", None),
+    ],
+)
+def test_bytes_of_files_in_small_pages(tmp_path: Path, told: str, small: int | None) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/smaps_rollup").write_text(f"00400000-7fff0000 ---p 00000000 00:00 0 [rollup]\n{told}")
+    assert system.small_file_bytes(tmp_path) == small

@@ -5,7 +5,7 @@
 
 enum {
     DS_GROUP_ROWS = 64, /* most query rows (a token's heads) that share a pass over the cache */
-    DS_MIN_PART = 256, /* positions below which splitting a pass does not pay */
+    DS_MIN_PART = 128, /* positions below which splitting a pass does not pay */
     DS_MAX_PARTS = 48, /* tasks that a step of few tokens is split into */
 };
 
