@@ -1,8 +1,9 @@
 """Files that clients bring for batches, and those that batches leave: in one folder, under names of our own.
 
 A folder a key (by a digest of it), in which ``<id>.data`` is a file and ``<id>.json`` says what it is; the second is
-written last and removed first, so that what is listed is whole. No name that a client gives is ever part of a path:
-it is looked up among those that are there. One server at a time has the folder.
+written last and removed first, so that what is listed is whole, and what was brought and is not listed goes. No name
+that a client gives is ever part of a path: it is looked up among those that are there. One server at a time has the
+folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dsv2cli.server.errors import ApiError
 MAX_COMING = 4  # uploads of a key at once
 DATA, ABOUT, PART = ".data", ".json", ".part"
 OWNER = re.compile("[0-9a-f]{32}")  # see ``owner_name``
+UPLOADED = re.compile(rf"file-[0-9a-f]{{24}}{re.escape(DATA)}")  # a batch's results have longer names
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,10 @@ class Files:
         self._files: dict[str, dict[str, Stored]] = {}
         self._n_coming: Counter[str] = Counter()
         for place in self.owners():
-            for path in place.glob(f"*{PART}"):
-                with suppress(OSError):
-                    path.unlink()
+            for path in place.iterdir():
+                if path.suffix == PART or (UPLOADED.fullmatch(path.name) and not path.with_suffix(ABOUT).exists()):
+                    with suppress(OSError):
+                        path.unlink()
             for path in sorted(place.glob(f"file-*{ABOUT}")):
                 with suppress(OSError, msgspec.MsgspecError):
                     stored = msgspec.json.decode(path.read_bytes(), type=Stored)
@@ -184,7 +187,12 @@ class Files:
         os.fsync(upload.file.fileno())
         with self._lock:
             upload.check(self._room_left(owner))
-            return self._take(owner, f"file-{secrets.token_hex(12)}", upload.path, filename, purpose)
+            name = f"file-{secrets.token_hex(12)}"
+            try:
+                return self._take(owner, name, upload.path, filename, purpose)
+            except BaseException:
+                self._remove(owner, name)
+                raise
 
     def take(self, owner: str, name: str, content: Path, filename: str, purpose: str) -> Stored:
         """Take a file in the owner's folder over, by an id of ours; nothing where that was done already."""
@@ -212,9 +220,12 @@ class Files:
         self.find(owner, name)
         with self._lock:
             self._files[owner].pop(name, None)
-            place = self.path(owner, name)
-            place.with_name(name + ABOUT).unlink(missing_ok=True)
-            place.unlink(missing_ok=True)
+            self._remove(owner, name)
+
+    def _remove(self, owner: str, name: str) -> None:
+        place = self.path(owner, name)
+        place.with_name(name + ABOUT).unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
 
 
 @contextmanager

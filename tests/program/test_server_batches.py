@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import threading
 import time
@@ -210,6 +211,27 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     Files(tmp_path)
     assert {p.name for p in theirs.iterdir()} == {"folder.part", "film.part"}
     assert {p.name for p in ours.iterdir()} == {"folder.part"}
+
+
+def test_content_that_is_not_listed_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Files(tmp_path)
+    with kept.upload(OWNER) as coming:
+        whole = kept.keep(OWNER, coming, "x", "batch")
+    unlisted, result = tmp_path / OWNER / f"file-{'0' * 24}.data", tmp_path / OWNER / f"file-{'0' * 24}-output.data"
+    for path in (unlisted, result):  # a result's batch goes on with it
+        path.write_text("killed before it was listed")
+    assert Files(tmp_path).all(OWNER) == [whole]
+    assert not unlisted.exists() and result.exists()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(files, "write_whole", full)
+    with pytest.raises(OSError, match="no room"), kept.upload(OWNER) as coming:
+        kept.keep(OWNER, coming, "y", "batch")
+    assert sorted(path.name for path in (tmp_path / OWNER).iterdir()) == sorted(
+        [f"{whole.id}.data", f"{whole.id}.json", result.name]
+    )
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:
