@@ -88,6 +88,8 @@ def batch(
 ) -> None:
     if out is None:
         raise UsageError("-o is missing", "it names the file that the answers go to")
+    if ray_actors is not None and ray is None:
+        raise UsageError("--ray-actors counts models on a Ray cluster, and none is asked", "--ray names one")
     cache_bytes = options.cache_bytes(cache)
 
     from dsv2cli import locate

@@ -51,6 +51,13 @@ def config(
     if len(given) != wanted:
         words = {0: "nothing more", 1: "a KEY", 2: "a KEY and a VALUE"}[wanted]
         raise UsageError(f"config {action} takes {words}", "dsv2 config --help")
+    for option, is_given, actions in (
+        ("--all", every, ("list",)),
+        ("--project", project, ("set", "unset", "path")),
+        ("--json", as_json, ("list", "get")),
+    ):
+        if is_given and action not in actions:
+            raise UsageError(f"{option} is of config {', '.join(actions)}, not of {action}", "dsv2 config --help")
     if action == "path":
         console.say_path(file_of(project=project))
     elif action == "list":

@@ -111,6 +111,11 @@ def serve(
         raise CliError(f"--slot-save-path: `{slot_save_path}` is no folder")
     keys = [*(api_key or []), *keys_in(api_key_file)]
     rules = rules_of(host, keys, allowed_host or [], cors_origin or [])
+    if rules.keys and no_auth:
+        raise UsageError(
+            "--no-auth asks nobody for a key, and there is one",
+            "leave out --no-auth, or --api-key, --api-key-file and DSV2_API_KEY",
+        )
     if not rules.keys and not no_auth and (reachable := [name for name in hosts if not is_loopback(name)]):
         raise UsageError(
             f"{', '.join(reachable)} can be reached from other machines, and no key is asked for",
@@ -193,7 +198,9 @@ def keys_in(file: Path | None) -> list[str]:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"cannot read the keys in `{file}`: {getattr(error, 'strerror', None) or error}") from None
-    return given + [line.strip() for line in lines if line.strip()]
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise CliError(f"`{file}` holds no key", "--api-key-file names a file of keys, one a line")
+    return given + found
 
 
 def rules_of(host: str, keys: Iterable[str], hosts: Iterable[str], origins: Iterable[str]) -> Rules:

@@ -198,6 +198,7 @@ def test_a_fault_is_one_line_s_affair(
     ("args", "code", "says"),
     [
         (["in.jsonl"], 2, "-o is missing"),
+        (["in.jsonl", "-o", "out.jsonl", "--ray-actors", "2"], 2, "--ray names one"),
         (["in.jsonl", "-o", "in.jsonl"], 2, "reads"),
         (["in.jsonl", "-o", "out", "--errors", "out"], 2, "files of their own"),
         (["in.jsonl", "-o", "out", "--errors", "in.jsonl"], 2, "reads"),

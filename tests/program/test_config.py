@@ -143,6 +143,10 @@ def test_a_file_that_says_what_it_may_not(
         (("list", "kv"), ["nothing more"]),
         (("put", "kv", "f16"), ["'put'"]),
         (("unset", "nonsense.kv"), ["nonsense.kv"]),
+        (("get", "kv", "--project"), ["--project", "not of get"]),
+        (("--project",), ["--project", "not of list"]),
+        (("path", "--all"), ["--all", "not of path"]),
+        (("set", "kv", "f16", "--json"), ["--json", "not of set"]),
     ],
 )
 def test_what_is_called_wrongly(env: dict[str, str | None], args: tuple[str, ...], words: list[str]) -> None:

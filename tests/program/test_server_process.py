@@ -152,6 +152,8 @@ def test_requests_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--cache", "lots"], 2, "no size"),
         (["--port", "70000"], 2, "range"),
         (["--api-key-file", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--api-key-file", os.devnull], 1, "holds no key"),
+        (["--api-key", "sesame", "--no-auth"], 2, "nobody for a key"),
         (["--host", "127.0.0.1,0.0.0.0"], 2, "0.0.0.0 can be reached"),
         (["--host", "127.0.0.1,"], 2, "no list of addresses"),
         (["--alias", "a,,b"], 2, "name of nothing"),
