@@ -135,9 +135,9 @@ Ram = Annotated[
         "--ram",
         metavar="SIZE|auto|all",
         help="Memory for the weights, as 12G or 9.5GiB: what it does not hold is read from the file as it is needed."
-        " The context takes its own beside it. auto: what is free, where that does not hold all; else the file is mapped,"
-        " and where memory holds it twice a copy in huge pages, which are read faster than a file's small ones, takes"
-        " its place after the first answer. all: map the file.",
+        " The context takes its own beside it. auto: what is free, where that does not hold all; else the file is"
+        " mapped, and where memory holds it twice a copy in huge pages, which are read faster than a file's small ones,"
+        " takes its place after the first answer. all: map the file.",
         callback=_kept,
     ),
 ]

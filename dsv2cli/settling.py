@@ -8,12 +8,15 @@ some seconds: it is made once a first answer is there, and the cache keeps the f
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dsv2cli.residency import margin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cext import Model
 
 LEAST = 1 << 30  # bytes of weights: smaller models are fast as they are
@@ -30,13 +33,13 @@ def pays(model: Model) -> bool:
     return free - margin(free) >= 2 * nbytes and small > FEW * nbytes
 
 
-def settle(model: Model, stop: threading.Event | None = None) -> int:
+def settle(model: Model, stop: Callable[[], bool] = lambda: False) -> int:
     """The bytes that were moved; 0 where that does not pay, or the system cannot. EngineError where it fails."""
     from cext import UnsupportedError
 
     with suppress(UnsupportedError):
         if pays(model):
-            return model.settle((stop or threading.Event()).is_set)
+            return model.settle(stop)
     return 0
 
 
@@ -46,6 +49,7 @@ class Settling:
     def __init__(self, model: Model) -> None:
         self._model, self._stop = model, threading.Event()
         self._thread: threading.Thread | None = None
+        self._resumed = 0.0  # when the last piece began
 
     def begin(self) -> None:
         """Once: what comes after the first call does nothing."""
@@ -56,8 +60,15 @@ class Settling:
     def _run(self) -> None:
         from cext import EngineError
 
+        self._resumed = time.monotonic()
         with suppress(EngineError):  # a file that has changed, say: the next step tells
-            settle(self._model, self._stop)
+            settle(self._model, self._pause)
+
+    def _pause(self) -> bool:
+        """As long as the last piece took: half of the time memory is the steps' alone. Whether to stop."""
+        stops = self._stop.wait(time.monotonic() - self._resumed)
+        self._resumed = time.monotonic()
+        return stops
 
     def end(self) -> None:
         self._stop.set()
