@@ -37,7 +37,7 @@ bool ds_pages_settle(ds_file file, void *pages, size_t size, int64_t offset) {
     const int64_t got = ds_file_read(file, copy, size, offset);
     bool ok = got == (int64_t)size && mprotect(copy, size, PROT_READ) == 0;
     ok = ok && mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, pages) != MAP_FAILED;
-    const int why = got < 0 || ok ? errno : got < (int64_t)size ? EIO : errno;
+    const int why = got >= 0 && got < (int64_t)size ? EIO : errno;
     if (ok && copy > all) munmap(all, (size_t)(copy - all));
     if (ok) munmap(copy + size, room - size - (size_t)(copy - all));
     else munmap(all, room);

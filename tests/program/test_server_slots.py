@@ -90,7 +90,10 @@ def test_what_is_refused(server: Served, tmp_path: Path, monkeypatch: pytest.Mon
     assert act(server, 0, "save", "x").status_code == 400  # nothing has been read
     server.asked("/completion", **BODY, id_slot=0)
     (tmp_path / "letter").write_bytes(b"Dear reader")
+    (tmp_path / "folder").mkdir()
     for response in (
+        act(server, 0, "save", "folder"),
+        act(server, 0, "restore", "folder"),
         act(server, 0, "save", "letter"),  # no file of the owner's is overwritten
         act(server, 0, "restore", "letter"),
         act(server, 0, "restore", "missing"),
@@ -104,6 +107,7 @@ def test_what_is_refused(server: Served, tmp_path: Path, monkeypatch: pytest.Mon
         assert response.status_code == 400 and response.json()["error"]["message"], response.text
         assert str(tmp_path) not in response.text
     assert (tmp_path / "letter").read_bytes() == b"Dear reader"
+    (tmp_path / "folder").rmdir()
     monkeypatch.setattr(slots, "MAX_FILES", 2)
     assert act(server, 0, "save", "first").status_code == 200
     assert act(server, 0, "save", "second").status_code == 400

@@ -79,8 +79,8 @@ def _save(service: Service, slot: int, salt: bytes, body: bytes) -> dict[str, An
         _tidy(path.parent)
         if not path.exists() and sum(1 for _ in path.parent.iterdir()) >= MAX_FILES:
             raise bad_field("filename", f"{MAX_FILES} files are saved already")
-        if path.exists() and not _is_session(path):
-            raise bad_field("filename", "there is a file of this name that holds no session")
+        if path.exists() and not (path.is_file() and _is_session(path)):
+            raise bad_field("filename", "there is something of this name that holds no session")
         session.save(path)
         n_written = path.stat().st_size
     except (OSError, EngineError) as error:
