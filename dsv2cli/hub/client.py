@@ -40,9 +40,11 @@ def ask_whether_there() -> None:
     if settings.HF_HUB_OFFLINE:
         raise CliError("HF_HUB_OFFLINE forbids asking the hub", "unset it to ask")
     with translated_errors("the hub"):
-        from huggingface_hub import HfApi
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        next(iter(HfApi().list_models(limit=1)), None)
+        # Once: the client's own listings go on asking for half a minute.
+        asked = f"{settings.ENDPOINT}/api/models?limit=1"
+        hf_raise_for_status(get_session().get(asked, headers=build_hf_headers(), timeout=settings.HF_HUB_ETAG_TIMEOUT))
 
 
 class MissetError(UsageError):
