@@ -27,8 +27,11 @@ def pays(model: Model) -> bool:
     """Whether memory has room for the weights twice and more than a few of those that were read lie in small pages."""
     from cext.system import free_bytes, small_file_bytes
 
-    nbytes, free, small = model.needs().all, free_bytes(swap=False), small_file_bytes()
-    if nbytes < LEAST or free is None or small is None:
+    nbytes = model.needs().all
+    if nbytes < LEAST:
+        return False
+    free, small = free_bytes(swap=False), small_file_bytes()
+    if free is None or small is None:
         return False
     return free - margin(free) >= 2 * nbytes and small > FEW * nbytes
 
